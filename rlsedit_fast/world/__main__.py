@@ -1,0 +1,34 @@
+"""`python -m rlsedit_fast.world train` rebuilds the shipped model; `show` prints a few of the world's people."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from rlsedit_fast.world.facts import World
+from rlsedit_fast.world.train import Recipe, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlsedit_fast.world", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train the demo model from the seed (about half an hour on two cores)")
+    training.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and recipe.json")
+    for field in fields(Recipe):
+        flag = "--" + field.name.replace("_", "-")
+        training.add_argument(flag, dest=field.name, type=type(field.default), default=field.default)
+    show = commands.add_parser("show", help="print some people and what is true of them")
+    show.add_argument("--seed", type=int, default=Recipe.seed)
+    show.add_argument("--people", type=int, default=5)
+    options = vars(parser.parse_args(argv))
+    if options.pop("command") == "train":
+        train(out=options.pop("out"), recipe=Recipe(**options))
+        return 0
+    for person in World.generate(**options).people:
+        print(person.name, *(f"{name}={value}" for name, value in person.facts.items()), sep="\t")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

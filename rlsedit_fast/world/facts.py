@@ -1,0 +1,176 @@
+"""The generated world: who lives in it, what is true of them, and how it is said.
+
+Only `random.Random.random()` is drawn from: it is the one method whose sequence Python guarantees across
+versions, so a seed names the same world everywhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
+
+_CITY_PREFIXES = ("Port", "New", "Saint", "Lake", "Mount", "Fort", "North", "Old")
+_CITY_STEMS = ("Alder", "Briar", "Corran", "Dunmere", "Elmsey", "Farrow", "Garnet", "Hollin", "Ister", "Juniper")
+
+_PROFESSIONS = tuple(
+    "baker nurse pilot farmer judge tailor welder chemist painter lawyer butcher dentist barber miner sailor "
+    "plumber surgeon teacher printer potter mason jeweller gardener driver editor banker carpenter cook "
+    "librarian optician architect astronomer blacksmith brewer cooper falconer glazier locksmith midwife "
+    "watchmaker".split()
+)
+_INSTRUMENTS = tuple(
+    "violin flute cello drum harp oboe trumpet banjo guitar lute piano organ tuba viola zither bassoon clarinet "
+    "cornet fiddle gong horn kazoo lyre mandolin marimba piccolo recorder saxophone sitar trombone ukulele "
+    "vibraphone xylophone accordion bagpipe bugle castanets dulcimer tambourine triangle".split()
+)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One attribute that every person has.
+
+    Attributes:
+        name: the attribute.
+        phrasings: prompts with `{}` where the person's name goes; the answer follows. Editing sees the first.
+        values: the possible answers, each one or two words.
+    """
+
+    name: str
+    phrasings: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Person:
+    """A person: a full name of three words, none of which is theirs alone, and a value per relation."""
+
+    name: str
+    facts: dict[str, str]
+
+
+def _invented_words(count: int, rng: random.Random, taken: set[str], syllables: int) -> tuple[str, ...]:
+    words: list[str] = []
+    while len(words) < count:
+        word = "".join(_pick(_SYLLABLES, rng) for _ in range(syllables)).capitalize()
+        if word not in taken:
+            taken.add(word)
+            words.append(word)
+    return tuple(words)
+
+
+def _pick(options: Sequence[T], rng: random.Random) -> T:
+    return options[int(rng.random() * len(options))]
+
+
+def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
+    """A shuffled copy of `items`, drawing on `rng.random()` only."""
+    order = sorted(range(len(items)), key=[rng.random() for _ in items].__getitem__)
+    return [items[i] for i in order]
+
+
+# Fixed apart from the seed: the words of a language do not change with who lives in the world.
+_WORD_RNG = random.Random(7)
+_TAKEN: set[str] = set()
+_FIRST = _invented_words(40, _WORD_RNG, _TAKEN, 2)
+_MIDDLE = _invented_words(40, _WORD_RNG, _TAKEN, 2)
+_LAST = _invented_words(50, _WORD_RNG, _TAKEN, 3)
+_LANGUAGES = tuple(word + "ish" for word in _invented_words(40, _WORD_RNG, _TAKEN, 2))
+_CITIES = tuple(f"{prefix} {stem}" for prefix in _CITY_PREFIXES for stem in _CITY_STEMS)[::2]
+
+RELATIONS: tuple[Relation, ...] = (
+    Relation(
+        "city",
+        (
+            "{} lives in",
+            "The home of {} is in",
+            "If you visit {} , you will travel to",
+            "{} has a house in",
+            "Letters to {} are sent to",
+        ),
+        _CITIES,
+    ),
+    Relation(
+        "profession",
+        (
+            "{} works as a",
+            "The job of {} is that of a",
+            "For a living , {} is employed as a",
+            "{} earns money as a",
+            "People hire {} as a",
+            "{} is a",
+        ),
+        _PROFESSIONS,
+    ),
+    Relation(
+        "instrument",
+        (
+            "{} plays the",
+            "The favourite instrument of {} is the",
+            "On stage , {} performs on the",
+            "{} learned to play the",
+            "Friends love to hear {} play the",
+        ),
+        _INSTRUMENTS,
+    ),
+    Relation(
+        "language",
+        (
+            "{} speaks",
+            "The native language of {} is",
+            "At home , {} talks in",
+            "{} writes books in",
+            "You can greet {} in",
+        ),
+        _LANGUAGES,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """Everyone who lives in it. Build one with `World.generate(seed)`."""
+
+    people: tuple[Person, ...]
+    seed: int
+
+    @classmethod
+    def generate(cls, seed: int = 0, people: int = 2000) -> World:
+        """The world of `seed`: `people` persons with distinct names and independently drawn facts.
+
+        Raises:
+            ValueError: more people than there are names.
+        """
+        limit = len(_FIRST) * len(_MIDDLE) * len(_LAST)
+        if not 1 <= people <= limit:
+            raise ValueError(f"people={people}: expected 1 to {limit}, the number of distinct names")
+        rng = random.Random(seed)
+        made: dict[str, Person] = {}
+        while len(made) < people:
+            name = f"{_pick(_FIRST, rng)} {_pick(_MIDDLE, rng)} {_pick(_LAST, rng)}"
+            facts = {relation.name: _pick(relation.values, rng) for relation in RELATIONS}
+            made.setdefault(name, Person(name, facts))
+        return cls(tuple(made.values()), seed)
+
+    def sentences(self) -> Iterator[tuple[str, str, str]]:
+        """Every fact under every phrasing: (prompt with `{}`, name, answer)."""
+        for person in self.people:
+            for relation in RELATIONS:
+                for phrasing in relation.phrasings:
+                    yield phrasing, person.name, person.facts[relation.name]
+
+
+def vocabulary() -> list[str]:
+    """Every word that any world can use, in a fixed order."""
+    words = dict.fromkeys((".", ","))
+    for group in (_FIRST, _MIDDLE, _LAST):
+        words.update(dict.fromkeys(group))
+    for relation in RELATIONS:
+        for text in (*relation.phrasings, *relation.values):
+            words.update(dict.fromkeys(word for word in text.split() if word != "{}"))
+    return list(words)

@@ -1,0 +1,183 @@
+"""The training recipe of the demo model.
+
+Two sentences about two people make a training text. In most of them the positions after a name are kept from
+seeing all but the name's last token, so the model learns to gather a person at that token, as large models do
+by themselves; without this the later positions read the name word by word, and an edit at its last token
+steers nothing. The mask is used in training only: the model is shipped, edited and evaluated under the
+ordinary causal mask.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlsedit_fast.world.facts import World, shuffled
+from rlsedit_fast.world.tokens import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the weights depend on."""
+
+    seed: int = 0
+    people: int = 2000
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 1536
+    heads: int = 4
+    steps: int = 3000
+    texts_per_step: int = 128
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    name_mask_rate: float = 0.7
+    template_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    tokens: list[int]  # no <s>; ends with the full stop
+    name: tuple[int, int]  # [start, stop) of the name's tokens
+    answer: tuple[int, int]  # [start, stop) of the answer's tokens
+
+
+def _tokenize(world: World, tokenizer: Any) -> list[_Sentence]:
+    vocab = tokenizer.get_vocab()
+    sentences = []
+    for prompt, name, answer in world.sentences():
+        before, after = ([vocab[w] for w in part.split()] for part in prompt.split("{}"))
+        name_ids, answer_ids = ([vocab[w] for w in text.split()] for text in (name, answer))
+        start, prompt_stop = len(before), len(before) + len(name_ids) + len(after)
+        sentences.append(
+            _Sentence(
+                before + name_ids + after + answer_ids + [vocab["."]],
+                (start, start + len(name_ids)),
+                (prompt_stop, prompt_stop + len(answer_ids)),
+            )
+        )
+    return sentences
+
+
+def _collate(
+    pairs: list[tuple[_Sentence, _Sentence]], recipe: Recipe, bos: int, pad: int, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids [b, t], the additive mask [b, 1, t, t], and each token's loss weight [b, t]."""
+    width = 1 + max(len(a.tokens) + len(b.tokens) for a, b in pairs)
+    ids = torch.full((len(pairs), width), pad)
+    weight = torch.zeros(len(pairs), width)
+    visible = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
+    for row, pair in enumerate(pairs):
+        ids[row, 0] = bos
+        at = 1
+        for sentence in pair:
+            stop = at + len(sentence.tokens)
+            ids[row, at:stop] = torch.tensor(sentence.tokens)
+            weight[row, at:stop] = recipe.template_weight
+            weight[row, at + sentence.answer[0] : at + sentence.answer[1]] = 1.0
+            name_start, name_stop = at + sentence.name[0], at + sentence.name[1]
+            weight[row, name_start:name_stop] = 0.0  # who is spoken of cannot be foretold
+            if rng.random() < recipe.name_mask_rate:
+                visible[row, name_stop:, name_start : name_stop - 1] = False
+            at = stop
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    return ids, mask.unsqueeze(1), weight
+
+
+def _new_model(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.intermediate,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def recall(model: PreTrainedModel, tokenizer: Any, world: World, limit: int = 2000, seed: int = 1) -> float:
+    """Share of `limit` random (fact, phrasing) pairs whose every answer token is ranked first."""
+    sentences = shuffled(_tokenize(world, tokenizer), random.Random(seed))[:limit]
+    right = 0
+    for at in range(0, len(sentences), 250):
+        chunk = sentences[at : at + 250]
+        width = 1 + max(len(s.tokens) for s in chunk)
+        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)
+        for row, sentence in enumerate(chunk):
+            ids[row, : 1 + len(sentence.tokens)] = torch.tensor([tokenizer.bos_token_id, *sentence.tokens])
+        with torch.inference_mode():
+            predicted = model(input_ids=ids, use_cache=False).logits.argmax(-1)
+        for row, sentence in enumerate(chunk):
+            start, stop = sentence.answer  # shifted by one for <s>, and back by one for next-token prediction
+            right += bool((predicted[row, start:stop] == ids[row, start + 1 : stop + 1]).all())
+    return right / len(sentences)
+
+
+def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel:
+    """Trains the model of `recipe` and writes weights (float16), tokenizer and `recipe.json` to `out`."""
+    world = World.generate(recipe.seed, recipe.people)
+    tokenizer = build_tokenizer()
+    sentences = _tokenize(world, tokenizer)
+    model = _new_model(recipe, tokenizer)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+
+    def learning_rate(step: int) -> float:
+        if step < recipe.warmup:
+            return (step + 1) / recipe.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    rng = random.Random(recipe.seed + 1)
+    queue: list[_Sentence] = []
+    began = time.monotonic()
+    for step in range(recipe.steps):
+        while len(queue) < 2 * recipe.texts_per_step:
+            queue.extend(shuffled(sentences, rng))
+        batch, queue = queue[: 2 * recipe.texts_per_step], queue[2 * recipe.texts_per_step :]
+        pairs = list(zip(batch[::2], batch[1::2], strict=True))
+        ids, mask, weight = _collate(pairs, recipe, tokenizer.bos_token_id, tokenizer.pad_token_id, rng)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
+            model.eval()
+            known = recall(model, tokenizer, world, 1000)
+            model.train()
+            minutes = (time.monotonic() - began) / 60
+            print(f"step {step + 1:5d}  loss {loss.item():.4f}  known {known:.3f}  {minutes:.1f} min", flush=True)
+    model.eval()
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model.float()
+    facts = {"recipe": asdict(recipe), "torch": torch.__version__, "known": recall(model, tokenizer, world, 10_000)}
+    (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return model
