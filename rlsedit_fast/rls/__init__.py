@@ -1,0 +1,21 @@
+"""The solver: tensors in, an edited weight out; it knows nothing of language models."""
+
+from rlsedit_fast.rls.calibrate import Calibration
+from rlsedit_fast.rls.monitor import Monitor
+from rlsedit_fast.rls.prior import Prior
+from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
+from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.rls.state import RLSState
+
+__all__ = [
+    "Bounds",
+    "Calibration",
+    "Monitor",
+    "Panel",
+    "Prior",
+    "RLSState",
+    "Snapshot",
+    "Step",
+    "joint_innovations",
+    "memit_share",
+]

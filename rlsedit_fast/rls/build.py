@@ -1,0 +1,123 @@
+"""The state made afresh in float64, from the prior and whatever edits it holds: the start, and every refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast.errors import InputError, PriorError
+from rlsedit_fast.ops import moment_
+from rlsedit_fast.rls import checks
+from rlsedit_fast.rls.prior import CHUNK, Prior
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Edits in the dtype that the solver computes in: `keys [n, d_k]`, `values [n, d_v]`, `weights [n]`; n may be 0."""
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and weights in float64, a chunk of rows at a time."""
+        for start in range(0, self.keys.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            yield self.keys[rows].double(), self.values[rows].double(), self.weights[rows].double()
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` gives: `C` and `W` in the solver's dtype, `J`, and `S x` in float64 for the monitor's probe x."""
+
+    precision_inverse: Tensor
+    weight: Tensor
+    objective: float
+    image: Tensor
+
+
+def build(
+    original: Tensor, prior: Prior, edits: Edits | None, *, probe: Tensor, dtype: torch.dtype, name: str
+) -> Built:
+    """The minimiser and its precision inverse by the normal equations in delta form, in float64.
+
+    `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, by one Cholesky.
+    Memory: two matrices `[d_k, d_k]` in float64, and chunks of rows.
+
+    Args:
+        original: `W0 [d_v, d_k]`.
+        prior: the prior of the layer.
+        edits: the edits the state is to hold, or None for none.
+        probe: `x [d_k]` in float64.
+        dtype: of `C` and `W` in the result.
+        name: of the layer, for the errors.
+
+    Raises:
+        PriorError: `S` is not positive definite in float64, or its inverse does not fit `dtype`.
+    """
+    start = original.double()
+    precision = prior.precision(start.shape[1], start.device)
+    pull = prior.pull(start)
+    if edits is not None:
+        pull = torch.zeros_like(start) if pull is None else pull
+        for keys, values, weights in edits.chunks():
+            moment_(precision, keys * weights.sqrt()[:, None])
+            pull.addmm_(((values - keys @ start.T) * weights[:, None]).T, keys)
+    image = precision @ probe
+    lower = _factor(precision, prior, name)
+    del precision
+    weight, objective = start, 0.0
+    if pull is not None:
+        delta = torch.cholesky_solve(pull.T, lower).T
+        weight = start + delta
+        objective = prior.energy(start, delta) + _misfit(weight, edits)
+    inverse = torch.cholesky_inverse(lower).to(dtype)
+    try:
+        checks.finite(precision_inverse=inverse, weight=weight.to(dtype))
+    except InputError as error:
+        raise PriorError(
+            f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight beyond the "
+            f"range of {dtype}; raise lam or mu, or use float64."
+        ) from error
+    return Built(inverse, weight.to(dtype), objective, image)
+
+
+def _misfit(weight: Tensor, edits: Edits | None) -> float:
+    """`sum_i w_i ||K_i W^T - V_i||^2` in float64."""
+    if edits is None:
+        return 0.0
+    return sum(float(((v - k @ weight.T).square().sum(1) * w).sum()) for k, v, w in edits.chunks())
+
+
+def _factor(precision: Tensor, prior: Prior, name: str) -> Tensor:
+    """The Cholesky factor of `S` in float64; a pivot that is rounding and nothing else counts as not positive."""
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(precision)
+    failed = int(info)
+    if failed:
+        index, pivot = failed - 1, _failed_pivot(precision, failed - 1)
+    else:
+        # Cholesky's rounding is relative to each diagonal entry, whatever the scales of the features.
+        pivots = lower.diagonal().square()
+        index = int((pivots / precision.diagonal()).argmin())
+        pivot = float(pivots[index])
+        floor = precision.shape[0] * torch.finfo(torch.float64).eps * float(precision[index, index])
+        if pivot > floor:
+            return lower
+    raise PriorError(
+        f"the precision of {name} is not positive definite: lam={prior.lam:g}, mu={prior.mu:g}, smallest pivot "
+        f"{pivot:g} at feature {index}. The anchors do not hold every direction: raise lam"
+        f"{' above 0' if prior.lam == 0 else ''}, or pass more anchors."
+    )
+
+
+def _failed_pivot(precision: Tensor, index: int) -> float:
+    """The pivot at which the factorisation stopped, computed again (LAPACK leaves it undefined)."""
+    if index == 0:
+        return float(precision[0, 0])
+    lower = torch.linalg.cholesky(precision[:index, :index])
+    column = torch.linalg.solve_triangular(lower, precision[:index, index : index + 1], upper=False)
+    return float(precision[index, index] - column.square().sum())

@@ -1,0 +1,223 @@
+"""What the weight is held to before any edit: its own start (lam) and what it does on the anchors (mu)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast.errors import InputError, PriorError
+from rlsedit_fast.ops import moment_
+from rlsedit_fast.rls import checks
+
+CHUNK = 2048
+"""Rows turned into float64 at a time, so that memory is one matrix of d_k by d_k and a chunk."""
+
+ROUNDING_GROWTH = 1000
+"""Roundings of up to a million accumulated rows grow as their square root: what a moment may be off by, in eps."""
+
+
+def chunks(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """The rows in float64 on `device`, `CHUNK` at a time."""
+    for start in range(0, rows.shape[0], CHUNK):
+        yield rows[start : start + CHUNK].to(device, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prior:
+    """`lam^2 ||W - W0||_F^2 + mu^2 ||K0 W^T - V0||_F^2`, the part of the objective that is there before any edit.
+
+    Anchors come as rows (`anchor_keys`) or as their moment (`anchor_moment`). Without `anchor_values` or
+    `anchor_cross` the anchors are to go on doing what the weight does to them now: `V0 = K0 W0^T`. The tensors
+    are held by reference (a refresh reads them again) and must not be written to; they may lie on any device.
+
+    Args:
+        lam: how firmly the weight is held to its start; at least 0.
+        mu: how firmly the anchors are held; at least 0, and positive exactly if there are anchors.
+        anchor_keys: `K0 [n0, d_k]`, floating.
+        anchor_moment: `K0^T K0 [d_k, d_k]`, float32 or float64, symmetric.
+        anchor_values: `V0 [n0, d_v]`, floating; only with `anchor_keys`.
+        anchor_cross: `V0^T K0 [d_v, d_k]`, float32 or float64; only with `anchor_moment`.
+        anchor_energy: `||V0||_F^2`; needed with `anchor_cross`, and only then (the objective contains it).
+
+    Raises:
+        PriorError: nothing is held (lam = mu = 0), or the arguments do not form a prior together.
+        InputError: one argument alone is wrong: shape, dtype, sign, not finite, a moment that is not symmetric.
+    """
+
+    lam: float
+    mu: float = 0.0
+    anchor_keys: Tensor | None = None
+    anchor_moment: Tensor | None = None
+    anchor_values: Tensor | None = None
+    anchor_cross: Tensor | None = None
+    anchor_energy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("lam", self.lam), ("mu", self.mu)):
+            if not (math.isfinite(value) and value >= 0 and math.isfinite(value * value)):
+                raise InputError(f"{name} is {value}; a finite number of at least 0 is expected.")
+        self._check_combination()
+        self._check_tensors()
+
+    def _check_combination(self) -> None:
+        anchored = self.anchor_keys is not None or self.anchor_moment is not None
+        if self.lam * self.lam == 0 and self.mu * self.mu == 0:
+            raise PriorError("lam and mu are both 0: nothing would hold the weight. Make one of them positive.")
+        if self.anchor_keys is not None and self.anchor_moment is not None:
+            raise PriorError("anchor_keys and anchor_moment are both given; pass the rows or their moment, not both.")
+        if self.mu > 0 and not anchored:
+            raise PriorError(f"mu is {self.mu} but there are no anchors; pass anchor_keys or anchor_moment, or mu=0.")
+        if self.mu == 0 and anchored:
+            raise PriorError("anchors are given but mu is 0: nothing would read them. Make mu positive or drop them.")
+        if self.anchor_values is not None and self.anchor_keys is None:
+            raise PriorError("anchor_values need anchor_keys; with anchor_moment pass anchor_cross and anchor_energy.")
+        if self.anchor_cross is not None and self.anchor_moment is None:
+            raise PriorError("anchor_cross needs anchor_moment; with anchor_keys pass anchor_values.")
+        if (self.anchor_cross is None) != (self.anchor_energy is None):
+            raise PriorError("anchor_cross (V0^T K0) and anchor_energy (||V0||_F^2) belong together; pass both.")
+
+    def _check_tensors(self) -> None:
+        if self.anchor_keys is not None:
+            checks.matrix("anchor_keys", self.anchor_keys)
+            if self.anchor_keys.shape[0] == 0:
+                raise InputError("anchor_keys has no rows; pass at least one anchor, or mu=0 and no anchors.")
+            checks.finite(anchor_keys=self.anchor_keys)
+        if self.anchor_values is not None and self.anchor_keys is not None:
+            checks.matrix("anchor_values", self.anchor_values, rows=self.anchor_keys.shape[0])
+            checks.finite(anchor_values=self.anchor_values)
+        if self.anchor_moment is not None:
+            checks.matrix("anchor_moment", self.anchor_moment, columns=self.anchor_moment.shape[0])
+            _check_summed("anchor_moment", self.anchor_moment)
+            _check_symmetric(self.anchor_moment)
+        if self.anchor_cross is not None and self.anchor_moment is not None:
+            checks.matrix("anchor_cross", self.anchor_cross, columns=self.anchor_moment.shape[0])
+            _check_summed("anchor_cross", self.anchor_cross)
+        if self.anchor_energy is not None and not (math.isfinite(self.anchor_energy) and self.anchor_energy >= 0):
+            raise InputError(f"anchor_energy is {self.anchor_energy}; ||V0||_F^2 is finite and at least 0.")
+
+    @property
+    def custom(self) -> bool:
+        """Whether the anchors are to do something else than the weight does to them now."""
+        return self.anchor_values is not None or self.anchor_cross is not None
+
+    def fit(self, d_v: int, d_k: int, name: str) -> None:
+        """Raises InputError unless the anchors are of a layer with a weight `[d_v, d_k]`."""
+        widths = {
+            "anchor_keys": (self.anchor_keys, d_k),
+            "anchor_moment": (self.anchor_moment, d_k),
+            "anchor_values": (self.anchor_values, d_v),
+        }
+        for argument, (tensor, width) in widths.items():
+            if tensor is not None and tensor.shape[1] != width:
+                raise InputError(
+                    f"{argument} of {name} has shape {list(tensor.shape)}; its weight is [{d_v}, {d_k}], "
+                    f"so the rows must have {width} entries."
+                )
+        if self.anchor_cross is not None and self.anchor_cross.shape[0] != d_v:
+            raise InputError(
+                f"anchor_cross of {name} has shape {list(self.anchor_cross.shape)}; [{d_v}, {d_k}] is expected."
+            )
+
+    def precision(self, d_k: int, device: torch.device) -> Tensor:
+        """`S0 = lam^2 I + mu^2 K0^T K0 [d_k, d_k]` in float64, exactly symmetric where it comes from a moment."""
+        if self.anchor_moment is not None:
+            moment = self.anchor_moment.to(device, torch.float64)
+            total = (moment + moment.T).mul_(0.5 * self.mu**2)
+        else:
+            total = torch.zeros(d_k, d_k, dtype=torch.float64, device=device)
+            if self.anchor_keys is not None:
+                for rows in chunks(self.anchor_keys, device):
+                    moment_(total, rows.mul(self.mu))
+        total.diagonal().add_(self.lam**2)
+        return total
+
+    def pull(self, original: Tensor) -> Tensor | None:
+        """`mu^2 (V0 - K0 W0^T)^T K0 [d_v, d_k]` in float64, None where it is zero (the default anchors).
+
+        Args:
+            original: `W0 [d_v, d_k]` in float64.
+        """
+        if not self.custom:
+            return None
+        if self.anchor_cross is not None:
+            cross = self.anchor_cross.to(original.device, torch.float64)
+            return (cross - self._times_moment(original)).mul_(self.mu**2)
+        total = torch.zeros_like(original)
+        for keys, values in self._anchor_rows(original):
+            total.addmm_((values - keys @ original.T).T, keys)
+        return total.mul_(self.mu**2)
+
+    def energy(self, original: Tensor, delta: Tensor) -> float:
+        """The two terms of the prior at `W = W0 + delta`, in float64.
+
+        Args:
+            original: `W0 [d_v, d_k]` in float64.
+            delta: `[d_v, d_k]` in float64.
+
+        Raises:
+            PriorError: `anchor_energy` is too small to be the energy of the values behind `anchor_cross`.
+        """
+        held = self.lam**2 * float(delta.square().sum())
+        if self.anchor_cross is not None:
+            anchored = self._custom_moment_energy(original + delta)
+        elif self.anchor_moment is not None:
+            anchored = max(float((self._times_moment(delta) * delta).sum()), 0.0)
+        elif self.anchor_values is not None:
+            weight = original + delta
+            anchored = sum(float((k @ weight.T - v).square().sum()) for k, v in self._anchor_rows(original))
+        elif self.anchor_keys is not None:
+            anchored = sum(float((k @ delta.T).square().sum()) for k in chunks(self.anchor_keys, delta.device))
+        else:
+            anchored = 0.0
+        return held + self.mu**2 * anchored
+
+    def _custom_moment_energy(self, weight: Tensor) -> float:
+        assert self.anchor_moment is not None
+        assert self.anchor_cross is not None
+        assert self.anchor_energy is not None
+        cross = self.anchor_cross.to(weight.device, torch.float64)
+        quadratic = float((self._times_moment(weight) * weight).sum())
+        value = quadratic - 2 * float((cross * weight).sum()) + self.anchor_energy
+        eps = max(torch.finfo(self.anchor_cross.dtype).eps, torch.finfo(self.anchor_moment.dtype).eps)
+        if value < -ROUNDING_GROWTH * eps * (abs(quadratic) + self.anchor_energy):
+            raise PriorError(
+                f"anchor_energy is {self.anchor_energy:g}, but with this anchor_moment and anchor_cross the anchors' "
+                f"misfit would be {value:g}, below 0. Pass ||V0||_F^2 of the values that anchor_cross was made of."
+            )
+        return max(value, 0.0)
+
+    def _times_moment(self, rows: Tensor) -> Tensor:
+        """`rows @ K0^T K0` in float64, the moment read a chunk at a time."""
+        assert self.anchor_moment is not None
+        result = torch.zeros_like(rows)
+        start = 0
+        for part in chunks(self.anchor_moment, rows.device):
+            result.addmm_(rows[:, start : start + part.shape[0]], part)
+            start += part.shape[0]
+        return result
+
+    def _anchor_rows(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.anchor_keys is not None
+        assert self.anchor_values is not None
+        return zip(chunks(self.anchor_keys, like.device), chunks(self.anchor_values, like.device), strict=True)
+
+
+def _check_summed(name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"{name} has dtype {value.dtype}; sums over anchors are needed in float32 or float64.")
+    checks.finite(**{name: value})
+
+
+def _check_symmetric(moment: Tensor) -> None:
+    """Refuses a moment that differs from its transpose by more than the rounding of its own dtype."""
+    allowed = ROUNDING_GROWTH * torch.finfo(moment.dtype).eps * float(moment.abs().max())
+    gap = float((moment - moment.T).abs().max())
+    if gap > allowed:
+        raise InputError(
+            f"anchor_moment is not symmetric: it differs from its transpose by up to {gap:g}, more than rounding in "
+            f"{moment.dtype} explains ({allowed:g}). Pass K0^T K0."
+        )

@@ -1,0 +1,64 @@
+"""The truth in float64: the objective as it is written, and its minimiser by the normal equations. Slow and plain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast.rls.prior import Prior
+
+
+def solve_all(
+    weight: Tensor, prior: Prior, keys: Tensor, values: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """All edits at once, as if there had been no stream.
+
+    Args:
+        weight: `W0 [d_v, d_k]`.
+        prior: what holds the weight.
+        keys: `K [n, d_k]`; n may be 0.
+        values: `V [n, d_v]`.
+        weights: `w [n]`, 1 by default.
+
+    Returns:
+        `(W, C, J)`, float64: the minimiser, the inverse of `S = S0 + K^T w K`, and the objective there.
+    """
+    original, k, v = weight.double(), keys.double(), values.double()
+    w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
+    moment, cross, _ = _anchors(original, prior)
+    identity = torch.eye(original.shape[1], dtype=torch.float64)
+
+    precision = prior.lam**2 * identity + prior.mu**2 * moment + (k * w[:, None]).T @ k
+    right = prior.lam**2 * original + prior.mu**2 * cross + (v * w[:, None]).T @ k
+    solution = torch.linalg.solve(precision, right.T).T
+    inverse = torch.linalg.solve(precision, identity)
+    return solution, inverse, evaluate_objective(solution, weight, prior, keys, values, weights)
+
+
+def evaluate_objective(
+    at: Tensor, weight: Tensor, prior: Prior, keys: Tensor, values: Tensor, weights: Tensor | None = None
+) -> float:
+    """`J(W)` term by term, in float64, at `W = at [d_v, d_k]`; the other arguments as for `solve_all`."""
+    solution, original, k, v = at.double(), weight.double(), keys.double(), values.double()
+    w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
+    moment, cross, energy = _anchors(original, prior)
+
+    edits = (w[:, None] * (k @ solution.T - v) ** 2).sum()
+    held = ((solution - original) ** 2).sum()
+    anchors = ((solution @ moment) * solution).sum() - 2 * (cross * solution).sum() + energy
+    return float(edits + prior.lam**2 * held + prior.mu**2 * anchors)
+
+
+def _anchors(original: Tensor, prior: Prior) -> tuple[Tensor, Tensor, float]:
+    """`K0^T K0`, `V0^T K0` and `||V0||_F^2` of the prior's anchors, zeros if it has none."""
+    d_k = original.shape[1]
+    if prior.anchor_keys is not None:
+        k0 = prior.anchor_keys.double()
+        v0 = k0 @ original.T if prior.anchor_values is None else prior.anchor_values.double()
+        return k0.T @ k0, v0.T @ k0, float((v0**2).sum())
+    if prior.anchor_moment is not None:
+        moment = prior.anchor_moment.double()
+        if prior.anchor_cross is None or prior.anchor_energy is None:
+            return moment, original @ moment, float(((original @ moment) * original).sum())
+        return moment, prior.anchor_cross.double(), prior.anchor_energy
+    return torch.zeros(d_k, d_k, dtype=torch.float64), torch.zeros_like(original), 0.0

@@ -1,0 +1,485 @@
+"""One layer's weight under recursive least squares: the edits it holds, and how it takes in and gives back others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast import ops
+from rlsedit_fast.errors import InputError, RemovalError, UpdateError
+from rlsedit_fast.rls import checks, monitor
+from rlsedit_fast.rls.build import Edits, build
+from rlsedit_fast.rls.prior import Prior
+from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
+
+DEFAULT_DELAY = 128
+"""Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read."""
+
+REMOVAL_PIVOT = 4.0
+"""A removal's pivot, relative to the noise, must exceed this many `sqrt(eps)`. The error of C in the directions of the
+batch grows by the inverse of the pivot, so less than that would leave under half the digits of the dtype there."""
+
+_versions = itertools.count(1)  # one for all states, so that no panel fits a state it was not taken from
+_orders = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """All that a step will write, computed and found finite before any of it is written."""
+
+    rows: Tensor  # U [n, d_k]
+    whitened: Tensor  # A [n, d_v]
+    image: Tensor  # S x afterwards
+    step: Step
+
+
+class RLSState:
+    """The minimiser of `sum w ||K W^T - V||^2 + prior` over one weight, kept current edit by edit.
+
+    Recursive least squares in square-root form: with `F = K C`, `Sig = diag(1/w) + F K^T = L L^T`, `U = L^-1 F` and
+    `A = L^-1 (V - K W^T)`, an edit is `C -= U^T U`, `W += A^T U`, `J += ||A||_F^2`. `C` is kept as
+    `C_base - U_p^T D U_p`, so that a batch reads it once and only every `delay` rows write it.
+
+    Whatever raises has changed nothing. A step costs two host synchronisations (its inputs' check, its result's).
+
+    Args:
+        weight: `W0 [d_v, d_k]`, any floating dtype; copied, never written to.
+        prior: what holds the weight.
+        delay: how many rows of edits may wait before they are written into C; 0 writes each batch at once.
+        dtype: to keep and compute in, float32 or float64; by default float64 for a float64 weight, else float32.
+        name: of the layer, for the errors.
+
+    Raises:
+        InputError: the weight, an option or the shape of an anchor is wrong.
+        PriorError: the prior's precision is not positive definite.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        weight: Tensor,
+        prior: Prior,
+        *,
+        delay: int = DEFAULT_DELAY,
+        dtype: torch.dtype | None = None,
+        name: str = "layer",
+    ) -> None:
+        checks.matrix("weight", weight)
+        if 0 in weight.shape:
+            raise InputError(f"weight has shape {list(weight.shape)}; no size may be 0.")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise InputError(f"dtype is {dtype}; the solver keeps its state in float32 or float64.")
+        if not isinstance(delay, int) or delay < 0:
+            raise InputError(f"delay is {delay!r}; a number of rows of at least 0 is expected.")
+        self._dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        checks.finite(weight=weight.detach().to(self._dtype))
+        prior.fit(weight.shape[0], weight.shape[1], name)
+        self._prior, self._delay, self._name = prior, delay, name
+        narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
+        self._original = weight.detach().to(narrow, copy=True).contiguous()
+        self._probe = monitor.probe(weight.shape[1], weight.device)
+        built = build(self._original, prior, None, probe=self._probe, dtype=self._dtype, name=name)
+        self._weight = built.weight.clone(memory_format=torch.contiguous_format)
+        self._base, self._image, self._objective = built.precision_inverse, built.image, built.objective
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._edits = 0
+        self._count = 0
+        self._empty_buffer()
+        self._version = next(_versions)
+
+    @property
+    def weight(self) -> Tensor:
+        """The current `W [d_v, d_k]`: live, in one storage for the state's whole life. Read it, do not write it."""
+        return self._weight
+
+    @property
+    def original(self) -> Tensor:
+        """`W0 [d_v, d_k]`, in the narrower of its own dtype and the state's. Read it, do not write it."""
+        return self._original
+
+    @property
+    def prior(self) -> Prior:
+        """What holds the weight."""
+        return self._prior
+
+    @property
+    def name(self) -> str:
+        """The layer's name, as the errors give it."""
+        return self._name
+
+    @property
+    def objective(self) -> float:
+        """`J` at the current weight, at least 0; accumulated in float64."""
+        return self._objective
+
+    @property
+    def edits(self) -> int:
+        """How many rows of edits the state holds."""
+        return self._edits
+
+    @property
+    def version(self) -> int:
+        """Changes with every step; equal versions mean equal states."""
+        return self._version
+
+    @torch.no_grad()
+    def precision_inverse(self) -> Tensor:
+        """`C [d_k, d_k]` with all pending rows applied, symmetric, as a new tensor."""
+        result = self._base.clone()
+        if self._count:
+            ops.downdate_(result, self._pending[: self._count], self._signs[: self._count])
+        return torch.add(result, result.T).mul_(0.5)
+
+    @torch.no_grad()
+    def deviation(self) -> float:
+        """`||W - W0||_F`."""
+        return float(torch.linalg.vector_norm(self._weight - self._original, dtype=torch.float64))
+
+    def bounds(self) -> Bounds:
+        """What `J` promises of the weight, the anchors and the edits (each term of `J` is at most `J`)."""
+        root, prior = math.sqrt(self._objective), self._prior
+        return Bounds(
+            weight=root / prior.lam if prior.lam else math.inf,
+            anchors=root / prior.mu if prior.mu else math.inf,
+            edits=root,
+        )
+
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors that the state keeps, without the anchors of its prior."""
+        kept = (self._base, self._pending, self._signs, self._weight, self._original, self._probe, self._image)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    @torch.no_grad()
+    def monitor(self) -> monitor.Monitor:
+        """How far C has drifted, without the stored keys: `S x` is kept in float64 beside the state."""
+        pending, signs = self._pending[: self._count], self._signs[: self._count]
+        return monitor.judge(monitor.residual(self._probe, self._image, self._base, pending, signs), self._dtype)
+
+    @torch.no_grad()
+    def project(self, keys: Tensor, weights: Tensor | None = None) -> Panel:
+        """The panel of a batch at the present state, from which any innovation gives a step.
+
+        Args:
+            keys: `K [n, d_k]`, any floating dtype.
+            weights: `w [n]`, positive; 1 by default.
+
+        Raises:
+            InputError: an argument is wrong.
+        """
+        keys, weights, _ = self._batch(keys, weights)
+        return self._panel(keys, weights)
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
+        """Takes in edits: from now on `W` is the minimiser with them.
+
+        Args:
+            keys: `K [n, d_k]`, any floating dtype.
+            values: `V [n, d_v]`, any floating dtype.
+            weights: `w [n]`, positive; 1 by default.
+
+        Raises:
+            InputError: an argument is wrong.
+            UpdateError: the batch could not be factored, or its result is not finite.
+        """
+        keys, weights, (values,) = self._batch(keys, weights, values=values)
+        panel = self._panel(keys, weights)
+        return self._apply(panel, self._innovation(panel, values), 1)
+
+    @torch.no_grad()
+    def update_projected(self, panel: Panel, innovation: Tensor) -> Step:
+        """Takes in the edits of a panel, given as innovations: their values are `V = K W^T + E` at the present weight.
+
+        Args:
+            panel: from `project`, at the present state.
+            innovation: `E [n, d_v]`, any floating dtype.
+
+        Raises:
+            InputError: the panel is stale or of another state, or the innovation is wrong.
+            UpdateError: the batch could not be factored, or its result is not finite.
+        """
+        return self._apply(panel, self._checked_innovation(panel, innovation), 1)
+
+    @torch.no_grad()
+    def preview(self, panel: Panel, innovation: Tensor) -> Step:
+        """The step that `update_projected` would make, without making it. Same arguments, same errors."""
+        return self._prepare(panel, self._checked_innovation(panel, innovation), 1).step
+
+    @torch.no_grad()
+    def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
+        """Gives back edits, however long past: what remains is the state that never saw them.
+
+        Args:
+            keys: as they went in. That they are the same cannot be checked beyond their number.
+            values: as they went in.
+            weights: as they went in.
+
+        Raises:
+            InputError: an argument is wrong, or there are more rows than the state holds.
+            RemovalError: the batch carries so much of the state that it cannot be taken out of it accurately.
+        """
+        keys, weights, (values,) = self._batch(keys, weights, values=values)
+        self._check_held(keys.shape[0])
+        panel = self._panel(keys, weights)
+        return self._apply(panel, self._innovation(panel, values), -1)
+
+    @torch.no_grad()
+    def replace(self, keys: Tensor, old_values: Tensor, new_values: Tensor, weights: Tensor | None = None) -> Step:
+        """Gives edits that the state holds new values: `W += (w (V_new - V_old))^T K C`, and C stays as it is.
+
+        Args:
+            keys: as they went in.
+            old_values: as they went in.
+            new_values: `[n, d_v]`, any floating dtype.
+            weights: as they went in, and as they stay.
+
+        Raises:
+            InputError: an argument is wrong, or there are more rows than the state holds.
+            UpdateError: the result is not finite.
+        """
+        keys, weights, (old, new) = self._batch(keys, weights, old_values=old_values, new_values=new_values)
+        self._check_held(keys.shape[0])
+        panel = self._panel(keys, weights)
+        shift = new - old
+        weighted = shift * weights[:, None]
+        before = self._innovation(panel, old)
+        moved = panel.gram @ weighted
+        left_over = before + shift - moved
+        energy = (weighted.double() * (shift - moved + 2 * before).double()).sum()
+        change, _ = _norms(weighted, panel.projected)
+        gained, size = torch.stack((energy, change)).tolist()
+        if not (math.isfinite(gained) and size < torch.finfo(self._dtype).max):
+            raise UpdateError(self._not_finite(panel))
+        ops.correct_(self._weight, weighted, panel.projected, 1)
+        self._objective = max(self._objective + gained, 0.0)
+        self._version = next(_versions)
+        return Step(left_over, _realised(before + shift, left_over), self._objective, size)
+
+    @torch.no_grad()
+    def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
+        """Makes C, W and J afresh in float64 from the prior and all the edits that the state is to hold.
+
+        Args:
+            keys: all of them, in any order; `[0, d_k]` for none.
+            values: theirs; `[0, d_v]` for none.
+            weights: theirs, 1 by default.
+
+        Raises:
+            InputError: an argument is wrong.
+            PriorError: the precision is not positive definite in float64.
+        """
+        keys, weights, (values,) = self._batch(keys, weights, least=0, values=values)
+        held = Edits(keys, values, weights) if keys.shape[0] else None
+        built = build(self._original, self._prior, held, probe=self._probe, dtype=self._dtype, name=self._name)
+        self._weight.copy_(built.weight)
+        self._base, self._image, self._objective = built.precision_inverse, built.image, built.objective
+        self._edits = keys.shape[0]
+        self._empty_buffer()
+        self._version = next(_versions)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Writes the pending rows into C now (into a copy of it while a snapshot is alive)."""
+        if not self._count:
+            return
+        if self._snapshots:
+            self._base = self._base.clone()
+        ops.downdate_(self._base, self._pending[: self._count], self._signs[: self._count])
+        if self._snapshots or self._pending.shape[0] > self._delay:
+            self._empty_buffer()
+        self._count = 0
+
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        """A point to come back to, at the cost of a copy of W; C is not copied.
+
+        As long as the snapshot is referred to, pending rows are kept and not flushed. Drop it to let go of it.
+        """
+        taken = Snapshot(
+            base=self._base,
+            pending=self._pending,
+            signs=self._signs,
+            count=self._count,
+            weight=self._weight.clone(),
+            image=self._image,
+            objective=self._objective,
+            edits=self._edits,
+            version=self._version,
+            order=next(_orders),
+        )
+        self._snapshots.add(taken)
+        return taken
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts the state back to a snapshot, bit by bit. Later snapshots can then no longer be restored.
+
+        Raises:
+            InputError: the snapshot is not of this state, or an earlier one has been restored since it was taken.
+        """
+        if snapshot not in self._snapshots:
+            raise InputError(
+                f"the snapshot is not one that {self._name} can go back to: it is of another state, or an earlier "
+                "snapshot has been restored since. Take a new one."
+            )
+        for later in [other for other in self._snapshots if other.order > snapshot.order]:
+            self._snapshots.discard(later)
+        self._base, self._pending, self._signs = snapshot.base, snapshot.pending, snapshot.signs
+        self._count, self._image, self._objective = snapshot.count, snapshot.image, snapshot.objective
+        self._edits, self._version = snapshot.edits, snapshot.version
+        self._weight.copy_(snapshot.weight)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Restores the state if the block raises: `with a.transaction(), b.transaction(): ...` changes both or none."""
+        taken = self.snapshot()
+        try:
+            yield
+        except BaseException:
+            self.restore(taken)
+            raise
+
+    def _batch(
+        self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The arguments of a batch, checked and in the state's dtype: keys, weights, and the `[n, d_v]` others."""
+        d_v, d_k = self._weight.shape
+        checks.matrix("keys", keys, columns=d_k)
+        count = keys.shape[0]
+        if count < least:
+            raise InputError("keys has no rows; pass at least one edit.")
+        tensors = {"keys": keys, **others}
+        for argument, value in others.items():
+            checks.matrix(argument, value, rows=count, columns=d_v)
+        if weights is not None:
+            checks.vector("weights", weights, size=count)
+            tensors["weights"] = weights
+        for argument, value in tensors.items():
+            checks.same_device(argument, value, self._weight.device)
+        cast = {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
+        if count:
+            checks.finite(**cast)
+        if weights is None:
+            cast["weights"] = self._weight.new_ones(count)
+        else:
+            checks.positive_weights(cast["weights"])
+        return cast.pop("keys"), cast.pop("weights"), [cast[argument] for argument in others]
+
+    def _check_held(self, count: int) -> None:
+        if count > self._edits:
+            raise InputError(f"keys has {count} rows, but {self._name} holds {self._edits}; pass edits that went in.")
+
+    def _panel(self, keys: Tensor, weights: Tensor) -> Panel:
+        projected = ops.panel(self._base, keys, self._pending[: self._count], self._signs[: self._count])
+        gram = projected @ keys.T
+        return Panel(keys, 1 / weights, projected, 0.5 * (gram + gram.T), self._version)
+
+    def _innovation(self, panel: Panel, values: Tensor) -> Tensor:
+        return torch.addmm(values, panel.keys, self._weight.T, alpha=-1)
+
+    def _checked_innovation(self, panel: Panel, innovation: Tensor) -> Tensor:
+        if panel.version != self._version:
+            raise InputError(
+                f"the panel was not taken at the present state of {self._name} (version {panel.version}, now "
+                f"{self._version}); call project again."
+            )
+        checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._weight.shape[0])
+        checks.same_device("innovation", innovation, self._weight.device)
+        innovation = innovation.detach().to(self._dtype).contiguous()
+        checks.finite(innovation=innovation)
+        return innovation
+
+    def _prepare(self, panel: Panel, innovation: Tensor, sign: int) -> _Prepared:
+        """Computes a step and makes sure of it; one host synchronisation, nothing written."""
+        rows, whitened, lower, info = ops.factor(panel.projected, panel.keys, innovation, panel.noise, sign)
+        image = self._image + sign * monitor.image_change(self._probe, panel.keys, 1 / panel.noise)
+        change, rows_energy = _norms(whitened, rows)
+        energy = whitened.double().square().sum()
+        pivot = (lower.diagonal().square() / panel.noise).min()
+        numbers = torch.stack([x.double() for x in (info, pivot, energy, change, rows_energy, image.abs().max())])
+        failed, smallest, gained, size, *finite = numbers.tolist()
+        if sign < 0 and (failed or not smallest > REMOVAL_PIVOT * math.sqrt(torch.finfo(self._dtype).eps)):
+            raise RemovalError(
+                f"{panel.keys.shape[0]} rows cannot be removed from {self._name} accurately in {self._dtype}: they "
+                f"carry nearly all that the state knows of their keys (smallest pivot "
+                f"{'not positive' if failed else format(smallest, '.1e')}, relative to the noise). Nothing was "
+                "changed; rebuild the state from its prior and the remaining edits with refresh(keys, values, weights)."
+            )
+        if failed:
+            raise UpdateError(
+                f"the batch of {panel.keys.shape[0]} rows for {self._name} could not be factored: pivot {int(failed)} "
+                "is not positive. Nothing was changed; C may have drifted (see monitor() and refresh()), or the keys are out of "
+                "scale."
+            )
+        largest = torch.finfo(self._dtype).max
+        if not all(value < largest for value in (gained, size, *finite)):  # a NaN is not
+            raise UpdateError(self._not_finite(panel))
+        left_over = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
+        objective = max(self._objective + sign * gained, 0.0)
+        return _Prepared(rows, whitened, image, Step(left_over, _realised(innovation, left_over), objective, size))
+
+    def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
+        prepared = self._prepare(panel, innovation, sign)
+        self._absorb(prepared.rows, sign)
+        ops.correct_(self._weight, prepared.whitened, prepared.rows, sign)
+        self._image, self._objective = prepared.image, prepared.step.objective
+        self._edits += sign * panel.keys.shape[0]
+        self._version = next(_versions)
+        return prepared.step
+
+    def _absorb(self, rows: Tensor, sign: int) -> None:
+        """Lets `C` go down (or, with sign -1, up) by `U^T U`: waiting in the buffer, or at once."""
+        needed = self._count + rows.shape[0]
+        if self._snapshots:
+            self._grow(needed)
+        elif needed > self._delay:
+            self.flush()
+            needed = rows.shape[0]
+            if needed > self._delay:
+                ops.downdate_(self._base, rows, rows.new_full((needed,), float(sign)))
+                return
+        self._pending[self._count : needed] = rows
+        self._signs[self._count : needed] = sign
+        self._count = needed
+
+    def _empty_buffer(self) -> None:
+        self._pending = self._weight.new_empty(self._delay, self._weight.shape[1])
+        self._signs = self._weight.new_empty(self._delay)
+        self._count = 0
+
+    def _grow(self, needed: int) -> None:
+        if needed <= self._pending.shape[0]:
+            return
+        size = max(needed, 2 * self._pending.shape[0])  # doubling keeps the copies of many small steps linear
+        pending = self._pending.new_empty(size, self._pending.shape[1])
+        signs = self._signs.new_empty(size)
+        pending[: self._count] = self._pending[: self._count]
+        signs[: self._count] = self._signs[: self._count]
+        self._pending, self._signs = pending, signs
+
+    def _not_finite(self, panel: Panel) -> str:
+        return (
+            f"the result of the batch of {panel.keys.shape[0]} rows for {self._name} is beyond the range of "
+            f"{self._dtype}. Nothing was changed; scale the keys and values down, or use float64."
+        )
+
+
+def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`||A^T U||_F` and `||U||_F^2` in float64 scalars, by n x n Gram matrices and not by `A^T U` itself."""
+    rows, whitened = rows.double(), whitened.double()
+    gram = rows @ rows.T
+    return (gram * (whitened @ whitened.T)).sum().clamp_min(0).sqrt(), gram.trace()
+
+
+def _realised(before: Tensor, after: Tensor) -> Tensor:
+    """`1 - ||after_i|| / ||before_i||`, 1 where there was nothing to realise."""
+    start = torch.linalg.vector_norm(before, dim=1)
+    left = torch.linalg.vector_norm(after, dim=1)
+    return torch.where(start > 0, 1 - left / start.clamp_min(torch.finfo(start.dtype).tiny), 1.0)
