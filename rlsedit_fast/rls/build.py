@@ -64,7 +64,7 @@ def build(
     if edits is not None:
         pull = torch.zeros_like(start) if pull is None else pull
         for keys, values, weights in edits.chunks():
-            moment_(precision, keys * weights.sqrt()[:, None])
+            moment_(precision, keys * weights.sqrt()[:, None], backend="auto")
             pull.addmm_(((values - keys @ start.T) * weights[:, None]).T, keys)
     image = precision @ probe
     lower = _factor(precision, prior, name)

@@ -131,7 +131,7 @@ class Prior:
             total = torch.zeros(d_k, d_k, dtype=torch.float64, device=device)
             if self.anchor_keys is not None:
                 for rows in chunks(self.anchor_keys, device):
-                    moment_(total, rows.mul(self.mu))
+                    moment_(total, rows.mul(self.mu), backend="auto")
         total.diagonal().add_(self.lam**2)
         return total
 

@@ -55,8 +55,10 @@ class RLSState:
         delay: how many rows of edits may wait before they are written into C; 0 writes each batch at once.
         dtype: to keep and compute in, float32 or float64; by default float64 for a float64 weight, else float32.
         name: of the layer, for the errors.
+        backend: of the operations, as in `rlsedit_fast.ops`; by default the environment's, else the best there is.
 
     Raises:
+        BackendError: the backend asked for cannot run this layer's operations.
         InputError: the weight, an option or the shape of an anchor is wrong.
         PriorError: the prior's precision is not positive definite.
     """
@@ -70,6 +72,7 @@ class RLSState:
         delay: int = DEFAULT_DELAY,
         dtype: torch.dtype | None = None,
         name: str = "layer",
+        backend: str | None = None,
     ) -> None:
         checks.matrix("weight", weight)
         if 0 in weight.shape:
@@ -81,7 +84,7 @@ class RLSState:
         self._dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         checks.finite(weight=weight.detach().to(self._dtype))
         prior.fit(weight.shape[0], weight.shape[1], name)
-        self._prior, self._delay, self._name = prior, delay, name
+        self._prior, self._delay, self._name, self._backend = prior, delay, name, backend
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
         self._original = weight.detach().to(narrow, copy=True).contiguous()
         self._probe = monitor.probe(weight.shape[1], weight.device)
@@ -93,6 +96,7 @@ class RLSState:
         self._count = 0
         self._empty_buffer()
         self._version = next(_versions)
+        self._rehearse()
 
     @property
     def weight(self) -> Tensor:
@@ -134,7 +138,7 @@ class RLSState:
         """`C [d_k, d_k]` with all pending rows applied, symmetric, as a new tensor."""
         result = self._base.clone()
         if self._count:
-            ops.downdate_(result, self._pending[: self._count], self._signs[: self._count])
+            self._downdate(result)
         return torch.add(result, result.T).mul_(0.5)
 
     @torch.no_grad()
@@ -257,7 +261,7 @@ class RLSState:
         gained, size = torch.stack((energy, change)).tolist()
         if not (math.isfinite(gained) and size < torch.finfo(self._dtype).max):
             raise UpdateError(self._not_finite(panel))
-        ops.correct_(self._weight, weighted, panel.projected, 1)
+        ops.correct_(self._weight, weighted, panel.projected, 1, backend=self._backend)
         self._objective = max(self._objective + gained, 0.0)
         self._version = next(_versions)
         return Step(left_over, _realised(before + shift, left_over), self._objective, size)
@@ -291,8 +295,9 @@ class RLSState:
             return
         if self._snapshots:
             self._base = self._base.clone()
-        ops.downdate_(self._base, self._pending[: self._count], self._signs[: self._count])
-        if self._snapshots or self._pending.shape[0] > self._delay:
+        # A backend that fails here has left the rows pending, and the state what it was.
+        self._downdate(self._base)
+        if self._snapshots:
             self._empty_buffer()
         self._count = 0
 
@@ -377,7 +382,8 @@ class RLSState:
             raise InputError(f"keys has {count} rows, but {self._name} holds {self._edits}; pass edits that went in.")
 
     def _panel(self, keys: Tensor, weights: Tensor) -> Panel:
-        projected = ops.panel(self._base, keys, self._pending[: self._count], self._signs[: self._count])
+        pending, signs = self._pending[: self._count], self._signs[: self._count]
+        projected = ops.panel(self._base, keys, pending, signs, backend=self._backend)
         gram = projected @ keys.T
         return Panel(keys, 1 / weights, projected, 0.5 * (gram + gram.T), self._version)
 
@@ -398,7 +404,9 @@ class RLSState:
 
     def _prepare(self, panel: Panel, innovation: Tensor, sign: int) -> _Prepared:
         """Computes a step and makes sure of it; one host synchronisation, nothing written."""
-        rows, whitened, lower, info = ops.factor(panel.projected, panel.keys, innovation, panel.noise, sign)
+        rows, whitened, lower, info = ops.factor(
+            panel.projected, panel.keys, innovation, panel.noise, sign, backend=self._backend
+        )
         image = self._image + sign * monitor.image_change(self._probe, panel.keys, 1 / panel.noise)
         change, rows_energy = _norms(whitened, rows)
         energy = whitened.double().square().sum()
@@ -415,8 +423,7 @@ class RLSState:
         if failed:
             raise UpdateError(
                 f"the batch of {panel.keys.shape[0]} rows for {self._name} could not be factored: pivot {int(failed)} "
-                "is not positive. Nothing was changed; C may have drifted (see monitor() and refresh()), or the keys are out of "
-                "scale."
+                "is not positive. Nothing was changed; C may have drifted: see monitor() and refresh()."
             )
         largest = torch.finfo(self._dtype).max
         if not all(value < largest for value in (gained, size, *finite)):  # a NaN is not
@@ -427,27 +434,39 @@ class RLSState:
 
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)
-        self._absorb(prepared.rows, sign)
-        ops.correct_(self._weight, prepared.whitened, prepared.rows, sign)
+        self._make_room(prepared.rows.shape[0])
+        ops.correct_(self._weight, prepared.whitened, prepared.rows, sign, backend=self._backend)
+        self._append(prepared.rows, sign)
         self._image, self._objective = prepared.image, prepared.step.objective
         self._edits += sign * panel.keys.shape[0]
         self._version = next(_versions)
+        if self._count > self._delay and not self._snapshots:  # a batch too large to wait
+            self.flush()
         return prepared.step
 
-    def _absorb(self, rows: Tensor, sign: int) -> None:
-        """Lets `C` go down (or, with sign -1, up) by `U^T U`: waiting in the buffer, or at once."""
-        needed = self._count + rows.shape[0]
-        if self._snapshots:
-            self._grow(needed)
-        elif needed > self._delay:
+    def _rehearse(self) -> None:
+        """Runs every operation on a row of zeros, so that a backend that refuses this layer does so now."""
+        d_v, d_k = self._weight.shape
+        keys, values, one = self._weight.new_zeros(1, d_k), self._weight.new_zeros(1, d_v), self._weight.new_ones(1)
+        projected = ops.panel(self._base, keys, keys, one, backend=self._backend)
+        rows, whitened, _, _ = ops.factor(projected, keys, values, one, 1, backend=self._backend)
+        ops.correct_(self._weight, whitened, rows, 1, backend=self._backend)
+        ops.downdate_(self._base, rows, one, backend=self._backend)
+
+    def _downdate(self, base: Tensor) -> None:
+        ops.downdate_(base, self._pending[: self._count], self._signs[: self._count], backend=self._backend)
+
+    def _make_room(self, rows: int) -> None:
+        """Makes the buffer hold `rows` more: by a flush where that is allowed and needed, else by growing."""
+        if self._count + rows > self._delay and not self._snapshots:
             self.flush()
-            needed = rows.shape[0]
-            if needed > self._delay:
-                ops.downdate_(self._base, rows, rows.new_full((needed,), float(sign)))
-                return
-        self._pending[self._count : needed] = rows
-        self._signs[self._count : needed] = sign
-        self._count = needed
+        self._grow(self._count + rows)
+
+    def _append(self, rows: Tensor, sign: int) -> None:
+        end = self._count + rows.shape[0]
+        self._pending[self._count : end] = rows
+        self._signs[self._count : end] = sign
+        self._count = end
 
     def _empty_buffer(self) -> None:
         self._pending = self._weight.new_empty(self._delay, self._weight.shape[1])
