@@ -1,5 +1,10 @@
-"""The operations that the solver is made of, and the choice of who computes them."""
+"""The operations that the solver is made of, and the choice of who computes them.
 
-from rlsedit_fast.ops.reference import correct_, downdate_, factor, moment_, panel
+Every operation takes `backend=`: the name of one backend, which then runs or raises `BackendError`, or `auto`,
+which picks the best one that can run. None means the environment's `RLSEDIT_BACKEND`, and `auto` without it.
+"""
 
-__all__ = ["correct_", "downdate_", "factor", "moment_", "panel"]
+from rlsedit_fast.ops.dispatch import available_backends
+from rlsedit_fast.ops.schemas import correct_, downdate_, factor, moment_, panel
+
+__all__ = ["available_backends", "correct_", "downdate_", "factor", "moment_", "panel"]

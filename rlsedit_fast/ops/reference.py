@@ -6,6 +6,8 @@ and compute in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -85,3 +87,16 @@ def moment_(moment: Tensor, rows: Tensor) -> None:
     """
     rows = rows.to(moment.dtype)
     moment.addmm_(rows.T, rows)
+
+
+OPS = {"panel": panel, "factor": factor, "downdate_": downdate_, "correct_": correct_, "moment_": moment_}
+
+
+def missing() -> str | None:
+    """PyTorch runs everywhere."""
+    return None
+
+
+def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """PyTorch takes every floating dtype and device."""
+    return None

@@ -1,0 +1,40 @@
+# make demo | test | lint | clean. The first run installs into .venv; later ones do so again only when an input of the
+# build has changed.
+
+PYTHON ?= python3
+# The CPU build of torch is enough. It goes first, and pinned, so that nothing below pulls another one in; on a
+# machine whose index offers several builds, choose with e.g. PIP_FLAGS="--index-url ..." or TORCH=torch.
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/rlsedit demo --out demo-out --json demo-out/demo.json
+
+# One thread a worker: the workers fill the cores, and their thread pools would fight over them.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(STAMP): $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
+	$(BIN)/pip install $(PIP_FLAGS) -e ".[test,lint,demo]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f rlsedit_fast/ops/*.so rlsedit_fast/ops/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

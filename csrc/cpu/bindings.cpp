@@ -1,0 +1,36 @@
+// The Python module `rlsedit_fast.ops._cpu`: addresses and sizes in, nothing of torch. `ops/cpu.py` checks the
+// arguments; the interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include "rlsedit/cpu.hpp"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels, called with addresses; use rlsedit_fast.ops.cpu.";
+
+    py::enum_<rlsedit::Isa>(m, "Isa")
+        .value("automatic", rlsedit::Isa::automatic)
+        .value("portable", rlsedit::Isa::portable)
+        .value("avx2", rlsedit::Isa::avx2)
+        .value("avx512", rlsedit::Isa::avx512);
+    m.def("runs", &rlsedit::runs, py::arg("isa"));
+    m.def("panel_workspace", &rlsedit::panel_workspace, py::arg("d"), py::arg("n"), py::arg("threads"));
+    m.def(
+        "panel",
+        [](std::uintptr_t base, int64_t stride, std::uintptr_t keys, std::uintptr_t out, std::uintptr_t workspace,
+           int64_t d, int64_t n, int threads, rlsedit::Isa isa) {
+            rlsedit::panel({reinterpret_cast<const float*>(base), stride, reinterpret_cast<const float*>(keys),
+                            reinterpret_cast<float*>(out), reinterpret_cast<float*>(workspace), d, n, threads},
+                           isa);
+        },
+        py::arg("base"), py::arg("stride"), py::arg("keys"), py::arg("out"), py::arg("workspace"), py::arg("d"),
+        py::arg("n"), py::arg("threads"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "mirror",
+        [](std::uintptr_t base, int64_t stride, int64_t d, int threads) {
+            rlsedit::mirror(reinterpret_cast<float*>(base), stride, d, threads);
+        },
+        py::arg("base"), py::arg("stride"), py::arg("d"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,29 @@
+// The CPU operations: raw pointers and 64-bit sizes, float32, row-major. Arguments are checked by the Python caller.
+#pragma once
+
+#include <cstdint>
+
+namespace rlsedit {
+
+// F = K C. Of the symmetric C only the lower triangle is read.
+struct Panel {
+    const float* base;    // C [d, d], rows `stride` apart
+    int64_t stride;
+    const float* keys;    // K [n, d], contiguous
+    float* out;           // F [n, d], contiguous
+    float* workspace;     // panel_workspace(d, n, threads) floats, aligned to 64 bytes
+    int64_t d, n;
+    int threads;
+};
+
+enum class Isa { automatic, portable, avx2, avx512 };
+
+bool runs(Isa isa);  // is it compiled in, and does this processor have it?
+
+int64_t panel_workspace(int64_t d, int64_t n, int threads);
+void panel(const Panel& arguments, Isa isa);
+
+// Copies the lower triangle of base [d, d] over the upper one.
+void mirror(float* base, int64_t stride, int64_t d, int threads);
+
+}  // namespace rlsedit

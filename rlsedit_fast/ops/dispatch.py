@@ -1,0 +1,105 @@
+"""Which backend runs an operation.
+
+A backend is a module with three names:
+    OPS          its implementations by operation, with the signatures of `reference`;
+    missing()    why it cannot run on this machine, or None;
+    refuses(op, tensors)   why it cannot take these tensors, or None.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from rlsedit_fast.errors import BackendError, InputError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPERATIONS = ("panel", "factor", "downdate_", "correct_", "moment_")
+ENVIRONMENT = "RLSEDIT_BACKEND"
+
+# What `auto` tries, best first, by the device's type. No GPU has run the triton and cuda backends yet, so they are
+# there for whoever names them; they enter this table with the measurement that shows where they win.
+PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    OPS: Mapping[str, Callable[..., Any]]
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine, or None."""
+
+    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        """Why it cannot take these tensors, or None."""
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend's module; importing one imports no Triton and loads no library."""
+    return cast(Backend, importlib.import_module(f"rlsedit_fast.ops.{name}"))
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine; `python -m rlsedit_fast` says why the others cannot."""
+    return tuple(name for name in BACKENDS if load(name).missing() is None)
+
+
+def requested(backend: str | None) -> str:
+    """The backend that the caller, else the environment, else `auto` asks for.
+
+    Raises:
+        InputError: there is no backend of that name.
+    """
+    source = "backend" if backend is not None else ENVIRONMENT
+    name = backend if backend is not None else os.environ.get(ENVIRONMENT) or "auto"
+    if name not in (*BACKENDS, "auto"):
+        raise InputError(f"{source}={name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why the backend cannot run `op` on these tensors, or None if it can."""
+    module = load(name)
+    if op not in module.OPS:
+        return f"it does not implement {op} (only {', '.join(module.OPS)})"
+    return module.missing() or module.refuses(op, tensors)
+
+
+def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The implementation that runs `op` on these tensors.
+
+    Raises:
+        BackendError: the backend was asked for by name and cannot run this.
+    """
+    if backend != "auto":
+        reason = why_not(backend, op, tensors)
+        if reason:
+            raise BackendError(
+                f"backend {backend!r} was asked for and cannot run {op}: {reason}. "
+                f"Ask for 'auto' or 'reference', or see `python -m rlsedit_fast`"
+            )
+        return load(backend).OPS[op]
+    passed_over = []
+    for name in PREFERENCE.get(tensors[0].device.type, ()):
+        reason = why_not(name, op, tensors)
+        if reason is None:
+            break
+        passed_over.append(f"{name}: {reason}")
+    else:
+        name = "reference"
+    _say_once(op, name, tensors[0].device.type, "; ".join(passed_over) or "the best for this device")
+    return load(name).OPS[op]
+
+
+@cache
+def _say_once(op: str, name: str, device: str, why: str) -> None:
+    logger.info("%s on %s runs on backend %r (%s)", op, device, name, why)

@@ -1,0 +1,170 @@
+"""Packages the repository and builds its native parts, each only where its tools are found.
+
+CPU extension (`rlsedit_fast/ops/_cpu.*.so`): needs a C++17 compiler, CMake, pybind11 and Python's headers.
+CUDA library (`rlsedit_fast/ops/librlsedit_cuda.so`): needs nvcc, called directly, so that neither CMake nor
+pybind11 is asked for on a GPU machine. No part needs torch to build.
+
+What cannot be built is left out with a warning, the package then computes in PyTorch, and the outcome of both
+parts is recorded in `rlsedit_fast/ops/_build.json`, which `python -m rlsedit_fast` prints.
+
+Environment:
+    RLSEDIT_BUILD_CPU    0: leave the CPU extension out. 1: fail the install if it cannot be built.
+    RLSEDIT_BUILD_CUDA   The same for the CUDA library.
+    CXX                  The C++ compiler; nvcc uses it too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "librlsedit_cuda.so"
+CUDA_TARGETS = ("80", "90a", "100")
+PTX_TARGET = "80"  # compiled at load time on every newer device that CUDA_TARGETS leaves out
+LOG_TAIL = 1500  # characters of a failed build's log that are worth showing
+
+
+class CannotBuild(Exception):
+    """A part's tools are missing or its compilation failed; the text says which, and what to do."""
+
+
+def find_compiler() -> list[str]:
+    for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if candidate and shutil.which(shlex.split(candidate)[0]):
+            return shlex.split(candidate)
+    raise CannotBuild("no C++ compiler was found: install one (on Debian: apt install g++), or name it in CXX")
+
+
+def run(command: list[str]) -> str:
+    """Runs `command` and returns what it printed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(shlex.join(command), done.stdout, sep="\n", flush=True)
+    if done.returncode:
+        raise CannotBuild(f"`{command[0]}` failed with status {done.returncode}:\n{done.stdout[-LOG_TAIL:].strip()}")
+    return done.stdout
+
+
+def build_cpu(out: Path) -> dict[str, str]:
+    """Builds the CPU extension in a fresh folder (a kept CMake cache would point into a vanished pip environment)."""
+    compiler = find_compiler()
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        raise CannotBuild("CMake was not found: pip install cmake, or install without --no-build-isolation")
+    if importlib.util.find_spec("pybind11") is None:
+        raise CannotBuild("pybind11 was not found: pip install pybind11, or install without --no-build-isolation")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise CannotBuild("Python.h was not found: install Python's headers (on Debian: apt install python3-dev)")
+    import pybind11
+
+    with tempfile.TemporaryDirectory(prefix="rlsedit-cpu-") as folder:
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", folder),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CXX_COMPILER={shutil.which(compiler[0])}",
+            f"-DCMAKE_CXX_FLAGS={shlex.join(compiler[1:])}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        log = run(configure)
+        run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
+    openmp = next((line.split(":", 1)[1] for line in log.splitlines() if "rlsedit OpenMP:" in line), " unknown")
+    return {"compiler": " ".join(compiler), "openmp": openmp.strip()}
+
+
+def build_cuda(out: Path) -> dict[str, str]:
+    """Builds the CUDA library for the targets that this nvcc knows."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise CannotBuild("nvcc was not found: install the CUDA toolkit and put its bin folder on PATH")
+    host = find_compiler()
+    known = run([nvcc, "--list-gpu-code"]).split()
+    targets = [target for target in CUDA_TARGETS if f"sm_{target.rstrip('a')}" in known]
+    if not targets:
+        raise CannotBuild(f"this nvcc compiles for {', '.join(known)}: expected one of sm_{', sm_'.join(CUDA_TARGETS)}")
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    if f"sm_{PTX_TARGET}" in known:
+        codes.append(f"-gencode=arch=compute_{PTX_TARGET},code=compute_{PTX_TARGET}")
+    with tempfile.TemporaryDirectory(prefix="rlsedit-cuda-") as folder:
+        library = Path(folder, CUDA_LIBRARY)
+        sources = sorted(map(str, ROOT.glob("csrc/cuda/*.cu")))
+        run(
+            [
+                nvcc,
+                *("-shared", "-O3", "-std=c++17", "-cudart=static", "--threads=0", "-ccbin", host[0], *codes),
+                *("-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc/include")),
+                *("-o", str(library), *sources),
+            ]
+        )
+        shutil.copy2(library, out / CUDA_LIBRARY)
+    return {"nvcc": nvcc, "targets": ", ".join(f"sm_{target}" for target in targets)}
+
+
+PARTS = {
+    "cpu": ("RLSEDIT_BUILD_CPU", "CPU extension", build_cpu),
+    "cuda": ("RLSEDIT_BUILD_CUDA", "CUDA library", build_cuda),
+}
+
+
+class BuildNative(build_ext):
+    """Builds both parts, or says which it left out and why."""
+
+    def out(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "rlsedit_fast" / "ops"
+
+    def run(self) -> None:
+        out = self.out()
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in (*out.glob("_cpu.*"), out / CUDA_LIBRARY):
+            stale.unlink(missing_ok=True)
+        facts = {part: self.build_part(*PARTS[part], out) for part in PARTS}
+        (out / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def build_part(self, switch: str, what: str, build, out: Path) -> dict[str, object]:
+        wish = os.environ.get(switch, "")
+        if wish not in ("", "0", "1"):
+            raise SystemExit(f"{switch}={wish}: expected 0 (leave the {what} out), 1 (require it) or nothing")
+        if wish == "0":
+            return {"built": False, "reason": f"left out by {switch}=0"}
+        try:
+            return {"built": True, **build(out)}
+        except CannotBuild as error:
+            if wish == "1":
+                raise SystemExit(f"the {what} was required by {switch}=1 and cannot be built: {error}") from error
+            print(
+                f"\nWARNING: rlsedit-fast is installed without its {what}, and computes in PyTorch instead, because "
+                f"{error}\nTo get it, provide what is missing and reinstall with pip install --force-reinstall "
+                f"--no-deps --no-cache-dir; {switch}=1 makes its absence an error.\n",
+                file=sys.stderr,
+            )
+            return {"built": False, "reason": str(error)}
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for pattern in ("_cpu.*", CUDA_LIBRARY, "_build.json") for path in self.out().glob(pattern)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # in an editable install the outputs are made in their place
+
+
+setup(
+    packages=[*find_packages(include=["rlsedit_fast", "rlsedit_fast.*"]), "rlsedit_fast.kernels"],
+    # The folder `kernels/` itself is no package: transformers imports another package of that name.
+    package_dir={"rlsedit_fast.kernels": "kernels/triton"},
+    ext_modules=[Extension("rlsedit_fast.ops._cpu", sources=[])],  # makes the wheel a platform's
+    cmdclass={"build_ext": BuildNative},
+)
