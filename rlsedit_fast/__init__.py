@@ -1,1 +1,10 @@
+"""Recursive least-squares editing of language models: thousands of edits, one after the other.
 
+`Editor` edits a transformers model in place; `RLSState` is the solver alone, which knows tensors and nothing else.
+"""
+
+from rlsedit_fast.editing import Edit, EditConfig, EditRecord, Editor
+from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.rls import Prior, RLSState
+
+__all__ = ["Edit", "EditConfig", "EditRecord", "Editor", "Prior", "RLSEditError", "RLSState"]

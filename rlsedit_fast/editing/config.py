@@ -1,0 +1,109 @@
+"""How a model is edited: every switch of the editor, its meaning and its published default."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.tokens import FactToken
+
+Share = Literal["joint", "memit"]
+Values = Literal["search"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Settings of an `Editor`.
+
+    Attributes:
+        layers: blocks whose MLP output projection is edited; None takes those from an eighth to a quarter of the
+            depth, where the published settings for models without one of their own lie (4 to 8 of 32).
+        layer_module: dotted name of the model's list of blocks, where it is not recognised.
+        projection_module: dotted name of the projection within a block, where it is not recognised.
+        batch_size: edits written at once.
+        fact_token: the token at which the model is edited.
+        share: how the change is divided among the layers: `joint` (closed form over all layers) or `memit`
+            (`R / (m - i + 1)` at the i-th, keys read again after each layer is written).
+        values: how the wanted hidden states are found; `search` is gradient descent.
+        adherence: share of each wanted change that is to be realised; finds mu and lam from the first batch.
+        lam: how firmly the weight itself is held; a number wins over `adherence`.
+        mu: how firmly the anchors are held; a number wins over `adherence`.
+        ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
+        delay: pending rows of each layer's state before they are folded into it.
+        context_prefixes: texts put before a prompt while its value is searched; keys are averaged over them.
+        search_learning_rate: Adam's step on the value.
+        search_steps: most steps of the value search.
+        search_stop_nll: a request leaves the search when, in every context, its target's tokens are ranked first and
+            their mean NLL is at most this (nats).
+        clamp: largest norm of the change of a hidden state, relative to that hidden state.
+        kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out.
+        kl_prompts: prompts about the subject (`{}`) whose next-token distribution is to stay. One whose present
+            answer starts as the edited prompt's own does asks the edited question, and is left out for that edit.
+        weight_decay: weight of `||delta|| / ||h||^2`.
+    """
+
+    layers: tuple[int, ...] | None = None
+    layer_module: str | None = None
+    projection_module: str | None = None
+    batch_size: int = 100
+    fact_token: FactToken = "subject_last"
+    share: Share = "joint"
+    values: Values = "search"
+    adherence: float = 0.95
+    lam: float | None = None
+    mu: float | None = None
+    ridge: float = 0.01
+    delay: int = 128
+    context_prefixes: tuple[str, ...] = ("", "The report says this.", "As everyone knows:")
+    search_learning_rate: float = 0.1
+    search_steps: int = 25
+    search_stop_nll: float = 0.05
+    clamp: float = 0.75
+    kl_factor: float = 0.0625
+    kl_prompts: tuple[str, ...] = ("{} is a",)
+    weight_decay: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot be meant.
+
+        Raises:
+            InputError: naming the field, what was given and what is expected.
+        """
+        if self.layers is not None:
+            if not self.layers or any(not isinstance(layer, int) or layer < 0 for layer in self.layers):
+                raise InputError(f"layers={self.layers!r}: expected at least one block index, counted from 0")
+            if len(set(self.layers)) != len(self.layers):
+                raise InputError(f"layers={self.layers!r}: a layer is named twice; name each once")
+        for name, choices in (("fact_token", FactToken), ("share", Share), ("values", Values)):
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
+        if not 0 < self.adherence < 1:
+            raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
+        for name in ("batch_size", "search_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
+        for name in ("search_learning_rate", "clamp"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}: expected a finite number above 0")
+        for name in ("lam", "mu"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}: expected a finite number of at least 0, or None to calibrate it")
+        if not self.context_prefixes:
+            raise InputError("context_prefixes=(): expected at least one; ('',) stands for the bare prompt")
+        if self.context_prefixes[0]:
+            raise InputError(f"context_prefixes[0]={self.context_prefixes[0]!r}: the first must be '', the bare prompt")
+        wrong = [prompt for prompt in self.kl_prompts if prompt.count("{}") != 1]
+        if wrong:
+            raise InputError(f"kl_prompts {wrong}: expected one '{{}}' in each, where the subject stands")
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The blocks that are edited in a model of `depth` blocks."""
+        if self.layers is not None:
+            return self.layers
+        return tuple(range(depth // 8, depth // 4 + 1)) if depth >= 4 else (0,)

@@ -1,0 +1,91 @@
+"""Edits made ready for a model: checked one and all, then tokenised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models.tokens import Row, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """An edit's texts as tokens.
+
+    Attributes:
+        edit: as asked for.
+        contexts: prompt and target behind each context prefix, the bare prompt first.
+        kl: the prompts whose answers are to stay, without targets.
+    """
+
+    edit: Edit
+    contexts: tuple[Row, ...]
+    kl: tuple[Row, ...]
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, *, longest: int | None
+) -> list[Request]:
+    """Checks and tokenises all edits before anything is done with any of them.
+
+    Args:
+        tokenizer: the model's, with character offsets.
+        edits: at least one.
+        config: the editor's settings.
+        longest: most tokens that the model takes; None where it sets no limit.
+
+    Raises:
+        RequestError: listing every edit that cannot be carried out, by its place in `edits`.
+    """
+    if not edits:
+        raise RequestError("no edits were given; give at least one")
+    requests: list[Request] = []
+    troubles: list[str] = []
+    for place, edit in enumerate(edits):
+        try:
+            requests.append(_prepare_one(tokenizer, edit, config, longest))
+        except RequestError as trouble:
+            troubles.append(f"edit {place}: {trouble}")
+    if troubles:
+        shown = troubles[:10] + ([f"and {len(troubles) - 10} more"] if len(troubles) > 10 else [])
+        raise RequestError(f"{len(troubles)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown))
+    return requests
+
+
+def _prepare_one(
+    tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditConfig, longest: int | None
+) -> Request:
+    if not isinstance(edit, Edit):
+        raise RequestError(f"expected an Edit, got {type(edit).__name__}")
+    for field in ("prompt", "subject", "target"):
+        if not isinstance(getattr(edit, field), str):
+            raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
+    if not edit.target.strip():
+        raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
+    if not 0 < edit.weight < math.inf:
+        raise RequestError(f"weight={edit.weight}: expected a finite number above 0")
+    contexts = tuple(
+        encode(
+            tokenizer,
+            edit.prompt,
+            edit.subject,
+            target=edit.target,
+            prefix=prefix,
+            fact_token=config.fact_token,
+        )
+        for prefix in config.context_prefixes
+    )
+    prompts = config.kl_prompts if config.kl_factor else ()
+    kl = tuple(encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token) for prompt in prompts)
+    widest = max(len(row.ids) for row in (*contexts, *kl))
+    if longest is not None and widest > longest:
+        raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
+    return Request(edit, contexts, kl)

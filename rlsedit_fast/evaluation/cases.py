@@ -1,0 +1,99 @@
+"""Evaluation cases: an edit, and the prompts that show whether it took, spread, and did harm."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+from rlsedit_fast.editing import Edit
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.world import RELATIONS, Person, World
+from rlsedit_fast.world.facts import shuffled
+
+NEIGHBORS = 3
+"""Neighbours asked per case."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what the unedited world answers."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit and what to ask about it.
+
+    Attributes:
+        edit: what the model is told.
+        asked: the edited prompt, with the answer before the edit.
+        paraphrases: the same question under phrasings that editing never sees.
+        neighbors: the same question about people who have the same answer and are not edited.
+        namesakes: the same question about unedited people who share two of the subject's three names, if any.
+        same_subject: other facts of the subject, under phrasings that the KL term does not look at.
+    """
+
+    edit: Edit
+    asked: Question
+    paraphrases: tuple[Question, ...]
+    neighbors: tuple[Question, ...]
+    namesakes: tuple[Question, ...]
+    same_subject: tuple[Question, ...]
+
+
+def world_cases(world: World, count: int, seed: int) -> list[Case]:
+    """`count` false facts about as many different people of a world, in random order.
+
+    Raises:
+        InputError: more edits than people.
+    """
+    if not 1 <= count <= len(world.people):
+        raise InputError(f"edits={count}: expected 1 to {len(world.people)}, the people of the world, one fact each")
+    rng = random.Random(seed)
+    people = shuffled(world.people, rng)
+    edited, spared = people[:count], people[count:]
+    peers: dict[tuple[str, str], list[Person]] = defaultdict(list)
+    sharing: dict[tuple[int, str, str], list[Person]] = defaultdict(list)
+    for person in spared:
+        for name, value in person.facts.items():
+            peers[name, value].append(person)
+        for pair in _name_pairs(person):
+            sharing[pair].append(person)
+    return [_case(person, peers, sharing, rng) for person in edited]
+
+
+def _case(
+    person: Person,
+    peers: dict[tuple[str, str], list[Person]],
+    sharing: dict[tuple[int, str, str], list[Person]],
+    rng: random.Random,
+) -> Case:
+    relation = RELATIONS[int(rng.random() * len(RELATIONS))]
+    old = person.facts[relation.name]
+    target = shuffled([value for value in relation.values if value != old], rng)[0]
+    edited_prompt, *unseen = relation.phrasings
+    namesakes = [other for pair in _name_pairs(person) for other in sharing.get(pair, ())]
+    return Case(
+        Edit(edited_prompt, person.name, target),
+        Question(edited_prompt.format(person.name), old),
+        tuple(Question(phrasing.format(person.name), old) for phrasing in unseen),
+        tuple(
+            Question(edited_prompt.format(other.name), old)
+            for other in shuffled(peers.get((relation.name, old), ()), rng)[:NEIGHBORS]
+        ),
+        tuple(Question(edited_prompt.format(o.name), o.facts[relation.name]) for o in namesakes[:NEIGHBORS]),
+        tuple(
+            Question(phrasing.format(person.name), person.facts[other.name])
+            for other in RELATIONS
+            if other is not relation
+            for phrasing in shuffled(other.phrasings[1:], rng)[:2]
+        ),
+    )
+
+
+def _name_pairs(person: Person) -> list[tuple[int, str, str]]:
+    first, middle, last = person.name.split()
+    return [(0, middle, last), (1, first, last), (2, first, middle)]
