@@ -11,6 +11,7 @@ from torch import Tensor
 from rlsedit_fast.errors import InputError, PriorError
 from rlsedit_fast.ops import moment_
 from rlsedit_fast.rls import checks
+from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.prior import CHUNK, Prior
 
 
@@ -31,17 +32,15 @@ class Edits:
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` gives: `C` and `W` in the solver's dtype, `J`, and `S x` in float64 for the monitor's probe x."""
+    """What `build` gives: `C` and `W` in the solver's dtype, `J`, and the sketch of `S` for the monitor."""
 
     precision_inverse: Tensor
     weight: Tensor
     objective: float
-    image: Tensor
+    sketch: Sketch
 
 
-def build(
-    original: Tensor, prior: Prior, edits: Edits | None, *, probe: Tensor, dtype: torch.dtype, name: str
-) -> Built:
+def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.dtype, name: str) -> Built:
     """The minimiser and its precision inverse by the normal equations in delta form, in float64.
 
     `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, by one Cholesky.
@@ -51,7 +50,6 @@ def build(
         original: `W0 [d_v, d_k]`.
         prior: the prior of the layer.
         edits: the edits the state is to hold, or None for none.
-        probe: `x [d_k]` in float64.
         dtype: of `C` and `W` in the result.
         name: of the layer, for the errors.
 
@@ -66,7 +64,7 @@ def build(
         for keys, values, weights in edits.chunks():
             moment_(precision, keys * weights.sqrt()[:, None], backend="auto")
             pull.addmm_(((values - keys @ start.T) * weights[:, None]).T, keys)
-    image = precision @ probe
+    sketch = Sketch.of(precision)
     lower = _factor(precision, prior, name)
     del precision
     weight, objective = start, 0.0
@@ -74,7 +72,7 @@ def build(
         delta = torch.cholesky_solve(pull.T, lower).T
         weight = start + delta
         objective = prior.energy(start, delta) + _misfit(weight, edits)
-    inverse = torch.cholesky_inverse(lower).to(dtype)
+    inverse = torch.cholesky_inverse(lower).to(dtype).contiguous()
     try:
         checks.finite(precision_inverse=inverse, weight=weight.to(dtype))
     except InputError as error:
@@ -82,7 +80,7 @@ def build(
             f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight beyond the "
             f"range of {dtype}; raise lam or mu, or use float64."
         ) from error
-    return Built(inverse, weight.to(dtype), objective, image)
+    return Built(inverse, weight.to(dtype), objective, sketch)
 
 
 def _misfit(weight: Tensor, edits: Edits | None) -> float:

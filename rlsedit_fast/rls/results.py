@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rlsedit_fast.rls.monitor import Sketch
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:
@@ -68,7 +70,7 @@ class Snapshot:
     signs: Tensor
     count: int
     weight: Tensor
-    image: Tensor
+    sketch: Sketch
     objective: float
     edits: int
     version: int

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError, RemovalError, UpdateError
-from rlsedit_fast.rls import checks, monitor
+from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Edits, build
+from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
 
 DEFAULT_DELAY = 128
 """Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read."""
 
-REMOVAL_PIVOT = 4.0
-"""A removal's pivot, relative to the noise, must exceed this many `sqrt(eps)`. The error of C in the directions of the
-batch grows by the inverse of the pivot, so less than that would leave under half the digits of the dtype there."""
+REMOVAL_PIVOT_POWER = 0.25
+"""A removal's pivots, relative to the noise, must exceed `eps` to this power. With an edit in, C has in its direction
+only a fraction p (the pivot) of the variance c that it had, and an error of about `eps c` from the subtraction. Taking
+the edit out multiplies the variance by `1/p` and the error by `1/p^2`. The relative error of what comes back is then
+`eps / p^2` (so measured), and is allowed to be `sqrt(eps)`: half the digits."""
 
 _versions = itertools.count(1)  # one for all states, so that no panel fits a state it was not taken from
 _orders = itertools.count(1)
@@ -36,7 +39,7 @@ class _Prepared:
 
     rows: Tensor  # U [n, d_k]
     whitened: Tensor  # A [n, d_v]
-    image: Tensor  # S x afterwards
+    sketch: Sketch
     step: Step
 
 
@@ -87,10 +90,9 @@ class RLSState:
         self._prior, self._delay, self._name, self._backend = prior, delay, name, backend
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
         self._original = weight.detach().to(narrow, copy=True).contiguous()
-        self._probe = monitor.probe(weight.shape[1], weight.device)
-        built = build(self._original, prior, None, probe=self._probe, dtype=self._dtype, name=name)
+        built = build(self._original, prior, None, dtype=self._dtype, name=name)
         self._weight = built.weight.clone(memory_format=torch.contiguous_format)
-        self._base, self._image, self._objective = built.precision_inverse, built.image, built.objective
+        self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
         self._count = 0
@@ -157,14 +159,15 @@ class RLSState:
 
     def memory_bytes(self) -> int:
         """Bytes of the tensors that the state keeps, without the anchors of its prior."""
-        kept = (self._base, self._pending, self._signs, self._weight, self._original, self._probe, self._image)
+        kept = [self._base, self._pending, self._signs, self._weight, self._original]
+        kept += [self._sketch.probe, self._sketch.image]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @torch.no_grad()
-    def monitor(self) -> monitor.Monitor:
+    def monitor(self) -> Monitor:
         """How far C has drifted, without the stored keys: `S x` is kept in float64 beside the state."""
         pending, signs = self._pending[: self._count], self._signs[: self._count]
-        return monitor.judge(monitor.residual(self._probe, self._image, self._base, pending, signs), self._dtype)
+        return inspect(self._sketch, self._base, pending, signs)
 
     @torch.no_grad()
     def project(self, keys: Tensor, weights: Tensor | None = None) -> Panel:
@@ -281,9 +284,9 @@ class RLSState:
         """
         keys, weights, (values,) = self._batch(keys, weights, least=0, values=values)
         held = Edits(keys, values, weights) if keys.shape[0] else None
-        built = build(self._original, self._prior, held, probe=self._probe, dtype=self._dtype, name=self._name)
+        built = build(self._original, self._prior, held, dtype=self._dtype, name=self._name)
         self._weight.copy_(built.weight)
-        self._base, self._image, self._objective = built.precision_inverse, built.image, built.objective
+        self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._edits = keys.shape[0]
         self._empty_buffer()
         self._version = next(_versions)
@@ -313,7 +316,7 @@ class RLSState:
             signs=self._signs,
             count=self._count,
             weight=self._weight.clone(),
-            image=self._image,
+            sketch=self._sketch,
             objective=self._objective,
             edits=self._edits,
             version=self._version,
@@ -337,7 +340,7 @@ class RLSState:
         for later in [other for other in self._snapshots if other.order > snapshot.order]:
             self._snapshots.discard(later)
         self._base, self._pending, self._signs = snapshot.base, snapshot.pending, snapshot.signs
-        self._count, self._image, self._objective = snapshot.count, snapshot.image, snapshot.objective
+        self._count, self._sketch, self._objective = snapshot.count, snapshot.sketch, snapshot.objective
         self._edits, self._version = snapshot.edits, snapshot.version
         self._weight.copy_(snapshot.weight)
 
@@ -407,18 +410,21 @@ class RLSState:
         rows, whitened, lower, info = ops.factor(
             panel.projected, panel.keys, innovation, panel.noise, sign, backend=self._backend
         )
-        image = self._image + sign * monitor.image_change(self._probe, panel.keys, 1 / panel.noise)
+        sketch = self._sketch.moved(panel.keys, 1 / panel.noise, sign)
         change, rows_energy = _norms(whitened, rows)
         energy = whitened.double().square().sum()
         pivot = (lower.diagonal().square() / panel.noise).min()
-        numbers = torch.stack([x.double() for x in (info, pivot, energy, change, rows_energy, image.abs().max())])
+        numbers = torch.stack(
+            [x.double() for x in (info, pivot, energy, change, rows_energy, sketch.image.abs().max())]
+        )
         failed, smallest, gained, size, *finite = numbers.tolist()
-        if sign < 0 and (failed or not smallest > REMOVAL_PIVOT * math.sqrt(torch.finfo(self._dtype).eps)):
+        least = torch.finfo(self._dtype).eps ** REMOVAL_PIVOT_POWER
+        if sign < 0 and (failed or not smallest > least):  # a NaN is not
             raise RemovalError(
-                f"{panel.keys.shape[0]} rows cannot be removed from {self._name} accurately in {self._dtype}: they "
-                f"carry nearly all that the state knows of their keys (smallest pivot "
-                f"{'not positive' if failed else format(smallest, '.1e')}, relative to the noise). Nothing was "
-                "changed; rebuild the state from its prior and the remaining edits with refresh(keys, values, weights)."
+                f"{panel.keys.shape[0]} rows cannot be removed from {self._name} accurately in {self._dtype}: they are "
+                f"held so firmly that C has too few digits left in their directions (smallest pivot "
+                f"{'not positive' if failed else format(smallest, '.1e')}, needed {least:.1e}). Nothing was changed; "
+                "rebuild the state from its prior and the remaining edits with refresh(keys, values, weights)."
             )
         if failed:
             raise UpdateError(
@@ -430,14 +436,14 @@ class RLSState:
             raise UpdateError(self._not_finite(panel))
         left_over = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
         objective = max(self._objective + sign * gained, 0.0)
-        return _Prepared(rows, whitened, image, Step(left_over, _realised(innovation, left_over), objective, size))
+        return _Prepared(rows, whitened, sketch, Step(left_over, _realised(innovation, left_over), objective, size))
 
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)
         self._make_room(prepared.rows.shape[0])
         ops.correct_(self._weight, prepared.whitened, prepared.rows, sign, backend=self._backend)
         self._append(prepared.rows, sign)
-        self._image, self._objective = prepared.image, prepared.step.objective
+        self._sketch, self._objective = prepared.sketch, prepared.step.objective
         self._edits += sign * panel.keys.shape[0]
         self._version = next(_versions)
         if self._count > self._delay and not self._snapshots:  # a batch too large to wait
