@@ -83,8 +83,7 @@ def build_cpu(out: Path) -> dict[str, str]:
             configure += ["-G", "Ninja"]
         log = run(configure)
         run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
-    openmp = next((line.split(":", 1)[1] for line in log.splitlines() if "rlsedit OpenMP:" in line), " unknown")
-    return {"compiler": " ".join(compiler), "openmp": openmp.strip()}
+    return {"compiler": shlex.join(compiler), "openmp": "yes" if "rlsedit OpenMP: TRUE" in log else "no, one thread"}
 
 
 def build_cuda(out: Path) -> dict[str, str]:

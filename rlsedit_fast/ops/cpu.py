@@ -15,6 +15,9 @@ from torch import Tensor
 
 from rlsedit_fast.ops import reference
 
+# Edits beyond which torch is faster.
+NATIVE_PANEL_LIMIT = 64
+
 _native: Any = None
 _problem: str | None = None
 try:
@@ -24,15 +27,18 @@ except ImportError as error:
     _problem = f"its native extension cannot be imported ({error}); `python -m rlsedit_fast` says what the build did"
 
 
-def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor, isa: str = "automatic") -> Tensor:
-    """`reference.panel` in float32, reading the lower triangle of `base` only.
+def runs(isa: str) -> bool:
+    """Whether this processor has the instruction set `isa`: portable, avx2 or avx512."""
+    return bool(_native.runs(getattr(_native.Isa, isa)))
+
+
+def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
+    """`K C_base [n, d_k]` in float32, reading the lower triangle only; the same bits for the same thread count.
 
     Args:
         base: `C_base [d_k, d_k]` with contiguous rows.
         keys: `K [n, d_k]`.
-        pending: `U_p [r, d_k]`.
-        signs: `[r]`.
-        isa: the instruction set: automatic, portable, avx2 or avx512.
+        isa: the instruction set, one that `runs`; by default the best for this n.
     """
     n, d = keys.shape
     keys = keys.contiguous()
@@ -50,6 +56,14 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor, isa: str =
         threads=threads,
         isa=getattr(_native.Isa, isa),
     )
+    return projected
+
+
+def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
+    """`reference.panel` in float32, reading the lower triangle of `base` where the native kernel is faster."""
+    if keys.shape[0] > NATIVE_PANEL_LIMIT:
+        return reference.panel(base, keys, pending, signs)
+    projected = native_panel(base, keys)
     if pending.shape[0]:
         projected.addmm_((keys @ pending.T) * signs, pending, alpha=-1)
     return projected

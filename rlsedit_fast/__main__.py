@@ -1,0 +1,6 @@
+"""`python -m rlsedit_fast` prints what runs here; see `doctor`."""
+
+from rlsedit_fast.doctor import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""What runs here, and why the rest does not: versions, machine, backends and the build, in one report.
+
+It imports nothing that may be broken: a package is asked for its version, and a backend for its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlsedit_fast._version import __version__
+from rlsedit_fast.ops import dispatch
+
+BUILD_FACTS = Path(__file__).parent / "ops" / "_build.json"
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's marketing name where Linux tells it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _backend(name: str) -> dict[str, Any]:
+    module = dispatch.load(name)
+    reason = module.missing()
+    return {"available": reason is None, "reason": reason, "operations": [*module.OPS]}
+
+
+def _build() -> dict[str, Any]:
+    """What setup.py recorded."""
+    try:
+        return json.loads(BUILD_FACTS.read_text())
+    except FileNotFoundError:
+        reason = "no build was recorded: install the package with pip install ."
+    except (OSError, ValueError) as error:
+        reason = f"{BUILD_FACTS} cannot be read ({error}): reinstall the package"
+    return {part: {"built": False, "reason": reason} for part in ("cpu", "cuda")}
+
+
+def report() -> dict[str, Any]:
+    """The facts, ready for JSON.
+
+    Returns:
+        `versions` by package (None where it is not installed), `machine`, `backends` (each with `available`,
+        `reason` or None, and `operations`), `backend_wish` (what `RLSEDIT_BACKEND` says, or None) and `build`.
+    """
+    return {
+        "versions": {
+            "rlsedit-fast": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "machine": {
+            "system": platform.platform(),
+            "cpu": _processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+            "gpus": _gpus(),
+        },
+        "backends": {name: _backend(name) for name in dispatch.BACKENDS},
+        "backend_wish": os.environ.get(dispatch.ENVIRONMENT),
+        "build": _build(),
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The report for reading."""
+    machine = facts["machine"]
+    lines = ["Versions"]
+    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in facts["versions"].items()]
+    lines += [
+        "Machine",
+        f"  {machine['system']}",
+        f"  {machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads",
+        f"  GPU: {', '.join(machine['gpus']) or 'none that torch can use'} (torch's CUDA: {machine['cuda'] or 'none'})",
+        "Backends",
+    ]
+    for name, backend in facts["backends"].items():
+        lines.append(f"  {name:<12}{'yes' if backend['available'] else 'no':<6}{', '.join(backend['operations'])}")
+        if backend["reason"]:
+            lines.append(f"                    because {backend['reason']}")
+    if facts["backend_wish"]:
+        lines.append(f"  {dispatch.ENVIRONMENT}={facts['backend_wish']} asks for one by name")
+    lines.append("Build")
+    for part, outcome in facts["build"].items():
+        told = ", ".join(f"{key}: {value}" for key, value in outcome.items() if key != "built")
+        lines.append(f"  {part:<12}{'built' if outcome['built'] else 'not built':<12}{told}".replace("\n", "\n    "))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report, or with `--json` writes it to the file that is named or to standard output."""
+    parser = argparse.ArgumentParser(prog="python -m rlsedit_fast", description=__doc__)
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print the report as JSON, or write it to FILE"
+    )
+    options = parser.parse_args(argv)
+    facts = report()
+    if options.json is None:
+        print(render(facts))
+    elif options.json == "-":
+        print(json.dumps(facts, indent=2))
+    else:
+        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
+    return 0

@@ -1,0 +1,149 @@
+"""Who runs an operation: `auto` picks what can run, a name is kept to or refused, and the seam bears torch.compile."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlsedit_fast import ops
+from rlsedit_fast.errors import BackendError, InputError
+from rlsedit_fast.ops import cpu, dispatch, reference
+
+
+def arguments(op, dtype=torch.float32):
+    """Fresh arguments of each operation, d_k = 6, d_v = 4, n = 3, r = 2."""
+    torch.manual_seed(0)
+    base = torch.eye(6, dtype=dtype) + 0.1
+    keys, pending = torch.randn(3, 6, dtype=dtype), 0.1 * torch.randn(2, 6, dtype=dtype)
+    signs, noise = torch.tensor([1, -1], dtype=dtype), torch.ones(3, dtype=dtype)
+    innovation = torch.randn(3, 4, dtype=dtype)
+    return {
+        "panel": (base, keys, pending, signs),
+        "factor": (keys @ base, keys, innovation, noise, 1),
+        "downdate_": (base, pending, signs),
+        "correct_": (torch.randn(4, 6, dtype=dtype), innovation, keys, -1),
+        "moment_": (base, keys),
+    }[op]
+
+
+def outcome(op, given, function):
+    """What the call returns, or for an operation in place what it leaves in its first argument."""
+    returned = function(*given)
+    return returned if returned is not None else given[0]
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_a_named_backend_runs_or_says_why_not(op, backend):
+    given = arguments(op)
+    reason = dispatch.why_not(backend, op, given[:1])
+    function = getattr(ops, op)
+    if reason is None:
+        function(*given, backend=backend)
+        return
+    kept = given[0].clone()
+    with pytest.raises(BackendError) as error:
+        function(*given, backend=backend)
+    assert repr(backend) in str(error.value)
+    assert reason in str(error.value)
+    assert torch.equal(given[0], kept)
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_auto_takes_float64_to_the_reference(op):
+    given = arguments(op, torch.float64)
+    expected = outcome(op, arguments(op, torch.float64), reference.OPS[op])
+    torch.testing.assert_close(outcome(op, given, getattr(ops, op)), expected, rtol=0, atol=0)
+    with pytest.raises(BackendError, match=r"float32 only|cannot be imported"):
+        getattr(ops, op)(*arguments(op, torch.float64), backend="cpu")
+
+
+def test_auto_does_without_an_extension_that_a_name_insists_on(monkeypatch):
+    monkeypatch.setattr(cpu, "_problem", "it is broken")
+    expected = reference.panel(*arguments("panel"))
+    torch.testing.assert_close(ops.panel(*arguments("panel")), expected, rtol=0, atol=0)
+    assert "cpu" not in ops.available_backends()
+    with pytest.raises(BackendError, match="it is broken"):
+        ops.panel(*arguments("panel"), backend="cpu")
+
+
+def test_the_environment_names_a_backend_and_the_argument_outranks_it(monkeypatch):
+    monkeypatch.setenv("RLSEDIT_BACKEND", "triton")
+    with pytest.raises(BackendError, match="'triton'"):
+        ops.panel(*arguments("panel"))
+    ops.panel(*arguments("panel"), backend="reference")
+    ops.panel(*arguments("panel"), backend="auto")
+    monkeypatch.setenv("RLSEDIT_BACKEND", "")
+    ops.panel(*arguments("panel"))
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(monkeypatch):
+    with pytest.raises(InputError, match="backend='gpu': expected one of auto, reference, cpu, triton, cuda"):
+        ops.panel(*arguments("panel"), backend="gpu")
+    monkeypatch.setenv("RLSEDIT_BACKEND", "fastest")
+    with pytest.raises(InputError, match="RLSEDIT_BACKEND='fastest'"):
+        ops.panel(*arguments("panel"))
+
+
+def test_auto_tells_its_choice_once(caplog):
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="rlsedit_fast.ops.dispatch"):
+        for _ in range(3):
+            ops.panel(*arguments("panel"))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "panel on cpu runs on backend" in message
+
+
+@pytest.mark.parametrize(
+    ("op", "position", "replacement"),
+    [
+        ("panel", 0, torch.ones(6, 5)),
+        ("panel", 0, torch.ones(6)),
+        ("panel", 1, torch.ones(3, 5)),
+        ("panel", 1, torch.ones(3, 6, dtype=torch.float64)),
+        ("panel", 2, torch.ones(())),
+        ("panel", 3, torch.ones(1)),
+        ("factor", 1, torch.ones(2, 6)),
+        ("factor", 2, torch.ones(4, 4)),
+        ("factor", 3, torch.ones(3, 1)),
+        ("factor", 4, 0),
+        ("downdate_", 1, torch.ones(2, 5)),
+        ("downdate_", 2, torch.ones(3)),
+        ("correct_", 0, torch.ones(6, 4)),
+        ("correct_", 2, torch.ones(2, 6)),
+        ("correct_", 3, 2),
+        ("moment_", 0, torch.ones(6, 6, dtype=torch.bfloat16)),
+        ("moment_", 1, torch.ones(3, 5)),
+        ("moment_", 1, torch.ones(3, 6, dtype=torch.int64)),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(op, position, replacement):
+    given = [*arguments(op)]
+    given[position] = replacement
+    with pytest.raises(InputError, match=op):
+        getattr(ops, op)(*given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_schemas_and_fakes_pass_opcheck(op, dtype):
+    torch.library.opcheck(getattr(torch.ops.rlsedit_fast, op).default, arguments(op, dtype))
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_torch_compile_keeps_the_operation_whole(op):
+    function = getattr(ops, op)
+    compiled = torch.compile(lambda *given: function(*given, backend="reference"), backend="eager", fullgraph=True)
+    expected = outcome(op, arguments(op), function)
+    torch.testing.assert_close(outcome(op, arguments(op), compiled), expected)
+
+
+def test_importing_the_operations_imports_neither_triton_nor_transformers():
+    code = "import sys, rlsedit_fast.ops as ops; ops.available_backends(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "rlsedit_fast.ops.reference" in loaded
+    assert not {"triton", "transformers"} & set(loaded)

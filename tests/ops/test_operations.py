@@ -1,0 +1,221 @@
+"""Every backend computes what the float64 reference computes, to what float32 arithmetic allows.
+
+Bounds: a sum of k products in float32, in whatever order, is off by at most k u / (1 - k u) times the sum of the
+products' magnitudes, u = 2^-24. The tests ask for that elementwise (a few roundings added), or for the error of
+torch's own float32 times two.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from rlsedit_fast import ops
+from rlsedit_fast.ops import cpu, dispatch, reference
+
+U = 2.0**-24
+WIDTHS = (1, 3, 17, 64, 100, 257)
+EDITS = (1, 3, 16, 17, 64, 100)
+PENDING = (0, 1, 7)
+
+BACKENDS = [
+    pytest.param("reference", "cpu", id="reference-cpu"),
+    pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param("reference", "cuda", id="reference-cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
+    pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
+]
+
+
+def needs(backend, op):
+    module = dispatch.load(backend)
+    if op not in module.OPS:
+        pytest.skip(f"{backend} does not implement {op}")
+    if module.missing():
+        pytest.skip(module.missing())
+
+
+def bound(terms, magnitude, backend="reference"):
+    """The rounding of sums of `terms` products; a tf32x3 product is good to 2^-21 where a float32 one is to 2^-24."""
+    u = U * (8 if backend == "triton" else 1)
+    return terms * u / (1 - terms * u) * magnitude + torch.finfo(torch.float32).tiny
+
+
+@cache
+def symmetric(d, *, condition=1e5, seed=0):
+    """A float32 matrix, exactly symmetric, with eigenvalues from 1 down to 1 / condition; not to be written to."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
+    matrix = (basis * torch.logspace(0, -torch.tensor(condition).log10().item(), d, dtype=torch.float64)) @ basis.T
+    return ((matrix + matrix.T) / 2).float()
+
+
+def operands(d, n, r, seed=1):
+    """C_base, K, U_p and signs of both kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    pending = 0.1 * torch.randn(r, d, generator=generator)
+    signs = torch.where(torch.arange(r) % 3 == 1, -1.0, 1.0)
+    return symmetric(d), torch.randn(n, d, generator=generator), pending, signs
+
+
+def check_panel(got, base, keys, pending, signs, backend="reference"):
+    base, keys, pending, signs = (t.double().cpu() for t in (base, keys, pending, signs))
+    truth = reference.panel(base, keys, pending, signs)
+    terms = base.shape[0] + pending.shape[0] + 4
+    magnitude = keys.abs() @ base.abs() + (keys.abs() @ pending.abs().T) @ pending.abs()
+    assert got.shape == truth.shape
+    assert ((got.double().cpu() - truth).abs() <= bound(terms, magnitude, backend)).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_panel(backend, device, d):
+    needs(backend, "panel")
+    for n in EDITS:
+        for r in PENDING:
+            given = [t.to(device) for t in operands(d, n, r)]
+            check_panel(ops.panel(*given, backend=backend), *given)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_native_panel_in_every_instruction_set(isa, d):
+    needs("cpu", "panel")
+    if not cpu.runs(isa):
+        pytest.skip(f"this processor has no {isa}")
+    for n in (*EDITS, 8, 33, 49):
+        given = operands(d, n, 0)
+        check_panel(cpu.native_panel(given[0], given[1], isa), *given)
+
+
+def test_native_panel_is_as_good_as_torch():
+    needs("cpu", "panel")
+    base, keys, *_ = operands(700, 48, 0)
+    truth = keys.double() @ base.double()
+    ours, theirs = (cpu.native_panel(base, keys) - truth).norm(), (keys @ base - truth).norm()
+    assert ours <= 2 * theirs
+
+
+def test_native_panel_reads_one_triangle_and_rows_of_any_stride():
+    needs("cpu", "panel")
+    base, keys, _, _ = operands(100, 9, 0)
+    wide = torch.full((100, 113), float("nan"))
+    wide[:, :100] = torch.where(torch.ones(100, 100).tril().bool(), base, float("nan"))
+    assert torch.equal(cpu.native_panel(wide[:, :100], keys), cpu.native_panel(base, keys))
+
+
+def test_native_panel_is_the_same_every_time():
+    needs("cpu", "panel")
+    base, keys, _, _ = operands(300, 20, 0)
+    first = cpu.native_panel(base, keys)
+    assert all(torch.equal(cpu.native_panel(base, keys), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_native_panel_with_any_number_of_threads(threads):
+    needs("cpu", "panel")
+    given = operands(257, 17, 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_panel(cpu.native_panel(*given[:2]), *given)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_factor(backend, device, d, sign):
+    """Backward errors, so that a bad condition is no excuse: L L^T = Sig, L U = F and L A = E to rounding."""
+    needs(backend, "factor")
+    for n in EDITS:
+        base, keys, _, _ = operands(d, n, 0)
+        projected = keys @ base
+        noise = torch.linspace(0.5, 2, n)
+        if sign < 0:  # a removal's noise exceeds what is taken from it
+            noise = noise + 1.1 * torch.linalg.eigvalsh(projected.double() @ keys.double().T)[-1].float()
+        innovation = torch.randn(n, 5, generator=torch.Generator().manual_seed(d))
+        given = [t.to(device) for t in (projected, keys, innovation, noise)]
+        *outputs, info = ops.factor(*given, sign, backend=backend)
+        assert info.item() == 0
+        u, a, lower = (t.double().cpu() for t in outputs)
+        assert torch.equal(lower, lower.tril())
+
+        f, k, e, w = (t.double() for t in (projected, keys, innovation, noise))
+        gram = f @ k.T
+        sigma = w.diag() + sign * (gram + gram.T) / 2
+        magnitude = w.diag() + (f.abs() @ k.abs().T + k.abs() @ f.abs().T) / 2
+        recomposed = (lower @ lower.T - sigma).tril().abs()
+        assert (recomposed <= bound(d + 4, magnitude) + bound(n + 4, lower.abs() @ lower.abs().T)).all()
+        for solved, right in ((u, f), (a, e)):
+            assert solved.shape == right.shape
+            assert ((lower @ solved - right).abs() <= bound(n + 4, lower.abs() @ solved.abs())).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_factor_names_the_pivot_that_is_not_positive(backend, device):
+    needs(backend, "factor")
+    keys = torch.eye(5, 8, device=device)
+    noise = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0], device=device)  # Sig = noise - 0.75: negative at the third
+    *_, info = ops.factor(0.75 * keys, keys, torch.ones(5, 2, device=device), noise, -1, backend=backend)
+    assert info.dtype == torch.int32
+    assert info.item() == 3
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_downdate(backend, device, d):
+    needs(backend, "downdate_")
+    for r in (*PENDING, 33):
+        base, _, pending, signs = operands(d, 1, r)
+        got, *rest = (t.to(device, copy=True) for t in (base, pending, signs))
+        ops.downdate_(got, *rest, backend=backend)
+        truth = base.double()
+        reference.downdate_(truth, pending.double(), signs.double())
+        magnitude = base.double().abs() + pending.double().abs().T @ pending.double().abs()
+        assert ((got.double().cpu() - truth).abs() <= bound(r + 3, magnitude, backend)).all()
+        if backend != "reference":
+            assert torch.equal(got, got.T)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_downdate_writes_nothing_outside_its_matrix(backend, device):
+    needs(backend, "downdate_")
+    base, _, pending, signs = (t.to(device) for t in operands(100, 1, 7))
+    wide = torch.full((103, 117), float("nan"), device=device)
+    wide[:100, :100] = base
+    ops.downdate_(wide[:100, :100], pending, signs, backend=backend)
+    assert wide[:100, :100].isfinite().all()
+    assert wide[100:].isnan().all()
+    assert wide[:100, 100:].isnan().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_correct(backend, device, sign):
+    needs(backend, "correct_")
+    weight, whitened, rows = torch.randn(33, 65), torch.randn(17, 33), torch.randn(17, 65)
+    got = weight.to(device, copy=True)
+    ops.correct_(got, whitened.to(device), rows.to(device), sign, backend=backend)
+    truth = weight.double() + sign * whitened.double().T @ rows.double()
+    magnitude = weight.double().abs() + whitened.double().abs().T @ rows.double().abs()
+    assert ((got.double().cpu() - truth).abs() <= bound(17 + 2, magnitude)).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype):
+    needs(backend, "moment_")
+    if backend == "cpu" and accumulator == torch.float64:
+        pytest.skip("the cpu backend is float32")
+    moment, rows = symmetric(65).to(accumulator), torch.randn(50, 65).to(dtype)
+    got = moment.to(device, copy=True)
+    ops.moment_(got, rows.to(device), backend=backend)
+    truth = moment.double() + rows.double().T @ rows.double()
+    magnitude = moment.double().abs() + rows.double().abs().T @ rows.double().abs()
+    assert got.dtype == accumulator
+    assert ((got.double().cpu() - truth).abs() <= bound(50 + 2, magnitude)).all()

@@ -1,0 +1,155 @@
+"""What an installation holds, and that the repository's layout harms nobody's imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import rlsedit_fast
+from rlsedit_fast._version import __version__
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc", "kernels", "rlsedit_fast")
+
+
+def run(*command, cwd, **environment):
+    """The finished process, its two streams together."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what is built, without what was built."""
+    leave = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "build", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=leave)
+        else:
+            (tmp_path / "source").mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def test_transformers_imports_from_the_root_of_the_repository():
+    done = run(
+        sys.executable, "-c", "import sys; assert not sys.path[0]; from transformers import LlamaForCausalLM", cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_folder_kernels_is_no_package():
+    assert (ROOT / "kernels" / "triton" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_native_sources_know_no_torch():
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert not any("#include" in line and "torch" in line for line in path.read_text().splitlines()), path
+
+
+@pytest.fixture
+def installed():
+    """The installed distribution, where it is the one under test."""
+    try:
+        found = metadata.distribution("rlsedit-fast")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is imported without being installed")
+    return found
+
+
+def test_an_installation_has_the_kernels_the_version_and_the_command(installed):
+    assert importlib.import_module("rlsedit_fast.kernels").__name__ == "rlsedit_fast.kernels"
+    assert installed.version == __version__
+    assert {entry.name: entry.value for entry in installed.entry_points} == {"rlsedit": "rlsedit_fast.cli:main"}
+
+
+def test_the_package_imports_no_transformers():
+    code = "import sys, rlsedit_fast; print('transformers' in sys.modules)"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stdout
+    assert Path(rlsedit_fast.__file__).parent == ROOT / "rlsedit_fast"
+
+
+@pytest.mark.slow
+def test_a_pure_python_wheel_is_whole(source, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        tmp_path,
+    ]
+    done = run(*wheel, cwd=source, RLSEDIT_BUILD_CPU="0", RLSEDIT_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    (made,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        names = set(archive.namelist())
+        facts = json.loads(archive.read("rlsedit_fast/ops/_build.json"))
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "rlsedit_fast").rglob("*.py")}
+    expected |= {f"rlsedit_fast/world/model/{path.name}" for path in (ROOT / "rlsedit_fast/world/model").glob("*.*")}
+    expected |= {f"rlsedit_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.*")}
+    assert expected | {"rlsedit_fast/py.typed"} <= names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not any(name.endswith(".so") or name.startswith(("kernels", "tests")) for name in names)
+    assert facts["cpu"] == {"built": False, "reason": "left out by RLSEDIT_BUILD_CPU=0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["no compiler", "bad source"])
+def test_a_native_part_that_cannot_be_built_is_left_out_in_words(trouble, source, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    environment = {"RLSEDIT_BUILD_CUDA": "0"}
+    if trouble == "no compiler":
+        environment.update(PATH="/nonexistent", CXX="")
+        told = "no C++ compiler was found"
+    else:
+        if not (shutil.which("c++") and shutil.which("cmake") and importlib.util.find_spec("pybind11")):
+            pytest.skip("needs a compiler, CMake and pybind11")
+        for path in source.glob("csrc/cpu/*.cpp"):
+            path.write_text("this is no C++;\n")
+        told = "this is no C++"
+    build = [sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out"]
+
+    done = run(*build, cwd=source, **environment)
+    assert done.returncode == 0, done.stdout
+    assert "WARNING: rlsedit-fast is installed without its CPU extension" in done.stdout
+    facts = json.loads((tmp_path / "out/rlsedit_fast/ops/_build.json").read_text())
+    assert facts["cpu"]["built"] is False
+    assert told in facts["cpu"]["reason"]
+    assert not list(tmp_path.glob("out/rlsedit_fast/ops/_cpu*"))
+
+    done = run(*build, cwd=source, **environment, RLSEDIT_BUILD_CPU="1")
+    assert done.returncode != 0
+    assert "required by RLSEDIT_BUILD_CPU=1" in done.stdout
+    assert told in done.stdout
+
+
+def test_a_switch_with_a_wrong_value_is_refused(source, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    done = run(sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out", cwd=source, RLSEDIT_BUILD_CPU="yes")
+    assert done.returncode != 0
+    assert "RLSEDIT_BUILD_CPU=yes: expected 0" in done.stdout
