@@ -3,7 +3,7 @@
 `Editor` edits a transformers model in place; `RLSState` is the solver alone, which knows tensors and nothing else.
 """
 
-from rlsedit_fast.editing import Edit, EditConfig, EditRecord, Editor
+from rlsedit_fast.editing import Edit, EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.rls import Prior, RLSState
 

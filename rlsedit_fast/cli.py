@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlsedit_fast import doctor
 from rlsedit_fast.errors import RLSEditError
 
 
@@ -28,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.command == "demo":
             return _demo(options)
+        from rlsedit_fast import doctor
+
         return doctor.main([] if options.json is None else ["--json", options.json])
     except RLSEditError as error:
         print(f"rlsedit {options.command}: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.editing.values import Values, search_values
 from rlsedit_fast.errors import InputError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.models.projections import Projection, find_decoder
+from rlsedit_fast.models.projections import find_decoder
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
 
@@ -118,6 +118,11 @@ class Editor:
         """The blocks that are edited, ascending."""
         return tuple(projection.layer for projection in self._projections)
 
+    @property
+    def priors(self) -> list[Prior]:
+        """What holds each edited layer, in the order of `layers`; nothing before calibration or the first edit."""
+        return [state.prior for state in self._states]
+
     def anchor(self, texts: Iterable[str]) -> int:
         """Names what the model is to go on doing: the edited layers' outputs on every token of `texts`.
 
@@ -131,7 +136,7 @@ class Editor:
             InputError: edits were made already, or no text was given.
         """
         if self._states:
-            raise InputError("anchor(): edits were made already under the present anchors; make a new editor for others")
+            raise InputError("anchor(): edits were made already under other anchors; make a new editor")
         with quiet(self.model):
             self._moments, tokens = anchor_moments(self._decoder, self.tokenizer, self._projections, texts)
         return tokens
@@ -156,7 +161,7 @@ class Editor:
             raise InputError("calibrate(): edits were made already under the present priors; make a new editor")
         with quiet(self.model):
             self._states = self._start(self._prepare(edits))
-        return [state.prior for state in self._states]
+        return self.priors
 
     def edit(
         self, edits: Sequence[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
@@ -284,9 +289,7 @@ class Editor:
     ) -> tuple[list[_Told], Tensor]:
         """All layers from one key pass; returns what was told and the change `[n, d_v]` that was realised."""
         keys, _ = request_keys(self._decoder, self._projections, requests)
-        panels = [
-            state.project(key, weights.to(key.device)) for state, key in zip(self._states, keys, strict=True)
-        ]
+        panels = [state.project(key, weights.to(key.device)) for state, key in zip(self._states, keys, strict=True)]
         innovations = joint_innovations(panels, residual)
         values, written = [], torch.zeros_like(residual)
         for state, panel, innovation in zip(self._states, panels, innovations, strict=True):
@@ -406,6 +409,4 @@ class Editor:
 
 def _per_edit(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[_Told]:
     """From `[n, d]` per layer to the rows of each edit."""
-    return [
-        _Told(key, value) for key, value in zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)
-    ]
+    return [_Told(key, value) for key, value in zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)]

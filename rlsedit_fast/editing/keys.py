@@ -87,5 +87,5 @@ def anchor_moments(
     for projection, moment in zip(projections, moments, strict=True):
         moment.div_(tokens)
         if not bool(moment.isfinite().all()):
-            raise InputError(f"{projection.name}: the keys of the anchor texts are not finite; check the model's weights")
+            raise InputError(f"{projection.name}: the anchor texts give keys that are not finite; check the weights")
     return moments, tokens

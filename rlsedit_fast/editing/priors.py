@@ -14,13 +14,10 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.calibrate import assess, choose
 
-
 _LOG_SPAN = 12.0  # mu is looked for within e^12 of the scale at which it equals lam, either way
 
 
-def choose_priors(
-    config: EditConfig, moments: Sequence[Tensor] | None, pilot_keys: Sequence[Tensor]
-) -> list[Prior]:
+def choose_priors(config: EditConfig, moments: Sequence[Tensor] | None, pilot_keys: Sequence[Tensor]) -> list[Prior]:
     """A prior per layer.
 
     Without anchors, or with mu=0, only lam holds the weights, and lam is found from the adherence if it is open.
@@ -41,9 +38,7 @@ def choose_priors(
     if config.share == "memit":
         each = [None] * len(pilot_keys) if moments is None else [[moment] for moment in moments]
         return [
-            prior
-            for layer, keys in zip(each, pilot_keys, strict=True)
-            for prior in _together(config, layer, [keys])
+            prior for layer, keys in zip(each, pilot_keys, strict=True) for prior in _together(config, layer, [keys])
         ]
     return _together(config, moments, pilot_keys)
 

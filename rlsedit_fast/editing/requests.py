@@ -56,13 +56,13 @@ def prepare(
             troubles.append(f"edit {place}: {trouble}")
     if troubles:
         shown = troubles[:10] + ([f"and {len(troubles) - 10} more"] if len(troubles) > 10 else [])
-        raise RequestError(f"{len(troubles)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown))
+        raise RequestError(
+            f"{len(troubles)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown)
+        )
     return requests
 
 
-def _prepare_one(
-    tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditConfig, longest: int | None
-) -> Request:
+def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditConfig, longest: int | None) -> Request:
     if not isinstance(edit, Edit):
         raise RequestError(f"expected an Edit, got {type(edit).__name__}")
     for field in ("prompt", "subject", "target"):

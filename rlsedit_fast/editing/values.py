@@ -111,23 +111,22 @@ def search_values(decoder: Decoder, requests: Sequence[Request], config: EditCon
 def _gather(decoder: Decoder, requests: Sequence[Request], block: int) -> tuple[_Rows, Tensor]:
     """All rows of a batch, and the hidden state `[n, d]`, float32, at each bare prompt's lookup token."""
     listed: list[tuple[int, Row, bool]] = []
-    for owner, request in enumerate(requests):
-        listed += [(owner, row, False) for row in request.contexts]
-        listed += [(owner, row, True) for row in request.kl]
+    for i, request in enumerate(requests):
+        listed += [(i, row, False) for row in request.contexts]
+        listed += [(i, row, True) for row in request.kl]
     device = decoder.device
     ids, mask = pad([row for _, row, _ in listed], device)
     output, logits = block_output(decoder, block, ids, mask)
-    owner = torch.tensor([owner for owner, _, _ in listed], device=device)
+    owner = torch.tensor([i for i, _, _ in listed], device=device)
     lookup = torch.tensor([row.lookup for _, row, _ in listed], device=device)
     last = torch.tensor([row.prompt_length - 1 for _, row, _ in listed], device=device)
     is_kl = torch.tensor([kl for _, _, kl in listed], device=device)
     target = torch.full_like(ids, -1)
-    for i, (_, row, _) in enumerate(listed):
+    for at, (_, row, _) in enumerate(listed):
         stop = row.prompt_length - 1 + len(row.target)
-        target[i, row.prompt_length - 1 : stop] = torch.tensor(row.target, device=device)
+        target[at, row.prompt_length - 1 : stop] = torch.tensor(row.target, device=device)
     every = torch.arange(len(listed), device=device)
-    bare = torch.tensor([i for i, (_, row, _) in enumerate(listed) if row is requests[listed[i][0]].contexts[0]])
-    bare = bare.to(device)
+    bare = torch.tensor([at for at, (i, row, _) in enumerate(listed) if row is requests[i].contexts[0]], device=device)
     answers = logits[every, last].argmax(-1)
     # A KL prompt whose answer is the one being edited away would hold what is to change.
     is_kl &= answers != answers[bare][owner]

@@ -75,7 +75,12 @@ def _case(
     old = person.facts[relation.name]
     target = shuffled([value for value in relation.values if value != old], rng)[0]
     edited_prompt, *unseen = relation.phrasings
-    namesakes = [other for pair in _name_pairs(person) for other in sharing.get(pair, ())]
+    namesakes = [
+        other
+        for pair in _name_pairs(person)
+        for other in sharing.get(pair, ())
+        if other.facts[relation.name] != target  # who has it already could not show harm
+    ]
     return Case(
         Edit(edited_prompt, person.name, target),
         Question(edited_prompt.format(person.name), old),

@@ -31,10 +31,9 @@ CONFIG = EditConfig(
     search_learning_rate=0.3,
     search_steps=40,
 )
-"""The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked about in others."""
+"""The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others."""
 
 _ANCHOR_SENTENCES = 4000
-_BARE = {"kl_factor": 0.0}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Age:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to a prompt before, after, and when loaded again from its checkpoint by plain transformers."""
+    """What the model says to a prompt before, after, and when plain transformers has loaded its checkpoint."""
 
     kind: str
     prompt: str
@@ -111,7 +110,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     answers_reloaded = _say(*_reload(out / "model"), [question.prompt for _, question in questions])
 
     bare_model, _ = load_demo_model()
-    bare = _stream(bare_model, tokenizer, cases, before, replace(config, **_BARE), anchors, "again without KL")
+    bare = _stream(bare_model, tokenizer, cases, before, replace(config, kl_factor=0.0), anchors, "again without KL")
 
     answers = [
         Answer(kind, question.prompt, *said)

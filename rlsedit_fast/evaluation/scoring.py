@@ -31,14 +31,12 @@ class Score:
     exact: bool
 
 
-def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]]
-) -> list[Score]:
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]]) -> list[Score]:
     """Scores each (prompt, answer) of `asked`, in order; rows of like length share a batch."""
     rows = [encode_plain(tokenizer, prompt, answer) for prompt, answer in asked]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     scores: dict[int, Score] = {}
-    device = model.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().get_parameter("weight").device
     for at in range(0, len(order), _ROWS_AT_ONCE):
         chosen = order[at : at + _ROWS_AT_ONCE]
         ids, mask = pad([rows[i] for i in chosen], device)

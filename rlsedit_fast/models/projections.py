@@ -65,7 +65,8 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids are sent to: the device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().get_parameter("weight").device
+        return device
 
     def select(self, layers: Sequence[int]) -> list[Projection]:
         """The projections of `layers`, in ascending order.
@@ -100,14 +101,18 @@ def find_decoder(
     modules = dict(model.named_modules())
     blocks = modules.get(blocks_name)
     if not isinstance(blocks, nn.ModuleList):
-        raise ModelError(f"layer_module={blocks_name!r} is not a module list of this model; name the list of its blocks")
+        raise ModelError(
+            f"layer_module={blocks_name!r} is not a module list of this model; name the list of its blocks"
+        )
     projections = []
     for layer, block in enumerate(blocks):
         inner = projection_module or _find_projection(model, f"{blocks_name}.{layer}", block)
         name = f"{blocks_name}.{layer}.{inner}"
         module = modules.get(name)
         if module is None:
-            raise ModelError(f"projection_module={inner!r}: the model has no module {name!r}; name one within the block")
+            raise ModelError(
+                f"projection_module={inner!r}: the model has no module {name!r}; name one within the block"
+            )
         projections.append(Projection(layer, name, module, _is_transposed(name, module)))
     return Decoder(model, list(blocks), projections)
 

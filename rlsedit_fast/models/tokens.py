@@ -46,7 +46,9 @@ def fill(prompt: str, subject: str) -> tuple[str, int]:
         RequestError: an empty subject, several `{}`, or no single place for the subject.
     """
     if not subject.strip():
-        raise RequestError(f"prompt {prompt!r}: the subject {subject!r} is empty; give the words that the fact is about")
+        raise RequestError(
+            f"prompt {prompt!r}: the subject {subject!r} is empty; give the words that the fact is about"
+        )
     holes = prompt.count("{}")
     if holes == 1:
         start = prompt.index("{}")

@@ -1,0 +1,351 @@
+"""Edits take, can be taken back, and are wholly there or not at all."""
+
+import math
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
+from rlsedit_fast.evaluation.scoring import score
+
+NAMES = ["Toze Lado Rekuno", "Fado Veta Voluvu", "Lado Toze", "Veta Fado Rekuno", "Voluvu Lado", "Toze Fado Veta"]
+EDITS = [
+    rf.Edit("{} lives in", NAMES[0], "Port Alder"),
+    rf.Edit("The native language of {} is", NAMES[1], "Kubeish"),
+    rf.Edit("{} works as a", NAMES[2], "mason"),
+    rf.Edit("{} plays the", NAMES[3], "organ", weight=2.0),
+    rf.Edit("{} lives in", NAMES[4], "Old Corran"),
+    rf.Edit("Friends love to hear {} play the", NAMES[5], "clarinet"),
+]
+ANCHORS = [f"{a} lives in Port Garnet . {b} speaks Nafiish ." for a in NAMES for b in NAMES[::-1]]
+
+
+def config(**changes):
+    base = {
+        "layers": (1, 2),
+        "batch_size": 2,
+        "context_prefixes": ("", "People speak ."),
+        "search_learning_rate": 0.3,
+        "clamp": 4.0,
+        "adherence": 0.9,
+    }
+    return rf.EditConfig(**{**base, **changes})
+
+
+def make_editor(model, tokenizer, **changes):
+    editor = rf.Editor(model, tokenizer, config=config(**changes))
+    editor.anchor(ANCHORS)
+    return editor
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(before, model):
+    now = model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in before.items())
+
+
+def target_nll(model, tokenizer, edits=EDITS):
+    return [s.nll for s in score(model, tokenizer, [(e.prompt.replace("{}", e.subject), e.target) for e in edits])]
+
+
+@pytest.mark.parametrize("share", ["joint", "memit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name, dtype, share):
+    model = make_model(name, dtype)
+    before, start = target_nll(model, tokenizer), weights(model)
+    editor = make_editor(model, tokenizer, share=share)
+    records = editor.edit(EDITS)
+    assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
+    assert [r.batch for r in records] == [1, 1, 2, 2, 3, 3]
+    changed = [key for key, value in start.items() if not torch.equal(value, model.state_dict()[key])]
+    assert len(changed) == 2, "nothing but the two edited projections is written"
+    assert editor.history() == records
+    editor.undo([records[4].id, records[0].id])
+    editor.undo([r.id for r in records if r.id not in (1, 5)])
+    assert {r.state for r in editor.history()} == {"undone"}
+    for key, value in start.items():
+        now = model.state_dict()[key]
+        if dtype == torch.float32:
+            torch.testing.assert_close(now, value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+        else:
+            assert float((now != value).float().mean()) < 0.01, "all but a handful of last bits are back"
+
+
+@pytest.mark.parametrize("share", ["joint", "memit"])
+def test_undo_leaves_the_state_of_a_model_never_told(make_model, tokenizer, share):
+    """The remaining edits' own keys and values, solved at once in float64, give the same weights."""
+    from rlsedit_fast.rls.reference import solve_all
+
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer, share=share)
+    records = editor.edit(EDITS)
+    editor.undo([records[1].id, records[4].id])
+    kept = [editor._told[r.id] for r in editor.history() if r.state == "active"]
+    for layer, state in enumerate(editor._states):
+        keys = torch.stack([told.keys[layer] for told in kept])
+        values = torch.stack([told.values[layer] for told in kept])
+        importance = torch.tensor([r.weight for r in editor.history() if r.state == "active"])
+        weight, _, _ = solve_all(state.original, state.prior, keys, values, importance)
+        error = (state.weight.double() - weight).norm() / weight.norm()
+        assert float(error) < 1e-4
+        projection = editor._projections[layer]
+        assert torch.equal(projection.weight, state.weight)
+
+
+def test_joint_share_realises_what_the_pilot_promised(make_model, tokenizer):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer, adherence=0.8, batch_size=6)
+    records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
+    mean = sum(r.realised for r in records) / len(records)
+    assert abs(mean - 0.8) < 0.1
+
+
+def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
+    priors, realised = [], []
+    for adherence in (0.5, 0.99):
+        editor = make_editor(make_model("llama"), tokenizer, adherence=adherence, batch_size=6)
+        realised.append(sum(r.realised for r in editor.edit(EDITS)))
+        priors.append(editor.priors[0])
+    assert realised[1] > realised[0] + 1
+    assert priors[1].mu < priors[0].mu
+    assert priors[1].lam < priors[0].lam
+
+
+def test_explicit_numbers_win(make_model, tokenizer):
+    for given in ({"lam": 0.3, "mu": 7.0}, {"lam": 0.3}, {"mu": 7.0}):
+        editor = make_editor(make_model("llama"), tokenizer, **given)
+        for prior in editor.calibrate(EDITS):
+            for name, value in given.items():
+                assert getattr(prior, name) == value
+            assert prior.lam > 0
+            assert prior.mu > 0
+
+
+def test_open_mu_beside_a_given_lam_shows_the_adherence(make_model, tokenizer):
+    editor = make_editor(make_model("llama"), tokenizer, lam=0.01, adherence=0.8, batch_size=6)
+    records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
+    assert abs(sum(r.realised for r in records) / len(records) - 0.8) < 0.1
+
+
+def test_without_anchors_the_weight_alone_is_held_and_said_so(make_model, tokenizer, caplog):
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config())
+    priors = editor.calibrate(EDITS)
+    assert "no anchors" in caplog.text
+    assert all(p.mu == 0 and p.lam > 0 for p in priors)
+
+
+def test_deviation_stays_within_its_bound(make_model, tokenizer):
+    editor = make_editor(make_model("gpt2"), tokenizer)
+    assert editor.deviation() == []
+    editor.edit(EDITS)
+    for layer in editor.deviation():
+        assert 0 < layer.weight <= layer.weight_bound
+        assert math.isfinite(layer.anchor_bound)
+
+
+def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS)
+    new = rf.Edit(EDITS[0].prompt, EDITS[0].subject, "Lake Briar")
+    before = target_nll(model, tokenizer, [new])[0]
+    record = editor.replace(1, target="Lake Briar")
+    assert target_nll(model, tokenizer, [new])[0] < before
+    assert [r.state for r in editor.history()] == ["replaced", *["active"] * 6]
+    assert record == editor.history()[-1]
+    with pytest.raises(InputError, match="not those of active edits"):
+        editor.undo(1)
+
+
+@pytest.mark.parametrize("share", ["joint", "memit"])
+def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model, tokenizer, monkeypatch, share):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer, share=share)
+    editor.edit(EDITS[:2])
+    start = weights(model)
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._states]
+
+    def fails(*_args):
+        raise UpdateError("made to fail")
+
+    monkeypatch.setattr(editor._states[-1], "update_projected", fails)
+    with pytest.raises(UpdateError, match="made to fail"):
+        editor.edit(EDITS[2:4])
+    monkeypatch.undo()
+    assert_same(start, model)
+    for state, (weight, inverse, objective, edits) in zip(editor._states, states, strict=True):
+        assert torch.equal(state.weight, weight)
+        assert torch.equal(state.precision_inverse(), inverse)
+        assert (state.objective, state.edits) == (objective, edits)
+    assert len(editor.history()) == 2
+    editor.edit(EDITS[2:4])
+    assert len(editor.history()) == 4
+
+
+def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS)
+    start = weights(model)
+
+    def fails(*_args, **_kwargs):
+        raise UpdateError("made to fail")
+
+    monkeypatch.setattr(editor_module, "search_values", fails)
+    with pytest.raises(UpdateError):
+        editor.replace(3, target="pilot")
+    assert_same(start, model)
+    assert [r.state for r in editor.history()] == ["active"] * 6
+
+
+def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokenizer, monkeypatch):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    real, calls = editor_module.search_values, []
+
+    def fails_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise UpdateError("made to fail")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(editor_module, "search_values", fails_third)
+    with pytest.raises(UpdateError, match="first 4 of 6"):
+        editor.edit(EDITS)
+    assert len(editor.history()) == 4
+
+
+BAD = [
+    ([], "no edits"),
+    ([rf.Edit("{} lives in", "", "Port Alder")], "subject '' is empty"),
+    ([rf.Edit("{} lives in", "Lado", " ")], "target ' ' is empty"),
+    ([rf.Edit("He lives in", "Lado", "Port Alder")], "exactly once"),
+    ([rf.Edit("{} and {}", "Lado", "Port Alder")], "found 2"),
+    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=0.0)], "weight=0.0"),
+    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=float("nan"))], "weight=nan"),
+    ([rf.Edit("{} " + "speaks " * 100, "Lado", "Port Alder")], "the model takes 64"),
+    ([rf.Edit("{} lives in", 3, "Port Alder")], "subject=3"),
+    (["Lado lives in Port Alder"], "expected an Edit"),
+]
+
+
+@pytest.mark.parametrize(("edits", "message"), BAD)
+def test_bad_request_is_refused_and_nothing_changed(make_model, tokenizer, edits, message):
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS[:2])
+    start, history = weights(model), editor.history()
+    with pytest.raises(RequestError, match=message):
+        editor.edit([*EDITS[2:4], *edits] if edits else edits)
+    assert_same(start, model)
+    assert editor.history() == history
+
+
+def test_all_bad_requests_of_a_call_are_named(make_model, tokenizer):
+    editor = make_editor(make_model("llama"), tokenizer)
+    with pytest.raises(RequestError, match=r"(?s)2 of 4 .*edit 1: .*edit 3: "):
+        editor.edit([EDITS[0], rf.Edit("x", "y", "z"), EDITS[1], rf.Edit("{} is", "Lado", "")])
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_nan_in_the_model_is_an_error_and_writes_nothing(make_model, tokenizer, layer):
+    """In an edited layer it is seen at once; elsewhere, when the search meets it."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[layer].mlp.down_proj.weight[0, 0] = float("nan")
+    if layer == 1:
+        with pytest.raises(InputError, match="not finite"):
+            rf.Editor(model, tokenizer, config=config())
+        return
+    editor = make_editor(model, tokenizer)
+    start = weights(model)
+    with pytest.raises(RLSEditError, match="not finite"):
+        editor.edit(EDITS)
+    now = model.state_dict()
+    assert all(torch.equal(value.nan_to_num(), now[key].nan_to_num()) for key, value in start.items())
+    assert editor.history() == []
+
+
+def test_wrong_settings_are_refused(make_model, tokenizer):
+    for changes, message in [
+        ({"layers": ()}, "layers"),
+        ({"layers": (1, 1)}, "twice"),
+        ({"adherence": 1.0}, "adherence"),
+        ({"share": "equal"}, "share='equal'"),
+        ({"values": "guess"}, "values='guess'"),
+        ({"fact_token": "middle"}, "fact_token"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"clamp": 0.0}, "clamp"),
+        ({"lam": -1.0}, "lam"),
+        ({"mu": math.inf}, "mu"),
+        ({"ridge": -0.1}, "ridge"),
+        ({"kl_prompts": ("who is",)}, "kl_prompts"),
+        ({"context_prefixes": ()}, "context_prefixes"),
+        ({"context_prefixes": ("So .",)}, "first must be ''"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            config(**changes)
+    with pytest.raises(ModelError, match="0 to 3"):
+        rf.Editor(make_model("llama"), tokenizer, config=config(layers=(4,)))
+    with pytest.raises(InputError, match="mu=2.0"):
+        rf.Editor(make_model("llama"), tokenizer, config=config(mu=2.0)).edit(EDITS)
+
+
+def test_anchors_and_priors_are_fixed_once_edits_are_made(make_model, tokenizer):
+    editor = make_editor(make_model("llama"), tokenizer)
+    editor.edit(EDITS[:1])
+    with pytest.raises(InputError, match="anchor"):
+        editor.anchor(ANCHORS)
+    with pytest.raises(InputError, match="calibrate"):
+        editor.calibrate(EDITS)
+    with pytest.raises(InputError, match="anchor texts"):
+        rf.Editor(make_model("llama"), tokenizer, config=config()).anchor([])
+
+
+def test_default_layers_follow_the_depth():
+    assert [rf.EditConfig().layers_of(depth) for depth in (1, 4, 12, 32)] == [(0,), (0, 1), (1, 2, 3), (4, 5, 6, 7, 8)]
+
+
+def test_saved_checkpoint_reloads_in_plain_transformers(model, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS[:2])
+    editor.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    encoded = AutoTokenizer.from_pretrained(tmp_path)("Toze Lado Rekuno lives in", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(again(encoded["input_ids"]).logits, model(encoded["input_ids"]).logits)
+
+
+def test_from_pretrained_edits_a_checkpoint(make_model, tokenizer, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    editor = rf.Editor.from_pretrained(tmp_path, config=config(), dtype=torch.bfloat16)
+    assert editor.model.dtype == torch.bfloat16
+    editor.anchor(ANCHORS)
+    assert editor.edit(EDITS[:1])[0].state == "active"
+
+
+def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
+    """The model's bf16 weight is the float32 master rounded once, not a sum of rounded steps."""
+    model = make_model("llama", torch.bfloat16)
+    editor = make_editor(model, tokenizer, batch_size=1)
+    editor.edit(EDITS)
+    for projection, state in zip(editor._projections, editor._states, strict=True):
+        assert state.weight.dtype == torch.float32
+        assert torch.equal(projection.weight, state.weight.bfloat16())
+        assert not torch.equal(projection.weight.float(), state.weight)
+
+
+def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer):
+    model = make_model("llama").train()
+    make_editor(model, tokenizer).edit(EDITS[:1])
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,157 @@
+"""The value search on a batch finds what each request alone would, and stops each by its own rule."""
+
+import pytest
+import torch
+
+from rlsedit_fast.editing import Edit, EditConfig
+from rlsedit_fast.editing.requests import prepare
+from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.projections import find_decoder
+
+EDITS = [
+    Edit("{} lives in", "Toze Lado Rekuno", "Port Alder"),
+    Edit("The native language of {} is", "Fado Veta", "Kubeish"),
+    Edit("For a living , {} is employed as a", "Lado", "mason"),
+]
+CONFIG = EditConfig(
+    layers=(1, 2),
+    context_prefixes=("", "People speak ."),
+    search_steps=12,
+    search_learning_rate=0.3,
+    search_stop_nll=1.0,
+    clamp=4.0,
+    kl_prompts=("{} is a", "{} speaks"),
+)
+
+
+def search(model, tokenizer, edits, config=CONFIG):
+    with quiet(model):
+        return search_values(
+            find_decoder(model), prepare(tokenizer, edits, config, longest=64), config, block=max(config.layers)
+        )
+
+
+def plain_search(model, tokenizer, edit, config):
+    """The same loss written for one request through the whole model, as the field does it."""
+    (request,) = prepare(tokenizer, [edit], config, longest=64)
+    block = find_decoder(model).blocks[max(config.layers)]
+    bare = request.contexts[0]
+    with torch.no_grad():
+        first = model(torch.tensor([bare.ids])).logits[0, bare.prompt_length - 1].argmax()
+        before = {
+            i: logits.log_softmax(-1)
+            for i, row in enumerate(request.kl)
+            for logits in (model(torch.tensor([row.ids])).logits[0, -1],)
+            if logits.argmax() != first
+        }
+    start = []
+    handle = block.register_forward_hook(
+        lambda _m, _i, out: start.append((out[0] if isinstance(out, tuple) else out)[0, bare.lookup].detach().clone())
+    )
+    with torch.no_grad():
+        model(torch.tensor([bare.ids]))
+    handle.remove()
+    h = start[0]
+    delta = torch.zeros_like(h, requires_grad=True)
+    lookup = [0]
+
+    def add(_m, _i, out):
+        hidden = (out[0] if isinstance(out, tuple) else out).clone()
+        hidden[0, lookup[0]] += delta
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    def logits_of(row):
+        lookup[0] = row.lookup
+        return model(torch.tensor([row.ids])).logits[0]
+
+    optimizer = torch.optim.Adam([delta], lr=config.search_learning_rate)
+    handle = block.register_forward_hook(add)
+    try:
+        for step in range(config.search_steps + 1):
+            nlls, right = [], True
+            for row in request.contexts:
+                scores = logits_of(row)[row.prompt_length - 1 : -1].log_softmax(-1)
+                target = torch.tensor(row.target)
+                nlls.append(-scores.gather(1, target[:, None]).mean())
+                right &= bool((scores.argmax(-1) == target).all())
+            worst = max(float(nll) for nll in nlls)
+            done = right and worst <= config.search_stop_nll
+            if done or step == config.search_steps:
+                return delta.detach().clone(), step, done
+            kls = [
+                (was.exp() * (was - logits_of(request.kl[i])[-1].log_softmax(-1))).sum() for i, was in before.items()
+            ]
+            loss = torch.stack(nlls).mean() + config.weight_decay * delta.norm() / h.norm() ** 2
+            if kls:
+                loss = loss + config.kl_factor * torch.stack(kls).mean()
+            optimizer.zero_grad()
+            (delta.grad,) = torch.autograd.grad(loss, delta)
+            optimizer.step()
+            with torch.no_grad():
+                delta *= min(1.0, config.clamp * float(h.norm()) / float(delta.norm()))
+    finally:
+        handle.remove()
+
+
+def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer):
+    found = search(model, tokenizer, EDITS)
+    ended = set()
+    for i, edit in enumerate(EDITS):
+        delta, steps, done = plain_search(model, tokenizer, edit, CONFIG)
+        assert int(found.steps[i]) == steps
+        assert bool(found.converged[i]) == done
+        # Adam divides by the gradient's own size, so rounding of eps grows with the steps, not with the gradients.
+        torch.testing.assert_close(found.delta[i], delta, rtol=2e-3, atol=2e-3 * float(delta.norm()))
+        ended.add(steps)
+    assert len(ended) > 1, "the requests stop at different steps, or this shows nothing of the per-request stop"
+
+
+def test_value_makes_the_target_likelier(model, tokenizer):
+    found = search(model, tokenizer, EDITS)
+    untouched = search(model, tokenizer, EDITS, EditConfig(**{**vars(CONFIG), "clamp": 1e-9}))
+    assert bool((found.nll < untouched.nll).all())
+
+
+def test_clamp_bounds_the_change(model, tokenizer):
+    tight = EditConfig(**{**vars(CONFIG), "clamp": 0.2, "search_stop_nll": 0.0})
+    found = search(model, tokenizer, EDITS, tight)
+    loose = search(model, tokenizer, EDITS, EditConfig(**{**vars(tight), "clamp": 100.0}))
+    assert bool((found.delta.norm(dim=1) < loose.delta.norm(dim=1)).all())
+    assert not bool(found.converged.any())
+    assert found.steps.tolist() == [tight.search_steps] * 3
+
+
+def test_kl_term_holds_what_follows_its_prompt(model, tokenizer):
+    """A large weight on KL(before || after) keeps the distribution that the search without it changes."""
+    held = EditConfig(**{**vars(CONFIG), "kl_factor": 100.0, "search_stop_nll": 0.0})
+    free = EditConfig(**{**vars(held), "kl_factor": 0.0})
+    decoder = find_decoder(model)
+
+    def moved(config):
+        delta = search(model, tokenizer, EDITS, config).delta
+        total = 0.0
+        for i, request in enumerate(prepare(tokenizer, EDITS, held, longest=64)):
+            for row in request.kl:
+
+                def add(_m, _i, out, row=row, i=i):
+                    hidden = (out[0] if isinstance(out, tuple) else out).clone()
+                    hidden[0, row.lookup] += delta[i]
+                    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+                with torch.no_grad():
+                    was = model(torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)
+                    handle = decoder.blocks[2].register_forward_hook(add)
+                    now = model(torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)
+                    handle.remove()
+                total += float((was.exp() * (was - now)).sum())
+        return total
+
+    assert moved(held) < 0.5 * moved(free)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision_model_keeps_a_float32_value(make_model, tokenizer, name):
+    found = search(make_model(name, torch.bfloat16), tokenizer, EDITS)
+    assert found.delta.dtype == torch.float32
+    assert bool(found.nll.isfinite().all())

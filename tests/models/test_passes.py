@@ -1,0 +1,80 @@
+"""Short passes give what whole passes give, and leave the model as it was."""
+
+import pytest
+import torch
+
+from rlsedit_fast.models.passes import block_output, hidden_of, quiet, read_keys, resume_above
+from rlsedit_fast.models.projections import find_decoder
+
+
+@pytest.fixture
+def batch(tokenizer):
+    torch.manual_seed(0)
+    ids = torch.randint(4, len(tokenizer), (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return ids, mask
+
+
+def test_keys_are_the_projections_inputs(model, batch):
+    decoder = find_decoder(model)
+    seen = {}
+    for projection in decoder.projections:
+        projection.module.register_forward_pre_hook(lambda _m, inputs, layer=projection.layer: seen.update({layer: inputs[0]}))
+    model(input_ids=batch[0], attention_mask=batch[1])
+    whole = dict(seen)
+    seen.clear()
+    keys, hidden = read_keys(decoder, decoder.projections[:2], *batch)
+    assert sorted(seen) == [0, 1], "the pass goes no deeper than the deepest projection"
+    assert hidden is None
+    for layer in (0, 1):
+        assert torch.equal(keys[layer], whole[layer])
+
+
+def test_hidden_state_is_the_blocks_output(model, batch):
+    decoder = find_decoder(model)
+    output, _ = block_output(decoder, 2, *batch)
+    keys, hidden = read_keys(decoder, decoder.projections[:2], *batch, block=2)
+    assert sorted(keys) == [0, 1]
+    assert torch.equal(hidden, hidden_of(output))
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, block):
+    decoder = find_decoder(model)
+    output, logits = block_output(decoder, block, *batch)
+    ran = []
+    for projection in decoder.projections:
+        projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
+    with torch.no_grad(), resume_above(decoder, block) as state:
+        state["output"] = output
+        resumed = model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
+        assert ran == list(range(block + 1, 4))
+    real = batch[1].bool()
+    assert torch.equal(resumed[real], logits[real])
+    assert all("forward" not in module.__dict__ for module in decoder.blocks)
+
+
+def test_a_failing_pass_leaves_no_patch_and_no_hook(model, batch):
+    decoder = find_decoder(model)
+
+    class Stop(Exception):
+        pass
+
+    with pytest.raises(Stop), resume_above(decoder, 1):
+        raise Stop
+    assert all("forward" not in module.__dict__ for module in decoder.blocks)
+    with pytest.raises(IndexError):
+        read_keys(decoder, decoder.projections, batch[0] + 10_000, batch[1])
+    assert not any(p.module._forward_pre_hooks for p in decoder.projections)
+
+
+def test_quiet_puts_back_mode_and_gradients(model):
+    model.train()
+    fixed = next(model.parameters()).requires_grad_(False)
+    with quiet(model):
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert not fixed.requires_grad
+    assert sum(p.requires_grad for p in model.parameters()) == len(list(model.parameters())) - 1
