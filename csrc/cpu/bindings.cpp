@@ -9,7 +9,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels, called with addresses; use rlsedit_fast.ops.cpu.";
 
-    py::enum_<rlsedit::Isa>(m, "Isa")
+    py::enum_<rlsedit::Isa>(m, "Isa", py::module_local())
         .value("automatic", rlsedit::Isa::automatic)
         .value("portable", rlsedit::Isa::portable)
         .value("avx2", rlsedit::Isa::avx2)

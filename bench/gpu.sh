@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA machine, in one go: build, GPU tests, benchmarks. Needs no network.
+#   bench/gpu.sh DIR        result files go to DIR; PYTHON names the interpreter
+# A failing part is shown in the table at the end and does not keep the others from running.
+set -uo pipefail
+out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR}" && cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+summary=()
+failed=0
+
+part() { # part NAME COMMAND...
+    local name=$1 start=$SECONDS verdict=passed
+    shift
+    "$@" >"$out/$name.log" 2>&1 || { verdict="FAILED ($?)"; failed=1; }
+    summary+=("$(printf '%-10s %-14s %4d s   %s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")")")
+}
+
+part build "$python" -m pip install --no-build-isolation --no-deps -e .
+part doctor "$python" -m rlsedit_fast --json "$out/doctor.json"
+part tests "$python" -m pytest -q tests/ops -m gpu
+part gpu "$python" bench/gpu.py --json "$out/gpu.json"
+part panel "$python" bench/panel.py --d 8192 --json "$out/panel-cpu.json"
+
+"$python" -m rlsedit_fast
+echo
+cat "$out/gpu.log"
+echo
+printf '%s\n' "${summary[@]}"
+exit $failed

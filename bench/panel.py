@@ -1,0 +1,76 @@
+"""Times `panel` on the CPU: the native kernel against torch's `K @ C`.
+
+Both are timed in turn, so that whatever else the machine does falls on both; the figures are medians. C is cold:
+a buffer larger than the last cache is written between calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import context
+
+from rlsedit_fast.ops import cpu, reference
+
+
+def measure(d: int, n: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of both, and how many times torch's time is the native one's."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(d, d, generator=generator)
+    keys = torch.randn(n, d, generator=generator)
+    pending, signs = keys[:0], keys[:0, 0]
+    flush = torch.empty(32 << 20)  # 128 MiB
+    contenders = {
+        "native": lambda: cpu.native_panel(base, keys),
+        "torch": lambda: reference.panel(base, keys, pending, signs),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 2):
+        for name, run in contenders.items():
+            flush.fill_(repeat)
+            began = time.perf_counter()
+            run()
+            if repeat >= 2:  # the first calls wake the threads and touch the memory
+                times[name].append(1e3 * (time.perf_counter() - began))
+    native, torch_ms = (statistics.median(times[name]) for name in ("native", "torch"))
+    return {
+        "d": d,
+        "n": n,
+        "native_ms": round(native, 3),
+        "torch_ms": round(torch_ms, 3),
+        "ratio": round(torch_ms / native, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--d", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 8, 16, 32, 64, 100])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    options = parser.parse_args()
+    if cpu.missing():
+        parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
+    print(f"{'d':>6} {'n':>4} {'native ms':>10} {'torch ms':>10} {'torch/native':>13}")
+    results = []
+    for d in options.d:
+        for n in options.n:
+            row = measure(d, n, options.repeats)
+            results.append(row)
+            print("{d:6} {n:4} {native_ms:10.2f} {torch_ms:10.2f} {ratio:13.2f}".format(**row), flush=True)
+    if options.json:
+        record = {"what": "panel on the CPU", "repeats": options.repeats, **context(), "results": results}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
