@@ -25,7 +25,7 @@ def solve_all(
     """
     original, k, v = weight.double(), keys.double(), values.double()
     w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
-    moment, cross, _ = _anchors(original, prior)
+    moment, cross = _anchor_sums(original, prior)
     identity = torch.eye(original.shape[1], dtype=torch.float64)
 
     precision = prior.lam**2 * identity + prior.mu**2 * moment + (k * w[:, None]).T @ k
@@ -41,24 +41,36 @@ def evaluate_objective(
     """`J(W)` term by term, in float64, at `W = at [d_v, d_k]`; the other arguments as for `solve_all`."""
     solution, original, k, v = at.double(), weight.double(), keys.double(), values.double()
     w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
-    moment, cross, energy = _anchors(original, prior)
 
     edits = (w[:, None] * (k @ solution.T - v) ** 2).sum()
     held = ((solution - original) ** 2).sum()
-    anchors = ((solution @ moment) * solution).sum() - 2 * (cross * solution).sum() + energy
-    return float(edits + prior.lam**2 * held + prior.mu**2 * anchors)
+    return float(edits + prior.lam**2 * held + prior.mu**2 * _anchor_misfit(solution, original, prior))
 
 
-def _anchors(original: Tensor, prior: Prior) -> tuple[Tensor, Tensor, float]:
-    """`K0^T K0`, `V0^T K0` and `||V0||_F^2` of the prior's anchors, zeros if it has none."""
-    d_k = original.shape[1]
+def _anchor_sums(original: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
+    """`K0^T K0` and `V0^T K0` of the prior's anchors, zeros if it has none."""
     if prior.anchor_keys is not None:
         k0 = prior.anchor_keys.double()
         v0 = k0 @ original.T if prior.anchor_values is None else prior.anchor_values.double()
-        return k0.T @ k0, v0.T @ k0, float((v0**2).sum())
+        return k0.T @ k0, v0.T @ k0
+    if prior.anchor_moment is not None:
+        moment = prior.anchor_moment.double()
+        return moment, original @ moment if prior.anchor_cross is None else prior.anchor_cross.double()
+    d_k = original.shape[1]
+    return torch.zeros(d_k, d_k, dtype=torch.float64), torch.zeros_like(original)
+
+
+def _anchor_misfit(solution: Tensor, original: Tensor, prior: Prior) -> Tensor:
+    """`||K0 W^T - V0||_F^2`, from the rows where they are known."""
+    delta = solution - original
+    if prior.anchor_keys is not None:
+        k0 = prior.anchor_keys.double()
+        v0 = k0 @ original.T if prior.anchor_values is None else prior.anchor_values.double()
+        return ((k0 @ solution.T - v0) ** 2).sum()
     if prior.anchor_moment is not None:
         moment = prior.anchor_moment.double()
         if prior.anchor_cross is None or prior.anchor_energy is None:
-            return moment, original @ moment, float(((original @ moment) * original).sum())
-        return moment, prior.anchor_cross.double(), prior.anchor_energy
-    return torch.zeros(d_k, d_k, dtype=torch.float64), torch.zeros_like(original), 0.0
+            return ((delta @ moment) * delta).sum()
+        cross = prior.anchor_cross.double()
+        return ((solution @ moment) * solution).sum() - 2 * (cross * solution).sum() + prior.anchor_energy
+    return torch.zeros((), dtype=torch.float64)

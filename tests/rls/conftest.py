@@ -1,0 +1,185 @@
+"""A layer, a prior and a stream of edits of any size, dtype and condition, and what rounding may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls.reference import evaluate_objective, solve_all
+
+KINDS = ("weight", "keys", "moment", "custom keys", "custom moment")
+
+
+@dataclass
+class Problem:
+    """A layer's weight, its prior, and edits in batches of ragged sizes."""
+
+    weight: Tensor
+    prior: Prior
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    sizes: list[int]
+    condition: float
+    dtype: torch.dtype
+
+    def state(self, **options: object) -> RLSState:
+        return RLSState(self.weight, self.prior, dtype=self.dtype, **options)  # type: ignore[arg-type]
+
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        weights = [None] * len(self.sizes) if self.weights is None else self.weights.split(self.sizes)
+        return list(zip(self.keys.split(self.sizes), self.values.split(self.sizes), weights, strict=True))
+
+    def rows(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rows of the batches of these numbers."""
+        number = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        held = torch.isin(number, torch.tensor(chosen, dtype=torch.long))
+        return self.keys[held], self.values[held], None if self.weights is None else self.weights[held]
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.keys, self.values, self.weights
+
+    def allowed(self) -> float:
+        """The relative error of C and W that rounding explains.
+
+        Rounding leaves errors of `eps sqrt(c_i c_j)` between the eigendirections of C, hence `sqrt(condition)`; they
+        add up at random, hence the square root of the number of roundings: rows of edits and terms of a dot product.
+        The start and the truth are both factored in float64, which loses `eps condition` of that dtype.
+        """
+        eps, wide = torch.finfo(self.dtype).eps, torch.finfo(torch.float64).eps
+        roundings = (len(self.keys) + self.keys.shape[1]) ** 0.5
+        return 2 * roundings * (eps * self.condition**0.5 + wide * self.condition)
+
+    def spread(self) -> float:
+        """The scale of the terms that J is made of: what its absolute error is relative to."""
+        w = 1.0 if self.weights is None else self.weights.double()[:, None]
+        start = evaluate_objective(self.weight, self.weight, self.prior, self.keys[:0], self.values[:0])
+        misfit = self.values.double() - self.keys.double() @ self.weight.double().T
+        start += self.prior.mu**2 * (self.prior.anchor_energy or 0.0)  # J is then a difference of terms of that size
+        return start + float((w * (misfit**2 + self.values.double() ** 2)).sum())
+
+    def check(self, state: RLSState, rows: tuple[Tensor, Tensor, Tensor | None], factor: float = 1.0) -> None:
+        """The state is what it would be had it been given these rows at once."""
+        weight, inverse, objective = solve_all(self.weight, self.prior, *rows)
+        allowed = factor * self.allowed()
+        assert (state.weight.double() - weight).norm() <= allowed * (weight.norm() + self.weight.double().norm())
+        assert (state.precision_inverse().double() - inverse).norm() <= allowed * inverse.norm()
+        assert abs(state.objective - objective) <= allowed * self.spread()
+        assert state.edits == len(rows[0])
+
+
+def make_problem(
+    *,
+    seed: int = 0,
+    d_k: int = 24,
+    d_v: int = 10,
+    sizes: list[int] | None = None,
+    kind: str = "moment",
+    condition: float = 1e2,
+    dtype: torch.dtype = torch.float64,
+    given: torch.dtype | None = None,
+    weighted: bool = False,
+    strength: float = 1.0,
+) -> Problem:
+    """Edits with keys of norm `strength`, a prior whose spectrum runs from `condition ** -0.5` to `condition ** 0.5`.
+
+    Args:
+        seed: of all random numbers.
+        d_k: keys' width.
+        d_v: values' width.
+        sizes: rows per batch.
+        kind: what holds the weight: one of `KINDS`.
+        condition: of S0; 1 for the kind "weight".
+        dtype: that the state computes in.
+        given: the dtype of the weight, keys, values and weights; by default `dtype`.
+        weighted: whether the edits have weights other than 1.
+        strength: the norm of the keys.
+    """
+    sizes = [1, 3, 2, 5] if sizes is None else sizes
+    given = given or dtype
+    anchor_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    weight = normal(d_v, d_k).to(given)
+    count = sum(sizes)
+    keys = (torch.nn.functional.normalize(normal(count, d_k), dim=1) * strength).to(given)
+    values = normal(count, d_v).to(given)
+    weights = (torch.rand(count, dtype=torch.float64, generator=generator) + 0.5).to(given) if weighted else None
+    if kind == "weight":
+        prior, condition = Prior(lam=1.0), 1.0
+    else:
+        basis, _ = torch.linalg.qr(normal(d_k, d_k))
+        spread = torch.logspace(-0.25, 0.25, d_k, base=condition, dtype=torch.float64)
+        lam, mu = 0.1 * condition**-0.25, 0.5
+        anchors = ((basis * spread).T / mu).to(anchor_dtype)
+        targets = normal(d_k, d_v).to(anchor_dtype)
+        if kind == "keys":
+            prior = Prior(lam=lam, mu=mu, anchor_keys=anchors)
+        elif kind == "moment":
+            prior = Prior(lam=lam, mu=mu, anchor_moment=anchors.T @ anchors)
+        elif kind == "custom keys":
+            prior = Prior(lam=lam, mu=mu, anchor_keys=anchors, anchor_values=targets)
+        else:
+            wide, wanted = anchors.double(), targets.double()  # J needs the three sums to agree with each other
+            prior = Prior(
+                lam=lam,
+                mu=mu,
+                anchor_moment=wide.T @ wide,
+                anchor_cross=wanted.T @ wide,
+                anchor_energy=float(wanted.square().sum()),
+            )
+    return Problem(weight, prior, keys, values, weights, sizes, condition, dtype)
+
+
+@pytest.fixture(scope="session")
+def problem() -> Callable[..., Problem]:
+    return make_problem
+
+
+@pytest.fixture(scope="session")
+def kinds() -> tuple[str, ...]:
+    return KINDS
+
+
+def contents(state: RLSState) -> dict[str, object]:
+    """Everything that a state holds, copied: what must not change where nothing may."""
+    return {
+        "base": state._base.clone(),
+        "pending": state._pending[: state._count].clone(),
+        "signs": state._signs[: state._count].clone(),
+        "weight": state._weight.clone(),
+        "original": state._original.clone(),
+        "image": state._sketch.image.clone(),
+        "objective": state.objective,
+        "edits": state.edits,
+        "version": state.version,
+        "storage": state.weight.data_ptr(),
+    }
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[[dict[str, object], dict[str, object]], bool]:
+    """Whether two records of `contents` agree bit by bit."""
+
+    def agree(one: dict[str, object], other: dict[str, object]) -> bool:
+        def equal(a: object, b: object) -> bool:
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                return a.dtype == b.dtype and torch.equal(a, b)
+            return a == b
+
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+    return agree
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[RLSState], dict[str, object]]:
+    return contents
