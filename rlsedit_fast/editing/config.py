@@ -11,6 +11,9 @@ from rlsedit_fast.models.tokens import FactToken
 
 Share = Literal["joint", "memit"]
 Values = Literal["search"]
+Descent = Literal["normalized", "adam"]
+
+DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.06, "adam": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,10 @@ class EditConfig:
         ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
         delay: pending rows of each layer's state before they are folded into it.
         context_prefixes: texts put before a prompt while its value is searched; keys are averaged over them.
-        search_learning_rate: Adam's step on the value.
+        search_descent: how the search goes downhill: `normalized` (steps of equal length along the gradient) or
+            `adam`, as published.
+        search_rate: length of the first step relative to the hidden state for `normalized`, the learning rate for
+            `adam`; None takes 0.06 and 0.1.
         search_steps: most steps of the value search.
         search_stop_nll: a request leaves the search when, in every context, its target's tokens are ranked first and
             their mean NLL is at most this (nats).
@@ -57,7 +63,8 @@ class EditConfig:
     ridge: float = 0.01
     delay: int = 128
     context_prefixes: tuple[str, ...] = ("", "The report says this.", "As everyone knows:")
-    search_learning_rate: float = 0.1
+    search_descent: Descent = "normalized"
+    search_rate: float | None = None
     search_steps: int = 25
     search_stop_nll: float = 0.05
     clamp: float = 0.75
@@ -76,7 +83,7 @@ class EditConfig:
                 raise InputError(f"layers={self.layers!r}: expected at least one block index, counted from 0")
             if len(set(self.layers)) != len(self.layers):
                 raise InputError(f"layers={self.layers!r}: a layer is named twice; name each once")
-        for name, choices in (("fact_token", FactToken), ("share", Share), ("values", Values)):
+        for name, choices in (("fact_token", FactToken), ("share", Share), ("values", Values), ("search_descent", Descent)):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         if not 0 < self.adherence < 1:
@@ -87,9 +94,10 @@ class EditConfig:
         for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
-        for name in ("search_learning_rate", "clamp"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: expected a finite number above 0")
+        for name in ("search_rate", "clamp"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}={value}: expected a finite number above 0")
         for name in ("lam", "mu"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.config import DEFAULT_RATE, EditConfig
+from rlsedit_fast.editing.descent import AdamDescent, Descent, NormalizedDescent
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.models.passes import block_output, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.projections import Decoder
@@ -65,7 +66,7 @@ class _Rows:
 
 
 def search_values(decoder: Decoder, requests: Sequence[Request], config: EditConfig, *, block: int) -> Values:
-    """Finds each request's value by Adam on the loss of MEMIT (Meng et al. 2023, eq. 16 and its released terms).
+    """Finds each request's value by descent on the loss of MEMIT (Meng et al. 2023, eq. 16 and its released terms).
 
     The loss of a request is its target's NLL, averaged over tokens, then contexts; plus `kl_factor` times
     KL(before || after) at the end of its KL prompts, averaged over them; plus `weight_decay * ||delta|| / ||h||^2`.
@@ -79,7 +80,7 @@ def search_values(decoder: Decoder, requests: Sequence[Request], config: EditCon
     rows, start = _gather(decoder, requests, block)
     norm = start.norm(dim=1)
     delta = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=config.search_learning_rate)
+    descent = _descent(config, delta, norm)
     found = torch.zeros_like(start)
     nll = torch.full_like(norm, torch.inf)
     steps = torch.zeros_like(norm, dtype=torch.long)
@@ -97,15 +98,19 @@ def search_values(decoder: Decoder, requests: Sequence[Request], config: EditCon
                 break
             decay = config.weight_decay * delta.norm(dim=1) / norm.square()
             (gradient,) = torch.autograd.grad((fit + config.kl_factor * kl + decay)[active].sum(), delta)
-            delta.grad = gradient
-            optimizer.step()
             with torch.no_grad():
+                descent.step(delta, gradient)
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
             if bool(done.any()):
                 active = active & ~done
                 rows = rows.of(active)
     return Values(found, nll, ~active, steps)
+
+
+def _descent(config: EditConfig, delta: Tensor, norm: Tensor) -> Descent:
+    rate = config.search_rate or DEFAULT_RATE[config.search_descent]
+    return NormalizedDescent(rate, norm) if config.search_descent == "normalized" else AdamDescent(rate, delta)
 
 
 def _gather(decoder: Decoder, requests: Sequence[Request], block: int) -> tuple[_Rows, Tensor]:

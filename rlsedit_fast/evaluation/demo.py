@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 CONFIG = EditConfig(
     layers=(0,),
-    context_prefixes=("", "Toze Lado Rekuno plays the flute ."),
+    context_prefixes=("",),
     kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS),
-    search_learning_rate=0.3,
     search_steps=40,
+    search_stop_nll=0.03,
+    adherence=0.98,
 )
-"""The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others."""
+"""The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others.
+
+The adherence is above the default since a thousand edits crowd 1,536 features: each later one takes a little back."""
 
 _ANCHOR_SENTENCES = 4000
 

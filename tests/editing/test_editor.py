@@ -27,7 +27,6 @@ def config(**changes):
         "layers": (1, 2),
         "batch_size": 2,
         "context_prefixes": ("", "People speak ."),
-        "search_learning_rate": 0.3,
         "clamp": 4.0,
         "adherence": 0.9,
     }

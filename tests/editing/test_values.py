@@ -17,8 +17,7 @@ EDITS = [
 CONFIG = EditConfig(
     layers=(1, 2),
     context_prefixes=("", "People speak ."),
-    search_steps=12,
-    search_learning_rate=0.3,
+    search_steps=20,
     search_stop_nll=1.0,
     clamp=4.0,
     kl_prompts=("{} is a", "{} speaks"),
@@ -65,7 +64,8 @@ def plain_search(model, tokenizer, edit, config):
         lookup[0] = row.lookup
         return model(torch.tensor([row.ids])).logits[0]
 
-    optimizer = torch.optim.Adam([delta], lr=config.search_learning_rate)
+    optimizer = torch.optim.Adam([delta], lr=0.1)
+    energies = []
     handle = block.register_forward_hook(add)
     try:
         for step in range(config.search_steps + 1):
@@ -85,20 +85,27 @@ def plain_search(model, tokenizer, edit, config):
             loss = torch.stack(nlls).mean() + config.weight_decay * delta.norm() / h.norm() ** 2
             if kls:
                 loss = loss + config.kl_factor * torch.stack(kls).mean()
-            optimizer.zero_grad()
             (delta.grad,) = torch.autograd.grad(loss, delta)
-            optimizer.step()
+            if config.search_descent == "adam":
+                optimizer.step()
             with torch.no_grad():
+                if config.search_descent == "normalized":
+                    energies.append(float(delta.grad.square().sum()))
+                    decay = [0.9**age for age in range(len(energies))][::-1]
+                    mean = sum(w * e for w, e in zip(decay, energies, strict=True)) / sum(decay)
+                    delta -= 0.06 * h.norm() * delta.grad / mean**0.5
                 delta *= min(1.0, config.clamp * float(h.norm()) / float(delta.norm()))
     finally:
         handle.remove()
 
 
-def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer):
-    found = search(model, tokenizer, EDITS)
+@pytest.mark.parametrize("descent", ["normalized", "adam"])
+def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer, descent):
+    config = EditConfig(**{**vars(CONFIG), "search_descent": descent})
+    found = search(model, tokenizer, EDITS, config)
     ended = set()
     for i, edit in enumerate(EDITS):
-        delta, steps, done = plain_search(model, tokenizer, edit, CONFIG)
+        delta, steps, done = plain_search(model, tokenizer, edit, config)
         assert int(found.steps[i]) == steps
         assert bool(found.converged[i]) == done
         # Adam divides by the gradient's own size, so rounding of eps grows with the steps, not with the gradients.
