@@ -80,7 +80,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
             f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight beyond the "
             f"range of {dtype}; raise lam or mu, or use float64."
         ) from error
-    return Built(inverse, weight.to(dtype), objective, sketch)
+    return Built(inverse, weight.to(dtype), objective, sketch.settled(inverse))
 
 
 def _misfit(weight: Tensor, edits: Edits | None) -> float:

@@ -109,7 +109,8 @@ class _Pilot:
             # C M C = C - ridge C^2 at mu = 1, so the moment itself is not needed again.
             self._leaks.append((gram - ridge * (projected @ projected.T)).to(moments[0].device))
         spectrum, self._vectors = torch.linalg.eigh(sum(grams[1:], grams[0]))
-        self._spectrum = spectrum.clamp_min(0)
+        rounding = len(spectrum) * torch.finfo(torch.float64).eps * float(spectrum[-1])
+        self._spectrum = torch.where(spectrum > rounding, spectrum, 0.0)  # else an edit no mu realises would seem to be
         self.scale = math.sqrt(float(self._spectrum.mean()))
         if not self.scale > 0:
             raise InputError("the pilot keys are all zero; pass the keys of real edits.")

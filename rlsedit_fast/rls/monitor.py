@@ -13,6 +13,10 @@ PROBE_SEED = 20261
 ROWS = 512
 """Rows of C turned into float64 at a time."""
 
+GAIN = 4.0
+"""What the residual must exceed of its value when C was last made afresh, for a refresh to be worth it: on an
+ill-conditioned precision merely storing C in float32 leaves a residual over the limit."""
+
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-8}
 """The residual from which on a refresh is advised. In measured streams the relative error of C was at most 1.3 times
 the residual (errors in a few directions, after removals of strong edits) and otherwise a part of it that shrinks with
@@ -26,7 +30,7 @@ class Monitor:
 
     Attributes:
         residual: `||C S x - x|| / ||x||` for a fixed random x.
-        needs_refresh: the residual is over the limit of the dtype; call `refresh` with the edits held.
+        needs_refresh: the residual is over the limit, and a refresh would lower it; call it with the edits held.
         advice: the same in words.
     """
 
@@ -42,10 +46,12 @@ class Sketch:
     Attributes:
         probe: a fixed random `x [d_k]`.
         image: `S x [d_k]`.
+        floor: the residual when C was last made afresh, from storing it in its dtype alone.
     """
 
     probe: Tensor
     image: Tensor
+    floor: float = 0.0
 
     @classmethod
     def of(cls, precision: Tensor) -> Sketch:
@@ -54,6 +60,17 @@ class Sketch:
         x = torch.randn(precision.shape[0], dtype=torch.float64, generator=generator).to(precision.device)
         return cls(x, precision @ x)
 
+    def settled(self, inverse: Tensor) -> Sketch:
+        """The sketch with its floor, for `C [d_k, d_k]` as it has just been made."""
+        return replace(self, floor=self.residual(inverse, inverse[:0], inverse[:0, 0]))
+
+    def residual(self, base: Tensor, pending: Tensor, signs: Tensor) -> float:
+        """`||C S x - x|| / ||x||` for `C = base - U_p^T D U_p`, in float64; reads the base once, a chunk at a time."""
+        product = torch.cat([part.double() @ self.image for part in torch.split(base, ROWS)])
+        rows = pending.double()
+        product -= rows.T @ (signs.double() * (rows @ self.image))
+        return float((product - self.probe).norm() / self.probe.norm())
+
     def moved(self, keys: Tensor, weights: Tensor, sign: int) -> Sketch:
         """The sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `w [n]` of any floating dtype."""
         keys = keys.double()
@@ -61,12 +78,9 @@ class Sketch:
 
 
 def inspect(sketch: Sketch, base: Tensor, pending: Tensor, signs: Tensor) -> Monitor:
-    """Compares `C = base - U_p^T D U_p` with the sketch of S, in float64; reads the base once, a chunk at a time."""
-    product = torch.cat([part.double() @ sketch.image for part in torch.split(base, ROWS)])
-    rows = pending.double()
-    product -= rows.T @ (signs.double() * (rows @ sketch.image))
-    residual = float((product - sketch.probe).norm() / sketch.probe.norm())
-    limit = LIMITS[base.dtype]
+    """Compares `C = base - U_p^T D U_p` with the sketch of S."""
+    residual = sketch.residual(base, pending, signs)
+    limit = max(LIMITS[base.dtype], GAIN * sketch.floor)
     measured = f"residual {residual:.1e}, limit {limit:.0e}"
     if residual <= limit:  # a NaN is not
         return Monitor(residual, False, f"C is as it should be: {measured}.")
