@@ -14,8 +14,8 @@ def make_llama(vocabulary: int, dtype: torch.dtype = torch.float32):
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -30,7 +30,15 @@ def make_gpt2(vocabulary: int, dtype: torch.dtype = torch.float32):
 
     torch.manual_seed(4)
     config = GPT2Config(
-        vocab_size=vocabulary, n_embd=32, n_inner=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2
+        vocab_size=vocabulary,
+        n_embd=64,
+        n_inner=64,
+        n_layer=4,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return GPT2LMHeadModel(config).to(dtype).eval()
 

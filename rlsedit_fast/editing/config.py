@@ -83,7 +83,12 @@ class EditConfig:
                 raise InputError(f"layers={self.layers!r}: expected at least one block index, counted from 0")
             if len(set(self.layers)) != len(self.layers):
                 raise InputError(f"layers={self.layers!r}: a layer is named twice; name each once")
-        for name, choices in (("fact_token", FactToken), ("share", Share), ("values", Values), ("search_descent", Descent)):
+        for name, choices in (
+            ("fact_token", FactToken),
+            ("share", Share),
+            ("values", Values),
+            ("search_descent", Descent),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         if not 0 < self.adherence < 1:

@@ -376,14 +376,13 @@ class Editor:
         return [known[i] for i in ids]
 
     def _remove(self, records: Sequence[EditRecord]) -> None:
-        """Takes edits out of every state and writes the model; a state that cannot let go is rebuilt."""
+        """Takes edits out of every state and writes the model; a state that cannot let go accurately is rebuilt."""
         gone = {record.id for record in records}
         kept = [record for record in self._records if record.state == "active" and record.id not in gone]
         for layer, state in enumerate(self._states):
-            try:
-                state.remove(*self._rows(records, layer, state))
-            except RemovalError as reason:
-                logger.warning("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
+            reason = "no edit remains" if not kept else _remove_accurately(state, self._rows(records, layer, state))
+            if reason:
+                logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
                 state.refresh(*self._rows(kept, layer, state))
         self._write_model()
 
@@ -405,6 +404,16 @@ class Editor:
             self._records[record.id - 1] = record
             del self._told[record.id]
         return marked
+
+
+def _remove_accurately(state: RLSState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
+    """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
+    try:
+        state.remove(*rows)
+    except RemovalError as error:
+        return str(error)
+    health = state.monitor()
+    return health.advice if health.needs_refresh else None
 
 
 def _per_edit(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[_Told]:

@@ -28,6 +28,8 @@ def config(**changes):
         "batch_size": 2,
         "context_prefixes": ("", "People speak ."),
         "clamp": 4.0,
+        # A random model attends everywhere alike, so the subject's token steers little; the last token steers its answer.
+        "fact_token": "last",
         "adherence": 0.9,
     }
     return rf.EditConfig(**{**base, **changes})
@@ -68,12 +70,7 @@ def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name,
     editor.undo([records[4].id, records[0].id])
     editor.undo([r.id for r in records if r.id not in (1, 5)])
     assert {r.state for r in editor.history()} == {"undone"}
-    for key, value in start.items():
-        now = model.state_dict()[key]
-        if dtype == torch.float32:
-            torch.testing.assert_close(now, value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
-        else:
-            assert float((now != value).float().mean()) < 0.01, "all but a handful of last bits are back"
+    assert_same(start, model)
 
 
 @pytest.mark.parametrize("share", ["joint", "memit"])

@@ -60,7 +60,10 @@ def test_scores_come_in_the_order_of_the_questions(tokenizer):
 CASE = Case(
     edit=Edit("{} plays the", "Lado", "organ"),
     asked=Question("Lado plays the", "violin"),
-    paraphrases=(Question("Friends love to hear Lado play the", "violin"), Question("Lado learned to play the", "violin")),
+    paraphrases=(
+        Question("Friends love to hear Lado play the", "violin"),
+        Question("Lado learned to play the", "violin"),
+    ),
     neighbors=(Question("Veta plays the", "violin"), Question("Toze plays the", "violin")),
     namesakes=(),
     same_subject=(Question("Lado speaks", "Kubeish"),),

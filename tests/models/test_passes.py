@@ -20,7 +20,9 @@ def test_keys_are_the_projections_inputs(model, batch):
     decoder = find_decoder(model)
     seen = {}
     for projection in decoder.projections:
-        projection.module.register_forward_pre_hook(lambda _m, inputs, layer=projection.layer: seen.update({layer: inputs[0]}))
+        projection.module.register_forward_pre_hook(
+            lambda _m, inputs, layer=projection.layer: seen.update({layer: inputs[0]})
+        )
     model(input_ids=batch[0], attention_mask=batch[1])
     whole = dict(seen)
     seen.clear()

@@ -20,7 +20,7 @@ def test_projection_maps_keys_to_the_residual_stream(model, tokenizer):
 
 def test_square_conv1d_is_told_by_its_type(make_model):
     projection = find_decoder(make_model("gpt2")).projections[0]
-    assert projection.weight.shape == (32, 32)
+    assert projection.weight.shape == (64, 64)
     assert projection.transposed
     assert torch.equal(projection.weight, projection.module.weight.T)
 

@@ -13,7 +13,9 @@ from rlsedit_fast.world.train import Recipe, recall
 
 def test_a_seed_names_the_same_world_everywhere():
     text = "\n".join("|".join(sentence) for sentence in World.generate(0, 2000).sentences())
-    assert hashlib.sha256(text.encode()).hexdigest() == "cbca727e9e97dbedcc9954e025166f1fa8eb827ca8e21c57cc5d287de0a8e2f3"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "cbca727e9e97dbedcc9954e025166f1fa8eb827ca8e21c57cc5d287de0a8e2f3"
+    )
     assert World.generate(1, 50) != World.generate(0, 50)
 
 
