@@ -17,8 +17,9 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Edits beyond which torch's panel is faster.
-NATIVE_PANEL_LIMIT = 64
+# Numbers of edits at which the native panel beats torch's. On one thread at d = 4096: 7.0 ms against 9.4 at 3 edits, 48
+# against 58 at 128; but 10 against 7.6 at 2 and 99 against 98 at 256 (same machine as below; more in bench/results).
+NATIVE_PANEL_EDITS = range(3, 129)
 
 # Rank from which SSYRK and the mirror pass beat torch's product: on one thread at d = 4096, 22 ms against 23 at rank
 # 64, 28 against 37 at 100, 98 against 180 at 512 (AMD EPYC with AVX-512, torch 2.13, SciPy 1.17).
@@ -67,7 +68,7 @@ def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
     """`reference.panel` in float32, reading the lower triangle of `base` where the native kernel is faster."""
-    if keys.shape[0] > NATIVE_PANEL_LIMIT:
+    if keys.shape[0] not in NATIVE_PANEL_EDITS:
         return reference.panel(base, keys, pending, signs)
     projected = native_panel(base, keys)
     if pending.shape[0]:
