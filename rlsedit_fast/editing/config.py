@@ -13,7 +13,7 @@ Share = Literal["joint", "memit"]
 Values = Literal["search"]
 Descent = Literal["normalized", "adam"]
 
-DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.06, "adam": 0.1}
+DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.09, "adam": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class EditConfig:
         search_descent: how the search goes downhill: `normalized` (steps of equal length along the gradient) or
             `adam`, as published.
         search_rate: length of the first step relative to the hidden state for `normalized`, the learning rate for
-            `adam`; None takes 0.06 and 0.1.
+            `adam`; None takes 0.09 and 0.1.
         search_steps: most steps of the value search.
         search_stop_nll: a request leaves the search when, in every context, its target's tokens are ranked first and
             their mean NLL is at most this (nats).

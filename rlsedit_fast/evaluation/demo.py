@@ -30,7 +30,7 @@ CONFIG = EditConfig(
     kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS),
     search_steps=40,
     search_stop_nll=0.03,
-    adherence=0.98,
+    adherence=0.975,
 )
 """The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others.
 
@@ -105,7 +105,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     before = score_before(model, tokenizer, cases)
     questions = _samples(cases)
     answers_before = _say(model, tokenizer, [question.prompt for _, question in questions])
-    anchors = _anchor_texts(world, seed)
+    anchors = anchor_texts(world, seed)
 
     stream = _stream(model, tokenizer, cases, before, config, anchors, "editing")
     answers_after = _say(model, tokenizer, [question.prompt for _, question in questions])
@@ -160,7 +160,7 @@ def _groups(count: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + batches * batch_size, count)) for start in range(0, count, batches * batch_size)]
 
 
-def _anchor_texts(world: World, seed: int) -> list[str]:
+def anchor_texts(world: World, seed: int) -> list[str]:
     """Sentences about anyone, edited or not: who edits cannot know who will be edited."""
     sentences = shuffled(list(world.sentences()), random.Random(seed))[:_ANCHOR_SENTENCES]
     return [f"{prompt.format(name)} {answer} ." for prompt, name, answer in sentences]
@@ -181,11 +181,13 @@ def _samples(cases: Sequence[Case]) -> list[tuple[str, Question]]:
 def _say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy continuations up to the full stop."""
     stop = tokenizer.convert_tokens_to_ids(".")
+    generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
     said = []
     for prompt in prompts:
         encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        made = model.generate(**encoded, max_new_tokens=4, do_sample=False, eos_token_id=stop)
-        said.append(tokenizer.decode(made[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip(" ."))
+        made = generator.generate(**encoded, max_new_tokens=4, do_sample=False, eos_token_id=stop)
+        text = tokenizer.decode(made[0, encoded["input_ids"].shape[1] :].tolist(), skip_special_tokens=True)
+        said.append(str(text).strip(" ."))
     return said
 
 

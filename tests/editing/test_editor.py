@@ -28,7 +28,7 @@ def config(**changes):
         "batch_size": 2,
         "context_prefixes": ("", "People speak ."),
         "clamp": 4.0,
-        # A random model attends everywhere alike, so the subject's token steers little; the last token steers its answer.
+        # A random model attends everywhere alike: the subject's token steers little, the last one steers its answer.
         "fact_token": "last",
         "adherence": 0.9,
     }
@@ -289,7 +289,7 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
             config(**changes)
     with pytest.raises(ModelError, match="0 to 3"):
         rf.Editor(make_model("llama"), tokenizer, config=config(layers=(4,)))
-    with pytest.raises(InputError, match="mu=2.0"):
+    with pytest.raises(InputError, match=r"mu=2\.0"):
         rf.Editor(make_model("llama"), tokenizer, config=config(mu=2.0)).edit(EDITS)
 
 

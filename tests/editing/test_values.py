@@ -95,7 +95,7 @@ def plain_search(model, tokenizer, edit, config):
                     energies.append(float(delta.grad.square().sum()))
                     decay = [0.9**age for age in range(len(energies))][::-1]
                     mean = sum(w * e for w, e in zip(decay, energies, strict=True)) / sum(decay)
-                    delta -= 0.06 * h.norm() * delta.grad / mean**0.5
+                    delta -= 0.09 * h.norm() * delta.grad / mean**0.5
                 delta *= min(1.0, config.clamp * float(h.norm()) / float(delta.norm()))
     finally:
         handle.remove()

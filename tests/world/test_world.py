@@ -10,6 +10,8 @@ from rlsedit_fast.world.__main__ import main
 from rlsedit_fast.world.tokens import build_tokenizer
 from rlsedit_fast.world.train import Recipe, recall
 
+WORLD_0 = "cbca727e9e97dbedcc9954e025166f1fa8eb827ca8e21c57cc5d287de0a8e2f3"
+
 
 def test_a_seed_names_the_same_world_everywhere():
     text = "\n".join("|".join(sentence) for sentence in World.generate(0, 2000).sentences())

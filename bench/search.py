@@ -1,0 +1,82 @@
+"""The value search's two ways downhill, side by side: what they find, what it costs, what it does to the model.
+
+    python bench/search.py --json bench/results/search.json
+
+Each setting edits a fresh copy of the demo model with the same stream. Quality is deterministic; compare the seconds
+within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from machine import context
+
+from rlsedit_fast import Editor
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.metrics import evaluate, score_before
+from rlsedit_fast.world import World, load_demo_model
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "normalized 0.06": {"search_rate": 0.06},
+    "normalized (default)": {},
+    "normalized 0.18": {"search_rate": 0.18},
+    "adam 0.1": {"search_descent": "adam", "search_rate": 0.1, "search_steps": 100},
+    "adam 0.3": {"search_descent": "adam", "search_rate": 0.3, "search_steps": 100},
+    "no KL term": {"kl_factor": 0.0},
+    "KL at '{} is a' only": {"kl_prompts": ("{} is a",)},
+}
+
+
+def measure(name: str, changes: dict[str, Any], edits: int, batch_size: int, seed: int) -> dict[str, Any]:
+    model, tokenizer = load_demo_model()
+    world = World.generate()
+    cases = world_cases(world, edits, seed)
+    before = score_before(model, tokenizer, cases)
+    editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=batch_size, **changes))
+    editor.anchor(anchor_texts(world, seed))
+    began = perf_counter()
+    records = editor.edit([case.edit for case in cases])
+    seconds = perf_counter() - began
+    report = evaluate(model, tokenizer, cases, before)
+    return {
+        "setting": name,
+        "mean_steps": sum(r.steps for r in records) / edits,
+        "not_converged": sum(not r.converged for r in records),
+        "efficacy_strict": report.efficacy.strict,
+        "generalization_strict": report.generalization.strict,
+        "neighbors_unchanged": report.neighbors.strict,
+        "namesakes_unchanged": report.namesakes.strict,
+        "same_subject_unchanged": report.same_subject.strict,
+        "drift": editor.deviation()[0].weight,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    rows = []
+    for name, changes in SETTINGS.items():
+        row = measure(name, changes, options.edits, options.batch_size, options.seed)
+        print("  ".join(f"{key}={value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items()))
+        rows.append(row)
+    if options.json:
+        stream = {"edits": options.edits, "batch_size": options.batch_size, "seed": options.seed}
+        options.json.write_text(
+            json.dumps({"what": "value search", **context(), **stream, "rows": rows}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
