@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,9 @@ def stream(options: argparse.Namespace, condition: float, delay: int, dtype: tor
     removed &= removed.cumsum(0) <= options.removals
 
     state = RLSState(original, prior, delay=delay, dtype=dtype)
-    began = time.perf_counter()
     for k, v in zip(keys.split(options.batch), values.split(options.batch), strict=True):
         state.update(k, v)
-    updating = time.perf_counter() - began
     result: dict[str, Any] = {"condition": condition, "delay": delay, "dtype": str(dtype).removeprefix("torch.")}
-    result["milliseconds_per_update"] = 1e3 * updating / options.updates
     result["after_updates"] = measure(state, original, prior, keys, values)
     for index in removed.nonzero()[:, 0].tolist():
         batch = slice(index * options.batch, (index + 1) * options.batch)

@@ -197,6 +197,26 @@ def test_a_step_says_what_was_left_over_and_how_far_the_weight_moved(problem: Ca
         assert step.change == pytest.approx(moved, rel=case.allowed(), abs=case.allowed() * float(before.norm()))
 
 
+@pytest.mark.parametrize("operation", ["remove", "replace"])
+def test_a_removal_and_a_replacement_say_what_they_left_of_the_way_to_their_values(
+    problem: Callable, operation: str
+) -> None:
+    case = problem(dtype=torch.float64, weighted=True)
+    state = case.state()
+    state.update(*case.all())
+    keys, values, weights = case.batches()[3]
+    wanted = values if operation == "remove" else values.flip(1) + 1
+    before = state.weight.clone()
+    step = (
+        state.remove(keys, values, weights) if operation == "remove" else state.replace(keys, values, wanted, weights)
+    )
+    missing, left = wanted - keys @ before.T, wanted - keys @ state.weight.T
+    torch.testing.assert_close(step.left_over, left, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step.realised, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
+    assert step.change == pytest.approx(float((state.weight - before).norm()), rel=1e-11)
+    assert (step.realised < 0).all() if operation == "remove" else (step.realised > 0).all()
+
+
 def test_an_edit_that_is_there_already_is_realised_and_costs_nothing() -> None:
     weight = torch.eye(3, 5, dtype=torch.float64)
     state = RLSState(weight, Prior(lam=1.0))

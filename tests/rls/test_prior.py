@@ -112,6 +112,13 @@ def test_the_pivot_that_is_named_is_the_one_that_failed() -> None:
         RLSState(torch.ones(2, 3), Prior(lam=0.0, mu=1.0, anchor_moment=moment))
 
 
+def test_a_pivot_that_is_nothing_but_rounding_is_refused_though_it_is_positive() -> None:
+    moment = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2.0**-52]], dtype=torch.float64)
+    torch.linalg.cholesky(moment)
+    with pytest.raises(PriorError, match=r"smallest pivot 2\.22045e-16 at feature 1"):
+        RLSState(torch.ones(2, 2), Prior(lam=0.0, mu=1.0, anchor_moment=moment), dtype=torch.float64)
+
+
 def test_features_of_very_different_scale_are_no_rank_deficiency() -> None:
     state = RLSState(
         torch.ones(2, 3), Prior(lam=0.0, mu=1.0, anchor_moment=torch.diag(torch.tensor([1e20, 1.0, 1e-10]))),
