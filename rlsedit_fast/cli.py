@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation import demo
 
-    options.out.mkdir(parents=True, exist_ok=True)
     results = demo.run(edits=options.edits, batch_size=options.batch_size, seed=options.seed, out=options.out)
     print(demo.table(results))
     picture, numbers = options.out / "retention.png", options.json or options.out / "demo.json"

@@ -133,10 +133,10 @@ class Editor:
             The number of tokens seen.
 
         Raises:
-            InputError: edits were made already, or no text was given.
+            InputError: the priors are set already, by `calibrate` or the first edit, or no text was given.
         """
         if self._states:
-            raise InputError("anchor(): edits were made already under other anchors; make a new editor")
+            raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
         with quiet(self.model):
             self._moments, tokens = anchor_moments(self._decoder, self.tokenizer, self._projections, texts)
         return tokens
@@ -154,11 +154,11 @@ class Editor:
             The priors, in the order of `layers`, which all edits from now on are made under.
 
         Raises:
-            InputError: edits were made already, or `mu` was given and no anchors were.
+            InputError: the priors are set already, or `mu` was given and no anchors were.
             RequestError: an edit of the pilot cannot be made.
         """
         if self._states:
-            raise InputError("calibrate(): edits were made already under the present priors; make a new editor")
+            raise InputError("calibrate(): the priors are set already; make a new editor")
         with quiet(self.model):
             self._states = self._start(self._prepare(edits))
         return self.priors
@@ -185,14 +185,15 @@ class Editor:
         requests = self._prepare(edits)
         made: list[EditRecord] = []
         with quiet(self.model):
-            if not self._states:
-                self._states = self._start(requests[:_PILOT])
+            calibrated = self._states
+            self._states = calibrated or self._start(requests[:_PILOT])
             for at in range(0, len(requests), self.config.batch_size):
                 try:
                     records = self._edit_batch(requests[at : at + self.config.batch_size])
                 except RLSEditError as error:
                     if made:
                         raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
+                    self._states = calibrated
                     raise
                 made += records
                 if on_batch is not None:
