@@ -10,16 +10,14 @@ residual. The keys are random directions of norm 1, the spectrum of S0 is geomet
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import context
 from torch import Tensor
 
-from rlsedit_fast.ops import available_backends
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.reference import solve_all
 from rlsedit_fast.rls.state import DEFAULT_DELAY
@@ -73,25 +71,6 @@ def stream(options: argparse.Namespace, condition: float, delay: int, dtype: tor
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "backends": list(available_backends()),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d-k", type=int, default=1024)
@@ -116,7 +95,7 @@ def main() -> None:
                     print(f"  {stage:15}" + "  ".join(f"{name} {value:.1e}" for name, value in result[stage].items()))
     if options.json:
         sizes = {name: getattr(options, name) for name in ("d_k", "d_v", "updates", "removals", "batch")}
-        report = {"machine": machine(), "sizes": sizes, "seed": SEED, "results": results}
+        report = {"what": "accuracy of the solver", **context(), "sizes": sizes, "seed": SEED, "results": results}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
