@@ -1,4 +1,4 @@
-"""Tiny random models of both weight layouts, with tokenizers, for everything that edits."""
+"""Tiny random models of both weight layouts; tests marked gpu are skipped where there is none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from rlsedit_fast.world.tokens import build_tokenizer
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 def make_llama(vocabulary: int, dtype: torch.dtype = torch.float32):

@@ -364,7 +364,6 @@ def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("share", ["joint", "memit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype, share):
