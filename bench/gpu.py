@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import context
 
 from rlsedit_fast import ops
+from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import dispatch
 
 CALLS = 10  # in a row between two events

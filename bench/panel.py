@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from machine import context
 
+from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import cpu, reference
 
 

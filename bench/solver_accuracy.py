@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import context
 from torch import Tensor
 
+from rlsedit_fast.doctor import context
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.reference import solve_all
 from rlsedit_fast.rls.state import DEFAULT_DELAY

@@ -36,12 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from rlsedit_fast import doctor
     from rlsedit_fast.evaluation import demo
 
     results = demo.run(edits=options.edits, batch_size=options.batch_size, seed=options.seed, out=options.out)
     print(demo.table(results))
     picture, numbers = options.out / "retention.png", options.json or options.out / "demo.json"
-    _write_json(results, numbers)
+    _write_json({**doctor.context(), **results}, numbers)
     demo.plot(results, picture)
     print(f"\nedited model: {options.out / 'model'}\nresults: {numbers}\nplot: {picture}")
     return 0

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def report() -> dict[str, Any]:
         "backends": {name: _backend(name) for name in dispatch.BACKENDS},
         "backend_wish": os.environ.get(dispatch.ENVIRONMENT),
         "build": _build(),
+    }
+
+
+def context() -> dict[str, Any]:
+    """What a result file records of where it was taken: `report` in short, the day (UTC) and the last minute's load."""
+    facts = report()
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "load": round(os.getloadavg()[0], 2),
+        "machine": facts["machine"],
+        "versions": facts["versions"],
+        "build": facts["build"],
     }
 
 

@@ -56,7 +56,7 @@ def factor(
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`C_base <- C_base - U_p^T D U_p` in place; exactly symmetric if it was so before.
+    """`C_base <- C_base - U_p^T D U_p` in place; symmetric up to rounding if it was so before.
 
     Args:
         base: `[d_k, d_k]`, symmetric, stored whole.
