@@ -138,7 +138,9 @@ class Editor:
         if self._states:
             raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
         with quiet(self.model):
-            self._moments, tokens = anchor_moments(self._decoder, self.tokenizer, self._projections, texts)
+            self._moments, tokens = anchor_moments(
+                self._decoder, self.tokenizer, self._projections, texts, longest=self._longest
+            )
         return tokens
 
     def calibrate(self, edits: Sequence[Edit]) -> list[Prior]:
@@ -256,9 +258,13 @@ class Editor:
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
+    @property
+    def _longest(self) -> int | None:
+        """Most tokens that the model takes."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def _prepare(self, edits: Sequence[Edit]) -> list[Request]:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return prepare(self.tokenizer, edits, self.config, longest=longest)
+        return prepare(self.tokenizer, edits, self.config, longest=self._longest)
 
     def _start(self, pilot: Sequence[Request]) -> list[RLSState]:
         """Fresh states under priors chosen on the pilot."""

@@ -13,7 +13,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.projections import Decoder, Projection
-from rlsedit_fast.models.tokens import encode_plain, pad
+from rlsedit_fast.models.tokens import Row, encode_plain, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,8 @@ def anchor_moments(
     tokenizer: PreTrainedTokenizerBase,
     projections: Sequence[Projection],
     texts: Iterable[str],
+    *,
+    longest: int | None,
 ) -> tuple[list[Tensor], int]:
     """The mean of `k k^T` over all tokens of `texts`, of every projection, in one pass that stops at the deepest.
 
@@ -61,17 +63,25 @@ def anchor_moments(
         decoder: the model, in evaluation mode.
         tokenizer: the model's.
         projections: the layers wanted.
-        texts: running text, one or more tokens each.
+        texts: running text; one longer than the model takes is read in pieces, a blank one has nothing to read.
+        longest: most tokens that the model takes; None where it sets no limit.
 
     Returns:
         `([E[k k^T] [d_k, d_k] per projection, float32], number of tokens)`.
 
     Raises:
-        InputError: no text, a text without tokens, or keys that are not finite.
+        InputError: no text, or keys that are not finite.
     """
-    rows = [encode_plain(tokenizer, text) for text in texts]
-    if not rows or not all(row.ids for row in rows):
-        raise InputError("anchor texts: none were given, or one has no tokens; give texts of the kind to be kept")
+    rows = [
+        Row(ids[at : at + (longest or len(ids))], -1, 0)
+        for text in texts
+        if text.strip()
+        for ids in (encode_plain(tokenizer, text).ids,)
+        for at in range(0, len(ids), longest or len(ids))
+    ]
+    if not rows:
+        raise InputError("anchor texts: none were given, or all are blank; give texts of the kind to be kept")
+    rows.sort(key=lambda row: len(row.ids))  # rows of like length share a pass, so little of it is padding
     moments = [
         torch.zeros(p.weight.shape[1], p.weight.shape[1], device=p.weight.device, dtype=torch.float32)
         for p in projections
