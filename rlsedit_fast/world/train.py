@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlsedit_fast.world.facts import World, shuffled
-from rlsedit_fast.world.tokens import build_tokenizer
+from rlsedit_fast.world.tokens import build_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,7 +183,7 @@ def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel
             print(f"step {step + 1:5d}  loss {loss.item():.4f}  known {known:.3f}  {minutes:.1f} min", flush=True)
     model.eval()
     model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     model.float()
     facts = {"recipe": asdict(recipe), "torch": torch.__version__, "known": recall(model, tokenizer, world, 10_000)}
     (out / "recipe.json").write_text(json.dumps(facts, indent=2) + "\n")
