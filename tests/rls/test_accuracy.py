@@ -32,6 +32,28 @@ def test_a_thousand_updates_and_two_hundred_removals_in_float32_stay_within_1e_4
     assert not state.monitor().needs_refresh
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_removing_a_thousand_updates_returns_the_start_or_asks_for_a_refresh(
+    problem: Callable, dtype: torch.dtype
+) -> None:
+    case = problem(d_k=1024, d_v=64, sizes=[2] * 1000, condition=1e4, dtype=dtype)
+    state = case.state()
+    for batch in case.batches():
+        state.update(*batch)
+    assert float((state.weight - case.weight).norm()) > 1
+    for batch in reversed(case.batches()):
+        state.remove(*batch)
+    seen = state.monitor()
+    if dtype == torch.float64:
+        assert not seen.needs_refresh
+        assert (state.weight - case.weight).abs().max() <= 1e-8
+    else:
+        assert seen.needs_refresh
+        assert (state.weight - case.weight).norm() <= 1.5 * seen.residual * case.weight.norm()
+        state.refresh(case.keys[:0], case.values[:0])
+        assert torch.equal(state.weight, case.weight)
+
+
 @pytest.mark.parametrize("kind", ["weight", "moment", "custom keys"])
 def test_removing_all_in_float64_returns_the_start_to_1e_8(problem: Callable, kind: str) -> None:
     case = problem(d_k=96, d_v=24, sizes=[4, 1, 3, 2] * 15, condition=1e4, kind=kind, weighted=True)

@@ -1,0 +1,57 @@
+"""The README's Python runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def block(heading: str) -> str:
+    """The first Python block below a heading."""
+    _, _, rest = README.read_text().partition(f"\n## {heading}\n")
+    found = re.search(r"```python\n(.*?)```", rest, re.DOTALL)
+    assert found, heading
+    return found.group(1)
+
+
+def test_the_editor_example_runs(tokenizer, tmp_path, monkeypatch, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=9,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "text.txt").write_text("Lado speaks Kubeish .\n\nVeta plays the organ .\n")
+    monkeypatch.chdir(tmp_path)
+    code = block("Edit a model").replace("path/to/checkpoint", "checkpoint")
+    assert "generate(...)" in code
+    names: dict = {}
+    exec(code.replace("generate(...)", "eval()"), names)
+    assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active"]
+    assert "1 France" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_solver_example_runs():
+    import rlsedit_fast as rf
+
+    torch.manual_seed(0)
+    weight, K0 = torch.randn(6, 20), torch.randn(50, 20)
+    keys, old_values, new_values = torch.randn(3, 20), torch.randn(3, 6), torch.randn(3, 6)
+    names = {"rf": rf, "weight": weight, "K0": K0, "keys": keys, "values": old_values}
+    names |= {"old_values": old_values, "new_values": new_values, "all_keys": keys, "all_values": new_values}
+    code = block("The solver alone")
+    # The example removes what it put in; put it in again for the lines that follow.
+    exec(code.replace("state.replace(", "state.update(keys, values)\nstate.replace("), names)
+    once = rf.RLSState(weight, names["state"].prior)
+    once.update(keys, new_values)
+    torch.testing.assert_close(names["state"].weight, once.weight, rtol=1e-4, atol=1e-4)
