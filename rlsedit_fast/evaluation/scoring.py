@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from rlsedit_fast.models.tokens import encode_plain, pad
+from rlsedit_fast.models.tokens import Row, encode_plain, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,22 +33,32 @@ class Score:
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]]) -> list[Score]:
-    """Scores each (prompt, answer) of `asked`, in order; rows of like length share a batch."""
+    """Scores each (prompt, answer) of `asked`, in order.
+
+    An answer's last token is asked for and never read, so answers of one token share their prompt's pass; rows of like
+    length share a batch.
+    """
     rows = [encode_plain(tokenizer, prompt, answer) for prompt, answer in asked]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    askers: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        askers[tuple(row.ids[:-1])].append(i)
+    read = sorted(askers, key=len)
     scores: dict[int, Score] = {}
     device = model.get_input_embeddings().get_parameter("weight").device
-    for at in range(0, len(order), _ROWS_AT_ONCE):
-        chosen = order[at : at + _ROWS_AT_ONCE]
-        ids, mask = pad([rows[i] for i in chosen], device)
+    for at in range(0, len(read), _ROWS_AT_ONCE):
+        chosen = read[at : at + _ROWS_AT_ONCE]
+        ids, mask = pad([Row(list(tokens), -1, len(tokens)) for tokens in chosen], device)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for i, found in zip(chosen, logits, strict=True):
-            row = rows[i]
-            places = slice(row.prompt_length - 1, len(row.ids) - 1)
-            answer = torch.tensor(row.target, device=found.device)
-            log_probability = found[places].float().log_softmax(-1)
-            nll = -log_probability.gather(1, answer[:, None]).mean()
-            predicted = tuple(log_probability.argmax(-1).tolist())
-            scores[i] = Score(float(nll), predicted, predicted == tuple(row.target))
+        for tokens, found in zip(chosen, logits, strict=True):
+            for i in askers[tokens]:
+                places = slice(rows[i].prompt_length - 1, len(tokens))
+                scores[i] = _score_one(found[places], rows[i].target)
     return [scores[i] for i in range(len(rows))]
+
+
+def _score_one(logits: torch.Tensor, answer: list[int]) -> Score:
+    log_probability = logits.float().log_softmax(-1)
+    nll = -log_probability.gather(1, torch.tensor(answer, device=logits.device)[:, None]).mean()
+    predicted = tuple(log_probability.argmax(-1).tolist())
+    return Score(float(nll), predicted, predicted == tuple(answer))
