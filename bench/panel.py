@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
+from side_by_side import medians
 
 from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import cpu, reference
@@ -24,20 +23,12 @@ def measure(d: int, n: int, repeats: int) -> dict[str, float]:
     base = torch.randn(d, d, generator=generator)
     keys = torch.randn(n, d, generator=generator)
     pending, signs = keys[:0], keys[:0, 0]
-    flush = torch.empty(32 << 20)  # 128 MiB
     contenders = {
         "native": lambda: cpu.native_panel(base, keys),
         "torch": lambda: reference.panel(base, keys, pending, signs),
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 2):
-        for name, run in contenders.items():
-            flush.fill_(repeat)
-            began = time.perf_counter()
-            run()
-            if repeat >= 2:  # the first calls wake the threads and touch the memory
-                times[name].append(1e3 * (time.perf_counter() - began))
-    native, torch_ms = (statistics.median(times[name]) for name in ("native", "torch"))
+    times = medians(contenders, repeats)
+    native, torch_ms = times["native"], times["torch"]
     return {
         "d": d,
         "n": n,
