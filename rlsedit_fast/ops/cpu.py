@@ -21,8 +21,8 @@ from rlsedit_fast.ops import reference
 # against 58 at 128; but 10 against 7.6 at 2 and 99 against 98 at 256 (same machine as below; more in bench/results).
 NATIVE_PANEL_EDITS = range(3, 129)
 
-# Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2.0 times at 256; at 128
-# between 0.85 (d = 2048) and 1.5 times (4096), at 64 and below mostly behind (bench/results/downdate-cpu.json).
+# Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
+# they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
 SYRK_RANK = 256
 
 _native: Any = None
