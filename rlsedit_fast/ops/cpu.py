@@ -17,8 +17,8 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's. On one thread at d = 4096: 7.0 ms against 9.4 at 3 edits, 48
-# against 58 at 128; but 10 against 7.6 at 2 and 99 against 98 at 256 (same machine as below; more in bench/results).
+# Numbers of edits at which the native panel beats torch's. On one thread at d = 4096 torch takes 1.33 times as long at
+# 3 and at 128 edits, 0.76 times at 2, and about as long at 256 (bench/results/panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(3, 129)
 
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
