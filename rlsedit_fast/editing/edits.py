@@ -18,12 +18,21 @@ class Edit:
         subject: what the fact is about.
         target: what the model is to say next.
         weight: how firmly this edit is held against the others and the anchors; 1 is the ordinary weight.
+        name: what you call this edit in your own files, for reports and the history.
+        span: characters `[start, stop)` of the prompt with its subject filled in: the last token that covers any of
+            them is where the model is edited. Wins over `EditConfig.fact_token`.
+        paraphrases: other texts, subject included, that the target should then continue too; for evaluation alone.
+        neighborhood: texts about something else whose answers are to stay; for evaluation alone.
     """
 
     prompt: str
     subject: str
     target: str
     weight: float = 1.0
+    name: str | None = None
+    span: tuple[int, int] | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
