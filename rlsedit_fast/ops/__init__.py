@@ -5,6 +5,17 @@ which picks the best one that can run. None means the environment's `RLSEDIT_BAC
 """
 
 from rlsedit_fast.ops.dispatch import available_backends
-from rlsedit_fast.ops.schemas import correct_, downdate_, factor, moment_, panel
+from rlsedit_fast.ops.schemas import correct_, correct_split_, downdate_, factor, moment_, panel
+from rlsedit_fast.ops.split import join, split
 
-__all__ = ["available_backends", "correct_", "downdate_", "factor", "moment_", "panel"]
+__all__ = [
+    "available_backends",
+    "correct_",
+    "correct_split_",
+    "downdate_",
+    "factor",
+    "join",
+    "moment_",
+    "panel",
+    "split",
+]

@@ -22,7 +22,7 @@ from rlsedit_fast.errors import BackendError, InputError
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPERATIONS = ("panel", "factor", "downdate_", "correct_", "moment_")
+OPERATIONS = ("panel", "factor", "downdate_", "correct_", "correct_split_", "moment_")
 ENVIRONMENT = "RLSEDIT_BACKEND"
 
 # What `auto` tries, best first, by the device's type. No GPU has run the triton and cuda backends yet, so they are

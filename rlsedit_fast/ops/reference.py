@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlsedit_fast.ops.split import join, split
+
+SPLIT_CHUNK = 1 << 22
+"""Entries of a weight in two halves that are put together at a time: 16 MB in float32."""
+
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
     """`F = K C` for the deferred `C = C_base - U_p^T D U_p`.
@@ -78,6 +83,24 @@ def correct_(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
     weight.addmm_(whitened.T, rows, alpha=sign)
 
 
+def correct_split_(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
+    """`W <- W + sign * A^T U` in place, in float32, on a weight that is kept in two halves (`ops.split`).
+
+    Args:
+        high: `[d_v, d_k]`, bfloat16: the weight as the model computes with it.
+        low: `[d_v, d_k]`, int16: what `high` lacks.
+        whitened: `A [n, d_v]`, float32.
+        rows: `U [n, d_k]`, float32.
+        sign: +1 for an edit, -1 for a removal.
+    """
+    step = max(1, SPLIT_CHUNK // high.shape[1])
+    for start in range(0, high.shape[0], step):
+        part = slice(start, start + step)
+        weight = join(high[part], low[part]).addmm_(whitened[:, part].T, rows, alpha=sign)
+        for half, new in zip((high, low), split(weight), strict=True):
+            half[part] = new
+
+
 def moment_(moment: Tensor, rows: Tensor) -> None:
     """`M <- M + X^T X` in place, accumulated in M's dtype.
 
@@ -89,7 +112,14 @@ def moment_(moment: Tensor, rows: Tensor) -> None:
     moment.addmm_(rows.T, rows)
 
 
-OPS = {"panel": panel, "factor": factor, "downdate_": downdate_, "correct_": correct_, "moment_": moment_}
+OPS = {
+    "panel": panel,
+    "factor": factor,
+    "downdate_": downdate_,
+    "correct_": correct_,
+    "correct_split_": correct_split_,
+    "moment_": moment_,
+}
 
 
 def missing() -> str | None:

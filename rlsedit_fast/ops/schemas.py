@@ -86,6 +86,22 @@ def _correct(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int, backend:
     choose("correct_", backend, (weight, whitened, rows))(weight, whitened, rows, sign)
 
 
+def _correct_split(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, backend: str) -> None:
+    op = "correct_split_"
+    d_k, d_v = _width(op, "rows", rows), _width(op, "whitened", whitened)
+    _check(op, whitened=(whitened, (None, d_v)), rows=(rows, (len(whitened), d_k)))
+    for name, half, dtype in (("high", high, torch.bfloat16), ("low", low, torch.int16)):
+        if half.shape != (d_v, d_k) or half.dtype != dtype or half.device != rows.device:
+            raise InputError(
+                f"{op}: {name} is {half.dtype} {list(half.shape)} on {half.device}, expected {dtype} {[d_v, d_k]} on "
+                f"{rows.device} to go with the others"
+            )
+    if rows.dtype != torch.float32:
+        raise InputError(f"{op}: rows is {rows.dtype}: a weight in two halves is corrected in float32")
+    _check_sign(op, sign)
+    choose(op, backend, (high, low, whitened, rows))(high, low, whitened, rows, sign)
+
+
 def _moment(moment: Tensor, rows: Tensor, backend: str) -> None:
     d = _width("moment_", "moment", moment)
     _check("moment_", moment=(moment, (d, d)), rows=(rows, (None, d)))
@@ -134,6 +150,13 @@ def correct_op(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int, *, bac
     _correct(weight, whitened, rows, sign, backend)
 
 
+@torch.library.custom_op("rlsedit_fast::correct_split_", mutates_args=("high", "low"))
+def correct_split_op(
+    high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, *, backend: str = "auto"
+) -> None:
+    _correct_split(high, low, whitened, rows, sign, backend)
+
+
 @torch.library.custom_op("rlsedit_fast::moment_", mutates_args=("moment",))
 def moment_op(moment: Tensor, rows: Tensor, *, backend: str = "auto") -> None:
     _moment(moment, rows, backend)
@@ -141,6 +164,7 @@ def moment_op(moment: Tensor, rows: Tensor, *, backend: str = "auto") -> None:
 
 @downdate_op.register_fake
 @correct_op.register_fake
+@correct_split_op.register_fake
 @moment_op.register_fake
 def _(*args: Any, **kwargs: Any) -> None:
     """What only writes in place has nothing to return."""
@@ -201,6 +225,22 @@ def correct_(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int, *, backe
         correct_op(weight, whitened, rows, sign, backend=name)
     else:
         _correct(weight, whitened, rows, sign, name)
+
+
+def correct_split_(
+    high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, *, backend: str | None = None
+) -> None:
+    """`W <- W + sign * A^T U` in place on a float32 weight in two halves; see `reference.correct_split_`.
+
+    Raises:
+        InputError: a shape, dtype, device or the sign does not fit.
+        BackendError: the backend asked for by name cannot run this.
+    """
+    name = requested(backend)
+    if torch.compiler.is_compiling():
+        correct_split_op(high, low, whitened, rows, sign, backend=name)
+    else:
+        _correct_split(high, low, whitened, rows, sign, name)
 
 
 def moment_(moment: Tensor, rows: Tensor, *, backend: str | None = None) -> None:

@@ -69,7 +69,7 @@ class Snapshot:
     pending: Tensor
     signs: Tensor
     count: int
-    weight: Tensor
+    weight: tuple[Tensor, ...]
     sketch: Sketch
     objective: float
     edits: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError, RemovalError, UpdateError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Edits, build
+from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
@@ -53,12 +54,14 @@ class RLSState:
     Whatever raises has changed nothing. A step costs two host synchronisations (its inputs' check, its result's).
 
     Args:
-        weight: `W0 [d_v, d_k]`, any floating dtype; copied, never written to.
+        weight: `W0 [d_v, d_k]`, any floating dtype; copied and never written to, unless `in_place`.
         prior: what holds the weight.
         delay: how many rows of edits may wait before they are written into C; 0 writes each batch at once.
         dtype: to keep and compute in, float32 or float64; by default float64 for a float64 weight, else float32.
         name: of the layer, for the errors.
         backend: of the operations, as in `rlsedit_fast.ops`; by default the environment's, else the best there is.
+        in_place: keep `weight` itself current, rounded to its dtype, after every step. A float32 weight then takes no
+            memory beside it and a bfloat16 one two bytes an entry: the lower half of its float32 self, bit for bit.
 
     Raises:
         BackendError: the backend asked for cannot run this layer's operations.
@@ -76,6 +79,7 @@ class RLSState:
         dtype: torch.dtype | None = None,
         name: str = "layer",
         backend: str | None = None,
+        in_place: bool = False,
     ) -> None:
         checks.matrix("weight", weight)
         if 0 in weight.shape:
@@ -91,7 +95,9 @@ class RLSState:
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
         self._original = weight.detach().to(narrow, copy=True).contiguous()
         built = build(self._original, prior, None, dtype=self._dtype, name=name)
-        self._weight = built.weight.clone(memory_format=torch.contiguous_format)
+        self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
+        if prior.custom:
+            self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
@@ -102,8 +108,10 @@ class RLSState:
 
     @property
     def weight(self) -> Tensor:
-        """The current `W [d_v, d_k]`: live, in one storage for the state's whole life. Read it, do not write it."""
-        return self._weight
+        """The current `W [d_v, d_k]`, exact: live, in one storage for the state's whole life, or put together from the
+        halves of a bfloat16 weight that is kept in place. Read it, do not write it.
+        """
+        return self._master.read()
 
     @property
     def original(self) -> Tensor:
@@ -136,6 +144,11 @@ class RLSState:
         return self._version
 
     @torch.no_grad()
+    def outputs(self, keys: Tensor) -> Tensor:
+        """`K W^T [n, d_v]` of the current weight, for keys in the state's dtype, on its device."""
+        return self._master.times(keys)
+
+    @torch.no_grad()
     def precision_inverse(self) -> Tensor:
         """`C [d_k, d_k]` with all pending rows applied, symmetric, as a new tensor."""
         result = self._base.clone()
@@ -146,7 +159,7 @@ class RLSState:
     @torch.no_grad()
     def deviation(self) -> float:
         """`||W - W0||_F`."""
-        return float(torch.linalg.vector_norm(self._weight - self._original, dtype=torch.float64))
+        return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))
 
     def bounds(self) -> Bounds:
         """What `J` promises of the weight, the anchors and the edits (each term of `J` is at most `J`)."""
@@ -158,10 +171,10 @@ class RLSState:
         )
 
     def memory_bytes(self) -> int:
-        """Bytes of the tensors that the state keeps, without the anchors of its prior."""
-        kept = [self._base, self._pending, self._signs, self._weight, self._original]
+        """Bytes of the tensors that the state keeps, without the anchors of its prior and a weight kept in place."""
+        kept = [self._base, self._pending, self._signs, self._original]
         kept += [self._sketch.probe, self._sketch.image]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return self._master.extra + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @torch.no_grad()
     def monitor(self) -> Monitor:
@@ -264,7 +277,7 @@ class RLSState:
         gained, size = torch.stack((energy, change)).tolist()
         if not (math.isfinite(gained) and size < torch.finfo(self._dtype).max):
             raise UpdateError(self._not_finite(panel))
-        ops.correct_(self._weight, weighted, panel.projected, 1, backend=self._backend)
+        self._master.correct(weighted, panel.projected, 1, self._backend)
         self._objective = max(self._objective + gained, 0.0)
         self._version = next(_versions)
         return Step(left_over, _realised(before + shift, left_over), self._objective, size)
@@ -285,7 +298,7 @@ class RLSState:
         keys, weights, (values,) = self._batch(keys, weights, least=0, values=values)
         held = Edits(keys, values, weights) if keys.shape[0] else None
         built = build(self._original, self._prior, held, dtype=self._dtype, name=self._name)
-        self._weight.copy_(built.weight)
+        self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._edits = keys.shape[0]
         self._empty_buffer()
@@ -315,7 +328,7 @@ class RLSState:
             pending=self._pending,
             signs=self._signs,
             count=self._count,
-            weight=self._weight.clone(),
+            weight=tuple(tensor.clone() for tensor in self._master.tensors),
             sketch=self._sketch,
             objective=self._objective,
             edits=self._edits,
@@ -342,7 +355,7 @@ class RLSState:
         self._base, self._pending, self._signs = snapshot.base, snapshot.pending, snapshot.signs
         self._count, self._sketch, self._objective = snapshot.count, snapshot.sketch, snapshot.objective
         self._edits, self._version = snapshot.edits, snapshot.version
-        self._weight.copy_(snapshot.weight)
+        self._put_back(snapshot.weight)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -358,7 +371,7 @@ class RLSState:
         self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The arguments of a batch, checked and in the state's dtype: keys, weights, and the `[n, d_v]` others."""
-        d_v, d_k = self._weight.shape
+        d_v, d_k = self._original.shape
         checks.matrix("keys", keys, columns=d_k)
         count = keys.shape[0]
         if count < least:
@@ -370,12 +383,12 @@ class RLSState:
             checks.vector("weights", weights, size=count)
             tensors["weights"] = weights
         for argument, value in tensors.items():
-            checks.same_device(argument, value, self._weight.device)
+            checks.same_device(argument, value, self._original.device)
         cast = {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
         if count:
             checks.finite(**cast)
         if weights is None:
-            cast["weights"] = self._weight.new_ones(count)
+            cast["weights"] = self._base.new_ones(count)
         else:
             checks.positive_weights(cast["weights"])
         return cast.pop("keys"), cast.pop("weights"), [cast[argument] for argument in others]
@@ -391,7 +404,7 @@ class RLSState:
         return Panel(keys, 1 / weights, projected, 0.5 * (gram + gram.T), self._version)
 
     def _innovation(self, panel: Panel, values: Tensor) -> Tensor:
-        return torch.addmm(values, panel.keys, self._weight.T, alpha=-1)
+        return values - self._master.times(panel.keys)
 
     def _checked_innovation(self, panel: Panel, innovation: Tensor) -> Tensor:
         if panel.version != self._version:
@@ -399,8 +412,8 @@ class RLSState:
                 f"the panel was not taken at the present state of {self._name} (version {panel.version}, now "
                 f"{self._version}); call project again."
             )
-        checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._weight.shape[0])
-        checks.same_device("innovation", innovation, self._weight.device)
+        checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._original.shape[0])
+        checks.same_device("innovation", innovation, self._original.device)
         innovation = innovation.detach().to(self._dtype).contiguous()
         checks.finite(innovation=innovation)
         return innovation
@@ -441,7 +454,7 @@ class RLSState:
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)
         self._make_room(prepared.rows.shape[0])
-        ops.correct_(self._weight, prepared.whitened, prepared.rows, sign, backend=self._backend)
+        self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
         self._append(prepared.rows, sign)
         self._sketch, self._objective = prepared.sketch, prepared.step.objective
         self._edits += sign * panel.keys.shape[0]
@@ -450,13 +463,20 @@ class RLSState:
             self.flush()
         return prepared.step
 
+    def _put_back(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, kept in zip(self._master.tensors, tensors, strict=True):
+            tensor.copy_(kept)
+        self._master.settle()
+
     def _rehearse(self) -> None:
         """Runs every operation on a row of zeros, so that a backend that refuses this layer does so now."""
-        d_v, d_k = self._weight.shape
-        keys, values, one = self._weight.new_zeros(1, d_k), self._weight.new_zeros(1, d_v), self._weight.new_ones(1)
+        d_v, d_k = self._original.shape
+        keys, values, one = self._base.new_zeros(1, d_k), self._base.new_zeros(1, d_v), self._base.new_ones(1)
         projected = ops.panel(self._base, keys, keys, one, backend=self._backend)
         rows, whitened, _, _ = ops.factor(projected, keys, values, one, 1, backend=self._backend)
-        ops.correct_(self._weight, whitened, rows, 1, backend=self._backend)
+        kept = [tensor.clone() for tensor in self._master.tensors]  # adding 0 would turn -0.0 into 0.0
+        self._master.correct(whitened, rows, 1, self._backend)
+        self._put_back(kept)
         ops.downdate_(self._base, rows, one, backend=self._backend)
 
     def _downdate(self, base: Tensor) -> None:
@@ -475,8 +495,8 @@ class RLSState:
         self._count = end
 
     def _empty_buffer(self) -> None:
-        self._pending = self._weight.new_empty(self._delay, self._weight.shape[1])
-        self._signs = self._weight.new_empty(self._delay)
+        self._pending = self._base.new_empty(self._delay, self._original.shape[1])
+        self._signs = self._base.new_empty(self._delay)
         self._count = 0
 
     def _grow(self, needed: int) -> None:

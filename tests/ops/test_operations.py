@@ -206,6 +206,24 @@ def test_correct(backend, device, sign):
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_correct_split_is_correct_on_the_joined_weight(backend, device, sign, transposed, monkeypatch):
+    needs(backend, "correct_split_")
+    monkeypatch.setattr(reference, "SPLIT_CHUNK", 300)  # several chunks, the last one ragged
+    weight, whitened, rows = torch.randn(33, 65), torch.randn(17, 33), torch.randn(17, 65)
+    if transposed:
+        weight = weight.T.contiguous().T
+    high, low = (half.to(device) for half in ops.split(weight))
+    ops.correct_split_(high, low, whitened.to(device), rows.to(device), sign, backend=backend)
+    truth = weight.double() + sign * whitened.double().T @ rows.double()
+    magnitude = weight.double().abs() + whitened.double().abs().T @ rows.double().abs()
+    got = ops.join(high, low).cpu()
+    assert ((got.double() - truth).abs() <= bound(17 + 2, magnitude)).all()
+    assert torch.equal(ops.split(got)[0], high.cpu())
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype):

@@ -155,7 +155,7 @@ def contents(state: RLSState) -> dict[str, object]:
         "base": state._base.clone(),
         "pending": state._pending[: state._count].clone(),
         "signs": state._signs[: state._count].clone(),
-        "weight": state._weight.clone(),
+        "weight": state.weight.clone(),
         "original": state._original.clone(),
         "image": state._sketch.image.clone(),
         "objective": state.objective,

@@ -1,0 +1,95 @@
+"""A weight that is kept in place is the exact one, rounded, whatever happens to the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rlsedit_fast import Prior, RLSState, ops
+from rlsedit_fast.errors import InputError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layer(dtype: torch.dtype, *, transposed: bool = False) -> torch.Tensor:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return weight.T.contiguous().T if transposed else weight
+
+
+def stream(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(3, 64, generator=generator), torch.randn(3, 40, generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_and_copied_states_agree_through_updates_removals_and_refreshes(dtype, transposed) -> None:
+    weight = layer(dtype, transposed=transposed)
+    copied, kept = (RLSState(weight.clone(), Prior(lam=2.0)), RLSState(weight, Prior(lam=2.0), in_place=True))
+    batches = stream(6)
+    for state in (copied, kept):
+        for batch in batches:
+            state.update(*batch)
+        state.remove(*batches[1])
+        state.replace(*batches[2], batches[2][1] + 1)
+    torch.testing.assert_close(kept.weight, copied.weight, rtol=0, atol=1e-6)
+    rounded = ops.split(kept.weight)[0] if dtype == torch.bfloat16 else kept.weight.to(dtype)
+    assert torch.equal(weight, rounded)
+    torch.testing.assert_close(kept.outputs(batches[0][0]), batches[0][0] @ kept.weight.T)
+    for state in (copied, kept):
+        state.refresh(batches[0][0][:0], batches[0][1][:0])
+    assert torch.equal(weight, layer(dtype))
+    assert torch.equal(kept.weight, copied.weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_transaction_that_fails_puts_the_given_weight_back(dtype) -> None:
+    weight = layer(dtype)
+    state = RLSState(weight, Prior(lam=2.0), in_place=True)
+    first, second = stream(2)
+    state.update(*first)
+    rounded, exact = weight.clone(), state.weight.clone()
+
+    def fail() -> None:
+        with state.transaction():
+            state.update(*second)
+            assert not torch.equal(weight, rounded)
+            raise InputError("made to fail")
+
+    with pytest.raises(InputError, match="made to fail"):
+        fail()
+    assert torch.equal(weight, rounded)
+    assert torch.equal(state.weight, exact)
+
+
+def test_memory_beside_the_weight_is_two_bytes_for_bf16_and_none_for_fp32() -> None:
+    sizes = {d: RLSState(layer(d), Prior(lam=1.0), in_place=True).memory_bytes() for d in DTYPES}
+    originals = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # W0, which a refresh starts from
+    beside = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}
+    for dtype in (torch.bfloat16, torch.float16):
+        difference = originals[dtype] + beside[dtype] - originals[torch.float32] - beside[torch.float32]
+        assert sizes[dtype] - sizes[torch.float32] == 40 * 64 * difference
+
+
+def test_the_upper_half_alone_loses_what_both_halves_keep(problem: Callable) -> None:
+    """2,000 updates of relative size 1e-4: both halves stay with float32, a plain bfloat16 sum does not."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(48, 64, generator=generator).bfloat16()
+    exact = weight.double()
+    single, plain, (high, low) = weight.float(), weight.clone(), ops.split(weight.float())
+    for _ in range(2000):
+        whitened, rows = torch.randn(1, 48, generator=generator), torch.randn(1, 64, generator=generator)
+        whitened *= 1e-4 * weight.float().norm() / (whitened.norm() * rows.norm())
+        exact += whitened.double().T @ rows.double()
+        ops.correct_(single, whitened, rows, 1)
+        ops.correct_split_(high, low, whitened, rows, 1)
+        plain += (whitened.T @ rows).bfloat16()
+
+    def error(value: torch.Tensor) -> float:
+        return float((value.double() - exact).norm() / exact.norm())
+
+    assert float((ops.join(high, low) - single).norm() / single.norm()) <= 1e-6
+    assert error(ops.join(high, low)) <= 2 * error(single) + 1e-12
+    assert error(plain) > 100 * error(single)
