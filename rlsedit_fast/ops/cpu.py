@@ -116,7 +116,7 @@ def missing() -> str | None:
 
 def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot take these tensors: the kernels are float32, on the CPU, over contiguous rows."""
-    held = tensors[2] if op == "correct_split_" else tensors[0]  # not its halves, but what it computes in
+    held = tensors[-1] if op == "correct_split_" else tensors[0]  # not its halves, but what it computes in
     if held.device.type != "cpu":
         return f"its tensors must be on the CPU, these are on {held.device}"
     if held.dtype != torch.float32:

@@ -55,21 +55,32 @@ class Problem:
         roundings = (len(self.keys) + self.keys.shape[1]) ** 0.5
         return 2 * roundings * (eps * self.condition**0.5 + wide * self.condition)
 
-    def spread(self) -> float:
-        """The scale of the terms that J is made of: what its absolute error is relative to."""
+    def spread(self, seen: Tensor | None = None) -> float:
+        """The scale of the terms that J was made of: what its absolute error is relative to.
+
+        Args:
+            seen: values that the state held on the way, where they are not the problem's.
+        """
+        values = self.values if seen is None else seen
         w = 1.0 if self.weights is None else self.weights.double()[:, None]
         start = evaluate_objective(self.weight, self.weight, self.prior, self.keys[:0], self.values[:0])
-        misfit = self.values.double() - self.keys.double() @ self.weight.double().T
+        misfit = values.double() - self.keys.double() @ self.weight.double().T
         start += self.prior.mu**2 * (self.prior.anchor_energy or 0.0)  # J is then a difference of terms of that size
-        return start + float((w * (misfit**2 + self.values.double() ** 2)).sum())
+        return start + float((w * (misfit**2 + values.double() ** 2)).sum())
 
-    def check(self, state: RLSState, rows: tuple[Tensor, Tensor, Tensor | None], factor: float = 1.0) -> None:
-        """The state is what it would be had it been given these rows at once."""
+    def check(
+        self,
+        state: RLSState,
+        rows: tuple[Tensor, Tensor, Tensor | None],
+        factor: float = 1.0,
+        seen: Tensor | None = None,
+    ) -> None:
+        """The state is what it would be had it been given these rows at once; `seen` as for `spread`."""
         weight, inverse, objective = solve_all(self.weight, self.prior, *rows)
         allowed = factor * self.allowed()
         assert (state.weight.double() - weight).norm() <= allowed * (weight.norm() + self.weight.double().norm())
         assert (state.precision_inverse().double() - inverse).norm() <= allowed * inverse.norm()
-        assert abs(state.objective - objective) <= allowed * self.spread()
+        assert abs(state.objective - objective) <= allowed * max(self.spread(), self.spread(seen))
         assert state.edits == len(rows[0])
 
 

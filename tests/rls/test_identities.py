@@ -80,12 +80,13 @@ def test_what_was_removed_was_never_there(problem: Callable, stream, kind, delay
 def test_a_replaced_value_is_the_value_that_was_given_at_first(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state(delay=delay)
-    for keys, values, weights in case.batches():
-        state.update(keys, torch.roll(values, 1, dims=1) + 1, weights)
+    first = torch.roll(case.values, 1, dims=1) + 1
+    for (keys, _, weights), old in zip(case.batches(), first.split(case.sizes), strict=True):
+        state.update(keys, old, weights)
     inverse = state.precision_inverse()
-    for keys, values, weights in case.batches():
-        step = state.replace(keys, torch.roll(values, 1, dims=1) + 1, values, weights)
-    case.check(state, case.all(), factor=4)  # the values that went are of twice the scale
+    for (keys, values, weights), old in zip(case.batches(), first.split(case.sizes), strict=True):
+        step = state.replace(keys, old, values, weights)
+    case.check(state, case.all(), factor=4, seen=first)  # the values that went are of twice the scale
     assert torch.equal(state.precision_inverse(), inverse)
     left = values.double() - keys.double() @ state.weight.double().T
     assert (step.left_over.double() - left).norm() <= 4 * case.allowed() * (case.spread() + 1) ** 0.5
