@@ -37,3 +37,7 @@ class RequestError(RLSEditError, ValueError):
 
 class ModelError(RLSEditError, ValueError):
     """The model has no editable projection where one was looked for."""
+
+
+class ResourceError(RLSEditError, MemoryError):
+    """There is less memory than the work takes."""

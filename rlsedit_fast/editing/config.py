@@ -12,6 +12,7 @@ from rlsedit_fast.models.tokens import FactToken
 Share = Literal["joint", "memit"]
 Values = Literal["search"]
 Descent = Literal["normalized", "adam"]
+SameSubject = Literal["joint", "separate"]
 
 DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.09, "adam": 0.1}
 
@@ -48,6 +49,9 @@ class EditConfig:
         kl_prompts: prompts about the subject (`{}`) whose next-token distribution is to stay. One whose present
             answer starts as the edited prompt's own does asks the edited question, and is left out for that edit.
         weight_decay: weight of `||delta|| / ||h||^2`.
+        same_subject: edits of one subject have nearly one key. With `joint` those that are active share one value,
+            searched for all of them whenever one comes or goes, and an edit that asks what an active one asks takes
+            its place. With `separate` each is written as if it were alone, and they wear one another down.
     """
 
     layers: tuple[int, ...] | None = None
@@ -71,6 +75,7 @@ class EditConfig:
     kl_factor: float = 0.0625
     kl_prompts: tuple[str, ...] = ("{} is a",)
     weight_decay: float = 0.5
+    same_subject: SameSubject = "joint"
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be meant.
@@ -88,6 +93,7 @@ class EditConfig:
             ("share", Share),
             ("values", Values),
             ("search_descent", Descent),
+            ("same_subject", SameSubject),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,24 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
-from rlsedit_fast.editing.keys import anchor_moments, request_keys
+from rlsedit_fast.editing.keys import anchor_moments, request_keys, text_keys
+from rlsedit_fast.editing.layers import EditedLayers, Told
+from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.editing.requests import Request, prepare
-from rlsedit_fast.editing.values import Values, search_values
-from rlsedit_fast.errors import InputError, RemovalError, RLSEditError, UpdateError
+from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import find_decoder
-from rlsedit_fast.rls import Prior, RLSState
-from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.models.sites import find_site
+from rlsedit_fast.rls import Prior
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-_PILOT = 100
+PILOT = 100
 """Edits that the priors are calibrated on where the user names no pilot: the first of the stream."""
 
 
@@ -51,14 +53,6 @@ class LayerDeviation:
     anchor_bound: float
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What removal needs of an edit: its key and value in every edited layer."""
-
-    keys: tuple[Tensor, ...]  # per layer [d_k]
-    values: tuple[Tensor, ...]  # per layer [d_v]
-
-
 class Editor:
     """Edits a transformers model in place.
 
@@ -72,15 +66,15 @@ class Editor:
         *,
         config: EditConfig | None = None,
     ) -> None:
-        """Looks the model over; nothing of it is changed.
+        """Looks the model over, with a forward over two tokens; nothing of it is changed.
 
         Args:
             model: a causal language model.
-            tokenizer: its tokenizer, a fast one.
+            tokenizer: its tokenizer.
             config: which layers, and how; by default `EditConfig()`.
 
         Raises:
-            ModelError: the layers or their projections are not there.
+            ModelError: the layers or their projections are not there, or cannot be edited (together).
             InputError: a weight to be edited is not finite.
         """
         self.model = model
@@ -93,10 +87,14 @@ class Editor:
         for projection in self._projections:
             if not bool(projection.weight.isfinite().all()):
                 raise InputError(f"{projection.name}: the weight is not finite; load the model anew")
+        with quiet(model):
+            self._site = find_site(self._decoder, self._projections)
+        if not self._site.direct and len(self._projections) > 1:
+            self._settle_on_one_layer()
         self._moments: list[Tensor] | None = None
-        self._states: list[RLSState] = []
-        self._records: list[EditRecord] = []
-        self._told: dict[int, _Told] = {}
+        self._layers: EditedLayers | None = None
+        self._ledger = Ledger()
+        self._to_protect: list[tuple[list[Tensor], float]] = []
         self._batches = 0
 
     @classmethod
@@ -121,7 +119,11 @@ class Editor:
     @property
     def priors(self) -> list[Prior]:
         """What holds each edited layer, in the order of `layers`; nothing before calibration or the first edit."""
-        return [state.prior for state in self._states]
+        return [state.prior for state in self._layers.states] if self._layers else []
+
+    def memory(self) -> list[memory.LayerMemory]:
+        """What editing takes beside the model, layer by layer, before it is taken."""
+        return memory.plan(self._projections, delay=self.config.delay, anchored=self._moments is not None)
 
     def anchor(self, texts: Iterable[str]) -> int:
         """Names what the model is to go on doing: the edited layers' outputs on every token of `texts`.
@@ -135,13 +137,37 @@ class Editor:
         Raises:
             InputError: the priors are set already, by `calibrate` or the first edit, or no text was given.
         """
-        if self._states:
+        if self._layers:
             raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
         with quiet(self.model):
             self._moments, tokens = anchor_moments(
                 self._decoder, self.tokenizer, self._projections, texts, longest=self._longest
             )
         return tokens
+
+    def protect(self, prompts: Sequence[str], *, weight: float = 1.0) -> int:
+        """Holds the edited layers to what they do now on every token of `prompts`, beside the anchors.
+
+        Args:
+            prompts: texts whose continuations are to stay.
+            weight: how firmly, against an edit of weight 1.
+
+        Returns:
+            The number of tokens that are held.
+
+        Raises:
+            InputError: no prompt, one without tokens or too long for the model, or a weight that is not positive.
+        """
+        if not 0 < weight < float("inf"):
+            raise InputError(f"weight={weight}: expected a finite number above 0")
+        with quiet(self.model):
+            keys = text_keys(self._decoder, self.tokenizer, self._projections, prompts, longest=self._longest)
+            if self._layers is None:
+                self._to_protect.append((keys, weight))
+            else:
+                with self._layers.transaction():
+                    self._layers.protect(keys, weight)
+        return len(keys[0])
 
     def calibrate(self, edits: Sequence[Edit]) -> list[Prior]:
         """Finds each layer's prior from a pilot batch, changing nothing of the model.
@@ -158,11 +184,13 @@ class Editor:
         Raises:
             InputError: the priors are set already, or `mu` was given and no anchors were.
             RequestError: an edit of the pilot cannot be made.
+            ResourceError: there is less memory than the states take.
         """
-        if self._states:
+        if self._layers:
             raise InputError("calibrate(): the priors are set already; make a new editor")
+        requests = self._prepare(edits)
         with quiet(self.model):
-            self._states = self._start(self._prepare(edits))
+            self._layers = self._start(requests)
         return self.priors
 
     def edit(
@@ -173,6 +201,9 @@ class Editor:
         All edits are checked before the first is made. A batch is written whole or not at all; an error in one
         leaves the batches before it in place, and says how many they are.
 
+        An edit that asks what an active one asks takes its place, and active edits of the same subject are told anew
+        with it, sharing one value (`EditConfig.same_subject`).
+
         Args:
             edits: at least one.
             on_batch: called with the records of each batch when it has been written.
@@ -182,28 +213,32 @@ class Editor:
 
         Raises:
             RequestError: an edit that cannot be made as written; nothing was changed.
+            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            ResourceError: there is less memory than the work takes.
             RLSEditError: a batch failed; it changed nothing.
         """
         requests = self._prepare(edits)
         made: list[EditRecord] = []
         with quiet(self.model):
-            calibrated = self._states
-            self._states = calibrated or self._start(requests[:_PILOT])
-            for at in range(0, len(requests), self.config.batch_size):
+            calibrated = self._layers
+            self._layers = calibrated or self._start(requests[:PILOT])
+            for batch in self._batches_of(requests):
                 try:
-                    records = self._edit_batch(requests[at : at + self.config.batch_size])
+                    records = self._edit_batch(batch)
                 except RLSEditError as error:
                     if made:
                         raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
-                    self._states = calibrated
+                    self._layers = calibrated
                     raise
                 made += records
                 if on_batch is not None:
                     on_batch(records)
-        return made
+        return self._ledger.get([record.id for record in made])
 
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Takes edits back exactly: the weights become those of a model that was never told them.
+
+        Active edits that shared a value with one of them are told anew without it, and keep their ids.
 
         Args:
             ids: of active edits, as `history()` lists them.
@@ -213,11 +248,14 @@ class Editor:
 
         Raises:
             InputError: an id that is not that of an active edit.
+            ModelError: an edited weight is not where it was, or what it was, after the last batch.
         """
-        wanted = self._active([ids] if isinstance(ids, int) else list(ids))
-        with self._transaction():
-            self._remove(wanted)
-        return self._mark(wanted, "undone")
+        gone = [ids] if isinstance(ids, int) else list(ids)
+        self._ledger.check(gone)
+        partners = {partner for record in self._ledger.get(gone) for partner in record.joint_with}
+        with quiet(self.model):
+            self._tell([], gone=gone, outcome="undone", again=sorted(partners - set(gone)))
+        return self._ledger.get(gone)
 
     def replace(self, edit_id: int, *, target: str) -> EditRecord:
         """Tells the model another target for a fact: the old edit is taken back exactly and the new one made.
@@ -233,23 +271,21 @@ class Editor:
             InputError: the id is not that of an active edit.
             RequestError: the new edit cannot be made as written.
         """
-        (old,) = self._active([edit_id])
-        requests = self._prepare([Edit(old.prompt, old.subject, target, old.weight)])
-        with quiet(self.model), self._transaction():
-            self._remove([old])
-            (record,) = self._edit_batch(requests)
-        self._mark([old], "replaced")
+        self._ledger.check([edit_id])
+        requests = self._prepare([replace(self._ledger.edit(edit_id), target=target)])
+        with quiet(self.model):
+            (record,) = self._edit_batch(requests, replaced=[edit_id])
         return record
 
     def history(self) -> list[EditRecord]:
         """Every edit that was made, oldest first, with what became of it."""
-        return list(self._records)
+        return self._ledger.records
 
     def deviation(self) -> list[LayerDeviation]:
         """How far each edited layer has gone, and the bound on it; nothing before the first edit."""
         return [
-            LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
-            for projection, state in zip(self._projections, self._states, strict=bool(self._states))
+            LayerDeviation(layer, state.deviation(), bounds.weight, bounds.anchors)
+            for layer, state in zip(self.layers, self._layers.states if self._layers else (), strict=False)
             for bounds in (state.bounds(),)
         ]
 
@@ -263,166 +299,134 @@ class Editor:
         """Most tokens that the model takes."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def _settle_on_one_layer(self) -> None:
+        """What a projection's change does to the stream depends on its layer here, so layers cannot share one."""
+        why = (
+            f"{type(self.model).__name__} normalises or scales a projection's output before it adds it to the residual "
+            "stream, so that a change cannot be divided among layers"
+        )
+        if self.config.layers is not None:
+            raise ModelError(f"layers={self.config.layers}: {why}; name one layer")
+        self._projections = self._projections[-1:]
+        logger.info("%s; only layer %d is edited", why, self._projections[0].layer)
+
     def _prepare(self, edits: Sequence[Edit]) -> list[Request]:
         return prepare(self.tokenizer, edits, self.config, longest=self._longest)
 
-    def _start(self, pilot: Sequence[Request]) -> list[RLSState]:
+    def _start(self, pilot: Sequence[Request]) -> EditedLayers:
         """Fresh states under priors chosen on the pilot."""
+        memory.check(self.memory())
         keys, _ = request_keys(self._decoder, self._projections, pilot)
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
-        return [
-            RLSState(projection.weight, prior, delay=self.config.delay, name=projection.name)
-            for projection, prior in zip(self._projections, priors, strict=True)
-        ]
+        layers = EditedLayers(self._decoder, self._projections, priors, delay=self.config.delay)
+        for protected, weight in self._to_protect:
+            with layers.transaction():
+                layers.protect(protected, weight)
+        return layers
 
-    def _edit_batch(self, requests: Sequence[Request]) -> list[EditRecord]:
-        """One batch, wholly done or not at all."""
-        last = self._projections[-1].layer
-        values = search_values(self._decoder, requests, self.config, block=last)
+    def _batches_of(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Batches in order; one ends early before a request that asks what another one in it asks."""
+        batch: list[Request] = []
+        asked: set[str] = set()
+        for request in requests:
+            repeats = self.config.same_subject == "joint" and request.asks in asked
+            if repeats or len(batch) == self.config.batch_size:
+                yield batch
+                batch, asked = [], set()
+            batch.append(request)
+            asked.add(request.asks)
+        yield batch
+
+    def _edit_batch(self, requests: Sequence[Request], *, replaced: Sequence[int] = ()) -> list[EditRecord]:
+        """One batch, with what becomes of the edits that it replaces or shares a subject with."""
+        gone, again = set(replaced), list[int]()
+        if self.config.same_subject == "joint":
+            gone.update(self._ledger.asking(requests))
+            again = [i for i in self._ledger.about(requests) if i not in gone]
+        self._batches += 1
+        try:
+            return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again)
+        except BaseException:
+            self._batches -= 1
+            raise
+
+    def _tell(
+        self, requests: Sequence[Request], *, gone: Sequence[int], outcome: EditState, again: Sequence[int]
+    ) -> list[EditRecord]:
+        """Takes out edits, tells new ones, and some that were there anew; all of it or nothing.
+
+        Args:
+            requests: to be told.
+            gone: ids of active edits to take out.
+            outcome: what becomes of those.
+            again: ids of active edits to take out and to tell anew together with `requests`; they keep their ids.
+
+        Returns:
+            The records of the new edits.
+        """
+        assert self._layers is not None
+        everything = [*requests, *self._ledger.requests(again)]
+        groups = self._groups(everything)
+        try:
+            with self._layers.transaction():
+                if gone or again:
+                    self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but({*gone, *again}))
+                told, numbers = self._write(everything, groups) if everything else ([], [])
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"memory ran out at a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size or "
+                f"the number of context_prefixes and kl_prompts. ({error})"
+            ) from error
+        self._ledger.mark(gone, outcome)
+        first = len(self._ledger) + 1
+        ids = [*range(first, first + len(requests)), *again]
+        for group in groups:
+            for i in group:
+                numbers[i]["joint_with"] = tuple(sorted(ids[j] for j in group if j != i))
+        now = datetime.now(timezone.utc)
+        for identity, request, rows, said in zip(ids, requests, told, numbers, strict=False):
+            edit = request.edit
+            record = EditRecord(
+                id=identity,
+                time=now,
+                prompt=edit.prompt,
+                subject=edit.subject,
+                target=edit.target,
+                weight=edit.weight,
+                state="active",
+                batch=self._batches,
+                name=edit.name,
+                **said,
+            )
+            self._ledger.add(record, request, rows)
+        for identity, rows, said in list(zip(ids, told, numbers, strict=True))[len(requests) :]:
+            (record,) = self._ledger.get([identity])
+            self._ledger.retell(replace(record, **said), rows)
+        return self._ledger.get(ids[: len(requests)])
+
+    def _write(
+        self, requests: Sequence[Request], groups: Sequence[Sequence[int]]
+    ) -> tuple[list[Told], list[dict[str, Any]]]:
+        """Searches the values of a batch and writes it: the rows told, and what each record says of the writing."""
+        assert self._layers is not None
+        values = search_values(self._site, requests, self.config, groups)
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
         weights = torch.tensor([request.edit.weight for request in requests])
-        write = self._write_jointly if self.config.share == "joint" else self._write_in_turn
-        with self._transaction():
-            told, written = write(requests, values.delta, weights)
+        told, written = self._layers.write(requests, values.delta, weights, self.config.share)
         left = (values.delta - written).norm(dim=1)
         realised = 1 - left / values.delta.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
-        return self._record(requests, values, realised, told)
-
-    def _write_jointly(
-        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
-    ) -> tuple[list[_Told], Tensor]:
-        """All layers from one key pass; returns what was told and the change `[n, d_v]` that was realised."""
-        keys, _ = request_keys(self._decoder, self._projections, requests)
-        panels = [state.project(key, weights.to(key.device)) for state, key in zip(self._states, keys, strict=True)]
-        innovations = joint_innovations(panels, residual)
-        values, written = [], torch.zeros_like(residual)
-        for state, panel, innovation in zip(self._states, panels, innovations, strict=True):
-            values.append(panel.keys @ state.weight.T + innovation)
-            step = state.update_projected(panel, innovation)
-            written += (innovation - step.left_over).to(written)
-        self._write_model()
-        return _per_edit([panel.keys for panel in panels], values), written
-
-    def _write_in_turn(
-        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
-    ) -> tuple[list[_Told], Tensor]:
-        """MEMIT's share: each layer is written before the next one's keys and residual are read."""
-        last = self._projections[-1].layer
-        all_keys, values, written = [], [], torch.zeros_like(residual)
-        goal: Tensor | None = None
-        for i, (projection, state) in enumerate(zip(self._projections, self._states, strict=True), start=1):
-            (keys,), now = request_keys(self._decoder, [projection], requests, block=last)
-            assert now is not None
-            goal = now + residual if goal is None else goal
-            innovation = memit_share(goal - now, i, len(self._projections)).to(keys)
-            panel = state.project(keys, weights.to(keys.device))
-            all_keys.append(panel.keys)
-            values.append(panel.keys @ state.weight.T + innovation)
-            step = state.update_projected(panel, innovation)
-            written += (innovation - step.left_over).to(written)
-            projection.write(state.weight)
-        return _per_edit(all_keys, values), written
-
-    def _record(
-        self, requests: Sequence[Request], values: Values, realised: Tensor, told: Sequence[_Told]
-    ) -> list[EditRecord]:
-        self._batches += 1
-        now = datetime.now(timezone.utc)
-        numbers = zip(
+        rows = zip(
             values.converged.tolist(), values.nll.tolist(), values.steps.tolist(), realised.tolist(), strict=True
         )
-        records = []
-        for request, (converged, nll, steps, share), what in zip(requests, numbers, told, strict=True):
-            edit = request.edit
-            identity = len(self._records) + 1
-            record = EditRecord(
-                identity,
-                now,
-                edit.prompt,
-                edit.subject,
-                edit.target,
-                edit.weight,
-                "active",
-                self._batches,
-                converged,
-                nll,
-                steps,
-                share,
-            )
-            self._records.append(record)
-            self._told[identity] = what
-            records.append(record)
-        return records
+        return told, [dict(zip(("converged", "nll", "steps", "realised"), row, strict=True)) for row in rows]
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Puts states and model back if the block raises."""
-        try:
-            with ExitStack() as stack:
-                for state in self._states:
-                    stack.enter_context(state.transaction())
-                yield
-        except BaseException:
-            self._write_model()
-            raise
-
-    def _write_model(self) -> None:
-        for projection, state in zip(self._projections, self._states, strict=True):
-            projection.write(state.weight)
-
-    def _active(self, ids: Sequence[int]) -> list[EditRecord]:
-        known = {record.id: record for record in self._records if record.state == "active"}
-        wrong = [i for i in ids if i not in known]
-        if wrong or not ids or len(set(ids)) != len(ids):
-            raise InputError(
-                f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; see history()"
-            )
-        return [known[i] for i in ids]
-
-    def _remove(self, records: Sequence[EditRecord]) -> None:
-        """Takes edits out of every state and writes the model; a state that cannot let go accurately is rebuilt."""
-        gone = {record.id for record in records}
-        kept = [record for record in self._records if record.state == "active" and record.id not in gone]
-        for layer, state in enumerate(self._states):
-            reason = "no edit remains" if not kept else _remove_accurately(state, self._rows(records, layer, state))
-            if reason:
-                logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
-                state.refresh(*self._rows(kept, layer, state))
-        self._write_model()
-
-    def _rows(self, records: Sequence[EditRecord], layer: int, state: RLSState) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and weights of edits in one layer."""
-        d_v, d_k = state.weight.shape
-        told = [self._told[record.id] for record in records]
-        keys = [what.keys[layer] for what in told]
-        values = [what.values[layer] for what in told]
-        return (
-            torch.stack(keys) if keys else state.weight.new_zeros(0, d_k),
-            torch.stack(values) if values else state.weight.new_zeros(0, d_v),
-            state.weight.new_tensor([record.weight for record in records]),
-        )
-
-    def _mark(self, records: Sequence[EditRecord], state: EditState) -> list[EditRecord]:
-        marked = [replace(record, state=state) for record in records]
-        for record in marked:
-            self._records[record.id - 1] = record
-            del self._told[record.id]
-        return marked
-
-
-def _remove_accurately(state: RLSState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
-    try:
-        state.remove(*rows)
-    except RemovalError as error:
-        return str(error)
-    health = state.monitor()
-    return health.advice if health.needs_refresh else None
-
-
-def _per_edit(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[_Told]:
-    """From `[n, d]` per layer to the rows of each edit."""
-    return [_Told(key, value) for key, value in zip(zip(*keys, strict=True), zip(*values, strict=True), strict=True)]
+    def _groups(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of requests that share a value."""
+        groups: dict[object, list[int]] = {}
+        for i, request in enumerate(requests):
+            shared = self.config.same_subject == "joint" and request.about is not None
+            groups.setdefault(request.about if shared else i, []).append(i)
+        return list(groups.values())

@@ -53,6 +53,8 @@ class EditRecord:
         steps: optimiser steps that the value search took.
         realised: share of the wanted change at the edited layers that the write realised; the rest is the price of
             what is held.
+        name: as asked for.
+        joint_with: ids of the other active edits of the same subject, with which it shares one value.
     """
 
     id: int
@@ -67,3 +69,5 @@ class EditRecord:
     nll: float
     steps: int
     realised: float
+    name: str | None = None
+    joint_with: tuple[int, ...] = ()

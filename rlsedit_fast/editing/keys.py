@@ -49,6 +49,47 @@ def request_keys(
     return keys, None if hidden is None else at_lookup(hidden)[:, 0]
 
 
+def text_keys(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Sequence[Projection],
+    texts: Sequence[str],
+    *,
+    longest: int | None,
+) -> list[Tensor]:
+    """The keys of every token of some short texts.
+
+    Args:
+        decoder: the model, in evaluation mode.
+        tokenizer: the model's.
+        projections: the layers wanted.
+        texts: at least one, each with a token and no longer than the model takes.
+        longest: most tokens that the model takes; None where it sets no limit.
+
+    Returns:
+        `K [tokens, d_k]` per projection, float32.
+
+    Raises:
+        InputError: no text, or one that is empty or too long.
+    """
+    rows = [encode_plain(tokenizer, text) for text in texts]
+    wrong = [text for text, row in zip(texts, rows, strict=True) if not text.strip() or not row.ids]
+    long = [text for text, row in zip(texts, rows, strict=True) if longest is not None and len(row.ids) > longest]
+    if not rows or wrong or long:
+        raise InputError(
+            f"{len(rows)} texts, of which {len(wrong)} are empty and {len(long)} longer than the {longest} tokens that "
+            f"the model takes{f', such as {long[0][:60]!r}' if long else ''}: expected at least one, each between"
+        )
+    found: list[list[Tensor]] = [[] for _ in projections]
+    for at in range(0, len(rows), _TEXTS_AT_ONCE):
+        ids, mask = pad(rows[at : at + _TEXTS_AT_ONCE], decoder.device)
+        keys, _ = read_keys(decoder, projections, ids, mask)
+        for kept, projection in zip(found, projections, strict=True):
+            here = keys[projection.layer]
+            kept.append(here[mask.bool().to(here.device)].float())
+    return [torch.cat(kept) for kept in found]
+
+
 def anchor_moments(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,

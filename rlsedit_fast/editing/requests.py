@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.conflicts import _composed
 from rlsedit_fast.editing.edits import Edit
 from rlsedit_fast.errors import RequestError
-from rlsedit_fast.models.tokens import Row, encode
+from rlsedit_fast.models.tokens import Row, encode, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +25,16 @@ class Request:
         edit: as asked for.
         contexts: prompt and target behind each context prefix, the bare prompt first.
         kl: the prompts whose answers are to stay, without targets.
+        asks: what it asks, the same for edits that ask the same.
+        about: its subject, the same for edits whose values belong together; None where the lookup token is not the
+            subject's, so that edits of one subject have keys of their own.
     """
 
     edit: Edit
     contexts: tuple[Row, ...]
     kl: tuple[Row, ...]
+    asks: str
+    about: str | None
 
 
 def prepare(
@@ -80,6 +86,7 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
             target=edit.target,
             prefix=prefix,
             fact_token=config.fact_token,
+            **({"span": edit.span} if edit.span else {}),
         )
         for prefix in config.context_prefixes
     )
@@ -88,4 +95,7 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     widest = max(len(row.ids) for row in (*contexts, *kl))
     if longest is not None and widest > longest:
         raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
-    return Request(edit, contexts, kl)
+    shared = config.fact_token != "last" and edit.span is None
+    return Request(
+        edit, contexts, kl, _composed(fill(edit.prompt, edit.subject)[0]), _composed(edit.subject) if shared else None
+    )

@@ -1,12 +1,13 @@
 """The value search: the hidden state at the lookup token that makes the model say the target.
 
-All requests of a batch are searched at once, each with its own change, clamp and stop. The blocks up to the
-edited layer are run once; every step resumes above it, and requests that are done leave the batch.
+All requests of a batch are searched at once, each with its own change, clamp and stop; those that share a subject,
+and so nearly a key, share one change (MEMIT-Merge, Dong et al. 2025). The blocks up to the edited layer are run once;
+every step resumes above it, and requests that are done leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from rlsedit_fast.editing.config import DEFAULT_RATE, EditConfig
 from rlsedit_fast.editing.descent import AdamDescent, Descent, NormalizedDescent
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.models.passes import block_output, hidden_of, resume_above, with_hidden
-from rlsedit_fast.models.projections import Decoder
+from rlsedit_fast.models.passes import hidden_of, with_hidden
+from rlsedit_fast.models.sites import Site
 from rlsedit_fast.models.tokens import Row, pad
 
 
@@ -26,9 +27,9 @@ class Values:
     """What the search found.
 
     Attributes:
-        delta: wanted change of the hidden state after the last edited layer, `[n, d]`, float32.
+        delta: wanted change of the state at the site, `[n, d]`, float32; equal for requests of one group.
         nll: mean NLL of each target under it, the worst context's, `[n]`, nats.
-        converged: whether each reached the stopping rule, `[n]`, bool.
+        converged: whether each reached the stopping rule together with its group, `[n]`, bool.
         steps: optimiser steps that each took, `[n]`.
     """
 
@@ -40,72 +41,87 @@ class Values:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a batch that the search looks at, padded, and run once up to the edited layer."""
+    """The rows of a batch that the search looks at, padded, and run once up to the site."""
 
     ids: Tensor  # [rows, t]
     mask: Tensor  # [rows, t]
+    below: Any  # the output of the last block that is not run again, as it came; hidden state [rows, t, d]
     owner: Tensor  # [rows] the request that a row belongs to
     lookup: Tensor  # [rows] the token that is changed
     target: Tensor  # [rows, t] ids of target tokens at the positions that predict them, else -1
     kl_row: Tensor  # [rows] row of `before` that a KL row is compared with, else -1
     kl_at: Tensor  # [rows] the position at which it is compared
     before: Tensor  # [kl rows, vocabulary] log-probabilities before the edit
-    output: Any  # the block's output as it came; hidden state [rows, t, d]
 
-    def of(self, requests: Tensor) -> _Rows:
-        """The rows of `requests [n]`, a mask, only."""
-        rows = requests[self.owner].nonzero()[:, 0]
+    def taken(self, rows: Tensor) -> _Rows:
+        """The rows of the given indices only."""
+        below = self.below
+        if below is not None:
+            hidden = hidden_of(below)
+            below = with_hidden(below, hidden[rows.to(hidden.device)])
         return replace(
             self,
-            output=with_hidden(self.output, hidden_of(self.output)[rows]),
+            below=below,
             **{
-                name: getattr(self, name)[rows]
+                name: getattr(self, name)[rows.to(getattr(self, name).device)]
                 for name in ("ids", "mask", "owner", "lookup", "target", "kl_row", "kl_at")
             },
         )
 
 
-def search_values(decoder: Decoder, requests: Sequence[Request], config: EditConfig, *, block: int) -> Values:
+def search_values(
+    site: Site, requests: Sequence[Request], config: EditConfig, groups: Sequence[Sequence[int]] | None = None
+) -> Values:
     """Finds each request's value by descent on the loss of MEMIT (Meng et al. 2023, eq. 16 and its released terms).
 
     The loss of a request is its target's NLL, averaged over tokens, then contexts; plus `kl_factor` times
-    KL(before || after) at the end of its KL prompts, averaged over them; plus `weight_decay * ||delta|| / ||h||^2`.
+    KL(before || after) at the end of its KL prompts, averaged over them. A group's loss is the sum of its requests'
+    plus `weight_decay * ||delta|| / ||h||^2`.
 
     Args:
-        decoder: the model, in evaluation mode and without parameter gradients.
+        site: where the change is made, in the last layer edited. The model is in evaluation mode, its parameters
+            without gradients.
         requests: at least one.
         config: settings of the search.
-        block: the change is made to the output of this block, the last one edited.
+        groups: indices of requests that share a change, each request in one; by default everyone has its own.
     """
-    rows, start = _gather(decoder, requests, block)
-    norm = start.norm(dim=1)
-    delta = torch.zeros_like(start, requires_grad=True)
+    groups = groups or [[i] for i in range(len(requests))]
+    rows, start = _gather(site, requests, groups)
+    group = torch.zeros(len(requests), dtype=torch.long)
+    for g, members in enumerate(groups):
+        group[list(members)] = g
+    group = group.to(start.device)
+    norm = _mean_by(group, start.norm(dim=1), len(groups))
+    delta = torch.zeros(len(groups), start.shape[1], device=start.device, requires_grad=True)
     descent = _descent(config, delta, norm)
     found = torch.zeros_like(start)
-    nll = torch.full_like(norm, torch.inf)
-    steps = torch.zeros_like(norm, dtype=torch.long)
-    active = torch.ones_like(norm, dtype=torch.bool)
-    with resume_above(decoder, block) as state:
+    nll = torch.full((len(requests),), torch.inf, device=start.device)
+    steps = torch.zeros_like(group)
+    active = torch.ones_like(norm, dtype=torch.bool)  # of groups
+    with site.resumed() as forward:
         for step in range(config.search_steps + 1):
-            fit, kl, worst, first = _losses(decoder, rows, delta, state)
+            fit, kl, worst, first = _losses(forward, rows, delta[group], len(requests))
+            searched = active[group]
             with torch.no_grad():
-                found = torch.where(active[:, None], delta, found)
-                nll = torch.where(active, worst, nll)
-                steps[active] = step
-                done = active & first & (worst <= config.search_stop_nll)
+                found = torch.where(searched[:, None], delta[group], found)
+                nll = torch.where(searched, worst, nll)
+                steps[searched] = step
+                wanting = (searched & ~(first & (worst <= config.search_stop_nll))).float()
+                done = active & (torch.zeros_like(norm).index_add_(0, group, wanting) == 0)
             if step == config.search_steps or bool((done == active).all()):
                 active = active & ~done
                 break
             decay = config.weight_decay * delta.norm(dim=1) / norm.square()
-            (gradient,) = torch.autograd.grad((fit + config.kl_factor * kl + decay)[active].sum(), delta)
+            loss = (fit + config.kl_factor * kl)[searched].sum() + decay[active].sum()
+            (gradient,) = torch.autograd.grad(loss, delta)
             with torch.no_grad():
                 descent.step(delta, gradient)
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
             if bool(done.any()):
                 active = active & ~done
-                rows = rows.of(active)
-    return Values(found, nll, ~active, steps)
+                rows = rows.taken(active[group][rows.owner].nonzero()[:, 0])
+    return Values(found, nll, ~active[group], steps)
 
 
 def _descent(config: EditConfig, delta: Tensor, norm: Tensor) -> Descent:
@@ -113,76 +129,83 @@ def _descent(config: EditConfig, delta: Tensor, norm: Tensor) -> Descent:
     return NormalizedDescent(rate, norm) if config.search_descent == "normalized" else AdamDescent(rate, delta)
 
 
-def _gather(decoder: Decoder, requests: Sequence[Request], block: int) -> tuple[_Rows, Tensor]:
-    """All rows of a batch, and the hidden state `[n, d]`, float32, at each bare prompt's lookup token."""
+def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> tuple[_Rows, Tensor]:
+    """All rows of a batch, and the state `[n, d]`, float32, at each bare prompt's lookup token."""
     listed: list[tuple[int, Row, bool]] = []
+    bare = []
     for i, request in enumerate(requests):
+        bare.append(len(listed))
         listed += [(i, row, False) for row in request.contexts]
         listed += [(i, row, True) for row in request.kl]
-    device = decoder.device
-    ids, mask = pad([row for _, row, _ in listed], device)
-    output, logits = block_output(decoder, block, ids, mask)
-    owner = torch.tensor([i for i, _, _ in listed], device=device)
-    lookup = torch.tensor([row.lookup for _, row, _ in listed], device=device)
-    last = torch.tensor([row.prompt_length - 1 for _, row, _ in listed], device=device)
-    is_kl = torch.tensor([kl for _, _, kl in listed], device=device)
-    target = torch.full_like(ids, -1)
+    ids, mask = pad([row for _, row, _ in listed], site.decoder.device)
+    seen = site.look(ids, mask)
+    last = [row.prompt_length - 1 for _, row, _ in listed]
+    answers = seen.logits[range(len(listed)), last].argmax(-1).tolist()
+    asked = [{answers[bare[member]] for member in members} for members in groups]
+    group = {member: g for g, members in enumerate(groups) for member in members}
+    # A KL prompt whose answer is one being edited away would hold what is to change.
+    holds = [kl and answers[at] not in asked[group[owner]] for at, (owner, _, kl) in enumerate(listed)]
+    target = torch.full(ids.shape, -1)
     for at, (_, row, _) in enumerate(listed):
-        stop = row.prompt_length - 1 + len(row.target)
-        target[at, row.prompt_length - 1 : stop] = torch.tensor(row.target, device=device)
-    every = torch.arange(len(listed), device=device)
-    bare = torch.tensor([at for at, (i, row, _) in enumerate(listed) if row is requests[i].contexts[0]], device=device)
-    answers = logits[every, last].argmax(-1)
-    # A KL prompt whose answer is the one being edited away would hold what is to change.
-    is_kl &= answers != answers[bare][owner]
-    keep = (is_kl | (target >= 0).any(1)).nonzero()[:, 0]
-    before = logits[every[is_kl], last[is_kl]].float().log_softmax(-1)
-    kl_row = torch.where(is_kl, is_kl.cumsum(0) - 1, -1)
-    hidden = hidden_of(output)
+        target[at, row.prompt_length - 1 : row.prompt_length - 1 + len(row.target)] = torch.tensor(row.target)
+
+    device = seen.state.device
+    is_kl = torch.tensor(holds)
+    lookup = torch.tensor([row.lookup for _, row, _ in listed])
+    at_end = torch.tensor(last)
     rows = _Rows(
-        ids[keep],
-        mask[keep],
-        owner[keep],
-        lookup[keep],
-        target[keep],
-        kl_row[keep],
-        last[keep],
-        before,
-        with_hidden(output, hidden[keep]),
+        ids,
+        mask,
+        seen.below,
+        torch.tensor([owner for owner, _, _ in listed], device=device),
+        lookup.to(device),
+        target.to(device),
+        torch.where(is_kl, is_kl.cumsum(0) - 1, -1).to(device),
+        at_end.to(device),
+        seen.logits[is_kl.nonzero()[:, 0].to(seen.logits.device), at_end[is_kl].to(seen.logits.device)]
+        .to(device, torch.float32)
+        .log_softmax(-1),
     )
-    return rows, hidden[bare, lookup[bare]].float()
+    start = seen.state[bare, lookup[bare].to(device)].float()
+    return rows.taken((is_kl | (target >= 0).any(1)).nonzero()[:, 0]), start
 
 
 def _losses(
-    decoder: Decoder, rows: _Rows, delta: Tensor, state: dict[str, Any]
+    forward: Callable[..., Tensor], rows: _Rows, delta: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per request `[n]`: mean NLL, mean KL, the worst context's NLL, whether all its targets are ranked first.
+    """Per request `[count]`: mean NLL, mean KL, the worst context's NLL, whether all its targets are ranked first.
 
     Requests without rows get 0, 0, 0 and True.
+
+    Args:
+        forward: runs what lies above the site.
+        rows: what is looked at.
+        delta: the change of each request `[count, d]`.
+        count: of requests.
     """
-    hidden = hidden_of(rows.output)
-    every = torch.arange(len(hidden), device=hidden.device)
-    changed = hidden.index_put((every, rows.lookup), delta[rows.owner].to(hidden.dtype), accumulate=True)
-    state["output"] = with_hidden(rows.output, changed)
-    logits = decoder.model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False).logits
+    logits = forward(rows.below, rows.ids, rows.mask, rows.lookup, delta[rows.owner])
+
+    def read(row: Tensor, at: Tensor) -> Tensor:
+        """Log-probabilities at some positions, where the change lies."""
+        chosen = logits[row.to(logits.device), at.to(logits.device)]
+        return chosen.to(delta.device, torch.float32).log_softmax(-1)
 
     row, at = (rows.target >= 0).nonzero(as_tuple=True)
     wanted = rows.target[row, at]
-    scores = logits[row, at].float().log_softmax(-1)
+    scores = read(row, at)
     token_nll = -scores.gather(1, wanted[:, None])[:, 0]
-    row_nll = _mean_by(row, token_nll, len(hidden))
+    row_nll = _mean_by(row, token_nll, len(rows.owner))
     fact = (rows.target >= 0).any(1)
-    count = len(delta)
     worst = torch.zeros(count, device=delta.device).scatter_reduce(0, rows.owner[fact], row_nll[fact].detach(), "amax")
     missed = torch.zeros(count, device=delta.device)
     missed.index_add_(0, rows.owner[row], (scores.argmax(-1) != wanted).float())
 
-    is_kl = rows.kl_row >= 0
-    after = logits[every[is_kl], rows.kl_at[is_kl]].float().log_softmax(-1)
-    before = rows.before[rows.kl_row[is_kl]]
+    kl_rows = (rows.kl_row >= 0).nonzero()[:, 0]
+    after = read(kl_rows, rows.kl_at[kl_rows])
+    before = rows.before[rows.kl_row[kl_rows]]
     divergence = (before.exp() * (before - after)).sum(-1)
     fit = _mean_by(rows.owner[fact], row_nll[fact], count)
-    return fit, _mean_by(rows.owner[is_kl], divergence, count), worst, missed == 0
+    return fit, _mean_by(rows.owner[kl_rows], divergence, count), worst, missed == 0
 
 
 def _mean_by(group: Tensor, values: Tensor, count: int) -> Tensor:

@@ -122,15 +122,3 @@ def resume_above(decoder: Decoder, block: int) -> Iterator[dict[str, Any]]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = original
-
-
-def block_output(decoder: Decoder, block: int, ids: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
-    """One whole forward: the output of `block` as it came (tensor or tuple), and the logits `[rows, t, vocabulary]`."""
-    seen: list[Any] = []
-    handle = decoder.blocks[block].register_forward_hook(lambda _m, _i, output: seen.append(output))
-    try:
-        with torch.no_grad():
-            logits: Tensor = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    finally:
-        handle.remove()
-    return seen[0], logits

@@ -82,8 +82,8 @@ def test_undo_leaves_the_state_of_a_model_never_told(make_model, tokenizer, shar
     editor = make_editor(model, tokenizer, share=share)
     records = editor.edit(EDITS)
     editor.undo([records[1].id, records[4].id])
-    kept = [editor._told[r.id] for r in editor.history() if r.state == "active"]
-    for layer, state in enumerate(editor._states):
+    kept = editor._ledger.told([r.id for r in editor.history() if r.state == "active"])
+    for layer, state in enumerate(editor._layers.states):
         keys = torch.stack([told.keys[layer] for told in kept])
         values = torch.stack([told.values[layer] for told in kept])
         importance = torch.tensor([r.weight for r in editor.history() if r.state == "active"])
@@ -165,17 +165,17 @@ def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model,
     editor = make_editor(model, tokenizer, share=share)
     editor.edit(EDITS[:2])
     start = weights(model)
-    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._states]
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._layers.states]
 
     def fails(*_args):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor._states[-1], "update_projected", fails)
+    monkeypatch.setattr(editor._layers.states[-1], "update_projected", fails)
     with pytest.raises(UpdateError, match="made to fail"):
         editor.edit(EDITS[2:4])
     monkeypatch.undo()
     assert_same(start, model)
-    for state, (weight, inverse, objective, edits) in zip(editor._states, states, strict=True):
+    for state, (weight, inverse, objective, edits) in zip(editor._layers.states, states, strict=True):
         assert torch.equal(state.weight, weight)
         assert torch.equal(state.precision_inverse(), inverse)
         assert (state.objective, state.edits) == (objective, edits)
@@ -350,7 +350,7 @@ def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
     model = make_model("llama", torch.bfloat16)
     editor = make_editor(model, tokenizer, batch_size=1)
     editor.edit(EDITS)
-    for projection, state in zip(editor._projections, editor._states, strict=True):
+    for projection, state in zip(editor._projections, editor._layers.states, strict=True):
         assert state.weight.dtype == torch.float32
         assert torch.equal(projection.weight, state.weight.bfloat16())
         assert not torch.equal(projection.weight.float(), state.weight)

@@ -8,6 +8,7 @@ from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.editing.values import search_values
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.models.sites import find_site
 
 EDITS = [
     Edit("{} lives in", "Toze Lado Rekuno", "Port Alder"),
@@ -26,11 +27,11 @@ CONFIG = EditConfig(
 )
 
 
-def search(model, tokenizer, edits, config=CONFIG):
+def search(model, tokenizer, edits, config=CONFIG, groups=None):
+    decoder = find_decoder(model)
     with quiet(model):
-        return search_values(
-            find_decoder(model), prepare(tokenizer, edits, config, longest=64), config, block=max(config.layers)
-        )
+        site = find_site(decoder, decoder.select(config.layers))
+        return search_values(site, prepare(tokenizer, edits, config, longest=64), config, groups)
 
 
 def plain_search(model, tokenizer, edit, config):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rlsedit_fast.models.passes import block_output, hidden_of, quiet, read_keys, resume_above
+from rlsedit_fast.models.passes import hidden_of, quiet, read_keys, resume_above
 from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.models.sites import Site
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_keys_are_the_projections_inputs(model, batch):
 
 def test_hidden_state_is_the_blocks_output(model, batch):
     decoder = find_decoder(model)
-    output, _ = block_output(decoder, 2, *batch)
+    output = Site(decoder, decoder.projections[2], direct=True).look(*batch).below
     keys, hidden = read_keys(decoder, decoder.projections[:2], *batch, block=2)
     assert sorted(keys) == [0, 1]
     assert torch.equal(hidden, hidden_of(output))
@@ -44,16 +45,16 @@ def test_hidden_state_is_the_blocks_output(model, batch):
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, block):
     decoder = find_decoder(model)
-    output, logits = block_output(decoder, block, *batch)
+    seen = Site(decoder, decoder.projections[block], direct=True).look(*batch)
     ran = []
     for projection in decoder.projections:
         projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
     with torch.no_grad(), resume_above(decoder, block) as state:
-        state["output"] = output
+        state["output"] = seen.below
         resumed = model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
         assert ran == list(range(block + 1, 4))
     real = batch[1].bool()
-    assert torch.equal(resumed[real], logits[real])
+    assert torch.equal(resumed[real], seen.logits[real])
     assert all("forward" not in module.__dict__ for module in decoder.blocks)
 
 

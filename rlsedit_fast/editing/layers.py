@@ -1,0 +1,202 @@
+"""The edited layers together: a batch is written into all of them or into none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast.editing.config import Share
+from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
+from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls.shares import joint_innovations, memit_share
+
+logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 128  # protected rows that go in together
+
+
+@dataclass(frozen=True)
+class Told:
+    """A row of every layer's problem: what removal and a rebuild need of an edit.
+
+    Attributes:
+        keys: per layer `[d_k]`.
+        values: per layer `[d_v]`.
+        weight: the same in every layer.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    weight: float
+
+
+class EditedLayers:
+    """The solver states of the edited layers; their weights are the model's own, kept current in place.
+
+    Args:
+        decoder: the model.
+        projections: the edited ones, ascending.
+        priors: one each.
+        delay: as in `RLSState`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, projections: Sequence[Projection], priors: Sequence[Prior], *, delay: int
+    ) -> None:
+        self._decoder, self._projections = decoder, projections
+        self.states = [
+            RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True)
+            for projection, prior in zip(projections, priors, strict=True)
+        ]
+        self._protected: list[Told] = []
+        self._marks = [_mark(projection) for projection in projections]
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Puts every layer, model included, back if the block raises.
+
+        Raises:
+            ModelError: a weight was moved, cast, replaced or written to since; nothing is done.
+            UpdateError: a weight that was written is not finite in the model's dtype; nothing has changed.
+        """
+        self._check_attached()
+        protected = len(self._protected)
+        try:
+            with ExitStack() as stack:
+                for state in self.states:
+                    stack.enter_context(state.transaction())
+                yield
+                for projection in self._projections:
+                    if not bool(projection.weight.isfinite().all()):
+                        raise UpdateError(
+                            f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was "
+                            "changed. Load the model in bfloat16 or float32"
+                        )
+        except BaseException:
+            del self._protected[protected:]
+            raise
+        finally:
+            self._marks = [_mark(projection) for projection in self._projections]
+
+    def write(
+        self, requests: Sequence[Request], residual: Tensor, weights: Tensor, share: Share
+    ) -> tuple[list[Told], Tensor]:
+        """Writes a batch.
+
+        Args:
+            requests: the batch.
+            residual: the change wanted of each, `[n, d_v]`.
+            weights: `[n]`.
+            share: how the layers divide it.
+
+        Returns:
+            What was told, and the change `[n, d_v]` that was realised.
+        """
+        rows = self._jointly if share == "joint" else self._in_turn
+        keys, values, written = rows(requests, residual, weights)
+        told = [
+            Told(*row) for row in zip(zip(*keys, strict=True), zip(*values, strict=True), weights.tolist(), strict=True)
+        ]
+        return told, written
+
+    def remove(self, gone: Sequence[Told], kept: Sequence[Told]) -> None:
+        """Takes rows out of every layer; a layer that cannot let go accurately is rebuilt from those that are kept."""
+        for layer, state in enumerate(self.states):
+            reason = "no edit remains" if not kept else _remove_accurately(state, _rows(gone, layer, state))
+            if reason:
+                logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
+                state.refresh(*_rows([*self._protected, *kept], layer, state))
+
+    def protect(self, keys: Sequence[Tensor], weight: float) -> None:
+        """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight."""
+        rows = []
+        for state, layer_keys in zip(self.states, keys, strict=True):
+            layer_keys = layer_keys.to(state.original.device, torch.float32)
+            values = state.outputs(layer_keys)
+            for at in range(0, len(layer_keys), _ROWS_AT_ONCE):
+                part = slice(at, at + _ROWS_AT_ONCE)
+                state.update(layer_keys[part], values[part], values.new_full((len(values[part]),), weight))
+            rows.append((layer_keys, values))
+        every_key = zip(*(layer_keys for layer_keys, _ in rows), strict=True)
+        every_value = zip(*(values for _, values in rows), strict=True)
+        self._protected += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
+
+    def _jointly(
+        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """All layers from one key pass."""
+        keys, _ = request_keys(self._decoder, self._projections, requests)
+        panels = [state.project(key, weights.to(key.device)) for state, key in zip(self.states, keys, strict=True)]
+        innovations = joint_innovations(panels, residual)
+        values, written = [], torch.zeros_like(residual)
+        for state, panel, innovation in zip(self.states, panels, innovations, strict=True):
+            values.append(state.outputs(panel.keys) + innovation)
+            step = state.update_projected(panel, innovation)
+            written += (innovation - step.left_over).to(written)
+        return [panel.keys for panel in panels], values, written
+
+    def _in_turn(
+        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """MEMIT's share: each layer is written before the next one's keys and residual are read."""
+        last = self._projections[-1].layer
+        all_keys, values, written = [], [], torch.zeros_like(residual)
+        goal: Tensor | None = None
+        for i, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
+            (keys,), now = request_keys(self._decoder, [projection], requests, block=last)
+            assert now is not None
+            now = now.to(residual)
+            goal = now + residual if goal is None else goal
+            innovation = memit_share(goal - now, i, len(self._projections)).to(keys)
+            panel = state.project(keys, weights.to(keys.device))
+            all_keys.append(panel.keys)
+            values.append(state.outputs(panel.keys) + innovation)
+            step = state.update_projected(panel, innovation)
+            written += (innovation - step.left_over).to(written)
+        return all_keys, values, written
+
+    def _check_attached(self) -> None:
+        modules = dict(self._decoder.model.named_modules())
+        for projection, mark in zip(self._projections, self._marks, strict=True):
+            if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
+                raise ModelError(
+                    f"{projection.name} was replaced, moved, cast or written to by something else since the editor "
+                    "looked at it last; its state no longer fits. Put the model as it should be and make a new editor"
+                )
+
+
+def _mark(projection: Projection) -> tuple[object, ...]:
+    """Differs once the weight lies elsewhere, has another dtype or was written to."""
+    weight = projection.parameter
+    return weight.data_ptr(), weight.device, weight.dtype, weight._version
+
+
+def _rows(told: Sequence[Told], layer: int, state: RLSState) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and weights of edits in one layer."""
+    d_v, d_k = state.original.shape
+    keys = [what.keys[layer] for what in told]
+    values = [what.values[layer] for what in told]
+    empty = torch.zeros(0, device=state.original.device)
+    return (
+        torch.stack(keys) if keys else empty.new_zeros(0, d_k),
+        torch.stack(values) if values else empty.new_zeros(0, d_v),
+        empty.new_tensor([what.weight for what in told]),
+    )
+
+
+def _remove_accurately(state: RLSState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
+    """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
+    try:
+        state.remove(*rows)
+    except RemovalError as error:
+        return str(error)
+    health = state.monitor()
+    return health.advice if health.needs_refresh else None

@@ -1,0 +1,120 @@
+"""How much memory editing takes, told before it is taken."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlsedit_fast.errors import ResourceError
+from rlsedit_fast.models.projections import Projection
+
+_FLOAT, _DOUBLE = 4, 8
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one edited layer takes beside the model.
+
+    Attributes:
+        layer: index of the block.
+        name: of the projection.
+        device: where it lies, and so where this is taken.
+        state: for as long as the editor lives: C, pending rows, W0, the part of the master that the model has not.
+        anchors: the anchor moment, for as long as the editor lives.
+        building: more, for the moment in which the state is made or rebuilt in float64.
+        per_edit: of the rows that an edit leaves behind, by which it can be taken back.
+    """
+
+    layer: int
+    name: str
+    device: str
+    state: int
+    anchors: int
+    building: int
+    per_edit: int
+
+
+def plan(projections: Sequence[Projection], *, delay: int, anchored: bool) -> list[LayerMemory]:
+    """What editing these projections takes; computed from shapes alone."""
+    layers = []
+    for projection in projections:
+        weight = projection.weight
+        d_v, d_k = weight.shape
+        beside = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
+        kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
+        layers.append(
+            LayerMemory(
+                projection.layer,
+                projection.name,
+                str(weight.device),
+                _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k + kept,
+                _FLOAT * d_k * d_k if anchored else 0,
+                # W0, and of S0, its factor and the inverse two in float64 at a time, one of them copied
+                _DOUBLE * (3 * d_k * d_k + d_v * d_k),
+                _FLOAT * (d_k + d_v),
+            )
+        )
+    return layers
+
+
+def check(layers: Sequence[LayerMemory]) -> None:
+    """Compares a plan with what is free, device by device; a device that does not tell is taken at its word.
+
+    Raises:
+        ResourceError: there is too little, with the figures and what to do.
+    """
+    wanted: dict[str, int] = defaultdict(int)
+    peak: dict[str, int] = defaultdict(int)
+    for layer in layers:
+        wanted[layer.device] += layer.state  # the anchors are there already
+        peak[layer.device] = max(peak[layer.device], layer.building)
+    for device, bytes_wanted in wanted.items():
+        total, free = bytes_wanted + peak[device], available(torch.device(device))
+        if free is not None and total > free:
+            raise ResourceError(
+                f"editing takes {size(total)} on {device} ({size(bytes_wanted)} to stay, {size(peak[device])} while a "
+                f"state is made) and {size(free)} are free; nothing was changed. Edit fewer layers, or spread the "
+                "model over more devices with device_map"
+            )
+
+
+def available(device: torch.device) -> int | None:
+    """Free bytes on a device, None where that cannot be told; within a container, what its limit leaves."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if device.type != "cpu":
+        return None
+    figures = [_meminfo(), _container()]
+    known = [figure for figure in figures if figure is not None]
+    return min(known) if known else None
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{count} bytes" if units[0] == "bytes" else f"{value:.3g} {units[0]}"
+
+
+def _meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _container() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text().strip()
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else int(limit) - int(used) + int(cached.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None

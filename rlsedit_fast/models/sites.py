@@ -1,0 +1,159 @@
+"""Where a change of the hidden state is searched, and forward passes that begin there.
+
+In most architectures a block adds the output of its last projection to the residual stream as it is: a change of the
+block's output is a change of that output. Some (Gemma 2 and 3, OLMo 2) put a normalisation between the two, and some
+scale it. What the solver writes is the projection's output, so there the change is searched at that output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlsedit_fast.models.passes import hidden_of, resume_above, with_hidden
+from rlsedit_fast.models.projections import Decoder, Projection
+
+_SLACK = 0.05
+"""Rounding of a bfloat16 residual stream that a probe as long as the stream itself may show: 2^-8, a few times over."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One forward of a batch of rows, up to a site.
+
+    Attributes:
+        below: the output of the last block that need not be run again, as it came; None if there is none.
+        state: what a change is added to, `[rows, t, d]`.
+        logits: `[rows, t, vocabulary]`.
+    """
+
+    below: Any
+    state: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """The output of a block, or of its projection, as the place where a change is added.
+
+    Attributes:
+        decoder: the model.
+        projection: of the block.
+        direct: whether the block adds the projection's output to the residual stream as it is.
+    """
+
+    decoder: Decoder
+    projection: Projection
+    direct: bool
+
+    def look(self, ids: Tensor, mask: Tensor) -> Seen:
+        """One whole forward over `ids [rows, t]`, without gradients."""
+        below: list[Any] = []
+        state: list[Tensor] = []
+        block = self.projection.layer
+        handles = []
+        if self.direct:
+            handles.append(_on_output(self.decoder.blocks[block], below.append))
+        else:
+            handles.append(_on_output(self.projection.module, state.append))
+            if block:
+                handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
+        try:
+            with torch.no_grad():
+                logits: Tensor = self.decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Seen(below[0] if below else None, hidden_of(below[0]) if self.direct else state[0], logits)
+
+    @contextmanager
+    def resumed(self) -> Iterator[Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]]:
+        """Within it, a function runs what lies above the site with a change added.
+
+        Yields:
+            `forward(below, ids [rows, t], mask [rows, t], at [rows], change [rows, d]) -> logits`; `below` is
+            `Seen.below` of those rows, and row r is changed at token `at[r]`.
+        """
+        last_skipped = self.projection.layer if self.direct else self.projection.layer - 1
+        with resume_above(self.decoder, last_skipped) as state:
+
+            def forward(below: Any, ids: Tensor, mask: Tensor, at: Tensor, change: Tensor) -> Tensor:
+                state["output"] = below if not self.direct else with_hidden(below, _added(hidden_of(below), at, change))
+                handle = None
+                if not self.direct:
+                    handle = self.projection.module.register_forward_hook(lambda _m, _i, out: _added(out, at, change))
+                try:
+                    logits: Tensor = self.decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                finally:
+                    if handle is not None:
+                        handle.remove()
+                return logits
+
+            yield forward
+
+
+def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
+    """The site of the last of `projections`, found out by changing each one's output and looking at its block's.
+
+    `direct` is whether all of them reach the residual stream as they are. Costs a forward over two tokens for each,
+    up to its block.
+    """
+    direct = all(_adds_directly(decoder, projection) for projection in projections)
+    return Site(decoder, projections[-1], direct)
+
+
+def _adds_directly(decoder: Decoder, projection: Projection) -> bool:
+    plain = _block_output(decoder, projection, None)
+    probe = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe = (probe / probe.norm()).to(plain.device) * plain[0, -1].double().norm().clamp_min(1)
+    moved = (_block_output(decoder, projection, probe) - plain).double()[0, -1]
+    return bool((moved - probe).norm() <= _SLACK * probe.norm())
+
+
+def _block_output(decoder: Decoder, projection: Projection, change: Tensor | None) -> Tensor:
+    """The block's output `[1, 2, d]` on two tokens, with `change [d]` added to its projection's at the last one."""
+    seen: list[Tensor] = []
+
+    class _Seen(Exception):
+        """Nothing above the block is run."""
+
+    def keep(output: Any) -> None:
+        seen.append(hidden_of(output).double())
+        raise _Seen
+
+    handles = [_on_output(decoder.blocks[projection.layer], keep)]
+    if change is not None:
+        at = torch.ones(1, dtype=torch.long, device=change.device)
+        handles.append(
+            projection.module.register_forward_hook(lambda _m, _i, out: _added(out, at.to(out.device), change[None]))
+        )
+    ids = torch.tensor([[0, 1]], device=decoder.device)
+    try:
+        with torch.no_grad():
+            decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]
+
+
+def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
+    """Calls `do` with what the module returns; the handle removes it."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        do(output)
+
+    return module.register_forward_hook(hook)
+
+
+def _added(state: Tensor, at: Tensor, change: Tensor) -> Tensor:
+    """`state [rows, t, d]` with `change [rows, d]` added at token `at [rows]` of each row."""
+    every = torch.arange(len(state), device=state.device)
+    return state.index_put((every, at.to(state.device)), change.to(state), accumulate=True)
