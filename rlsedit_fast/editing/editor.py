@@ -160,6 +160,8 @@ class Editor:
         """
         if not 0 < weight < float("inf"):
             raise InputError(f"weight={weight}: expected a finite number above 0")
+        if self._layers:
+            self._layers.check_attached()
         with quiet(self.model):
             keys = text_keys(self._decoder, self.tokenizer, self._projections, prompts, longest=self._longest)
             if self._layers is None:
@@ -316,7 +318,9 @@ class Editor:
     def _start(self, pilot: Sequence[Request]) -> EditedLayers:
         """Fresh states under priors chosen on the pilot."""
         memory.check(self.memory())
-        keys, _ = request_keys(self._decoder, self._projections, pilot)
+        # Edits of one subject have one key, and would make the pilot look harder to realise than its subjects are.
+        distinct = {request.about or i: request for i, request in enumerate(pilot)}
+        keys, _ = request_keys(self._decoder, self._projections, list(distinct.values()))
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)

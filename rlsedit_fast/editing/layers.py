@@ -59,15 +59,25 @@ class EditedLayers:
         self._protected: list[Told] = []
         self._marks = [_mark(projection) for projection in projections]
 
+    def check_attached(self) -> None:
+        """Raises ModelError if a weight was moved, cast, replaced or written to by something else."""
+        modules = dict(self._decoder.model.named_modules())
+        for projection, mark in zip(self._projections, self._marks, strict=True):
+            if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
+                raise ModelError(
+                    f"{projection.name} was replaced, moved, cast or written to by something else since the editor "
+                    "looked at it last; its state no longer fits. Put the model as it should be and make a new editor"
+                )
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Puts every layer, model included, back if the block raises.
 
         Raises:
-            ModelError: a weight was moved, cast, replaced or written to since; nothing is done.
+            ModelError: see `check_attached`; nothing is done.
             UpdateError: a weight that was written is not finite in the model's dtype; nothing has changed.
         """
-        self._check_attached()
+        self.check_attached()
         protected = len(self._protected)
         try:
             with ExitStack() as stack:
@@ -162,15 +172,6 @@ class EditedLayers:
             step = state.update_projected(panel, innovation)
             written += (innovation - step.left_over).to(written)
         return all_keys, values, written
-
-    def _check_attached(self) -> None:
-        modules = dict(self._decoder.model.named_modules())
-        for projection, mark in zip(self._projections, self._marks, strict=True):
-            if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
-                raise ModelError(
-                    f"{projection.name} was replaced, moved, cast or written to by something else since the editor "
-                    "looked at it last; its state no longer fits. Put the model as it should be and make a new editor"
-                )
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.conflicts import _composed
+from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import Row, encode, fill
@@ -97,5 +97,5 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
         raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
     shared = config.fact_token != "last" and edit.span is None
     return Request(
-        edit, contexts, kl, _composed(fill(edit.prompt, edit.subject)[0]), _composed(edit.subject) if shared else None
+        edit, contexts, kl, composed(fill(edit.prompt, edit.subject)[0]), composed(edit.subject) if shared else None
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.projections import Decoder, Projection
 
 
@@ -57,6 +58,9 @@ def read_keys(
 
     Returns:
         `({layer: keys [rows, t, d_k]}, hidden [rows, t, d] or None)` in the model's dtype.
+
+    Raises:
+        ModelError: a projection is not among what the model runs.
     """
     keys: dict[int, Tensor] = {}
     hidden: list[Tensor] = []
@@ -67,7 +71,7 @@ def read_keys(
 
     def keep_key(projection: Projection) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keys[projection.layer] = inputs[0].detach()
+            keys[projection.layer] = inputs[0].detach().reshape(*ids.shape, -1)  # OPT's blocks flatten rows and tokens
             if block is None and projection.layer == deepest:
                 raise _Enough
 
@@ -89,6 +93,9 @@ def read_keys(
     finally:
         for handle in handles:
             handle.remove()
+    unseen = [projection.name for projection in projections if projection.layer not in keys]
+    if unseen:
+        raise ModelError(f"{unseen} took no part in the model's forward; was it replaced? Make a new editor")
     return keys, hidden[0] if hidden else None
 
 

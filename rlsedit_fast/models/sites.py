@@ -60,7 +60,7 @@ class Site:
         if self.direct:
             handles.append(_on_output(self.decoder.blocks[block], below.append))
         else:
-            handles.append(_on_output(self.projection.module, state.append))
+            handles.append(_on_output(self.projection.module, lambda out: state.append(out.reshape(*ids.shape, -1))))
             if block:
                 handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
         try:
@@ -154,6 +154,10 @@ def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
 
 
 def _added(state: Tensor, at: Tensor, change: Tensor) -> Tensor:
-    """`state [rows, t, d]` with `change [rows, d]` added at token `at [rows]` of each row."""
-    every = torch.arange(len(state), device=state.device)
-    return state.index_put((every, at.to(state.device)), change.to(state), accumulate=True)
+    """`state [rows, t, d]` with `change [rows, d]` added at token `at [rows]` of each row.
+
+    OPT's blocks flatten it to `[rows * t, d]`; what comes back has the form that came in.
+    """
+    rows = torch.arange(len(change), device=state.device)
+    whole = state.reshape(len(change), -1, state.shape[-1])
+    return whole.index_put((rows, at.to(state.device)), change.to(state), accumulate=True).reshape(state.shape)

@@ -375,3 +375,92 @@ def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype,
     assert all(layer.weight <= layer.weight_bound for layer in editor.deviation())
     editor.undo([record.id for record in records])
     assert_same(start, model)
+
+
+def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
+    """How far the outputs on a prompt's last token move, in the edited layers, through the same edits."""
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    if prompts and not after:
+        assert editor.protect(prompts, weight=weight) > len(prompts)
+    editor.calibrate(EDITS)
+    if prompts and after:
+        editor.protect(prompts, weight=weight)
+    editor.edit(EDITS)
+    (layer, _) = editor._layers.states
+    keys = editor_module.text_keys(editor._decoder, tokenizer, editor._projections, PROTECTED, longest=64)[0]
+    return float((layer.outputs(keys) - keys @ layer.original.T).norm()), editor
+
+
+PROTECTED = ["Rekuno Veta plays the organ .", "Voluvu Toze lives in Old Corran ."]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
+    free, _ = protected_change(make_model, tokenizer, [])
+    held, editor = protected_change(make_model, tokenizer, PROTECTED, weight=100.0, after=after)
+    assert held < 0.3 * free
+    start = [state.original for state in editor._layers.states]
+    editor.undo([record.id for record in editor.history()])
+    for state, weight in zip(editor._layers.states, start, strict=True):
+        assert (state.weight - weight).norm() <= 1e-5 * weight.norm()
+        assert state.edits > 10, "the protected rows outlive the edits"
+
+
+def test_wrong_prompts_to_protect_are_refused(make_model, tokenizer):
+    editor = make_editor(make_model("llama"), tokenizer)
+    for prompts, weight, message in (([], 1.0, "0 texts"), ([" "], 1.0, "1 are empty"), (["a " * 99], 1.0, "1 longer")):
+        with pytest.raises(InputError, match=message):
+            editor.protect(prompts, weight=weight)
+    with pytest.raises(InputError, match="weight=0"):
+        editor.protect(PROTECTED, weight=0)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda model: model.bfloat16(),
+        lambda model: model.load_state_dict(model.state_dict()),
+        lambda model: model.model.layers[1].mlp.down_proj.weight.mul_(2),
+        lambda model: setattr(model.model.layers[1].mlp, "down_proj", torch.nn.Linear(96, 64, bias=False)),
+    ],
+    ids=["cast", "loaded", "scaled", "replaced"],
+)
+def test_weights_that_something_else_touched_are_noticed(make_model, tokenizer, meddle):
+    """Else the editor would write into a tensor that the model no longer reads, or onto a sum it does not know."""
+    model = make_model("llama")
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS[:2])
+    with torch.no_grad():
+        meddle(model)
+    before = weights(model)
+    for action in (lambda: editor.edit(EDITS[2:4]), lambda: editor.undo(1), lambda: editor.protect(PROTECTED)):
+        with pytest.raises(ModelError, match="make a new editor"):
+            action()
+    assert_same(before, model)
+    assert len(editor.history()) == 2
+
+
+def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, tokenizer):
+    model = make_model("llama", torch.float16)
+    editor = make_editor(model, tokenizer)
+    editor.edit(EDITS[:2])
+    start = weights(model)
+    state = editor._layers.states[0]
+    real = state.update_projected
+
+    def overflowing(panel, innovation):
+        return real(panel, innovation * 1e7)
+
+    state.update_projected = overflowing
+    with pytest.raises(UpdateError, match=r"range of torch\.float16"):
+        editor.edit(EDITS[2:4])
+    assert_same(start, model)
+
+
+def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer):
+    editor = make_editor(make_model("llama", torch.bfloat16), tokenizer)
+    editor.edit(EDITS[:2])
+    for projection, state in zip(editor._projections, editor._layers.states, strict=True):
+        assert state._master.extra == 2 * projection.weight.numel()
+        assert state._master.tensors[0].data_ptr() == projection.weight.data_ptr()

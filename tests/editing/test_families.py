@@ -1,0 +1,97 @@
+"""Every architecture is edited, saved, reloaded and given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.models.sites import find_site
+from rlsedit_fast.world import RELATIONS, World
+
+NORMALISED = {"gemma2", "gemma3", "olmo2"}
+DTYPES = [torch.float32, torch.bfloat16]
+IDS = ["fp32", "bf16"]
+
+
+def facts(count):
+    """False facts about as many people, relations in turn."""
+    edits = []
+    for i, person in enumerate(World.generate().people[:count]):
+        relation = RELATIONS[i % len(RELATIONS)]
+        target = next(value for value in relation.values[i % 7 :] if value != person.facts[relation.name])
+        edits.append(rf.Edit(relation.phrasings[0], person.name, target))
+    return edits
+
+
+EDITS = facts(20)
+
+
+def make_editor(model, tokenizer, **changes):
+    config = rf.EditConfig(
+        **{
+            "layers": (2,) if changes.pop("single", False) else (1, 2),
+            "batch_size": 5,
+            "context_prefixes": ("",),
+            "clamp": 4.0,
+            "fact_token": "last",  # a random model's subject token steers little
+            "adherence": 0.9,
+            "search_steps": 15,
+            "search_stop_nll": 1.0,
+        }
+        | changes
+    )
+    editor = rf.Editor(model, tokenizer, config=config)
+    editor.anchor([edit.prompt.format(edit.subject) for edit in facts(60)[20:]])
+    return editor
+
+
+def nlls(model, tokenizer):
+    return [s.nll for s in score(model, tokenizer, [(e.prompt.format(e.subject), e.target) for e in EDITS])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenizer, family, dtype, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(family, dtype)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = nlls(model, tokenizer)
+    editor = make_editor(model, tokenizer, single=family in NORMALISED)
+    records = editor.edit(EDITS)
+    assert [record.batch for record in records] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
+    after = nlls(model, tokenizer)
+    assert all(new < old for new, old in zip(after, before, strict=True))
+
+    editor.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    ids = torch.tensor([tokenizer(EDITS[3].prompt.format(EDITS[3].subject))["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+    for at in (2, 0, 3, 1):
+        editor.undo([record.id for record in records[5 * at : 5 * at + 5]])
+    now = model.state_dict()
+    edited = [f"{projection.name}.weight" for projection in editor._projections]
+    for name, value in start.items():
+        if name not in edited:
+            assert torch.equal(now[name], value), f"{name} is not one of the edited weights"
+        elif dtype == torch.float32:
+            assert (now[name] - value).norm() <= 1e-5 * value.norm()
+        else:
+            assert (now[name] != value).sum() <= 1e-3 * value.numel()
+
+
+def test_a_normalised_projection_is_recognised_by_what_it_does(make_model, tokenizer, family):
+    model = make_model(family)
+    decoder = find_decoder(model)
+    with quiet(model):
+        site = find_site(decoder, decoder.select((1, 2)))
+    assert site.direct == (family not in NORMALISED)
+    if family in NORMALISED:
+        with pytest.raises(rf.errors.ModelError, match="name one layer"):
+            rf.Editor(model, tokenizer, config=rf.EditConfig(layers=(1, 2)))
+        assert rf.Editor(model, tokenizer).layers == (1,)

@@ -1,0 +1,398 @@
+"""Every record of a file becomes an edit or is accounted for by its place, field and reason."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing.formats import edits_from_lists, read_edits
+from rlsedit_fast.errors import InputError, RequestError
+
+DATA = Path(os.environ.get("RLSEDIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+PLAIN = {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon"}
+ORIGINAL = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "{} plays the",
+        "relation_id": "P1303",
+        "subject": "Miles Davis",
+        "target_new": {"str": "piano", "id": "Q5994"},
+        "target_true": {"str": "trumpet", "id": "Q8338"},
+    },
+    "paraphrase_prompts": ["Rain fell. Miles Davis is known for the"],
+    "neighborhood_prompts": ["Chet Baker plays the", "Clifford Brown plays the"],
+    "attribute_prompts": [],
+}
+FLAT = {
+    "case_id": 3,
+    "prompt": "The mother tongue of Ada Bell is",
+    "target_new": "English",
+    "subject": "Ada Bell",
+    "ground_truth": "French",
+    "rephrase_prompt": "Where Ada Bell is from, people speak",
+    "locality_prompt": "Jean Roc is a speaker of",
+    "locality_ground_truth": "French",
+}
+ZSRE = {
+    "subject": "WEFS",
+    "src": "When was WEFS established?",
+    "pred": "1998",
+    "rephrase": "When has WEFS been established?",
+    "alt": "1997",
+    "answers": ["1987", "1988"],
+    "loc": "nq question: who voiced the duck",
+    "loc_ans": "Clarence",
+}
+MQUAKE = {
+    "case_id": 12,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "subject": "Ada Bell",
+            "target_new": {"str": "Croatia"},
+            "question": "Of which country is Ada Bell a citizen?",
+        },
+        {
+            "prompt": "The capital of {} is",
+            "subject": "Croatia",
+            "target_new": {"str": "Split"},
+            "question": "What is the capital of Croatia?",
+        },
+    ],
+    "questions": ["What is the capital of Ada Bell's country?"],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="facts.json"):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1), encoding="utf-8")
+        return path
+
+    return write
+
+
+def lines(*records):
+    return "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+
+
+def test_every_field_of_a_line_arrives(write):
+    full = {
+        **PLAIN,
+        "id": 41,
+        "weight": 2,
+        "paraphrases": ["{} has the capital", "France's capital is"],
+        "neighborhood": ["The capital of Spain is"],
+        "span": [15, 21],
+    }
+    read = read_edits(write(lines(full, "", "  ", {**PLAIN, "id": None, "weight": None}), "facts.jsonl"))
+    assert read.edits == [
+        rf.Edit(
+            "The capital of {} is",
+            "France",
+            "Lyon",
+            weight=2.0,
+            name="41",
+            span=(15, 21),
+            paraphrases=("France has the capital", "France's capital is"),
+            neighborhood=("The capital of Spain is",),
+        ),
+        rf.Edit("The capital of {} is", "France", "Lyon"),
+    ]
+    assert read.places == ["facts.jsonl:1", "facts.jsonl:4"]
+    assert (read.skipped, read.format, read.unread) == ([], "edits", [])
+
+
+def test_counterfact_is_read_in_both_forms(write):
+    original = read_edits(write([ORIGINAL]))
+    assert original.edits == [
+        rf.Edit(
+            "{} plays the",
+            "Miles Davis",
+            "piano",
+            name="7",
+            paraphrases=("Rain fell. Miles Davis is known for the",),
+            neighborhood=("Chet Baker plays the", "Clifford Brown plays the"),
+        )
+    ]
+    assert original.format == "counterfact"
+    assert original.unread == [
+        "attribute_prompts",
+        "requested_rewrite.relation_id",
+        "requested_rewrite.target_new.id",
+        "requested_rewrite.target_true",
+    ]
+    flat = read_edits(write(lines(FLAT, FLAT), "facts.jsonl"))
+    assert flat.edits[1] == rf.Edit(
+        "The mother tongue of Ada Bell is",
+        "Ada Bell",
+        "English",
+        name="3",
+        paraphrases=("Where Ada Bell is from, people speak",),
+        neighborhood=("Jean Roc is a speaker of",),
+    )
+    assert flat.unread == ["ground_truth", "locality_ground_truth"]
+
+
+def test_zsre_teaches_the_field_that_is_asked_for(write):
+    path = write([ZSRE])
+    wanted = {"subject": "WEFS", "paraphrases": ("When has WEFS been established?",), "neighborhood": (ZSRE["loc"],)}
+    assert read_edits(path).edits == [rf.Edit("When was WEFS established?", target="1997", **wanted)]
+    other = read_edits(path, zsre_target="answers")
+    assert other.edits == [rf.Edit("When was WEFS established?", target="1987", **wanted)]
+    assert other.format == "zsre"
+    assert other.unread == ["alt", "loc_ans", "pred"]
+    with pytest.raises(
+        RequestError, match=r"facts\.json:2 \(record 1\): answers: expected a list of at least one entry"
+    ):
+        read_edits(write([{**ZSRE, "answers": []}]), zsre_target="answers")
+
+
+def test_each_rewrite_of_mquake_is_an_edit(write):
+    read = read_edits(write([MQUAKE, MQUAKE]))
+    assert read.edits[:2] == [
+        rf.Edit(
+            "{} is a citizen of",
+            "Ada Bell",
+            "Croatia",
+            name="12.1",
+            paraphrases=("Of which country is Ada Bell a citizen?",),
+        ),
+        rf.Edit(
+            "The capital of {} is", "Croatia", "Split", name="12.2", paraphrases=("What is the capital of Croatia?",)
+        ),
+    ]
+    assert len(read.edits) == 4
+    assert read.places[1] == "facts.json:2 (record 1), rewrite 2"
+    assert (read.format, read.unread) == ("mquake", ["questions"])
+    bad = {**MQUAKE, "requested_rewrite": [MQUAKE["requested_rewrite"][0], {"prompt": "{} is", "subject": "x"}, "y"]}
+    read = read_edits(write([bad]), strict=False)
+    assert [edit.name for edit in read.edits] == ["12.1"]
+    assert [str(skipped) for skipped in read.skipped] == [
+        "facts.json:2 (record 1), rewrite 2: requested_rewrite.target_new: missing",
+        "facts.json:2 (record 1), rewrite 3: requested_rewrite: expected a JSON object, got 'y'",
+    ]
+    with pytest.raises(RequestError, match="requested_rewrite: expected a list"):
+        read_edits(write([{**MQUAKE, "requested_rewrite": []}]))
+
+
+@pytest.mark.parametrize(
+    ("record", "format"), [(PLAIN, "edits"), (ORIGINAL, "counterfact"), (FLAT, "counterfact"), (ZSRE, "zsre")]
+)
+def test_the_format_goes_by_the_fields_and_not_by_the_name(write, record, format):
+    assert read_edits(write([record], "zsre-mquake.jsonl")).format == format
+    assert read_edits(write(lines("{}", record), "counterfact.json"), strict=False).format == format
+
+
+def test_a_format_that_is_asked_for_is_followed(write):
+    with pytest.raises(RequestError, match=r"read as 'edits': 1 of 1(.|\n)*unknown field; did you mean 'target'"):
+        read_edits(write([FLAT]), format="edits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target": None}, "target: missing"),
+        ({"targt": "Nice", "target": None}, "targt: unknown field; did you mean 'target'?"),
+        ({"paraphrase": ["x"]}, "paraphrase: unknown field; did you mean 'paraphrases'?"),
+        ({"colour": 3}, "colour: unknown field; expected: prompt, subject, target, id,"),
+        ({"subject": 3}, "subject: expected a text, got 3"),
+        ({"subject": " "}, "subject: is blank (' ')"),
+        ({"prompt": "The capital is"}, "prompt: prompt 'The capital is'"),
+        ({"prompt": "{} and {} are"}, "prompt: prompt '{} and {} are'"),
+        ({"weight": 0}, "weight: expected a finite number above 0, got 0"),
+        ({"weight": 10**400}, "weight: expected a finite number above 0, got 1000"),
+        ({"weight": float("nan")}, "weight: expected a finite number above 0, got nan"),
+        ({"weight": True}, "weight: expected a finite number above 0, got True"),
+        ({"id": 1.5}, "id: expected a text or a whole number, got 1.5"),
+        ({"paraphrases": ["x", 3]}, "paraphrases: expected texts that are not blank, got 3"),
+        ({"neighborhood": [""]}, "neighborhood: expected texts that are not blank, got ''"),
+        ({"span": [3]}, "span: expected [start, stop]"),
+        ({"span": [5, 5]}, "span: expected [start, stop]"),
+        ({"span": [0, 25]}, "span: expected [start, stop], characters of the filled prompt (24 of them), got [0, 25]"),
+    ],
+)
+def test_what_is_wrong_is_told_by_place_and_field(write, changes, expected):
+    record = {name: value for name, value in {**PLAIN, **changes}.items() if value is not None}
+    path = write(lines(PLAIN, "", record), "facts.jsonl")
+    with pytest.raises(RequestError) as error:
+        read_edits(path)
+    assert f"facts.jsonl:3: {expected}" in str(error.value)
+    assert "1 of 2 edits" in str(error.value)
+    read = read_edits(path, strict=False)
+    assert [edit.target for edit in read.edits] == ["Lyon"]
+    (skipped,) = read.skipped
+    assert (skipped.place, skipped.field) == ("facts.jsonl:3", expected.split(":")[0])
+    assert str(skipped).startswith(f"facts.jsonl:3: {expected}")
+
+
+def test_a_typo_is_one_trouble_and_not_two(write):
+    record = {"promt": "{} is", "subject": "France", "Target": "a"}
+    assert str(read_edits(write([record]), strict=False).skipped[0]) == (
+        "facts.json:2 (record 1): promt: unknown field; did you mean 'prompt'?; "
+        "Target: unknown field; did you mean 'target'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "place"),
+    [
+        ({**ZSRE, "subject": "Nobody"}, "src: "),
+        ({**FLAT, "subject": "Nobody"}, "prompt: "),
+        (
+            {"requested_rewrite": {"prompt": "It is", "subject": "Nobody", "target_new": {"str": "a"}}},
+            "requested_rewrite.prompt: ",
+        ),
+    ],
+)
+def test_a_subject_that_its_prompt_does_not_hold_is_told(write, record, place):
+    path = write([record])
+    with pytest.raises(RequestError, match=rf"\(record 1\): {place}.*Nobody"):
+        read_edits(path)
+    read = read_edits(path, strict=False)
+    assert (read.edits, len(read.skipped)) == ([], 1)
+
+
+def test_all_troubles_of_a_record_are_told(write):
+    read = read_edits(write([{"prompt": 1, "weight": -1}]), strict=False)
+    assert str(read.skipped[0]) == (
+        "facts.json:2 (record 1): prompt: expected a text, got 1; subject: missing; target: missing; "
+        "weight: expected a finite number above 0, got -1"
+    )
+
+
+def test_a_field_that_stands_twice_is_not_dropped_in_silence(write):
+    text = '{"prompt": "{} is", "subject": "France", "target": "a", "target": "b"}'
+    with pytest.raises(RequestError, match="target: stands more than once"):
+        read_edits(write(text))
+
+
+def test_ten_troubles_are_shown_and_all_are_counted(write):
+    with pytest.raises(RequestError, match="12 of 13 edits") as error:
+        read_edits(write(lines(*[{**PLAIN, "target": ""}] * 12, PLAIN), "facts.jsonl"))
+    assert str(error.value).count("facts.jsonl:") == 10
+    assert str(error.value).endswith("and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("[]", "empty list"),
+        ('[\n {"prompt": "a",}\n]', "line 2, column 17"),
+        ('[{"prompt": "a"}\n {"prompt": "b"}]', r"line 2, column 2: Expecting ',' or '\]'"),
+        ('[{"prompt": "a"},\n', "line 2, column 1: Expecting value"),
+        ('[{"prompt": "a"}]\n[]', "line 2, column 1: Extra data"),
+        ('{"prompt": "a"\n}', r"facts\.json:1: not JSON at column 15"),
+        ("[3]", r"facts\.json:1 \(record 1\): expected a JSON object, got 3"),
+        ("null", r"facts\.json:1: expected a JSON object, got None"),
+        (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', "byte 0xe9 in line 2 is not UTF-8"),
+        (json.dumps([PLAIN]).encode("utf-16"), "byte 0xff in line 1 is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where(write, content, expected):
+    path = write(content)
+    with pytest.raises(RequestError, match=expected) as error:
+        read_edits(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_path_without_a_file_is_told(tmp_path):
+    with pytest.raises(RequestError, match="is a directory"):
+        read_edits(tmp_path)
+    with pytest.raises(RequestError, match=r"nothing\.json cannot be read: No such file"):
+        read_edits(tmp_path / "nothing.json")
+    with pytest.raises(InputError, match="format='csv'"):
+        read_edits(tmp_path / "nothing.json", format="csv")
+    with pytest.raises(InputError, match="zsre_target='pred'"):
+        read_edits(tmp_path / "nothing.json", zsre_target="pred")
+
+
+def test_a_bad_line_leaves_the_others_where_that_is_wanted(write):
+    read = read_edits(write(lines(PLAIN, '{"prompt": ', PLAIN), "facts.jsonl"), strict=False)
+    assert read.places == ["facts.jsonl:1", "facts.jsonl:3"]
+    assert str(read.skipped[0]) == "facts.jsonl:2: not JSON at column 12: Expecting value"
+    assert read.skipped[0].field is None
+
+
+def test_line_numbers_are_those_of_an_editor(write):
+    odd = json.dumps({**PLAIN, "target": "a\u2028b\u0085c"}, ensure_ascii=False)
+    read = read_edits(write(("\ufeff" + lines(odd, PLAIN).replace("\n", "\r\n")).encode(), "facts.jsonl"))
+    assert [edit.target for edit in read.edits] == ["a\u2028b\u0085c", "Lyon"]
+    assert read.places == ["facts.jsonl:1", "facts.jsonl:2"]
+    assert read_edits(write("\n[" + json.dumps(PLAIN) + ",\n\n" + json.dumps(PLAIN) + "]\n")).places == [
+        "facts.json:2 (record 1)",
+        "facts.json:4 (record 2)",
+    ]
+
+
+def test_lists_become_edits():
+    edits = edits_from_lists(
+        ["{} plays the", "The capital of France is"],
+        target_new=["piano", "Lyon"],
+        subject=["Miles Davis", "France"],
+        ground_truth=["trumpet", None],
+        rephrase_prompts=["Miles Davis is known for the", None],
+        locality_prompts=[["Chet Baker plays the", "Rome is in"], "The capital of Spain is"],
+        locality_inputs={"distracting": {"prompt": ["a", "b"], "ground_truth": ["c", "d"]}},
+    )
+    assert edits == [
+        rf.Edit(
+            "{} plays the",
+            "Miles Davis",
+            "piano",
+            paraphrases=("Miles Davis is known for the",),
+            neighborhood=("Chet Baker plays the", "Rome is in", "a"),
+        ),
+        rf.Edit("The capital of France is", "France", "Lyon", neighborhood=("The capital of Spain is", "b")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"subject": ["x"]}, "prompts 2, target_new 2, subject 1"),
+        ({"ground_truth": ["x"]}, "subject 2, ground_truth 1"),
+        ({"locality_inputs": {"near": {"prompt": ["x"]}}}, r"subject 2, locality_inputs\['near'\]\['prompt'\] 1"),
+        ({"locality_inputs": {"near": ["x"]}}, r"locality_inputs\['near'\]: expected a dict"),
+        ({"target_new": "ab"}, "target_new='ab': expected a list"),
+        ({"target_new": ["a", None]}, r"target_new\[1\]=None: expected a text"),
+        ({"rephrase_prompts": ["a", 3]}, r"rephrase_prompts\[1\]=3: expected a text"),
+        ({"rephrase_prompts": ["a", [3]]}, r"rephrase_prompts\[1\]=\[3\]: expected a text"),
+    ],
+)
+def test_lists_that_do_not_fit_together_are_refused(changes, expected):
+    lists = {"prompts": ["{} is", "{} was"], "target_new": ["a", "b"], "subject": ["x", "y"], **changes}
+    with pytest.raises(InputError, match=expected):
+        edits_from_lists(lists.pop("prompts"), **lists)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; name its folder in RLSEDIT_DATA")
+class TestRealData:
+    def test_counterfact_loads(self, write):
+        read = read_edits(DATA / "counterfact-10k.json")
+        assert (len(read.edits), read.skipped, read.format) == (10_000, [], "counterfact")
+        thousand = json.loads((DATA / "counterfact-10k.json").read_text(encoding="utf-8"))[:1000]
+        as_lines = read_edits(write(lines(*thousand), "counterfact.jsonl"))
+        assert as_lines.edits == read.edits[:1000]
+        assert as_lines.places[999] == "counterfact.jsonl:1000"
+
+    def test_zsre_loads_but_for_its_two_blank_targets(self):
+        path = DATA / "zsre-1k.json"
+        with pytest.raises(RequestError, match=r"2 of 1000 edits"):
+            read_edits(path)
+        read = read_edits(path, strict=False)
+        assert len(read.edits) == 998
+        assert [(skipped.place.split(" ", 1)[1], skipped.field) for skipped in read.skipped] == [
+            ("(record 535)", "alt"),
+            ("(record 724)", "alt"),
+        ]
+        assert len(read_edits(path, zsre_target="answers").edits) == 1000

@@ -1,0 +1,62 @@
+"""What editing takes is told beforehand, and a lack of it changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing import memory
+from rlsedit_fast.errors import ResourceError
+
+EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
+CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
+    editor = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
+    plan = editor.memory()
+    assert [layer.layer for layer in plan] == [1, 2]
+    editor.calibrate([EDIT])
+    for layer, state in zip(plan, editor._layers.states, strict=True):
+        assert layer.state == state.memory_bytes()
+        assert layer.anchors == 0
+        assert layer.per_edit == 4 * (64 + 96)
+    anchored = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
+    anchored.anchor(["Toze Lado lives in Port Alder ."])
+    assert [layer.anchors for layer in anchored.memory()] == [4 * 96 * 96] * 2
+
+
+def test_too_little_memory_is_an_error_before_anything_is_made(make_model, tokenizer, monkeypatch):
+    editor = rf.Editor(make_model("llama"), tokenizer, config=CONFIG)
+    monkeypatch.setattr(memory, "available", lambda _device: 100_000)
+    with pytest.raises(ResourceError, match=r"editing takes .* on cpu .* and 100 kB are free"):
+        editor.edit([EDIT])
+    assert editor.priors == []
+    assert editor.history() == []
+
+
+def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, monkeypatch):
+    model = make_model("llama")
+    editor = rf.Editor(model, tokenizer, config=CONFIG)
+    editor.edit([EDIT])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fails(*_args):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("rlsedit_fast.editing.editor.search_values", fails)
+    with pytest.raises(ResourceError, match="Lower batch_size"):
+        editor.edit([rf.Edit("{} speaks", "Lado Toze", "Kubeish")])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_sizes_are_told_in_units_a_person_reads():
+    assert [memory.size(n) for n in (12, 3_400, 1_640_000_000)] == ["12 bytes", "3.4 kB", "1.64 GB"]
+
+
+def test_free_memory_is_told_where_the_system_tells_it():
+    free = memory.available(torch.device("cpu"))
+    assert free is None or free > 0
+    assert memory.available(torch.device("meta")) is None
