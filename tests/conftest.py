@@ -1,6 +1,8 @@
-"""Tiny random models of both weight layouts; tests marked gpu are skipped where there is none."""
+"""Tiny random models of the architectures in use; tests marked gpu are skipped where there is none."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -11,6 +13,13 @@ from rlsedit_fast.world.tokens import build_tokenizer
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def cast(model, dtype: torch.dtype):
+    """Not `model.to(dtype)`: it would round the rotary frequencies, which a loaded checkpoint has in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make_llama(vocabulary: int, dtype: torch.dtype = torch.float32):
@@ -27,7 +36,7 @@ def make_llama(vocabulary: int, dtype: torch.dtype = torch.float32):
         max_position_embeddings=64,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return cast(LlamaForCausalLM(config).eval(), dtype)
 
 
 def make_gpt2(vocabulary: int, dtype: torch.dtype = torch.float32):
@@ -45,10 +54,85 @@ def make_gpt2(vocabulary: int, dtype: torch.dtype = torch.float32):
         bos_token_id=1,
         eos_token_id=2,
     )
-    return GPT2LMHeadModel(config).to(dtype).eval()
+    return cast(GPT2LMHeadModel(config).eval(), dtype)
 
 
-MAKERS = {"llama": make_llama, "gpt2": make_gpt2}
+# What all configurations but GPT-2's and GPT-J's call their sizes; the ids stay within the smallest vocabulary.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+HEADS = GROUPED | {"head_dim": 16}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EXPERTS = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+# name: (prefix of the configuration's and the model's class, its settings)
+OTHER_FAMILIES = {
+    "gptj": (
+        "GPTJ",
+        {"n_embd": 64, "n_inner": 96, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+        | {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "gpt_neox": ("GPTNeoX", SIZES),
+    "opt": (
+        "OPT",
+        {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "initializer_range")}
+        | {"ffn_dim": 96, "init_std": 0.2, "word_embed_proj_dim": 64},
+    ),
+    "llama3": ("Llama", GROUPED | {"rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE}),
+    "mistral": ("Mistral", GROUPED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen3": ("Qwen3", HEADS),
+    "gemma2": ("Gemma2", HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma3": ("Gemma3", HEADS | {"query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "phi3": ("Phi3", GROUPED),
+    "olmo2": ("Olmo2", GROUPED),
+    "falcon": ("Falcon", SIZES | {"ffn_hidden_size": 96, "multi_query": True, "parallel_attn": True}),
+    "falcon_new": ("Falcon", SIZES | {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "stablelm": ("StableLm", GROUPED),
+}
+MIXTURES = {
+    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"head_dim": 16}),
+}
+
+
+def maker(prefix: str, settings: dict, seed: int):
+    def make(vocabulary: int, dtype: torch.dtype = torch.float32):
+        import transformers
+
+        torch.manual_seed(seed)
+        # A configuration may change what it is given.
+        config = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")(
+            vocab_size=vocabulary, **copy.deepcopy(settings)
+        )
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+        return cast(model, dtype)
+
+    return make
+
+
+LAYOUTS = {"llama": make_llama, "gpt2": make_gpt2}
+FAMILIES = (*LAYOUTS, *OTHER_FAMILIES)
+MAKERS = LAYOUTS | {
+    name: maker(prefix, settings, seed)
+    for seed, (name, (prefix, settings)) in enumerate((OTHER_FAMILIES | MIXTURES).items(), start=5)
+}
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +140,22 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.fixture(params=sorted(MAKERS))
+@pytest.fixture(params=sorted(LAYOUTS))
 def model(request, tokenizer):
     """A fresh tiny model: Llama's nn.Linear, and GPT-2's Conv1D with a square weight."""
     return MAKERS[request.param](len(tokenizer))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """The name of each architecture that the package recognises, for `make_model`."""
+    return request.param
+
+
+@pytest.fixture(params=sorted(MIXTURES))
+def mixture(request):
+    """The name of each mixture of experts, for `make_model`."""
+    return request.param
 
 
 @pytest.fixture

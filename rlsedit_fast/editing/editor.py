@@ -15,15 +15,20 @@ from torch import Tensor
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
-from rlsedit_fast.editing.keys import anchor_moments, request_keys, text_keys
+from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.layers import EditedLayers, Told
 from rlsedit_fast.editing.ledger import Ledger
-from rlsedit_fast.editing.priors import choose_priors
-from rlsedit_fast.editing.requests import Request, prepare
+from rlsedit_fast.editing.presets import recognise
+from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
+from rlsedit_fast.editing.requests import Request, prepare, troubles
+from rlsedit_fast.editing.sources import GivenTexts, Source
+from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.editing.values import search_values
 from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
+from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
+from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.rls import Prior
 
@@ -83,7 +88,9 @@ class Editor:
         self._decoder = find_decoder(
             model, layer_module=config.layer_module, projection_module=config.projection_module
         )
-        self._projections = self._decoder.select(config.layers_of(len(self._decoder.blocks)))
+        known = recognise(model.config)
+        layers = known.layers if known and config.layers is None else config.layers_of(len(self._decoder.blocks))
+        self._projections = self._decoder.select(layers)
         for projection in self._projections:
             if not bool(projection.weight.isfinite().all()):
                 raise InputError(f"{projection.name}: the weight is not finite; load the model anew")
@@ -96,6 +103,7 @@ class Editor:
         self._ledger = Ledger()
         self._to_protect: list[tuple[list[Tensor], float]] = []
         self._batches = 0
+        self._writes = 0  # batches and removals, each a rounding of the weights
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, config: EditConfig | None = None, **model_options: Any) -> Editor:
@@ -117,6 +125,11 @@ class Editor:
         return tuple(projection.layer for projection in self._projections)
 
     @property
+    def projections(self) -> list[Projection]:
+        """What is edited in them."""
+        return list(self._projections)
+
+    @property
     def priors(self) -> list[Prior]:
         """What holds each edited layer, in the order of `layers`; nothing before calibration or the first edit."""
         return [state.prior for state in self._layers.states] if self._layers else []
@@ -125,25 +138,63 @@ class Editor:
         """What editing takes beside the model, layer by layer, before it is taken."""
         return memory.plan(self._projections, delay=self.config.delay, anchored=self._moments is not None)
 
-    def anchor(self, texts: Iterable[str]) -> int:
-        """Names what the model is to go on doing: the edited layers' outputs on every token of `texts`.
+    def anchor(self, what: Iterable[str] | KeyStatistics) -> int:
+        """Names what the model is to go on doing: the edited layers' outputs on every token of some text.
 
         Args:
-            texts: running text of the kind that matters; some thousands of tokens, more than d_k if that can be.
+            what: running text of the kind that matters, some thousands of tokens, more than d_k if that can be; or
+                what `statistics` collected from it.
 
         Returns:
             The number of tokens seen.
 
         Raises:
-            InputError: the priors are set already, by `calibrate` or the first edit, or no text was given.
+            InputError: the priors are set already, by `calibrate` or the first edit; no text was given; or the
+                statistics are of another model or lack a layer.
         """
         if self._layers:
             raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
-        with quiet(self.model):
-            self._moments, tokens = anchor_moments(
-                self._decoder, self.tokenizer, self._projections, texts, longest=self._longest
-            )
-        return tokens
+        if isinstance(what, KeyStatistics):
+            what.check(self.fingerprint(), self.layers)
+            found = what
+        else:
+            found = self.statistics(GivenTexts(what))
+        self._moments = [found.moments[p.layer].to(p.weight.device) for p in self._projections]
+        return found.tokens
+
+    def statistics(
+        self,
+        source: Source,
+        *,
+        tokens: int | None = None,
+        progress: Callable[[int, int | None], None] | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> KeyStatistics:
+        """Collects key statistics of the edited layers, for `anchor` and for keeping; see `statistics.collect`.
+
+        Raises:
+            InputError: there are edits already; or as `collect` says.
+        """
+        if len(self._ledger):
+            raise InputError("statistics(): the model is edited already; collect them from the unedited one")
+        return collect(
+            self._decoder,
+            self.tokenizer,
+            self._projections,
+            source,
+            tokens=tokens,
+            longest=self._longest,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+
+    def fingerprint(self) -> str:
+        """Of the model as it was before any edit; one read of its weights. See `models.fingerprint`."""
+        originals = {
+            f"{projection.name}.weight": state.original.T if projection.transposed else state.original
+            for projection, state in zip(self._projections, self._layers.states if self._layers else (), strict=False)
+        }
+        return fingerprint(self.model, instead=originals)
 
     def protect(self, prompts: Sequence[str], *, weight: float = 1.0) -> int:
         """Holds the edited layers to what they do now on every token of `prompts`, beside the anchors.
@@ -194,6 +245,29 @@ class Editor:
         with quiet(self.model):
             self._layers = self._start(requests)
         return self.priors
+
+    def assess(self, edits: Sequence[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
+        """What `calibrate` would choose for each of some adherences, and what that would do to the pilot.
+
+        Nothing is set. The arguments and errors are those of `calibrate`; with `share="memit"` the measures are those
+        of each layer realising its own share.
+        """
+        pilot = self._pilot(self._prepare(edits))
+        with quiet(self.model):
+            keys, _ = request_keys(self._decoder, self._projections, pilot)
+        return tabulate(self.config, self._moments, keys, adherences)
+
+    def check(self, edits: Sequence[Edit]) -> dict[int, str]:
+        """Which edits cannot be made, by their place in `edits`, and why; `edit` would refuse the whole call."""
+        return troubles(self.tokenizer, edits, self.config, longest=self._longest)
+
+    def requests(self, edits: Sequence[Edit]) -> list[Request]:
+        """Edits as tokens, with the token at which the model would be edited.
+
+        Raises:
+            RequestError: an edit that cannot be made as written.
+        """
+        return self._prepare(edits)
 
     def edit(
         self, edits: Sequence[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
@@ -296,6 +370,30 @@ class Editor:
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
+    def changes(self) -> list[WeightChange]:
+        """What became of each edited weight; nothing before the first edit."""
+        return [
+            WeightChange(
+                name=projection.name,
+                original=state.original,
+                current=state.weight,
+                stored=projection.weight,
+                transposed=projection.transposed,
+            )
+            for projection, state in zip(self._projections, self._layers.states if self._layers else (), strict=False)
+        ]
+
+    def save_delta(self, path: str | Path) -> DeltaReport:
+        """Writes the change alone, for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`."""
+        active = sum(record.state == "active" for record in self.history())
+        return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
+
+    def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
+        """Writes the change as a LoRA adapter that `peft` loads; see `export.write_adapter`."""
+        base = str(getattr(self.model.config, "_name_or_path", ""))
+        writes = max(1, self._writes)
+        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+
     @property
     def _longest(self) -> int | None:
         """Most tokens that the model takes."""
@@ -315,12 +413,14 @@ class Editor:
     def _prepare(self, edits: Sequence[Edit]) -> list[Request]:
         return prepare(self.tokenizer, edits, self.config, longest=self._longest)
 
+    def _pilot(self, requests: Sequence[Request]) -> list[Request]:
+        """One request per subject: several have nearly one key, and would make the pilot look hard to realise."""
+        return list({request.about or i: request for i, request in enumerate(requests)}.values())
+
     def _start(self, pilot: Sequence[Request]) -> EditedLayers:
         """Fresh states under priors chosen on the pilot."""
         memory.check(self.memory())
-        # Edits of one subject have one key, and would make the pilot look harder to realise than its subjects are.
-        distinct = {request.about or i: request for i, request in enumerate(pilot)}
-        keys, _ = request_keys(self._decoder, self._projections, list(distinct.values()))
+        keys, _ = request_keys(self._decoder, self._projections, self._pilot(pilot))
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
@@ -383,6 +483,7 @@ class Editor:
                 f"memory ran out at a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size or "
                 f"the number of context_prefixes and kl_prompts. ({error})"
             ) from error
+        self._writes += bool(gone or again) + bool(everything)
         self._ledger.mark(gone, outcome)
         first = len(self._ledger) + 1
         ids = [*range(first, first + len(requests)), *again]

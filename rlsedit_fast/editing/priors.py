@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import brentq
@@ -41,6 +42,56 @@ def choose_priors(config: EditConfig, moments: Sequence[Tensor] | None, pilot_ke
             prior for layer, keys in zip(each, pilot_keys, strict=True) for prior in _together(config, layer, [keys])
         ]
     return _together(config, moments, pilot_keys)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What a prior would do to the pilot edits.
+
+    Attributes:
+        adherence: as asked for.
+        lam: per layer.
+        mu: per layer; 0 without anchors.
+        realised: share of the pilot's changes that would be realised; with MEMIT's share the mean over the layers.
+        leakage: per layer `||K0 dW^T||_F / ||R||_F`, what the pilot would do to the anchors; `||dW||_F / ||R||_F`
+            without anchors.
+    """
+
+    adherence: float
+    lam: list[float]
+    mu: list[float]
+    realised: float
+    leakage: list[float]
+
+
+def tabulate(
+    config: EditConfig, moments: Sequence[Tensor] | None, pilot_keys: Sequence[Tensor], adherences: Sequence[float]
+) -> list[Tradeoff]:
+    """What `choose_priors` gives for each adherence, and what that means; otherwise the same arguments and errors."""
+    count = len(pilot_keys)
+    groups = [list(range(count))] if config.share == "joint" else [[layer] for layer in range(count)]
+    rows = []
+    for adherence in adherences:
+        priors = choose_priors(replace(config, adherence=adherence), moments, pilot_keys)
+        held, lams, mus = moments, [prior.lam for prior in priors], [prior.mu for prior in priors]
+        if held is None or not any(mus):
+            # lam^2 I is what mu = lam makes of the unit moment.
+            held = [torch.eye(keys.shape[1], device=keys.device) for keys in pilot_keys]
+            lams, mus = [0.0] * count, lams
+        found = [
+            assess([held[i] for i in group], [pilot_keys[i] for i in group], [lams[i] for i in group], mus[group[0]])
+            for group in groups
+        ]
+        rows.append(
+            Tradeoff(
+                adherence,
+                [prior.lam for prior in priors],
+                [prior.mu for prior in priors],
+                sum(one.realised for one in found) / len(found),
+                [leak for one in found for leak in one.leakage],
+            )
+        )
+    return rows
 
 
 def _together(config: EditConfig, moments: Sequence[Tensor] | None, pilot_keys: Sequence[Tensor]) -> list[Prior]:

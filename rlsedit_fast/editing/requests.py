@@ -43,7 +43,7 @@ def prepare(
     """Checks and tokenises all edits before anything is done with any of them.
 
     Args:
-        tokenizer: the model's, with character offsets.
+        tokenizer: the model's.
         edits: at least one.
         config: the editor's settings.
         longest: most tokens that the model takes; None where it sets no limit.
@@ -53,19 +53,34 @@ def prepare(
     """
     if not edits:
         raise RequestError("no edits were given; give at least one")
+    requests, refused = _attempt(tokenizer, edits, config, longest)
+    if refused:
+        lines = [f"edit {place}: {reason}" for place, reason in refused.items()]
+        shown = lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])
+        raise RequestError(
+            f"{len(refused)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown)
+        )
+    return requests
+
+
+def troubles(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, *, longest: int | None
+) -> dict[int, str]:
+    """Which edits `prepare` would refuse, by their place in `edits`, and why. Same arguments."""
+    return _attempt(tokenizer, edits, config, longest)[1]
+
+
+def _attempt(
+    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, longest: int | None
+) -> tuple[list[Request], dict[int, str]]:
     requests: list[Request] = []
-    troubles: list[str] = []
+    refused: dict[int, str] = {}
     for place, edit in enumerate(edits):
         try:
             requests.append(_prepare_one(tokenizer, edit, config, longest))
         except RequestError as trouble:
-            troubles.append(f"edit {place}: {trouble}")
-    if troubles:
-        shown = troubles[:10] + ([f"and {len(troubles) - 10} more"] if len(troubles) > 10 else [])
-        raise RequestError(
-            f"{len(troubles)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown)
-        )
-    return requests
+            refused[place] = str(trouble)
+    return requests, refused
 
 
 def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditConfig, longest: int | None) -> Request:
@@ -86,7 +101,7 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
             target=edit.target,
             prefix=prefix,
             fact_token=config.fact_token,
-            **({"span": edit.span} if edit.span else {}),
+            span=edit.span,
         )
         for prefix in config.context_prefixes
     )

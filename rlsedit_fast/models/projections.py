@@ -14,6 +14,8 @@ from rlsedit_fast.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -55,12 +57,14 @@ class Decoder:
     Attributes:
         model: the transformers model.
         blocks: its decoder blocks, in order.
-        projections: of every block, in order.
+        blocks_name: dotted name of their list in the model.
+        projection_module: dotted name of the projection within a block; None finds it by structure.
     """
 
     model: PreTrainedModel
     blocks: Sequence[nn.Module]
-    projections: Sequence[Projection]
+    blocks_name: str
+    projection_module: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,85 +72,162 @@ class Decoder:
         device: torch.device = self.model.get_input_embeddings().get_parameter("weight").device
         return device
 
+    @property
+    def projections(self) -> list[Projection]:
+        """The projections of all blocks; raises as `select` does."""
+        return self.select(range(len(self.blocks)))
+
     def select(self, layers: Sequence[int]) -> list[Projection]:
-        """The projections of `layers`, in ascending order.
+        """The projections of `layers`, in ascending order. Nothing is asked of the other blocks.
+
+        A block's projection is the last of its linear modules outside attention whose output is as wide as the
+        residual stream, where these lie side by side in one module.
 
         Raises:
-            ModelError: a layer that the model does not have.
+            ModelError: a layer that the model does not have; a block whose projection is not to be told, or is none
+                that can be edited (routed experts, quantised, behind an adapter, on the meta device, or sharing its
+                weight with another block).
         """
-        count = len(self.projections)
+        count = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong:
             raise ModelError(f"layers {wrong} do not exist: the model has layers 0 to {count - 1}; choose among those")
-        return [self.projections[layer] for layer in sorted(set(layers))]
+        projections = [self._projection(layer) for layer in sorted(set(layers))]
+        for projection in projections:
+            self._refuse_shared(projection)
+        return projections
+
+    def _projection(self, layer: int) -> Projection:
+        block, block_name = self.blocks[layer], f"{self.blocks_name}.{layer}"
+        inner = self.projection_module or _find_projection(block_name, block, _residual_width(self.model))
+        name = f"{block_name}.{inner}"
+        module = _named(block, inner)
+        if module is None:
+            raise ModelError(
+                f"projection_module={inner!r}: the model has no module {name!r}; name one within the block"
+            )
+        _refuse_unfit(name, module)
+        return Projection(layer, name, module, _is_conv1d(module))  # by type, not by shape: square weights exist
+
+    def _refuse_shared(self, projection: Projection) -> None:
+        address = projection.parameter.data_ptr()
+        for layer, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters() if layer != projection.layer else ():
+                # Only a plain tensor is sure to have an address.
+                if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.data_ptr() == address:
+                    raise ModelError(
+                        f"{projection.name} shares its weight with {self.blocks_name}.{layer}.{name}: an edit of one "
+                        "would change the other; choose layers with weights of their own"
+                    )
 
 
 def find_decoder(
     model: PreTrainedModel, *, layer_module: str | None = None, projection_module: str | None = None
 ) -> Decoder:
-    """Recognises a model's blocks and MLP output projections from its modules, never from its name.
+    """Recognises a model's blocks from its modules, never from its name; `Decoder.select` finds their projections.
 
-    The blocks are the `nn.ModuleList` with `config.num_hidden_layers` entries. A block's projection is the last
-    linear module of its submodule `mlp` whose output is as wide as the residual stream.
+    The blocks are the `nn.ModuleList` with `config.num_hidden_layers` entries. Of several, those count that lie
+    beside or below the input embeddings, as the text decoder's do; of these, those that hold an MLP.
 
     Args:
         model: a transformers causal language model.
         layer_module: dotted name of the module list of blocks, where the above does not find it.
-        projection_module: dotted name of the projection within a block, likewise.
+        projection_module: dotted name of the projection within a block, where `Decoder.select` does not find it.
 
     Raises:
-        ModelError: nothing fits, or more than one thing does; the message lists the candidates.
+        ModelError: nothing fits, or more than one thing does, with the candidates; or the model carries an adapter.
     """
-    blocks_name = layer_module or _find_blocks(model)
-    modules = dict(model.named_modules())
-    blocks = modules.get(blocks_name)
-    if not isinstance(blocks, nn.ModuleList):
+    if getattr(model, "peft_config", None):
         raise ModelError(
-            f"layer_module={blocks_name!r} is not a module list of this model; name the list of its blocks"
+            f"{type(model).__name__} carries an adapter, which a checkpoint of it would hold alone, without the edits; "
+            "merge or unload it first (merge_and_unload)"
         )
-    projections = []
-    for layer, block in enumerate(blocks):
-        inner = projection_module or _find_projection(model, f"{blocks_name}.{layer}", block)
-        name = f"{blocks_name}.{layer}.{inner}"
-        module = modules.get(name)
-        if module is None:
-            raise ModelError(
-                f"projection_module={inner!r}: the model has no module {name!r}; name one within the block"
-            )
-        projections.append(Projection(layer, name, module, _is_transposed(name, module)))
-    return Decoder(model, list(blocks), projections)
+    name = layer_module or _find_blocks(model)
+    blocks = _named(model, name)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ModelError(f"layer_module={name!r} is not a module list of this model; name the list of its blocks")
+    return Decoder(model, list(blocks), name, projection_module)
 
 
 def _find_blocks(model: PreTrainedModel) -> str:
-    count = model.config.get_text_config().num_hidden_layers
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = [name for name, length in lists.items() if length == count]
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, m in lists.items() if len(m) == count]
+    # A block may hold a list of as many experts.
+    fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
+    embeddings = model.get_input_embeddings()
+    home = next((name.rpartition(".")[0] for name, m in model.named_modules() if m is embeddings), "")
+    in_decoder = [name for name in fitting if not home or name.startswith(f"{home}.")]
+    fitting = in_decoder or fitting
+    with_mlp = [name for name in fitting if any(_holds_mlp(m, _residual_width(model)) for m in lists[name])]
+    fitting = with_mlp or fitting
     if len(fitting) != 1:
+        lengths = {name: len(m) for name, m in lists.items()}
         raise ModelError(
             f"{type(model).__name__}: expected one module list of {count} blocks, found {fitting or 'none'} among "
-            f"{lists}; name it with EditConfig(layer_module=...)"
+            f"{lengths}; name it with EditConfig(layer_module=...)"
         )
     return fitting[0]
 
 
-def _find_projection(model: PreTrainedModel, block_name: str, block: nn.Module) -> str:
-    hidden = model.config.get_text_config().hidden_size
-    linear = {name: m for name, m in block.named_modules() if _output_width(m) is not None}
-    fitting = [name for name, m in linear.items() if name.startswith("mlp.") and _output_width(m) == hidden]
-    if not fitting:
+def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
+    experts = _experts(block)
+    if experts is not None:
         raise ModelError(
-            f"{block_name}: no linear module under 'mlp' has outputs of width {hidden}; the block's linear modules are "
-            f"{sorted(linear)}; name the MLP's output projection with EditConfig(projection_module=...)"
+            f"{block_name}.{experts} is a mixture of experts, of which each sees only the tokens sent to it; choose "
+            "layers without one, or name an nn.Linear that sees every token, as that of a shared expert, with "
+            "EditConfig(projection_module=...)"
         )
-    return fitting[-1]
+    fitting = _candidates(block, width)
+    for name in fitting:
+        _refuse_adapter(f"{block_name}.{name}", block.get_submodule(name))
+    if len({name.rpartition(".")[0] for name in fitting}) == 1:
+        return fitting[-1]
+    linear = {name: _output_width(m) for name, m in block.named_modules() if _output_width(m) is not None}
+    raise ModelError(
+        f"{block_name}: expected linear modules with outputs of width {width} in one module outside attention, found "
+        f"{fitting or 'none'} among the block's linear modules and their widths {linear}; name the blocks and the "
+        "MLP's output projection with EditConfig(layer_module=..., projection_module=...)"
+    )
+
+
+def _named(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _residual_width(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _holds_mlp(block: nn.Module, width: int) -> bool:
+    return bool(_candidates(block, width)) or _experts(block) is not None
+
+
+def _candidates(block: nn.Module, width: int) -> list[str]:
+    return [name for name, m in block.named_modules() if _output_width(m) == width and not _in_attention(name)]
+
+
+def _in_attention(name: str) -> bool:
+    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+
+
+def _experts(block: nn.Module) -> str | None:
+    """Name of the routed experts of a block: modules so named, or weights stacked in one tensor, convolutions aside."""
+    for name, module in block.named_modules():
+        stacked = any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+        convolution = isinstance(module, nn.Conv1d)
+        if name.rpartition(".")[2] == "experts" or (stacked and not convolution and not _in_attention(name)):
+            return name
+    return None
 
 
 def _output_width(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if _is_conv1d(module):
-        return int(module.get_parameter("weight").shape[1])
-    return None
+    """Output width of a linear module, quantised and wrapped ones included, which name it as `nn.Linear` does."""
+    width = module.nf if _is_conv1d(module) else getattr(module, "out_features", None)
+    return width if isinstance(width, int) else None
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -155,10 +236,43 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _is_transposed(name: str, module: nn.Module) -> bool:
-    if _output_width(module) is None:
-        raise ModelError(f"{name} is a {type(module).__name__}; only nn.Linear and Conv1D projections can be edited")
-    weight = module.get_parameter("weight")
-    if not weight.dtype.is_floating_point:
-        raise ModelError(f"{name} has {weight.dtype} weights; only floating-point projections can be edited")
-    return _is_conv1d(module)  # by type, not by shape: square weights exist
+def _refuse_unfit(name: str, module: nn.Module) -> None:
+    """Refuses whatever is not an ordinary floating-point matrix that sees every token.
+
+    Raises:
+        ModelError: naming the module and what is the matter with it.
+    """
+    _refuse_adapter(name, module)
+    if "experts" in name.split("."):
+        raise ModelError(
+            f"{name} is a routed expert, which sees only the tokens sent to it; choose a layer without experts, or a "
+            "projection that sees every token"
+        )
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    weight = own.get("weight")
+    held = ", ".join(f"{key} ({type(tensor).__name__}, {tensor.dtype})" for key, tensor in own.items())
+    if not (isinstance(weight, nn.Parameter) and (isinstance(module, nn.Linear) or _is_conv1d(module))):
+        raise ModelError(
+            f"{name} is a {type(module).__name__} that holds {held or 'no tensors'}; only nn.Linear and Conv1D "
+            "projections with a weight can be edited: name such a one, or load the model unquantised"
+        )
+    # A quantised weight may pass for a bfloat16 one: by a tensor class of its own, or with its scales beside it.
+    if weight.dtype not in _FLOATS or type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
+        raise ModelError(
+            f"{name} holds {held}; only an ordinary weight of dtype {', '.join(map(str, _FLOATS))} can be edited: load "
+            "the model unquantised"
+        )
+    if weight.is_meta:
+        raise ModelError(
+            f"{name} is on the meta device, its weight not loaded or offloaded; load the model with a device_map that "
+            "keeps the edited layers on a device"
+        )
+
+
+def _refuse_adapter(name: str, module: nn.Module) -> None:
+    parts = name.split(".")
+    wrapped = "base_layer" in parts or any(part.startswith("lora_") for part in parts)
+    if wrapped or "base_layer" in dict(module.named_children()):
+        raise ModelError(
+            f"{name} is wrapped by an adapter; merge it first (model.merge_and_unload()) or unload it (model.unload())"
+        )

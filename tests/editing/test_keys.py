@@ -3,7 +3,7 @@
 import torch
 
 from rlsedit_fast.editing import Edit, EditConfig
-from rlsedit_fast.editing.keys import anchor_moments, request_keys
+from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.projections import find_decoder
@@ -26,22 +26,13 @@ def test_keys_are_the_mean_over_contexts_at_the_lookup_token(model, tokenizer):
         torch.testing.assert_close(hidden[i], alone[0][1][0, request.contexts[0].lookup])
 
 
-def test_moment_is_the_mean_over_real_tokens_only(model, tokenizer):
+def test_keys_of_texts_are_those_of_every_real_token(model, tokenizer):
     decoder = find_decoder(model)
-    texts = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", " \n", "Fado"]
-    (moment,), tokens = anchor_moments(decoder, tokenizer, decoder.select((1,)), texts, longest=64)
-    rows = []
-    for text in texts:
-        if text.strip():
+    texts = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", "Fado"]
+    found = text_keys(decoder, tokenizer, decoder.select((1, 2)), texts, longest=64)
+    for keys, layer in zip(found, (1, 2), strict=True):
+        alone = []
+        for text in texts:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
-            rows.append(read_keys(decoder, decoder.select((1,)), ids, torch.ones_like(ids))[0][1][0])
-    keys = torch.cat(rows).double()
-    assert tokens == len(keys)
-    torch.testing.assert_close(moment.double(), keys.T @ keys / tokens, rtol=1e-4, atol=1e-5)
-
-
-def test_text_longer_than_the_model_takes_is_read_in_pieces(model, tokenizer):
-    decoder = find_decoder(model)
-    words = ["Lado", "speaks", "Kubeish", "."] * 40
-    _, tokens = anchor_moments(decoder, tokenizer, decoder.select((1,)), [" ".join(words)], longest=64)
-    assert tokens == len(words) + 1, "every word, and the token that starts the text"
+            alone.append(read_keys(decoder, decoder.select((layer,)), ids, torch.ones_like(ids))[0][layer][0])
+        torch.testing.assert_close(keys, torch.cat(alone))

@@ -1,5 +1,7 @@
 """Models are recognised by their modules, and weights are read and written whichever way they are stored."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -39,37 +41,181 @@ def test_unknown_names_are_refused_with_what_was_given(make_model):
     with pytest.raises(ModelError, match=r"model\.lairs"):
         find_decoder(model, layer_module="model.lairs")
     with pytest.raises(ModelError, match=r"mlp\.exit"):
-        find_decoder(model, projection_module="mlp.exit")
+        find_decoder(model, projection_module="mlp.exit").select([1])
     with pytest.raises(ModelError, match="RMSNorm"):
-        find_decoder(model, projection_module="input_layernorm")
+        find_decoder(model, projection_module="input_layernorm").select([1])
     with pytest.raises(ModelError, match="0 to 3"):
         find_decoder(model).select([4])
 
 
 def test_overrides_name_the_parts(make_model):
     found = find_decoder(make_model("llama"), layer_module="model.layers", projection_module="self_attn.o_proj")
-    assert found.projections[2].name == "model.layers.2.self_attn.o_proj"
+    assert found.blocks_name == "model.layers"
+    assert found.select([2])[0].name == "model.layers.2.self_attn.o_proj"
 
 
-def test_block_without_an_mlp_lists_the_candidates(make_model):
+def test_the_last_of_several_fitting_modules_side_by_side_is_the_projection(make_model):
+    model = make_model("llama")
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 64)
+    assert find_decoder(model).select([0])[0].name == "model.layers.0.mlp.down_proj"
+
+
+def test_attention_is_no_mlp(make_model):
     model = make_model("llama")
     for block in model.model.layers:
-        block.feed = block.mlp
         del block.mlp
-    with pytest.raises(ModelError, match=r"feed\.down_proj"):
-        find_decoder(model)
+    with pytest.raises(ModelError, match=r"found none .*self_attn\.o_proj.*projection_module"):
+        find_decoder(model).select([0])
 
 
-def test_two_lists_of_blocks_are_ambiguous(make_model):
+def test_fitting_modules_in_two_places_are_ambiguous(make_model):
     model = make_model("llama")
-    model.extra = nn.ModuleList([nn.Identity() for _ in range(4)])
-    with pytest.raises(ModelError, match="layer_module"):
-        find_decoder(model)
+    model.model.layers[1].feed = nn.ModuleDict({"out": nn.Linear(96, 64)})
+    decoder = find_decoder(model)
+    with pytest.raises(ModelError, match=r"layers\.1: .*mlp\.down_proj.*feed\.out.*layer_module=.*projection_module="):
+        decoder.select([0, 1])
+    assert len(decoder.select([0, 2])) == 2
 
 
-def test_integer_weights_are_refused(make_model):
+def test_a_list_without_mlps_is_no_list_of_blocks(make_model):
     model = make_model("llama")
-    projection = model.model.layers[0].mlp.down_proj
-    projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match="int8"):
+    model.model.extra = nn.ModuleList([nn.Linear(64, 32) for _ in range(4)])
+    assert find_decoder(model).blocks_name == "model.layers"
+
+
+def test_a_list_outside_the_text_decoder_is_no_list_of_blocks(make_model):
+    model = make_model("llama")
+    model.vision = copy.deepcopy(model.model.layers)
+    assert find_decoder(model).blocks_name == "model.layers"
+
+
+def test_two_lists_of_blocks_in_the_decoder_are_ambiguous(make_model):
+    model = make_model("llama")
+    model.model.twin = copy.deepcopy(model.model.layers)
+    with pytest.raises(ModelError, match=r"model\.layers.*model\.twin.*layer_module"):
         find_decoder(model)
+    assert find_decoder(model, layer_module="model.twin").select([1])[0].name == "model.twin.1.mlp.down_proj"
+
+
+class Disguised(torch.Tensor):
+    """What a quantised weight looks like that says it were a bfloat16 one."""
+
+
+class Packed(nn.Module):
+    """A quantised module of no known type: its weight is packed, and it says its width as nn.Linear does."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_features = 64
+        self.register_buffer("qweight", torch.zeros(64, 12, dtype=torch.int32))
+
+
+def with_weight(module, weight):
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def with_scales(module):
+    module.register_buffer("weight_scale", torch.ones(64))
+    return module
+
+
+UNFIT = {
+    "int8": (lambda m: with_weight(m, m.weight.to(torch.int8)), "int8"),
+    "uint8": (lambda m: with_weight(m, m.weight.to(torch.uint8)), "uint8"),
+    "float8": (lambda m: with_weight(m, m.weight.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    "subclass": (lambda m: with_weight(m, m.weight.detach().bfloat16().as_subclass(Disguised)), "Disguised"),
+    "scales": (with_scales, "weight_scale"),
+    "packed": (lambda m: Packed(), "Packed that holds qweight"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_quantised_weights_are_refused_by_name_and_the_other_blocks_are_not(make_model, kind):
+    change, message = UNFIT[kind]
+    model = make_model("llama")
+    model.model.layers[1].mlp.down_proj = change(model.model.layers[1].mlp.down_proj)
+    decoder = find_decoder(model)
+    with pytest.raises(ModelError, match=rf"model\.layers\.1\.mlp\.down_proj .*{message}.*unquantised"):
+        decoder.select([0, 1])
+    assert [p.layer for p in decoder.select([3, 0])] == [0, 3]
+
+
+def test_weights_that_are_not_there_are_refused(make_model):
+    model = make_model("llama")
+    model.model.layers[2].mlp.down_proj.to("meta")
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj .*device_map"):
+        find_decoder(model).select([2])
+
+
+def test_shared_weights_are_refused_whether_or_not_both_layers_are_edited(make_model):
+    model = make_model("llama")
+    layers = model.model.layers
+    layers[2].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    decoder = find_decoder(model)
+    for chosen in ([1, 2], [1], [2]):
+        with pytest.raises(ModelError, match="shares its weight"):
+            decoder.select(chosen)
+    assert len(decoder.select([0, 3])) == 2
+    layers[3] = layers[0]
+    with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.down_proj shares its weight"):
+        find_decoder(model).select([3])
+
+
+def test_weights_stored_side_by_side_are_not_shared(make_model):
+    model = make_model("llama")
+    flat = torch.randn(4, 64, 96)
+    for block, part in zip(model.model.layers, flat, strict=True):
+        with_weight(block.mlp.down_proj, part)
+    assert len(find_decoder(model).projections) == 4
+
+
+def test_adapters_are_refused_where_the_projection_is_wrapped(make_model):
+    peft = pytest.importorskip("peft")
+    settings = {"task_type": "CAUSAL_LM", "r": 2, "layers_to_transform": [1], "layers_pattern": "layers"}
+    wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
+    for name in (None, "mlp.down_proj", "mlp.down_proj.base_layer"):
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj.*merge"):
+            find_decoder(wrapped, projection_module=name).select([1])
+    assert find_decoder(wrapped).select([0])[0].name == "base_model.model.model.layers.0.mlp.down_proj"
+    assert len(find_decoder(wrapped.merge_and_unload()).projections) == 4
+
+
+def test_experts_are_refused_by_name(make_model, mixture):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\..*experts.* mixture of experts"):
+        find_decoder(make_model(mixture)).select([1])
+
+
+def test_dense_blocks_of_a_mixture_are_edited(make_model):
+    model, dense = make_model("mixtral"), make_model("llama")
+    model.model.layers[0] = dense.model.layers[0]
+    assert find_decoder(model).select([0])[0].name == "model.layers.0.mlp.down_proj"
+
+
+def test_a_shared_expert_is_edited_only_by_name(make_model):
+    decoder = find_decoder(make_model("qwen2_moe"), projection_module="mlp.shared_expert.down_proj")
+    assert [p.weight.shape for p in decoder.projections] == [(64, 48)] * 4
+
+
+def test_a_module_with_two_names_is_one(make_model):
+    model = make_model("llama")
+    model.model.blocks = model.model.layers
+    for block in model.model.layers:
+        block.feed = block.mlp
+    assert find_decoder(model).select([1])[0].name == "model.layers.1.mlp.down_proj"
+    by_name = find_decoder(model, layer_module="model.blocks", projection_module="feed.down_proj")
+    assert by_name.select([1])[0].name == "model.blocks.1.feed.down_proj"
+
+
+def test_as_many_experts_as_blocks_are_no_list_of_blocks(make_model):
+    model = make_model("llama")
+    model.model.layers[2].mlp.experts = nn.ModuleList([nn.Linear(96, 64) for _ in range(4)])
+    assert find_decoder(model).blocks_name == "model.layers"
+
+
+def test_a_routed_expert_is_refused_even_by_name(make_model):
+    model = make_model("llama")
+    for block in model.model.layers:
+        block.mlp.experts = nn.ModuleList([nn.Linear(96, 64)])
+    with pytest.raises(ModelError, match=r"mlp\.experts\.0 is a routed expert"):
+        find_decoder(model, projection_module="mlp.experts.0").select([0])

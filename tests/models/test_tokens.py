@@ -44,29 +44,58 @@ def test_byte_level_subjects_end_where_their_text_ends(byte_level, subject):
 
 
 def test_byte_level_target_carries_its_space(byte_level):
-    assert byte_level.decode(target_ids(byte_level, "Paris")) == " Paris"
-    assert target_ids(byte_level, " Paris ") == target_ids(byte_level, "Paris")
+    for target in ("Paris", " Paris "):
+        assert byte_level.decode(target_ids(byte_level, "The capital of France is", target)) == " Paris"
 
 
-def test_subject_without_a_mark_must_stand_once():
-    assert fill("France is big", "France") == ("France is big", 0)
-    for prompt in ("The home is", "France and France", "{} and {}"):
-        with pytest.raises(RequestError, match="exactly once"):
-            fill(prompt, "France")
+def test_a_mark_wins_over_the_subjects_own_name():
+    assert fill("France and {} and France", "France") == ("France and France and France", 11)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "start"),
+    [
+        ("France is big", "France", 0),
+        ("France is big, is France", "France", 18),
+        ("Ana said banana", "Ana", 0),
+        ("Ana said Ananas", "Ana", 0),
+        ("an Ana, the Ana_1", "Ana", 3),
+        ("Zoe and Zoe\u0308 speak", "Zoe", 0),
+        ("banana", "ana", 3),
+        ("日本の首都", "日本", 0),
+        ("the capital of france", "France", 15),
+        ("france and frances", "France", 0),
+        ("France lies in francE", "France", 0),
+        ('"{0}" is {1} long', "{0}", 1),
+        ("AC/DC and C++", "C++", 10),
+    ],
+)
+def test_without_a_mark_the_subject_is_the_last_whole_word_that_fits(prompt, subject, start):
+    assert fill(prompt, subject) == (prompt, start)
+
+
+@pytest.mark.parametrize("prompt", ["The home is", "{} and {}", "of the frances"])
+def test_a_subject_without_a_place_is_refused(prompt):
+    with pytest.raises(RequestError, match="exactly once"):
+        fill(prompt, "France")
+
+
+def test_blanks_around_a_subject_do_not_belong_to_it(byte_level):
+    assert fill("The {} is", " France ") == ("The France is", 4)
+    row = encode(byte_level, "The {} is", " France ")
+    assert byte_level.decode(row.ids[: row.lookup + 1]) == "The France"
+
+
+@pytest.mark.parametrize("span", [(4, 4), (5, 4), (-3, 2), (0, 14)])
+def test_a_span_that_is_empty_or_outside_is_refused(byte_level, span):
+    with pytest.raises(RequestError, match=r"0 <= start < stop <= 13"):
+        encode(byte_level, "The {} is ", "France", span=span)
 
 
 @pytest.mark.parametrize("subject", ["", "  "])
 def test_empty_subject_is_refused(subject):
     with pytest.raises(RequestError, match="is empty"):
         fill("{} is", subject)
-
-
-def test_tokenizer_without_offsets_is_refused(tokenizer):
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(RequestError, match="use_fast"):
-        encode(Slow(), "{} is", "France")
 
 
 def test_padding_is_on_the_right_and_masked(tokenizer):

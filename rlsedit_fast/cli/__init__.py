@@ -1,0 +1,41 @@
+"""The command line: `rlsedit edit`, `show`, `statistics`, `calibrate`, `export`, `apply`, `demo`, `doctor`.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 all of it was done; 1 it was done, but some records were
+left out; 2 nothing was done, for the reason given; 130 interrupted, with what was done until then in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from rlsedit_fast.errors import RLSEditError
+
+DONE, LEFT_OUT, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+COMMANDS = ("edit", "show", "statistics", "calibrate", "export", "apply", "demo", "doctor")
+"""Each is a module of this package with `HELP`, `add(parser)` and `run(options) -> exit code`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="rlsedit", description="Edit facts in language models and keep the rest.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {name: importlib.import_module(f"rlsedit_fast.cli.{name}") for name in COMMANDS}
+    for name, module in modules.items():
+        module.add(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    options = parser.parse_args(argv)
+    try:
+        code: int = modules[options.command].run(options)
+        return code
+    except RLSEditError as error:
+        print(f"rlsedit {options.command}: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"rlsedit {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

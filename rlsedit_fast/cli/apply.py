@@ -1,0 +1,33 @@
+"""`rlsedit apply`: a delta onto its base."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from rlsedit_fast.cli import setup
+from rlsedit_fast.cli.export import check_checkpoint
+from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.export import apply_delta
+
+HELP = "put a delta onto the model that it was made from, and write the edited checkpoint"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    setup.add_model(parser)
+    parser.add_argument("--delta", type=Path, required=True, metavar="FILE", help="written by edit or export")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an ordinary checkpoint")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it."""
+    check_checkpoint(options.out, options.model)
+    model, tokenizer = setup.load_model(options)
+    report = apply_delta(model, options.delta)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    emit(asdict(report) | {"out": str(options.out)}, [f"checkpoint: {options.out}"], options.json)
+    return 0

@@ -1,0 +1,49 @@
+"""`rlsedit calibrate`: what an adherence means for a model and edits like those to come."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from rlsedit_fast.cli import setup
+from rlsedit_fast.cli.facts import add_facts, read_facts, sift
+from rlsedit_fast.cli.output import add_json, emit
+
+HELP = "what an adherence asks of mu and lam, and what it costs the anchors, without changing anything"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    setup.add_model(parser)
+    add_facts(parser)
+    parser.add_argument("--pilot", type=int, default=100, help="how many of the edits to look at (default 100)")
+    parser.add_argument(
+        "--adherences",
+        type=float,
+        nargs="+",
+        metavar="A",
+        default=[0.8, 0.9, 0.95, 0.975, 0.99],
+        help="to compare",
+    )
+    setup.add_settings(parser)
+    setup.add_anchors(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it."""
+    setup.show_warnings()
+    facts = read_facts(options)
+    editor = setup.make_editor(options)
+    facts = sift(editor, facts, options)
+    anchors = setup.anchor(editor, options)
+    rows = editor.assess(facts.edits[: options.pilot], options.adherences)
+    lines = [f"layers {', '.join(map(str, editor.layers))}; anchors: {anchors}"]
+    lines.append(f"{'adherence':>9}  {'realised':>8}  {'mu':>10}  {'lam':>22}  leakage per layer")
+    for row in rows:
+        lam = f"{min(row.lam):.4g}" if len(set(row.lam)) == 1 else f"{min(row.lam):.4g} to {max(row.lam):.4g}"
+        leaks = " ".join(f"{leak:.3g}" for leak in row.leakage)
+        lines.append(f"{row.adherence:9.3f}  {row.realised:8.3f}  {row.mu[0]:10.4g}  {lam:>22}  {leaks}")
+    results = {"layers": list(editor.layers), "anchors": anchors, "rows": [asdict(row) for row in rows]}
+    emit({**results, "left_out": facts.left_out}, lines, options.json)
+    return 1 if facts.left_out else 0

@@ -1,0 +1,170 @@
+"""`rlsedit edit`: facts from a file into a model, and the edited model, or its change alone, onto the disk."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.cli import INTERRUPTED, LEFT_OUT, setup
+from rlsedit_fast.cli.export import add_exports, check_exports, write_exports
+from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
+from rlsedit_fast.cli.output import add_json, emit, progress, say
+from rlsedit_fast.cli.show import describe_layers, layer_lines
+from rlsedit_fast.editing import Edit, Editor, EditRecord
+from rlsedit_fast.editing.editor import PILOT
+from rlsedit_fast.errors import InputError, RLSEditError
+
+HELP = "edit facts from a file into a model"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    setup.add_model(parser)
+    add_facts(parser)
+    setup.add_settings(parser)
+    setup.add_anchors(parser)
+    parser.add_argument(
+        "--protect", type=Path, metavar="FILE", help="prompts, one a line, whose continuations are to stay"
+    )
+    add_exports(parser)
+    parser.add_argument("--no-evaluation", action="store_true", help="do not ask the model about the edits at the end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read, check, and say what it would take; change nothing"
+    )
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it. Interrupted, it finishes the batch, writes what was made until then, and says how much that is."""
+    setup.show_warnings()
+    if not options.dry_run:
+        check_exports(options, options.model)
+    protected = _prompts(options.protect) if options.protect else []
+    facts = read_facts(options)
+    editor = setup.make_editor(options)
+    facts = sift(editor, facts, options)
+    layers = describe_layers(editor)
+    say(*layer_lines(layers))
+    results: dict[str, Any] = {
+        "model": str(options.model),
+        "edits": len(facts.edits),
+        "left_out": facts.left_out,
+        "conflicts": facts.conflicts,
+        "unread_fields": facts.unread,
+        "layers": layers,
+        "config": asdict(editor.config),
+    }
+    if options.dry_run:
+        emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
+        return LEFT_OUT if facts.left_out else 0
+    results["anchors"] = setup.anchor(editor, options)
+    if protected:
+        say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
+    interrupted, error = _edit(editor, facts, options, results)
+    results["files"] = write_exports(editor, options) if results["made"] else []
+    lines = _summary(results)
+    emit(results, lines, options.json)
+    if error is not None:
+        raise error
+    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out else 0
+
+
+def _edit(
+    editor: Editor, facts: Facts, options: argparse.Namespace, results: dict[str, Any]
+) -> tuple[bool, RLSEditError | None]:
+    """Makes the edits, batch by batch, and enters what became of them into `results`."""
+    from rlsedit_fast.evaluation.outcome import next_tokens, outcome
+
+    size = editor.config.batch_size
+    model, tokenizer = editor.model, editor.tokenizer
+    before = {} if options.no_evaluation else next_tokens(model, tokenizer, facts.edits)
+    start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before)
+    priors = editor.calibrate(facts.edits[:PILOT])
+    results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
+    error: RLSEditError | None = None
+    began = time.perf_counter()
+    with _interrupts() as interrupted, progress(len(facts.edits), "editing", "edit") as bar:
+        for at in range(0, len(facts.edits), size):
+            try:
+                editor.edit(facts.edits[at : at + size], on_batch=lambda made: bar.update(len(made)))
+            except RLSEditError as trouble:
+                error = trouble
+                break
+            if interrupted:
+                break
+    records = editor.history()
+    results["seconds"] = time.perf_counter() - began
+    results["made"] = len(records)
+    results["not_made"] = facts.places[len(records) :]
+    results["not_converged"] = [facts.places[r.id - 1] for r in records if not r.converged and r.state == "active"]
+    results["records"] = [_record(record, facts) for record in records]
+    results["deviation"] = [asdict(layer) for layer in editor.deviation()]
+    made: list[Edit] = facts.edits[: len(records)]
+    if made and start is not None:
+        results["before"] = asdict(start)
+        results["after"] = asdict(outcome(model, tokenizer, made, before))
+    return bool(interrupted), error
+
+
+def _record(record: EditRecord, facts: Facts) -> dict[str, Any]:
+    return asdict(record) | {"place": facts.places[record.id - 1]}
+
+
+def _summary(results: dict[str, Any]) -> list[str]:
+    made, seconds = results["made"], results["seconds"]
+    lines = [f"{made} of {results['edits']} edits made in {seconds:.1f} s"]
+    for what, count in (
+        ("not made, since the run ended before them", len(results["not_made"])),
+        ("made though their value search had not converged", len(results["not_converged"])),
+        ("records left out of the file", len(results["left_out"])),
+    ):
+        if count:
+            lines.append(f"{count} {what}")
+    if "after" in results:
+        lines.append(f"{'':44}{'before':>8}{'after':>8}")
+        for name, what in (
+            ("efficacy", "targets said, every token ranked first"),
+            ("generalization", "the same after paraphrases"),
+            ("specificity", "neighbourhood prompts unchanged"),
+        ):
+            was, now = (results[when][name] for when in ("before", "after"))
+            if now["of"]:
+                lines.append(f"{what:44}{was['count'] / was['of']:8.3f}{now['count'] / now['of']:8.3f}  of {now['of']}")
+    for layer in results["deviation"]:
+        lines.append(f"layer {layer['layer']}: ||W - W0|| = {layer['weight']:.4g}, bound {layer['weight_bound']:.4g}")
+    return lines + results["files"]
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C enters the list that is yielded; the second one gives up the batch under way."""
+    seen: list[int] = []
+
+    def once(number: int, _frame: object) -> None:
+        seen.append(number)
+        say("interrupted: finishing this batch; once more to give it up")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = signal.signal(signal.SIGINT, once)
+    try:
+        yield seen
+    except KeyboardInterrupt:  # the batch under way is rolled back, and those before it stay
+        pass
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _prompts(path: Path) -> list[str]:
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--protect {path}: cannot be read as UTF-8 text ({error})") from error
+    if not prompts:
+        raise InputError(f"--protect {path}: no prompt in it; expected one a line")
+    return prompts

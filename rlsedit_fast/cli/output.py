@@ -1,0 +1,51 @@
+"""What commands print: results as text or JSON on stdout or into a file, remarks and progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.errors import InputError
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option `--json [FILE]`."""
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="results as JSON, to FILE or to stdout")
+
+
+def emit(results: dict[str, Any], lines: Sequence[str], to: str | None) -> None:
+    """Prints `lines`, or `results` as JSON in their place (`to` is "-"), or prints and writes the file `to`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if to == "-":
+        print(json.dumps(results, indent=2, default=str))
+        return
+    if to is not None:
+        try:
+            Path(to).parent.mkdir(parents=True, exist_ok=True)
+            Path(to).write_text(json.dumps(results, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {to}: cannot be written ({error.strerror}); name a file that can") from error
+    print("\n".join(lines))
+
+
+def say(*lines: str) -> None:
+    """Remarks for the person at the terminal."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+@contextmanager
+def progress(total: int | None, what: str, unit: str) -> Iterator[Any]:
+    """A bar on stderr with the time left; `update(n)` moves it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=total is None or total > 100_000) as bar:
+        yield bar

@@ -1,0 +1,17 @@
+"""Edits as files of their own, beside the untouched model: an exact difference, or a LoRA adapter."""
+
+from rlsedit_fast.export.adapter import AdapterReport, ModuleFactors, write_adapter
+from rlsedit_fast.export.changes import WeightChange, changes_between
+from rlsedit_fast.export.delta import DeltaReport, ModuleDelta, apply_delta, write_delta
+
+__all__ = [
+    "AdapterReport",
+    "DeltaReport",
+    "ModuleDelta",
+    "ModuleFactors",
+    "WeightChange",
+    "apply_delta",
+    "changes_between",
+    "write_adapter",
+    "write_delta",
+]

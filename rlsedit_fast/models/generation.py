@@ -1,0 +1,101 @@
+"""The model's own text: sampled token by token at temperature 1, from a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.passes import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled text.
+
+    Attributes:
+        ids: its tokens, the one that it was started from included and the one that ended it left out.
+        log_probabilities: of every token but the first, under the model, in nats.
+    """
+
+    ids: list[int]
+    log_probabilities: list[float]
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, texts: int, length: int, seed: int
+) -> list[Sample]:
+    """Samples texts at temperature 1, all in one batch; no other random number generator is touched.
+
+    A text starts from the tokenizer's beginning-of-text token or, where there is none, from a random token of the
+    vocabulary. It ends before an end-of-text token, which is never the first one drawn. Of the special tokens only
+    these two occur.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        texts: how many.
+        length: most tokens of a text, the first included.
+        seed: of the samples; the same ones again on the same machine.
+
+    Raises:
+        InputError: the model's probabilities are not finite.
+    """
+    device = model.get_input_embeddings().get_parameter("weight").device
+    generator = torch.Generator(device).manual_seed(seed)
+    width = model.config.get_text_config().vocab_size
+    ends = _end_tokens(model, tokenizer)
+    ordinary = torch.ones(width, dtype=torch.bool, device=device)
+    ordinary[len(tokenizer) :] = False  # rows of the embedding that are no tokens
+    ordinary[sorted(token for token in _special_tokens(tokenizer) | ends if token < width)] = False
+    ending = torch.zeros_like(ordinary)
+    ending[sorted(token for token in ends if token < width)] = True
+
+    start = tokenizer.bos_token_id
+    if start is None:
+        ids = torch.multinomial(ordinary.float().expand(texts, -1), 1, generator=generator)
+    else:
+        ids = torch.full((texts, 1), start, device=device)
+    scores = torch.zeros(texts, 0, device=device)
+    with quiet(model), torch.no_grad():
+        cache = None
+        for _ in range(length - 1):
+            # The mask covers the cached tokens too: one as long as the new ids alone would hide all but the first.
+            mask = torch.ones_like(ids)
+            out = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            known = out.logits[:, -1].to(device).float().log_softmax(-1)
+            if bool(known.isnan().any()):
+                raise InputError("the model's probabilities are not finite; check its weights and dtype")
+            allowed = ordinary if ids.shape[1] == 1 else ordinary | ending
+            odds = known.masked_fill(~allowed, -torch.inf).softmax(-1)
+            drawn = torch.multinomial(odds, 1, generator=generator)
+            ids = torch.cat([ids, drawn], dim=1)
+            scores = torch.cat([scores, known.gather(1, drawn)], dim=1)
+            if bool(ending[ids[:, 1:]].any(1).all()):
+                break
+    return [_cut(*row, ends) for row in zip(ids.tolist(), scores.tolist(), strict=True)]
+
+
+def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:
+    stop = next((at for at, token in enumerate(ids) if at and token in ends), len(ids))
+    return Sample(ids[:stop], scores[: stop - 1])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All that are marked special, also those without a role: some tokenizers reserve hundreds."""
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's end-of-text token and those that the model's own generation settings name."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

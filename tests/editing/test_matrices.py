@@ -1,0 +1,63 @@
+"""Files of matrices are whole, are what they say, and are refused by name where they are not."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlsedit_fast.editing import matrices
+from rlsedit_fast.editing.statistics import KeyStatistics
+from rlsedit_fast.errors import InputError
+
+
+@pytest.fixture
+def held():
+    torch.manual_seed(0)
+    moments = {layer: torch.randn(6, 6) for layer in (4, 11)}
+    return KeyStatistics(moments, 1234, "ab" * 32, "text.txt, sha256 00")
+
+
+def test_what_is_loaded_is_what_was_saved(held, tmp_path):
+    path = tmp_path / "folder" / "s.safetensors"
+    held.save(path)
+    loaded = KeyStatistics.load(path)
+    assert (loaded.tokens, loaded.fingerprint, loaded.source) == (held.tokens, held.fingerprint, held.source)
+    assert list(loaded.moments) == [4, 11]
+    assert all(torch.equal(loaded.moments[layer], held.moments[layer]) for layer in held.moments)
+    assert list(KeyStatistics.load(path, layers=[11]).moments) == [11]
+    with pytest.raises(InputError, match="layers 4, 11 and lacks 5"):
+        KeyStatistics.load(path, layers=[4, 5])
+
+
+def test_a_failed_write_leaves_what_was_there(held, tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    held.save(path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(matrices.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        KeyStatistics({4: torch.zeros(6, 6)}, 1, "cd" * 32, "other").save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_file_is_refused_by_name(held, tmp_path):
+    path = tmp_path / "s.safetensors"
+    held.save(path)
+    whole = path.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for content in (whole[:-8], flipped, b"", b"no safetensors at all"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"s\.safetensors' is damaged"):
+            KeyStatistics.load(path)
+
+
+def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"4": torch.zeros(6, 6)}, path)
+    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file, but none of"):
+        KeyStatistics.load(path)
+    with pytest.raises(InputError, match=r"none\.safetensors' is not there"):
+        KeyStatistics.load(tmp_path / "none.safetensors")

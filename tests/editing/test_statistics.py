@@ -1,0 +1,285 @@
+"""A collection gives the mean over exactly the tokens asked for, whatever interrupts it."""
+
+import signal
+
+import pytest
+import torch
+
+from rlsedit_fast import ops
+from rlsedit_fast.editing import statistics
+from rlsedit_fast.editing.sources import GivenTexts, SelfGenerated, TextFile
+from rlsedit_fast.editing.statistics import KeyStatistics, collect
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.passes import read_keys
+from rlsedit_fast.models.projections import find_decoder
+
+LAYERS = (1, 2)
+WORDS = ("Lado", "speaks", "Kubeish", ".", "Veta", "plays", "the", "organ", "and", "Fado")
+TEXTS = [" ".join(WORDS[(3 * i + j) % 10] for j in range(2 + 5 * i % 17)) for i in range(60)]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Several passes to a window and several windows to sixty texts."""
+    monkeypatch.setattr(statistics, "_PASS", 64)
+    monkeypatch.setattr(statistics, "_WINDOW", 200)
+
+
+@pytest.fixture
+def decoder(make_model):
+    return find_decoder(make_model("llama"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(TEXTS))
+    return TextFile(path)
+
+
+def run(decoder, tokenizer, source, layers=LAYERS, **options):
+    return collect(decoder, tokenizer, decoder.select(layers), source, longest=options.pop("longest", 64), **options)
+
+
+def expected(decoder, tokenizer, layer, tokens=None):
+    """In float64, one text at a time."""
+    keys = []
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        keys.append(read_keys(decoder, decoder.select([layer]), ids, torch.ones_like(ids))[0][layer][0])
+    keys = torch.cat(keys)[:tokens].double()
+    return keys.T @ keys / len(keys), len(keys)
+
+
+def interrupted(decoder, tokenizer, source, checkpoint, at, error=KeyboardInterrupt, **options):
+    """Runs up to the pass `at`, and tells how many tokens were done then."""
+    done = []
+
+    def progress(tokens, _):
+        done.append(tokens)
+        if len(done) == at:
+            raise error
+
+    with pytest.raises(error):
+        run(decoder, tokenizer, source, checkpoint=checkpoint, progress=progress, **options)
+    return done[-1]
+
+
+def assert_equal(one, other):
+    assert (one.tokens, one.fingerprint, one.source) == (other.tokens, other.fingerprint, other.source)
+    assert list(one.moments) == list(other.moments)
+    assert all(torch.equal(one.moments[layer], other.moments[layer]) for layer in one.moments)
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 77, 200, 341])
+def test_moments_are_the_mean_over_exactly_the_tokens_asked_for(model, tokenizer, file, tokens):
+    decoder = find_decoder(model)
+    found = run(decoder, tokenizer, file, tokens=tokens)
+    assert list(found.moments) == list(LAYERS)
+    assert found.source == file.name
+    assert found.fingerprint == fingerprint(model)
+    for layer in LAYERS:
+        moment, count = expected(decoder, tokenizer, layer, tokens)
+        assert found.tokens == count
+        assert found.moments[layer].dtype == torch.float32
+        # Rows of several lengths in one pass round a key otherwise than alone, by some units of its largest entry.
+        assert (found.moments[layer] - moment).abs().max() < 100 * 2**-24 * moment.diagonal().max()
+
+
+def test_less_text_than_asked_for_is_told(decoder, tokenizer, file, caplog):
+    found = run(decoder, tokenizer, file, tokens=10_000)
+    assert f"after {found.tokens} of the 10000 tokens" in caplog.text
+    caplog.clear()
+    run(decoder, tokenizer, file, tokens=found.tokens)
+    assert not caplog.text
+
+
+def test_no_text_is_refused(decoder, tokenizer):
+    for texts in ([], ["", " \n"]):
+        with pytest.raises(InputError, match="all are blank"):
+            run(decoder, tokenizer, GivenTexts(texts))
+    with pytest.raises(InputError, match="tokens=0"):
+        run(decoder, tokenizer, GivenTexts(TEXTS), tokens=0)
+
+
+def test_passes_are_bounded_and_the_text_streams(decoder, tokenizer, monkeypatch):
+    shapes, taken, ahead, done = [], [], [], []
+
+    def spy(decoder, projections, ids, mask):
+        shapes.append(tuple(ids.shape))
+        return read_keys(decoder, projections, ids, mask)
+
+    def endless():
+        while True:
+            taken.append(0)
+            yield TEXTS[len(taken) % len(TEXTS)]
+
+    def progress(tokens, of):
+        assert of == 3000
+        done.append(tokens)
+        ahead.append(len(taken) * 8 - tokens)
+
+    monkeypatch.setattr(statistics, "read_keys", spy)
+    run(decoder, tokenizer, GivenTexts(endless()), tokens=3000, longest=12, progress=progress)
+    assert max(rows * width for rows, width in shapes) <= 64
+    assert max(width for _, width in shapes) == 12, "longer texts are read in pieces"
+    assert sum(rows * width for rows, width in shapes) < 1.2 * 3000, "rows of like length share a pass"
+    assert done == sorted(set(done))
+    assert done[-1] == 3000
+    assert max(ahead) < 64 * 10 + 200, "no more is read ahead than one call of the tokenizer and one window"
+
+
+@pytest.mark.parametrize("kind", ["file", "self"])
+def test_an_interrupted_collection_goes_on_to_the_same_bits(decoder, tokenizer, file, tmp_path, kind):
+    source = file if kind == "file" else SelfGenerated(decoder.model, seed=2, length=12, batch=12)
+    whole = run(decoder, tokenizer, source, tokens=450)
+    for at in (1, 3, 4, 5, 7):
+        checkpoint = tmp_path / f"{at}.partial"
+        done = interrupted(decoder, tokenizer, source, checkpoint, at, tokens=450)
+        rest = []
+        found = run(
+            decoder,
+            tokenizer,
+            source,
+            tokens=450,
+            checkpoint=checkpoint,
+            progress=lambda n, _, rest=rest: rest.append(n),
+        )
+        assert_equal(found, whole)
+        assert rest[0] > done, "nothing is read twice"
+
+
+def test_it_may_be_interrupted_any_number_of_times(decoder, tokenizer, file, tmp_path):
+    checkpoint = tmp_path / "c.partial"
+    whole = run(decoder, tokenizer, file)
+    done = [interrupted(decoder, tokenizer, file, checkpoint, 2, error) for error in (KeyboardInterrupt, Stop, Stop)]
+    assert done == sorted(set(done))
+    assert_equal(run(decoder, tokenizer, file, checkpoint=checkpoint), whole)
+
+
+def test_an_interrupt_waits_until_all_layers_have_the_pass(decoder, tokenizer, file, tmp_path, monkeypatch):
+    whole = run(decoder, tokenizer, file)
+    calls = []
+
+    def interrupting(moment, rows):
+        calls.append(0)
+        if len(calls) == 5:  # the first layer of the third pass
+            signal.raise_signal(signal.SIGINT)
+        ops.reference.moment_(moment, rows)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "moment_", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
+    assert len(calls) == 6
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_equal(run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial"), whole)
+
+
+def test_a_failure_amid_a_pass_leaves_the_checkpoint_before(decoder, tokenizer, file, tmp_path, monkeypatch):
+    whole = run(decoder, tokenizer, file)
+    monkeypatch.setattr(statistics, "_SAVE_SECONDS", 0.0)
+    calls = []
+
+    def failing(moment, rows):
+        calls.append(0)
+        if len(calls) == 6:  # the first layer has the third pass, the second has it not
+            raise Stop
+        ops.reference.moment_(moment, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "moment_", failing)
+        with pytest.raises(Stop):
+            run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
+    done = []
+    found = run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial", progress=lambda n, _: done.append(n))
+    assert_equal(found, whole)
+    assert done[0] > 64, "two passes were saved"
+
+
+def test_a_finished_checkpoint_gives_its_result_without_a_pass(decoder, tokenizer, file, tmp_path):
+    whole = run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
+    done = []
+    again = run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial", progress=lambda n, _: done.append(n))
+    assert_equal(again, whole)
+    assert not done
+
+
+def test_a_checkpoint_of_another_collection_is_refused(decoder, make_model, tokenizer, file, tmp_path):
+    checkpoint = tmp_path / "c.partial"
+    interrupted(decoder, tokenizer, file, checkpoint, 3, tokens=300)
+    before = checkpoint.read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text("Lado speaks")
+    others = {
+        "fingerprint": (find_decoder(make_model("qwen2")), file, {"tokens": 300}),
+        "source": (decoder, TextFile(other), {"tokens": 300}),
+        "tokens asked for": (decoder, file, {"tokens": 301}),
+        "tokens of a row": (decoder, file, {"tokens": 300, "longest": 63}),
+        "layers": (decoder, file, {"tokens": 300, "layers": (1,)}),
+    }
+    for what, (whose, source, options) in others.items():
+        with pytest.raises(InputError, match=rf"c\.partial' is of another collection, by its {what}; remove it"):
+            run(whose, tokenizer, source, checkpoint=checkpoint, **options)
+        assert checkpoint.read_bytes() == before
+    checkpoint.write_bytes(before[:-1])
+    with pytest.raises(InputError, match="is damaged"):
+        run(decoder, tokenizer, file, checkpoint=checkpoint, tokens=300)
+
+
+def test_texts_that_cannot_be_read_again_take_no_checkpoint(decoder, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="cannot be read again"):
+        run(decoder, tokenizer, GivenTexts(iter(TEXTS)), checkpoint=tmp_path / "c.partial")
+
+
+def test_keys_that_are_not_finite_are_refused_and_not_saved(decoder, tokenizer, file, tmp_path):
+    decoder.model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"layers\.2\.mlp\.down_proj: .* not finite"):
+        run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
+    assert not (tmp_path / "c.partial").exists()
+
+
+def test_the_model_is_read_in_evaluation_mode_and_left_as_it_was(make_model, tokenizer, file):
+    model = make_model("gpt2").train()  # its dropout is on
+    decoder = find_decoder(model)
+    first, second = (run(decoder, tokenizer, file) for _ in range(2))
+    assert_equal(first, second)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(statistics, "_WINDOW", 64 * 64)
+    passes, exact = [], torch.zeros(96, 96, dtype=torch.float64)
+
+    def keys(_decoder, projections, ids, _mask):
+        seen = torch.randn(*ids.shape, 96) * torch.logspace(0, -3, 96) + 0.2
+        passes.append(0)
+        exact.addmm_(seen.flatten(0, 1).double().T, seen.flatten(0, 1).double())
+        return {projections[0].layer: seen}, None
+
+    monkeypatch.setattr(statistics, "read_keys", keys)
+    endless = (" ".join(WORDS[:7]) for _ in iter(int, 1))  # with the first token 8 to a text
+    found = run(decoder, tokenizer, GivenTexts(endless), layers=(1,), tokens=64 * 1000)
+    assert len(passes) == 1000
+    scale = exact.diagonal().sqrt()
+    error = (found.moments[1].double() * found.tokens - exact) / (scale[:, None] * scale)
+    # A thousand roundings of half a unit in the last place, in random directions, while the sum grows to its end.
+    assert float(error.square().mean().sqrt()) < 2**-24 * 1000**0.5
+
+
+def test_another_model_and_missing_layers_are_refused():
+    held = KeyStatistics({layer: torch.zeros(2, 2) for layer in (4, 11)}, 9, "ab" * 32, "text")
+    held.check("ab" * 32, [4])
+    held.check("ab" * 32, [11, 4])
+    with pytest.raises(InputError, match=r"of model abababababab…, this model is cdcdcdcdcdcd…"):
+        held.check("cd" * 32, [4])
+    with pytest.raises(InputError, match=r"layers \[4, 11\] and lack \[5\]"):
+        held.check("ab" * 32, [4, 5])

@@ -1,0 +1,81 @@
+"""Samples are the model's own: its probabilities, its tokens, and a seed that nobody else feels."""
+
+import pytest
+import torch
+
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.generation import sample
+from rlsedit_fast.world.tokens import SPECIAL, build_tokenizer
+
+
+def test_recorded_probabilities_are_those_of_one_full_pass(family, make_model, tokenizer):
+    model = make_model(family)
+    for drawn in sample(model, tokenizer, texts=3, length=14, seed=0):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([drawn.ids])).logits[0, :-1]
+        whole = logits.log_softmax(-1).gather(1, torch.tensor(drawn.ids[1:])[:, None])[:, 0]
+        # Cached and whole passes sum in other orders: float32 rounding of log-probabilities of about -10, no more.
+        torch.testing.assert_close(torch.tensor(drawn.log_probabilities), whole, rtol=0, atol=2e-4)
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says(make_model, tokenizer):
+    model = make_model("llama")
+    texts = 5000
+    drawn = torch.tensor([s.ids[1] for s in sample(model, tokenizer, texts=texts, length=2, seed=1)])
+    with torch.no_grad():
+        odds = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1].softmax(-1)
+    odds[: len(SPECIAL)] = 0
+    odds /= odds.sum()
+    seen = drawn.bincount(minlength=len(odds)) / texts
+    for token in odds.topk(20).indices.tolist():
+        assert abs(seen[token] - odds[token]) < 5 * (odds[token] / texts).sqrt()
+
+
+def test_a_seed_gives_its_samples_and_touches_no_other(model, tokenizer):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = sample(model, tokenizer, texts=4, length=10, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert sample(model, tokenizer, texts=4, length=10, seed=7) == first
+    assert sample(model, tokenizer, texts=4, length=10, seed=8) != first
+    assert len({tuple(s.ids) for s in first}) == 4
+    assert all(s.ids[0] == tokenizer.bos_token_id for s in first)
+
+
+def test_texts_end_before_an_end_token_and_hold_no_other_special_one(make_model, tokenizer):
+    model = make_model("llama").train()
+    ends = list(range(20, 220))
+    model.generation_config.eos_token_id = ends
+    drawn = sample(model, tokenizer, texts=60, length=12, seed=0)
+    special = set(tokenizer.all_special_ids) | set(ends)
+    assert not any(special & set(s.ids[1:]) for s in drawn)
+    lengths = {len(s.ids) for s in drawn}
+    assert min(lengths) == 2, "the first token drawn ends no text, the second may"
+    assert max(lengths) > 4
+    assert all(len(s.log_probabilities) == len(s.ids) - 1 for s in drawn)
+    assert model.training
+
+
+def test_without_a_start_token_texts_start_anywhere(make_model):
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = None
+    drawn = sample(make_model("gpt2"), tokenizer, texts=30, length=3, seed=0)
+    starts = {s.ids[0] for s in drawn}
+    assert len(starts) > 20
+    assert not starts & set(tokenizer.all_special_ids)
+
+
+def test_rows_of_the_embedding_that_are_no_tokens_are_not_drawn(make_model, tokenizer):
+    model = make_model("llama")
+    size = len(tokenizer)
+    model.resize_token_embeddings(8 * size, mean_resizing=False)
+    drawn = sample(model, tokenizer, texts=30, length=6, seed=0)
+    assert max(max(s.ids) for s in drawn) < size
+
+
+def test_numbers_that_are_not_finite_are_refused(make_model, tokenizer):
+    model = make_model("llama")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        sample(model, tokenizer, texts=2, length=4, seed=0)

@@ -1,0 +1,279 @@
+"""Tokenizers of every make: the same text gives the same place and the same continuation, and no trap catches."""
+
+import io
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models.offsets import locate, token_ids
+from rlsedit_fast.models.tokens import encode, encode_plain, target_ids
+
+TEXT = [
+    "The capital of France is Paris",
+    "The mother of Zoë Müller lives in Zürich",
+    "New York is a city",
+    "東京都は日本の首都です",
+    "東京都 東京都 東京都",
+] * 5
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def byte_level():
+    """As GPT-2's: spaces belong to the word behind them, no special tokens are added."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def llama_fast():
+    """As Llama's published file: a blank is put before every text, bytes stand in for unknown characters."""
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=[*SPECIAL, *names]))
+    tokenizer = Tokenizer.from_str(trained.to_str())
+    tokenizer.model.unk_token = "<unk>"
+    tokenizer.model.byte_fallback = True
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def train_sentencepiece(kind, path, *, byte_fallback=True):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=written,
+        vocab_size=340 if byte_fallback else 90,
+        model_type=kind,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(written.getvalue())
+    return str(path)
+
+
+def slow(kind, folder, *, byte_fallback=True):
+    """A tokenizer that transformers of both major versions runs on sentencepiece itself, without offsets."""
+    from transformers import BertGenerationTokenizer
+
+    model = train_sentencepiece(kind, folder / f"{kind}.model", byte_fallback=byte_fallback)
+    return BertGenerationTokenizer(vocab_file=model)
+
+
+def slow_bos_eos(folder):
+    tokenizer = slow("bpe", folder)
+    tokenizer.build_inputs_with_special_tokens = lambda ids, pair=None: [1, *ids, 2]
+    return tokenizer
+
+
+def llama(folder):
+    """Transformers' own: a slow tokenizer in version 4, a fast one in version 5; an EOS is asked for."""
+    from transformers import LlamaTokenizer
+
+    train_sentencepiece("bpe", folder / "tokenizer.model")
+    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=True, legacy=True)
+
+
+def bytes_alone():
+    """Every byte a token and an EOS at the end, without offsets."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
+MAKERS = {
+    "byte_level": lambda folder: byte_level(),
+    "llama_fast": lambda folder: llama_fast(),
+    "llama": llama,
+    "slow_bpe": lambda folder: slow("bpe", folder),
+    "slow_unigram": lambda folder: slow("unigram", folder),
+    "slow_bos_eos": slow_bos_eos,
+    "bytes": lambda folder: bytes_alone(),
+}
+SUBJECTS = ["France", "Zoë Müller", "New York", "東京", "Émile 😀", 'the "{}" sign', "Q7", "d'Arc {x}"]
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def any_tokenizer(request, tmp_path_factory):
+    return MAKERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+def spell(tokenizer, ids):
+    """What ids stand for, special tokens left out; the blank at the start, which some tokenizers add, is cut."""
+    pieces = tokenizer.convert_ids_to_tokens(list(ids), skip_special_tokens=True)
+    if not any("▁" in piece or piece.startswith("<0x") for piece in pieces):
+        return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    spelled = b"".join(
+        bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.replace("▁", " ").encode()
+        for piece in pieces
+    )
+    return spelled.decode(errors="ignore").removeprefix(" ")
+
+
+def specials(tokenizer, ids):
+    return [i for i, id_ in enumerate(ids) if id_ in tokenizer.all_special_ids]
+
+
+@pytest.mark.parametrize("prompt", ["{} lives in", "The mother of {} is", "We all know {}", "“{}”, they say"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_lookup_is_the_last_token_of_the_subject(any_tokenizer, prompt, subject):
+    row = encode(any_tokenizer, prompt, subject, prefix="Zoë says: 😀", target="Paris")
+    wanted = "Zoë says: 😀 " + prompt.split("{}")[0] + subject
+    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith(wanted), "not a later token"
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith(wanted), "not an earlier one"
+
+
+def test_blanks_at_the_start_shift_nothing(any_tokenizer):
+    row = encode(any_tokenizer, "   {} is", "Zoë Müller")
+    assert spell(any_tokenizer, row.ids[: row.lookup]).strip() != "Zoë Müller"
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).strip() == "Zoë Müller"
+
+
+def test_first_token_is_no_blank_before_the_subject(any_tokenizer):
+    for subject in ("Paris", "Q7"):  # known in one piece, and not
+        row = encode(any_tokenizer, "{} is", subject, fact_token="subject_first")
+        assert spell(any_tokenizer, row.ids[: row.lookup]) == ""
+        assert spell(any_tokenizer, row.ids[: row.lookup + 1])
+
+
+def test_all_tokens_of_a_split_character_cover_it(any_tokenizer):
+    ids, inside = locate(any_tokenizer, "a 😀 b", 2, 3)
+    assert ids[: inside[0]] in [token_ids(any_tokenizer, before) for before in ("a", "a ")]
+    assert spell(any_tokenizer, ids[: inside[-1] + 1]) == "a 😀"
+
+
+@pytest.mark.parametrize(
+    ("span", "wanted"), [((0, 3), "The"), ((4, 11), "The capital"), ((22, 23), "The capital of France i")]
+)
+def test_span_names_the_lookup(any_tokenizer, span, wanted):
+    row = encode(any_tokenizer, "The capital of {} is", "France", prefix="Well.", span=span, fact_token="last")
+    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith("Well. " + wanted)
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith("Well. " + wanted)
+
+
+def test_target_continues_the_prompt_after_one_space(any_tokenizer):
+    row = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
+    assert spell(any_tokenizer, row.ids) == "The capital of France is Paris"
+    assert row.ids == token_ids(any_tokenizer, "The capital of France is Paris")
+    assert row.ids == encode_plain(any_tokenizer, "The capital of France is", "Paris").ids
+    assert row.target == target_ids(any_tokenizer, "The capital of France is", "Paris")
+
+
+def test_special_tokens_stand_before_the_prompt_and_nowhere_else(any_tokenizer):
+    row = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
+    before = specials(any_tokenizer, token_ids(any_tokenizer, "France"))
+    assert specials(any_tokenizer, row.ids) == before
+    assert before == ([0] if any_tokenizer.bos_token_id == token_ids(any_tokenizer, "a")[0] else [])
+
+
+def test_an_empty_text_keeps_what_stands_before_it(any_tokenizer):
+    before = specials(any_tokenizer, token_ids(any_tokenizer, "France"))
+    assert len(token_ids(any_tokenizer, "")) == len(before)
+
+
+def test_special_tokens_in_a_text_are_its_own(any_tokenizer):
+    eos = any_tokenizer.eos_token
+    if eos is None or any_tokenizer.convert_tokens_to_ids(eos) in (None, any_tokenizer.unk_token_id):
+        pytest.skip("no EOS")
+    assert token_ids(any_tokenizer, f"France{eos}")[-1] == any_tokenizer.eos_token_id
+
+
+def test_blanks_between_prompt_and_target_do_not_count(any_tokenizer):
+    wanted = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
+    for prompt, target in (
+        ("The capital of {} is ", "Paris"),
+        ("The capital of {} is", "  Paris "),
+        ("The capital of {} is \t", " Paris"),
+    ):
+        assert encode(any_tokenizer, prompt, "France", target=target) == wanted
+        plain = encode_plain(any_tokenizer, prompt.format("France"), target)
+        assert (plain.ids, plain.prompt_length) == (wanted.ids, wanted.prompt_length)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("Question?\n", "Paris", "Question?\nParis"),
+        ("Question?\n ", "Paris", "Question?\nParis"),
+        ("日本の首都は", "東京", "日本の首都は東京"),
+        ("日本の首都は", "Paris", "日本の首都はParis"),
+        ("It is called", "東京", "It is called東京"),
+        ("ここは東", "京都", "ここは東京都"),
+        ("프랑스의 수도는", "파리", "프랑스의 수도는 파리"),
+        ("Say 😀", "Paris", "Say 😀 Paris"),
+        ("(", "Paris", "( Paris"),
+    ],
+)
+def test_separator_fits_the_writing(any_tokenizer, prompt, target, text):
+    row = encode_plain(any_tokenizer, prompt, target)
+    assert row.ids[: row.prompt_length] == token_ids(any_tokenizer, prompt.rstrip(" "))
+    assert spell(any_tokenizer, row.ids) == text
+
+
+def test_a_target_that_would_join_the_prompts_last_token_is_tokenised_beside_it():
+    tokenizer = llama_fast()
+    whole, alone = token_ids(tokenizer, "東京都"), token_ids(tokenizer, "東")
+    assert whole[: len(alone)] != alone, "the case is there"
+    assert spell(tokenizer, target_ids(tokenizer, "東", "京都")) == "京都"
+    assert "▁" not in "".join(tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "東", "京都")))
+
+
+@pytest.mark.parametrize("make", [byte_level, llama_fast])
+def test_padding_and_truncation_switched_on_in_the_tokenizer_change_no_row(make):
+    plain, padding = make(), make()
+    wanted = encode(plain, "The capital of {} is", "France", target="Paris")
+    padding.padding_side = padding.truncation_side = "left"
+    padding.backend_tokenizer.enable_truncation(4, direction="left")
+    padding.backend_tokenizer.enable_padding(direction="left", length=40)
+    assert encode(padding, "The capital of {} is", "France", target="Paris") == wanted
+
+
+def test_a_slow_tokenizer_that_loses_text_is_refused_only_where_it_matters(tmp_path):
+    lossy = slow("bpe", tmp_path, byte_fallback=False)
+    assert spell(lossy, token_ids(lossy, "€")) != "€"
+    row = encode(lossy, "{} is €", "France", target="Paris")
+    assert spell(lossy, row.ids[: row.lookup + 1]) == "France"
+    with pytest.raises(RequestError, match=r"no character offsets.*differs at character 8"):
+        encode(lossy, "capital € of {}", "France")
+
+
+def test_the_demos_tokenizer_reads_words(tokenizer):
+    row = encode(tokenizer, "The home of {} is in ", "Toze Lado Rekuno", target=" Port Alder")
+    words = "<s> The home of Toze Lado Rekuno is in Port Alder".split()
+    assert row.ids == tokenizer.convert_tokens_to_ids(words)
+    assert (row.lookup, row.prompt_length) == (6, 9)
+    assert (
+        target_ids(tokenizer, "Bada speaks", "Port Alder")
+        == tokenizer("Port Alder", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_a_target_without_tokens_and_a_prompt_without_tokens_are_refused(any_tokenizer, tokenizer):
+    assert target_ids(any_tokenizer, "France is", " ") == []
+    if not token_ids(any_tokenizer, ""):
+        with pytest.raises(RequestError, match="no token for the prompt"):
+            encode_plain(any_tokenizer, " ", "Paris")
+    assert encode_plain(tokenizer, "", "Paris").prompt_length == 1
