@@ -1,7 +1,8 @@
 """The command line: `rlsedit edit`, `show`, `statistics`, `calibrate`, `export`, `apply`, `demo`, `doctor`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 all of it was done; 1 it was done, but some records were
-left out; 2 nothing was done, for the reason given; 130 interrupted, with what was done until then in place.
+left out; 2 it was refused or failed, for the reason given; 130 it was interrupted. Edits that were made before a batch
+failed or the run was interrupted are written and reported.
 """
 
 from __future__ import annotations

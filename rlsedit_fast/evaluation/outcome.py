@@ -56,7 +56,7 @@ def outcome(
         model: as it is now.
         tokenizer: its tokenizer.
         edits: at least one.
-        before: `next_tokens` of the unedited model.
+        before: `next_tokens` of the unedited model, for these edits at least.
     """
     asked = score(model, tokenizer, [(fill(edit.prompt, edit.subject)[0], edit.target) for edit in edits])
     other = score(model, tokenizer, [(prompt, edit.target) for edit in edits for prompt in edit.paraphrases])
@@ -64,6 +64,6 @@ def outcome(
     return Outcome(
         Share(sum(said.exact for said in asked), len(asked)),
         Share(sum(said.exact for said in other), len(other)),
-        Share(sum(now[prompt] == token for prompt, token in before.items()), len(before)),
+        Share(sum(before[prompt] == token for prompt, token in now.items()), len(now)),
         sum(said.nll for said in asked) / len(asked),
     )

@@ -54,8 +54,8 @@ class WeightChange:
                 raise InputError(f"{self.name}: {role} is not finite; put the model as it should be")
         limits = torch.finfo(dtype)
         apart = (current.to(_wide(dtype)) - stored.to(_wide(dtype))).abs()
-        # A unit in the last place of `stored`: twice what rounding takes, and its least number where that is more.
-        if bool((apart > limits.eps * (stored.to(_wide(dtype)).abs() + limits.tiny)).any()):
+        # Half a unit in the last place; near zero, half of the least number.
+        if bool((apart > limits.eps / 2 * (stored.to(_wide(dtype)).abs() + limits.tiny)).any()):
             raise InputError(
                 f"{self.name}: stored lies up to {apart.max():.3g} from current, farther than rounding to {dtype} "
                 "takes it; give both as they are at one moment"

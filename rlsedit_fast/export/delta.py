@@ -36,7 +36,7 @@ class ModuleDelta:
         name: dotted name in the model.
         shape: `(d_v, d_k)`.
         changed: entries of the weight that differ.
-        by_value: of these, entries that no float32 number added to the original leads to; the file holds their values.
+        by_value: of these, entries that original + delta would miss; the file holds their values.
         norm: `||edited - original||_F`.
     """
 
@@ -74,8 +74,8 @@ def write_delta(
     """Writes one safetensors file; added to the base, it gives exactly the weights that the edited model holds.
 
     For each module it has `NAME.delta [d_v, d_k]`, float32: original + delta, computed in float32 and rounded to the
-    model's dtype, is the edited weight. Where no number does that, as for an entry many orders smaller than the
-    original, or a zero that became negative, `NAME.delta` has the nearest, and `NAME.index` (int64, into the flattened
+    model's dtype, is the edited weight. Where that misses, as for an entry many orders smaller than the original, or a
+    zero that became negative, `NAME.delta` has the nearest number, and `NAME.index` (int64, into the flattened
     weight) and `NAME.value` (the model's dtype) have the entry itself.
 
     Args:

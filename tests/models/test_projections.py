@@ -170,14 +170,19 @@ def test_weights_stored_side_by_side_are_not_shared(make_model):
     assert len(find_decoder(model).projections) == 4
 
 
-def test_adapters_are_refused_where_the_projection_is_wrapped(make_model):
+def test_adapters_are_refused(make_model):
     peft = pytest.importorskip("peft")
     settings = {"task_type": "CAUSAL_LM", "r": 2, "layers_to_transform": [1], "layers_pattern": "layers"}
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
+    with pytest.raises(ModelError, match="carries an adapter.*merge"):
+        find_decoder(wrapped)
+    wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
+    bare = wrapped.base_model.model
+    del bare.peft_config
     for name in (None, "mlp.down_proj", "mlp.down_proj.base_layer"):
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj.*merge"):
-            find_decoder(wrapped, projection_module=name).select([1])
-    assert find_decoder(wrapped).select([0])[0].name == "base_model.model.model.layers.0.mlp.down_proj"
+            find_decoder(bare, projection_module=name).select([1])
+    assert find_decoder(bare).select([0])[0].name == "model.layers.0.mlp.down_proj"
     assert len(find_decoder(wrapped.merge_and_unload()).projections) == 4
 
 

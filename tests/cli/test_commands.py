@@ -1,0 +1,317 @@
+"""What a user does at the terminal, on a local checkpoint and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlsedit_fast.cli import main
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+from rlsedit_fast.world.tokens import save_tokenizer
+
+PEOPLE = World.generate().people
+SETTINGS = {
+    "context_prefixes": [""],
+    "kl_prompts": ["{} is a"],
+    "search_steps": 40,
+    "search_stop_nll": 0.03,
+}
+
+
+def records(count):
+    """Lines of a JSON Lines file of false facts."""
+    made = []
+    for i, person in enumerate(PEOPLE[:count]):
+        relation = RELATIONS[i % len(RELATIONS)]
+        target = next(value for value in relation.values if value != person.facts[relation.name])
+        made.append(
+            {
+                "id": f"fact {i}",
+                "prompt": relation.phrasings[0],
+                "subject": person.name,
+                "target": target,
+                "paraphrases": [relation.phrasings[1]],
+                "neighborhood": [relation.phrasings[0].format(PEOPLE[100 + i].name)],
+            }
+        )
+    return made
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = load_demo_model()
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def desk(base, tmp_path, monkeypatch):
+    """A user's folder: facts, settings and text, and a cache of its own; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
+    write_lines(tmp_path / "facts.jsonl", records(12))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    sentences = [r.phrasings[0].format(p.name) + f" {p.facts[r.name]} ." for p in PEOPLE[200:300] for r in RELATIONS]
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences))
+    return tmp_path
+
+
+@pytest.fixture
+def edit(base):
+    """Runs `rlsedit edit` with the desk's settings."""
+
+    def run(*options, facts="facts.jsonl"):
+        fixed = ["edit", "--model", str(base), "--edits", facts, "--config", "settings.json", "--layers", "0"]
+        return main([*fixed, *map(str, options)])
+
+    return run
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_edit_makes_every_export_and_tells_what_became_of_the_edits(edit, base, desk, capsys):
+    assert main(["statistics", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "3000"]) == 0
+    outputs = ["--out", "out", "--delta", "edits.delta", "--adapter", "adapter"]
+    assert edit("--batch-size", "4", *outputs, "--json", "report.json") == 0
+    report = read(desk / "report.json")
+    assert report["made"] == 12
+    assert report["anchors"].startswith("3000 tokens: text.txt")
+    assert report["after"]["efficacy"] == {"count": 12, "of": 12}
+    assert report["before"]["efficacy"]["count"] == 0
+    assert report["after"]["generalization"]["of"] == 12
+    assert report["after"]["specificity"]["count"] >= 10
+    assert [r["name"] for r in report["records"]] == [f"fact {i}" for i in range(12)]
+    assert report["records"][3]["place"] == "facts.jsonl:4"
+    assert report["left_out"] == report["not_made"] == []
+    assert "12 of 12 edits made" in capsys.readouterr().out
+
+    assert main(["apply", "--model", str(base), "--delta", "edits.delta", "--out", "applied"]) == 0
+    first, second = (load_file(desk / name / "model.safetensors") for name in ("out", "applied"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+    exported = ["export", "--model", str(base), "--edited", "out", "--delta", "again.delta", "--adapter", "thin"]
+    assert main([*exported, "--rank", "3"]) == 0
+    assert load_file(desk / "again.delta").keys() == load_file(desk / "edits.delta").keys()
+    assert "rank 3 of 12, relative error 0." in capsys.readouterr().out
+
+
+def test_adapter_of_the_command_line_says_what_the_checkpoint_says(edit, base, desk):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    assert edit("--no-anchors", "--out", "out", "--adapter", "adapter", "--no-evaluation") == 0
+    ids = torch.randint(4, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    edited = AutoModelForCausalLM.from_pretrained(desk / "out").eval()
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), desk / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, edited(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_dry_run_changes_nothing_and_says_what_it_would_take(edit, desk, capsys):
+    before = sorted(path.name for path in desk.iterdir())
+    assert edit("--dry-run", "--json") == 0
+    told = capsys.readouterr()
+    report = json.loads(told.out)
+    assert report["edits"] == 12
+    assert report["layers"][0]["shape"] == [128, 1536]
+    assert "beside the model" in told.err
+    assert sorted(path.name for path in desk.iterdir()) == before
+
+
+def test_bad_records_stop_the_run_or_are_left_out_and_reported(edit, desk, capsys):
+    lines = records(6)
+    lines[1]["prompt"] = "He lives in"  # without its subject
+    del lines[2]["target"]
+    lines.append(records(1)[0] | {"target": "Kubeish"})
+    write_lines(desk / "bad.jsonl", lines)
+    assert edit("--out", "out", facts="bad.jsonl") == 2
+    assert "bad.jsonl:3: target" in capsys.readouterr().err
+    assert not (desk / "out").exists()
+
+    assert edit("--no-anchors", "--out", "out", "--skip-bad", "--json", "report.json", facts="bad.jsonl") == 1
+    report = read(desk / "report.json")
+    assert sorted(entry["place"] for entry in report["left_out"]) == ["bad.jsonl:2", "bad.jsonl:3"]
+    assert report["conflicts"]["contradictions"], "the first and the last ask the same"
+    made = {record["place"] for record in report["records"]}
+    assert made == {"bad.jsonl:4", "bad.jsonl:5", "bad.jsonl:6", "bad.jsonl:7"}
+    assert report["made"] + len(report["left_out"]) + len(report["conflicts"]["contradictions"]) == len(lines)
+    told = capsys.readouterr().err
+    assert "2 records left out" in told or told.count("records left out") == 2
+
+
+def test_ctrl_c_between_batches_keeps_what_was_made(edit, desk, monkeypatch, capsys):
+    from rlsedit_fast.editing import Editor
+
+    real, calls = Editor.edit, []
+
+    def pressed(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Editor, "edit", pressed)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
+    report = read(desk / "report.json")
+    assert report["made"] == 8
+    assert report["not_made"] == [f"facts.jsonl:{line}" for line in range(9, 13)]
+    assert report["after"]["efficacy"] == {"count": 8, "of": 8}
+    assert (desk / "out" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "finishing this batch" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
+    from rlsedit_fast.editing import editor as editor_module
+
+    real, calls = editor_module.search_values, []
+
+    def pressed(*args):
+        calls.append(1)
+        found = real(*args)
+        if len(calls) == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(editor_module, "search_values", pressed)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
+    report = read(desk / "report.json")
+    assert report["made"] == 4
+    assert report["after"]["efficacy"] == {"count": 4, "of": 4}
+
+
+def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
+    from rlsedit_fast.editing import editor as editor_module
+    from rlsedit_fast.errors import UpdateError
+
+    real, calls = editor_module.search_values, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise UpdateError("made to fail")
+        return real(*args)
+
+    monkeypatch.setattr(editor_module, "search_values", fails)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
+    assert read(desk / "report.json")["made"] == 8
+    assert "made to fail" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "name where the edited model goes"),
+        (("--out", "facts.jsonl"), "exists already"),
+        (("--out", "BASE"), "is the model itself"),
+        (("--out", "out", "--rank", "4"), "name --adapter"),
+        (("--out", "out", "--layers", "x"), "expected block indices"),
+        (("--out", "out", "--layers", "9"), "layers 0 to 3"),
+        (("--out", "out", "--adherence", "2"), "adherence=2"),
+        (("--out", "out", "--statistics", "none.safetensors"), "is not there"),
+        (("--out", "out", "--protect", "none.txt"), "cannot be read"),
+        (("--out", "out", "--config", "text.txt"), "cannot be read as JSON"),
+        (("--out", "out", "--config", "other.json"), "these are none: laters"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_done(edit, base, desk, capsys, options, message):
+    (desk / "other.json").write_text('{"laters": [1]}')
+    before = sorted(path.name for path in desk.rglob("*"))
+    assert edit(*(str(base) if option == "BASE" else option for option in options)) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in desk.rglob("*")) == before
+
+
+def test_a_model_that_is_not_there_is_an_error_in_words(desk, capsys):
+    assert main(["show", "--model", "nowhere/at/all"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_show_marks_the_token_and_lists_the_layers(base, desk, capsys):
+    one = ["--prompt", "{} lives in", "--subject", "Toze Lado Rekuno", "--target", "Port Alder"]
+    assert main(["show", "--model", str(base), *one]) == 0
+    told = capsys.readouterr().out
+    assert "Toze Lado [Rekuno] lives in" in told
+    assert "model.layers.0.mlp.down_proj" in told
+    assert main(["show", "--model", str(base), "--edits", "facts.jsonl", "--limit", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["edits"]) == 3
+    assert report["edits"][0]["tokens"][report["edits"][0]["lookup"]] == PEOPLE[0].name.split()[-1]
+    assert main(["show", "--model", str(base), *one[:2]]) == 2
+
+
+def test_statistics_are_resumed_cached_and_shared_by_no_other_model(base, desk, capsys, monkeypatch):
+    from rlsedit_fast.editing import statistics
+
+    command = ["statistics", "--model", str(base), "--layers", "0,1", "--text", "text.txt", "--tokens", "3000"]
+    assert main([*command, "--json", "whole.json", "--out", "whole.safetensors"]) == 0
+    real, calls = statistics._add, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(statistics, "_PASS", 512)
+    assert main([*command, "--out", "small.safetensors"]) == 0
+    monkeypatch.setattr(statistics, "_add", interrupted)
+    assert main([*command, "--json", "cached.json"]) == 130
+    assert list((desk / "cache").glob("*.part"))
+    capsys.readouterr()
+    assert main([*command, "--json", "cached.json"]) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert not list((desk / "cache").glob("*.part"))
+    cached = load_file(read(desk / "cached.json")["file"])
+    small = load_file(desk / "small.safetensors")
+    assert all(torch.equal(value, small[name]) for name, value in cached.items())
+    assert read(desk / "whole.json")["tokens"] == 3000
+
+    # Another model in a folder of the same name finds nothing.
+    other = desk / base.name
+    model, tokenizer = load_demo_model()
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] += 1
+    model.save_pretrained(other)
+    save_tokenizer(tokenizer, other)
+    table = ["calibrate", "--edits", "facts.jsonl", "--layers", "0", "--json"]
+    assert main([*table, "--model", str(base)]) == 0
+    assert json.loads(capsys.readouterr().out)["anchors"].startswith("3000 tokens")
+    assert main([*table, "--model", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out)["anchors"] == "none"
+
+
+def test_calibrate_tells_what_an_adherence_means(base, desk, capsys):
+    command = ["calibrate", "--model", str(base), "--edits", "facts.jsonl", "--layers", "0", "--text", "text.txt"]
+    assert main([*command, "--tokens", "2000", "--adherences", "0.8", "0.95", "--json"]) == 0
+    low, high = json.loads(capsys.readouterr().out)["rows"]
+    assert [round(row["realised"], 3) for row in (low, high)] == [0.8, 0.95]
+    assert low["mu"][0] > high["mu"][0]
+    assert low["leakage"][0] < high["leakage"][0]
+
+
+def test_self_generated_text_serves_as_anchors(edit, desk):
+    options = ["--self-generate", "--tokens", "600", "--out", "out", "--json", "report.json", "--limit", "4"]
+    assert edit(*options) == 0
+    assert "self-generated, seed 0" in read(desk / "report.json")["anchors"]
+
+
+def test_protected_prompts_are_held(edit, desk, capsys):
+    (desk / "protect.txt").write_text(f"{PEOPLE[150].name} lives in\n\n{PEOPLE[151].name} works as a\n")
+    assert edit("--no-anchors", "--protect", "protect.txt", "--out", "out", "--limit", "4") == 0
+    assert "tokens of 2 prompts are protected" in capsys.readouterr().err
