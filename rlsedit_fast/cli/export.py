@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
@@ -39,6 +41,11 @@ def run(options: argparse.Namespace) -> int:
         write_delta(changes, options.delta, base_fingerprint=fingerprint(base))
         files.append(f"delta: {options.delta}")
     if options.adapter:
+        if edited.dtype != torch.float32:
+            say(
+                f"{edited.dtype} checkpoints hold rounded weights, whose difference is of almost full rank; `rlsedit "
+                "edit --adapter` writes the exact one, of as many ranks as there are edits"
+            )
         report = write_adapter(changes, options.adapter, rank=options.rank, base_model=str(options.model))
         results["adapter"] = asdict(report)
         files += adapter_lines(report, options.adapter)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import written_whole
 from rlsedit_fast.models.fingerprint import checksum
 
 
@@ -25,17 +24,8 @@ def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: di
 
     held = {str(layer): matrix.contiguous() for layer, matrix in matrices.items()}
     sums = {layer: _digest(matrix) for layer, matrix in held.items()}
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_whole(path) as (fresh,):
         save_file(held, fresh, metadata={"kind": kind, "about": json.dumps(about), "sums": json.dumps(sums)})
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            fresh.unlink()
-        raise
 
 
 def read_matrices(

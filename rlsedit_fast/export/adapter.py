@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export.changes import WeightChange
-from rlsedit_fast.export.files import written_whole
+from rlsedit_fast.files import written_whole
 
 _GRAM_FLOOR = 8 * torch.finfo(torch.float64).eps ** 0.5
 """Singular values below this share of the matrix's norm are lost in its Gram matrix, whose own are their squares."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, linear_weight
-from rlsedit_fast.export.files import written_whole
+from rlsedit_fast.files import written_whole
 from rlsedit_fast.models.fingerprint import checksum, fingerprint
 
 if TYPE_CHECKING:

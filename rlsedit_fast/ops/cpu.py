@@ -24,6 +24,9 @@ NATIVE_PANEL_EDITS = range(3, 129)
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
 SYRK_RANK = 256
+SYRK_TOKENS = (
+    1024  # the same for the rows of a moment: ahead by 1.5 to 1.8 from here on (bench/results/moment-cpu.json)
+)
 
 _native: Any = None
 _problem: str | None = None
@@ -84,18 +87,9 @@ def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
         pending: `U_p [r, d]`.
         signs: `[r]`, each +1 or -1.
     """
-    from scipy.linalg import blas  # takes a while, and the first long flush is soon enough
-
-    # BLAS counts columns first: to it the transposed view's upper triangle is the lower one of our rows.
-    matrix = base.detach().numpy().T
     for sign in (1, -1):
-        rows = pending[signs == sign]
-        if rows.shape[0]:
-            transposed = rows.detach().numpy().T
-            written = blas.ssyrk(-float(sign), transposed, beta=1.0, c=matrix, lower=0, overwrite_c=1)
-            if written.ctypes.data != base.data_ptr():
-                raise BackendError("scipy's ssyrk wrote to a copy, not in place: ask for backend='reference'")
-    _native.mirror(base=base.data_ptr(), stride=base.stride(0), d=base.shape[0], threads=torch.get_num_threads())
+        _syrk_(base, pending[signs == sign], -float(sign))
+    _mirror_(base)
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
@@ -106,7 +100,44 @@ def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
         syrk_downdate_(base, pending, signs)
 
 
-OPS = {**reference.OPS, "panel": panel, "downdate_": downdate_}
+def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
+    """`reference.moment_` in float32 by BLAS's SSYRK, half of a product's work; then the mirror of its triangle.
+
+    Args:
+        moment: contiguous `[d, d]`; afterwards exactly symmetric.
+        rows: `X [t, d]`, of any floating dtype.
+    """
+    _syrk_(moment, rows.to(moment.dtype).contiguous(), 1.0)
+    _mirror_(moment)
+
+
+def moment_(moment: Tensor, rows: Tensor) -> None:
+    """`reference.moment_` in float32, by the faster of SSYRK and torch's product."""
+    if rows.shape[0] < SYRK_TOKENS or not moment.is_contiguous():
+        reference.moment_(moment, rows)
+    else:
+        syrk_moment_(moment, rows)
+
+
+def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:
+    """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`; `rows [r, d]`, contiguous."""
+    from scipy.linalg import blas  # takes a while, and the first long flush is soon enough
+
+    if not rows.shape[0]:
+        return
+    # BLAS counts columns first: to it the transposed view's upper triangle is the lower one of our rows.
+    transposed = rows.detach().numpy().T
+    written = blas.ssyrk(scale, transposed, beta=1.0, c=matrix.detach().numpy().T, lower=0, overwrite_c=1)
+    if written.ctypes.data != matrix.data_ptr():
+        raise BackendError("scipy's ssyrk wrote to a copy, not in place: ask for backend='reference'")
+
+
+def _mirror_(matrix: Tensor) -> None:
+    """Copies the lower triangle of a contiguous `matrix [d, d]` onto the upper one."""
+    _native.mirror(base=matrix.data_ptr(), stride=matrix.stride(0), d=matrix.shape[0], threads=torch.get_num_threads())
+
+
+OPS = {**reference.OPS, "panel": panel, "downdate_": downdate_, "moment_": moment_}
 
 
 def missing() -> str | None:

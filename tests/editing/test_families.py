@@ -54,6 +54,26 @@ def nlls(model, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_the_adapter_says_what_the_edited_model_says(make_model, tokenizer, family, dtype, tmp_path):
+    """In float32, as the masters are: a bfloat16 model rounds its edited weights, and peft adds to unrounded ones."""
+    peft = pytest.importorskip("peft")
+    editor = make_editor(make_model(family, dtype), tokenizer, single=family in NORMALISED)
+    editor.edit(EDITS)
+    report = editor.save_adapter(tmp_path)
+    assert all(module.used == module.needed <= len(EDITS) for module in report.modules)
+    edited, base = (make_model(family, dtype).float() for _ in range(2))
+    for change in editor.changes():
+        weight = edited.get_submodule(change.name).weight
+        weight.data = (change.current.T if change.transposed else change.current).clone()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    ids = torch.tensor([tokenizer(EDITS[3].prompt.format(EDITS[3].subject))["input_ids"]])
+    with torch.no_grad():
+        plain = make_model(family, dtype).float()(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, edited(ids).logits, rtol=0, atol=1e-4)
+    assert (edited(ids).logits - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenizer, family, dtype, tmp_path):
     from transformers import AutoModelForCausalLM
 

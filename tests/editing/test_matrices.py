@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_what_was_there(held, tmp_path, monkeypatch):
     def full(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(matrices.os, "fsync", full)
+    monkeypatch.setattr("rlsedit_fast.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         KeyStatistics({4: torch.zeros(6, 6)}, 1, "cd" * 32, "other").save(path)
     assert path.read_bytes() == before

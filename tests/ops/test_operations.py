@@ -226,14 +226,17 @@ def test_correct_split_is_correct_on_the_joined_weight(backend, device, sign, tr
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype):
+@pytest.mark.parametrize("tokens", [50, cpu.SYRK_TOKENS + 3])
+def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tokens):
     needs(backend, "moment_")
     if backend == "cpu" and accumulator == torch.float64:
         pytest.skip("the cpu backend is float32")
-    moment, rows = symmetric(65).to(accumulator), torch.randn(50, 65).to(dtype)
+    moment, rows = symmetric(65).to(accumulator), torch.randn(tokens, 65).to(dtype)
     got = moment.to(device, copy=True)
     ops.moment_(got, rows.to(device), backend=backend)
     truth = moment.double() + rows.double().T @ rows.double()
     magnitude = moment.double().abs() + rows.double().abs().T @ rows.double().abs()
     assert got.dtype == accumulator
-    assert ((got.double().cpu() - truth).abs() <= bound(50 + 2, magnitude)).all()
+    assert ((got.double().cpu() - truth).abs() <= bound(tokens + 2, magnitude)).all()
+    if backend == "cpu" and tokens >= cpu.SYRK_TOKENS:
+        assert torch.equal(got, got.T)
