@@ -1,4 +1,4 @@
-"""Times `moment_`, the sum of key statistics, on the CPU: BLAS's SSYRK with the native mirror pass against torch's product.
+"""Times `moment_`, the sum behind key statistics, on the CPU: BLAS's SSYRK with the native mirror pass, and torch.
 
     python bench/moment.py --json bench/results/moment-cpu.json
 

@@ -1,22 +1,27 @@
-"""The README's Python runs as it is printed."""
+"""The README's commands and its Python run as they are printed."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def block(heading: str) -> str:
-    """The first Python block below a heading."""
+def block(heading: str, language: str = "python") -> str:
+    """The first block of a language below a heading."""
     _, _, rest = README.read_text().partition(f"\n## {heading}\n")
-    found = re.search(r"```python\n(.*?)```", rest, re.DOTALL)
+    found = re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)
     assert found, heading
     return found.group(1)
 
 
-def test_the_editor_example_runs(tokenizer, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def desk(tokenizer, tmp_path, monkeypatch):
+    """A folder with a checkpoint and some text, the current one; a cache of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -32,13 +37,35 @@ def test_the_editor_example_runs(tokenizer, tmp_path, monkeypatch, capsys):
     tokenizer.save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "text.txt").write_text("Lado speaks Kubeish .\n\nVeta plays the organ .\n")
     monkeypatch.chdir(tmp_path)
-    code = block("Edit a model").replace("path/to/checkpoint", "checkpoint")
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_commands_run(desk, capsys):
+    from rlsedit_fast.cli import main
+
+    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"))
+    lines = [line.partition("#")[0] for line in block("Edit your own model", "bash").splitlines()]
+    commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
+    assert [command[:2] for command in commands] == [["rlsedit", name] for name in ("show", "statistics", "edit")]
+    for _, *arguments in commands:
+        assert main(arguments) == 0
+    report = json.loads((desk / "report.json").read_text())
+    assert report["made"] == 2
+    assert "text.txt" in report["anchors"]
+    assert (desk / "edited" / "model.safetensors").exists()
+    assert "2 of 2 edits made" in capsys.readouterr().out
+
+
+def test_the_editor_example_runs(desk, capsys):
+    code = block("Edit from Python").replace("path/to/checkpoint", "checkpoint")
     assert "generate(...)" in code
     names: dict = {}
     exec(code.replace("generate(...)", "eval()"), names)
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active"]
     assert "1 France" in capsys.readouterr().out
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    for written in ("out/model.safetensors", "edits.safetensors", "adapter/adapter_model.safetensors"):
+        assert (desk / written).exists()
 
 
 def test_the_solver_example_runs():

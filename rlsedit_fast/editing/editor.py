@@ -158,7 +158,8 @@ class Editor:
             what.check(self.fingerprint(), self.layers)
             found = what
         else:
-            found = self.statistics(GivenTexts(what))
+            # They are not kept, so nobody will ask whose they are; a fingerprint would read all of the weights.
+            found = self._collect(GivenTexts(what), identity="")
         self._moments = [found.moments[p.layer].to(p.weight.device) for p in self._projections]
         return found.tokens
 
@@ -177,16 +178,7 @@ class Editor:
         """
         if len(self._ledger):
             raise InputError("statistics(): the model is edited already; collect them from the unedited one")
-        return collect(
-            self._decoder,
-            self.tokenizer,
-            self._projections,
-            source,
-            tokens=tokens,
-            longest=self._longest,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+        return self._collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
 
     def fingerprint(self) -> str:
         """Of the model as it was before any edit; one read of its weights. See `models.fingerprint`."""
@@ -393,6 +385,9 @@ class Editor:
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+
+    def _collect(self, source: Source, **options: Any) -> KeyStatistics:
+        return collect(self._decoder, self.tokenizer, self._projections, source, longest=self._longest, **options)
 
     @property
     def _longest(self) -> int | None:

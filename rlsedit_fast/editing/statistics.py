@@ -131,6 +131,7 @@ def collect(
     longest: int | None,
     progress: Callable[[int, int | None], None] | None = None,
     checkpoint: str | Path | None = None,
+    identity: str | None = None,
 ) -> KeyStatistics:
     """The mean of `k k^T` over the tokens of a stream of text, of all projections at once.
 
@@ -153,6 +154,7 @@ def collect(
         longest: most tokens that the model takes; None where it sets no limit.
         progress: called after each pass with the tokens done so far, and `tokens`.
         checkpoint: a file for the state of the collection.
+        identity: the model's fingerprint; by default it is taken, which reads all of the weights.
 
     Returns:
         The statistics, each moment on its projection's device. Less text than asked for is a warning in the log.
@@ -166,7 +168,7 @@ def collect(
     if checkpoint is not None and not source.repeatable:
         raise InputError(f"checkpoint={str(checkpoint)!r}: {source.name} cannot be read again; read them from a file")
     width = min(longest or _PIECE, _PIECE)
-    identity = fingerprint(decoder.model)
+    identity = fingerprint(decoder.model) if identity is None else identity
     about = {"fingerprint": identity, "source": source.name, "tokens asked for": tokens}
     about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
     state = _State(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import Row, encode_plain, pad
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Seq
         askers[tuple(row.ids[:-1])].append(i)
     read = sorted(askers, key=len)
     scores: dict[int, Score] = {}
-    device = model.get_input_embeddings().get_parameter("weight").device
+    device = input_device(model)
     for at in range(0, len(read), _ROWS_AT_ONCE):
         chosen = read[at : at + _ROWS_AT_ONCE]
         ids, mask = pad([Row(list(tokens), -1, len(tokens)) for tokens in chosen], device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.passes import quiet
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def sample(
     Raises:
         InputError: the model's probabilities are not finite.
     """
-    device = model.get_input_embeddings().get_parameter("weight").device
+    device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     width = model.config.get_text_config().vocab_size
     ends = _end_tokens(model, tokenizer)

@@ -50,6 +50,15 @@ class Projection:
             self.weight.copy_(weight)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids are sent to: the device of the input embeddings, or, where those are offloaded and their hook
+    moves the ids, of the first weight in memory.
+    """
+    weights = (model.get_input_embeddings().get_parameter("weight"), *model.parameters())
+    device: torch.device = next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
+    return device
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model with the parts of it that editing touches.
@@ -68,9 +77,8 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are sent to: the device of the input embeddings."""
-        device: torch.device = self.model.get_input_embeddings().get_parameter("weight").device
-        return device
+        """Where token ids are sent to."""
+        return input_device(self.model)
 
     @property
     def projections(self) -> list[Projection]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlsedit_fast.editing import matrices
 from rlsedit_fast.editing.statistics import KeyStatistics
 from rlsedit_fast.errors import InputError
 
@@ -37,7 +36,7 @@ def test_a_failed_write_leaves_what_was_there(held, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("rlsedit_fast.files.os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         KeyStatistics({4: torch.zeros(6, 6)}, 1, "cd" * 32, "other").save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -174,7 +174,7 @@ def test_adapters_are_refused(make_model):
     peft = pytest.importorskip("peft")
     settings = {"task_type": "CAUSAL_LM", "r": 2, "layers_to_transform": [1], "layers_pattern": "layers"}
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
-    with pytest.raises(ModelError, match="carries an adapter.*merge"):
+    with pytest.raises(ModelError, match=r"carries an adapter.*merge"):
         find_decoder(wrapped)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
     bare = wrapped.base_model.model
