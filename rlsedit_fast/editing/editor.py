@@ -30,7 +30,7 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls import Prior, RLSState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ class Editor:
     @property
     def priors(self) -> list[Prior]:
         """What holds each edited layer, in the order of `layers`; nothing before calibration or the first edit."""
-        return [state.prior for state in self._layers.states] if self._layers else []
+        return [state.prior for _, state in self._edited]
 
     def memory(self) -> list[memory.LayerMemory]:
         """What editing takes beside the model, layer by layer, before it is taken."""
@@ -184,7 +184,7 @@ class Editor:
         """Of the model as it was before any edit; one read of its weights. See `models.fingerprint`."""
         originals = {
             f"{projection.name}.weight": state.original.T if projection.transposed else state.original
-            for projection, state in zip(self._projections, self._layers.states if self._layers else (), strict=False)
+            for projection, state in self._edited
         }
         return fingerprint(self.model, instead=originals)
 
@@ -352,8 +352,8 @@ class Editor:
     def deviation(self) -> list[LayerDeviation]:
         """How far each edited layer has gone, and the bound on it; nothing before the first edit."""
         return [
-            LayerDeviation(layer, state.deviation(), bounds.weight, bounds.anchors)
-            for layer, state in zip(self.layers, self._layers.states if self._layers else (), strict=False)
+            LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
+            for projection, state in self._edited
             for bounds in (state.bounds(),)
         ]
 
@@ -372,7 +372,7 @@ class Editor:
                 stored=projection.weight,
                 transposed=projection.transposed,
             )
-            for projection, state in zip(self._projections, self._layers.states if self._layers else (), strict=False)
+            for projection, state in self._edited
         ]
 
     def save_delta(self, path: str | Path) -> DeltaReport:
@@ -385,6 +385,11 @@ class Editor:
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+
+    @property
+    def _edited(self) -> list[tuple[Projection, RLSState]]:
+        """The projections with their states; nothing before calibration or the first edit."""
+        return list(zip(self._projections, self._layers.states, strict=True)) if self._layers else []
 
     def _collect(self, source: Source, **options: Any) -> KeyStatistics:
         return collect(self._decoder, self.tokenizer, self._projections, source, longest=self._longest, **options)

@@ -43,10 +43,14 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
         64 hexadecimal digits.
 
     Raises:
-        ModelError: a weight is on the meta device, that is offloaded or not loaded yet.
+        ModelError: a weight is on the meta device, that is offloaded or not loaded yet; or `instead` names a parameter
+            that the model does not have.
     """
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
-    for name, tensor in sorted((_weights(model) | dict(instead or {})).items()):
+    weights = _weights(model)
+    if unknown := sorted(set(instead or {}) - weights.keys()):
+        raise ModelError(f"instead names {unknown}, which the model does not have; give its parameters' names")
+    for name, tensor in sorted((weights | dict(instead or {})).items()):
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device: its values are not in memory; load the model whole")
         digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype} ".encode())

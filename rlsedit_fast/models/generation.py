@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.projections import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

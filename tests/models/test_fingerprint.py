@@ -119,6 +119,8 @@ def test_an_edited_model_is_told_by_what_it_was(make_model):
     weight.data += 1
     assert fingerprint(model) != before
     assert fingerprint(model, instead={name: original.T.contiguous().T}) == before
+    with pytest.raises(ModelError, match="nowhere"):
+        fingerprint(model, instead={"nowhere": original})
 
 
 def test_tied_weights_are_read_once_and_the_head_has_no_name(make_model):
