@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
 
 from rlsedit_fast.world.tokens import build_tokenizer
+
+
+def pytest_configure():
+    """Ctrl-C means what it means at a terminal also where the tests run in the background, and it came ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):

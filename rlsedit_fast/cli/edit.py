@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,8 +144,15 @@ def _summary(results: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C enters the list that is yielded; the second one gives up the batch under way."""
+    """Within it the first Ctrl-C enters the list that is yielded; the second one gives up the batch under way.
+
+    Where Ctrl-C is ignored (a job in the background) or is not for this thread to see, it stays so.
+    """
     seen: list[int] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield seen
+        return
 
     def once(number: int, _frame: object) -> None:
         seen.append(number)
