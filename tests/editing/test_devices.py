@@ -6,6 +6,7 @@ The devices are claimed: every tensor lies in the CPU's memory, and `Claims` kee
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import sample
 
+claimed = pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="transformers 4 makes masks under vmap, where no storage is told"
+)
 HOST = torch.device("cpu")
 A, B = torch.device("cpu:1"), torch.device("cpu:2")  # to PyTorch neither each other nor `cpu`, and all one memory
 INDEXING = ("index", "index_put", "index_put_impl")
@@ -262,6 +266,7 @@ def test_claims_hold_operations_to_one_device():
         ("gpt2", "memit", by_claim),
     ],
 )
+@claimed
 def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, share, spread):
     plain, model = make_model(name), make_model(name)
     alone = work(plain, tokenizer, share=share)
@@ -283,6 +288,7 @@ def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, sh
 @pytest.mark.parametrize(
     "changes", [{"mu": 0.0}, {"lam": 0.1}, {"search_descent": "adam", "same_subject": "separate"}], ids=str
 )
+@claimed
 def test_no_setting_mixes_devices(make_model, tokenizer, changes):
     plain, model = make_model("llama", torch.bfloat16), make_model("llama", torch.bfloat16)
     work(plain, tokenizer, **changes)
@@ -292,6 +298,7 @@ def test_no_setting_mixes_devices(make_model, tokenizer, changes):
     assert not difference(model, plain)
 
 
+@claimed
 def test_search_behind_a_normalisation_resumes_across_the_border(make_model, tokenizer):
     """The block below lies on another device, and rows are taken out of its output when a request leaves."""
     plain, model = make_model("gemma2"), make_model("gemma2")
@@ -307,6 +314,7 @@ def test_search_behind_a_normalisation_resumes_across_the_border(make_model, tok
     assert not difference(model, plain)
 
 
+@claimed
 def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
     plain, model = make_model("llama"), make_model("llama")
     collected = rf.Editor(plain, tokenizer, config=rf.EditConfig(layers=(1, 2))).statistics(GivenTexts(ANCHORS))
@@ -324,6 +332,7 @@ def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
         assert editor.fingerprint() == fingerprint(plain)
 
 
+@claimed
 def test_answers_are_read_wherever_the_head_lies(make_model, tokenizer):
     asked = [(edit.prompt.replace("{}", edit.subject), edit.target) for edit in EDITS]
 
@@ -337,6 +346,7 @@ def test_answers_are_read_wherever_the_head_lies(make_model, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@claimed
 def test_checkpoint_of_a_spread_model_is_an_ordinary_one(make_model, tokenizer, tmp_path, name):
     from transformers import AutoModelForCausalLM
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.world import RELATIONS, World
 
 NORMALISED = {"gemma2", "gemma3", "olmo2"}
+OLD_TRANSFORMERS = version("transformers").startswith("4.")
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = ["fp32", "bf16"]
 
@@ -89,8 +92,11 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
     editor.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     ids = torch.tensor([tokenizer(EDITS[3].prompt.format(EDITS[3].subject))["input_ids"]])
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+    reloaded = again.state_dict()
+    assert all(torch.equal(value, reloaded[name]) for name, value in model.state_dict().items())
+    if not (OLD_TRANSFORMERS and family == "gptj" and dtype == torch.bfloat16):  # its sine table is rounded on loading
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
 
     for at in (2, 0, 3, 1):
         editor.undo([record.id for record in records[5 * at : 5 * at + 5]])
