@@ -315,3 +315,42 @@ def test_protected_prompts_are_held(edit, desk, capsys):
     (desk / "protect.txt").write_text(f"{PEOPLE[150].name} lives in\n\n{PEOPLE[151].name} works as a\n")
     assert edit("--no-anchors", "--protect", "protect.txt", "--out", "out", "--limit", "4") == 0
     assert "tokens of 2 prompts are protected" in capsys.readouterr().err
+
+
+def test_a_preset_is_taken_by_shape_by_name_or_not_at_all(base, desk, capsys, monkeypatch):
+    from rlsedit_fast.editing import presets
+
+    def layers(*options):
+        assert main(["show", "--model", str(base), "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        return report["preset"], [layer["layer"] for layer in report["layers"]]
+
+    assert layers() == (None, [0, 1])
+    shape = {"model_type": "llama", "blocks": 4, "hidden_size": 128, "intermediate_size": 1536}
+    known = presets.Preset(name="shipped", **shape, layers=(2, 3), search_rate=0.1, search_steps=5, moment_weight=100.0)
+    monkeypatch.setitem(presets.PRESETS, "shipped", known)
+    assert layers() == ("shipped", [2, 3])
+    assert layers("--preset", "generic") == ("shipped", [0, 1])
+    assert layers("--layers", "1-2") == ("shipped", [1, 2])
+    assert main(["show", "--model", str(base), "--preset", "gpt2-xl"]) == 2
+    assert "layers 0 to 3" in capsys.readouterr().err
+
+    edit = [
+        "edit",
+        "--model",
+        str(base),
+        "--edits",
+        "facts.jsonl",
+        "--preset",
+        "shipped",
+        "--limit",
+        "4",
+        "--out",
+        "out",
+    ]
+    edit += ["--text", "text.txt", "--tokens", "3000"]
+    assert main(edit) == 2
+    assert "raise lam above 0" in capsys.readouterr().err, "published settings hold by anchors alone, here too few"
+    assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 0
+    config = read(desk / "report.json")["config"]
+    assert (config["mu"], config["search_descent"], config["share"]) == (10.0, "adam", "memit")
