@@ -95,7 +95,7 @@ class Editor:
             if not bool(projection.weight.isfinite().all()):
                 raise InputError(f"{projection.name}: the weight is not finite; load the model anew")
         with quiet(model):
-            self._site = find_site(self._decoder, self._projections)
+            self._site = find_site(self._decoder, self._projections, longest=self._longest)
         if not self._site.direct and len(self._projections) > 1:
             self._settle_on_one_layer()
         self._moments: list[Tensor] | None = None

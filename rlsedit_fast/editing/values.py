@@ -1,8 +1,9 @@
 """The value search: the hidden state at the lookup token that makes the model say the target.
 
 All requests of a batch are searched at once, each with its own change, clamp and stop; those that share a subject,
-and so nearly a key, share one change (MEMIT-Merge, Dong et al. 2025). The blocks up to the edited layer are run once;
-every step resumes above it, and requests that are done leave the batch.
+and so nearly a key, share one change (MEMIT-Merge, Dong et al. 2025). The blocks up to the edited layer are run once,
+and so are the tokens before the one that is changed; every step resumes there, the head is run where the loss looks,
+and requests that are done leave the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from rlsedit_fast.editing.config import DEFAULT_RATE, EditConfig
 from rlsedit_fast.editing.descent import AdamDescent, Descent, NormalizedDescent
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.models.passes import hidden_of, with_hidden
+from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.models.tokens import Row, pad
+from rlsedit_fast.models.tokens import Row
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,13 @@ class Values:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a batch that the search looks at, padded, and run once up to the site."""
+    """The rows of a batch that the search looks at, run once up to the site; tokens count from behind the prefix."""
 
-    ids: Tensor  # [rows, t]
-    mask: Tensor  # [rows, t]
-    below: Any  # the output of the last block that is not run again, as it came; hidden state [rows, t, d]
+    batch: Prefixed
+    below: Any  # the output of the last block that is not run again, as it came; hidden state [rows, s, d]
     owner: Tensor  # [rows] the request that a row belongs to
     lookup: Tensor  # [rows] the token that is changed
-    target: Tensor  # [rows, t] ids of target tokens at the positions that predict them, else -1
+    target: Tensor  # [rows, s] ids of target tokens at the positions that predict them, else -1
     kl_row: Tensor  # [rows] row of `before` that a KL row is compared with, else -1
     kl_at: Tensor  # [rows] the position at which it is compared
     before: Tensor  # [kl rows, vocabulary] log-probabilities before the edit
@@ -59,14 +60,11 @@ class _Rows:
         if below is not None:
             hidden = hidden_of(below)
             below = with_hidden(below, hidden[rows.to(hidden.device)])
-        return replace(
-            self,
-            below=below,
-            **{
-                name: getattr(self, name)[rows.to(getattr(self, name).device)]
-                for name in ("ids", "mask", "owner", "lookup", "target", "kl_row", "kl_at")
-            },
-        )
+        chosen = {
+            name: getattr(self, name)[rows.to(getattr(self, name).device)]
+            for name in ("owner", "lookup", "target", "kl_row", "kl_at")
+        }
+        return replace(self, batch=self.batch.taken(rows.to(self.batch.ids.device)), below=below, **chosen)
 
 
 def search_values(
@@ -137,34 +135,33 @@ def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[i
         bare.append(len(listed))
         listed += [(i, row, False) for row in request.contexts]
         listed += [(i, row, True) for row in request.kl]
-    ids, mask = pad([row for _, row, _ in listed], site.decoder.device)
-    seen = site.look(ids, mask)
-    last = [row.prompt_length - 1 for _, row, _ in listed]
-    answers = seen.logits[range(len(listed)), last].argmax(-1).tolist()
+    # A target's last token is asked for and never read.
+    batch = site.batch([replace(row, ids=row.ids[:-1] if row.target else row.ids) for _, row, _ in listed])
+    before = batch.before.tolist()
+    last = [row.prompt_length - 1 - start for (_, row, _), start in zip(listed, before, strict=True)]
+    at_end = torch.tensor(last)
+    seen = site.look(batch, torch.arange(len(listed)), at_end)
+    answers = seen.logits.argmax(-1).tolist()
     asked = [{answers[bare[member]] for member in members} for members in groups]
     group = {member: g for g, members in enumerate(groups) for member in members}
     # A KL prompt whose answer is one being edited away would hold what is to change.
     holds = [kl and answers[at] not in asked[group[owner]] for at, (owner, _, kl) in enumerate(listed)]
-    target = torch.full(ids.shape, -1)
+    target = torch.full(batch.ids.shape, -1)
     for at, (_, row, _) in enumerate(listed):
-        target[at, row.prompt_length - 1 : row.prompt_length - 1 + len(row.target)] = torch.tensor(row.target)
+        target[at, last[at] : last[at] + len(row.target)] = torch.tensor(row.target)
 
     device = seen.state.device
     is_kl = torch.tensor(holds)
-    lookup = torch.tensor([row.lookup for _, row, _ in listed])
-    at_end = torch.tensor(last)
+    lookup = torch.tensor([row.lookup - start for (_, row, _), start in zip(listed, before, strict=True)])
     rows = _Rows(
-        ids,
-        mask,
+        batch,
         seen.below,
         torch.tensor([owner for owner, _, _ in listed], device=device),
         lookup.to(device),
         target.to(device),
         torch.where(is_kl, is_kl.cumsum(0) - 1, -1).to(device),
         at_end.to(device),
-        seen.logits[is_kl.nonzero()[:, 0].to(seen.logits.device), at_end[is_kl].to(seen.logits.device)]
-        .to(device, torch.float32)
-        .log_softmax(-1),
+        seen.logits[is_kl.to(seen.logits.device)].to(device, torch.float32).log_softmax(-1),
     )
     start = seen.state[bare, lookup[bare].to(device)].float()
     return rows.taken((is_kl | (target >= 0).any(1)).nonzero()[:, 0]), start
@@ -183,16 +180,13 @@ def _losses(
         delta: the change of each request `[count, d]`.
         count: of requests.
     """
-    logits = forward(rows.below, rows.ids, rows.mask, rows.lookup, delta[rows.owner])
-
-    def read(row: Tensor, at: Tensor) -> Tensor:
-        """Log-probabilities at some positions, where the change lies."""
-        chosen = logits[row.to(logits.device), at.to(logits.device)]
-        return chosen.to(delta.device, torch.float32).log_softmax(-1)
-
     row, at = (rows.target >= 0).nonzero(as_tuple=True)
+    kl_rows = (rows.kl_row >= 0).nonzero()[:, 0]
+    read = torch.cat([row, kl_rows]), torch.cat([at, rows.kl_at[kl_rows]])
+    logits = forward(rows.batch, rows.below, rows.lookup, delta[rows.owner], *read)
+    scores, after = logits.to(delta.device, torch.float32).log_softmax(-1).split([len(row), len(kl_rows)])
+
     wanted = rows.target[row, at]
-    scores = read(row, at)
     token_nll = -scores.gather(1, wanted[:, None])[:, 0]
     row_nll = _mean_by(row, token_nll, len(rows.owner))
     fact = (rows.target >= 0).any(1)
@@ -200,8 +194,6 @@ def _losses(
     missed = torch.zeros(count, device=delta.device)
     missed.index_add_(0, rows.owner[row], (scores.argmax(-1) != wanted).float())
 
-    kl_rows = (rows.kl_row >= 0).nonzero()[:, 0]
-    after = read(kl_rows, rows.kl_at[kl_rows])
     before = rows.before[rows.kl_row[kl_rows]]
     divergence = (before.exp() * (before - after)).sum(-1)
     fit = _mean_by(rows.owner[fact], row_nll[fact], count)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.models.passes import hidden_of, resume_above, with_hidden
+from rlsedit_fast.models.prefixes import Prefixed, bears_prefixes, reading
 from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.tokens import Row
 
 _SLACK = 0.05
 """Rounding of a bfloat16 residual stream that a probe as long as the stream itself may show: 2^-8, a few times over."""
@@ -28,8 +30,8 @@ class Seen:
 
     Attributes:
         below: the output of the last block that need not be run again, as it came; None if there is none.
-        state: what a change is added to, `[rows, t, d]`.
-        logits: `[rows, t, vocabulary]`.
+        state: what a change is added to, `[rows, s, d]`.
+        logits: where they were asked for, `[m, vocabulary]`.
     """
 
     below: Any
@@ -45,14 +47,20 @@ class Site:
         decoder: the model.
         projection: of the block.
         direct: whether the block adds the projection's output to the residual stream as it is.
+        cached: whether the model bears rows cut into a prefix and a rest, see `Prefixed`.
     """
 
     decoder: Decoder
     projection: Projection
     direct: bool
+    cached: bool
 
-    def look(self, ids: Tensor, mask: Tensor) -> Seen:
-        """One whole forward over `ids [rows, t]`, without gradients."""
+    def batch(self, rows: Sequence[Row]) -> Prefixed:
+        """Rows made ready for this site."""
+        return Prefixed.of(self.decoder, rows, cached=self.cached)
+
+    def look(self, batch: Prefixed, row: Tensor, at: Tensor) -> Seen:
+        """One whole forward, without gradients; logits of the tokens `at [m]` in the rows `row [m]`."""
         below: list[Any] = []
         state: list[Tensor] = []
         block = self.projection.layer
@@ -60,35 +68,41 @@ class Site:
         if self.direct:
             handles.append(_on_output(self.decoder.blocks[block], below.append))
         else:
-            handles.append(_on_output(self.projection.module, lambda out: state.append(out.reshape(*ids.shape, -1))))
+            shape = batch.ids.shape
+            handles.append(_on_output(self.projection.module, lambda out: state.append(out.reshape(*shape, -1))))
             if block:
                 handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
         try:
-            with torch.no_grad():
-                logits: Tensor = self.decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with torch.no_grad(), reading(self.decoder, row, at) as read:
+                logits = read(self.decoder.model(**batch.arguments()))
         finally:
             for handle in handles:
                 handle.remove()
         return Seen(below[0] if below else None, hidden_of(below[0]) if self.direct else state[0], logits)
 
     @contextmanager
-    def resumed(self) -> Iterator[Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    def resumed(self) -> Iterator[Callable[..., Tensor]]:
         """Within it, a function runs what lies above the site with a change added.
 
         Yields:
-            `forward(below, ids [rows, t], mask [rows, t], at [rows], change [rows, d]) -> logits`; `below` is
-            `Seen.below` of those rows, and row r is changed at token `at[r]`.
+            `forward(batch, below, lookup [rows], change [rows, d], row [m], at [m]) -> logits [m, vocabulary]`;
+            `below` is `Seen.below` of those rows, and row r is changed at token `lookup[r]`.
         """
         last_skipped = self.projection.layer if self.direct else self.projection.layer - 1
         with resume_above(self.decoder, last_skipped) as state:
 
-            def forward(below: Any, ids: Tensor, mask: Tensor, at: Tensor, change: Tensor) -> Tensor:
-                state["output"] = below if not self.direct else with_hidden(below, _added(hidden_of(below), at, change))
+            def forward(batch: Prefixed, below: Any, lookup: Tensor, change: Tensor, row: Tensor, at: Tensor) -> Tensor:
                 handle = None
-                if not self.direct:
-                    handle = self.projection.module.register_forward_hook(lambda _m, _i, out: _added(out, at, change))
+                if self.direct:
+                    state["output"] = with_hidden(below, _added(hidden_of(below), lookup, change))
+                else:
+                    state["output"] = below
+                    handle = self.projection.module.register_forward_hook(
+                        lambda _m, _i, out: _added(out, lookup, change)
+                    )
                 try:
-                    logits: Tensor = self.decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                    with reading(self.decoder, row, at) as read:
+                        logits: Tensor = read(self.decoder.model(**batch.arguments()))
                 finally:
                     if handle is not None:
                         handle.remove()
@@ -97,14 +111,19 @@ class Site:
             yield forward
 
 
-def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
+def find_site(decoder: Decoder, projections: Sequence[Projection], *, longest: int | None = None) -> Site:
     """The site of the last of `projections`, found out by changing each one's output and looking at its block's.
 
     `direct` is whether all of them reach the residual stream as they are. Costs a forward over two tokens for each,
-    up to its block.
+    up to its block, and what `bears_prefixes` costs.
+
+    Args:
+        decoder: the model.
+        projections: the edited ones, ascending.
+        longest: most tokens that the model takes; None where it sets no limit.
     """
     direct = all(_adds_directly(decoder, projection) for projection in projections)
-    return Site(decoder, projections[-1], direct)
+    return Site(decoder, projections[-1], direct, bears_prefixes(decoder, longest=longest))
 
 
 def _adds_directly(decoder: Decoder, projection: Projection) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlsedit_fast.models.passes import hidden_of, quiet, read_keys, resume_above
+from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.projections import find_decoder
 from rlsedit_fast.models.sites import Site
 
@@ -15,6 +16,14 @@ def batch(tokenizer):
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     return ids, mask
+
+
+def look(decoder, block, batch):
+    """What a site at a block's output sees of a batch; logits of every token, one row after the other."""
+    ids, mask = batch
+    rows = Prefixed(ids, mask, torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long), None)
+    every = torch.arange(3).repeat_interleave(9), torch.arange(9).repeat(3)
+    return Site(decoder, decoder.projections[block], direct=True, cached=False).look(rows, *every)
 
 
 def test_keys_are_the_projections_inputs(model, batch):
@@ -36,7 +45,7 @@ def test_keys_are_the_projections_inputs(model, batch):
 
 def test_hidden_state_is_the_blocks_output(model, batch):
     decoder = find_decoder(model)
-    output = Site(decoder, decoder.projections[2], direct=True).look(*batch).below
+    output = look(decoder, 2, batch).below
     keys, hidden = read_keys(decoder, decoder.projections[:2], *batch, block=2)
     assert sorted(keys) == [0, 1]
     assert torch.equal(hidden, hidden_of(output))
@@ -45,7 +54,7 @@ def test_hidden_state_is_the_blocks_output(model, batch):
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, block):
     decoder = find_decoder(model)
-    seen = Site(decoder, decoder.projections[block], direct=True).look(*batch)
+    seen = look(decoder, block, batch)
     ran = []
     for projection in decoder.projections:
         projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
@@ -54,7 +63,7 @@ def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, b
         resumed = model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
         assert ran == list(range(block + 1, 4))
     real = batch[1].bool()
-    assert torch.equal(resumed[real], seen.logits[real])
+    assert torch.equal(resumed[real], seen.logits.unflatten(0, (3, 9))[real])
     assert all("forward" not in module.__dict__ for module in decoder.blocks)
 
 

@@ -1,4 +1,4 @@
-"""A forward that begins at a site gives what a whole forward with the change added gives."""
+"""A forward that begins at a site, behind a prefix, gives what a whole forward with the change added gives."""
 
 from __future__ import annotations
 
@@ -6,50 +6,126 @@ import pytest
 import torch
 
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.prefixes import Prefixed, bears_prefixes, reading
 from rlsedit_fast.models.projections import find_decoder
-from rlsedit_fast.models.sites import Site
+from rlsedit_fast.models.sites import Site, find_site
+from rlsedit_fast.models.tokens import Row
 
 
 @pytest.fixture
-def batch(tokenizer):
-    torch.manual_seed(0)
-    ids = torch.randint(4, len(tokenizer), (3, 9))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    return ids, mask
+def rows(tokenizer):
+    """Ragged rows; one is changed at its first token, one at its last, and one has a prefix beyond a sliding window."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(9, 3), (6, 5), (9, 0), (14, 11)]
+    return [
+        Row(torch.randint(4, len(tokenizer), (length,), generator=generator).tolist(), lookup, length)
+        for length, lookup in shapes
+    ]
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("block", [0, 2])
-def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, batch, block, direct):
+def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, rows, block, direct, cached):
     model = make_model(family)
     decoder = find_decoder(model)
     (projection,) = decoder.select((block,))
-    at, change = torch.tensor([3, 5, 0]), torch.randn(3, 64)
-
-    def add(_module, _inputs, output):
-        state = output[0] if isinstance(output, tuple) else output
-        moved = state.clone().reshape(3, 9, -1)
-        moved[torch.arange(3), at] += change
-        moved = moved.reshape(state.shape)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
+    change = torch.randn(len(rows), 64, generator=torch.Generator().manual_seed(1))
     place = decoder.blocks[block] if direct else projection.module
-    ran = []
-    with quiet(model):
+
+    def alone(row, added):
+        def add(_module, _inputs, output):
+            state = output[0] if isinstance(output, tuple) else output
+            moved = state.clone().reshape(1, len(row.ids), -1)
+            moved[0, row.lookup] += added
+            return (
+                (moved.reshape(state.shape), *output[1:]) if isinstance(output, tuple) else moved.reshape(state.shape)
+            )
+
         handle = place.register_forward_hook(add)
-        with torch.no_grad():
-            whole = model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
+        logits = model(torch.tensor([row.ids]), use_cache=False).logits[0, row.lookup :]
         handle.remove()
-        site = Site(decoder, projection, direct)
-        seen = site.look(*batch)
-        assert seen.state.shape == (3, 9, 64)
+        return logits
+
+    ran = []
+    with quiet(model), torch.no_grad():
+        whole = torch.cat([alone(row, added) for row, added in zip(rows, change, strict=True)])
+        unchanged = torch.cat([alone(row, torch.zeros(64)) for row in rows])
+        site = Site(decoder, projection, direct, cached)
+        batch = site.batch(rows)
+        assert batch.ids.shape[1] == (9 if cached else 14)
+        lookup = torch.tensor([row.lookup for row in rows]) - batch.before
+        assert not cached or lookup.tolist() == [0, 0, 0, 0]
+        read = [(i, int(lookup[i]) + at) for i, row in enumerate(rows) for at in range(len(row.ids) - row.lookup)]
+        row, at = torch.tensor(read).T
+        seen = site.look(batch, row, at)
+        assert seen.state.shape == (len(rows), batch.ids.shape[1], 64)
         for layer, every in enumerate(decoder.blocks):
             every.register_forward_hook(lambda _m, _i, _o, layer=layer: ran.append(layer))
-        with torch.no_grad(), site.resumed() as forward:
+        with site.resumed() as forward:
             ran.clear()
-            resumed = forward(seen.below, *batch, at, change)
-    real = batch[1].bool()
-    torch.testing.assert_close(resumed[real], whole[real])
-    assert not torch.allclose(seen.logits[real], whole[real])
-    assert not any(projection.module._forward_hooks.values())
+            resumed = forward(batch, seen.below, lookup, change, row, at)
+            again = forward(batch, seen.below, lookup, change, row, at)
+            few = torch.tensor([3, 1])
+            part = torch.isin(row, few)
+            below = seen.below
+            if below is not None:
+                below = (below[0][few], *below[1:]) if isinstance(below, tuple) else below[few]
+            order = torch.argsort((row[part][:, None] == few).long().argmax(1), stable=True)
+            fewer = forward(
+                batch.taken(few), below, lookup[few], change[few],
+                (row[part][:, None] == few).long().argmax(1)[order], at[part][order],
+            )  # fmt: skip
+    torch.testing.assert_close(seen.logits, unchanged, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, resumed), "a forward leaves the prefix as it was"
+    torch.testing.assert_close(fewer, resumed[part][order], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole, unchanged, atol=1e-2)
+
+
+def test_every_family_bears_prefixes(make_model, family):
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = find_decoder(make_model(family, dtype))
+        with quiet(decoder.model):
+            assert find_site(decoder, decoder.select((1,)), longest=64).cached
+
+
+@pytest.mark.parametrize("flaw", ["positions", "mask", "cache"])
+def test_a_model_that_does_not_bear_them_is_found_out(make_model, flaw):
+    model = make_model("gpt2")  # rotary positions are relative, so that a shift of all would do no harm
+    decoder = find_decoder(model)
+    forward = model.forward
+
+    def flawed(position_ids=None, attention_mask=None, past_key_values=None, **rest):
+        if flaw == "positions":
+            position_ids = None
+        if flaw == "mask" and past_key_values is not None:
+            attention_mask = torch.ones_like(attention_mask)
+        if flaw == "cache":
+            past_key_values = None
+            if position_ids is not None:
+                attention_mask = attention_mask[:, -position_ids.shape[1] :]
+        return forward(
+            position_ids=position_ids, attention_mask=attention_mask, past_key_values=past_key_values, **rest
+        )
+
+    model.forward = flawed
+    with quiet(model):
+        assert not bears_prefixes(decoder, longest=64)
+        model.forward = forward
+        assert bears_prefixes(decoder, longest=64)
+
+
+def test_the_head_runs_where_it_is_asked_to(make_model, family, rows):
+    model = make_model(family)
+    decoder = find_decoder(model)
+    batch = Prefixed.of(decoder, rows, cached=False)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape))
+    row, at = torch.tensor([0, 3, 3]), torch.tensor([2, 0, 13])
+    with torch.no_grad():
+        whole = model(**batch.arguments()).logits[row, at]
+        with reading(decoder, row, at) as read:
+            chosen = read(model(**batch.arguments()))
+    torch.testing.assert_close(chosen, whole)
+    assert [shape[1] for shape in seen] == [14, 3]
