@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import threading
 import time
@@ -67,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     results["anchors"] = setup.anchor(editor, options)
     if protected:
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
-    interrupted, error = _edit(editor, facts, options, results)
+    with _warnings_left_to_the_summary():
+        interrupted, error = _edit(editor, facts, options, results)
     results["files"] = write_exports(editor, options) if results["made"] else []
     lines = _summary(results)
     emit(results, lines, options.json)
@@ -140,6 +142,18 @@ def _summary(results: dict[str, Any]) -> list[str]:
     for layer in results["deviation"]:
         lines.append(f"layer {layer['layer']}: ||W - W0|| = {layer['weight']:.4g}, bound {layer['weight_bound']:.4g}")
     return lines + results["files"]
+
+
+@contextmanager
+def _warnings_left_to_the_summary() -> Iterator[None]:
+    """What the editor warns of batch by batch is told once, at the end."""
+    logger = logging.getLogger("rlsedit_fast.editing.editor")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

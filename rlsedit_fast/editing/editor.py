@@ -301,7 +301,10 @@ class Editor:
                 made += records
                 if on_batch is not None:
                     on_batch(records)
-        return self._ledger.get([record.id for record in made])
+        made = self._ledger.get([record.id for record in made])
+        if short := sum(not record.converged for record in made):
+            logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
+        return made
 
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Takes edits back exactly: the weights become those of a model that was never told them.

@@ -135,6 +135,39 @@ def test_clamp_bounds_the_change(model, tokenizer):
     assert found.steps.tolist() == [tight.search_steps] * 3
 
 
+def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
+    tight = EditConfig(**{**vars(CONFIG), "clamp": 0.05, "search_stop_nll": 0.0, "fact_token": "subject_last"})
+    found = search(model, tokenizer, EDITS, tight)
+    lengths = []
+    for request in prepare(tokenizer, EDITS, tight, longest=64):
+        bare = request.contexts[0]
+        with torch.no_grad():
+            states = model(torch.tensor([bare.ids]), output_hidden_states=True).hidden_states[max(tight.layers) + 1]
+        lengths.append(float(states[0, bare.lookup].norm()))
+    assert max(lengths) > 1.05 * min(lengths), "the states differ in length, or this shows nothing"
+    torch.testing.assert_close(found.delta.norm(dim=1), 0.05 * torch.tensor(lengths), rtol=1e-4, atol=0)
+
+
+def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, tokenizer):
+    lenient = EditConfig(**{**vars(CONFIG), "search_stop_nll": 50.0})
+    found = search(model, tokenizer, EDITS, lenient)
+    assert bool((found.steps > 0).all())
+    assert bool(found.converged.any())
+    # The steps ran out on what is not ranked first even then, and no NLL makes up for it.
+    assert found.converged.tolist() == (found.steps < lenient.search_steps).tolist()
+
+
+def test_requests_that_are_done_leave_the_batch(model, tokenizer):
+    rows = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
+    found = search(model, tokenizer, EDITS)
+    handle.remove()
+    assert len(found.steps.unique()) > 1, "they stop at different steps, or this shows nothing"
+    searched = rows[-int(found.steps.max()) - 1 :]
+    assert searched == sorted(searched, reverse=True)
+    assert searched[-1] < searched[0]
+
+
 def test_kl_term_holds_what_follows_its_prompt(model, tokenizer):
     """A large weight on KL(before || after) keeps the distribution that the search without it changes."""
     held = EditConfig(**{**vars(CONFIG), "kl_factor": 100.0, "search_stop_nll": 0.0})

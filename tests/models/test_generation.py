@@ -60,8 +60,11 @@ def test_texts_end_before_an_end_token_and_hold_no_other_special_one(make_model,
 def test_without_a_start_token_texts_start_anywhere(make_model):
     tokenizer = build_tokenizer()
     tokenizer.bos_token = None
-    drawn = sample(make_model("gpt2"), tokenizer, texts=30, length=3, seed=0)
+    model = make_model("gpt2")
+    drawn = sample(model, tokenizer, texts=30, length=3, seed=0)
     starts = {s.ids[0] for s in drawn}
+    torch.manual_seed(1)
+    assert sample(model, tokenizer, texts=30, length=3, seed=0) == drawn
     assert len(starts) > 20
     assert not starts & set(tokenizer.all_special_ids)
 

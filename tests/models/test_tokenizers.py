@@ -241,6 +241,19 @@ def test_a_target_that_would_join_the_prompts_last_token_is_tokenised_beside_it(
     assert "▁" not in "".join(tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "東", "京都")))
 
 
+def test_a_target_that_joins_whatever_stands_before_it_is_tokenised_without_special_tokens():
+    """Alone it gets a BOS, which would then be the answer's first token."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "東": 3, "京都": 4, "a": 5}, unk_token="<unk>")
+    )
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    assert token_ids(tokenizer, "東京都") == [0, 2], "the case is there"
+    assert target_ids(tokenizer, "東", "京都") == [4]
+
+
 @pytest.mark.parametrize("make", [byte_level, llama_fast])
 def test_padding_and_truncation_switched_on_in_the_tokenizer_change_no_row(make):
     plain, padding = make(), make()

@@ -52,6 +52,12 @@ def test_a_mark_wins_over_the_subjects_own_name():
     assert fill("France and {} and France", "France") == ("France and France and France", 11)
 
 
+@pytest.mark.parametrize("prompt", ["The set {x} of {} is", "{0} or {name!r}: {} is", "}{ {}", "{{{}}} is"])
+def test_braces_around_the_mark_are_text(prompt):
+    before, after = prompt.split("{}")
+    assert fill(prompt, "France") == (f"{before}France{after}", len(before))
+
+
 @pytest.mark.parametrize(
     ("prompt", "subject", "start"),
     [

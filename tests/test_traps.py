@@ -1,0 +1,179 @@
+"""Ways in which editing goes wrong without a word: state that outlives its editor, names that are believed, searches
+that fall short.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing.requests import prepare
+from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.models.sites import find_site
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+EDITS = [
+    rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder"),
+    rf.Edit("The native language of {} is", "Fado Veta Voluvu", "Kubeish"),
+    rf.Edit("{} works as a", "Lado Toze", "mason"),
+    rf.Edit("{} plays the", "Veta Fado Rekuno", "organ"),
+]
+ONE = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."), search_steps=3, lam=1.0, batch_size=2)
+OTHER = rf.EditConfig(
+    layers=(2,),
+    context_prefixes=("", "Bada plays the flute .", "Well ."),
+    kl_prompts=("{} speaks", "{} is a"),
+    fact_token="subject_first",
+    search_descent="adam",
+    search_steps=3,
+    lam=1.0,
+    batch_size=2,
+)
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def edited(model, tokenizer, config):
+    rf.Editor(model, tokenizer, config=config).edit(EDITS)
+    return weights(model)
+
+
+def test_editors_at_work_in_turn_do_what_each_does_alone(make_model, tokenizer):
+    """The second has the first one's architecture and tokenizer and other settings, the third another model."""
+    kinds = [("llama", ONE), ("llama", OTHER), ("gpt2", ONE)]
+    alone = [edited(make_model(name), tokenizer, config) for name, config in kinds]
+    editors = [rf.Editor(make_model(name), tokenizer, config=config) for name, config in kinds]
+    for batch in (EDITS[:2], EDITS[2:]):  # two calls are two batches of one call, as lam is given
+        for editor in editors:
+            editor.edit(batch)
+    for editor, wanted in zip(editors, alone, strict=True):
+        assert same(weights(editor.model), wanted)
+    assert not same(alone[0], alone[1])
+
+
+def test_every_editor_has_its_own_contexts(make_model, tokenizer):
+    """What was asked for first in this process must not be what is asked for from then on."""
+    model = make_model("llama")
+    for prefixes in (("", "People speak ."), ("", "Bada plays the flute .", "Well ."), ("",)):
+        config = rf.EditConfig(layers=(1,), context_prefixes=prefixes, kl_prompts=("{} speaks",) * len(prefixes))
+        for request in rf.Editor(model, tokenizer, config=config).requests(EDITS):
+            filled = request.edit.prompt.format(request.edit.subject)
+            wanted = [tokenizer(f"{prefix} {filled}")["input_ids"] for prefix in prefixes]
+            assert [row.ids[: row.prompt_length] for row in request.contexts] == wanted
+            assert len(request.kl) == len(prefixes)
+
+
+def test_no_seed_changes_an_edit_and_no_edit_draws_from_a_shared_generator(make_model, tokenizer):
+    torch.manual_seed(1)
+    random.seed(1)
+    first = edited(make_model("llama"), tokenizer, ONE)
+    model = make_model("llama")
+    torch.manual_seed(2)
+    random.seed(2)
+    before = torch.get_rng_state(), random.getstate()
+    assert same(edited(model, tokenizer, ONE), first)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def module_state():
+    """Everything that a module of the package could remember something in: its containers, by content."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "rlsedit_fast":
+            for attribute, value in vars(module).items():
+                if isinstance(value, (dict, list, set, bytearray)) and not attribute.startswith("__"):
+                    found[name, attribute] = copy.copy(value)
+    return found
+
+
+def test_no_module_remembers_an_edit(make_model, tokenizer):
+    edited(make_model("llama"), tokenizer, ONE)
+    before = module_state()
+    assert len(before) > 5
+    edited(make_model("gpt2"), tokenizer, OTHER)
+    after = module_state()
+    assert after.keys() == before.keys()
+    assert [place for place, value in before.items() if after[place] != value] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_models_name_and_path_change_nothing(make_model, tokenizer, name):
+    model, disguised = make_model(name), make_model(name)
+    for false in ("openai-community/gpt2-xl", "/models/gpt-j-6b/Llama-3-8B-Qwen2.5-7B-gemma-2-mixtral"):
+        disguised.config._name_or_path = disguised.name_or_path = false
+        disguised.config.architectures = ["GPTJForCausalLM"]
+        disguised.__class__ = type("OPTForCausalLM", (type(disguised),), {})
+        assert fingerprint(disguised) == fingerprint(model)
+        assert find_decoder(disguised).blocks_name == find_decoder(model).blocks_name
+        settings = rf.EditConfig(search_steps=2, lam=1.0)
+        editors = [rf.Editor(copy.deepcopy(one), tokenizer, config=settings) for one in (model, disguised)]
+        assert editors[0].layers == editors[1].layers
+        for editor in editors:
+            editor.edit(EDITS)
+        assert same(*(weights(editor.model) for editor in editors))
+
+
+def facts(count):
+    relation = RELATIONS[0]
+    return [
+        rf.Edit(
+            relation.phrasings[0], person.name, next(v for v in relation.values if v != person.facts[relation.name])
+        )
+        for person in World.generate().people[:count]
+    ]
+
+
+def demo_config(**changes):
+    base = {"layers": (0,), "context_prefixes": ("",), "kl_factor": 0.0, "lam": 0.1}
+    return rf.EditConfig(**{**base, **changes})
+
+
+@pytest.mark.parametrize("descent", ["normalized", "adam"])
+def test_an_edit_whose_search_fell_short_is_made_and_says_so(descent, caplog):
+    model, tokenizer = load_demo_model()
+    before = weights(model)
+    rate = 1.0 if descent == "adam" else None
+    near = rf.Editor(
+        model, tokenizer, config=demo_config(search_descent=descent, search_rate=rate, search_stop_nll=0.05)
+    )
+    reached = near.edit(facts(4))
+    assert "fell short" not in caplog.text
+    assert all(record.converged and record.nll <= 0.05 and record.steps < 25 for record in reached)
+
+    model, tokenizer = load_demo_model()
+    short = demo_config(search_descent=descent, search_rate=rate, search_stop_nll=0.05, clamp=0.01, search_steps=4)
+    records = rf.Editor(model, tokenizer, config=short).edit(facts(4))
+    assert not any(record.converged for record in records)
+    assert "4 of 4 edits were made though their search fell short" in caplog.text
+    assert all(record.nll > 0.05 and record.steps == 4 and record.state == "active" for record in records)
+    assert not same(weights(model), before)
+
+
+def test_steps_longer_than_the_clamp_do_not_keep_the_search_from_stopping():
+    """Adam's first step, rate * sqrt(d), leaves the ball, and on its surface the total loss stays above the bound."""
+    model, tokenizer = load_demo_model()
+    config = demo_config(search_descent="adam", search_rate=10.0, search_stop_nll=0.05, weight_decay=20.0)
+    decoder = find_decoder(model)
+    with quiet(model):
+        site = find_site(decoder, decoder.select(config.layers))
+        found = search_values(site, prepare(tokenizer, facts(10), config, longest=None), config)
+    step = config.search_rate * math.sqrt(found.delta.shape[1])
+    assert step > 2 * float(found.delta.norm(dim=1).max()), "the clamp holds what the step would do"
+    assert bool(found.converged.all())
+    assert int(found.steps.max()) < config.search_steps
