@@ -37,6 +37,10 @@ class EditConfig:
         ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
         delay: pending rows of each layer's state before they are folded into it.
         context_prefixes: texts put before a prompt while its value is searched; keys are averaged over them.
+        context_samples: how many more prefixes the model itself writes when the editor is made, which then stand among
+            `Editor.config.context_prefixes`. The published settings sample twenty.
+        context_tokens: most tokens of such a prefix.
+        context_seed: of these.
         search_descent: how the search goes downhill: `normalized` (steps of equal length along the gradient) or
             `adam`, as published.
         search_rate: length of the first step relative to the hidden state for `normalized`, the learning rate for
@@ -67,6 +71,9 @@ class EditConfig:
     ridge: float = 0.01
     delay: int = 128
     context_prefixes: tuple[str, ...] = ("", "The report says this.", "As everyone knows:")
+    context_samples: int = 0
+    context_tokens: int = 10
+    context_seed: int = 0
     search_descent: Descent = "normalized"
     search_rate: float | None = None
     search_steps: int = 25
@@ -99,9 +106,9 @@ class EditConfig:
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         if not 0 < self.adherence < 1:
             raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
-        for name in ("batch_size", "search_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name, least in (("batch_size", 1), ("search_steps", 1), ("context_samples", 0), ("context_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least {least}")
         for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")

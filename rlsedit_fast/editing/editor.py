@@ -27,6 +27,7 @@ from rlsedit_fast.editing.values import search_values
 from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
@@ -98,6 +99,7 @@ class Editor:
             self._site = find_site(self._decoder, self._projections, longest=self._longest)
         if not self._site.direct and len(self._projections) > 1:
             self._settle_on_one_layer()
+        self._sample_contexts()
         self._moments: list[Tensor] | None = None
         self._layers: EditedLayers | None = None
         self._ledger = Ledger()
@@ -412,6 +414,25 @@ class Editor:
             raise ModelError(f"layers={self.config.layers}: {why}; name one layer")
         self._projections = self._projections[-1:]
         logger.info("%s; only layer %d is edited", why, self._projections[0].layer)
+
+    def _sample_contexts(self) -> None:
+        """Adds what the model writes to the context prefixes, so that they are the editor's own and can be read."""
+        config = self.config
+        if not config.context_samples:
+            return
+        made = sample(
+            self.model,
+            self.tokenizer,
+            texts=config.context_samples,
+            length=config.context_tokens + 1,
+            seed=config.context_seed,
+        )
+        texts = [str(self.tokenizer.decode(drawn.ids, skip_special_tokens=True)).strip() for drawn in made]
+        distinct = [text for text in dict.fromkeys(texts) if text and text not in config.context_prefixes]
+        if len(distinct) < len(texts):
+            told = "of %d sampled context prefixes %d are left: others are blank or repeat one"
+            logger.warning(told, len(texts), len(distinct))
+        self.config = replace(config, context_prefixes=(*config.context_prefixes, *distinct), context_samples=0)
 
     def _prepare(self, edits: Sequence[Edit]) -> list[Request]:
         return prepare(self.tokenizer, edits, self.config, longest=self._longest)

@@ -294,6 +294,8 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
         ({"clamp": 0.0}, "clamp"),
+        ({"context_samples": -1}, "context_samples"),
+        ({"context_tokens": 0}, "context_tokens"),
         ({"lam": -1.0}, "lam"),
         ({"mu": math.inf}, "mu"),
         ({"ridge": -0.1}, "ridge"),
@@ -464,3 +466,34 @@ def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer)
     for projection, state in zip(editor._projections, editor._layers.states, strict=True):
         assert state._master.extra == 2 * projection.weight.numel()
         assert state._master.tensors[0].data_ptr() == projection.weight.data_ptr()
+
+
+def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_model, tokenizer):
+    def contexts(name="llama", **changes):
+        editor = rf.Editor(make_model(name), tokenizer, config=config(context_samples=4, context_tokens=6, **changes))
+        rows = editor.requests(EDITS[:1])[0].contexts
+        prefixes = editor.config.context_prefixes
+        starts = [tokenizer(prefix)["input_ids"] for prefix in prefixes]
+        begins = [row.ids[: len(start)] == start for row, start in zip(rows, starts, strict=True)]
+        assert all(begins)
+        return prefixes
+
+    state = torch.get_rng_state()
+    first = contexts()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first[:2] == ("", "People speak .")
+    assert len(first) == 6
+    assert all(1 <= len(prefix.split()) <= 6 for prefix in first[2:])
+    assert contexts() == first
+    assert contexts(context_seed=1) != first
+    assert contexts("gpt2") != first
+
+
+def test_repeated_and_blank_contexts_are_left_out_and_told(make_model, tokenizer, caplog, monkeypatch):
+    from rlsedit_fast.models.generation import Sample
+
+    drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
+    monkeypatch.setattr(editor_module, "sample", lambda *_args, **_options: drawn)
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config(context_samples=3))
+    assert len(editor.config.context_prefixes) == 3
+    assert "of 3 sampled context prefixes 1 are left" in caplog.text
