@@ -295,10 +295,11 @@ class Editor:
             for batch in self._batches_of(requests):
                 try:
                     records = self._edit_batch(batch)
-                except RLSEditError as error:
-                    if made:
+                except BaseException as error:
+                    if not made:
+                        self._layers = calibrated
+                    elif isinstance(error, RLSEditError):
                         raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
-                    self._layers = calibrated
                     raise
                 made += records
                 if on_batch is not None:

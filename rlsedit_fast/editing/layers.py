@@ -127,17 +127,17 @@ class EditedLayers:
 
     def protect(self, keys: Sequence[Tensor], weight: float) -> None:
         """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight."""
-        rows = []
-        for state, layer_keys in zip(self.states, keys, strict=True):
-            layer_keys = layer_keys.to(state.original.device, torch.float32)
-            values = state.outputs(layer_keys)
-            for at in range(0, len(layer_keys), _ROWS_AT_ONCE):
-                part = slice(at, at + _ROWS_AT_ONCE)
-                state.update(layer_keys[part], values[part], values.new_full((len(values[part]),), weight))
-            rows.append((layer_keys, values))
-        every_key = zip(*(layer_keys for layer_keys, _ in rows), strict=True)
-        every_value = zip(*(values for _, values in rows), strict=True)
-        self._protected += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
+        parts = range(0, len(keys[0]), _ROWS_AT_ONCE)
+        for part in (slice(at, at + _ROWS_AT_ONCE) for at in parts):
+            held = []
+            for state, layer_keys in zip(self.states, keys, strict=True):
+                rows = layer_keys[part].to(state.original.device, torch.float32)
+                values = state.outputs(rows)  # of the very rows that go in, so that nothing is left over to write
+                state.update(rows, values, values.new_full((len(rows),), weight))
+                held.append((rows, values))
+            every_key = zip(*(rows for rows, _ in held), strict=True)
+            every_value = zip(*(values for _, values in held), strict=True)
+            self._protected += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
 
     def _jointly(
         self, requests: Sequence[Request], residual: Tensor, weights: Tensor

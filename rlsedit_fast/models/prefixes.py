@@ -72,7 +72,8 @@ class Prefixed:
         cache = self.cache
         if cache is not None:
             cache = _branch(cache)
-            cache.batch_select_indices(rows)
+            for layer in cache.layers:
+                layer.batch_select_indices(rows.to(layer.keys.device))
         chosen = {name: getattr(self, name)[rows] for name in ("ids", "mask", "positions", "before")}
         return replace(self, cache=cache, **chosen)
 

@@ -221,14 +221,16 @@ def test_failing_first_batch_leaves_the_editor_as_new(make_model, tokenizer, mon
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
 
-    def fails(*_args, **_kwargs):
-        raise UpdateError("made to fail")
+    for error in (UpdateError, KeyboardInterrupt):
 
-    monkeypatch.setattr(editor_module, "search_values", fails)
-    with pytest.raises(UpdateError):
-        editor.edit(EDITS)
-    monkeypatch.undo()
-    assert editor.priors == []
+        def fails(*_args, error=error, **_kwargs):
+            raise error("made to fail")
+
+        monkeypatch.setattr(editor_module, "search_values", fails)
+        with pytest.raises(error):
+            editor.edit(EDITS)
+        monkeypatch.undo()
+        assert editor.priors == []
     editor.anchor(ANCHORS[:6])
     assert len(editor.edit(EDITS)) == 6
 
@@ -395,6 +397,20 @@ def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
 
 
 PROTECTED = ["Rekuno Veta plays the organ .", "Voluvu Toze lives in Old Corran ."]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_protecting_writes_nothing(make_model, tokenizer, dtype):
+    model = make_model("llama", dtype)
+    editor = make_editor(model, tokenizer)
+    start = weights(model)
+    editor.protect(PROTECTED * 20)
+    editor.calibrate(EDITS)
+    assert_same(start, model)
+    editor.edit(EDITS)
+    edited = weights(model)
+    editor.protect(PROTECTED)
+    assert_same(edited, model)
 
 
 @pytest.mark.parametrize("after", [False, True])
