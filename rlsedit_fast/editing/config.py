@@ -41,6 +41,8 @@ class EditConfig:
             `Editor.config.context_prefixes`. The published settings sample twenty.
         context_tokens: most tokens of such a prefix.
         context_seed: of these.
+        search_at_once: most edits of a batch that are searched at once; None takes as many as a device has memory for,
+            found by halving when it runs out. It changes what the search takes, not what it finds.
         search_descent: how the search goes downhill: `normalized` (steps of equal length along the gradient) or
             `adam`, as published.
         search_rate: length of the first step relative to the hidden state for `normalized`, the learning rate for
@@ -74,6 +76,7 @@ class EditConfig:
     context_samples: int = 0
     context_tokens: int = 10
     context_seed: int = 0
+    search_at_once: int | None = None
     search_descent: Descent = "normalized"
     search_rate: float | None = None
     search_steps: int = 25
@@ -109,6 +112,8 @@ class EditConfig:
         for name, least in (("batch_size", 1), ("search_steps", 1), ("context_samples", 0), ("context_tokens", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if self.search_at_once is not None and self.search_at_once < 1:
+            raise InputError(f"search_at_once={self.search_at_once}: expected at least 1, or None")
         for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")

@@ -23,7 +23,7 @@ from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
-from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.editing.values import search_within_memory
 from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
@@ -104,6 +104,7 @@ class Editor:
         self._layers: EditedLayers | None = None
         self._ledger = Ledger()
         self._to_protect: list[tuple[list[Tensor], float]] = []
+        self._at_once = config.search_at_once
         self._batches = 0
         self._writes = 0  # batches and removals, each a rounding of the weights
 
@@ -505,8 +506,8 @@ class Editor:
                 told, numbers = self._write(everything, groups) if everything else ([], [])
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"memory ran out at a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size or "
-                f"the number of context_prefixes and kl_prompts. ({error})"
+                f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
+                f"or take fewer context_prefixes and kl_prompts. ({error})"
             ) from error
         self._writes += bool(gone or again) + bool(everything)
         self._ledger.mark(gone, outcome)
@@ -541,7 +542,10 @@ class Editor:
     ) -> tuple[list[Told], list[dict[str, Any]]]:
         """Searches the values of a batch and writes it: the rows told, and what each record says of the writing."""
         assert self._layers is not None
-        values = search_values(self._site, requests, self.config, groups)
+        at_once = self._at_once or len(requests)
+        values, fitted = search_within_memory(self._site, requests, self.config, groups, at_once)
+        if fitted < at_once:
+            self._at_once = fitted
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
         weights = torch.tensor([request.edit.weight for request in requests])

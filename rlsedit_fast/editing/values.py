@@ -8,8 +8,9 @@ and requests that are done leave the batch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from rlsedit_fast.models.passes import hidden_of, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.models.tokens import Row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,61 @@ def search_values(
                 active = active & ~done
                 rows = rows.taken(active[group][rows.owner].nonzero()[:, 0])
     return Values(found, nll, ~active[group], steps)
+
+
+def search_within_memory(
+    site: Site, requests: Sequence[Request], config: EditConfig, groups: Sequence[Sequence[int]], at_once: int
+) -> tuple[Values, int]:
+    """`search_values` on parts of a batch, halved whenever a device's memory runs out; what is found is the same.
+
+    Args:
+        site: as there.
+        requests: as there.
+        config: as there.
+        groups: as there; one is never divided.
+        at_once: most requests to begin with, at least 1.
+
+    Returns:
+        The values of all, and how many requests at once there was memory for.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough for a single group.
+    """
+    order = [i for group in groups for i in group]
+    found: list[Values] = []
+    rest = [list(group) for group in groups]
+    while rest:
+        part, count = [rest[0]], len(rest[0])
+        for group in rest[1:]:
+            if count + len(group) > at_once:
+                break
+            part.append(group)
+            count += len(group)
+        places = {i: at for at, i in enumerate(i for group in part for i in group)}
+        local = [[places[i] for i in group] for group in part]
+        try:
+            found.append(search_values(site, [requests[i] for i in places], config, local))
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            at_once = max(1, count // 2)
+            logger.info("memory ran out at %d requests; searching %d at once from now on", count, at_once)
+        else:
+            rest = rest[len(part) :]
+            continue
+        _release(site)
+    back = torch.tensor(order).argsort()
+    whole = {
+        field.name: torch.cat([getattr(values, field.name) for values in found])[back.to(found[0].delta.device)]
+        for field in fields(Values)
+    }
+    return Values(**whole), at_once
+
+
+def _release(site: Site) -> None:
+    """Gives back to the device what was freed: in pieces it may be of no use to a smaller part."""
+    if site.decoder.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _descent(config: EditConfig, delta: Tensor, norm: Tensor) -> Descent:

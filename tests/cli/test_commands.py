@@ -178,7 +178,7 @@ def test_ctrl_c_between_batches_keeps_what_was_made(edit, desk, monkeypatch, cap
 def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
     from rlsedit_fast.editing import editor as editor_module
 
-    real, calls = editor_module.search_values, []
+    real, calls = editor_module.search_within_memory, []
 
     def pressed(*args):
         calls.append(1)
@@ -188,7 +188,7 @@ def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    monkeypatch.setattr(editor_module, "search_values", pressed)
+    monkeypatch.setattr(editor_module, "search_within_memory", pressed)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
     report = read(desk / "report.json")
     assert report["made"] == 4
@@ -199,7 +199,7 @@ def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch
     from rlsedit_fast.editing import editor as editor_module
     from rlsedit_fast.errors import UpdateError
 
-    real, calls = editor_module.search_values, []
+    real, calls = editor_module.search_within_memory, []
 
     def fails(*args):
         calls.append(1)
@@ -207,7 +207,7 @@ def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch
             raise UpdateError("made to fail")
         return real(*args)
 
-    monkeypatch.setattr(editor_module, "search_values", fails)
+    monkeypatch.setattr(editor_module, "search_within_memory", fails)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
     assert read(desk / "report.json")["made"] == 8
     assert "made to fail" in capsys.readouterr().err

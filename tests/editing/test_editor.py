@@ -193,7 +193,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
     def fails(*_args, **_kwargs):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor_module, "search_values", fails)
+    monkeypatch.setattr(editor_module, "search_within_memory", fails)
     with pytest.raises(UpdateError):
         editor.replace(3, target="pilot")
     assert_same(start, model)
@@ -203,7 +203,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
 def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
-    real, calls = editor_module.search_values, []
+    real, calls = editor_module.search_within_memory, []
 
     def fails_third(*args, **kwargs):
         calls.append(1)
@@ -211,7 +211,7 @@ def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokeniz
             raise UpdateError("made to fail")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(editor_module, "search_values", fails_third)
+    monkeypatch.setattr(editor_module, "search_within_memory", fails_third)
     with pytest.raises(UpdateError, match="first 4 of 6"):
         editor.edit(EDITS)
     assert len(editor.history()) == 4
@@ -226,7 +226,7 @@ def test_failing_first_batch_leaves_the_editor_as_new(make_model, tokenizer, mon
         def fails(*_args, error=error, **_kwargs):
             raise error("made to fail")
 
-        monkeypatch.setattr(editor_module, "search_values", fails)
+        monkeypatch.setattr(editor_module, "search_within_memory", fails)
         with pytest.raises(error):
             editor.edit(EDITS)
         monkeypatch.undo()
@@ -296,6 +296,7 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
         ({"clamp": 0.0}, "clamp"),
+        ({"search_at_once": 0}, "search_at_once"),
         ({"context_samples": -1}, "context_samples"),
         ({"context_tokens": 0}, "context_tokens"),
         ({"lam": -1.0}, "lam"),
@@ -513,3 +514,22 @@ def test_repeated_and_blank_contexts_are_left_out_and_told(make_model, tokenizer
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(context_samples=3))
     assert len(editor.config.context_prefixes) == 3
     assert "of 3 sampled context prefixes 1 are left" in caplog.text
+
+
+def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenizer, monkeypatch):
+    from rlsedit_fast.editing import values
+
+    real, sizes, found = values.search_values, [], []
+
+    def counted(site, requests, *rest):
+        sizes.append(len(requests))
+        return real(site, requests, *rest)
+
+    monkeypatch.setattr(values, "search_values", counted)
+    for at_once in (None, 2):
+        model = make_model("llama")
+        make_editor(model, tokenizer, batch_size=6, search_at_once=at_once).edit(EDITS)
+        found.append(weights(model))
+    assert sizes == [6, 2, 2, 2]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlsedit_fast.editing import Edit, EditConfig
+from rlsedit_fast.editing import Edit, EditConfig, values
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.editing.values import search_values
 from rlsedit_fast.models.passes import quiet
@@ -201,3 +201,44 @@ def test_half_precision_model_keeps_a_float32_value(make_model, tokenizer, name)
     found = search(make_model(name, torch.bfloat16), tokenizer, EDITS)
     assert found.delta.dtype == torch.float32
     assert bool(found.nll.isfinite().all())
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 6])
+def test_parts_that_fit_memory_find_what_the_batch_finds(model, tokenizer, monkeypatch, room):
+    decoder = find_decoder(model)
+    edits = [*EDITS, *(Edit(e.prompt, "Voluvu Lado", e.target) for e in EDITS)]
+    groups = [[5, 0], [1], [2], [3], [4]]
+    real, sizes = values.search_values, []
+
+    def narrow(site, requests, config, groups):
+        sizes.append(len(requests))
+        if len(requests) > room and len(groups) > 1:
+            raise torch.OutOfMemoryError("no more")
+        return real(site, requests, config, groups)
+
+    with quiet(model):
+        site = find_site(decoder, decoder.select(CONFIG.layers))
+        requests = prepare(tokenizer, edits, CONFIG, longest=64)
+        whole = search_values(site, requests, CONFIG, groups)
+        monkeypatch.setattr(values, "search_values", narrow)
+        found, at_once = values.search_within_memory(site, requests, CONFIG, groups, 6)
+    assert at_once == {1: 1, 2: 1, 3: 3, 6: 6}[room]
+    assert sizes[0] == 6
+    torch.testing.assert_close(found.delta, whole.delta, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.delta[5], found.delta[0])
+    assert torch.equal(found.steps, whole.steps)
+    assert torch.equal(found.converged, whole.converged)
+    torch.testing.assert_close(found.nll, whole.nll, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_for_not_even_one_is_an_error(model, tokenizer, monkeypatch):
+    def fails(*_args):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(values, "search_values", fails)
+    decoder = find_decoder(model)
+    requests = prepare(tokenizer, EDITS, CONFIG, longest=64)
+    with quiet(model):
+        site = find_site(decoder, decoder.select(CONFIG.layers))
+        with pytest.raises(torch.OutOfMemoryError):
+            values.search_within_memory(site, requests, CONFIG, [[0], [1], [2]], 3)
