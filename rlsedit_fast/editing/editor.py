@@ -81,7 +81,7 @@ class Editor:
 
         Raises:
             ModelError: the layers or their projections are not there, or cannot be edited (together).
-            InputError: a weight to be edited is not finite.
+            InputError: a weight to be edited is not finite, or the tokenizer has more tokens than the model.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -92,6 +92,11 @@ class Editor:
         known = recognise(model.config)
         layers = known.layers if known and config.layers is None else config.layers_of(len(self._decoder.blocks))
         self._projections = self._decoder.select(layers)
+        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+        if tokenizer.vocab_size > rows:  # without what a user added, which may well be used by no edit
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {rows}; give the model's own"
+            )
         for projection in self._projections:
             if not bool(projection.weight.isfinite().all()):
                 raise InputError(f"{projection.name}: the weight is not finite; load the model anew")

@@ -533,3 +533,13 @@ def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenize
     assert sizes == [6, 2, 2, 2]
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
+    from rlsedit_fast.models.projections import find_decoder
+
+    model = make_model("llama")
+    model.resize_token_embeddings(100)
+    assert len(find_decoder(model).projections) == 4
+    with pytest.raises(InputError, match=f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds 100"):
+        rf.Editor(model, tokenizer, config=config())
