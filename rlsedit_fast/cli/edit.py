@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     emit(results, lines, options.json)
     if error is not None:
         raise error
-    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out else 0
+    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else 0
 
 
 def _edit(
@@ -103,12 +103,14 @@ def _edit(
                 break
     records = editor.history()
     results["seconds"] = time.perf_counter() - began
-    results["made"] = len(records)
+    skipped = {record.id for record in records if record.state == "skipped"}
+    results["made"] = len(records) - len(skipped)
+    results["skipped"] = [facts.places[i - 1] for i in sorted(skipped)]
     results["not_made"] = facts.places[len(records) :]
     results["not_converged"] = [facts.places[r.id - 1] for r in records if not r.converged and r.state == "active"]
     results["records"] = [_record(record, facts) for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    made: list[Edit] = facts.edits[: len(records)]
+    made: list[Edit] = [facts.edits[record.id - 1] for record in records if record.id not in skipped]
     if made and start is not None:
         results["before"] = asdict(start)
         results["after"] = asdict(outcome(model, tokenizer, made, before))
@@ -124,6 +126,7 @@ def _summary(results: dict[str, Any]) -> list[str]:
     lines = [f"{made} of {results['edits']} edits made in {seconds:.1f} s"]
     for what, count in (
         ("not made, since the run ended before them", len(results["not_made"])),
+        ("skipped, since their value search had not converged", len(results["skipped"])),
         ("made though their value search had not converged", len(results["not_converged"])),
         ("records left out of the file", len(results["left_out"])),
     ):

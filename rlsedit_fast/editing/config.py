@@ -13,6 +13,7 @@ Share = Literal["joint", "memit"]
 Values = Literal["search"]
 Descent = Literal["normalized", "adam"]
 SameSubject = Literal["joint", "separate"]
+Unconverged = Literal["keep", "skip", "raise"]
 
 DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.09, "adam": 0.1}
 
@@ -50,6 +51,9 @@ class EditConfig:
         search_steps: most steps of the value search.
         search_stop_nll: a request leaves the search when, in every context, its target's tokens are ranked first and
             their mean NLL is at most this (nats).
+        unconverged: what becomes of an edit that has not reached the stopping rule after `search_steps`: `keep` makes
+            it all the same, `skip` leaves it out (its record's state is `skipped`, and an edit that it was to replace
+            stays), `raise` refuses its batch.
         clamp: largest norm of the change of a hidden state, relative to that hidden state.
         kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out.
         kl_prompts: prompts about the subject (`{}`) whose next-token distribution is to stay. One whose present
@@ -81,6 +85,7 @@ class EditConfig:
     search_rate: float | None = None
     search_steps: int = 25
     search_stop_nll: float = 0.05
+    unconverged: Unconverged = "keep"
     clamp: float = 0.75
     kl_factor: float = 0.0625
     kl_prompts: tuple[str, ...] = ("{} is a",)
@@ -104,6 +109,7 @@ class EditConfig:
             ("values", Values),
             ("search_descent", Descent),
             ("same_subject", SameSubject),
+            ("unconverged", Unconverged),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,7 @@ from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
-from rlsedit_fast.editing.values import search_within_memory
+from rlsedit_fast.editing.values import Values, search_within_memory
 from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
@@ -57,6 +57,15 @@ class LayerDeviation:
     weight: float
     weight_bound: float
     anchor_bound: float
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written of a batch, by place in it."""
+
+    told: dict[int, Told]  # the rows of those that were written
+    said: list[dict[str, Any]]  # of each, in the fields of its record
+    groups: list[list[int]]  # those that share a value
 
 
 class Editor:
@@ -352,7 +361,7 @@ class Editor:
             RequestError: the new edit cannot be made as written.
         """
         self._ledger.check([edit_id])
-        requests = self._prepare([replace(self._ledger.edit(edit_id), target=target)])
+        requests = self._prepare([replace(self._ledger.request(edit_id).edit, target=target)])
         with quiet(self.model):
             (record,) = self._edit_batch(requests, replaced=[edit_id])
         return record
@@ -503,64 +512,110 @@ class Editor:
         """
         assert self._layers is not None
         everything = [*requests, *self._ledger.requests(again)]
-        groups = self._groups(everything)
+        written = _Written({}, [], [])
+        stay: list[int] = []
         try:
             with self._layers.transaction():
                 if gone or again:
                     self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but({*gone, *again}))
-                told, numbers = self._write(everything, groups) if everything else ([], [])
+                if everything:
+                    values, short = self._search(everything, len(requests))
+                    asked = {everything[at].asks for at in short}
+                    if stay := [i for i in gone if self._ledger.request(i).asks in asked]:
+                        self._layers.restore(self._ledger.told(stay))
+                    written = self._write(everything, values, short)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
                 f"or take fewer context_prefixes and kl_prompts. ({error})"
             ) from error
         self._writes += bool(gone or again) + bool(everything)
-        self._ledger.mark(gone, outcome)
+        self._ledger.mark([i for i in gone if i not in stay], outcome)
+        return self._enter(requests, again, written)
+
+    def _enter(self, requests: Sequence[Request], again: Sequence[int], written: _Written) -> list[EditRecord]:
+        """Enters a batch that was written: `requests`, then the edits `again`; returns the records of the former."""
         first = len(self._ledger) + 1
         ids = [*range(first, first + len(requests)), *again]
-        for group in groups:
-            for i in group:
-                numbers[i]["joint_with"] = tuple(sorted(ids[j] for j in group if j != i))
+        partners = {
+            at: tuple(sorted(ids[other] for other in group if other != at)) for group in written.groups for at in group
+        }
         now = datetime.now(timezone.utc)
-        for identity, request, rows, said in zip(ids, requests, told, numbers, strict=False):
+        for at, request in enumerate(requests):
             edit = request.edit
             record = EditRecord(
-                id=identity,
+                id=ids[at],
                 time=now,
                 prompt=edit.prompt,
                 subject=edit.subject,
                 target=edit.target,
                 weight=edit.weight,
-                state="active",
+                state="active" if at in written.told else "skipped",
                 batch=self._batches,
                 name=edit.name,
-                **said,
+                joint_with=partners.get(at, ()),
+                **written.said[at],
             )
-            self._ledger.add(record, request, rows)
-        for identity, rows, said in list(zip(ids, told, numbers, strict=True))[len(requests) :]:
-            (record,) = self._ledger.get([identity])
-            self._ledger.retell(replace(record, **said), rows)
+            self._ledger.add(record, request, written.told.get(at))
+        for at, record in enumerate(self._ledger.get(again), start=len(requests)):
+            self._ledger.retell(replace(record, joint_with=partners[at], **written.said[at]), written.told[at])
         return self._ledger.get(ids[: len(requests)])
 
-    def _write(
-        self, requests: Sequence[Request], groups: Sequence[Sequence[int]]
-    ) -> tuple[list[Told], list[dict[str, Any]]]:
-        """Searches the values of a batch and writes it: the rows told, and what each record says of the writing."""
-        assert self._layers is not None
-        at_once = self._at_once or len(requests)
-        values, fitted = search_within_memory(self._site, requests, self.config, groups, at_once)
+    def _search(self, requests: Sequence[Request], new: int) -> tuple[Values, set[int]]:
+        """The values of a batch, and which of its first `new` requests are to be left out since they fell short.
+
+        Raises:
+            UpdateError: numbers that are not finite, or an edit that fell short where that is to be an error.
+        """
+        values = self._searched(requests)
+        short = {at for at in range(new) if not values.converged[at]} if self.config.unconverged != "keep" else set()
+        if short and self.config.unconverged == "raise":
+            named = [
+                f"{requests[at].edit.subject!r} -> {requests[at].edit.target!r} (rank {int(values.rank[at])}, NLL "
+                f"{float(values.nll[at]):.2f})"
+                for at in sorted(short)
+            ]
+            raise UpdateError(
+                f"{len(short)} of {new} edits did not reach their target in {self.config.search_steps} steps, so their "
+                f"batch is not made: {', '.join(named[:5])}{' and others' if len(named) > 5 else ''}. Raise "
+                "search_steps or clamp, or let unconverged='keep' or 'skip' them"
+            )
+        # Edits that shared a value with one that is left out are searched again without it.
+        again = [at for group in self._groups(requests) if short.intersection(group) for at in group if at not in short]
+        if again:
+            others = [at for at in range(len(requests)) if at not in again]
+            anew = self._searched([requests[at] for at in again])
+            order = torch.tensor([*others, *again]).argsort().tolist()
+            values = Values.joined([values.taken(others), anew]).taken(order)
+        return values, short
+
+    def _searched(self, requests: Sequence[Request]) -> Values:
+        at_once = self._at_once or max(1, len(requests))
+        values, fitted = search_within_memory(self._site, requests, self.config, self._groups(requests), at_once)
         if fitted < at_once:
             self._at_once = fitted
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
-        weights = torch.tensor([request.edit.weight for request in requests])
-        told, written = self._layers.write(requests, values.delta, weights, self.config.share)
-        left = (values.delta - written).norm(dim=1)
-        realised = 1 - left / values.delta.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
-        rows = zip(
-            values.converged.tolist(), values.nll.tolist(), values.steps.tolist(), realised.tolist(), strict=True
-        )
-        return told, [dict(zip(("converged", "nll", "steps", "realised"), row, strict=True)) for row in rows]
+        return values
+
+    def _write(self, requests: Sequence[Request], values: Values, short: Collection[int]) -> _Written:
+        """Writes a batch into the layers, but for the requests at the places `short`."""
+        assert self._layers is not None
+        chosen = [at for at in range(len(requests)) if at not in short]
+        realised, told = torch.zeros(len(requests)), dict[int, Told]()
+        if chosen:
+            wanted = values.delta[chosen]
+            weights = torch.tensor([requests[at].edit.weight for at in chosen])
+            rows, done = self._layers.write([requests[at] for at in chosen], wanted, weights, self.config.share)
+            left = (wanted - done).norm(dim=1)
+            share = 1 - left / wanted.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
+            realised[chosen] = share.cpu()
+            told = dict(zip(chosen, rows, strict=True))
+        columns = (values.converged, values.nll, values.rank, values.steps, realised)
+        names = ("converged", "nll", "rank", "steps", "realised")
+        said = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        groups = self._groups([requests[at] for at in chosen])
+        return _Written(told, said, [[chosen[at] for at in group] for group in groups])
 
     def _groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests that share a value."""

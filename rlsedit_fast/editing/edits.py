@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-EditState = Literal["active", "undone", "replaced"]
+EditState = Literal["active", "undone", "replaced", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class EditRecord:
         subject: as asked for.
         target: as asked for.
         weight: as asked for.
-        state: `active`, `undone`, or `replaced` by a later edit.
+        state: `active`, `undone`, `replaced` by a later edit, or `skipped`: never made, since its search fell short.
         batch: which batch it was in, from 1.
         converged: whether the value search reached its stopping rule: the target ranked first and its NLL low enough.
         nll: mean negative log-likelihood of the target's tokens (nats) under the value found, before it was written.
+        rank: of the target's tokens under that value, the worst one's over all contexts; 1 is first.
         steps: optimiser steps that the value search took.
         realised: share of the wanted change at the edited layers that the write realised; the rest is the price of
             what is held.
@@ -67,6 +68,7 @@ class EditRecord:
     batch: int
     converged: bool
     nll: float
+    rank: int
     steps: int
     realised: float
     name: str | None = None

@@ -125,6 +125,11 @@ class EditedLayers:
                 logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
                 state.refresh(*_rows([*self._protected, *kept], layer, state))
 
+    def restore(self, rows: Sequence[Told]) -> None:
+        """Puts rows that were taken out back in, as they were."""
+        for layer, state in enumerate(self.states):
+            state.update(*_rows(rows, layer, state))
+
     def protect(self, keys: Sequence[Tensor], weight: float) -> None:
         """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight."""
         parts = range(0, len(keys[0]), _ROWS_AT_ONCE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
+from rlsedit_fast.editing.edits import EditRecord, EditState
 from rlsedit_fast.editing.layers import Told
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
@@ -35,9 +35,9 @@ class Ledger:
                 f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; see history()"
             )
 
-    def edit(self, identity: int) -> Edit:
-        """The edit as it was asked for."""
-        return self._requests[identity].edit
+    def request(self, identity: int) -> Request:
+        """An active edit, made ready for a model."""
+        return self._requests[identity]
 
     def requests(self, ids: Sequence[int]) -> list[Request]:
         """Active edits, made ready for a model."""
@@ -61,10 +61,11 @@ class Ledger:
         subjects = {request.about for request in requests} - {None}
         return [i for i, request in self._requests.items() if request.about in subjects]
 
-    def add(self, record: EditRecord, request: Request, told: Told) -> None:
-        """Enters a new edit."""
+    def add(self, record: EditRecord, request: Request, told: Told | None) -> None:
+        """Enters a new edit; one without rows, which was skipped, is only recorded."""
         self._records.append(record)
-        self._requests[record.id], self._told[record.id] = request, told
+        if told is not None:
+            self._requests[record.id], self._told[record.id] = request, told
 
     def retell(self, record: EditRecord, told: Told) -> None:
         """Enters what an active edit was told anew."""

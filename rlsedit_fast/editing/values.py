@@ -34,14 +34,27 @@ class Values:
     Attributes:
         delta: wanted change of the state at the site, `[n, d]`, float32; equal for requests of one group.
         nll: mean NLL of each target under it, the worst context's, `[n]`, nats.
+        rank: of each target's tokens under it, the worst one's of all contexts, `[n]`; 1 is first.
         converged: whether each reached the stopping rule together with its group, `[n]`, bool.
         steps: optimiser steps that each took, `[n]`.
     """
 
     delta: Tensor
     nll: Tensor
+    rank: Tensor
     converged: Tensor
     steps: Tensor
+
+    def taken(self, requests: Sequence[int]) -> Values:
+        """Those of some requests, in the order given."""
+        return Values(**{field.name: getattr(self, field.name)[list(requests)] for field in fields(self)})
+
+    @staticmethod
+    def joined(parts: Sequence[Values]) -> Values:
+        """Those of several searches, one after the other."""
+        return Values(
+            **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Values)}
+        )
 
 
 @dataclass(frozen=True)
@@ -97,17 +110,18 @@ def search_values(
     descent = _descent(config, delta, norm)
     found = torch.zeros_like(start)
     nll = torch.full((len(requests),), torch.inf, device=start.device)
-    steps = torch.zeros_like(group)
+    steps, rank = torch.zeros_like(group), torch.zeros_like(group)
     active = torch.ones_like(norm, dtype=torch.bool)  # of groups
     with site.resumed() as forward:
         for step in range(config.search_steps + 1):
-            fit, kl, worst, first = _losses(forward, rows, delta[group], len(requests))
+            fit, kl, worst, place = _losses(forward, rows, delta[group], len(requests))
             searched = active[group]
             with torch.no_grad():
                 found = torch.where(searched[:, None], delta[group], found)
                 nll = torch.where(searched, worst, nll)
+                rank = torch.where(searched, place, rank)
                 steps[searched] = step
-                wanting = (searched & ~(first & (worst <= config.search_stop_nll))).float()
+                wanting = (searched & ~((place == 1) & (worst <= config.search_stop_nll))).float()
                 done = active & (torch.zeros_like(norm).index_add_(0, group, wanting) == 0)
             if step == config.search_steps or bool((done == active).all()):
                 active = active & ~done
@@ -122,7 +136,7 @@ def search_values(
             if bool(done.any()):
                 active = active & ~done
                 rows = rows.taken(active[group][rows.owner].nonzero()[:, 0])
-    return Values(found, nll, ~active[group], steps)
+    return Values(found, nll, rank, ~active[group], steps)
 
 
 def search_within_memory(
@@ -166,12 +180,7 @@ def search_within_memory(
             rest = rest[len(part) :]
             continue
         _release(site)
-    back = torch.tensor(order).argsort()
-    whole = {
-        field.name: torch.cat([getattr(values, field.name) for values in found])[back.to(found[0].delta.device)]
-        for field in fields(Values)
-    }
-    return Values(**whole), at_once
+    return Values.joined(found).taken(torch.tensor(order).argsort().tolist()), at_once
 
 
 def _release(site: Site) -> None:
@@ -228,9 +237,9 @@ def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[i
 def _losses(
     forward: Callable[..., Tensor], rows: _Rows, delta: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per request `[count]`: mean NLL, mean KL, the worst context's NLL, whether all its targets are ranked first.
+    """Per request `[count]`: mean NLL, mean KL, the worst context's NLL, the worst rank of its targets' tokens.
 
-    Requests without rows get 0, 0, 0 and True.
+    Requests without rows get 0, 0, 0 and 1.
 
     Args:
         forward: runs what lies above the site.
@@ -249,13 +258,21 @@ def _losses(
     row_nll = _mean_by(row, token_nll, len(rows.owner))
     fact = (rows.target >= 0).any(1)
     worst = torch.zeros(count, device=delta.device).scatter_reduce(0, rows.owner[fact], row_nll[fact].detach(), "amax")
-    missed = torch.zeros(count, device=delta.device)
-    missed.index_add_(0, rows.owner[row], (scores.argmax(-1) != wanted).float())
+    with torch.no_grad():
+        # Greedy decoding takes the first of equals.
+        ahead = (scores > -token_nll[:, None]) | ((scores == -token_nll[:, None]) & _before(wanted, scores.shape[1]))
+        place = torch.ones(count, dtype=torch.long, device=delta.device)
+        place = place.scatter_reduce(0, rows.owner[row], ahead.sum(-1) + 1, "amax")
 
     before = rows.before[rows.kl_row[kl_rows]]
     divergence = (before.exp() * (before - after)).sum(-1)
     fit = _mean_by(rows.owner[fact], row_nll[fact], count)
-    return fit, _mean_by(rows.owner[kl_rows], divergence, count), worst, missed == 0
+    return fit, _mean_by(rows.owner[kl_rows], divergence, count), worst, place
+
+
+def _before(token: Tensor, vocabulary: int) -> Tensor:
+    """Which tokens have a smaller id than `token [m]`: `[m, vocabulary]`."""
+    return torch.arange(vocabulary, device=token.device) < token[:, None]
 
 
 def _mean_by(group: Tensor, values: Tensor, count: int) -> Tensor:

@@ -354,3 +354,17 @@ def test_a_preset_is_taken_by_shape_by_name_or_not_at_all(base, desk, capsys, mo
     assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 0
     config = read(desk / "report.json")["config"]
     assert (config["mu"], config["search_descent"], config["share"]) == (10.0, "adam", "memit")
+
+
+def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
+    lines = records(4)
+    lines[2]["target"] = "<pad> <pad> <pad>"
+    write_lines(desk / "hard.jsonl", lines)
+    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
+    assert edit("--no-anchors", "--out", "out", "--json", "report.json", facts="hard.jsonl") == 1
+    report = read(desk / "report.json")
+    assert report["made"] == 3
+    assert report["skipped"] == ["hard.jsonl:3"]
+    assert report["after"]["efficacy"] == {"count": 3, "of": 3}
+    assert [record["state"] for record in report["records"]] == ["active", "active", "skipped", "active"]
+    assert "1 skipped, since" in capsys.readouterr().out

@@ -296,6 +296,7 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
         ({"clamp": 0.0}, "clamp"),
+        ({"unconverged": "drop"}, "unconverged='drop'"),
         ({"search_at_once": 0}, "search_at_once"),
         ({"context_samples": -1}, "context_samples"),
         ({"context_tokens": 0}, "context_tokens"),

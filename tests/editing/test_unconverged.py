@@ -1,0 +1,125 @@
+"""An edit whose search falls short is kept, left out or refused, as its user wants it, and says how far it came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.errors import UpdateError
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+PEOPLE = World.generate().people
+
+
+def fact(person, relation=0):
+    name = RELATIONS[relation].name
+    target = next(value for value in RELATIONS[relation].values if value != person.facts[name])
+    return rf.Edit(RELATIONS[relation].phrasings[0], person.name, target)
+
+
+def hopeless(person, relation=0):
+    """A target that the demo model cannot be brought to say within the steps and the clamp."""
+    return rf.Edit(RELATIONS[relation].phrasings[0], person.name, "<pad> <pad> <pad>")
+
+
+def make_editor(unconverged, **changes):
+    model, tokenizer = load_demo_model()
+    settings = {"layers": (0,), "context_prefixes": ("",), "search_steps": 40, "search_stop_nll": 0.03, "lam": 0.1}
+    return rf.Editor(model, tokenizer, config=rf.EditConfig(**settings | {"unconverged": unconverged} | changes))
+
+
+def says(editor, edit):
+    prompt = edit.prompt.format(edit.subject)
+    return score(editor.model, editor.tokenizer, [(prompt, edit.target)])[0].exact
+
+
+def weight(editor):
+    return editor.model.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
+
+
+def test_kept_edits_are_made_and_tell_their_rank():
+    editor = make_editor("keep")
+    good, bad = editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    assert (good.converged, good.rank, good.state) == (True, 1, "active")
+    assert good.nll <= 0.03
+    assert (bad.converged, bad.state, bad.steps) == (False, "active", 40)
+    assert bad.rank > 1
+    assert bad.nll > 0.03
+
+
+def test_the_rank_is_the_worst_of_the_targets_tokens():
+    editor = make_editor("keep", search_steps=1, clamp=1e-9)
+    edit = fact(PEOPLE[0])
+    (record,) = editor.edit([edit])
+    ids = editor.tokenizer(f"{edit.prompt.format(edit.subject)} {edit.target}", return_tensors="pt")["input_ids"]
+    model, _ = load_demo_model()
+    count = len(edit.target.split())
+    with torch.no_grad():
+        scores = model(ids).logits[0, -1 - count : -1]
+    ranks = [int((row > row[token]).sum()) + 1 for row, token in zip(scores, ids[0, -count:], strict=True)]
+    assert record.rank == max(ranks)
+
+
+def test_skipped_edits_are_recorded_and_leave_no_trace():
+    editor, without = make_editor("skip"), make_editor("skip")
+    records = editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1]), fact(PEOPLE[2])])
+    without.edit([fact(PEOPLE[0]), fact(PEOPLE[2])])
+    assert [r.state for r in records] == ["active", "skipped", "active"]
+    assert [r.id for r in editor.history()] == [1, 2, 3]
+    assert (records[1].realised, records[1].converged) == (0.0, False)
+    torch.testing.assert_close(weight(editor), weight(without), rtol=1e-4, atol=1e-5)
+    with pytest.raises(rf.errors.InputError, match="not those of active edits"):
+        editor.undo(2)
+    editor.undo([1, 3])
+    assert torch.equal(weight(editor), weight(make_editor("skip")))
+
+
+def test_a_batch_of_nothing_but_skipped_edits_changes_nothing():
+    editor = make_editor("skip")
+    start = weight(editor)
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0]), hopeless(PEOPLE[1])])] == ["skipped"] * 2
+    assert torch.equal(weight(editor), start)
+    assert editor.edit([fact(PEOPLE[0])])[0].state == "active"
+
+
+def test_what_a_skipped_edit_was_to_replace_stays():
+    editor = make_editor("skip")
+    first = fact(PEOPLE[0])
+    editor.edit([first, fact(PEOPLE[1])])
+    before = weight(editor)
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0])])] == ["skipped"]
+    assert editor.replace(1, target="<pad> <pad> <pad>").state == "skipped"
+    assert [r.state for r in editor.history()] == ["active", "active", "skipped", "skipped"]
+    torch.testing.assert_close(weight(editor), before, rtol=1e-4, atol=1e-5)
+    assert says(editor, first)
+    editor.undo(1)
+    assert not says(editor, first)
+
+
+def test_others_of_the_subject_are_told_without_the_one_that_is_skipped():
+    editor = make_editor("skip")
+    good, other = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
+    editor.edit([good])
+    records = editor.edit([hopeless(PEOPLE[0], 1), fact(PEOPLE[3])])
+    assert [r.state for r in records] == ["skipped", "active"]
+    assert says(editor, good)
+    editor.edit([other])
+    assert says(editor, good)
+    assert says(editor, other)
+    assert [r.joint_with for r in editor.history()] == [(4,), (), (), (1,)]
+
+
+def test_refused_batches_change_nothing_and_name_the_edits():
+    editor = make_editor("raise", batch_size=2)
+    start = weight(editor)
+    with pytest.raises(
+        UpdateError, match=rf"1 of 2 edits did not reach.*'{PEOPLE[1].name}' -> '<pad> <pad> <pad>' \(rank"
+    ):
+        editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    assert torch.equal(weight(editor), start)
+    assert editor.history() == []
+    with pytest.raises(UpdateError, match="first 2 of 3"):
+        editor.edit([fact(PEOPLE[0]), fact(PEOPLE[1]), hopeless(PEOPLE[2])])
+    assert [r.state for r in editor.history()] == ["active", "active"]
