@@ -91,8 +91,10 @@ def test_every_family_bears_prefixes(make_model, family):
 
 
 @pytest.mark.parametrize("flaw", ["positions", "mask", "cache"])
-def test_a_model_that_does_not_bear_them_is_found_out(make_model, flaw):
-    model = make_model("gpt2")  # rotary positions are relative, so that a shift of all would do no harm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_does_not_bear_them_is_found_out_and_told(make_model, flaw, dtype, caplog):
+    caplog.set_level("INFO")
+    model = make_model("gpt2", dtype)  # rotary positions are relative, so that a shift of all would do no harm
     decoder = find_decoder(model)
     forward = model.forward
 
@@ -112,6 +114,7 @@ def test_a_model_that_does_not_bear_them_is_found_out(make_model, flaw):
     model.forward = flawed
     with quiet(model):
         assert not bears_prefixes(decoder, longest=64)
+        assert "every step runs them whole" in caplog.text
         model.forward = forward
         assert bears_prefixes(decoder, longest=64)
 
