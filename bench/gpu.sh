@@ -20,6 +20,7 @@ part build "$python" -m pip install --no-build-isolation --no-deps -e .
 part doctor "$python" -m rlsedit_fast --json "$out/doctor.json"
 part tests "$python" -m pytest -q tests -m gpu
 part gpu "$python" bench/gpu.py --json "$out/gpu.json"
+part values "$python" bench/values.py --device cuda --json "$out/values-cuda.json"
 part panel "$python" bench/panel.py --d 8192 --json "$out/panel-cpu.json"
 
 "$python" -m rlsedit_fast
