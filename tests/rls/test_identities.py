@@ -149,8 +149,10 @@ def test_deferred_is_eager(problem: Callable, stream, kind, delay) -> None:
         eager.update(*batch)
         deferred.update(*batch)
     one, other = eager.precision_inverse(), deferred.precision_inverse()
-    assert (one - other).norm() <= case.allowed() * one.norm()
-    assert (eager.weight - deferred.weight).norm() <= case.allowed() * (eager.weight.norm() + case.weight.norm())
+    # Each may be off by what rounding allows, to either side of the truth.
+    between = 2 * case.allowed()
+    assert (one - other).norm() <= between * one.norm()
+    assert (eager.weight - deferred.weight).norm() <= between * (eager.weight.norm() + case.weight.norm())
     deferred.flush()
     assert (deferred.precision_inverse() - other).norm() <= torch.finfo(case.dtype).eps * other.norm()
 
