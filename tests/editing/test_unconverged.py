@@ -105,6 +105,11 @@ def test_others_of_the_subject_are_told_without_the_one_that_is_skipped():
     records = editor.edit([hopeless(PEOPLE[0], 1), fact(PEOPLE[3])])
     assert [r.state for r in records] == ["skipped", "active"]
     assert says(editor, good)
+    never = make_editor("skip")
+    never.edit([good])
+    never.edit([fact(PEOPLE[3])])
+    moved = (weight(never) - weight(make_editor("skip"))).norm()
+    assert (weight(editor) - weight(never)).norm() < 1e-3 * moved
     editor.edit([other])
     assert says(editor, good)
     assert says(editor, other)
