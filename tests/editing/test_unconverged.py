@@ -109,7 +109,8 @@ def test_others_of_the_subject_are_told_without_the_one_that_is_skipped():
     never.edit([good])
     never.edit([fact(PEOPLE[3])])
     moved = (weight(never) - weight(make_editor("skip"))).norm()
-    assert (weight(editor) - weight(never)).norm() < 1e-3 * moved
+    # The searches begin with and without the first edit in the model; with the skipped one's value it would be most of it.
+    assert (weight(editor) - weight(never)).norm() < 0.05 * moved
     editor.edit([other])
     assert says(editor, good)
     assert says(editor, other)
