@@ -109,7 +109,7 @@ def test_others_of_the_subject_are_told_without_the_one_that_is_skipped():
     never.edit([good])
     never.edit([fact(PEOPLE[3])])
     moved = (weight(never) - weight(make_editor("skip"))).norm()
-    # The searches begin with and without the first edit in the model; with the skipped one's value it would be most of it.
+    # The searches begin from slightly different models; with the skipped one's value it would be most of the change.
     assert (weight(editor) - weight(never)).norm() < 0.05 * moved
     editor.edit([other])
     assert says(editor, good)
