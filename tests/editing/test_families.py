@@ -105,10 +105,9 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
     for name, value in start.items():
         if name not in edited:
             assert torch.equal(now[name], value), f"{name} is not one of the edited weights"
-        elif dtype == torch.float32:
-            assert (now[name] - value).norm() <= 1e-5 * value.norm()
         else:
-            assert (now[name] != value).sum() <= 1e-3 * value.numel()
+            # The last undo leaves nothing, and rebuilds the layer from its start.
+            assert torch.equal(now[name], value)
 
 
 def test_a_normalised_projection_is_recognised_by_what_it_does(make_model, tokenizer, family):
