@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from rlsedit_fast.cli import setup
+from rlsedit_fast.cli import DONE, LEFT_OUT, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 
@@ -46,4 +46,4 @@ def run(options: argparse.Namespace) -> int:
         lines.append(f"{row.adherence:9.3f}  {row.realised:8.3f}  {row.mu[0]:10.4g}  {lam:>22}  {leaks}")
     results = {"layers": list(editor.layers), "anchors": anchors, "rows": [asdict(row) for row in rows]}
     emit({**results, "left_out": facts.left_out}, lines, options.json)
-    return 1 if facts.left_out else 0
+    return LEFT_OUT if facts.left_out else DONE

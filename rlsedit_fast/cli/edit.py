@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlsedit_fast.cli import INTERRUPTED, LEFT_OUT, setup
+from rlsedit_fast.cli import DONE, INTERRUPTED, LEFT_OUT, setup
 from rlsedit_fast.cli.export import add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.dry_run:
         emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
-        return LEFT_OUT if facts.left_out else 0
+        return LEFT_OUT if facts.left_out else DONE
     results["anchors"] = setup.anchor(editor, options)
     if protected:
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     emit(results, lines, options.json)
     if error is not None:
         raise error
-    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else 0
+    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else DONE
 
 
 def _edit(
@@ -87,7 +87,7 @@ def _edit(
     size = editor.config.batch_size
     model, tokenizer = editor.model, editor.tokenizer
     before = {} if options.no_evaluation else next_tokens(model, tokenizer, facts.edits)
-    start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before)
+    start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before, now=before)
     priors = editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     error: RLSEditError | None = None

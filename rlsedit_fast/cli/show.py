@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from rlsedit_fast.cli import setup
+from rlsedit_fast.cli import DONE, LEFT_OUT, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.editing import Edit, Editor
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         lines += ["", f"{shown['prompt']!r} -> {shown['target']!r}", f"  {' '.join(shown['marked'])}"]
         lines.append(f"  edited at token {shown['lookup']} of {len(shown['tokens'])}; target: {shown['target_tokens']}")
     emit(results, lines, options.json)
-    return 1 if results["left_out"] else 0
+    return LEFT_OUT if results["left_out"] else DONE
 
 
 def describe_layers(editor: Editor) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import written_whole
-from rlsedit_fast.models.fingerprint import checksum
+from rlsedit_fast.models.fingerprint import digest
 
 
 def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: dict[str, Any]) -> None:
@@ -23,7 +22,7 @@ def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: di
     from safetensors.torch import save_file
 
     held = {str(layer): matrix.contiguous() for layer, matrix in matrices.items()}
-    sums = {layer: _digest(matrix) for layer, matrix in held.items()}
+    sums = {layer: digest(matrix) for layer, matrix in held.items()}
     with written_whole(path) as (fresh,):
         save_file(held, fresh, metadata={"kind": kind, "about": json.dumps(about), "sums": json.dumps(sums)})
 
@@ -55,10 +54,6 @@ def read_matrices(
     except (SafetensorError, OSError) as error:
         raise InputError(f"{str(path)!r} is damaged, or no file of {kind!r} ({error}); collect it anew") from error
     for layer, matrix in held.items():
-        if _digest(matrix) != sums[layer]:
+        if digest(matrix) != sums[layer]:
             raise InputError(f"{str(path)!r} is damaged: layer {layer} is not what was written; collect it anew")
     return {int(layer): matrix for layer, matrix in held.items()}, json.loads(metadata["about"])
-
-
-def _digest(matrix: Tensor) -> str:
-    return hashlib.sha256(checksum(matrix)).hexdigest()

@@ -48,7 +48,12 @@ def next_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edit
 
 
 def outcome(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], before: dict[str, int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    before: dict[str, int],
+    *,
+    now: dict[str, int] | None = None,
 ) -> Outcome:
     """Asks a model about edits.
 
@@ -57,10 +62,11 @@ def outcome(
         tokenizer: its tokenizer.
         edits: at least one.
         before: `next_tokens` of the unedited model, for these edits at least.
+        now: `next_tokens` of the model as it is; by default it is asked.
     """
     asked = score(model, tokenizer, [(fill(edit.prompt, edit.subject)[0], edit.target) for edit in edits])
     other = score(model, tokenizer, [(prompt, edit.target) for edit in edits for prompt in edit.paraphrases])
-    now = next_tokens(model, tokenizer, edits)
+    now = next_tokens(model, tokenizer, edits) if now is None else now
     return Outcome(
         Share(sum(said.exact for said in asked), len(asked)),
         Share(sum(said.exact for said in other), len(other)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, linear_weight
 from rlsedit_fast.files import written_whole
-from rlsedit_fast.models.fingerprint import checksum, fingerprint
+from rlsedit_fast.models.fingerprint import digest, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +101,7 @@ def write_delta(
         if len(index):
             tensors[f"{change.name}.index"] = index.cpu()
             tensors[f"{change.name}.value"] = change.stored.reshape(-1)[index].cpu()
-        sums[change.name] = _digest(change.stored)
+        sums[change.name] = digest(change.stored)
         modules.append(_module(change.name, change.original, change.stored, len(index)))
     about = {"base_fingerprint": base_fingerprint, "dtype": dtype, "edits": edits, "version": __version__}
     place = Path(path)
@@ -134,7 +133,7 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         for name, wanted in sums.items():
             weight = _weight(model, name, _DTYPES[about["dtype"]])
             new, by_value = _sum(Path(path), file, name, weight)
-            if _digest(new) != wanted:
+            if digest(new) != wanted:
                 raise _damaged(path, f"what it gives for {name} is not what was written")
             modules.append(_module(name, weight, new, by_value))
             results.append((weight, new.cpu()))
@@ -179,10 +178,6 @@ def _module(name: str, original: Tensor, new: Tensor, by_value: int) -> ModuleDe
     changed = int((bits(new) != bits(original)).sum())
     norm = float((new.double() - original.double()).contiguous().norm())  # summed alike however they are stored
     return ModuleDelta(name, (new.shape[0], new.shape[1]), changed, by_value, norm)
-
-
-def _digest(weight: Tensor) -> str:
-    return hashlib.sha256(checksum(weight)).hexdigest()
 
 
 @contextmanager

@@ -92,6 +92,11 @@ def checksum(tensor: Tensor) -> bytes:
     return torch.cat(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
 
 
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's `checksum`, in hexadecimal."""
+    return hashlib.sha256(checksum(tensor)).hexdigest()
+
+
 def _sums(blocks: Tensor, weights: Tensor) -> Tensor:
     words = blocks.long()
     plain = words.sum(1)

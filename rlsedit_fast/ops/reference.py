@@ -11,10 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlsedit_fast.ops.split import join, split
-
-SPLIT_CHUNK = 1 << 22
-"""Entries of a weight in two halves that are put together at a time: 16 MB in float32."""
+from rlsedit_fast.ops.split import SPLIT_CHUNK, join, split
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:

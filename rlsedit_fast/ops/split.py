@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SPLIT_CHUNK = 1 << 22
+"""Entries of a weight in two halves that are put together at a time: 16 MB in float32."""
+
 _HALF = 0x8000  # half of the last bit that the upper half keeps
 
 

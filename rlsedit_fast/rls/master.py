@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast import ops
-
-_CHUNK = 1 << 22  # entries of a weight in two halves that are put together at a time
+from rlsedit_fast.ops.split import SPLIT_CHUNK
 
 
 class Master(Protocol):
@@ -118,7 +117,7 @@ class Split:
     def times(self, keys: Tensor) -> Tensor:
         """See `Master`."""
         result = keys.new_empty(keys.shape[0], self._high.shape[0])
-        step = max(1, _CHUNK // self._high.shape[1])
+        step = max(1, SPLIT_CHUNK // self._high.shape[1])
         for start in range(0, self._high.shape[0], step):
             part = slice(start, start + step)
             result[:, part] = keys @ ops.join(self._high[part], self._low[part]).T
