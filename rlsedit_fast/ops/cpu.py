@@ -25,7 +25,7 @@ NATIVE_PANEL_EDITS = range(3, 129)
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
 SYRK_RANK = 256
 SYRK_TOKENS = (
-    1024  # the same for the rows of a moment: ahead by 1.5 to 1.8 from here on (bench/results/moment-cpu.json)
+    1024  # the same for the rows of a moment: ahead by 1.7 to 1.9 from here on (bench/results/moment-cpu.json)
 )
 
 _native: Any = None
