@@ -11,11 +11,12 @@ from rlsedit_fast.models.tokens import FactToken
 
 Share = Literal["joint", "memit"]
 Values = Literal["search"]
-Descent = Literal["normalized", "adam"]
+Descent = Literal["constrained", "normalized", "adam"]
+Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
 
-DEFAULT_RATE: dict[Descent, float] = {"normalized": 0.09, "adam": 0.1}
+DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.13, "normalized": 0.09, "adam": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +43,27 @@ class EditConfig:
             `Editor.config.context_prefixes`. The published settings sample twenty.
         context_tokens: most tokens of such a prefix.
         context_seed: of these.
-        search_at_once: most edits of a batch that are searched at once; None takes as many as a device has memory for,
+        search_ahead: edits of one call whose values are searched together, where that is more than a batch; None
+            searches batch by batch. Batches are then written one after the other towards the states that were found,
+            as the edits of one batch of that size are. A batch about a subject that another one or an active edit is
+            about has its values searched when it comes.
+        search_at_once: most edits that go through the search together; None takes as many as a device has memory for,
             found by halving when it runs out. It changes what the search takes, not what it finds.
-        search_descent: how the search goes downhill: `normalized` (steps of equal length along the gradient) or
+        search_descent: how the search goes downhill: `constrained` (to where the target is likely enough, as low in
+            the KL term as can be), `normalized` (steps of equal length along the gradient of the published loss) or
             `adam`, as published.
-        search_rate: length of the first step relative to the hidden state for `normalized`, the learning rate for
-            `adam`; None takes 0.09 and 0.1.
+        search_rate: longest step relative to the hidden state for `constrained`, length of the first one for
+            `normalized`, the learning rate for `adam`; None takes 0.13, 0.09 and 0.1.
         search_steps: most steps of the value search.
-        search_stop_nll: a request leaves the search when, in every context, its target's tokens are ranked first and
-            their mean NLL is at most this (nats).
-        unconverged: what becomes of an edit that has not reached the stopping rule after `search_steps`: `keep` makes
+        search_stop: when a request leaves the search: `nll`, when in every context its target's tokens are ranked
+            first and their mean NLL is at most `search_stop_nll`; `rank`, when they have been ranked first at
+            `search_stop_steps` looks in a row; `loss`, as published, when the sum of all terms is below
+            `search_stop_loss`, which the clamp may well keep from ever happening.
+        search_stop_nll: nats.
+        search_stop_steps: looks in a row.
+        search_stop_loss: nats.
+        unconverged: what becomes of an edit that has not reached the stopping rule after `search_steps` (under `loss`:
+            and whose target's tokens are not ranked first): `keep` makes
             it all the same, `skip` leaves it out (its record's state is `skipped`, and an edit that it was to replace
             stays), `raise` refuses its batch.
         clamp: largest norm of the change of a hidden state, relative to that hidden state.
@@ -80,11 +92,15 @@ class EditConfig:
     context_samples: int = 0
     context_tokens: int = 10
     context_seed: int = 0
+    search_ahead: int | None = None
     search_at_once: int | None = None
-    search_descent: Descent = "normalized"
+    search_descent: Descent = "constrained"
     search_rate: float | None = None
     search_steps: int = 25
+    search_stop: Stop = "nll"
     search_stop_nll: float = 0.05
+    search_stop_steps: int = 2
+    search_stop_loss: float = 0.05
     unconverged: Unconverged = "keep"
     clamp: float = 0.75
     kl_factor: float = 0.0625
@@ -108,6 +124,7 @@ class EditConfig:
             ("share", Share),
             ("values", Values),
             ("search_descent", Descent),
+            ("search_stop", Stop),
             ("same_subject", SameSubject),
             ("unconverged", Unconverged),
         ):
@@ -115,12 +132,15 @@ class EditConfig:
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         if not 0 < self.adherence < 1:
             raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
-        for name, least in (("batch_size", 1), ("search_steps", 1), ("context_samples", 0), ("context_tokens", 1)):
+        for name in ("batch_size", "search_steps", "search_stop_steps", "context_samples", "context_tokens"):
+            least = 0 if name == "context_samples" else 1
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.search_at_once is not None and self.search_at_once < 1:
-            raise InputError(f"search_at_once={self.search_at_once}: expected at least 1, or None")
-        for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll"):
+        for name in ("search_ahead", "search_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: expected at least 1, or None")
+        for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll", "search_stop_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         for name in ("search_rate", "clamp"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -29,6 +30,7 @@ from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.rls import Prior, RLSState
@@ -110,7 +112,8 @@ class Editor:
             if not bool(projection.weight.isfinite().all()):
                 raise InputError(f"{projection.name}: the weight is not finite; load the model anew")
         with quiet(model):
-            self._site = find_site(self._decoder, self._projections, longest=self._longest)
+            self._decoder = with_prefixes(self._decoder, longest=self._longest)
+            self._site = find_site(self._decoder, self._projections)
         if not self._site.direct and len(self._projections) > 1:
             self._settle_on_one_layer()
         self._sample_contexts()
@@ -307,18 +310,18 @@ class Editor:
         with quiet(self.model):
             calibrated = self._layers
             self._layers = calibrated or self._start(requests[:PILOT])
-            for batch in self._batches_of(requests):
-                try:
-                    records = self._edit_batch(batch)
-                except BaseException as error:
-                    if not made:
-                        self._layers = calibrated
-                    elif isinstance(error, RLSEditError):
-                        raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
-                    raise
-                made += records
-                if on_batch is not None:
-                    on_batch(records)
+            try:
+                for batch, found in self._searched_ahead(requests):
+                    records = self._edit_batch(batch, found=found)
+                    made += records
+                    if on_batch is not None:
+                        on_batch(records)
+            except BaseException as error:
+                if not made:
+                    self._layers = calibrated
+                elif isinstance(error, RLSEditError):
+                    raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
+                raise
         made = self._ledger.get([record.id for record in made])
         if short := sum(not record.converged for record in made):
             logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
@@ -464,7 +467,7 @@ class Editor:
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
-        layers = EditedLayers(self._decoder, self._projections, priors, delay=self.config.delay)
+        layers = EditedLayers(self._site, self._projections, priors, delay=self.config.delay)
         for protected, weight in self._to_protect:
             with layers.transaction():
                 layers.protect(protected, weight)
@@ -483,21 +486,70 @@ class Editor:
             asked.add(request.asks)
         yield batch
 
-    def _edit_batch(self, requests: Sequence[Request], *, replaced: Sequence[int] = ()) -> list[EditRecord]:
-        """One batch, with what becomes of the edits that it replaces or shares a subject with."""
+    def _searched_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
+        """Batches in order, with their values where these are found for several at once."""
+        window: list[list[Request]] = []
+        for batch in self._batches_of(requests):
+            held = sum(map(len, window))
+            if window and held + len(batch) > (self.config.search_ahead or 0):
+                yield from self._with_values(window)
+                window = []
+            window.append(batch)
+        yield from self._with_values(window)
+
+    def _with_values(self, batches: Sequence[list[Request]]) -> Iterator[tuple[list[Request], Values | None]]:
+        """A batch that bears upon active edits or on another of the batches has its values found when it comes."""
+        alone = range(len(batches)) if self.config.same_subject == "separate" else self._unrelated(batches)
+        found: dict[int, Values] = {}
+        if len(batches) > 1 and len(alone) > 1:
+            values = self._searched([request for at in alone for request in batches[at]])
+            first = 0
+            for at in alone:
+                found[at] = values.taken(range(first, first + len(batches[at])))
+                first += len(batches[at])
+        for at, batch in enumerate(batches):
+            yield batch, found.get(at)
+
+    def _unrelated(self, batches: Sequence[Sequence[Request]]) -> list[int]:
+        """Which batches share no subject and no question with an active edit or with another one of them."""
+        met = Counter(mark for batch in batches for mark in {m for r in batch for m in (r.about, r.asks) if m})
+        return [
+            at
+            for at, batch in enumerate(batches)
+            if not self._ledger.asking(batch)
+            and not self._ledger.about(batch)
+            and all(met[mark] == 1 for request in batch for mark in (request.about, request.asks) if mark)
+        ]
+
+    def _edit_batch(
+        self, requests: Sequence[Request], *, replaced: Sequence[int] = (), found: Values | None = None
+    ) -> list[EditRecord]:
+        """One batch, with what becomes of the edits that it replaces or shares a subject with.
+
+        Args:
+            requests: the batch.
+            replaced: ids of edits that it replaces, whatever they ask.
+            found: its values, where they were searched ahead.
+        """
         gone, again = set(replaced), list[int]()
         if self.config.same_subject == "joint":
             gone.update(self._ledger.asking(requests))
             again = [i for i in self._ledger.about(requests) if i not in gone]
         self._batches += 1
         try:
-            return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again)
+            return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again, found=found)
         except BaseException:
             self._batches -= 1
             raise
 
     def _tell(
-        self, requests: Sequence[Request], *, gone: Sequence[int], outcome: EditState, again: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        *,
+        gone: Sequence[int],
+        outcome: EditState,
+        again: Sequence[int],
+        found: Values | None = None,
     ) -> list[EditRecord]:
         """Takes out edits, tells new ones, and some that were there anew; all of it or nothing.
 
@@ -506,6 +558,7 @@ class Editor:
             gone: ids of active edits to take out.
             outcome: what becomes of those.
             again: ids of active edits to take out and to tell anew together with `requests`; they keep their ids.
+            found: the values of `requests`, searched before the last batches were written; only with no `again`.
 
         Returns:
             The records of the new edits.
@@ -519,15 +572,15 @@ class Editor:
                 if gone or again:
                     self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but({*gone, *again}))
                 if everything:
-                    values, short = self._search(everything, len(requests))
+                    values, short = self._search(everything, len(requests), found)
                     asked = {everything[at].asks for at in short}
                     if stay := [i for i in gone if self._ledger.request(i).asks in asked]:
                         self._layers.restore(self._ledger.told(stay))
-                    written = self._write(everything, values, short)
+                    written = self._write(everything, values, short, since_then=found is not None)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
-                f"or take fewer context_prefixes and kl_prompts. ({error})"
+                f"or take fewer context_prefixes. ({error})"
             ) from error
         self._writes += bool(gone or again) + bool(everything)
         self._ledger.mark([i for i in gone if i not in stay], outcome)
@@ -561,13 +614,18 @@ class Editor:
             self._ledger.retell(replace(record, joint_with=partners[at], **written.said[at]), written.told[at])
         return self._ledger.get(ids[: len(requests)])
 
-    def _search(self, requests: Sequence[Request], new: int) -> tuple[Values, set[int]]:
+    def _search(self, requests: Sequence[Request], new: int, found: Values | None) -> tuple[Values, set[int]]:
         """The values of a batch, and which of its first `new` requests are to be left out since they fell short.
+
+        Args:
+            requests: the batch.
+            new: how many of them are not told yet.
+            found: their values, if these are known.
 
         Raises:
             UpdateError: numbers that are not finite, or an edit that fell short where that is to be an error.
         """
-        values = self._searched(requests)
+        values = self._searched(requests) if found is None else found
         short = {at for at in range(new) if not values.converged[at]} if self.config.unconverged != "keep" else set()
         if short and self.config.unconverged == "raise":
             named = [
@@ -591,24 +649,41 @@ class Editor:
 
     def _searched(self, requests: Sequence[Request]) -> Values:
         at_once = self._at_once or max(1, len(requests))
-        values, fitted = search_within_memory(self._site, requests, self.config, self._groups(requests), at_once)
+        try:
+            values, fitted = search_within_memory(self._site, requests, self.config, self._groups(requests), at_once)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                "memory ran out while the value of a single subject was searched; nothing was changed. Take fewer "
+                f"context_prefixes and kl_prompts, or shorter prompts. ({error})"
+            ) from error
         if fitted < at_once:
             self._at_once = fitted
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
         return values
 
-    def _write(self, requests: Sequence[Request], values: Values, short: Collection[int]) -> _Written:
-        """Writes a batch into the layers, but for the requests at the places `short`."""
+    def _write(
+        self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool
+    ) -> _Written:
+        """Writes a batch into the layers, but for the requests at the places `short`.
+
+        Args:
+            requests: the batch.
+            values: of all of it.
+            short: places in it.
+            since_then: whether something was written after the values were found.
+        """
         assert self._layers is not None
         chosen = [at for at in range(len(requests)) if at not in short]
         realised, told = torch.zeros(len(requests)), dict[int, Told]()
         if chosen:
             wanted = values.delta[chosen]
             weights = torch.tensor([requests[at].edit.weight for at in chosen])
-            rows, done = self._layers.write([requests[at] for at in chosen], wanted, weights, self.config.share)
-            left = (wanted - done).norm(dim=1)
-            share = 1 - left / wanted.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
+            start = values.start[chosen] if since_then else None
+            rows, left = self._layers.write(
+                [requests[at] for at in chosen], wanted, weights, self.config.share, start=start
+            )
+            share = 1 - left.norm(dim=1) / wanted.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
             realised[chosen] = share.cpu()
             told = dict(zip(chosen, rows, strict=True))
         columns = (values.converged, values.nll, values.rank, values.steps, realised)

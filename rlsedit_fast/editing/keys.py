@@ -6,46 +6,80 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import read_keys
+from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.projections import Decoder, Projection
-from rlsedit_fast.models.tokens import encode_plain, pad
+from rlsedit_fast.models.tokens import alike, encode_plain, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS_AT_ONCE = 64  # bounds the memory of one pass over texts
+_WORTH_SHARING = 0.25  # share of a pass's tokens that shared prefixes must save before they are run on their own
 
 
 def request_keys(
-    decoder: Decoder, projections: Sequence[Projection], requests: Sequence[Request], *, block: int | None = None
+    decoder: Decoder,
+    projections: Sequence[Projection],
+    requests: Sequence[Request],
+    *,
+    output_of: nn.Module | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Each request's keys, averaged over its contexts, in one pass for all layers.
+    """Each request's keys, averaged over its contexts, for all layers at once.
+
+    What the requests' contexts begin with in common is run once, rows of like length share a pass, and no pass goes
+    further than it must.
 
     Args:
         decoder: the model, in evaluation mode.
         projections: the layers wanted.
         requests: at least one.
-        block: a block whose output at the bare prompt's lookup token is wanted too.
+        output_of: a block, or the deepest of `projections`, whose output at the bare prompt's lookup token is wanted
+            too; nothing of the model lies between it and the deepest of them.
 
     Returns:
-        `([K [n, d_k] per projection], hidden [n, d] or None)`, float32.
+        `([K [n, d_k] per projection], output [n, d] or None)`, float32.
     """
-    listed = [(owner, row) for owner, request in enumerate(requests) for row in request.contexts]
     contexts = len(requests[0].contexts)
-    ids, mask = pad([row for _, row in listed], decoder.device)
-    lookup = torch.tensor([row.lookup for _, row in listed], device=ids.device)
-    found, hidden = read_keys(decoder, projections, ids, mask, block=block)
+    rows = [row for request in requests for row in request.contexts]
+    deepest = max(i for i, block in enumerate(decoder.blocks) if block is output_of or i <= projections[-1].layer)
+    batch = Prefixed.of(decoder, rows, _shared_prefixes(requests), deepest=deepest)
+    before = batch.before.tolist()
+    lookup = torch.tensor([row.lookup for row in rows], device=batch.ids.device) - batch.before
+    order, keys, outputs = [], [], []
+    for part in alike([len(row.ids) - cut for row, cut in zip(rows, before, strict=True)]):
+        chosen = torch.tensor(part, device=batch.ids.device)
+        found, output = read_keys(
+            decoder, projections, batch.taken(chosen).arguments(), at=lookup[chosen], output_of=output_of
+        )
+        order += part
+        keys.append([found[projection.layer].float() for projection in projections])
+        outputs.append(output)
+    back = torch.tensor(order).argsort()
 
-    def at_lookup(states: Tensor) -> Tensor:
-        rows = states[torch.arange(len(listed), device=states.device), lookup.to(states.device)].float()
-        return rows.unflatten(0, (len(requests), contexts))
+    def by_request(parts: Sequence[Tensor]) -> Tensor:
+        whole = torch.cat(list(parts))
+        return whole[back.to(whole.device)].unflatten(0, (len(requests), contexts))
 
-    keys = [at_lookup(found[projection.layer]).mean(1) for projection in projections]
-    return keys, None if hidden is None else at_lookup(hidden)[:, 0]
+    averaged = [by_request(parts).mean(1) for parts in zip(*keys, strict=True)]
+    seen = [output.float() for output in outputs if output is not None]
+    return averaged, by_request(seen)[:, 0] if seen else None
+
+
+def _shared_prefixes(requests: Sequence[Request]) -> list[int]:
+    """How many tokens of every context row, in order, all requests have in common there; 0 where that saves little."""
+    cuts, saved, total = [], 0, 0
+    for rows in zip(*(request.contexts for request in requests), strict=True):
+        most = min(row.lookup for row in rows)
+        first = rows[0].ids
+        cuts.append(next((i for i in range(most) if any(row.ids[i] != first[i] for row in rows)), most))
+        saved += cuts[-1] * (len(rows) - 1)
+        total += sum(len(row.ids) for row in rows)
+    return (cuts if saved > _WORTH_SHARING * total else [0] * len(cuts)) * len(requests)
 
 
 def text_keys(
@@ -82,7 +116,7 @@ def text_keys(
     found: list[list[Tensor]] = [[] for _ in projections]
     for at in range(0, len(rows), _TEXTS_AT_ONCE):
         ids, mask = pad(rows[at : at + _TEXTS_AT_ONCE], decoder.device)
-        keys, _ = read_keys(decoder, projections, ids, mask)
+        keys, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
         for kept, projection in zip(found, projections, strict=True):
             here = keys[projection.layer]
             kept.append(here[mask.bool().to(here.device)].float())

@@ -14,7 +14,8 @@ from rlsedit_fast.editing.config import Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
-from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
 
@@ -42,16 +43,14 @@ class EditedLayers:
     """The solver states of the edited layers; their weights are the model's own, kept current in place.
 
     Args:
-        decoder: the model.
+        site: where the changes that are written were searched.
         projections: the edited ones, ascending.
         priors: one each.
         delay: as in `RLSState`.
     """
 
-    def __init__(
-        self, decoder: Decoder, projections: Sequence[Projection], priors: Sequence[Prior], *, delay: int
-    ) -> None:
-        self._decoder, self._projections = decoder, projections
+    def __init__(self, site: Site, projections: Sequence[Projection], priors: Sequence[Prior], *, delay: int) -> None:
+        self._site, self._decoder, self._projections = site, site.decoder, projections
         self.states = [
             RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True)
             for projection, prior in zip(projections, priors, strict=True)
@@ -97,7 +96,13 @@ class EditedLayers:
             self._marks = [_mark(projection) for projection in self._projections]
 
     def write(
-        self, requests: Sequence[Request], residual: Tensor, weights: Tensor, share: Share
+        self,
+        requests: Sequence[Request],
+        residual: Tensor,
+        weights: Tensor,
+        share: Share,
+        *,
+        start: Tensor | None = None,
     ) -> tuple[list[Told], Tensor]:
         """Writes a batch.
 
@@ -106,16 +111,18 @@ class EditedLayers:
             residual: the change wanted of each, `[n, d_v]`.
             weights: `[n]`.
             share: how the layers divide it.
+            start: the states at the site that `residual` starts from, `[n, d_v]`, where something has been written
+                since; None takes them as they are now.
 
         Returns:
-            What was told, and the change `[n, d_v]` that was realised.
+            What was told, and what is left over of the changes, `[n, d_v]`.
         """
         rows = self._jointly if share == "joint" else self._in_turn
-        keys, values, written = rows(requests, residual, weights)
+        keys, values, left = rows(requests, residual, weights, start)
         told = [
             Told(*row) for row in zip(zip(*keys, strict=True), zip(*values, strict=True), weights.tolist(), strict=True)
         ]
-        return told, written
+        return told, left
 
     def remove(self, gone: Sequence[Told], kept: Sequence[Told]) -> None:
         """Takes rows out of every layer; a layer that cannot let go accurately is rebuilt from those that are kept."""
@@ -145,38 +152,44 @@ class EditedLayers:
             self._protected += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
 
     def _jointly(
-        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
+        self, requests: Sequence[Request], residual: Tensor, weights: Tensor, start: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """All layers from one key pass."""
-        keys, _ = request_keys(self._decoder, self._projections, requests)
+        place = None if start is None else self._site.module
+        keys, now = request_keys(self._decoder, self._projections, requests, output_of=place)
+        if start is not None and now is not None:
+            residual = residual + (start - now.to(start))
         panels = [state.project(key, weights.to(key.device)) for state, key in zip(self.states, keys, strict=True)]
         innovations = joint_innovations(panels, residual)
-        values, written = [], torch.zeros_like(residual)
+        values, left = [], residual.clone()
         for state, panel, innovation in zip(self.states, panels, innovations, strict=True):
             values.append(state.outputs(panel.keys) + innovation)
             step = state.update_projected(panel, innovation)
-            written += (innovation - step.left_over).to(written)
-        return [panel.keys for panel in panels], values, written
+            left -= (innovation - step.left_over).to(left)
+        return [panel.keys for panel in panels], values, left
 
     def _in_turn(
-        self, requests: Sequence[Request], residual: Tensor, weights: Tensor
+        self, requests: Sequence[Request], residual: Tensor, weights: Tensor, start: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """MEMIT's share: each layer is written before the next one's keys and residual are read."""
-        last = self._projections[-1].layer
-        all_keys, values, written = [], [], torch.zeros_like(residual)
-        goal: Tensor | None = None
+        all_keys, values = [], []
+        goal = None if start is None else start + residual
+        left = residual.clone()
         for i, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
-            (keys,), now = request_keys(self._decoder, [projection], requests, block=last)
+            (keys,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
             assert now is not None
             now = now.to(residual)
-            goal = now + residual if goal is None else goal
+            if i == 1:
+                goal = now + residual if goal is None else goal
+                left = goal - now
+            assert goal is not None
             innovation = memit_share(goal - now, i, len(self._projections)).to(keys)
             panel = state.project(keys, weights.to(keys.device))
             all_keys.append(panel.keys)
             values.append(state.outputs(panel.keys) + innovation)
             step = state.update_projected(panel, innovation)
-            written += (innovation - step.left_over).to(written)
-        return all_keys, values, written
+            left -= (innovation - step.left_over).to(left)
+        return all_keys, values, left
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:

@@ -239,7 +239,7 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
         InputError: keys that are not finite.
     """
     ids, mask = pad(rows, decoder.device)
-    found, _ = read_keys(decoder, projections, ids, mask)
+    found, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
     seen = mask.bool()
     place = state.place
     with _interrupt_held():

@@ -3,7 +3,7 @@
 All requests of a batch are searched at once, each with its own change, clamp and stop; those that share a subject,
 and so nearly a key, share one change (MEMIT-Merge, Dong et al. 2025). The blocks up to the edited layer are run once,
 and so are the tokens before the one that is changed; every step resumes there, the head is run where the loss looks,
-and requests that are done leave the batch.
+the KL prompts are run when the descent wants them, and requests that are done leave the batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.editing.config import DEFAULT_RATE, EditConfig
-from rlsedit_fast.editing.descent import AdamDescent, Descent, NormalizedDescent
+from rlsedit_fast.editing.descent import AdamDescent, ConstrainedDescent, Descent, NormalizedDescent, Slope
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.stopping import Stop
 from rlsedit_fast.models.passes import hidden_of, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.sites import Site
@@ -33,6 +34,7 @@ class Values:
 
     Attributes:
         delta: wanted change of the state at the site, `[n, d]`, float32; equal for requests of one group.
+        start: that state as it was, at the bare prompt's lookup token, `[n, d]`, float32.
         nll: mean NLL of each target under it, the worst context's, `[n]`, nats.
         rank: of each target's tokens under it, the worst one's of all contexts, `[n]`; 1 is first.
         converged: whether each reached the stopping rule together with its group, `[n]`, bool.
@@ -40,6 +42,7 @@ class Values:
     """
 
     delta: Tensor
+    start: Tensor
     nll: Tensor
     rank: Tensor
     converged: Tensor
@@ -59,28 +62,42 @@ class Values:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a batch that the search looks at, run once up to the site; tokens count from behind the prefix."""
+    """Rows that the search looks at, run once up to the site; tokens count from behind the prefix."""
 
     batch: Prefixed
     below: Any  # the output of the last block that is not run again, as it came; hidden state [rows, s, d]
     owner: Tensor  # [rows] the request that a row belongs to
     lookup: Tensor  # [rows] the token that is changed
-    target: Tensor  # [rows, s] ids of target tokens at the positions that predict them, else -1
-    kl_row: Tensor  # [rows] row of `before` that a KL row is compared with, else -1
-    kl_at: Tensor  # [rows] the position at which it is compared
-    before: Tensor  # [kl rows, vocabulary] log-probabilities before the edit
+    asked: Tensor  # what the loss compares with: see `_facts` and `_kept`
 
     def taken(self, rows: Tensor) -> _Rows:
-        """The rows of the given indices only."""
+        """The rows of the given indices only, no wider than these need."""
+        batch = self.batch.taken(rows.to(self.batch.ids.device))
         below = self.below
         if below is not None:
             hidden = hidden_of(below)
-            below = with_hidden(below, hidden[rows.to(hidden.device)])
-        chosen = {
-            name: getattr(self, name)[rows.to(getattr(self, name).device)]
-            for name in ("owner", "lookup", "target", "kl_row", "kl_at")
-        }
-        return replace(self, batch=self.batch.taken(rows.to(self.batch.ids.device)), below=below, **chosen)
+            below = with_hidden(below, hidden[rows.to(hidden.device), : batch.ids.shape[1]])
+        chosen = {name: getattr(self, name)[rows.to(self.owner.device)] for name in ("owner", "lookup", "asked")}
+        return replace(self, batch=batch, below=below, **chosen)
+
+    def of(self, wanted: Tensor) -> _Rows:
+        """The rows of the requests that are wanted, bool `[requests]`."""
+        return self.taken(wanted[self.owner].nonzero()[:, 0])
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How near a batch's targets are, per request `[n]`; one without rows has 0, 0 and rank 1.
+
+    Attributes:
+        nll: mean NLL of the target's tokens, averaged over contexts.
+        worst: the worst context's.
+        rank: of the target's tokens in all contexts, the worst one's.
+    """
+
+    nll: Tensor
+    worst: Tensor
+    rank: Tensor
 
 
 def search_values(
@@ -100,43 +117,55 @@ def search_values(
         groups: indices of requests that share a change, each request in one; by default everyone has its own.
     """
     groups = groups or [[i] for i in range(len(requests))]
-    rows, start = _gather(site, requests, groups)
+    facts, kept, start = _gather(site, requests, groups)
     group = torch.zeros(len(requests), dtype=torch.long)
     for g, members in enumerate(groups):
         group[list(members)] = g
     group = group.to(start.device)
     norm = _mean_by(group, start.norm(dim=1), len(groups))
     delta = torch.zeros(len(groups), start.shape[1], device=start.device, requires_grad=True)
-    descent = _descent(config, delta, norm)
+    stop = Stop(config, len(requests), start.device)
+    descent = _descent(config, delta, norm, stop.nll)
     found = torch.zeros_like(start)
     nll = torch.full((len(requests),), torch.inf, device=start.device)
     steps, rank = torch.zeros_like(group), torch.zeros_like(group)
     active = torch.ones_like(norm, dtype=torch.bool)  # of groups
     with site.resumed() as forward:
         for step in range(config.search_steps + 1):
-            fit, kl, worst, place = _losses(forward, rows, delta[group], len(requests))
+            fit = _fit(forward, facts, delta[group], len(requests))
+            kl = _divergence(forward, kept, delta[group], len(requests)) if stop.reads_kl else None
             searched = active[group]
             with torch.no_grad():
                 found = torch.where(searched[:, None], delta[group], found)
-                nll = torch.where(searched, worst, nll)
-                rank = torch.where(searched, place, rank)
+                nll = torch.where(searched, fit.worst, nll)
+                rank = torch.where(searched, fit.rank, rank)
                 steps[searched] = step
-                wanting = (searched & ~((place == 1) & (worst <= config.search_stop_nll))).float()
+                decay = config.weight_decay * delta.norm(dim=1) / norm.square()
+                total = fit.nll + decay[group] + (0.0 if kl is None else config.kl_factor * kl)
+                wanting = (searched & ~stop.met(fit.rank, fit.worst, total)).float()
+                # A group stops together.
                 done = active & (torch.zeros_like(norm).index_add_(0, group, wanting) == 0)
-            if step == config.search_steps or bool((done == active).all()):
                 active = active & ~done
+            if step == config.search_steps or not bool(active.any()):
                 break
-            decay = config.weight_decay * delta.norm(dim=1) / norm.square()
-            loss = (fit + config.kl_factor * kl)[searched].sum() + decay[active].sum()
-            (gradient,) = torch.autograd.grad(loss, delta)
+            searched = active[group]
+            (towards,) = torch.autograd.grad(fit.nll[searched].sum(), delta)
+            if bool(done.any()):
+                facts, kept = facts.of(searched), kept.of(searched)
+            if kl is None and descent.looks_at_kl(step):
+                kl = _divergence(forward, kept, delta[group], len(requests))
+            away = None
+            if kl is not None and len(kept.owner):
+                (away,) = torch.autograd.grad(config.kl_factor * kl[searched].sum(), delta)
             with torch.no_grad():
-                descent.step(delta, gradient)
+                length = delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
+                missed = torch.zeros_like(norm).index_add_(0, group, -torch.expm1(-fit.nll))
+                worst = torch.zeros_like(norm).scatter_reduce(0, group, fit.worst, "amax")
+                shortening = (config.weight_decay / (length * norm.square()))[:, None] * delta
+                descent.step(delta, Slope(towards, away, shortening, worst, missed))
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
-            if bool(done.any()):
-                active = active & ~done
-                rows = rows.taken(active[group][rows.owner].nonzero()[:, 0])
-    return Values(found, nll, rank, ~active[group], steps)
+    return Values(found, start, nll, rank, stop.reached(~active[group], rank), steps)
 
 
 def search_within_memory(
@@ -189,13 +218,17 @@ def _release(site: Site) -> None:
         torch.cuda.empty_cache()
 
 
-def _descent(config: EditConfig, delta: Tensor, norm: Tensor) -> Descent:
+def _descent(config: EditConfig, delta: Tensor, norm: Tensor, nll: float) -> Descent:
     rate = config.search_rate or DEFAULT_RATE[config.search_descent]
-    return NormalizedDescent(rate, norm) if config.search_descent == "normalized" else AdamDescent(rate, delta)
+    if config.search_descent == "adam":
+        return AdamDescent(rate, delta)
+    return (
+        NormalizedDescent(rate, norm) if config.search_descent == "normalized" else ConstrainedDescent(rate, norm, nll)
+    )
 
 
-def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> tuple[_Rows, Tensor]:
-    """All rows of a batch, and the state `[n, d]`, float32, at each bare prompt's lookup token."""
+def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> tuple[_Rows, _Rows, Tensor]:
+    """A batch's rows with targets, those that are to stay, and the state `[n, d]`, float32, at each lookup token."""
     listed: list[tuple[int, Row, bool]] = []
     bare = []
     for i, request in enumerate(requests):
@@ -206,8 +239,7 @@ def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[i
     batch = site.batch([replace(row, ids=row.ids[:-1] if row.target else row.ids) for _, row, _ in listed])
     before = batch.before.tolist()
     last = [row.prompt_length - 1 - start for (_, row, _), start in zip(listed, before, strict=True)]
-    at_end = torch.tensor(last)
-    seen = site.look(batch, torch.arange(len(listed)), at_end)
+    seen = site.look(batch, torch.arange(len(listed)), torch.tensor(last))
     answers = seen.logits.argmax(-1).tolist()
     asked = [{answers[bare[member]] for member in members} for members in groups]
     group = {member: g for g, members in enumerate(groups) for member in members}
@@ -218,56 +250,55 @@ def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[i
         target[at, last[at] : last[at] + len(row.target)] = torch.tensor(row.target)
 
     device = seen.state.device
-    is_kl = torch.tensor(holds)
-    lookup = torch.tensor([row.lookup - start for (_, row, _), start in zip(listed, before, strict=True)])
-    rows = _Rows(
-        batch,
-        seen.below,
-        torch.tensor([owner for owner, _, _ in listed], device=device),
-        lookup.to(device),
-        target.to(device),
-        torch.where(is_kl, is_kl.cumsum(0) - 1, -1).to(device),
-        at_end.to(device),
-        seen.logits[is_kl.to(seen.logits.device)].to(device, torch.float32).log_softmax(-1),
-    )
-    start = seen.state[bare, lookup[bare].to(device)].float()
-    return rows.taken((is_kl | (target >= 0).any(1)).nonzero()[:, 0]), start
+    lookup = torch.tensor([row.lookup - start for (_, row, _), start in zip(listed, before, strict=True)]).to(device)
+    start = seen.state[bare, lookup[bare]].float()
+    owner = torch.tensor([owner for owner, _, _ in listed], device=device)
+    every = _Rows(batch, seen.below, owner, lookup, target.to(device))
+    facts, kept = (target >= 0).any(1).nonzero()[:, 0], torch.tensor(holds).nonzero()[:, 0]
+    unchanged = seen.logits[kept.to(seen.logits.device)].to(device, torch.float32).log_softmax(-1)
+    return every.taken(facts), replace(every.taken(kept), asked=unchanged), start
 
 
-def _losses(
-    forward: Callable[..., Tensor], rows: _Rows, delta: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per request `[count]`: mean NLL, mean KL, the worst context's NLL, the worst rank of its targets' tokens.
-
-    Requests without rows get 0, 0, 0 and 1.
+def _fit(forward: Callable[..., Tensor], facts: _Rows, delta: Tensor, count: int) -> _Fit:
+    """Runs what lies above the site on the rows with targets.
 
     Args:
-        forward: runs what lies above the site.
-        rows: what is looked at.
+        forward: does so.
+        facts: `asked` holds ids of target tokens at the positions that predict them, else -1, `[rows, s or more]`.
         delta: the change of each request `[count, d]`.
         count: of requests.
     """
-    row, at = (rows.target >= 0).nonzero(as_tuple=True)
-    kl_rows = (rows.kl_row >= 0).nonzero()[:, 0]
-    read = torch.cat([row, kl_rows]), torch.cat([at, rows.kl_at[kl_rows]])
-    logits = forward(rows.batch, rows.below, rows.lookup, delta[rows.owner], *read)
-    scores, after = logits.to(delta.device, torch.float32).log_softmax(-1).split([len(row), len(kl_rows)])
-
-    wanted = rows.target[row, at]
+    row, at = (facts.asked >= 0).nonzero(as_tuple=True)
+    logits = forward(facts.batch, facts.below, facts.lookup, delta[facts.owner], row, at)
+    scores = logits.to(delta.device, torch.float32).log_softmax(-1)
+    wanted = facts.asked[row, at]
     token_nll = -scores.gather(1, wanted[:, None])[:, 0]
-    row_nll = _mean_by(row, token_nll, len(rows.owner))
-    fact = (rows.target >= 0).any(1)
-    worst = torch.zeros(count, device=delta.device).scatter_reduce(0, rows.owner[fact], row_nll[fact].detach(), "amax")
+    row_nll = _mean_by(row, token_nll, len(facts.owner))
     with torch.no_grad():
+        worst = row_nll.new_zeros(count).scatter_reduce(0, facts.owner, row_nll, "amax")
         # Greedy decoding takes the first of equals.
         ahead = (scores > -token_nll[:, None]) | ((scores == -token_nll[:, None]) & _before(wanted, scores.shape[1]))
-        place = torch.ones(count, dtype=torch.long, device=delta.device)
-        place = place.scatter_reduce(0, rows.owner[row], ahead.sum(-1) + 1, "amax")
+        rank = torch.ones(count, dtype=torch.long, device=delta.device)
+        rank = rank.scatter_reduce(0, facts.owner[row], ahead.sum(-1) + 1, "amax")
+    return _Fit(_mean_by(facts.owner, row_nll, count), worst, rank)
 
-    before = rows.before[rows.kl_row[kl_rows]]
-    divergence = (before.exp() * (before - after)).sum(-1)
-    fit = _mean_by(rows.owner[fact], row_nll[fact], count)
-    return fit, _mean_by(rows.owner[kl_rows], divergence, count), worst, place
+
+def _divergence(forward: Callable[..., Tensor], kept: _Rows, delta: Tensor, count: int) -> Tensor:
+    """KL(before || after) at the ends of the rows that are to stay, averaged over each request's; 0 without any.
+
+    Args:
+        forward: runs what lies above the site.
+        kept: `asked` holds the log-probabilities before, `[rows, vocabulary]`.
+        delta: the change of each request `[count, d]`.
+        count: of requests.
+    """
+    if not len(kept.owner):
+        return delta.new_zeros(count)
+    row = torch.arange(len(kept.owner), device=delta.device)
+    end = kept.batch.lengths.to(delta.device) - 1
+    logits = forward(kept.batch, kept.below, kept.lookup, delta[kept.owner], row, end)
+    after = logits.to(delta.device, torch.float32).log_softmax(-1)
+    return _mean_by(kept.owner, (kept.asked.exp() * (kept.asked - after)).sum(-1), count)
 
 
 def _before(token: Tensor, vocabulary: int) -> Tensor:

@@ -29,7 +29,8 @@ CONFIG = EditConfig(
     context_prefixes=("",),
     kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS),
     search_steps=40,
-    search_stop_nll=0.03,
+    search_stop_nll=0.02,
+    search_ahead=100,
     adherence=0.975,
 )
 """The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others.

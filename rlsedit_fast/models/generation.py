@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.passes import cache_argument, cache_of, quiet
 from rlsedit_fast.models.projections import input_device
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ def sample(
         ids = torch.full((texts, 1), start, device=device)
     scores = torch.zeros(texts, 0, device=device)
     with quiet(model), torch.no_grad():
-        cache = None
+        cache, name = None, cache_argument(model)
         for _ in range(length - 1):
             # The mask covers the cached tokens too: one as long as the new ids alone would hide all but the first.
             mask = torch.ones_like(ids)
-            out = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            earlier: dict[str, Any] = {name: cache}
+            out = model(input_ids=ids[:, -1:], attention_mask=mask, use_cache=True, **earlier)
+            cache = cache_of(out)
             known = out.logits[:, -1].to(device).float().log_softmax(-1)
             if bool(known.isnan().any()):
                 raise InputError("the model's probabilities are not finite; check its weights and dtype")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,50 +45,71 @@ def quiet(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
+    named = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in named else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The keys and values that a forward returned, under whichever name."""
+    return output.cache if "cache" in output else output.past_key_values
+
+
 def read_keys(
-    decoder: Decoder, projections: Sequence[Projection], ids: Tensor, mask: Tensor, *, block: int | None = None
+    decoder: Decoder,
+    projections: Sequence[Projection],
+    inputs: Mapping[str, Any],
+    *,
+    at: Tensor | None = None,
+    output_of: nn.Module | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Inputs of `projections` on a batch, in one pass that stops as soon as it has what it wants.
 
     Args:
         decoder: the model.
-        projections: at least one, unless `block` is given.
-        ids: token ids `[rows, t]`.
-        mask: attention mask `[rows, t]`.
-        block: a block whose output is wanted too; not below the deepest projection.
+        projections: at least one, unless `output_of` is given.
+        inputs: what the model's forward takes, with `input_ids [rows, t]`.
+        at: the token of each row that is wanted `[rows]`; None wants all.
+        output_of: a module that runs after the projections and whose output, `[rows, t, d]`, is wanted too.
 
     Returns:
-        `({layer: keys [rows, t, d_k]}, hidden [rows, t, d] or None)` in the model's dtype.
+        `({layer: keys}, output or None)` in the model's dtype: `[rows, t, d]`, or `[rows, d]` with `at`.
 
     Raises:
         ModelError: a projection is not among what the model runs.
     """
     keys: dict[int, Tensor] = {}
-    hidden: list[Tensor] = []
+    outputs: list[Tensor] = []
+    shape = inputs["input_ids"].shape
     deepest = max((p.layer for p in projections), default=-1)
-    if block is not None and block < deepest:
-        raise AssertionError(f"block {block} lies below the deepest projection {deepest}")
     handles = []
+
+    def wanted(states: Tensor) -> Tensor:
+        whole = states.detach().reshape(*shape, -1)  # OPT's blocks flatten rows and tokens
+        if at is None:
+            return whole
+        return whole[torch.arange(shape[0], device=whole.device), at.to(whole.device)]
 
     def keep_key(projection: Projection) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keys[projection.layer] = inputs[0].detach().reshape(*ids.shape, -1)  # OPT's blocks flatten rows and tokens
-            if block is None and projection.layer == deepest:
+            keys[projection.layer] = wanted(inputs[0])
+            if output_of is None and projection.layer == deepest:
                 raise _Enough
 
         return hook
 
-    def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden.append(hidden_of(output).detach())
+    def keep_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(wanted(hidden_of(output)))
         raise _Enough
 
     try:
         for projection in projections:
             handles.append(projection.module.register_forward_pre_hook(keep_key(projection)))
-        if block is not None:
-            handles.append(decoder.blocks[block].register_forward_hook(keep_hidden))
+        if output_of is not None:
+            handles.append(output_of.register_forward_hook(keep_output))
         with torch.no_grad():
-            decoder.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            decoder.model(**inputs)
     except _Enough:
         pass
     finally:
@@ -96,7 +118,7 @@ def read_keys(
     unseen = [projection.name for projection in projections if projection.layer not in keys]
     if unseen:
         raise ModelError(f"{unseen} took no part in the model's forward; was it replaced? Make a new editor")
-    return keys, hidden[0] if hidden else None
+    return keys, outputs[0] if outputs else None
 
 
 @contextmanager
@@ -112,19 +134,37 @@ def resume_above(decoder: Decoder, block: int) -> Iterator[dict[str, Any]]:
     Yields:
         A dictionary whose entry `output` is what that block returns; set it before each forward.
     """
-    skipped = decoder.blocks[: block + 1]
-    originals = [module.__dict__.get("forward") for module in skipped]
+    state: dict[str, Any] = {}
+    with _instead(decoder.blocks[: block + 1], lambda *_args, **_kwargs: state["output"]):
+        yield state
+
+
+@contextmanager
+def end_at(decoder: Decoder, block: int) -> Iterator[None]:
+    """Within it the blocks above `block` hand on what it returns: they cost nothing, nor do their caches."""
     state: dict[str, Any] = {}
 
-    def resumed(*_args: Any, **_kwargs: Any) -> Any:
-        return state["output"]
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        state["output"] = output
 
+    handle = decoder.blocks[block].register_forward_hook(keep)
     try:
-        for module in skipped:
-            module.__dict__["forward"] = resumed
-        yield state
+        with _instead(decoder.blocks[block + 1 :], lambda *_args, **_kwargs: state["output"]):
+            yield
     finally:
-        for module, original in zip(skipped, originals, strict=True):
+        handle.remove()
+
+
+@contextmanager
+def _instead(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it `forward` stands for each module's own."""
+    originals = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
             if original is None:
                 module.__dict__.pop("forward", None)
             else:

@@ -1,4 +1,4 @@
-"""Rows of tokens whose beginnings are run once: what stands before the changed token never changes."""
+"""Rows of tokens whose beginnings are run once, however many rows begin with them and however often the rest is run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast.models.passes import cache_argument, cache_of, end_at
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row, pad
 
@@ -36,6 +37,7 @@ class Prefixed:
         positions: of the tokens that are run again within their row, `[rows, s]`.
         before: tokens of each row in its prefix, `[rows]`.
         cache: keys and values of the prefix in every layer, transformers' own; None where there is none.
+        cache_argument: what the model's forward calls it.
     """
 
     ids: Tensor
@@ -43,82 +45,104 @@ class Prefixed:
     positions: Tensor
     before: Tensor
     cache: Any
+    cache_argument: str = "past_key_values"
 
     @classmethod
-    def of(cls, decoder: Decoder, rows: Sequence[Row], *, cached: bool) -> Prefixed:
-        """Cuts rows before their lookup token and runs the prefixes; or, not `cached`, runs nothing and cuts nothing.
+    def of(
+        cls, decoder: Decoder, rows: Sequence[Row], before: Sequence[int], *, deepest: int | None = None
+    ) -> Prefixed:
+        """Cuts rows and runs each distinct prefix once; cuts and runs nothing where the model does not bear it.
 
         Args:
             decoder: the model, in evaluation mode.
-            rows: at least one, each with a lookup token.
-            cached: whether the model bears it, see `bears_prefixes`.
+            rows: at least one, each longer than its prefix.
+            before: tokens of each row in its prefix, from 0 on.
+            deepest: the last block that the rest will be run through; None is all.
         """
-        before = [row.lookup if cached else 0 for row in rows]
+        before = [cut if decoder.prefixed else 0 for cut in before]
         ids, mask = pad([Row(row.ids[cut:], 0, 0) for row, cut in zip(rows, before, strict=True)], decoder.device)
         start = torch.tensor(before, device=ids.device)
         positions = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        width = max(before)
-        if not width:
-            return cls(ids, mask, positions, start, None)
-        lead = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, (row, cut) in enumerate(zip(rows, before, strict=True)):
-            lead[i, width - cut :] = torch.tensor(row.ids[:cut], dtype=torch.long)
-        columns = torch.arange(width, device=ids.device) - (width - start)[:, None]
-        first = cls(lead.to(ids.device), (columns >= 0).long(), columns.clamp_min(0), start, None)
-        with torch.no_grad(), reading(decoder, start[:1] * 0, start[:1] * 0):
-            cache = decoder.model(**first._arguments(), use_cache=True).past_key_values
-        return cls(ids, torch.cat([first.mask, mask], dim=1), positions, start, cache)
+        name = cache_argument(decoder.model)
+        if not any(before):
+            return cls(ids, mask, positions, start, None, name)
+        distinct: dict[tuple[int, ...], int] = {}
+        of_row = [
+            distinct.setdefault(tuple(row.ids[:cut]), len(distinct)) for row, cut in zip(rows, before, strict=True)
+        ]
+        lead = _left_padded(list(distinct), decoder.device)
+        whole = None if deepest is None else end_at(decoder, deepest)
+        unread = torch.zeros(1, dtype=torch.long, device=ids.device)
+        with torch.no_grad(), reading(decoder, unread, unread), whole or nullcontext():
+            cache = cache_of(decoder.model(**lead._arguments(), use_cache=True))
+        chosen = torch.tensor(of_row, device=ids.device)
+        mask = torch.cat([lead.mask[chosen], mask], dim=1)
+        return cls(ids, mask, positions, start, _selected(cache, chosen), name)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row behind its prefix, `[rows]`."""
+        return self.mask[:, self.mask.shape[1] - self.ids.shape[1] :].sum(1)
 
     def arguments(self) -> dict[str, Any]:
         """What the model's forward takes to run the tokens behind the prefix; the cache stays as it is."""
         if self.cache is None:
             return {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
-        return self._arguments() | {"past_key_values": _branch(self.cache), "use_cache": True}
+        return self._arguments() | {self.cache_argument: _branch(self.cache), "use_cache": True}
 
     def taken(self, rows: Tensor) -> Prefixed:
-        """The rows of the given indices only."""
-        cache = self.cache
-        if cache is not None:
-            cache = _branch(cache)
-            for layer in cache.layers:
-                layer.batch_select_indices(rows.to(layer.keys.device))
-        chosen = {name: getattr(self, name)[rows] for name in ("ids", "mask", "positions", "before")}
-        return replace(self, cache=cache, **chosen)
+        """The rows of the given indices only, no wider than these need."""
+        ids, mask, positions, before = self.ids[rows], self.mask[rows], self.positions[rows], self.before[rows]
+        lead = mask.shape[1] - ids.shape[1]
+        width = int(self.lengths[rows].max()) if len(rows) else 0
+        return replace(
+            self,
+            ids=ids[:, :width],
+            mask=mask[:, : lead + width],
+            positions=positions[:, :width],
+            before=before,
+            cache=None if self.cache is None else _selected(self.cache, rows),
+        )
 
     def _arguments(self) -> dict[str, Any]:
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
 
 
-def bears_prefixes(decoder: Decoder, *, longest: int | None) -> bool:
-    """Whether a model run on prefixes, and then on the rest, says what it says on whole rows; found out by trying.
+def with_prefixes(decoder: Decoder, *, longest: int | None = None) -> Decoder:
+    """The decoder, told whether a model run on prefixes and then on the rest says what it says on whole rows.
 
-    A model whose cache is of another kind, or that places tokens otherwise than by `position_ids`, may not. Costs a
-    forward over three short rows, twice.
+    It is found out by trying: a model whose cache is of another kind, or that places tokens otherwise than by
+    `position_ids`, may not. Costs a forward over three short rows, twice.
+
+    Args:
+        decoder: the model, in evaluation mode.
+        longest: most tokens that the model takes; None where it sets no limit.
     """
+    why = _unfit(replace(decoder, prefixed=True), longest)
+    if why:
+        logger.info("this model's rows cannot be cut into prefix and rest: %s; every step runs them whole", why)
+    return replace(decoder, prefixed=not why)
+
+
+def _unfit(decoder: Decoder, longest: int | None) -> str | None:
+    """Why the model does not bear prefixes, if so."""
     if "position_ids" not in inspect.signature(decoder.model.forward).parameters or (longest or 8) < 8:
-        return _told("it takes no position_ids, or fewer than 8 tokens")
+        return "it takes no position_ids, or fewer than 8 tokens"
     rows = [Row([1, 2, 3, 0, 1, 2], 4, 6), Row([2, 0, 1], 0, 3), Row([3, 1, 0, 2, 2, 1, 0], 2, 7)]
     said = []
     try:
-        for cached in (False, True):
-            batch = Prefixed.of(decoder, rows, cached=cached)
+        for cuts in ([0, 0, 0], [row.lookup for row in rows]):
+            batch = Prefixed.of(decoder, rows, cuts)
             at = torch.tensor([len(row.ids) - 1 for row in rows], device=batch.ids.device) - batch.before
             every = torch.arange(len(rows), device=at.device)
             with torch.no_grad(), reading(decoder, every, at) as read:
                 said.append(read(decoder.model(**batch.arguments())).double())
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return _told(f"{type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
     whole, cut = said
     allowed = max(_ROUNDINGS * torch.finfo(next(decoder.model.parameters()).dtype).eps, _LEAST_ALLOWED)
     apart = float((whole - cut).norm() / whole.norm())
-    if not apart <= allowed:
-        return _told(f"its logits come out {apart:.1g} apart")
-    return True
-
-
-def _told(why: str) -> bool:
-    logger.info("this model's rows cannot be cut into prefix and rest: %s; every step runs them whole", why)
-    return False
+    return None if apart <= allowed else f"its logits come out {apart:.1g} apart"
 
 
 @contextmanager
@@ -142,6 +166,27 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
         yield lambda output: output.logits[0]
     finally:
         handle.remove()
+
+
+def _left_padded(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> Prefixed:
+    """Rows that end at the same column, to be run from their beginning."""
+    width = max(len(prefix) for prefix in prefixes)
+    ids = torch.zeros(len(prefixes), width, dtype=torch.long)
+    for i, prefix in enumerate(prefixes):
+        ids[i, width - len(prefix) :] = torch.tensor(prefix, dtype=torch.long)
+    columns = torch.arange(width) - torch.tensor([[width - len(prefix)] for prefix in prefixes])
+    mask, positions = (columns >= 0).long(), columns.clamp_min(0)
+    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
+    return Prefixed(ids, mask, positions, torch.zeros_like(ids[:, 0]), None)
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """A cache of some of another one's rows, in the order given."""
+    chosen = _branch(cache)
+    for layer in chosen.layers:
+        if layer.keys is not None:  # a block that was not run has none
+            layer.batch_select_indices(rows.to(layer.keys.device))
+    return chosen
 
 
 def _branch(cache: Any) -> Any:

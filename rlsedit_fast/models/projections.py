@@ -68,12 +68,14 @@ class Decoder:
         blocks: its decoder blocks, in order.
         blocks_name: dotted name of their list in the model.
         projection_module: dotted name of the projection within a block; None finds it by structure.
+        prefixed: whether the model bears rows cut into a prefix and a rest, see `prefixes.with_prefixes`.
     """
 
     model: PreTrainedModel
     blocks: Sequence[nn.Module]
     blocks_name: str
     projection_module: str | None = None
+    prefixed: bool = False
 
     @property
     def device(self) -> torch.device:

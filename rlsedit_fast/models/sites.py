@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.models.passes import hidden_of, resume_above, with_hidden
-from rlsedit_fast.models.prefixes import Prefixed, bears_prefixes, reading
+from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.projections import Decoder, Projection
 from rlsedit_fast.models.tokens import Row
 
@@ -47,17 +47,20 @@ class Site:
         decoder: the model.
         projection: of the block.
         direct: whether the block adds the projection's output to the residual stream as it is.
-        cached: whether the model bears rows cut into a prefix and a rest, see `Prefixed`.
     """
 
     decoder: Decoder
     projection: Projection
     direct: bool
-    cached: bool
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose output it is."""
+        return self.decoder.blocks[self.projection.layer] if self.direct else self.projection.module
 
     def batch(self, rows: Sequence[Row]) -> Prefixed:
-        """Rows made ready for this site."""
-        return Prefixed.of(self.decoder, rows, cached=self.cached)
+        """Rows cut before their lookup token, since nothing before it depends on a change made there."""
+        return Prefixed.of(self.decoder, rows, [row.lookup for row in rows])
 
     def look(self, batch: Prefixed, row: Tensor, at: Tensor) -> Seen:
         """One whole forward, without gradients; logits of the tokens `at [m]` in the rows `row [m]`."""
@@ -66,10 +69,10 @@ class Site:
         block = self.projection.layer
         handles = []
         if self.direct:
-            handles.append(_on_output(self.decoder.blocks[block], below.append))
+            handles.append(_on_output(self.module, below.append))
         else:
             shape = batch.ids.shape
-            handles.append(_on_output(self.projection.module, lambda out: state.append(out.reshape(*shape, -1))))
+            handles.append(_on_output(self.module, lambda out: state.append(out.reshape(*shape, -1))))
             if block:
                 handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
         try:
@@ -97,9 +100,7 @@ class Site:
                     state["output"] = with_hidden(below, _added(hidden_of(below), lookup, change))
                 else:
                     state["output"] = below
-                    handle = self.projection.module.register_forward_hook(
-                        lambda _m, _i, out: _added(out, lookup, change)
-                    )
+                    handle = self.module.register_forward_hook(lambda _m, _i, out: _added(out, lookup, change))
                 try:
                     with reading(self.decoder, row, at) as read:
                         logits: Tensor = read(self.decoder.model(**batch.arguments()))
@@ -111,19 +112,18 @@ class Site:
             yield forward
 
 
-def find_site(decoder: Decoder, projections: Sequence[Projection], *, longest: int | None = None) -> Site:
+def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
     """The site of the last of `projections`, found out by changing each one's output and looking at its block's.
 
     `direct` is whether all of them reach the residual stream as they are. Costs a forward over two tokens for each,
-    up to its block, and what `bears_prefixes` costs.
+    up to its block.
 
     Args:
         decoder: the model.
         projections: the edited ones, ascending.
-        longest: most tokens that the model takes; None where it sets no limit.
     """
     direct = all(_adds_directly(decoder, projection) for projection in projections)
-    return Site(decoder, projections[-1], direct, bears_prefixes(decoder, longest=longest))
+    return Site(decoder, projections[-1], direct)
 
 
 def _adds_directly(decoder: Decoder, projection: Projection) -> bool:

@@ -204,3 +204,18 @@ def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         mask[i, : len(row.ids)] = 1
     return ids.to(device), mask.to(device)
+
+
+_LEAST_FULL = 0.75  # a row shorter than this share of its batch's longest goes into another one
+_WORTH_A_PASS = 512  # fewer tokens cost less as padding than as a pass of their own
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of like length together, longest first, so that little of a batch is padding; indices into `lengths`."""
+    groups: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        group = groups[-1]
+        if group and lengths[i] < _LEAST_FULL * lengths[group[0]] and len(group) * lengths[group[0]] >= _WORTH_A_PASS:
+            groups.append(group := [])
+        group.append(i)
+    return groups
