@@ -16,7 +16,7 @@ Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
 
-DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.13, "normalized": 0.09, "adam": 0.1}
+DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class EditConfig:
             the KL term as can be), `normalized` (steps of equal length along the gradient of the published loss) or
             `adam`, as published.
         search_rate: longest step relative to the hidden state for `constrained`, length of the first one for
-            `normalized`, the learning rate for `adam`; None takes 0.13, 0.09 and 0.1.
+            `normalized`, the learning rate for `adam`; None takes 0.11, 0.09 and 0.1.
         search_steps: most steps of the value search.
         search_stop: when a request leaves the search: `nll`, when in every context its target's tokens are ranked
             first and their mean NLL is at most `search_stop_nll`; `rank`, when they have been ranked first at

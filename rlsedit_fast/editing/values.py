@@ -22,8 +22,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.stopping import Stop
 from rlsedit_fast.models.passes import hidden_of, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed
-from rlsedit_fast.models.sites import Site
-from rlsedit_fast.models.tokens import Row
+from rlsedit_fast.models.sites import Seen, Site
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class _Rows:
     below: Any  # the output of the last block that is not run again, as it came; hidden state [rows, s, d]
     owner: Tensor  # [rows] the request that a row belongs to
     lookup: Tensor  # [rows] the token that is changed
-    asked: Tensor  # what the loss compares with: see `_facts` and `_kept`
+    asked: Tensor  # what the loss compares with: see `_fit` and `_Kept`
 
     def taken(self, rows: Tensor) -> _Rows:
         """The rows of the given indices only, no wider than these need."""
@@ -93,11 +92,65 @@ class _Fit:
         nll: mean NLL of the target's tokens, averaged over contexts.
         worst: the worst context's.
         rank: of the target's tokens in all contexts, the worst one's.
+        said: the token ranked first behind the bare prompt, of requests that have rows.
     """
 
     nll: Tensor
     worst: Tensor
     rank: Tensor
+    said: Tensor
+
+
+class _Kept:
+    """The KL prompts of a batch. What they are to go on saying is asked when they are first looked at.
+
+    Args:
+        forward: runs what lies above the site.
+        rows: the prompts.
+        group: of each request, those of a group share a change.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], rows: _Rows, group: Tensor) -> None:
+        self._forward, self._rows, self._group = forward, rows, group
+        self._known = False
+
+    def of(self, wanted: Tensor) -> None:
+        """Lets go of the prompts of other requests than these, bool `[requests]`."""
+        self._rows = self._rows.of(wanted)
+
+    def divergence(self, delta: Tensor, said: Tensor) -> Tensor | None:
+        """KL(before || after) behind the prompts, averaged over each request's `[requests]`; None if there are none.
+
+        Args:
+            delta: the change of each request `[requests, d]`.
+            said: the token that the unedited model ranks first behind each request's bare prompt, `[requests]`. A KL
+                prompt with the same answer would hold what is to change, and is left out.
+        """
+        if not self._known:
+            self._ask(torch.zeros_like(delta), said.tolist())
+        rows = self._rows
+        if not len(rows.owner):
+            return None
+        after = self._scores(delta)
+        return _mean_by(rows.owner, (rows.asked.exp() * (rows.asked - after)).sum(-1), len(delta))
+
+    @torch.no_grad()
+    def _ask(self, nothing: Tensor, said: list[int]) -> None:
+        self._known = True
+        if not len(self._rows.owner):
+            return
+        before = self._scores(nothing)
+        asked = set(zip(self._group.tolist(), said, strict=True))
+        answers = zip(self._group[self._rows.owner].tolist(), before.argmax(-1).tolist(), strict=True)
+        holds = torch.tensor([at for at, answer in enumerate(answers) if answer not in asked], dtype=torch.long)
+        self._rows = replace(self._rows, asked=before).taken(holds)
+
+    def _scores(self, delta: Tensor) -> Tensor:
+        rows = self._rows
+        every = torch.arange(len(rows.owner), device=delta.device)
+        end = rows.batch.lengths.to(delta.device) - 1
+        logits = self._forward(rows.batch, rows.below, rows.lookup, delta[rows.owner], every, end)
+        return logits.to(delta.device, torch.float32).log_softmax(-1)
 
 
 def search_values(
@@ -117,7 +170,7 @@ def search_values(
         groups: indices of requests that share a change, each request in one; by default everyone has its own.
     """
     groups = groups or [[i] for i in range(len(requests))]
-    facts, kept, start = _gather(site, requests, groups)
+    facts, held, start = _gather(site, requests)
     group = torch.zeros(len(requests), dtype=torch.long)
     for g, members in enumerate(groups):
         group[list(members)] = g
@@ -131,9 +184,13 @@ def search_values(
     steps, rank = torch.zeros_like(group), torch.zeros_like(group)
     active = torch.ones_like(norm, dtype=torch.bool)  # of groups
     with site.resumed() as forward:
+        kept = _Kept(forward, held, group)
+        said = group
         for step in range(config.search_steps + 1):
             fit = _fit(forward, facts, delta[group], len(requests))
-            kl = _divergence(forward, kept, delta[group], len(requests)) if stop.reads_kl else None
+            said = said if step else fit.said
+            # Where nothing is changed the KL term and its gradient are 0.
+            kl = kept.divergence(delta[group], said) if step and stop.reads_kl else None
             searched = active[group]
             with torch.no_grad():
                 found = torch.where(searched[:, None], delta[group], found)
@@ -151,11 +208,12 @@ def search_values(
             searched = active[group]
             (towards,) = torch.autograd.grad(fit.nll[searched].sum(), delta)
             if bool(done.any()):
-                facts, kept = facts.of(searched), kept.of(searched)
-            if kl is None and descent.looks_at_kl(step):
-                kl = _divergence(forward, kept, delta[group], len(requests))
+                facts = facts.of(searched)
+                kept.of(searched)
+            if step and kl is None and descent.looks_at_kl(step):
+                kl = kept.divergence(delta[group], said)
             away = None
-            if kl is not None and len(kept.owner):
+            if kl is not None:
                 (away,) = torch.autograd.grad(config.kl_factor * kl[searched].sum(), delta)
             with torch.no_grad():
                 length = delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
@@ -227,36 +285,33 @@ def _descent(config: EditConfig, delta: Tensor, norm: Tensor, nll: float) -> Des
     )
 
 
-def _gather(site: Site, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> tuple[_Rows, _Rows, Tensor]:
-    """A batch's rows with targets, those that are to stay, and the state `[n, d]`, float32, at each lookup token."""
-    listed: list[tuple[int, Row, bool]] = []
-    bare = []
-    for i, request in enumerate(requests):
-        bare.append(len(listed))
-        listed += [(i, row, False) for row in request.contexts]
-        listed += [(i, row, True) for row in request.kl]
-    # A target's last token is asked for and never read.
-    batch = site.batch([replace(row, ids=row.ids[:-1] if row.target else row.ids) for _, row, _ in listed])
-    before = batch.before.tolist()
-    last = [row.prompt_length - 1 - start for (_, row, _), start in zip(listed, before, strict=True)]
-    seen = site.look(batch, torch.arange(len(listed)), torch.tensor(last))
-    answers = seen.logits.argmax(-1).tolist()
-    asked = [{answers[bare[member]] for member in members} for members in groups]
-    group = {member: g for g, members in enumerate(groups) for member in members}
-    # A KL prompt whose answer is one being edited away would hold what is to change.
-    holds = [kl and answers[at] not in asked[group[owner]] for at, (owner, _, kl) in enumerate(listed)]
-    target = torch.full(batch.ids.shape, -1)
-    for at, (_, row, _) in enumerate(listed):
-        target[at, last[at] : last[at] + len(row.target)] = torch.tensor(row.target)
+def _gather(site: Site, requests: Sequence[Request]) -> tuple[_Rows, _Rows, Tensor]:
+    """A batch's rows with targets, its KL prompts, and the state `[n, d]`, float32, at each bare prompt's lookup token.
 
-    device = seen.state.device
-    lookup = torch.tensor([row.lookup - start for (_, row, _), start in zip(listed, before, strict=True)]).to(device)
-    start = seen.state[bare, lookup[bare]].float()
-    owner = torch.tensor([owner for owner, _, _ in listed], device=device)
-    every = _Rows(batch, seen.below, owner, lookup, target.to(device))
-    facts, kept = (target >= 0).any(1).nonzero()[:, 0], torch.tensor(holds).nonzero()[:, 0]
-    unchanged = seen.logits[kept.to(seen.logits.device)].to(device, torch.float32).log_softmax(-1)
-    return every.taken(facts), replace(every.taken(kept), asked=unchanged), start
+    Rows with targets are in the requests' order, a bare prompt before its other contexts.
+    """
+    facts = [(i, row) for i, request in enumerate(requests) for row in request.contexts]
+    kept = [(i, row) for i, request in enumerate(requests) for row in request.kl]
+    # A target's last token is asked for and never read.
+    texts = [replace(row, ids=row.ids[:-1]) for _, row in facts] + [row for _, row in kept]
+    batch = site.batch(texts)
+    parts = []
+    for listed, of in ((facts, range(len(facts))), (kept, range(len(facts), len(texts)))):
+        part = batch.taken(torch.tensor(of, dtype=torch.long, device=batch.ids.device))
+        seen = site.look(part) if len(of) else Seen(None, torch.zeros(0, device=batch.ids.device))
+        device = seen.state.device
+        before = part.before.tolist()
+        lookup = torch.tensor([row.lookup - cut for (_, row), cut in zip(listed, before, strict=True)])
+        owner = torch.tensor([owner for owner, _ in listed], dtype=torch.long)
+        asked = torch.full(part.ids.shape, -1)
+        for at, ((_, row), cut) in enumerate(zip(listed, before, strict=True)):
+            if row.target:
+                asked[at, row.prompt_length - 1 - cut : len(row.ids) - 1 - cut] = torch.tensor(row.target)
+        parts.append((_Rows(part, seen.below, owner.to(device), lookup.to(device), asked.to(device)), seen.state))
+    (fact_rows, states), (kept_rows, _) = parts
+    bare = torch.tensor([at for at, (i, _) in enumerate(facts) if not at or facts[at - 1][0] != i])
+    bare = bare.to(states.device)
+    return fact_rows, kept_rows, states[bare, fact_rows.lookup[bare]].float()
 
 
 def _fit(forward: Callable[..., Tensor], facts: _Rows, delta: Tensor, count: int) -> _Fit:
@@ -280,25 +335,9 @@ def _fit(forward: Callable[..., Tensor], facts: _Rows, delta: Tensor, count: int
         ahead = (scores > -token_nll[:, None]) | ((scores == -token_nll[:, None]) & _before(wanted, scores.shape[1]))
         rank = torch.ones(count, dtype=torch.long, device=delta.device)
         rank = rank.scatter_reduce(0, facts.owner[row], ahead.sum(-1) + 1, "amax")
-    return _Fit(_mean_by(facts.owner, row_nll, count), worst, rank)
-
-
-def _divergence(forward: Callable[..., Tensor], kept: _Rows, delta: Tensor, count: int) -> Tensor:
-    """KL(before || after) at the ends of the rows that are to stay, averaged over each request's; 0 without any.
-
-    Args:
-        forward: runs what lies above the site.
-        kept: `asked` holds the log-probabilities before, `[rows, vocabulary]`.
-        delta: the change of each request `[count, d]`.
-        count: of requests.
-    """
-    if not len(kept.owner):
-        return delta.new_zeros(count)
-    row = torch.arange(len(kept.owner), device=delta.device)
-    end = kept.batch.lengths.to(delta.device) - 1
-    logits = forward(kept.batch, kept.below, kept.lookup, delta[kept.owner], row, end)
-    after = logits.to(delta.device, torch.float32).log_softmax(-1)
-    return _mean_by(kept.owner, (kept.asked.exp() * (kept.asked - after)).sum(-1), count)
+        first = torch.searchsorted(facts.owner[row], torch.arange(count, device=row.device)).clamp_max(len(row) - 1)
+        said = scores[first].argmax(-1)
+    return _Fit(_mean_by(facts.owner, row_nll, count), worst, rank, said)
 
 
 def _before(token: Tensor, vocabulary: int) -> Tensor:

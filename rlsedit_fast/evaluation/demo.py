@@ -29,7 +29,7 @@ CONFIG = EditConfig(
     context_prefixes=("",),
     kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS),
     search_steps=40,
-    search_stop_nll=0.02,
+    search_stop_nll=0.025,
     search_ahead=100,
     adherence=0.975,
 )

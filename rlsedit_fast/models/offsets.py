@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlsedit_fast.errors import RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 
@@ -19,6 +19,8 @@ _ORDINARY = "a"  # tells what a tokenizer puts around any text
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that goes on: special tokens before it stay, those behind it, such as an EOS, are left out."""
+    if getattr(tokenizer, "is_fast", False) and (stop := _own_end(encoded := tokenizer(text))):
+        return list(encoded["input_ids"][:stop])
     whole = _ids(tokenizer, text, special=True)
     plain = _ids(tokenizer, text, special=False)
     return whole[: _start(tokenizer, whole, plain) + len(plain)]
@@ -32,10 +34,13 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int)
     Raises:
         RequestError: no token covers them, or the ids do not decode to the text, so that the place cannot be known.
     """
-    ids = token_ids(tokenizer, text)
     if getattr(tokenizer, "is_fast", False):
-        spans = list(tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        end = _own_end(encoded)
+        ids = list(encoded["input_ids"][:end]) if end else token_ids(tokenizer, text)
+        spans = list(encoded["offset_mapping"][: len(ids)])
     else:
+        ids = token_ids(tokenizer, text)
         plain = _ids(tokenizer, text, special=False)
         spans = [(0, 0)] * (len(ids) - len(plain)) + _decoded_spans(tokenizer, plain, text, stop)
     inside = [i for i, (a, b) in enumerate(spans) if a < stop and b > start and b > a]
@@ -45,6 +50,12 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int)
     while len(inside) > 1 and not str(tokenizer.convert_ids_to_tokens(ids[inside[0]])).strip(_BLANK):
         del inside[0]
     return ids, inside
+
+
+def _own_end(encoded: BatchEncoding) -> int:
+    """Behind which token a text that a fast tokenizer has encoded ends, special tokens after it left out; 0 without."""
+    own = [at for at, part in enumerate(encoded.sequence_ids()) if part is not None]
+    return own[-1] + 1 if own else 0
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

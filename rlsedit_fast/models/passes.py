@@ -14,7 +14,7 @@ from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.projections import Decoder, Projection
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised by a hook once everything wanted has been seen; the rest of the model is not run."""
 
 
@@ -95,13 +95,13 @@ def read_keys(
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             keys[projection.layer] = wanted(inputs[0])
             if output_of is None and projection.layer == deepest:
-                raise _Enough
+                raise Enough
 
         return hook
 
     def keep_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs.append(wanted(hidden_of(output)))
-        raise _Enough
+        raise Enough
 
     try:
         for projection in projections:
@@ -110,7 +110,7 @@ def read_keys(
             handles.append(output_of.register_forward_hook(keep_output))
         with torch.no_grad():
             decoder.model(**inputs)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:

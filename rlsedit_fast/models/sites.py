@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsedit_fast.models.passes import hidden_of, resume_above, with_hidden
+from rlsedit_fast.models.passes import Enough, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.projections import Decoder, Projection
 from rlsedit_fast.models.tokens import Row
@@ -31,12 +31,10 @@ class Seen:
     Attributes:
         below: the output of the last block that need not be run again, as it came; None if there is none.
         state: what a change is added to, `[rows, s, d]`.
-        logits: where they were asked for, `[m, vocabulary]`.
     """
 
     below: Any
     state: Tensor
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,26 +60,31 @@ class Site:
         """Rows cut before their lookup token, since nothing before it depends on a change made there."""
         return Prefixed.of(self.decoder, rows, [row.lookup for row in rows])
 
-    def look(self, batch: Prefixed, row: Tensor, at: Tensor) -> Seen:
-        """One whole forward, without gradients; logits of the tokens `at [m]` in the rows `row [m]`."""
+    def look(self, batch: Prefixed) -> Seen:
+        """One forward without gradients that goes no further than the site."""
         below: list[Any] = []
         state: list[Tensor] = []
         block = self.projection.layer
-        handles = []
-        if self.direct:
-            handles.append(_on_output(self.module, below.append))
-        else:
-            shape = batch.ids.shape
-            handles.append(_on_output(self.module, lambda out: state.append(out.reshape(*shape, -1))))
-            if block:
-                handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
+        shape = batch.ids.shape
+
+        def keep(output: Any) -> None:
+            state.append(hidden_of(output).reshape(*shape, -1))  # OPT's blocks flatten rows and tokens
+            if self.direct:
+                below.append(output)
+            raise Enough
+
+        handles = [_on_output(self.module, keep)]
+        if not self.direct and block:
+            handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
         try:
-            with torch.no_grad(), reading(self.decoder, row, at) as read:
-                logits = read(self.decoder.model(**batch.arguments()))
+            with torch.no_grad():
+                self.decoder.model(**batch.arguments())
+        except Enough:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        return Seen(below[0] if below else None, hidden_of(below[0]) if self.direct else state[0], logits)
+        return Seen(below[0] if below else None, state[0])
 
     @contextmanager
     def resumed(self) -> Iterator[Callable[..., Tensor]]:
@@ -138,12 +141,9 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     """The block's output `[1, 2, d]` on two tokens, with `change [d]` added to its projection's at the last one."""
     seen: list[Tensor] = []
 
-    class _Seen(Exception):
-        """Nothing above the block is run."""
-
     def keep(output: Any) -> None:
         seen.append(hidden_of(output).double())
-        raise _Seen
+        raise Enough
 
     handles = [_on_output(decoder.blocks[projection.layer], keep)]
     if change is not None:
@@ -155,7 +155,7 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     try:
         with torch.no_grad():
             decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except _Seen:
+    except Enough:
         pass
     finally:
         for handle in handles:
