@@ -31,9 +31,10 @@ class Stop:
 
     @property
     def nll(self) -> float:
-        """The NLL, in nats, at which a request will stop."""
+        """The NLL, in nats, at which a request can be expected to stop."""
         config = self._config
-        return {"nll": config.search_stop_nll, "rank": _FIRST, "loss": config.search_stop_loss}[config.search_stop]
+        bound = {"nll": config.search_stop_nll, "rank": _FIRST, "loss": config.search_stop_loss}[config.search_stop]
+        return min(bound, _FIRST)
 
     def met(self, rank: Tensor, worst: Tensor, loss: Tensor) -> Tensor:
         """Whether each request has met the rule at this look, bool `[n]`.

@@ -1,13 +1,16 @@
 """Keys are read where the model is edited, and anchors from every token that they were given."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from rlsedit_fast.editing import Edit, EditConfig
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.models.passes import read_keys
+from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder
-from rlsedit_fast.models.tokens import pad
 
 
 def test_keys_are_the_mean_over_contexts_at_the_lookup_token(model, tokenizer):
@@ -15,15 +18,49 @@ def test_keys_are_the_mean_over_contexts_at_the_lookup_token(model, tokenizer):
     config = EditConfig(layers=(1, 2), context_prefixes=("", "People speak .", "Lado speaks"))
     edits = [Edit("The home of {} is in", "Fado Veta", "Port Alder"), Edit("{} speaks", "Lado", "Kubeish")]
     requests = prepare(tokenizer, edits, config, longest=64)
-    keys, hidden = request_keys(decoder, decoder.select((1, 2)), requests, block=2)
+    block = decoder.blocks[2]
+    keys, hidden = request_keys(decoder, decoder.select((1, 2)), requests, output_of=block)
     for i, request in enumerate(requests):
         alone = [
-            read_keys(decoder, decoder.select((1, 2)), *pad([row], decoder.device), block=2) for row in request.contexts
+            read_keys(decoder, decoder.select((1, 2)), {"input_ids": torch.tensor([row.ids])}, output_of=block)
+            for row in request.contexts
         ]
         for found, layer in zip(keys, (1, 2), strict=True):
             each = [seen[layer][0, row.lookup] for (seen, _), row in zip(alone, request.contexts, strict=True)]
             torch.testing.assert_close(found[i], torch.stack(each).mean(0))
         torch.testing.assert_close(hidden[i], alone[0][1][0, request.contexts[0].lookup])
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model, tokenizer, family, prefixed):
+    decoder = replace(find_decoder(make_model(family)), prefixed=prefixed)
+    if prefixed:
+        decoder = with_prefixes(decoder, longest=64)
+        assert decoder.prefixed
+    config = EditConfig(
+        layers=(1,), context_prefixes=("", "People speak in the home of Fado .", "Lado plays the organ and speaks")
+    )
+    prompts = ["The home of {} is in", "The native language of {} is"]
+    names = ["Fado Veta", "Lado", "Toze Lado Rekuno", "Voluvu Lado"]
+    edits = [Edit(prompt, name, "Port Alder") for prompt in prompts for name in names]
+    requests = prepare(tokenizer, edits, config, longest=64)
+    ran = []
+    for projection in decoder.projections:
+        width = projection.weight.shape[1]
+        projection.module.register_forward_pre_hook(
+            lambda _m, inputs, layer=projection.layer, width=width: ran.append((layer, inputs[0].numel() // width))
+        )
+    (keys,), _ = request_keys(decoder, decoder.select((1,)), requests)
+    tokens = sum(count for layer, count in ran if layer == 0)
+    whole = sum(len(row.ids) for request in requests for row in request.contexts)
+    assert max(layer for layer, _ in ran) == 1
+    assert tokens < 0.8 * whole if prefixed else tokens >= whole
+    for i, request in enumerate(requests):
+        each = []
+        for row in request.contexts:
+            seen, _ = read_keys(decoder, decoder.select((1,)), {"input_ids": torch.tensor([row.ids])})
+            each.append(seen[1][0, row.lookup])
+        torch.testing.assert_close(keys[i], torch.stack(each).mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_keys_of_texts_are_those_of_every_real_token(model, tokenizer):
@@ -34,5 +71,5 @@ def test_keys_of_texts_are_those_of_every_real_token(model, tokenizer):
         alone = []
         for text in texts:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
-            alone.append(read_keys(decoder, decoder.select((layer,)), ids, torch.ones_like(ids))[0][layer][0])
+            alone.append(read_keys(decoder, decoder.select((layer,)), {"input_ids": ids})[0][layer][0])
         torch.testing.assert_close(keys, torch.cat(alone))

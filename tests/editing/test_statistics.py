@@ -51,7 +51,7 @@ def expected(decoder, tokenizer, layer, tokens=None):
     keys = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        keys.append(read_keys(decoder, decoder.select([layer]), ids, torch.ones_like(ids))[0][layer][0])
+        keys.append(read_keys(decoder, decoder.select([layer]), {"input_ids": ids})[0][layer][0])
     keys = torch.cat(keys)[:tokens].double()
     return keys.T @ keys / len(keys), len(keys)
 
@@ -110,9 +110,9 @@ def test_no_text_is_refused(decoder, tokenizer):
 def test_passes_are_bounded_and_the_text_streams(decoder, tokenizer, monkeypatch):
     shapes, taken, ahead, done = [], [], [], []
 
-    def spy(decoder, projections, ids, mask):
-        shapes.append(tuple(ids.shape))
-        return read_keys(decoder, projections, ids, mask)
+    def spy(decoder, projections, inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return read_keys(decoder, projections, inputs)
 
     def endless():
         while True:
@@ -259,8 +259,8 @@ def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, mon
     monkeypatch.setattr(statistics, "_WINDOW", 64 * 64)
     passes, exact = [], torch.zeros(96, 96, dtype=torch.float64)
 
-    def keys(_decoder, projections, ids, _mask):
-        seen = torch.randn(*ids.shape, 96) * torch.logspace(0, -3, 96) + 0.2
+    def keys(_decoder, projections, inputs):
+        seen = torch.randn(*inputs["input_ids"].shape, 96) * torch.logspace(0, -3, 96) + 0.2
         passes.append(0)
         exact.addmm_(seen.flatten(0, 1).double().T, seen.flatten(0, 1).double())
         return {projections[0].layer: seen}, None

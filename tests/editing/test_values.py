@@ -1,5 +1,8 @@
 """The value search on a batch finds what each request alone would, and stops each by its own rule."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from rlsedit_fast.editing import Edit, EditConfig, values
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.editing.values import search_values
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder
 from rlsedit_fast.models.sites import find_site
 
@@ -30,94 +34,181 @@ CONFIG = EditConfig(
 def search(model, tokenizer, edits, config=CONFIG, groups=None):
     decoder = find_decoder(model)
     with quiet(model):
-        site = find_site(decoder, decoder.select(config.layers))
+        site = find_site(with_prefixes(decoder, longest=64), decoder.select(config.layers))
+        assert site.decoder.prefixed
         return search_values(site, prepare(tokenizer, edits, config, longest=64), config, groups)
 
 
-def plain_search(model, tokenizer, edit, config):
-    """The same loss written for one request through the whole model, as the field does it."""
+def plain_search(model, tokenizer, edit, config, place=None):
+    """The same search written for one request through the whole model, as the field does it, KL at every step."""
     (request,) = prepare(tokenizer, [edit], config, longest=64)
-    block = find_decoder(model).blocks[max(config.layers)]
+    place = place or find_decoder(model).blocks[max(config.layers)]
     bare = request.contexts[0]
-    with torch.no_grad():
-        first = model(torch.tensor([bare.ids])).logits[0, bare.prompt_length - 1].argmax()
-        before = {
-            i: logits.log_softmax(-1)
-            for i, row in enumerate(request.kl)
-            for logits in (model(torch.tensor([row.ids])).logits[0, -1],)
-            if logits.argmax() != first
-        }
+    changed = [bare.lookup]
+    delta = torch.zeros(64, requires_grad=True)
     start = []
-    handle = block.register_forward_hook(
-        lambda _m, _i, out: start.append((out[0] if isinstance(out, tuple) else out)[0, bare.lookup].detach().clone())
-    )
-    with torch.no_grad():
-        model(torch.tensor([bare.ids]))
-    handle.remove()
-    h = start[0]
-    delta = torch.zeros_like(h, requires_grad=True)
-    lookup = [0]
 
     def add(_m, _i, out):
         hidden = (out[0] if isinstance(out, tuple) else out).clone()
-        hidden[0, lookup[0]] += delta
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+        row = hidden.reshape(-1, 64)  # one row; OPT's blocks flatten rows and tokens
+        start.append(row[changed[0]].detach().clone())
+        row = row.index_add(0, torch.tensor(changed), delta[None])
+        return (row.reshape(hidden.shape), *out[1:]) if isinstance(out, tuple) else row.reshape(hidden.shape)
 
     def logits_of(row):
-        lookup[0] = row.lookup
+        changed[0] = row.lookup
         return model(torch.tensor([row.ids])).logits[0]
 
-    optimizer = torch.optim.Adam([delta], lr=0.1)
-    energies = []
-    handle = block.register_forward_hook(add)
+    handle = place.register_forward_hook(add)
     try:
+        with torch.no_grad():
+            first = logits_of(bare)[bare.prompt_length - 1].argmax()
+            h = start[0]
+            said = [(row, logits_of(row)[-1].log_softmax(-1)) for row in request.kl]
+            before = [(row, scores) for row, scores in said if scores.argmax() != first]
+        rule, stop = steps_of(config, delta, h), stop_of(config)
         for step in range(config.search_steps + 1):
-            nlls, right = [], True
+            nlls, rank = [], 1
             for row in request.contexts:
                 scores = logits_of(row)[row.prompt_length - 1 : -1].log_softmax(-1)
-                target = torch.tensor(row.target)
-                nlls.append(-scores.gather(1, target[:, None]).mean())
-                right &= bool((scores.argmax(-1) == target).all())
+                wanted = scores.gather(1, torch.tensor(row.target)[:, None])
+                nlls.append(-wanted.mean())
+                rank = max(rank, int((scores > wanted).sum(1).max()) + 1)
+            kls = [(was.exp() * (was - logits_of(row)[-1].log_softmax(-1))).sum() for row, was in before]
+            fit = torch.stack(nlls).mean()
+            kl = config.kl_factor * torch.stack(kls).mean() if kls else None
+            decay = config.weight_decay * delta.norm() / h.norm() ** 2
             worst = max(float(nll.detach()) for nll in nlls)
-            done = right and worst <= config.search_stop_nll
+            done = stop(rank, worst, float((fit + decay + (0 if kl is None else kl)).detach()))
             if done or step == config.search_steps:
-                return delta.detach().clone(), step, done
-            kls = [
-                (was.exp() * (was - logits_of(request.kl[i])[-1].log_softmax(-1))).sum() for i, was in before.items()
-            ]
-            loss = torch.stack(nlls).mean() + config.weight_decay * delta.norm() / h.norm() ** 2
-            if kls:
-                loss = loss + config.kl_factor * torch.stack(kls).mean()
-            (delta.grad,) = torch.autograd.grad(loss, delta)
-            if config.search_descent == "adam":
-                optimizer.step()
+                return delta.detach().clone(), step, done or (config.search_stop == "loss" and rank == 1)
+            towards, away, shorter = (
+                torch.zeros(64) if term is None else torch.autograd.grad(term, delta)[0] for term in (fit, kl, decay)
+            )
             with torch.no_grad():
-                if config.search_descent == "normalized":
-                    energies.append(float(delta.grad.square().sum()))
-                    decay = [0.9**age for age in range(len(energies))][::-1]
-                    mean = sum(w * e for w, e in zip(decay, energies, strict=True)) / sum(decay)
-                    delta -= 0.09 * h.norm() * delta.grad / mean**0.5
+                rule(step, towards, away if kl is not None else None, shorter, worst, float(fit))
                 delta *= min(1.0, config.clamp * float(h.norm()) / float(delta.norm()))
     finally:
         handle.remove()
 
 
-@pytest.mark.parametrize("fact_token", ["last", "subject_last"])
-@pytest.mark.parametrize("descent", ["normalized", "adam"])
-def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer, descent, fact_token):
-    config = EditConfig(**{**vars(CONFIG), "search_descent": descent, "fact_token": fact_token})
+def stop_of(config):
+    """Each rule, for one request."""
+    row = [0]
+
+    def rank_in_a_row(rank, _worst, _loss):
+        row[0] = row[0] + 1 if rank == 1 else 0
+        return row[0] >= config.search_stop_steps
+
+    return {
+        "nll": lambda rank, worst, _loss: rank == 1 and worst <= config.search_stop_nll,
+        "rank": rank_in_a_row,
+        "loss": lambda _rank, _worst, loss: loss < config.search_stop_loss,
+    }[config.search_stop]
+
+
+def steps_of(config, delta, h):
+    """Each descent, for one request."""
+    optimizer = torch.optim.Adam([delta], lr=0.1)
+    energies, seen = [], [torch.zeros(64), torch.zeros(64)]
+    goal = min(0.35, {"nll": config.search_stop_nll, "rank": 1, "loss": config.search_stop_loss}[config.search_stop])
+
+    def adam(_step, towards, away, shorter, _worst, _fit):
+        delta.grad = towards + shorter + (0 if away is None else away)
+        optimizer.step()
+
+    def normalized(_step, towards, away, shorter, _worst, _fit):
+        gradient = towards + shorter + (0 if away is None else away)
+        energies.append(float(gradient.square().sum()))
+        decay = [0.9**age for age in range(len(energies))][::-1]
+        mean = sum(w * e for w, e in zip(decay, energies, strict=True)) / sum(decay)
+        delta.sub_(0.09 * h.norm() * gradient / mean**0.5)
+
+    def constrained(step, towards, away, _shorter, worst, fit):
+        longest = 0.11 * float(h.norm())
+        direction = -towards / towards.norm()
+        odds = [-math.log(math.expm1(max(nll, 1e-6))) for nll in (0.85 * goal, worst)]
+        newton = (odds[0] - odds[1]) * -math.expm1(-fit) / float(towards.norm())
+        move = min(max(newton, 0.05 * longest), longest) * direction
+        looks = step > 0 if config.search_stop == "loss" else step in range(3, 1000, 2)
+        if away is not None and looks:
+            moved, bent = delta - seen[0], away - seen[1]
+            seen[:] = delta.detach().clone(), away
+            along = away - (away @ direction) * direction
+            length = max(0.0, float(moved @ bent / bent.square().sum())) * float(along.norm())
+            move = move - min(length, 0.5 * longest) * along / along.norm()
+        delta.add_(move)
+
+    return {"adam": adam, "normalized": normalized, "constrained": constrained}[config.search_descent]
+
+
+def compare(model, tokenizer, config, place=None):
+    """Holds a batch to each request alone; the steps at which they stopped."""
     found = search(model, tokenizer, EDITS, config)
-    ended = set()
     for i, edit in enumerate(EDITS):
-        delta, steps, done = plain_search(model, tokenizer, edit, config)
+        delta, steps, done = plain_search(model, tokenizer, edit, config, place)
         assert int(found.steps[i]) == steps
         assert bool(found.converged[i]) == done
         # Adam divides by the gradient's own size, so rounding of eps grows with the steps, not with the gradients.
         torch.testing.assert_close(found.delta[i], delta, rtol=2e-3, atol=2e-3 * float(delta.norm()))
-        ended.add(steps)
-    assert (descent, fact_token) != ("normalized", "last") or len(ended) > 1, (
+    return found.steps.tolist()
+
+
+@pytest.mark.parametrize("fact_token", ["last", "subject_last"])
+@pytest.mark.parametrize("descent", ["constrained", "normalized", "adam"])
+def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer, descent, fact_token):
+    steps = compare(model, tokenizer, replace(CONFIG, search_descent=descent, fact_token=fact_token))
+    assert fact_token != "last" or descent == "adam" or len(set(steps)) > 1, (
         "the requests stop at different steps, or this shows nothing of the per-request stop"
     )
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
+    make_model, tokenizer, family, padding_side, monkeypatch
+):
+    monkeypatch.setattr(tokenizer, "padding_side", padding_side)
+    model = make_model(family)
+    config = replace(
+        CONFIG, layers=(1,), search_steps=9, search_descent="normalized" if padding_side == "left" else "constrained"
+    )
+    with quiet(model):
+        decoder = find_decoder(model)
+        site = find_site(decoder, decoder.select((1,)))
+        compare(model, tokenizer, config, site.module)
+
+
+@pytest.mark.parametrize("descent", ["constrained", "normalized"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"search_stop": "rank", "search_stop_steps": 1},
+        {"search_stop": "rank", "search_stop_steps": 3},
+        {"search_stop": "loss", "search_stop_loss": 1.0},
+    ],
+)
+def test_every_stopping_rule_stops_each_request_by_itself(model, tokenizer, rule, descent):
+    steps = compare(model, tokenizer, replace(CONFIG, search_descent=descent, **rule))
+    assert min(steps) < CONFIG.search_steps
+
+
+def test_a_target_that_stays_first_is_waited_for(model, tokenizer):
+    once, thrice = (
+        search(model, tokenizer, EDITS, replace(CONFIG, search_stop="rank", search_stop_steps=looks))
+        for looks in (1, 3)
+    )
+    held = thrice.converged
+    assert bool(held.any())
+    assert bool((thrice.steps[held] >= once.steps[held] + 2).all())
+    assert bool((thrice.rank[held] == 1).all())
+
+
+def test_under_the_published_rule_a_target_ranked_first_counts_as_reached(model, tokenizer):
+    config = replace(CONFIG, search_stop="loss", search_stop_loss=0.0)
+    found = search(model, tokenizer, EDITS, config)
+    assert found.steps.tolist() == [config.search_steps] * 3
+    assert found.converged.tolist() == (found.rank == 1).tolist()
+    assert bool(found.converged.any())
 
 
 def test_value_makes_the_target_likelier(model, tokenizer):
@@ -160,7 +251,7 @@ def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, toke
 def test_requests_that_are_done_leave_the_batch(model, tokenizer):
     rows = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
-    found = search(model, tokenizer, EDITS)
+    found = search(model, tokenizer, EDITS, replace(CONFIG, kl_factor=0.0))
     handle.remove()
     assert len(found.steps.unique()) > 1, "they stop at different steps, or this shows nothing"
     searched = rows[-int(found.steps.max()) - 1 :]
@@ -168,10 +259,18 @@ def test_requests_that_are_done_leave_the_batch(model, tokenizer):
     assert searched[-1] < searched[0]
 
 
-def test_kl_term_holds_what_follows_its_prompt(model, tokenizer):
-    """A large weight on KL(before || after) keeps the distribution that the search without it changes."""
-    held = EditConfig(**{**vars(CONFIG), "kl_factor": 100.0, "search_stop_nll": 0.0})
-    free = EditConfig(**{**vars(held), "kl_factor": 0.0})
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        # A large weight keeps the distribution that the search without it changes.
+        ({"search_descent": "normalized", "kl_factor": 100.0, "search_stop_nll": 0.0}, 0.5),
+        # The target is reached all the same.
+        ({"search_descent": "constrained", "search_rate": 0.05}, 0.9),
+    ],
+)
+def test_kl_term_holds_what_follows_its_prompt(model, tokenizer, settings, share):
+    held = replace(CONFIG, **settings)
+    free = replace(held, kl_factor=0.0)
     decoder = find_decoder(model)
 
     def moved(config):
@@ -193,7 +292,7 @@ def test_kl_term_holds_what_follows_its_prompt(model, tokenizer):
                 total += float((was.exp() * (was - now)).sum())
         return total
 
-    assert moved(held) < 0.5 * moved(free)
+    assert moved(held) < share * moved(free)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -15,15 +15,14 @@ def batch(tokenizer):
     ids = torch.randint(4, len(tokenizer), (3, 9))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    return ids, mask
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
 
 def look(decoder, block, batch):
-    """What a site at a block's output sees of a batch; logits of every token, one row after the other."""
-    ids, mask = batch
-    rows = Prefixed(ids, mask, torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long), None)
-    every = torch.arange(3).repeat_interleave(9), torch.arange(9).repeat(3)
-    return Site(decoder, decoder.projections[block], direct=True, cached=False).look(rows, *every)
+    """What a site at a block's output sees of a batch."""
+    places = torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long)
+    rows = Prefixed(batch["input_ids"], batch["attention_mask"], *places, None)
+    return Site(decoder, decoder.projections[block], direct=True).look(rows)
 
 
 def test_keys_are_the_projections_inputs(model, batch):
@@ -33,10 +32,10 @@ def test_keys_are_the_projections_inputs(model, batch):
         projection.module.register_forward_pre_hook(
             lambda _m, inputs, layer=projection.layer: seen.update({layer: inputs[0]})
         )
-    model(input_ids=batch[0], attention_mask=batch[1])
+    model(**batch)
     whole = dict(seen)
     seen.clear()
-    keys, hidden = read_keys(decoder, decoder.projections[:2], *batch)
+    keys, hidden = read_keys(decoder, decoder.projections[:2], batch)
     assert sorted(seen) == [0, 1], "the pass goes no deeper than the deepest projection"
     assert hidden is None
     for layer in (0, 1):
@@ -46,7 +45,7 @@ def test_keys_are_the_projections_inputs(model, batch):
 def test_hidden_state_is_the_blocks_output(model, batch):
     decoder = find_decoder(model)
     output = look(decoder, 2, batch).below
-    keys, hidden = read_keys(decoder, decoder.projections[:2], *batch, block=2)
+    keys, hidden = read_keys(decoder, decoder.projections[:2], batch, output_of=decoder.blocks[2])
     assert sorted(keys) == [0, 1]
     assert torch.equal(hidden, hidden_of(output))
 
@@ -58,12 +57,16 @@ def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, b
     ran = []
     for projection in decoder.projections:
         projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
+    look(decoder, block, batch)
+    assert ran == list(range(block + 1)), "a look goes no further than the site"
+    ran.clear()
     with torch.no_grad(), resume_above(decoder, block) as state:
         state["output"] = seen.below
-        resumed = model(input_ids=batch[0], attention_mask=batch[1], use_cache=False).logits
+        resumed = model(**batch).logits
         assert ran == list(range(block + 1, 4))
-    real = batch[1].bool()
-    assert torch.equal(resumed[real], seen.logits.unflatten(0, (3, 9))[real])
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.equal(resumed[real], model(**batch).logits[real])
     assert all("forward" not in module.__dict__ for module in decoder.blocks)
 
 
@@ -77,7 +80,7 @@ def test_a_failing_pass_leaves_no_patch_and_no_hook(model, batch):
         raise Stop
     assert all("forward" not in module.__dict__ for module in decoder.blocks)
     with pytest.raises(IndexError):
-        read_keys(decoder, decoder.projections, batch[0] + 10_000, batch[1])
+        read_keys(decoder, decoder.projections, batch | {"input_ids": batch["input_ids"] + 10_000})
     assert not any(p.module._forward_pre_hooks for p in decoder.projections)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.models.prefixes import Prefixed, bears_prefixes, reading
+from rlsedit_fast.models.prefixes import Prefixed, reading, with_prefixes
 from rlsedit_fast.models.projections import find_decoder
-from rlsedit_fast.models.sites import Site, find_site
+from rlsedit_fast.models.sites import Site
 from rlsedit_fast.models.tokens import Row
 
 
@@ -51,32 +53,36 @@ def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, 
     with quiet(model), torch.no_grad():
         whole = torch.cat([alone(row, added) for row, added in zip(rows, change, strict=True)])
         unchanged = torch.cat([alone(row, torch.zeros(64)) for row in rows])
-        site = Site(decoder, projection, direct, cached)
+        site = Site(replace(decoder, prefixed=cached), projection, direct)
         batch = site.batch(rows)
         assert batch.ids.shape[1] == (9 if cached else 14)
         lookup = torch.tensor([row.lookup for row in rows]) - batch.before
         assert not cached or lookup.tolist() == [0, 0, 0, 0]
         read = [(i, int(lookup[i]) + at) for i, row in enumerate(rows) for at in range(len(row.ids) - row.lookup)]
         row, at = torch.tensor(read).T
-        seen = site.look(batch, row, at)
+        seen = site.look(batch)
         assert seen.state.shape == (len(rows), batch.ids.shape[1], 64)
         for layer, every in enumerate(decoder.blocks):
             every.register_forward_hook(lambda _m, _i, _o, layer=layer: ran.append(layer))
         with site.resumed() as forward:
+            still = forward(batch, seen.below, lookup, torch.zeros_like(change), row, at)
             ran.clear()
             resumed = forward(batch, seen.below, lookup, change, row, at)
             again = forward(batch, seen.below, lookup, change, row, at)
             few = torch.tensor([3, 1])
             part = torch.isin(row, few)
-            below = seen.below
+            part_batch = batch.taken(few)
+            below, width = seen.below, part_batch.ids.shape[1]
+            assert width == (3 if cached else 14), "no wider than these rows need"
             if below is not None:
-                below = (below[0][few], *below[1:]) if isinstance(below, tuple) else below[few]
+                fewer_states = (below[0] if isinstance(below, tuple) else below)[few, :width]
+                below = (fewer_states, *below[1:]) if isinstance(below, tuple) else fewer_states
             order = torch.argsort((row[part][:, None] == few).long().argmax(1), stable=True)
             fewer = forward(
-                batch.taken(few), below, lookup[few], change[few],
+                part_batch, below, lookup[few], change[few],
                 (row[part][:, None] == few).long().argmax(1)[order], at[part][order],
             )  # fmt: skip
-    torch.testing.assert_close(seen.logits, unchanged, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(still, unchanged, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-4)
     assert torch.equal(again, resumed), "a forward leaves the prefix as it was"
     torch.testing.assert_close(fewer, resumed[part][order], rtol=1e-4, atol=1e-4)
@@ -87,7 +93,7 @@ def test_every_family_bears_prefixes(make_model, family):
     for dtype in (torch.float32, torch.bfloat16):
         decoder = find_decoder(make_model(family, dtype))
         with quiet(decoder.model):
-            assert find_site(decoder, decoder.select((1,)), longest=64).cached
+            assert with_prefixes(decoder, longest=64).prefixed
 
 
 @pytest.mark.parametrize("flaw", ["positions", "mask", "cache"])
@@ -98,31 +104,31 @@ def test_a_model_that_does_not_bear_them_is_found_out_and_told(make_model, flaw,
     decoder = find_decoder(model)
     forward = model.forward
 
-    def flawed(position_ids=None, attention_mask=None, past_key_values=None, **rest):
+    names = ("cache", "past_key_values")
+
+    def flawed(position_ids=None, attention_mask=None, **rest):
         if flaw == "positions":
             position_ids = None
-        if flaw == "mask" and past_key_values is not None:
+        if flaw == "mask" and any(rest.get(name) is not None for name in names):
             attention_mask = torch.ones_like(attention_mask)
         if flaw == "cache":
-            past_key_values = None
+            rest = {key: value for key, value in rest.items() if key not in names}
             if position_ids is not None:
                 attention_mask = attention_mask[:, -position_ids.shape[1] :]
-        return forward(
-            position_ids=position_ids, attention_mask=attention_mask, past_key_values=past_key_values, **rest
-        )
+        return forward(position_ids=position_ids, attention_mask=attention_mask, **rest)
 
     model.forward = flawed
     with quiet(model):
-        assert not bears_prefixes(decoder, longest=64)
+        assert not with_prefixes(decoder, longest=64).prefixed
         assert "every step runs them whole" in caplog.text
         model.forward = forward
-        assert bears_prefixes(decoder, longest=64)
+        assert with_prefixes(decoder, longest=64).prefixed
 
 
 def test_the_head_runs_where_it_is_asked_to(make_model, family, rows):
     model = make_model(family)
     decoder = find_decoder(model)
-    batch = Prefixed.of(decoder, rows, cached=False)
+    batch = Prefixed.of(decoder, rows, [0] * len(rows))
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape))
     row, at = torch.tensor([0, 3, 3]), torch.tensor([2, 0, 13])
@@ -132,3 +138,20 @@ def test_the_head_runs_where_it_is_asked_to(make_model, family, rows):
             chosen = read(model(**batch.arguments()))
     torch.testing.assert_close(chosen, whole)
     assert [shape[1] for shape in seen] == [14, 3]
+
+
+def test_prefixes_that_rows_have_in_common_are_run_once(make_model, family):
+    model = make_model(family)
+    decoder = replace(find_decoder(model), prefixed=True)
+    lead = [5, 9, 7, 11, 6]
+    rows = [Row([*lead, 8, token], 5, 7) for token in (12, 13, 14)] + [Row([9, 4, 3], 1, 3)]
+    seen = []
+    decoder.blocks[0].register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].numel() // 64))
+    with quiet(model), torch.no_grad():
+        batch = Prefixed.of(decoder, rows, [row.lookup for row in rows])
+        assert seen == [10], "two prefixes of at most five tokens"
+        every = torch.arange(4)
+        with reading(decoder, every, batch.lengths - 1) as read:
+            found = read(model(**batch.arguments()))
+        whole = torch.stack([model(torch.tensor([row.ids])).logits[0, -1] for row in rows])
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
