@@ -10,13 +10,14 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 
 Share = Literal["joint", "memit"]
-Values = Literal["search"]
+Values = Literal["search", "gradient"]
 Descent = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
 
 DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
+GRADIENT_RATE = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class EditConfig:
         fact_token: the token at which the model is edited.
         share: how the change is divided among the layers: `joint` (closed form over all layers) or `memit`
             (`R / (m - i + 1)` at the i-th, keys read again after each layer is written).
-        values: how the wanted hidden states are found; `search` is gradient descent.
+        values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
+            `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to be realised; finds mu and lam from the first batch.
         lam: how firmly the weight itself is held; a number wins over `adherence`.
         mu: how firmly the anchors are held; a number wins over `adherence`.
@@ -49,11 +51,14 @@ class EditConfig:
             about has its values searched when it comes.
         search_at_once: most edits that go through the search together; None takes as many as a device has memory for,
             found by halving when it runs out. It changes what the search takes, not what it finds.
+        search_memory: bytes that a search may take beyond the model, about; where given, at most as many edits go
+            through it together as were measured to fit.
         search_descent: how the search goes downhill: `constrained` (to where the target is likely enough, as low in
             the KL term as can be), `normalized` (steps of equal length along the gradient of the published loss) or
             `adam`, as published.
         search_rate: longest step relative to the hidden state for `constrained`, length of the first one for
             `normalized`, the learning rate for `adam`; None takes 0.11, 0.09 and 0.1.
+            With `values="gradient"` it is the length of the change relative to the hidden state, 0.6.
         search_steps: most steps of the value search.
         search_stop: when a request leaves the search: `nll`, when in every context its target's tokens are ranked
             first and their mean NLL is at most `search_stop_nll`; `rank`, when they have been ranked first at
@@ -94,6 +99,7 @@ class EditConfig:
     context_seed: int = 0
     search_ahead: int | None = None
     search_at_once: int | None = None
+    search_memory: int | None = None
     search_descent: Descent = "constrained"
     search_rate: float | None = None
     search_steps: int = 25
@@ -136,7 +142,7 @@ class EditConfig:
             least = 0 if name == "context_samples" else 1
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("search_ahead", "search_at_once"):
+        for name in ("search_ahead", "search_at_once", "search_memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: expected at least 1, or None")

@@ -16,9 +16,11 @@ from torch import Tensor
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
+from rlsedit_fast.editing.gradient import GradientScale, gradient_values
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.layers import EditedLayers, Told
 from rlsedit_fast.editing.ledger import Ledger
+from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.requests import Request, prepare, troubles
@@ -122,6 +124,7 @@ class Editor:
         self._ledger = Ledger()
         self._to_protect: list[tuple[list[Tensor], float]] = []
         self._at_once = config.search_at_once
+        self._scale = GradientScale()
         self._batches = 0
         self._writes = 0  # batches and removals, each a rounding of the weights
 
@@ -567,6 +570,7 @@ class Editor:
         everything = [*requests, *self._ledger.requests(again)]
         written = _Written({}, [], [])
         stay: list[int] = []
+        scale = self._scale
         try:
             with self._layers.transaction():
                 if gone or again:
@@ -577,7 +581,10 @@ class Editor:
                     if stay := [i for i in gone if self._ledger.request(i).asks in asked]:
                         self._layers.restore(self._ledger.told(stay))
                     written = self._write(everything, values, short, since_then=found is not None)
-        except torch.OutOfMemoryError as error:
+        except BaseException as error:
+            self._scale = scale
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             raise ResourceError(
                 f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
                 f"or take fewer context_prefixes. ({error})"
@@ -648,9 +655,18 @@ class Editor:
         return values, short
 
     def _searched(self, requests: Sequence[Request]) -> Values:
-        at_once = self._at_once or max(1, len(requests))
+        at_once = self._at_once or len(requests)
         try:
-            values, fitted = search_within_memory(self._site, requests, self.config, self._groups(requests), at_once)
+            if self.config.search_memory is not None:
+                at_once = min(at_once, fitting(self._site, requests, self.config.search_memory))
+            if self.config.values == "gradient":
+                values, fitted, self._scale = gradient_values(
+                    self._site, requests, self.config, self._groups(requests), at_once, self._scale
+                )
+            else:
+                values, fitted = search_within_memory(
+                    self._site, requests, self.config, self._groups(requests), at_once
+                )
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 "memory ran out while the value of a single subject was searched; nothing was changed. Take fewer "

@@ -1,0 +1,127 @@
+"""Values of several batches searched at once: the states that a batch of that size aims at, written batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.parts import fitting
+from rlsedit_fast.errors import UpdateError
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+WORLD = World.generate()
+EDITS = [case.edit for case in world_cases(WORLD, 24, 0)]
+CONFIG = EditConfig(layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, lam=0.1, batch_size=6)
+
+
+def make_editor(**changes):
+    return rf.Editor(*load_demo_model(), config=replace(CONFIG, **changes))
+
+
+def weight(editor):
+    return editor.model.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The sizes of the searches that are made."""
+    sizes, real = [], editor_module.search_within_memory
+
+    def spy(site, requests, *rest):
+        sizes.append(len(requests))
+        return real(site, requests, *rest)
+
+    monkeypatch.setattr(editor_module, "search_within_memory", spy)
+    return sizes
+
+
+@pytest.mark.parametrize(("layers", "share"), [((0,), "joint"), ((0, 1), "memit")])
+def test_batches_are_written_towards_the_states_of_one_large_batch(searches, layers, share):
+    settings = {"layers": layers, "share": share}
+    ahead, large = make_editor(search_ahead=24, **settings), make_editor(batch_size=24, **settings)
+    start = weight(ahead)
+    sizes = []
+    records = ahead.edit(EDITS, on_batch=lambda made: sizes.append(len(made)))
+    large.edit(EDITS)
+    assert sizes == [6, 6, 6, 6]
+    assert searches == [24, 24]
+    assert [record.batch for record in records] == [at // 6 + 1 for at in range(24)]
+    if layers == (0,):
+        # Keys do not depend on the layer's own weights, so the recursion ends where all at once does.
+        moved = (weight(large) - start).norm()
+        assert float((weight(ahead) - weight(large)).norm() / moved) < 1e-4
+    asked = [(edit.prompt.format(edit.subject), edit.target) for edit in EDITS]
+    assert sum(found.exact for found in score(ahead.model, ahead.tokenizer, asked)) >= 22
+
+
+def test_windows_hold_whole_batches(searches):
+    make_editor(search_ahead=15).edit(EDITS)
+    assert searches == [12, 12]
+    searches.clear()
+    make_editor(search_ahead=4).edit(EDITS)
+    assert searches == [6, 6, 6, 6], "a window is never less than a batch"
+
+
+def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(searches):
+    subject = EDITS[0].subject
+    relation = next(r for r in RELATIONS if r.phrasings[0] != EDITS[0].prompt)
+    other = rf.Edit(relation.phrasings[0], subject, relation.values[0])
+    stream = [*EDITS[:6], other, *EDITS[6:11], *EDITS[12:18]]
+    editor = make_editor(search_ahead=24)
+    records = editor.edit(stream)
+    # The third batch and none else is apart from the others; the second tells the first's subject anew.
+    assert searches == [6, 7, 6]
+    assert records[6].joint_with == (1,)
+    searches.clear()
+    editor.edit([replace(EDITS[1], target=EDITS[2].target), *EDITS[18:24]])
+    assert 6 in searches
+    assert editor.history()[1].state == "replaced"
+
+
+def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
+    editor = make_editor(search_ahead=24)
+    real, count = editor_module.EditedLayers.write, []
+
+    def write(self, *args, **kwargs):
+        count.append(0)
+        if len(count) == 3:
+            raise UpdateError("no")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(editor_module.EditedLayers, "write", write)
+    with pytest.raises(UpdateError, match="first 12 of 24"):
+        editor.edit(EDITS)
+    assert len(editor.history()) == 12
+
+
+def test_edits_that_fall_short_are_skipped_in_their_own_batch():
+    hopeless = rf.Edit(RELATIONS[0].phrasings[0], WORLD.people[-1].name, "<pad> <pad> <pad>")
+    editor = make_editor(search_ahead=24, unconverged="skip")
+    records = editor.edit([*EDITS[:8], hopeless, *EDITS[8:15]])
+    assert [record.state for record in records] == ["active"] * 8 + ["skipped"] + ["active"] * 7
+
+
+def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
+    whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
+    requests = whole.requests(EDITS)
+    each = 10**9 / fitting(whole._site, requests, 10**9)
+    tight = make_editor(batch_size=24, search_memory=int(8.5 * each))
+    assert fitting(tight._site, requests, tight.config.search_memory) == 8
+    assert fitting(tight._site, requests, 1) == 1
+    whole.edit(EDITS)
+    tight.edit(EDITS)
+    torch.testing.assert_close(weight(tight), weight(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_measured_grows_with_the_rows(searches):
+    few = make_editor()
+    many = make_editor(context_prefixes=("", "People speak .", "Lado speaks", "Veta plays the organ"))
+    budget = 10**9
+    assert fitting(few._site, few.requests(EDITS), budget) > 1.8 * fitting(many._site, many.requests(EDITS), budget)
