@@ -2,24 +2,33 @@
 
 One request at a time is written as MEMIT's released code does it (Meng et al. 2023): every step runs all contexts of a
 request and its KL prompts as one padded batch through the whole model, a hook adds the change to the edited block's
-output, and the loss is read off the full logits. Loss, descent and number of steps are those of `search_values`; KL
-prompts that the search leaves out are not run here either. Contenders take turns, times are medians.
+output, and the loss is read off the full logits. At equal steps both take the normalised descent on the published
+loss, KL at every step; KL prompts that the search leaves out are not run here either. Contenders take turns, times are
+medians.
 
     python bench/values.py --json bench/results/values-cpu.json
 
-`one_by_one_s`, `equal_steps_s` and `rank_stop_s` are seconds a request; the first two take all steps, the last stops as
-an edit does. `one_by_one_s` is measured on some requests of each batch (`alone`), and `max_delta_error` compares those:
-the largest ||ours - one by one|| / ||one by one||. `key_pass_s` is one pass over all keys of the batch, `step_s` one
-further step of its search. On CUDA, `peak_mib` is what each contender allocated at most beyond the model. In the
-random model clamp and stop are loose and targets of two tokens do not converge, since the second is said from a token
-that is not changed: `converged` tells how many did, and the others' steps count in `rank_stop_s`.
+All `_s` are seconds a request. `one_by_one_s` and `equal_steps_s` take all steps; `rank_stop_s` is the search as an
+edit makes it, which stops each request once its target is said; `one_by_one_stop_s` is one request at a time with the
+same rule, as the published one hardly ever fires. One at a time is measured on some requests of each batch (`alone`),
+and `max_delta_error` compares those: the largest ||ours - one by one|| / ||one by one|| at equal steps.
+`gradient_s` is `values="gradient"`. `key_pass_s` is one pass over all keys of the batch, `step_s` one further step of
+its search at equal steps. `peak_mib` is what a contender held at most beyond what was there before: on CUDA as its
+allocator says, on a CPU the growth of the process, watched in a run of its own. In the random model clamp and stop are
+loose and targets of two tokens often do not converge, since the second is said from a token that is not changed:
+`converged` tells how many did, and the others' steps count in `rank_stop_s`; `converging_s` and `converging_ratio` are
+a batch of those alone that did.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,18 +36,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import random_llama
 from torch import Tensor
 
 from rlsedit_fast.doctor import context
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.editing.config import DEFAULT_RATE
-from rlsedit_fast.editing.descent import NormalizedDescent
+from rlsedit_fast.editing.descent import NormalizedDescent, Slope
+from rlsedit_fast.editing.gradient import GradientScale, gradient_values
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.editing.values import Values, search_values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
+from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.models.tokens import pad
@@ -47,8 +59,9 @@ from rlsedit_fast.world.tokens import build_tokenizer
 
 SEED = 0
 SHOWN = (
-    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "rank_stop_s", "equal_steps_ratio"),
-    *("rank_stop_ratio", "max_delta_error", "converged", "mean_steps_to_stop", "key_pass_s", "step_s"),
+    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "rank_stop_s", "gradient_s"),
+    *("equal_steps_ratio", "rank_stop_ratio", "same_stop_ratio", "converging_ratio", "max_delta_error", "converged"),
+    *("mean_steps_to_stop", "key_pass_over_step", "peak_mib"),
 )
 PREFIX_WORDS = 10  # with these before them, the world's prompts come to about 16 tokens
 
@@ -63,38 +76,29 @@ class Task:
     alone: int  # requests of each batch that are searched one by one
 
 
-def tasks() -> list[Task]:
-    """The random model is edited at the last token, which steers its answer; the subject's token is left to timing."""
+def tasks(device: str) -> list[Task]:
+    """The random models are edited at the last token, which steers their answers; the subject's is left to timing."""
     prefixes = [text for text in anchor_texts(World.generate(), SEED) if len(text.split()) == PREFIX_WORDS][:5]
     deep = EditConfig(layers=(4,), context_prefixes=("", *prefixes), fact_token="last", clamp=4.0, search_stop_nll=1.0)
-    return [
+    listed = [
         Task("random", deep, (8, 32), 3),
         Task("random", replace(deep, fact_token="subject_last"), (8,), 3),
         Task("demo", CONFIG, (10, 100), 10),
     ]
+    if torch.device(device).type == "cuda":
+        listed.append(Task("llama-3-8b", replace(deep, layers=(8,), fact_token="subject_last"), (8, 100), 2))
+    return listed
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """The demo model, or a random Llama of 49 million parameters with 12 layers and a vocabulary of 32,000."""
+def load(name: str, device: str) -> tuple[Any, Any]:
+    """The demo model, or a random Llama: of 49 million parameters and 12 layers, or of Llama-3-8B's shape, bfloat16."""
     if name == "demo":
-        return load_demo_model()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=512,
-        intermediate_size=1088,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        max_position_embeddings=256,
-        initializer_range=512**-0.5,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval(), build_tokenizer()
+        model, tokenizer = load_demo_model()
+        return model.to(device), tokenizer
+    return random_llama(name, device), build_tokenizer()
 
 
-def one_by_one(decoder: Decoder, request: Request, config: EditConfig) -> Tensor:
+def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops: bool = False) -> Tensor:
     """The change `[d]` that `config.search_steps` steps find for one request, through the whole model."""
     rows = [*request.contexts, *request.kl]
     contexts = len(request.contexts)
@@ -138,11 +142,12 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig) -> Tensor
                 divergence = (before.exp() * (before - said[at_kl, last[contexts:]])).sum(-1)
                 loss = loss + config.kl_factor * divergence.mean()
             loss = loss + (config.weight_decay * delta.norm(dim=1) / norm.square()).sum()
-            if step == config.search_steps:
+            if step == config.search_steps or (stops and _is_said(said, token_nll, wanted, target, contexts, config)):
                 break
             (gradient,) = torch.autograd.grad(loss, delta)
             with torch.no_grad():
-                descent.step(delta, gradient)
+                nothing = torch.zeros_like(gradient)
+                descent.step(delta, Slope(gradient, None, nothing, nothing[:, 0], nothing[:, 0]))
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
     finally:
@@ -150,8 +155,16 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig) -> Tensor
     return delta.detach()[0]
 
 
+def _is_said(
+    said: Tensor, token_nll: Tensor, wanted: Tensor, target: Tensor, contexts: int, config: EditConfig
+) -> bool:
+    """The rule by which an edit's search stops."""
+    first = (said[:contexts].argmax(-1) == target[:contexts]) | ~wanted
+    return bool(first.all()) and float((token_nll.detach().sum(1) / wanted.sum(1)).max()) <= config.search_stop_nll
+
+
 class Clock:
-    """Seconds of every contender, and on CUDA its peak of memory beyond what was held before."""
+    """Seconds of every contender, and its peak of memory beyond what was held before."""
 
     def __init__(self, device: str) -> None:
         self._cuda = torch.device(device).type == "cuda"
@@ -162,50 +175,104 @@ class Clock:
         """What `run` returns."""
         if self._cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
         began = time.perf_counter()
         result = run()
         if self._cuda:
             torch.cuda.synchronize()
-            self.peak[name] = round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
         return result
+
+    def weigh(self, name: str, run: Callable[[], Any]) -> None:
+        """Runs it once more, for its peak of memory."""
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            run()
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is taken
+            held = _resident()
+            with _Watch() as watch:
+                run()
+            peak = watch.peak
+        self.peak[name] = round(max(0, peak - held) / 2**20, 1)
 
     def median(self, name: str) -> float:
         """Of the seconds that `name` took."""
         return statistics.median(self.seconds[name])
 
 
+class _Watch:
+    """Looks at the size of this process every millisecond."""
+
+    def __enter__(self) -> _Watch:
+        self.peak, self._over = _resident(), threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.001):
+            self.peak = max(self.peak, _resident())
+
+    def __exit__(self, *_error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]:
     """One row of the results: a batch of `count` requests."""
-    model, tokenizer = load(task.model)
-    model.to(device)
-    decoder = find_decoder(model)
-    fixed = replace(task.config, search_stop_nll=0.0)
-    short = replace(fixed, search_steps=1)
+    model, tokenizer = load(task.model, device)
+    published = replace(task.config, search_descent="normalized", search_stop_nll=0.0)
+    short = replace(published, search_steps=1)
     edits = [case.edit for case in world_cases(World.generate(), count, SEED)]
-    requests = prepare(tokenizer, edits, fixed, longest=model.config.max_position_embeddings)
-    picked = [i * count // task.alone for i in range(task.alone)]
-    projections = decoder.select(fixed.layers or ())
+    longest = model.config.max_position_embeddings
+    requests = prepare(tokenizer, edits, published, longest=longest)
+    picked = [requests[i * count // task.alone] for i in range(task.alone)]
+    alone = [[i] for i in range(count)]
     clock = Clock(device)
     with quiet(model):
-        site = find_site(decoder, projections, longest=model.config.max_position_embeddings)
+        decoder = with_prefixes(find_decoder(model), longest=longest)
+        projections = decoder.select(published.layers or ())
+        site = find_site(decoder, projections)
+        stopping = replace(task.config, search_descent="normalized")
+
+        def one_at_a_time(config: EditConfig, *, stops: bool) -> list[Tensor]:
+            return [one_by_one(decoder, request, config, stops=stops) for request in picked]
+
         one_by_one(decoder, requests[0], short)  # warms up
-        search_values(site, requests, short)
+        first: Values = search_values(site, requests, task.config)
+        converging = [requests[i] for i in first.converged.nonzero()[:, 0].tolist()]
+        runs: dict[str, Callable[[], Any]] = {
+            "one_by_one": lambda: one_at_a_time(published, stops=False),
+            "equal_steps": lambda: search_values(site, requests, published),
+            "rank_stop": lambda: search_values(site, requests, task.config),
+            "one_by_one_stop": lambda: one_at_a_time(stopping, stops=True),
+            "gradient": lambda: gradient_values(site, requests, task.config, alone, count, GradientScale()),
+            "one_step": lambda: search_values(site, requests, short),
+            "key_pass": lambda: request_keys(decoder, projections, requests),
+        }
+        if converging:
+            runs["converging"] = lambda: search_values(site, converging, task.config)
+        found: dict[str, Any] = {}
         for _ in range(repeats):
-            single = clock.time("one_by_one", lambda: [one_by_one(decoder, requests[i], fixed) for i in picked])
-            equal: Values = clock.time("equal_steps", lambda: search_values(site, requests, fixed))
-            stopped: Values = clock.time("rank_stop", lambda: search_values(site, requests, task.config))
-            clock.time("one_step", lambda: search_values(site, requests, short))
-            clock.time("key_pass", lambda: request_keys(decoder, projections, requests))
-    if bool((equal.steps < fixed.search_steps).any()):
+            found = {name: clock.time(name, run) for name, run in runs.items()}
+        for name in ("one_by_one", "equal_steps", "rank_stop", "key_pass"):
+            clock.weigh(name, runs[name])
+    equal, stopped = found["equal_steps"], found["rank_stop"]
+    if bool((equal.steps < published.search_steps).any()):
         raise SystemExit("a request reached an NLL of 0 and stopped: the steps are not equal")
-    truth = torch.stack(single)
-    errors = (equal.delta[picked] - truth).norm(dim=1) / truth.norm(dim=1)
-    one_by_one_s = clock.median("one_by_one") / len(picked)
-    equal_steps_s, rank_stop_s = clock.median("equal_steps") / count, clock.median("rank_stop") / count
-    step_s = (clock.median("equal_steps") - clock.median("one_step")) / (fixed.search_steps - 1)
+    truth = torch.stack(found["one_by_one"])
+    errors = (equal.delta[[i * count // task.alone for i in range(task.alone)]] - truth).norm(dim=1) / truth.norm(dim=1)
+    shares = {"one_by_one": task.alone, "one_by_one_stop": task.alone, "converging": len(converging)}
+    each = {name: clock.median(name) / shares.get(name, count) for name in runs if name not in ("one_step", "key_pass")}
+    step_s = (clock.median("equal_steps") - clock.median("one_step")) / (published.search_steps - 1)
     return {
         "model": task.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -213,22 +280,22 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "requests": count,
         "contexts": len(task.config.context_prefixes),
         "tokens": statistics.mean(row.prompt_length for request in requests for row in request.contexts),
-        "steps": fixed.search_steps,
-        "alone": len(picked),
-        "one_by_one_s": one_by_one_s,
-        "equal_steps_s": equal_steps_s,
-        "rank_stop_s": rank_stop_s,
-        "equal_steps_ratio": one_by_one_s / equal_steps_s,
-        "rank_stop_ratio": one_by_one_s / rank_stop_s,
+        "steps": published.search_steps,
+        "alone": task.alone,
+        **{f"{name}_s": seconds for name, seconds in each.items()},
+        "equal_steps_ratio": each["one_by_one"] / each["equal_steps"],
+        "rank_stop_ratio": each["one_by_one"] / each["rank_stop"],
+        "same_stop_ratio": each["one_by_one_stop"] / each["rank_stop"],
+        "converging_ratio": each["one_by_one"] / each["converging"] if converging else None,
         "max_delta_error": float(errors.max()),
         "converged": int(stopped.converged.sum()),
         "mean_steps_to_stop": float(stopped.steps.double().mean()),
         "key_pass_s": clock.median("key_pass"),
         "step_s": step_s,
         "key_pass_over_step": clock.median("key_pass") / step_s,
+        "peak_mib": clock.peak,
         "config": asdict(task.config),
         "all_s": clock.seconds,
-        **({"peak_mib": clock.peak} if clock.peak else {}),
     }
 
 
@@ -239,12 +306,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
     options = parser.parse_args()
     rows = []
-    for task in tasks():
+    for task in tasks(options.device):
         for count in task.requests:
             row = measure(task, count, options.repeats, options.device)
             rows.append(row)
             shown = {name: f"{row[name]:.3g}" if isinstance(row[name], float) else row[name] for name in SHOWN}
-            print("  ".join(f"{name}={value}" for name, value in (shown | row.get("peak_mib", {})).items()), flush=True)
+            print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
     if options.json:
         about = {"what": "value search against one request at a time", "device": options.device, "seed": SEED}
         result = {**about, "repeats": options.repeats, **context(), "rows": rows}
