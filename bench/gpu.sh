@@ -21,6 +21,8 @@ part doctor "$python" -m rlsedit_fast --json "$out/doctor.json"
 part tests "$python" -m pytest -q tests -m gpu
 part gpu "$python" bench/gpu.py --json "$out/gpu.json"
 part values "$python" bench/values.py --device cuda --json "$out/values-cuda.json"
+part stream "$python" bench/edit_stream.py --device cuda --model llama-3-8b --search-memory 3000000000 \
+    --json "$out/edit-stream-cuda.json"
 part panel "$python" bench/panel.py --d 8192 --json "$out/panel-cpu.json"
 
 "$python" -m rlsedit_fast

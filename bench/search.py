@@ -1,9 +1,10 @@
-"""The value search's two ways downhill, side by side: what they find, what it costs, what it does to the model.
+"""The value search's ways downhill, side by side: what they find, what it costs, what it does to the model.
 
     python bench/search.py --json bench/results/search.json
 
-Each setting edits a fresh copy of the demo model with the same stream. The cost is counted in steps, each one forward
-and backward pass above the edited layer, so a noisy machine does not matter.
+Each setting edits a fresh copy of the demo model with the same stream, in batches of 10 whose values are searched a
+hundred at a time, as the demo does, unless it says otherwise. The cost is counted in steps, each one forward and
+backward pass above the edited layer, so a noisy machine does not matter.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from rlsedit_fast.evaluation.metrics import evaluate, score_before
 from rlsedit_fast.world import World, load_demo_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "normalized 0.06": {"search_rate": 0.06},
-    "normalized (default)": {},
-    "normalized 0.18": {"search_rate": 0.18},
-    "adam 0.1": {"search_descent": "adam", "search_rate": 0.1, "search_steps": 100},
-    "adam 0.3": {"search_descent": "adam", "search_rate": 0.3, "search_steps": 100},
-    "no KL term": {"kl_factor": 0.0},
-    "KL at '{} is a' only": {"kl_prompts": ("{} is a",)},
+    "constrained (default)": {},
+    "constrained 0.06": {"search_rate": 0.06},
+    "constrained 0.18": {"search_rate": 0.18},
+    "constrained, batch by batch": {"search_ahead": None},
+    "constrained, no KL term": {"kl_factor": 0.0},
+    "constrained, KL at '{} is a' only": {"kl_prompts": ("{} is a",)},
+    "normalized 0.06": {"search_descent": "normalized", "search_rate": 0.06, "search_stop_nll": 0.03},
+    "normalized 0.09": {"search_descent": "normalized", "search_stop_nll": 0.03},
+    "normalized 0.18": {"search_descent": "normalized", "search_rate": 0.18, "search_stop_nll": 0.03},
+    "adam 0.1": {"search_descent": "adam", "search_rate": 0.1, "search_steps": 100, "search_stop_nll": 0.03},
+    "adam 0.3": {"search_descent": "adam", "search_rate": 0.3, "search_steps": 100, "search_stop_nll": 0.03},
+    "gradient": {"values": "gradient"},
+    "gradient 0.3": {"values": "gradient", "search_rate": 0.3},
 }
 
 

@@ -78,13 +78,16 @@ def run(options: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else DONE
 
 
+class _Finished(Exception):
+    """The batch under way when the user interrupted is written."""
+
+
 def _edit(
     editor: Editor, facts: Facts, options: argparse.Namespace, results: dict[str, Any]
 ) -> tuple[bool, RLSEditError | None]:
     """Makes the edits, batch by batch, and enters what became of them into `results`."""
     from rlsedit_fast.evaluation.outcome import next_tokens, outcome
 
-    size = editor.config.batch_size
     model, tokenizer = editor.model, editor.tokenizer
     before = {} if options.no_evaluation else next_tokens(model, tokenizer, facts.edits)
     start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before, now=before)
@@ -93,14 +96,18 @@ def _edit(
     error: RLSEditError | None = None
     began = time.perf_counter()
     with _interrupts() as interrupted, progress(len(facts.edits), "editing", "edit") as bar:
-        for at in range(0, len(facts.edits), size):
-            try:
-                editor.edit(facts.edits[at : at + size], on_batch=lambda made: bar.update(len(made)))
-            except RLSEditError as trouble:
-                error = trouble
-                break
+
+        def written(made: list[EditRecord]) -> None:
+            bar.update(len(made))
             if interrupted:
-                break
+                raise _Finished
+
+        try:
+            editor.edit(facts.edits, on_batch=written)
+        except _Finished:
+            pass
+        except RLSEditError as trouble:
+            error = trouble
     records = editor.history()
     results["seconds"] = time.perf_counter() - began
     skipped = {record.id for record in records if record.state == "skipped"}

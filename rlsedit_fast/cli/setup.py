@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
-from rlsedit_fast.editing.config import Share
+from rlsedit_fast.editing.config import Share, Values
 from rlsedit_fast.editing.presets import GENERIC, PRESETS
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
@@ -58,6 +58,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mu", type=float, help="how firmly the anchors are held; wins over --adherence")
     group.add_argument("--share", choices=get_args(Share), help="how the layers divide a change")
     group.add_argument("--fact-token", choices=get_args(FactToken), help="the token at which the model is edited")
+    group.add_argument(
+        "--values",
+        choices=get_args(Values),
+        help="search: until the target is said; gradient: one step, far faster and far less often enough",
+    )
+    group.add_argument(
+        "--search-ahead", type=int, metavar="N", help="edits whose values are searched at once, where more than a batch"
+    )
 
 
 def add_anchors(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +117,7 @@ def make_config(options: argparse.Namespace) -> EditConfig:
         InputError: a setting that does not exist or cannot be meant.
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
-    for name in ("batch_size", "adherence", "lam", "mu", "share", "fact_token"):
+    for name in ("batch_size", "adherence", "lam", "mu", "share", "fact_token", "values", "search_ahead"):
         if (value := getattr(options, name)) is not None:
             changes[name] = value
     if options.layers is not None:

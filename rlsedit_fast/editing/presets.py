@@ -46,7 +46,7 @@ class Preset:
     moment_weight: float
 
     def config(self) -> EditConfig:
-        """The published settings, all of them explicit; context prefixes and stopping rule are `EditConfig`'s own.
+        """The published settings, all of them explicit; context prefixes are `EditConfig`'s own.
 
         With lam = 0 only the anchors hold the weight: too few of them for their moment to be of full rank raise
         `PriorError`, which asks for more anchors or a lam above 0.
@@ -61,6 +61,8 @@ class Preset:
             search_descent="adam",
             search_rate=self.search_rate,
             search_steps=self.search_steps,
+            search_stop="loss",
+            search_stop_loss=0.05,
             clamp=0.75,
             kl_factor=0.0625,
             kl_prompts=("{} is a",),

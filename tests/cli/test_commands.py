@@ -153,19 +153,20 @@ def test_bad_records_stop_the_run_or_are_left_out_and_reported(edit, desk, capsy
     assert "2 records left out" in told or told.count("records left out") == 2
 
 
-def test_ctrl_c_between_batches_keeps_what_was_made(edit, desk, monkeypatch, capsys):
-    from rlsedit_fast.editing import Editor
+@pytest.mark.parametrize("ahead", [[], ["--search-ahead", "12"]])
+def test_ctrl_c_finishes_the_batch_and_keeps_what_was_made(edit, desk, monkeypatch, capsys, ahead):
+    from rlsedit_fast.editing.layers import EditedLayers
 
-    real, calls = Editor.edit, []
+    real, calls = EditedLayers.write, []
 
-    def pressed(self, *args, **kwargs):
+    def pressed(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, *args, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(Editor, "edit", pressed)
-    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
+    monkeypatch.setattr(EditedLayers, "write", pressed)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json", *ahead) == 130
     report = read(desk / "report.json")
     assert report["made"] == 8
     assert report["not_made"] == [f"facts.jsonl:{line}" for line in range(9, 13)]

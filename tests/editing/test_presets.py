@@ -37,6 +37,7 @@ def test_a_published_model_gets_its_published_settings(name):
     assert config.layers == layers
     assert max(layers) < model_config.num_hidden_layers
     assert (config.search_descent, config.search_rate, config.search_steps) == ("adam", rate, steps)
+    assert (config.search_stop, config.search_stop_loss) == ("loss", 0.05)
     assert config.mu**2 == pytest.approx(moment_weight)
     assert (config.lam, config.clamp, config.kl_factor, config.weight_decay) == (0.0, 0.75, 0.0625, 0.5)
     assert config.same_subject == "separate"

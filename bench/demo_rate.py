@@ -1,0 +1,104 @@
+"""The demo's stream of edits on this version and on earlier ones, in turn: how fast, and what became of the model.
+
+    python bench/demo_rate.py --before OLD [OLD ...] --json bench/results/demo-rate.json
+
+OLD is a folder in which an earlier version can be imported: a checkout with its native kernels built, or what
+`pip install --no-deps --target OLD SOURCE` made. Every version edits with its own demo settings, a hundred edits to a
+call, in a process of its own; medians over the rounds, quality from the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.doctor import context
+
+ONE = """
+import json, sys, time
+from dataclasses import replace
+from rlsedit_fast import Editor
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.metrics import evaluate, score_before
+from rlsedit_fast.world import World, load_demo_model
+
+count, seed = int(sys.argv[1]), int(sys.argv[2])
+world = World.generate()
+cases = world_cases(world, count, seed)
+model, tokenizer = load_demo_model()
+before = score_before(model, tokenizer, cases)
+editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=10))
+editor.anchor(anchor_texts(world, seed))
+edits = [case.edit for case in cases]
+records, began = [], time.perf_counter()
+for at in range(0, count, 100):
+    records += editor.edit(edits[at : at + 100])
+seconds = time.perf_counter() - began
+report = evaluate(model, tokenizer, cases, before)
+print(json.dumps({
+    "edits_per_second": count / seconds,
+    "mean_steps": sum(record.steps for record in records) / count,
+    "not_converged": sum(not record.converged for record in records),
+    "efficacy": report.efficacy.strict,
+    "generalization": report.generalization.strict,
+    "neighbors": report.neighbors.strict,
+    "namesakes": report.namesakes.strict,
+    "same_subject": report.same_subject.strict,
+    "drift": editor.deviation()[0].weight,
+}))
+"""
+
+
+def run(folder: Path, edits: int, seed: int) -> dict[str, Any]:
+    """One stream with the version in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", ONE, str(edits), str(seed)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{folder}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, nargs="*", default=[], metavar="OLD")
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    versions = {"now": Path(__file__).resolve().parent.parent} | {old.name: old.resolve() for old in options.before}
+    rates: dict[str, list[float]] = {name: [] for name in versions}
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for name, folder in versions.items():
+            found[name] = run(folder, options.edits, options.seed)
+            rates[name].append(found[name]["edits_per_second"])
+            print(name, {key: round(value, 4) for key, value in found[name].items()}, flush=True)
+    rows = [
+        {
+            "version": name,
+            **found[name],
+            "edits_per_second": statistics.median(rates[name]),
+            "all_rates": rates[name],
+            "ratio": statistics.median(n / o for n, o in zip(rates["now"], rates[name], strict=True)),
+        }
+        for name in versions
+    ]
+    if options.json:
+        about = {"what": "the demo's stream on several versions", "edits": options.edits, "seed": options.seed}
+        options.json.write_text(
+            json.dumps({**about, "rounds": options.rounds, **context(), "rows": rows}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

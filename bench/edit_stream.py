@@ -1,0 +1,197 @@
+"""A stream of edits from end to end: where its time goes, and whether a batch costs the same all along.
+
+Subjects are names put together at random, all different, so a stream is as long as one likes; whether the model knew
+them does not matter to what an edit costs.
+
+    python bench/edit_stream.py --json bench/results/edit-stream-cpu.json
+    python bench/edit_stream.py --model llama-3-8b --device cuda --json FILE
+
+Every batch's seconds are divided into `values` (the search), `keys` (the passes that read them), `solve` (panel,
+factor, flush), `write` (the correction of the weights), `store` (none is kept yet, so 0) and `other`. On CUDA each part
+is waited for, which costs a little. `flat` is the median batch of the last tenth over that of the first, by part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import SHAPES, random_llama
+from tqdm import tqdm
+
+from rlsedit_fast import Edit, EditConfig, Editor
+from rlsedit_fast.doctor import context
+from rlsedit_fast.editing import editor as editing
+from rlsedit_fast.editing import layers
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.rls.state import RLSState
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+from rlsedit_fast.world.tokens import build_tokenizer
+
+SEED = 0
+PARTS = ("values", "keys", "solve", "write", "store", "other")
+DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25, lam=1.0)
+"""Of the random models: five layers and the default contexts, KL prompt and stop; nothing there is worth anchoring."""
+
+
+class Split:
+    """Seconds by part; a part within another counts as its own alone."""
+
+    def __init__(self, device: str) -> None:
+        self._wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self._open: list[str] = []
+        self._since = 0.0
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def enter(self, part: str) -> None:
+        """From here on the time is this part's."""
+        self._turn()
+        self._open.append(part)
+
+    def leave(self) -> None:
+        """From here on the time is that of the part around it."""
+        self._turn()
+        self._open.pop()
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        """Counts every call of a function as a part."""
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.enter(part)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                self.leave()
+
+        setattr(owner, name, timed)
+
+    def _turn(self) -> None:
+        self._wait()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def stream(count: int) -> list[Edit]:
+    """Edits of as many subjects."""
+    world = World.generate()
+    words = [sorted({person.name.split()[at] for person in world.people}) for at in range(3)]
+    draw = random.Random(SEED)
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[" ".join(draw.choice(column) for column in words)] = None
+    edits = []
+    for name in names:
+        relation = draw.choice(RELATIONS)
+        edits.append(Edit(draw.choice(relation.phrasings), name, draw.choice(relation.values)))
+    return edits
+
+
+def make_editor(name: str, device: str, options: argparse.Namespace) -> Editor:
+    if name == "demo":
+        model, tokenizer = load_demo_model()
+        editor = Editor(model.to(device), tokenizer, config=replace(CONFIG, batch_size=options.batch_size))
+        editor.anchor(anchor_texts(World.generate(), SEED))
+        return editor
+    config = replace(DEEP, batch_size=options.batch_size, search_memory=options.search_memory)
+    if name == "random":
+        config = replace(config, layers=(1, 2, 3))
+    return Editor(random_llama(name, device), build_tokenizer(), config=config)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    editor = make_editor(options.model, options.device, options)
+    edits = stream(options.edits)
+    cuda = torch.device(options.device).type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    model_bytes = torch.cuda.memory_allocated() if cuda else None
+    split = Split(options.device)
+    for owner, name, part in (
+        (editing, "search_within_memory", "values"),
+        (layers, "request_keys", "keys"),
+        (RLSState, "project", "solve"),
+        (RLSState, "update_projected", "solve"),
+        (RLSState, "outputs", "solve"),
+    ):
+        split.watch(owner, name, part)
+    editor.calibrate(edits[:100])
+    for state in editor._layers.states:
+        split.watch(state._master, "correct", "write")
+    rows, before = [], dict[str, float]()
+    short = 0
+    with tqdm(total=len(edits), unit="edit") as bar:
+        for at in range(0, len(edits), options.batch_size):
+            split.enter("other")
+            records = editor.edit(edits[at : at + options.batch_size])
+            split.leave()
+            rows.append({part: split.seconds[part] - before.get(part, 0.0) for part in PARTS})
+            before = dict(split.seconds)
+            short += sum(not record.converged for record in records)
+            bar.update(len(records))
+    tenth = max(1, len(rows) // 10)
+    total = {part: sum(row[part] for row in rows) for part in PARTS}
+    batch = [sum(row.values()) for row in rows]
+    flat = {
+        part: statistics.median(row[part] for row in rows[-tenth:])
+        / max(1e-9, statistics.median(row[part] for row in rows[:tenth]))
+        for part in PARTS
+        if total[part]
+    }
+    flat["all"] = statistics.median(batch[-tenth:]) / statistics.median(batch[:tenth])
+    memory = (
+        {"model_bytes": model_bytes, "peak_beyond_model": torch.cuda.max_memory_allocated() - model_bytes}
+        if cuda
+        else {}
+    )
+    return {
+        "model": options.model,
+        "parameters": sum(parameter.numel() for parameter in editor.model.parameters()),
+        "layers": editor.layers,
+        "edits": len(edits),
+        "batch_size": options.batch_size,
+        "seconds": sum(batch),
+        "edits_per_second": len(edits) / sum(batch),
+        "seconds_by_part": total,
+        "share_by_part": {part: seconds / sum(batch) for part, seconds in total.items()},
+        "flat": flat,
+        "not_converged": short,
+        "mean_steps": statistics.mean(record.steps for record in editor.history()),
+        "state_bytes": sum(layer.state for layer in editor.memory()),
+        **memory,
+        "batches": rows,
+        "config": asdict(editor.config),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("demo", *SHAPES), default="demo")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    parser.add_argument("--edits", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--search-memory", type=int, help="bytes that a search may take, see EditConfig")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    options = parser.parse_args()
+    result = measure(options)
+    shown = ("edits", "seconds", "edits_per_second", "share_by_part", "flat", "not_converged", "mean_steps")
+    for name in shown:
+        print(f"{name}: {result[name]}")
+    if options.json:
+        about = {"what": "a stream of edits, end to end", "device": options.device, "seed": SEED}
+        options.json.write_text(json.dumps({**about, **context(), **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
