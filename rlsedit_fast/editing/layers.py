@@ -13,7 +13,7 @@ from torch import Tensor
 from rlsedit_fast.editing.config import Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
+from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState
@@ -94,6 +94,15 @@ class EditedLayers:
             raise
         finally:
             self._marks = [_mark(projection) for projection in self._projections]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Folds in what has waited, now that it is sure to stay; where that fails it goes on waiting."""
+        for state in self.states:
+            try:
+                state.settle()
+            except (RLSEditError, RuntimeError) as error:
+                logger.warning("%s: pending rows could not be folded in, and wait on: %s", state.name, error)
 
     def write(
         self,

@@ -56,7 +56,8 @@ class RLSState:
     Args:
         weight: `W0 [d_v, d_k]`, any floating dtype; copied and never written to, unless `in_place`.
         prior: what holds the weight.
-        delay: how many rows of edits may wait before they are written into C; 0 writes each batch at once.
+        delay: how many rows of edits may wait before they are written into C; 0 writes each batch at once. Within a
+            transaction they wait for `settle`.
         dtype: to keep and compute in, float32 or float64; by default float64 for a float64 weight, else float32.
         name: of the layer, for the errors.
         backend: of the operations, as in `rlsedit_fast.ops`; by default the environment's, else the best there is.
@@ -317,6 +318,14 @@ class RLSState:
             self._empty_buffer()
         self._count = 0
 
+    def settle(self) -> None:
+        """Flushes if more than `delay` rows wait and no snapshot is alive: to be called behind a transaction.
+
+        Steps outside of transactions do so themselves.
+        """
+        if self._count > self._delay and not self._snapshots:
+            self.flush()
+
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
         """A point to come back to, at the cost of a copy of W; C is not copied.
@@ -359,7 +368,10 @@ class RLSState:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Restores the state if the block raises: `with a.transaction(), b.transaction(): ...` changes both or none."""
+        """Restores the state if the block raises: `with a.transaction(), b.transaction(): ...` changes both or none.
+
+        Within it no row is flushed; see `settle`.
+        """
         taken = self.snapshot()
         try:
             yield
@@ -459,8 +471,7 @@ class RLSState:
         self._sketch, self._objective = prepared.sketch, prepared.step.objective
         self._edits += sign * panel.keys.shape[0]
         self._version = next(_versions)
-        if self._count > self._delay and not self._snapshots:  # a batch too large to wait
-            self.flush()
+        self.settle()  # a batch may be too large to wait
         return prepared.step
 
     def _put_back(self, tensors: Sequence[Tensor]) -> None:

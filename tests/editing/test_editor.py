@@ -8,7 +8,9 @@ import torch
 import rlsedit_fast as rf
 from rlsedit_fast.editing import editor as editor_module
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
+from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.world import World, load_demo_model
 
 NAMES = ["Toze Lado Rekuno", "Fado Veta Voluvu", "Lado Toze", "Veta Fado Rekuno", "Voluvu Lado", "Toze Fado Veta"]
 EDITS = [
@@ -544,3 +546,23 @@ def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
     assert len(find_decoder(model).projections) == 4
     with pytest.raises(InputError, match=f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds 100"):
         rf.Editor(model, tokenizer, config=config())
+
+
+def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog):
+    """Rows that wait are folded in behind each batch: none pile up. Where that fails they wait on, and it is told."""
+    model, tokenizer = load_demo_model()
+    config = rf.EditConfig(layers=(0,), context_prefixes=("",), lam=0.1, batch_size=5, delay=8)
+    editor = rf.Editor(model, tokenizer, config=config)
+    edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
+    waiting: list[int] = []
+    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(editor._layers.states[0]._count))
+    assert max(waiting) <= 8
+    assert waiting.count(0) >= 2
+
+    def fails(*_args):
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(editor._layers.states[0], "_downdate", fails)
+    assert len(editor.edit(edits[30:])) == 10
+    assert "wait on: no more memory" in caplog.text
+    assert editor._layers.states[0]._count == 10

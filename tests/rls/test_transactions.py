@@ -225,3 +225,20 @@ def test_memory_is_the_weight_twice_the_precision_inverse_and_the_buffer(problem
     case = problem(d_k=32, d_v=8, dtype=torch.float32)
     expected = 4 * (32 * 32 + 2 * 8 * 32 + 16 * 32 + 16) + 8 * 2 * 32
     assert case.state(delay=16).memory_bytes() == expected
+
+
+@pytest.mark.parametrize("delay", [0, 4, 8])
+def test_rows_that_waited_through_a_transaction_are_folded_in_behind_it(problem: Callable, delay: int) -> None:
+    case = problem(sizes=[3] * 12)
+    state = case.state(delay=delay)
+    sizes = []
+    for batch in case.batches():
+        with state.transaction():
+            state.update(*batch)
+            state.settle()
+            assert state._count >= 3, "not while it may yet be taken back"
+        state.settle()
+        assert state._count <= delay
+        sizes.append(state.memory_bytes())
+    assert len(set(sizes[len(sizes) // 2 :])) == 1
+    case.check(state, case.all())
