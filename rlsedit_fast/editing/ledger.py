@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ class Ledger:
         self._records: list[EditRecord] = []
         self._requests: dict[int, Request] = {}  # of active edits
         self._told: dict[int, Told] = {}  # of active edits
+        self._asking: dict[str, set[int]] = defaultdict(set)  # active edits by what they ask
+        self._about: dict[str, set[int]] = defaultdict(set)  # and by the subject whose change they share
 
     def __len__(self) -> int:
         return len(self._records)
@@ -53,19 +56,21 @@ class Ledger:
 
     def asking(self, requests: Sequence[Request]) -> list[int]:
         """Active edits that ask what one of the requests asks."""
-        asked = {request.asks for request in requests}
-        return [i for i, request in self._requests.items() if request.asks in asked]
+        return sorted(set().union(*(self._asking.get(request.asks, ()) for request in requests)))
 
     def about(self, requests: Sequence[Request]) -> list[int]:
         """Active edits that share their subject's change with one of the requests, or would."""
-        subjects = {request.about for request in requests} - {None}
-        return [i for i, request in self._requests.items() if request.about in subjects]
+        subjects = {request.about for request in requests if request.about is not None}
+        return sorted(set().union(*(self._about.get(subject, ()) for subject in subjects)))
 
     def add(self, record: EditRecord, request: Request, told: Told | None) -> None:
         """Enters a new edit; one without rows, which was skipped, is only recorded."""
         self._records.append(record)
         if told is not None:
             self._requests[record.id], self._told[record.id] = request, told
+            self._asking[request.asks].add(record.id)
+            if request.about is not None:
+                self._about[request.about].add(record.id)
 
     def retell(self, record: EditRecord, told: Told) -> None:
         """Enters what an active edit was told anew."""
@@ -80,5 +85,9 @@ class Ledger:
         """Active edits become undone or replaced; their rows are forgotten."""
         for i in ids:
             self._records[i - 1] = replace(self._records[i - 1], state=state, joint_with=())
-            del self._told[i], self._requests[i]
+            request = self._requests.pop(i)
+            del self._told[i]
+            self._asking[request.asks].discard(i)
+            if request.about is not None:
+                self._about[request.about].discard(i)
         return self.get(ids)
