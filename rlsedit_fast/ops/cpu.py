@@ -138,6 +138,7 @@ def _mirror_(matrix: Tensor) -> None:
 
 
 OPS = {**reference.OPS, "panel": panel, "downdate_": downdate_, "moment_": moment_}
+BATCHED = frozenset[str]()
 
 
 def missing() -> str | None:
@@ -152,6 +153,6 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"its tensors must be on the CPU, these are on {held.device}"
     if held.dtype != torch.float32:
         return f"it computes in float32 only, this is {held.dtype}"
-    if op == "panel" and held.stride(1) != 1:
+    if op == "panel" and held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
     return None

@@ -89,6 +89,7 @@ def factor(
 
 
 OPS = {"factor": factor, "downdate_": downdate_}
+BATCHED = frozenset[str]()
 
 
 def missing() -> str | None:
@@ -106,8 +107,8 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"its tensors must be on a CUDA device, these are on {held.device}"
     if held.dtype != torch.float32:
         return f"it computes in float32 only, this is {held.dtype}"
-    if op == "factor" and not 1 <= held.shape[0] <= MOST_EDITS:
-        return f"it factors 1 to {MOST_EDITS} edits at once, these are {held.shape[0]}"
-    if op == "downdate_" and held.stride(1) != 1:
+    if op == "factor" and not 1 <= held.shape[-2] <= MOST_EDITS:
+        return f"it factors 1 to {MOST_EDITS} edits at once, these are {held.shape[-2]}"
+    if op == "downdate_" and held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
     return None

@@ -1,9 +1,11 @@
 """Which backend runs an operation.
 
-A backend is a module with three names:
+A backend is a module with these names:
     OPS          its implementations by operation, with the signatures of `reference`;
+    BATCHED      those of them whose tensors and results have a dimension of layers in front; the others are called
+                 layer by layer;
     missing()    why it cannot run on this machine, or None;
-    refuses(op, tensors)   why it cannot take these tensors, or None.
+    refuses(op, tensors)   why it cannot take these tensors, with or without a dimension of layers, or None.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import BackendError, InputError
@@ -34,6 +37,7 @@ class Backend(Protocol):
     """What a backend's module offers."""
 
     OPS: Mapping[str, Callable[..., Any]]
+    BATCHED: Collection[str]
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, or None."""
@@ -74,8 +78,42 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     return module.missing() or module.refuses(op, tensors)
 
 
-def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """The implementation that runs `op` on these tensors.
+def run(op: str, backend: str, layers: int | None, tensors: Sequence[Tensor], *scalars: int) -> Any:
+    """Runs `op`.
+
+    Args:
+        op: the operation.
+        backend: who is to run it, as in `choose`.
+        layers: how many layers the tensors have in front, None for a single one without that dimension.
+        tensors: its tensors, checked.
+        scalars: what else it takes.
+
+    Raises:
+        BackendError: the backend was asked for by name and cannot run this.
+    """
+    name = choose(op, backend, tensors)
+    implementation, batched = load(name).OPS[op], op in load(name).BATCHED
+    if batched == (layers is not None):
+        return implementation(*tensors, *scalars)
+    if batched:
+        return _each(lambda result: result.squeeze(0), implementation(*(t.unsqueeze(0) for t in tensors), *scalars))
+    results = [implementation(*(tensor[layer] for tensor in tensors), *scalars) for layer in range(layers or 0)]
+    if not results:
+        raise InputError(f"{op}: expected at least one layer, got none")
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return None if results[0] is None else torch.stack(results)
+
+
+def _each(change: Callable[[Tensor], Tensor], results: Any) -> Any:
+    """Applies `change` to a tensor, to each of a tuple, or to nothing."""
+    if isinstance(results, tuple):
+        return tuple(map(change, results))
+    return None if results is None else change(results)
+
+
+def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
+    """The name of the backend that runs `op` on these tensors.
 
     Raises:
         BackendError: the backend was asked for by name and cannot run this.
@@ -87,7 +125,7 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., An
                 f"backend {backend!r} was asked for and cannot run {op}: {reason}. "
                 f"Ask for 'auto' or 'reference', or see `python -m rlsedit_fast`"
             )
-        return load(backend).OPS[op]
+        return backend
     passed_over = []
     for name in PREFERENCE.get(tensors[0].device.type, ()):
         reason = why_not(name, op, tensors)
@@ -97,7 +135,7 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., An
     else:
         name = "reference"
     _say_once(op, name, tensors[0].device.type, "; ".join(passed_over) or "the best for this device")
-    return load(name).OPS[op]
+    return name
 
 
 @cache

@@ -117,6 +117,7 @@ OPS = {
     "correct_split_": correct_split_,
     "moment_": moment_,
 }
+BATCHED = frozenset[str]()
 
 
 def missing() -> str | None:

@@ -1,7 +1,8 @@
 """The operations' public names, argument checks, `torch.library` schemas and fakes.
 
 In eager mode a call goes straight to its backend; under `torch.compile` it becomes one node of the graph,
-`torch.ops.rlsedit_fast.<name>`. None of them has a derivative. What the arguments are is told in `reference`.
+`torch.ops.rlsedit_fast.<name>`. None of them has a derivative. What the arguments are is told in `reference`; every
+operation also takes all of its tensors, and gives its results, with a dimension of layers in front.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.ops.dispatch import choose, requested
+from rlsedit_fast.ops.dispatch import requested, run
+
+_Shape = tuple[int | None, ...]
 
 
-def _check(op: str, **arguments: tuple[Tensor, tuple[int | None, ...]]) -> None:
-    """Raises InputError unless each tensor has its shape, where None is any size, and all share device and dtype."""
-    (first_name, (first, _)), *_ = arguments.items()
-    for name, (tensor, expected) in arguments.items():
+def _check(op: str, **arguments: tuple[Tensor, _Shape]) -> int | None:
+    """Raises InputError unless each tensor has its shape, where None is any size, and all share device and dtype.
+
+    Returns:
+        The number of layers, if the first tensor (and then every one) has a dimension of layers in front, else None.
+    """
+    (first_name, (first, first_shape)), *_ = arguments.items()
+    layers = first.shape[0] if first.dim() == len(first_shape) + 1 else None
+    for name, (tensor, one) in arguments.items():
+        expected = one if layers is None else (layers, *one)
         shape = tensor.shape
         if len(shape) != len(expected) or any(e is not None and e != s for s, e in zip(shape, expected, strict=True)):
             wanted = ", ".join("any" if e is None else str(e) for e in expected)
@@ -30,6 +39,7 @@ def _check(op: str, **arguments: tuple[Tensor, tuple[int | None, ...]]) -> None:
             )
     if not all(tensor.dtype.is_floating_point for tensor, _ in arguments.values()):
         raise InputError(f"{op}: expected floating-point tensors, got {[t.dtype for t, _ in arguments.values()]}")
+    return layers
 
 
 def _check_sign(op: str, sign: int) -> None:
@@ -37,31 +47,27 @@ def _check_sign(op: str, sign: int) -> None:
         raise InputError(f"{op}: sign={sign}: expected +1 for an edit or -1 for a removal")
 
 
-def _width(op: str, name: str, tensor: Tensor) -> int:
-    """The last size of what must be a matrix."""
-    if tensor.dim() != 2:
-        raise InputError(f"{op}: {name} has shape {list(tensor.shape)}, expected a matrix")
-    return tensor.shape[1]
+def _size(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """The sizes of what must be a matrix, or one a layer."""
+    if tensor.dim() not in (2, 3):
+        raise InputError(f"{op}: {name} has shape {list(tensor.shape)}, expected a matrix, or one for each layer")
+    return tensor.shape[-2], tensor.shape[-1]
 
 
 def _panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor, backend: str) -> Tensor:
-    d = _width("panel", "base", base)
-    _check(
-        "panel",
-        base=(base, (d, d)),
-        keys=(keys, (None, d)),
-        pending=(pending, (None, d)),
-        signs=(signs, tuple(pending.shape[:1])),
-    )
-    return choose("panel", backend, (base, keys, pending, signs))(base, keys, pending, signs)
+    _, d = _size("panel", "base", base)
+    r, _ = _size("panel", "pending", pending)
+    shapes = {"base": (base, (d, d)), "keys": (keys, (None, d)), "pending": (pending, (r, d)), "signs": (signs, (r,))}
+    layers = _check("panel", **shapes)
+    projected: Tensor = run("panel", backend, layers, (base, keys, pending, signs))
+    return projected
 
 
 def _factor(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d = _width("factor", "projected", projected)
-    n = projected.shape[0]
-    _check(
+    n, d = _size("factor", "projected", projected)
+    layers = _check(
         "factor",
         projected=(projected, (n, d)),
         keys=(keys, (n, d)),
@@ -69,45 +75,49 @@ def _factor(
         noise=(noise, (n,)),
     )
     _check_sign("factor", sign)
-    run = choose("factor", backend, (projected, keys, innovation, noise))
-    return run(projected, keys, innovation, noise, sign)
+    u, a, lower, info = run("factor", backend, layers, (projected, keys, innovation, noise), sign)
+    return u, a, lower, info
 
 
 def _downdate(base: Tensor, pending: Tensor, signs: Tensor, backend: str) -> None:
-    d = _width("downdate_", "base", base)
-    _check("downdate_", base=(base, (d, d)), pending=(pending, (None, d)), signs=(signs, tuple(pending.shape[:1])))
-    choose("downdate_", backend, (base, pending, signs))(base, pending, signs)
+    _, d = _size("downdate_", "base", base)
+    r, _ = _size("downdate_", "pending", pending)
+    layers = _check("downdate_", base=(base, (d, d)), pending=(pending, (r, d)), signs=(signs, (r,)))
+    run("downdate_", backend, layers, (base, pending, signs))
 
 
 def _correct(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int, backend: str) -> None:
-    d_k, d_v = _width("correct_", "rows", rows), _width("correct_", "whitened", whitened)
-    _check("correct_", weight=(weight, (d_v, d_k)), whitened=(whitened, (None, d_v)), rows=(rows, (len(whitened), d_k)))
+    n, d_k = _size("correct_", "rows", rows)
+    _, d_v = _size("correct_", "whitened", whitened)
+    layers = _check("correct_", weight=(weight, (d_v, d_k)), whitened=(whitened, (n, d_v)), rows=(rows, (n, d_k)))
     _check_sign("correct_", sign)
-    choose("correct_", backend, (weight, whitened, rows))(weight, whitened, rows, sign)
+    run("correct_", backend, layers, (weight, whitened, rows), sign)
 
 
 def _correct_split(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, backend: str) -> None:
     op = "correct_split_"
-    d_k, d_v = _width(op, "rows", rows), _width(op, "whitened", whitened)
-    _check(op, whitened=(whitened, (None, d_v)), rows=(rows, (len(whitened), d_k)))
+    n, d_k = _size(op, "rows", rows)
+    _, d_v = _size(op, "whitened", whitened)
+    layers = _check(op, whitened=(whitened, (n, d_v)), rows=(rows, (n, d_k)))
+    shape = (d_v, d_k) if layers is None else (layers, d_v, d_k)
     for name, half, dtype in (("high", high, torch.bfloat16), ("low", low, torch.int16)):
-        if half.shape != (d_v, d_k) or half.dtype != dtype or half.device != rows.device:
+        if half.shape != shape or half.dtype != dtype or half.device != rows.device:
             raise InputError(
-                f"{op}: {name} is {half.dtype} {list(half.shape)} on {half.device}, expected {dtype} {[d_v, d_k]} on "
+                f"{op}: {name} is {half.dtype} {list(half.shape)} on {half.device}, expected {dtype} {list(shape)} on "
                 f"{rows.device} to go with the others"
             )
     if rows.dtype != torch.float32:
         raise InputError(f"{op}: rows is {rows.dtype}: a weight in two halves is corrected in float32")
     _check_sign(op, sign)
-    choose(op, backend, (high, low, whitened, rows))(high, low, whitened, rows, sign)
+    run(op, backend, layers, (high, low, whitened, rows), sign)
 
 
 def _moment(moment: Tensor, rows: Tensor, backend: str) -> None:
-    d = _width("moment_", "moment", moment)
-    _check("moment_", moment=(moment, (d, d)), rows=(rows, (None, d)))
+    _, d = _size("moment_", "moment", moment)
+    layers = _check("moment_", moment=(moment, (d, d)), rows=(rows, (None, d)))
     if moment.dtype not in (torch.float32, torch.float64):
         raise InputError(f"moment_: moment is {moment.dtype}: expected float32 or float64 to accumulate in")
-    choose("moment_", backend, (moment, rows))(moment, rows)
+    run("moment_", backend, layers, (moment, rows))
 
 
 @torch.library.custom_op("rlsedit_fast::panel", mutates_args=())
@@ -131,12 +141,12 @@ def factor_op(
 def _(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = projected.shape[0]
+    *layers, n, _ = projected.shape
     return (
         projected.new_empty(projected.shape),
         innovation.new_empty(innovation.shape),
-        projected.new_empty(n, n),
-        projected.new_empty((), dtype=torch.int32),
+        projected.new_empty(*layers, n, n),
+        projected.new_empty(layers, dtype=torch.int32),
     )
 
 

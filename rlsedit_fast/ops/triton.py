@@ -36,6 +36,7 @@ def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
 
 
 OPS = {"downdate_": downdate_}
+BATCHED = frozenset[str]()
 
 
 def missing() -> str | None:
@@ -53,6 +54,6 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"its tensors must be on a CUDA device (or the CPU under TRITON_INTERPRET=1), not on {held.device}"
     if held.dtype != torch.float32:
         return f"it computes in float32 only, this is {held.dtype}"
-    if held.stride(1) != 1:
+    if held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
     return None

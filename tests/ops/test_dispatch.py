@@ -141,6 +141,32 @@ def test_schemas_and_fakes_pass_opcheck(op, dtype):
 
 
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_a_batch_of_layers_is_one_call(op):
+    singles = [[x + 0 if isinstance(x, torch.Tensor) else x for x in arguments(op)] for _ in range(3)]
+    for layer, single in enumerate(singles):  # each layer something of its own
+        single[-1 if op == "moment_" else 2] += layer
+    stacked = [
+        torch.stack(parts) if isinstance(parts[0], torch.Tensor) else parts[0] for parts in zip(*singles, strict=True)
+    ]
+    torch.library.opcheck(getattr(torch.ops.rlsedit_fast, op).default, tuple(stacked))
+    together = outcome(op, stacked, getattr(ops, op))
+    for layer, single in enumerate(singles):
+        alone = outcome(op, single, getattr(ops, op))
+        if not isinstance(alone, tuple):
+            alone, together = (alone,), together if isinstance(together, tuple) else (together,)
+        for one, all_of_them in zip(alone, together, strict=True):
+            assert torch.equal(all_of_them[layer], one)
+
+
+def test_a_batch_of_no_layers_and_layers_that_do_not_match_are_refused():
+    base, keys, pending, signs = arguments("panel")
+    with pytest.raises(InputError, match=r"keys has shape \[3, 6\], expected \[2, any, 6\]"):
+        ops.panel(torch.stack((base, base)), keys, pending, signs)
+    with pytest.raises(InputError, match="at least one layer"):
+        ops.panel(*(tensor[None][:0] for tensor in (base, keys, pending, signs)))
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
 def test_torch_compile_keeps_the_operation_whole(op):
     function = getattr(ops, op)
     compiled = torch.compile(lambda *given: function(*given, backend="reference"), backend="eager", fullgraph=True)
