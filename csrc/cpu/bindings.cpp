@@ -26,6 +26,20 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::arg("base"), py::arg("stride"), py::arg("keys"), py::arg("out"), py::arg("workspace"), py::arg("d"),
         py::arg("n"), py::arg("threads"), py::arg("isa"), py::call_guard<py::gil_scoped_release>());
+    m.attr("correct_split_workspace_per_thread") = rlsedit::correct_split_workspace_per_thread;
+    m.def(
+        "correct_split",
+        [](std::uintptr_t high, std::uintptr_t low, int64_t stride, std::uintptr_t whitened, std::uintptr_t rows,
+           std::uintptr_t workspace, int64_t d_v, int64_t d_k, int64_t n, int sign, int threads, rlsedit::Isa isa) {
+            rlsedit::correct_split(
+                {reinterpret_cast<uint16_t*>(high), reinterpret_cast<int16_t*>(low), stride,
+                 reinterpret_cast<const float*>(whitened), reinterpret_cast<const float*>(rows),
+                 reinterpret_cast<float*>(workspace), d_v, d_k, n, sign, threads},
+                isa);
+        },
+        py::arg("high"), py::arg("low"), py::arg("stride"), py::arg("whitened"), py::arg("rows"), py::arg("workspace"),
+        py::arg("d_v"), py::arg("d_k"), py::arg("n"), py::arg("sign"), py::arg("threads"), py::arg("isa"),
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "mirror",
         [](std::uintptr_t base, int64_t stride, int64_t d, int threads) {

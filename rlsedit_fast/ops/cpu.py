@@ -1,8 +1,9 @@
 """The `cpu` backend: native float32 kernels where they beat PyTorch, PyTorch (`reference`) elsewhere.
 
-`panel` is native: PyTorch reads all of the symmetric `C_base`, the kernel one triangle. `downdate_` of a high rank is
-SSYRK and a native mirror pass, half of a product's work. `factor` and `correct_` are BLAS calls in PyTorch already,
-on operands that have no triangle to leave out; `moment_` takes rows of any dtype, most of which BLAS does not.
+`panel` is native: PyTorch reads all of the symmetric `C_base`, the kernel one triangle. `downdate_` and `moment_` of a
+high rank are SSYRK and a native mirror pass, half of a product's work. `correct_split_` is native: one pass over the
+halves instead of a dozen. `factor` and `correct_` are BLAS calls in PyTorch already, on operands that have no triangle
+to leave out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's. On one thread at d = 4096 torch takes 1.33 times as long at
-# 3 and at 128 edits, 0.76 times at 2, and about as long at 256 (bench/results/panel-crossover-cpu.json).
-NATIVE_PANEL_EDITS = range(3, 129)
+# Numbers of edits at which the native panel beats torch's (bench/results/panel-crossover-cpu.json).
+NATIVE_PANEL_EDITS = range(1, 129)
 
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
@@ -119,6 +119,40 @@ def moment_(moment: Tensor, rows: Tensor) -> None:
         syrk_moment_(moment, rows)
 
 
+def correct_split_(
+    high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, isa: str = "automatic"
+) -> None:
+    """`reference.correct_split_` in one pass over the halves, which lie row by row or column by column.
+
+    Args:
+        high: bfloat16 `[d_v, d_k]`.
+        low: int16 `[d_v, d_k]`, with the strides of `high`.
+        whitened: `A [n, d_v]`, float32.
+        rows: `U [n, d_k]`, float32.
+        sign: +1 or -1.
+        isa: as in `native_panel`.
+    """
+    if high.stride(1) != 1:  # the weight of a Conv1D, seen transposed
+        high, low, whitened, rows = high.T, low.T, rows, whitened
+    threads = torch.get_num_threads()
+    whitened, rows = whitened.contiguous(), rows.contiguous()
+    workspace = torch.empty(threads * _native.correct_split_workspace_per_thread, dtype=torch.float32)
+    _native.correct_split(
+        high=high.data_ptr(),
+        low=low.data_ptr(),
+        stride=high.stride(0),
+        whitened=whitened.data_ptr(),
+        rows=rows.data_ptr(),
+        workspace=workspace.data_ptr(),
+        d_v=high.shape[0],
+        d_k=high.shape[1],
+        n=rows.shape[0],
+        sign=sign,
+        threads=threads,
+        isa=getattr(_native.Isa, isa),
+    )
+
+
 def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:
     """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`; `rows [r, d]`, contiguous."""
     from scipy.linalg import blas  # takes a while, and the first long flush is soon enough
@@ -137,7 +171,13 @@ def _mirror_(matrix: Tensor) -> None:
     _native.mirror(base=matrix.data_ptr(), stride=matrix.stride(0), d=matrix.shape[0], threads=torch.get_num_threads())
 
 
-OPS = {**reference.OPS, "panel": panel, "downdate_": downdate_, "moment_": moment_}
+OPS = {
+    **reference.OPS,
+    "panel": panel,
+    "downdate_": downdate_,
+    "correct_split_": correct_split_,
+    "moment_": moment_,
+}
 BATCHED = frozenset[str]()
 
 
@@ -155,4 +195,8 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"it computes in float32 only, this is {held.dtype}"
     if op == "panel" and held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
+    if op == "correct_split_":
+        high, low = tensors[:2]
+        if high.stride() != low.stride() or 1 not in high.stride()[-2:]:
+            return f"high and low must have equal strides, one of them 1; they have {high.stride()} and {low.stride()}"
     return None

@@ -80,12 +80,12 @@ def test_panel(backend, device, d):
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("d", [*WIDTHS, 1100])  # the last one in two strips of columns, many blocks of rows
 def test_native_panel_in_every_instruction_set(isa, d):
     needs("cpu", "panel")
     if not cpu.runs(isa):
         pytest.skip(f"this processor has no {isa}")
-    for n in (*EDITS, 8, 33, 49):
+    for n in (*EDITS, 2, 4, 5, 8, 24, 25, 33, 49):
         given = operands(d, n, 0)
         check_panel(cpu.native_panel(given[0], given[1], isa), *given)
 
@@ -221,6 +221,30 @@ def test_correct_split_is_correct_on_the_joined_weight(backend, device, sign, tr
     got = ops.join(high, low).cpu()
     assert ((got.double() - truth).abs() <= bound(17 + 2, magnitude)).all()
     assert torch.equal(ops.split(got)[0], high.cpu())
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_native_correct_split_in_every_instruction_set(isa, transposed):
+    needs("cpu", "correct_split_")
+    if not cpu.runs(isa):
+        pytest.skip(f"this processor has no {isa}")
+    for d_v, d_k, n in ((1, 1, 1), (8, 48, 3), (13, 200, 1), (33, 65, 17), (64, 400, 131), (20, 193, 0)):
+        weight, whitened, rows = torch.randn(d_v, d_k), torch.randn(n, d_v), torch.randn(n, d_k)
+        wide = torch.full((d_k + 3, d_v + 5) if transposed else (d_v + 3, d_k + 5), 7.0)
+        high, low = ops.split(wide)
+        inner = [half[:-3, :-5].T if transposed else half[:-3, :-5] for half in (high, low)]
+        for half, new in zip(inner, ops.split(weight), strict=True):
+            half.copy_(new)
+        cpu.correct_split_(*inner, whitened, rows, -1, isa)
+        truth = weight.double() - whitened.double().T @ rows.double()
+        magnitude = weight.double().abs() + whitened.double().abs().T @ rows.double().abs()
+        got = ops.join(*inner)
+        assert ((got.double() - truth).abs() <= bound(n + 2, magnitude)).all()
+        assert torch.equal(ops.split(got)[0], inner[0])
+        inner[0].fill_(7.0)
+        inner[1].fill_(0)
+        assert (ops.join(high, low) == 7).all()  # nothing was written outside
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

@@ -23,6 +23,22 @@ bool runs(Isa isa);  // is it compiled in, and does this processor have it?
 int64_t panel_workspace(int64_t d, int64_t n, int threads);
 void panel(const Panel& arguments, Isa isa);
 
+// W += sign A^T U for a float32 weight that is kept as the upper 16 bits, rounded, and what they lack.
+struct CorrectSplit {
+    uint16_t* high;         // bfloat16 [d_v, d_k], rows `stride` apart
+    int16_t* low;           // [d_v, d_k], rows `stride` apart
+    int64_t stride;
+    const float* whitened;  // A [n, d_v], contiguous
+    const float* rows;      // U [n, d_k], contiguous
+    float* workspace;       // correct_split_workspace_per_thread floats for each thread, aligned to 64 bytes
+    int64_t d_v, d_k, n;
+    int sign, threads;
+};
+
+constexpr int64_t correct_split_workspace_per_thread = 192 * 128;
+
+void correct_split(const CorrectSplit& arguments, Isa isa);
+
 // Copies the lower triangle of base [d, d] over the upper one.
 void mirror(float* base, int64_t stride, int64_t d, int threads);
 

@@ -1,8 +1,8 @@
-// The panel kernel, written once and compiled per instruction set: each includer defines RLSEDIT_LANES.
+// The panel of many edits: C is walked in tiles, with the vector lanes along the edits.
 //
-// C is walked in tiles of its lower triangle. A tile T of rows I and columns J is read from memory once, packed, and
-// used twice: F[:, I] += K[:, J] T^T and, off the diagonal, F[:, J] += K[:, I] T. Both are computed transposed, with
-// the edits along the vector lanes, so that both are the same register-blocked loop over broadcast elements of T.
+// A tile T of rows I and columns J of the lower triangle is read from memory once, packed, and used twice:
+// F[:, I] += K[:, J] T^T and, off the diagonal, F[:, J] += K[:, I] T. Both are computed transposed, so that both are the
+// same register-blocked loop over broadcast elements of T.
 #pragma once
 
 #include <algorithm>
@@ -12,24 +12,33 @@
 #include <omp.h>
 #endif
 
-#include "panel_tile.hpp"
+#include "kernels.hpp"
+#include "vector.hpp"
 #include "rlsedit/cpu.hpp"
 
 namespace {
 
 using rlsedit::tile;
 
-constexpr int lanes = RLSEDIT_LANES;
-typedef float Vector __attribute__((vector_size(lanes * sizeof(float)), may_alias));
-
 // 32 registers hold 8 x 3 or 4 x 4 accumulators, 16 hold 8 x 1 or 4 x 2.
 constexpr int max_vectors = lanes == 16 ? 4 : 2;
 constexpr int rows_at_once(int vectors) { return vectors == 1 || (lanes == 16 && vectors < 4) ? 8 : 4; }
 
+// The tile that will be packed after this one, asked for line by line while this one is multiplied.
+struct Next {
+    static constexpr int lines_a_row = tile * sizeof(float) / 64;
+    const float* tile_at = nullptr;  // null where there is none
+    int64_t stride = 0;
+    void prefetch(int line) const {
+        __builtin_prefetch(tile_at + line / lines_a_row * stride + line % lines_a_row * 16, 0, 2);
+    }
+};
+
 // f[a, :] += sum_k T(a, k) x[k, :] for a tile of T or of its transpose; x and f have rows of `width` floats.
 template <int vectors, bool transposed>
-void multiply(const float* packed, const float* x, float* f, int64_t width) {
+void multiply(const float* packed, const float* x, float* f, int64_t width, Next next) {
     constexpr int rows = rows_at_once(vectors);
+    constexpr int steps_a_line = tile / rows / Next::lines_a_row;
     constexpr int row_step = transposed ? 1 : tile, k_step = transposed ? tile : 1;
     for (int a = 0; a < tile; a += rows) {
         Vector sum[rows][vectors];
@@ -41,6 +50,7 @@ void multiply(const float* packed, const float* x, float* f, int64_t width) {
             for (int v = 0; v < vectors; ++v) key[v] = *(const Vector*)(x + k * width + v * lanes);
             for (int i = 0; i < rows; ++i)
                 for (int v = 0; v < vectors; ++v) sum[i][v] += t[i * row_step] * key[v];
+            if (!transposed && next.tile_at && k % steps_a_line == 0) next.prefetch((a / rows * tile + k) / steps_a_line);
         }
         for (int i = 0; i < rows; ++i)
             for (int v = 0; v < vectors; ++v) *(Vector*)(f + (a + i) * width + v * lanes) = sum[i][v];
@@ -48,7 +58,7 @@ void multiply(const float* packed, const float* x, float* f, int64_t width) {
 }
 
 template <bool transposed>
-void multiply_all(const float* packed, const float* x, float* f, int64_t width) {
+void multiply_all(const float* packed, const float* x, float* f, int64_t width, Next next) {
     const int64_t vectors = width / lanes;
     const int64_t passes = (vectors + max_vectors - 1) / max_vectors;
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -56,11 +66,11 @@ void multiply_all(const float* packed, const float* x, float* f, int64_t width) 
         const float* x_part = x + begin * lanes;
         float* f_part = f + begin * lanes;
         switch (count) {
-            case 1: multiply<1, transposed>(packed, x_part, f_part, width); break;
-            case 2: multiply<2, transposed>(packed, x_part, f_part, width); break;
+            case 1: multiply<1, transposed>(packed, x_part, f_part, width, pass ? Next{} : next); break;
+            case 2: multiply<2, transposed>(packed, x_part, f_part, width, pass ? Next{} : next); break;
 #if RLSEDIT_LANES == 16
-            case 3: multiply<3, transposed>(packed, x_part, f_part, width); break;
-            case 4: multiply<4, transposed>(packed, x_part, f_part, width); break;
+            case 3: multiply<3, transposed>(packed, x_part, f_part, width, pass ? Next{} : next); break;
+            case 4: multiply<4, transposed>(packed, x_part, f_part, width, pass ? Next{} : next); break;
 #endif
         }
     }
@@ -102,8 +112,12 @@ void accumulate(const rlsedit::Panel& p, const float* x, float* sums, int64_t wi
                 for (int64_t tj = block_column * side; tj < std::min(ti + 1, (block_column + 1) * side); ++tj) {
                     const int64_t row = ti * tile, column = tj * tile;
                     pack(p, row, column, packed);
-                    multiply_all<false>(packed, x + column * width, sums + row * width, width);
-                    if (ti != tj) multiply_all<true>(packed, x + row * width, sums + column * width, width);
+                    // The block's next tile, or the one a row further down: wrong at a block's end, and harmless there.
+                    const bool along = tj < std::min(ti, (block_column + 1) * side - 1);
+                    const int64_t down = row + (along ? 0 : tile), right = along ? column + tile : block_column * side * tile;
+                    const Next next{down + tile <= p.d ? p.base + down * p.stride + right : nullptr, p.stride};
+                    multiply_all<false>(packed, x + column * width, sums + row * width, width, next);
+                    if (ti != tj) multiply_all<true>(packed, x + row * width, sums + column * width, width, {});
                 }
             }
         }
@@ -111,7 +125,7 @@ void accumulate(const rlsedit::Panel& p, const float* x, float* sums, int64_t wi
     }
 }
 
-void run(const rlsedit::Panel& p) {
+void run_wide(const rlsedit::Panel& p) {
     const int64_t padded = (p.d + tile - 1) / tile * tile, width = (p.n + lanes - 1) / lanes * lanes;
     const int64_t matrix = padded * width;
     float* x = p.workspace;  // K transposed, [padded, width]

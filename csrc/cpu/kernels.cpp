@@ -1,5 +1,7 @@
-// Chooses the instruction set of the panel kernel at run time.
-#include "panel_tile.hpp"
+// Chooses the kernels' instruction set at run time.
+#include <algorithm>
+
+#include "kernels.hpp"
 
 #if defined(__x86_64__)
 #define RLSEDIT_X86 1
@@ -17,19 +19,31 @@ bool runs(Isa isa) {
 
 int64_t panel_workspace(int64_t d, int64_t n, int threads) {
     const int64_t padded = (d + tile - 1) / tile * tile, width = (n + widest_lanes - 1) / widest_lanes * widest_lanes;
-    return padded * width * (threads + 1);
+    return std::max(padded * width, narrow_columns(d) * n) * (threads + 1);
 }
 
+namespace {
+
+Isa best() { return runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::portable; }
+
+}  // namespace
+
 void panel(const Panel& arguments, Isa isa) {
-    if (isa == Isa::automatic) {
-        // Up to eight edits fill one AVX2 vector; half of an AVX-512 one would be idle.
-        isa = arguments.n > 8 && runs(Isa::avx512) ? Isa::avx512 : runs(Isa::avx2) ? Isa::avx2 : Isa::portable;
-    }
+    if (isa == Isa::automatic) isa = best();
 #ifdef RLSEDIT_X86
     if (isa == Isa::avx512) return panel_avx512(arguments);
     if (isa == Isa::avx2) return panel_avx2(arguments);
 #endif
     panel_portable(arguments);
+}
+
+void correct_split(const CorrectSplit& arguments, Isa isa) {
+    if (isa == Isa::automatic) isa = best();
+#ifdef RLSEDIT_X86
+    if (isa == Isa::avx512) return correct_split_avx512(arguments);
+    if (isa == Isa::avx2) return correct_split_avx2(arguments);
+#endif
+    correct_split_portable(arguments);
 }
 
 }  // namespace rlsedit

@@ -1,0 +1,133 @@
+// W += sign A^T U on a float32 weight in two halves, in one pass over it.
+//
+// Blocks of columns of U are packed; over each, tiles of W are put together in the registers, added to edit by edit, and
+// taken apart again. How a number is halved is told in rlsedit_fast/ops/split.py.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "vector.hpp"
+#include "rlsedit/cpu.hpp"
+
+namespace {
+
+typedef uint32_t Bits __attribute__((vector_size(lanes * sizeof(uint32_t)), may_alias));
+typedef int32_t Signed __attribute__((vector_size(lanes * sizeof(int32_t)), may_alias));
+typedef uint16_t High __attribute__((vector_size(lanes * sizeof(uint16_t)), may_alias, aligned(2)));
+typedef int16_t Low __attribute__((vector_size(lanes * sizeof(int16_t)), may_alias, aligned(2)));
+
+constexpr int tile_vectors = 3;
+constexpr int tile_rows = lanes == 16 ? 8 : 4;  // with three vectors each, most of the registers
+constexpr int64_t tile_columns = tile_vectors * lanes;
+constexpr int64_t packed_columns = 192;  // a multiple of tile_columns for every number of lanes
+constexpr int64_t packed_edits = 128;    // so that a block of U is at most 96 KiB, a fraction of the L2 cache
+static_assert(packed_columns % tile_columns == 0);
+static_assert(packed_columns * packed_edits == rlsedit::correct_split_workspace_per_thread);
+
+inline Vector join(const uint16_t* high, const int16_t* low) {
+    const Bits upper = __builtin_convertvector(*(const High*)high, Bits) << 16;
+    return (Vector)(upper + (Bits)__builtin_convertvector(*(const Low*)low, Signed));
+}
+
+inline void split(Vector value, uint16_t* high, int16_t* low) {
+    const Bits bits = (Bits)value, upper = (bits + 0x8000) >> 16;
+    *(High*)high = __builtin_convertvector(upper, High);
+    *(Low*)low = __builtin_convertvector((Signed)(bits - (upper << 16)), Low);
+}
+
+// A tile of `rows` rows and tile_columns columns; `a` and `u` point at its rows of A^T and its columns of packed U.
+template <int rows>
+void correct_tile(uint16_t* high, int16_t* low, int64_t stride, const float* a, int64_t a_stride, const float* u,
+                  int64_t edits) {
+    Vector sum[rows][tile_vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < tile_vectors; ++v) sum[i][v] = join(high + i * stride + v * lanes, low + i * stride + v * lanes);
+    for (int64_t m = 0; m < edits; ++m, a += a_stride, u += packed_columns) {
+        Vector row[tile_vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < tile_vectors; ++v) row[v] = load(u + v * lanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < tile_vectors; ++v) sum[i][v] += a[i] * row[v];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < tile_vectors; ++v) split(sum[i][v], high + i * stride + v * lanes, low + i * stride + v * lanes);
+}
+
+// The same for a tile with fewer columns, by way of a whole one.
+template <int rows>
+void correct_edge(uint16_t* high, int16_t* low, int64_t stride, int64_t columns, const float* a, int64_t a_stride,
+                  const float* u, int64_t edits) {
+    uint16_t whole_high[rows * tile_columns] = {};
+    int16_t whole_low[rows * tile_columns] = {};
+    for (int i = 0; i < rows; ++i) {
+        std::copy_n(high + i * stride, columns, whole_high + i * tile_columns);
+        std::copy_n(low + i * stride, columns, whole_low + i * tile_columns);
+    }
+    correct_tile<rows>(whole_high, whole_low, tile_columns, a, a_stride, u, edits);
+    for (int i = 0; i < rows; ++i) {
+        std::copy_n(whole_high + i * tile_columns, columns, high + i * stride);
+        std::copy_n(whole_low + i * tile_columns, columns, low + i * stride);
+    }
+}
+
+template <int rows>
+void correct_rows(const rlsedit::CorrectSplit& p, int64_t row, int64_t column, int64_t columns, int64_t m,
+                  int64_t edits, const float* packed) {
+    const float* a = p.whitened + m * p.d_v + row;
+    for (int64_t j = 0; j < columns; j += tile_columns) {
+        uint16_t* high = p.high + row * p.stride + column + j;
+        int16_t* low = p.low + row * p.stride + column + j;
+        if (columns - j >= tile_columns) {
+            correct_tile<rows>(high, low, p.stride, a, p.d_v, packed + j, edits);
+        } else {
+            correct_edge<rows>(high, low, p.stride, columns - j, a, p.d_v, packed + j, edits);
+        }
+    }
+}
+
+void run_correct_split(const rlsedit::CorrectSplit& p) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(p.threads)
+#endif
+    {
+#ifdef _OPENMP
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        const int thread = 0, threads = 1;
+#endif
+        float* packed = p.workspace + thread * rlsedit::correct_split_workspace_per_thread;
+        const int64_t groups = (p.d_v + tile_rows - 1) / tile_rows;
+        const int64_t from = groups * thread / threads * tile_rows;
+        const int64_t to = std::min(p.d_v, groups * (thread + 1) / threads * tile_rows);
+        for (int64_t m = 0; m < p.n; m += packed_edits) {
+            const int64_t edits = std::min(packed_edits, p.n - m);
+            for (int64_t column = 0; column < p.d_k; column += packed_columns) {
+                const int64_t columns = std::min(packed_columns, p.d_k - column);
+                for (int64_t k = 0; k < edits; ++k) {
+                    std::memset(packed + k * packed_columns, 0, packed_columns * sizeof(float));
+                    const float* from_row = p.rows + (m + k) * p.d_k + column;
+                    float* to_row = packed + k * packed_columns;
+                    std::transform(from_row, from_row + columns, to_row, [&](float x) { return p.sign < 0 ? -x : x; });
+                }
+                int64_t row = from;
+                for (; row + tile_rows <= to; row += tile_rows)
+                    correct_rows<tile_rows>(p, row, column, columns, m, edits, packed);
+                for (; row < to; ++row) correct_rows<1>(p, row, column, columns, m, edits, packed);
+            }
+        }
+    }
+}
+
+}  // namespace

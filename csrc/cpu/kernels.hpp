@@ -1,0 +1,22 @@
+// What the kernels and their caller share.
+#pragma once
+
+#include "rlsedit/cpu.hpp"
+
+namespace rlsedit {
+
+constexpr int tile = 64;        // rows and columns of a tile: 16 KiB, half of a small L1 cache
+constexpr int widest_lanes = 16;
+
+// Columns of the narrow kernel's keys and sums: whole vectors, and what a group of rows on the diagonal reaches beyond.
+constexpr int64_t narrow_columns(int64_t d) { return (d + widest_lanes - 1) / widest_lanes * widest_lanes + 32; }
+
+void panel_portable(const Panel& arguments);
+void panel_avx2(const Panel& arguments);
+void panel_avx512(const Panel& arguments);
+
+void correct_split_portable(const CorrectSplit& arguments);
+void correct_split_avx2(const CorrectSplit& arguments);
+void correct_split_avx512(const CorrectSplit& arguments);
+
+}  // namespace rlsedit

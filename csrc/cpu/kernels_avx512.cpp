@@ -1,0 +1,13 @@
+// The kernels for AVX-512; CMakeLists.txt gives the flags.
+#ifdef __AVX512F__
+#define RLSEDIT_LANES 16
+#include "correct_split.hpp"
+#include "panel_narrow.hpp"
+#include "panel_wide.hpp"
+
+void rlsedit::panel_avx512(const Panel& arguments) {
+    arguments.n <= narrow_edits ? run_narrow(arguments) : run_wide(arguments);
+}
+
+void rlsedit::correct_split_avx512(const CorrectSplit& arguments) { run_correct_split(arguments); }
+#endif

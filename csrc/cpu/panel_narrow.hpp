@@ -1,0 +1,150 @@
+// The panel of a few edits: C streams by along its rows, with the vector lanes along its columns.
+//
+// The lower triangle is cut into strips of columns and these into blocks of rows, which stay in the cache while the
+// edits pass over them two or three at a time. A row c of a block serves twice while it is in registers:
+// F[m, i] += c . K[m, :] and F[m, :] += K[m, i] c.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "kernels.hpp"
+#include "vector.hpp"
+
+namespace {
+
+// Up to so many edits this kernel is the faster one.
+constexpr int64_t narrow_edits = lanes == 16 ? 24 : 4;
+
+constexpr int64_t strip = 1024;     // columns: keys and sums of three edits are 24 KiB, most of a small L1 cache
+constexpr int64_t block_rows = 32;  // of a strip: 128 KiB, a part of a small L2 cache
+
+// Edits and rows at once: as many as the registers hold with their sums. 32 hold three by four, 16 two by two.
+constexpr int most_edits = lanes == 16 ? 3 : 2;
+constexpr int rows_of(int edits) { return edits == 1 ? 8 : most_edits == 3 ? 4 : 2; }
+
+struct Narrow {
+    const float* keys;  // K [n, padded], zero beyond d
+    float* sums;        // F [n, padded] of this thread
+    int64_t padded;
+};
+
+// `rows` rows that begin at `at`, `stride` apart: columns [column, column + count), count a multiple of lanes.
+template <int edits, int rows>
+void sweep(const float* at, int64_t stride, const Narrow& p, int64_t row, int64_t column, int64_t count) {
+    Vector dot[rows][edits] = {};
+    Vector key[rows][edits];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+        for (int m = 0; m < edits; ++m) key[i][m] = Vector{} + p.keys[m * p.padded + row + i];
+    const float* x = p.keys + column;
+    float* f = p.sums + column;
+    for (int64_t j = 0; j < count; j += lanes) {
+        Vector c[rows];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) c[i] = load(at + i * stride + j);
+#pragma GCC unroll 8
+        for (int m = 0; m < edits; ++m) {
+            const Vector here = load(x + m * p.padded + j);
+            Vector sum = load(f + m * p.padded + j);
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; ++i) {
+                dot[i][m] += c[i] * here;
+                sum += c[i] * key[i][m];
+            }
+            store(f + m * p.padded + j, sum);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+        for (int m = 0; m < edits; ++m) p.sums[m * p.padded + row + i] += total(dot[i][m]);
+}
+
+// Rows [row, row + rows) of the strip that begins at `column`; where they reach the diagonal, up to it. The diagonal
+// is taken at half: it serves twice as well.
+template <int edits, int rows>
+void narrow_group(const rlsedit::Panel& a, const Narrow& p, int64_t row, int64_t column) {
+    const float* at = a.base + row * a.stride + column;
+    const int64_t below = std::min(strip, (row - column) / lanes * lanes);  // columns that all of these rows have whole
+    sweep<edits, rows>(at, a.stride, p, row, column, below);
+    if (below == strip) return;
+    constexpr int reach = (rows + 2 * lanes - 2) / lanes * lanes;
+    alignas(64) float corner[rows][reach] = {};
+    for (int i = 0; i < rows; ++i) {
+        const int64_t whole = row + i - column - below;
+        std::memcpy(corner[i], at + i * a.stride + below, whole * sizeof(float));
+        corner[i][whole] = 0.5f * at[i * a.stride + below + whole];
+    }
+    sweep<edits, rows>(corner[0], reach, p, row, column + below, reach);
+}
+
+template <int edits>
+void narrow_block(const rlsedit::Panel& a, const Narrow& p, int64_t from, int64_t to, int64_t column) {
+    constexpr int rows = rows_of(edits);
+    int64_t row = from;
+    for (; row + rows <= to; row += rows) narrow_group<edits, rows>(a, p, row, column);
+    for (; row < to; ++row) narrow_group<edits, 1>(a, p, row, column);
+}
+
+// The part of one thread: an equal share of the blocks of all strips, in an order that depends on the arguments alone.
+void narrow_part(const rlsedit::Panel& a, const Narrow& p, int thread, int threads) {
+    int64_t total = 0, count = 0;
+    for (int64_t column = 0; column < a.d; column += strip) total += (a.d - column + block_rows - 1) / block_rows;
+    for (int64_t column = 0; column < a.d; column += strip) {
+        for (int64_t row = column; row < a.d; row += block_rows, ++count) {
+            if (count < total * thread / threads || count >= total * (thread + 1) / threads) continue;
+            const int64_t to = std::min(a.d, row + block_rows);
+            int64_t m = 0;
+            auto part = [&] { return Narrow{p.keys + m * p.padded, p.sums + m * p.padded, p.padded}; };
+            for (; m + most_edits <= a.n; m += most_edits) narrow_block<most_edits>(a, part(), row, to, column);
+            if (m + 2 <= a.n) narrow_block<2>(a, part(), row, to, column), m += 2;
+            if (m < a.n) narrow_block<1>(a, part(), row, to, column);
+        }
+    }
+}
+
+void run_narrow(const rlsedit::Panel& a) {
+    const int64_t padded = rlsedit::narrow_columns(a.d), matrix = a.n * padded;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(a.threads)
+#endif
+    {
+#ifdef _OPENMP
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+        const int thread = 0, threads = 1;
+#endif
+        float* sums = a.workspace + (thread + 1) * matrix;
+        const auto mine = [&](int64_t count) { return std::pair(count * thread / threads, count * (thread + 1) / threads); };
+        const auto [first, last] = mine(a.n);
+        for (int64_t m = first; m < last; ++m) {
+            std::memcpy(a.workspace + m * padded, a.keys + m * a.d, a.d * sizeof(float));
+            std::memset(a.workspace + m * padded + a.d, 0, (padded - a.d) * sizeof(float));
+        }
+        std::memset(sums, 0, matrix * sizeof(float));
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+        narrow_part(a, {a.workspace, sums, padded}, thread, threads);
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+        const auto [from, to] = mine(a.d);
+        for (int64_t m = 0; m < a.n; ++m) {
+            for (int64_t j = from; j < to; ++j) {
+                float sum = 0;
+                for (int t = 1; t <= threads; ++t) sum += a.workspace[t * matrix + m * padded + j];
+                a.out[m * a.d + j] = sum;
+            }
+        }
+    }
+}
+
+}  // namespace
