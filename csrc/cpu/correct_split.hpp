@@ -1,7 +1,7 @@
 // W += sign A^T U on a float32 weight in two halves, in one pass over it.
 //
-// Blocks of columns of U are packed; over each, tiles of W are put together in the registers, added to edit by edit, and
-// taken apart again. How a number is halved is told in rlsedit_fast/ops/split.py.
+// Blocks of columns of U are packed; over each, tiles of A^T U are summed in the registers, and W is put together, added to
+// and taken apart again. How a number is halved is told in rlsedit_fast/ops/split.py.
 #pragma once
 
 #include <algorithm>
@@ -45,11 +45,7 @@ inline void split(Vector value, uint16_t* high, int16_t* low) {
 template <int rows>
 void correct_tile(uint16_t* high, int16_t* low, int64_t stride, const float* a, int64_t a_stride, const float* u,
                   int64_t edits) {
-    Vector sum[rows][tile_vectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) sum[i][v] = join(high + i * stride + v * lanes, low + i * stride + v * lanes);
+    Vector sum[rows][tile_vectors] = {};  // apart from W, whose magnitude would swallow more of each edit
     for (int64_t m = 0; m < edits; ++m, a += a_stride, u += packed_columns) {
         Vector row[tile_vectors];
 #pragma GCC unroll 8
@@ -60,9 +56,13 @@ void correct_tile(uint16_t* high, int16_t* low, int64_t stride, const float* a, 
             for (int v = 0; v < tile_vectors; ++v) sum[i][v] += a[i] * row[v];
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) split(sum[i][v], high + i * stride + v * lanes, low + i * stride + v * lanes);
+        for (int v = 0; v < tile_vectors; ++v) {
+            const int64_t at = i * stride + v * lanes;
+            split(join(high + at, low + at) + sum[i][v], high + at, low + at);
+        }
+    }
 }
 
 // The same for a tile with fewer columns, by way of a whole one.

@@ -101,11 +101,15 @@ void narrow_part(const rlsedit::Panel& a, const Narrow& p, int thread, int threa
         for (int64_t row = column; row < a.d; row += block_rows, ++count) {
             if (count < total * thread / threads || count >= total * (thread + 1) / threads) continue;
             const int64_t to = std::min(a.d, row + block_rows);
-            int64_t m = 0;
-            auto part = [&] { return Narrow{p.keys + m * p.padded, p.sums + m * p.padded, p.padded}; };
-            for (; m + most_edits <= a.n; m += most_edits) narrow_block<most_edits>(a, part(), row, to, column);
-            if (m + 2 <= a.n) narrow_block<2>(a, part(), row, to, column), m += 2;
-            if (m < a.n) narrow_block<1>(a, part(), row, to, column);
+            for (int64_t m = 0; m < a.n;) {
+                const Narrow part{p.keys + m * p.padded, p.sums + m * p.padded, p.padded};
+                const int64_t left = a.n - m;
+                const int64_t edits = left == most_edits + 1 ? 2 : std::min<int64_t>(left, most_edits);  // not one alone
+                if (edits == 1) narrow_block<1>(a, part, row, to, column);
+                else if (edits == 2) narrow_block<2>(a, part, row, to, column);
+                else narrow_block<most_edits>(a, part, row, to, column);
+                m += edits;
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
+from rlsedit_fast.rls.state import DEFAULT_DELAY
 
 Share = Literal["joint", "memit"]
 Values = Literal["search", "gradient"]
@@ -92,7 +93,7 @@ class EditConfig:
     lam: float | None = None
     mu: float | None = None
     ridge: float = 0.01
-    delay: int = 128
+    delay: int = DEFAULT_DELAY
     context_prefixes: tuple[str, ...] = ("", "The report says this.", "As everyone knows:")
     context_samples: int = 0
     context_tokens: int = 10

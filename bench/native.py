@@ -1,0 +1,82 @@
+"""Times the native ways of the operations in place against torch's, on the CPU.
+
+`downdate_`, the flush of pending rows into C, and `moment_`, the sum behind key statistics: BLAS's SSYRK and the native
+mirror pass against torch's product. `correct_split_`, a step of a bfloat16 weight with exact lower halves, d/4 by d:
+the native kernel against torch's passes, with a plain float32 weight's `addmm_` beside them.
+
+    python bench/native.py downdate_ --json bench/results/downdate-cpu.json
+    python bench/native.py moment_ --rows 64 256 1024 4096 --d 1536 4096 --json bench/results/moment-cpu.json
+    python bench/native.py correct_split_ --rows 1 8 16 32 64 100 --json bench/results/correct-split-cpu.json
+
+Both are timed in turn on matrices of their own; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from side_by_side import medians
+from torch import Tensor
+
+from rlsedit_fast import ops
+from rlsedit_fast.doctor import context
+from rlsedit_fast.ops import cpu, reference
+
+
+def contenders(op: str, rows: Tensor) -> dict[str, Callable[[], None]]:
+    """The ways of an operation, each on a matrix of its own."""
+    d = rows.shape[1]
+    if op == "correct_split_":
+        weight, whitened = torch.randn(d // 4, d), torch.randn(len(rows), d // 4)
+        ours, theirs = ops.split(weight), ops.split(weight)
+        return {
+            "native": lambda: cpu.correct_split_(*ours, whitened, rows, 1),
+            "torch": lambda: reference.correct_split_(*theirs, whitened, rows, 1),
+            "float32": lambda: reference.correct_(weight, whitened, rows, 1),
+        }
+    mine, other, signs = torch.eye(d), torch.eye(d), torch.ones(len(rows))
+    if op == "moment_":
+        return {
+            "native": lambda: cpu.syrk_moment_(mine, rows),
+            "torch": lambda: reference.moment_(other, rows),
+        }
+    return {
+        "native": lambda: cpu.syrk_downdate_(mine, rows, signs),
+        "torch": lambda: reference.downdate_(other, rows, signs),
+    }
+
+
+def measure(op: str, d: int, count: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each way, and how many times the native one's torch's is."""
+    rows = 1e-4 * torch.randn(count, d, generator=torch.Generator().manual_seed(0))
+    times = medians(contenders(op, rows), repeats)
+    row = {"d": d, "rows": count} | {f"{name}_ms": round(time, 3) for name, time in times.items()}
+    return row | {"ratio": round(times["torch"] / times["native"], 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=("downdate_", "moment_", "correct_split_"))
+    parser.add_argument("--d", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    options = parser.parse_args()
+    if cpu.missing():
+        parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
+    rows = []
+    for d in options.d:
+        for count in options.rows:
+            rows.append(measure(options.op, d, count, options.repeats))
+            print("  ".join(f"{name} {value:g}" for name, value in rows[-1].items()), flush=True)
+    if options.json:
+        record = {"what": f"{options.op} on the CPU", "repeats": options.repeats, **context(), "results": rows}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
