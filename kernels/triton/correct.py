@@ -35,11 +35,11 @@ def tile_product(
     steps = tl.arange(0, DEPTH).to(tl.int64)
     for k0 in range(0, n, DEPTH):
         k = k0 + steps
-        a_mask = (k[:, None] < n) & (i[None, :] < height)
+        a_mask = (i[:, None] < height) & (k[None, :] < n)
         u_mask = (k[:, None] < n) & (j[None, :] < width)
-        a = tl.load(whitened + k[:, None] * whitened_row + i[None, :], mask=a_mask, other=0.0)
+        a = tl.load(whitened + i[:, None] + k[None, :] * whitened_row, mask=a_mask, other=0.0)
         u = tl.load(rows + k[:, None] * rows_row + j[None, :], mask=u_mask, other=0.0)
-        product = tl.dot(tl.trans(a), u, product, input_precision=PRECISION)
+        product = tl.dot(a, u, product, input_precision=PRECISION)
     return product
 
 

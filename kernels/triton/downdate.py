@@ -43,13 +43,13 @@ def downdate_kernel(
     product = tl.zeros((TILE, TILE), dtype=tl.float32)
     for k0 in range(0, r, DEPTH):
         k = k0 + steps
-        left_mask = (k[:, None] < r) & (rows[None, :] < d)
+        # Loaded as [TILE, DEPTH], since a transposed tile comes in copies of 4 bytes instead of 16.
+        left_mask = (rows[:, None] < d) & (k[None, :] < r)
         right_mask = (k[:, None] < r) & (columns[None, :] < d)
         sign = tl.load(signs + k, mask=k < r, other=0.0)
-        left = tl.load(pending + k[:, None] * pending_row + rows[None, :], mask=left_mask, other=0.0)
+        left = tl.load(pending + rows[:, None] + k[None, :] * pending_row, mask=left_mask, other=0.0)
         right = tl.load(pending + k[:, None] * pending_row + columns[None, :], mask=right_mask, other=0.0)
-        # [TILE, DEPTH] @ [DEPTH, TILE]
-        product = tl.dot(tl.trans(left * sign[:, None]), right, product, input_precision=PRECISION)
+        product = tl.dot(left * sign[None, :], right, product, input_precision=PRECISION)
 
     here = base + rows[:, None] * base_row + columns[None, :]
     mask = (rows[:, None] < d) & (columns[None, :] < d)

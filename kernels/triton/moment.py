@@ -41,13 +41,13 @@ def moment_kernel(
     product = tl.zeros((TILE, TILE), dtype=tl.float32)
     for k0 in range(0, t, DEPTH):
         k = k0 + steps
-        left = tl.load(x + k[:, None] * x_row + rows[None, :], mask=(k[:, None] < t) & (rows[None, :] < d), other=0.0)
-        right = tl.load(
-            x + k[:, None] * x_row + columns[None, :], mask=(k[:, None] < t) & (columns[None, :] < d), other=0.0
-        )
+        left_mask = (rows[:, None] < d) & (k[None, :] < t)
+        right_mask = (k[:, None] < t) & (columns[None, :] < d)
+        left = tl.load(x + rows[:, None] + k[None, :] * x_row, mask=left_mask, other=0.0)
+        right = tl.load(x + k[:, None] * x_row + columns[None, :], mask=right_mask, other=0.0)
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        product = tl.dot(tl.trans(left), right, product, input_precision=PRECISION)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
 
     here = moment + rows[:, None] * moment_row + columns[None, :]
     mask = (rows[:, None] < d) & (columns[None, :] < d)

@@ -28,7 +28,9 @@ from rlsedit_fast.kernels.tiles import blocks
 
 FEW = 4
 FEW_EDITS = tl.constexpr(FEW)  # the same for the kernels
-MOST = 128  # rows of keys a program takes; more are further programs'
+MOST = 128  # rows of keys that a program of the first launch takes; more are further programs'
+FINISH_MOST = 32  # the same of the second launch
+TRIANGLE_MOST = 32  # rows of keys from which on the triangle's parts are more bytes than the half of C it saves
 VARIANTS = ("full", "triangle")
 WAVES = 4  # programs a multiprocessor there should be at least, for the split
 LEAST_STEPS = 8  # steps that a split must have left
@@ -111,13 +113,11 @@ def rows_kernel(
             total0 += tile * key_row(keys, keys_row, 0, k, n, end)[None, :]
             if EDITS > 1:
                 total1 += tile * key_row(keys, keys_row, 1, k, n, end)[None, :]
-            if EDITS > 2:
                 total2 += tile * key_row(keys, keys_row, 2, k, n, end)[None, :]
                 total3 += tile * key_row(keys, keys_row, 3, k, n, end)[None, :]
         tl.store(at, tl.sum(total0, 1), mask=j < height)
         if EDITS > 1:
             tl.store(at + parts_row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
-        if EDITS > 2:
             tl.store(at + 2 * parts_row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
             tl.store(at + 3 * parts_row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
 
@@ -187,16 +187,14 @@ def triangle_kernel(
             tl.store(others + k, tl.sum(strict * here0[:, None], 0), mask=k < end)
             if EDITS > 1:
                 total1 += tile * key_row(keys, keys_row, 1, k, n, d)[None, :]
-                tl.store(others + parts_row + k, tl.sum(strict * here1[:, None], 0), mask=k < tl.where(n > 1, end, 0))
-            if EDITS > 2:
                 total2 += tile * key_row(keys, keys_row, 2, k, n, d)[None, :]
                 total3 += tile * key_row(keys, keys_row, 3, k, n, d)[None, :]
+                tl.store(others + parts_row + k, tl.sum(strict * here1[:, None], 0), mask=k < tl.where(n > 1, end, 0))
                 tl.store(others + 2 * parts_row + k, tl.sum(strict * here2[:, None], 0), mask=k < tl.where(n > 2, end, 0))
                 tl.store(others + 3 * parts_row + k, tl.sum(strict * here3[:, None], 0), mask=k < tl.where(n > 3, end, 0))
         tl.store(own, tl.sum(total0, 1), mask=j < height)
         if EDITS > 1:
             tl.store(own + parts_row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
-        if EDITS > 2:
             tl.store(own + 2 * parts_row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
             tl.store(own + 3 * parts_row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
 
@@ -260,16 +258,17 @@ def finish_kernel(
         for s in range(0, splits):
             coefficient += tl.load(from_ + tl.cast(s, tl.int64) * coefficients_split, mask=held, other=0.0)
         coefficient *= tl.load(signs + layer * signs_layer + q, mask=q < r, other=0.0)[:, None]
-        rows = pending + layer * pending_layer + q[:, None] * pending_row + j[None, :]
-        u = tl.load(rows, mask=(q[:, None] < r) & (j[None, :] < d), other=0.0)
-        correction = tl.dot(tl.trans(u), coefficient, correction, input_precision=PRECISION)
+        rows = pending + layer * pending_layer + j[:, None] + q[None, :] * pending_row
+        u = tl.load(rows, mask=(j[:, None] < d) & (q[None, :] < r), other=0.0)
+        correction = tl.dot(u, coefficient, correction, input_precision=PRECISION)
     tl.store(projected + layer * projected_layer + i[None, :] * projected_row + j[:, None], total - correction, mask=mask)
 
 
 def _edits(n: int) -> int:
-    """The rows of keys that a program takes, a power of two; tensor cores want 16."""
-    power = 1 << max(n - 1, 0).bit_length()
-    return power if n <= FEW else min(max(power, 16), MOST)
+    """The rows of keys that a program takes: 1, `FEW`, or a power of two from 16 on, which tensor cores want."""
+    if n <= FEW:
+        return 1 if n == 1 else FEW
+    return min(max(1 << (n - 1).bit_length(), 16), MOST)
 
 
 def _splits(d: int, settings: dict[str, Any], others: int, processors: int) -> tuple[int, int]:
@@ -310,20 +309,23 @@ def panel(
         keys: float32 `[L, n, d]`, with contiguous rows.
         pending: float32 `[L, r, d]`, with contiguous rows; r may be 0.
         signs: float32 `[L, r]`, contiguous.
-        variant: `full`, or `triangle` to use only the lower triangle. Which is faster where has not been measured.
+        variant: `full`, or up to `TRIANGLE_MOST` rows of keys `triangle`, which uses the lower triangle only. Which is
+            faster where has not been measured.
         input_precision: as in `precision.chosen`.
 
     Returns:
         `F [L, n, d]`, contiguous; the same bits every time.
 
     Raises:
-        InputError: there is no such variant or precision.
+        InputError: there is no such variant or precision, or the variant does not take so many rows.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant={variant!r}: expected one of {', '.join(VARIANTS)}")
     precision = chosen(input_precision)
     layers, n, d = keys.shape
     r = pending.shape[1]
+    if variant == "triangle" and n > TRIANGLE_MOST:
+        raise InputError(f"variant='triangle' takes up to {TRIANGLE_MOST} rows of keys, not {n}: use 'full' for more")
     projected = keys.new_empty(layers, n, d)
     if n == 0:
         return projected
@@ -363,8 +365,8 @@ def panel(
                 **shared,
                 **settings,
             )
-        settings = configuration("panel_finish", capability, max(edits, 16), precision)
-        shared["EDITS"] = max(edits, 16)
+        shared["EDITS"] = min(max(edits, 16), FINISH_MOST)
+        settings = configuration("panel_finish", capability, shared["EDITS"], precision)
         finish_kernel[(blocks(d, settings["COLUMNS"]), layers * blocks(n, shared["EDITS"]))](
             *(parts, rows[..., pending_column:], pending, signs, projected, *parts.stride()[:3], *rows.stride()[:3]),
             *(*pending.stride()[:2], signs.stride(0), *projected.stride()[:2]),
