@@ -7,8 +7,9 @@ that the result is the same every time, and subtracts the pending correction fro
 
 Two variants of the first launch:
     full       every program has a block of C's rows and a part of their columns. Reads 4 d^2 bytes.
-    triangle   every program has a run of the lower triangle, and uses each tile of it for the tile's rows and, mirrored,
-               for its columns. Reads 2 d^2 bytes, and writes and reads again a part of n d floats for each block of rows.
+    triangle   every program has a run of the lower triangle, and uses each tile of it for the tile's rows and,
+               mirrored, for its columns. Reads 2 d^2 bytes, and writes and reads again n d / 2 floats for every
+               block of rows.
 
 Up to `FEW` rows no tensor core is used: products and sums are float32's own.
 """
@@ -30,7 +31,7 @@ FEW = 4
 FEW_EDITS = tl.constexpr(FEW)  # the same for the kernels
 MOST = 128  # rows of keys that a program of the first launch takes; more are further programs'
 FINISH_MOST = 32  # the same of the second launch
-TRIANGLE_MOST = 32  # rows of keys from which on the triangle's parts are more bytes than the half of C it saves
+TRIANGLE_MOST = 32  # with twice as many rows the triangle's parts are as many bytes as the half of C that it saves
 VARIANTS = ("full", "triangle")
 WAVES = 4  # programs a multiprocessor there should be at least, for the split
 LEAST_STEPS = 8  # steps that a split must have left
@@ -104,6 +105,7 @@ def rows_kernel(
         mask = (j[:, None] < height) & (i[None, :] < n)
         tl.store(at[:, None] + i[None, :] * parts_row, total, mask=mask)
     else:
+        row = tl.cast(parts_row, tl.int64)
         zero = tl.zeros((ROWS, DEPTH), dtype=tl.float32)
         total0, total1, total2, total3 = zero, zero, zero, zero
         for k0 in tl.range(first, end, DEPTH, num_stages=3):
@@ -117,9 +119,9 @@ def rows_kernel(
                 total3 += tile * key_row(keys, keys_row, 3, k, n, end)[None, :]
         tl.store(at, tl.sum(total0, 1), mask=j < height)
         if EDITS > 1:
-            tl.store(at + parts_row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
-            tl.store(at + 2 * parts_row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
-            tl.store(at + 3 * parts_row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
+            tl.store(at + row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
+            tl.store(at + 2 * row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
+            tl.store(at + 3 * row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
 
 
 @triton.jit(do_not_specialize=["n", "runs", "steps"])
@@ -164,7 +166,9 @@ def triangle_kernel(
         total = tl.zeros((ROWS, EDITS), dtype=tl.float32)
         for k0 in range(first, end, DEPTH):
             k = k0 + lane
-            tile = tl.load(base + j[:, None] * base_row + k[None, :], mask=(j[:, None] < d) & (k[None, :] < d), other=0.0)
+            tile = tl.load(
+                base + j[:, None] * base_row + k[None, :], mask=(j[:, None] < d) & (k[None, :] < d), other=0.0
+            )
             tile = tl.where(j[:, None] >= k[None, :], tile, 0.0)
             total = tl.dot(tile, key_tile(keys, keys_row, i, k, n, d), total, input_precision=PRECISION)
             tile = tl.trans(tl.where(j[:, None] > k[None, :], tile, 0.0))  # the diagonal counts once
@@ -176,11 +180,14 @@ def triangle_kernel(
         here1 = key_row(keys, keys_row, 1, j, n, d)
         here2 = key_row(keys, keys_row, 2, j, n, d)
         here3 = key_row(keys, keys_row, 3, j, n, d)
+        row = tl.cast(parts_row, tl.int64)
         zero = tl.zeros((ROWS, DEPTH), dtype=tl.float32)
         total0, total1, total2, total3 = zero, zero, zero, zero
         for k0 in tl.range(first, end, DEPTH, num_stages=3):
             k = k0 + lane
-            tile = tl.load(base + j[:, None] * base_row + k[None, :], mask=(j[:, None] < d) & (k[None, :] < d), other=0.0)
+            tile = tl.load(
+                base + j[:, None] * base_row + k[None, :], mask=(j[:, None] < d) & (k[None, :] < d), other=0.0
+            )
             tile = tl.where(j[:, None] >= k[None, :], tile, 0.0)
             strict = tl.where(j[:, None] > k[None, :], tile, 0.0)
             total0 += tile * key_row(keys, keys_row, 0, k, n, d)[None, :]
@@ -189,14 +196,14 @@ def triangle_kernel(
                 total1 += tile * key_row(keys, keys_row, 1, k, n, d)[None, :]
                 total2 += tile * key_row(keys, keys_row, 2, k, n, d)[None, :]
                 total3 += tile * key_row(keys, keys_row, 3, k, n, d)[None, :]
-                tl.store(others + parts_row + k, tl.sum(strict * here1[:, None], 0), mask=k < tl.where(n > 1, end, 0))
-                tl.store(others + 2 * parts_row + k, tl.sum(strict * here2[:, None], 0), mask=k < tl.where(n > 2, end, 0))
-                tl.store(others + 3 * parts_row + k, tl.sum(strict * here3[:, None], 0), mask=k < tl.where(n > 3, end, 0))
+                tl.store(others + row + k, tl.sum(strict * here1[:, None], 0), mask=k < tl.where(n > 1, end, 0))
+                tl.store(others + 2 * row + k, tl.sum(strict * here2[:, None], 0), mask=k < tl.where(n > 2, end, 0))
+                tl.store(others + 3 * row + k, tl.sum(strict * here3[:, None], 0), mask=k < tl.where(n > 3, end, 0))
         tl.store(own, tl.sum(total0, 1), mask=j < height)
         if EDITS > 1:
-            tl.store(own + parts_row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
-            tl.store(own + 2 * parts_row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
-            tl.store(own + 3 * parts_row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
+            tl.store(own + row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
+            tl.store(own + 2 * row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
+            tl.store(own + 3 * row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
 
 
 @triton.jit(do_not_specialize=["n", "r", "splits", "runs", "run_columns", "triangle_blocks"])
@@ -261,7 +268,9 @@ def finish_kernel(
         rows = pending + layer * pending_layer + j[:, None] + q[None, :] * pending_row
         u = tl.load(rows, mask=(j[:, None] < d) & (q[None, :] < r), other=0.0)
         correction = tl.dot(u, coefficient, correction, input_precision=PRECISION)
-    tl.store(projected + layer * projected_layer + i[None, :] * projected_row + j[:, None], total - correction, mask=mask)
+    tl.store(
+        projected + layer * projected_layer + i[None, :] * projected_row + j[:, None], total - correction, mask=mask
+    )
 
 
 def _edits(n: int) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def lower_tile(b):
-    """Tile `(ti, tj)`, `tj <= ti`, of number `b = ti (ti + 1) / 2 + tj`; the root may be off by one in floating point."""
+    """Tile `(ti, tj)`, `tj <= ti`, of number `b = ti (ti + 1) / 2 + tj`; the floating-point root may be off by one."""
     ti = ((tl.sqrt(8.0 * b.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     ti = tl.where(ti * (ti + 1) // 2 > b, ti - 1, ti)
     ti = tl.where((ti + 1) * (ti + 2) // 2 <= b, ti + 1, ti)

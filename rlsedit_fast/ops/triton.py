@@ -68,7 +68,7 @@ def correct_split_(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, si
 
 
 def moment_(moment: Tensor, rows: Tensor) -> None:
-    """`reference.moment_` with float32 sums, for a batch of layers; the upper triangle becomes the lower one's mirror."""
+    """`reference.moment_` with float32 sums, for a batch of layers; the upper triangle becomes the lower's mirror."""
     _kernels("moment").moment_(_symmetric(moment), _rows(rows))
 
 
