@@ -20,9 +20,9 @@ PRECISIONS = {
 }
 
 REFUSED = {
-    "tf32": "operands of 11 bits cost C its positive definiteness after some hundred updates",
-    "bf16x3": "what it leaves out of a product, 2^-16 of it, is a hundred times float32's error in C",
-    "bf16": "operands of 8 bits let the very first factorisations fail",
+    "tf32": "operands of 11 bits cost C its positive definiteness within some hundred updates",
+    "bf16x3": "it leaves out 2^-16 of a product, and C is off by more than ten times what it is in float32",
+    "bf16": "operands of 8 bits cost C its positive definiteness, and soon a factorisation fails",
 }
 
 
