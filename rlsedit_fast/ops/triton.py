@@ -1,7 +1,12 @@
 """The `triton` backend: the float32 kernels of `rlsedit_fast.kernels`, imported when they are first asked for.
 
 No GPU has run these kernels yet (they pass in Triton's interpreter and compile for sm_80 and sm_90), so `auto` does
-not pick them. Only `downdate_` is written.
+not pick them. `factor` is not written: its Cholesky factorisation spills registers in Triton.
+
+`RLSEDIT_TRITON_PRECISION` says how products are computed: `tf32x3` (default), `bf16x6` or `ieee`; see
+`rlsedit_fast.kernels.precision`. Launches go to torch's current stream of the tensors' device and wait for nothing; the
+only allocations are results, a workspace for `panel` and copies of small operands whose rows are not contiguous. After
+a first call with the same sizes, which compiles, a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENT_ROWS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @cache
-def _kernel() -> Any:
-    """The kernel's module, or why it cannot be imported."""
+def _kernels(name: str) -> Any:
+    """A module of the kernels, or why it cannot be imported."""
     try:
-        return importlib.import_module("rlsedit_fast.kernels.downdate")
+        return importlib.import_module(f"rlsedit_fast.kernels.{name}")
     except ImportError as error:
         return f"{error}; install the package (pip install .) with triton"
 
@@ -29,31 +36,69 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it if its rows are not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """The same symmetric matrix by its rows, where it is the columns that are contiguous."""
+    return matrix if matrix.stride(-1) == 1 else matrix.mT
+
+
+def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
+    """`reference.panel` in float32, for a batch of layers; two launches, the same bits every time."""
+    projected: Tensor = _kernels("panel").panel(_symmetric(base), _rows(keys), _rows(pending), signs.contiguous())
+    return projected
+
+
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32 (tf32x3 products); the upper triangle becomes the lower one's mirror."""
-    if pending.shape[0]:
-        _kernel().downdate_(base, pending.contiguous(), signs.contiguous())
+    """`reference.downdate_` in float32, for a batch of layers; the upper triangle becomes the lower one's mirror."""
+    _kernels("downdate").downdate_(_symmetric(base), _rows(pending), signs.contiguous())
 
 
-OPS = {"downdate_": downdate_}
-BATCHED = frozenset[str]()
+def correct_(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
+    """`reference.correct_` in float32, for a batch of layers; the weight may be transposed."""
+    _kernels("correct").correct_(weight, _rows(whitened), _rows(rows), sign)
+
+
+def correct_split_(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
+    """`reference.correct_split_` for a batch of layers, in one pass; the weight may be transposed."""
+    _kernels("correct").correct_split_(high, low, _rows(whitened), _rows(rows), sign)
+
+
+def moment_(moment: Tensor, rows: Tensor) -> None:
+    """`reference.moment_` with float32 sums, for a batch of layers; the upper triangle becomes the lower's mirror."""
+    _kernels("moment").moment_(_symmetric(moment), _rows(rows))
+
+
+OPS = {
+    "panel": panel,
+    "downdate_": downdate_,
+    "correct_": correct_,
+    "correct_split_": correct_split_,
+    "moment_": moment_,
+}
+BATCHED = frozenset(OPS)
 
 
 def missing() -> str | None:
     """Why it cannot run on this machine, or None; in Triton's interpreter no GPU is needed."""
     if not (torch.cuda.is_available() or _interpreted()):
         return "there is no CUDA device (torch.cuda.is_available() is false) and TRITON_INTERPRET is not 1"
-    kernel = _kernel()
+    kernel = _kernels("panel")
     return kernel if isinstance(kernel, str) else None
 
 
 def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot take these tensors: the kernels are float32, on a CUDA device, over contiguous rows."""
+    """Why it cannot take these tensors: the kernels are float32, on a CUDA device, over rows or columns."""
     held = tensors[0]
     if held.device.type != ("cpu" if _interpreted() else "cuda"):
         return f"its tensors must be on a CUDA device (or the CPU under TRITON_INTERPRET=1), not on {held.device}"
-    if held.dtype != torch.float32:
+    if held.dtype != torch.float32 and op != "correct_split_":
         return f"it computes in float32 only, this is {held.dtype}"
-    if held.stride(-1) != 1:
-        return f"base must have contiguous rows, its strides are {held.stride()}"
+    if op == "moment_" and any(rows.dtype not in MOMENT_ROWS for rows in tensors[1:]):
+        return f"it takes rows of float32, bfloat16 or float16, these are {tensors[1].dtype}"
+    if op in ("panel", "downdate_", "moment_") and 1 not in held.stride()[-2:]:
+        return f"its matrix must have contiguous rows or columns, its strides are {held.stride()}"
     return None

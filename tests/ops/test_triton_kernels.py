@@ -1,9 +1,8 @@
-"""The Triton kernels without a GPU: right in the interpreter, and compiled for the devices that they ship for."""
+"""The Triton kernels without a GPU: right in the interpreter, their precisions by name, their tables whole."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,29 +13,11 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: pip install -e .")
 
-# Triton reads TRITON_INTERPRET when it is imported, so the interpreter has a process of its own.
-INTERPRETED = """
-import torch
-from rlsedit_fast import ops
-from rlsedit_fast.ops import reference
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.kernels import tables
+from rlsedit_fast.kernels.precision import PRECISIONS, REFUSED, chosen
 
-torch.manual_seed(0)
-for d, r in ((1, 1), (3, 7), (17, 1), (64, 33), (100, 7), (200, 40), (130, 0)):
-    square = torch.randn(d, d)
-    base, pending = square @ square.T, torch.randn(r, d)
-    base = base.tril() + base.tril(-1).T
-    signs = torch.where(torch.arange(r) % 3 == 1, -1.0, 1.0)
-    wide = torch.full((d, d + 3), float("nan"))
-    wide[:, :d] = base
-    got = wide[:, :d]
-    ops.downdate_(got, pending, signs, backend="triton")
-    truth = base.double()
-    reference.downdate_(truth, pending.double(), signs.double())
-    magnitude = base.double().abs() + pending.double().abs().T @ pending.double().abs()
-    assert ((got - truth).abs() <= (r + 3) * 2.0**-24 * magnitude).all(), (d, r)
-    assert torch.equal(got, got.T) and wide[:, d:].isnan().all(), (d, r)
-print("passed")
-"""
+TABLES = sorted(path.stem for path in Path(tables.__file__).parent.glob("*.json"))
 
 
 def old_interpreter_with_new_numpy():
@@ -45,51 +26,71 @@ def old_interpreter_with_new_numpy():
     return triton < (3, 7) and numpy >= (2, 4)
 
 
-@pytest.mark.skipif(old_interpreter_with_new_numpy(), reason="Triton 3.6 interprets with NumPy before 2.4 only")
-def test_downdate_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "passed", done.stderr
-
-
-@pytest.fixture(scope="module")
-def cuobjdump():
-    import triton
-
-    for place in ("backends/nvidia/bin/cuobjdump", "third_party/cuda/bin/cuobjdump"):
-        if (tool := Path(triton.__file__).parent / place).exists():
-            return tool
-    pytest.skip("this triton ships no cuobjdump")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_downdate_compiles_without_spills(capability, precision, cuobjdump, tmp_path):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.mark.skipif(old_interpreter_with_new_numpy(), reason="Triton 3.6 interprets with NumPy before 2.4 only")
+def test_every_kernel_in_the_interpreter():
+    """Triton reads TRITON_INTERPRET when it is imported, so the interpreter has a process of its own."""
+    cases = Path(__file__).with_name("triton_interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("RLSEDIT_TRITON_PRECISION", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    done = subprocess.run(command, env=environment, cwd=cases.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
-    from rlsedit_fast.kernels import downdate
 
-    assert precision in downdate.PRECISIONS
-    table = downdate.configurations()
-    options = dict(table.get(f"sm_{capability}", table["default"]))
-    constants = {"TILE": options.pop("TILE"), "DEPTH": options.pop("DEPTH"), "PRECISION": precision}
-    names = ("base", "pending", "signs", "base_stride", "pending_stride", "d", "r")
-    signature = dict(zip(names, ("*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "i32"), strict=True))
-    source = ASTSource(
-        downdate.downdate_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def test_the_precision_is_the_argument_s_else_the_environment_s_else_tf32x3(monkeypatch):
+    monkeypatch.delenv("RLSEDIT_TRITON_PRECISION", raising=False)
+    assert chosen(None) == "tf32x3"
+    monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "bf16x6")
+    assert chosen(None) == "bf16x6"
+    assert chosen("ieee") == "ieee"
+    monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "")
+    assert chosen(None) == "tf32x3"
 
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0 ", usage), usage
-    assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] << 10
-    if precision != "ieee":  # the products run on the tensor cores
-        assert {80: "mma.sync", 90: "wgmma"}[capability] in compiled.asm["ptx"]
-    stores = [line for line in compiled.asm["ttgir"].splitlines() if "tt.addptr" in line and "tensor<" in line]
-    assert stores
-    assert all("i64" in line for line in stores), "an address is computed in 32 bits"
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_coarse_precision_is_refused_with_the_reason(name, monkeypatch):
+    with pytest.raises(InputError) as error:
+        chosen(name)
+    assert f"input_precision={name!r} is refused" in str(error.value)
+    assert REFUSED[name] in str(error.value)
+    assert all(good in str(error.value) for good in PRECISIONS)
+    monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", name)
+    with pytest.raises(InputError, match=f"RLSEDIT_TRITON_PRECISION='{name}' is refused"):
+        chosen(None)
+
+
+def test_an_unknown_precision_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(InputError, match="input_precision='fp32': expected one of tf32x3, bf16x6, ieee"):
+        chosen("fp32")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_a_default_and_its_entries_ascend(name):
+    table = tables.table(name)
+    assert tables.DEFAULT in table
+    for entries in table.values():
+        rows = [entry["rows"] for entry in entries]
+        assert rows == sorted(set(rows))
+        assert all(entry.keys() - PRECISIONS.keys() == entries[0].keys() - PRECISIONS.keys() for entry in entries)
+
+
+def test_the_first_entry_that_holds_the_rows_is_taken_and_a_precision_s_own_settings_replace_others():
+    entries = tables.table("correct")["default"]
+    first, last = ({**entry} for entry in entries)
+    own = first["ieee"]
+    assert own
+    for rows, precision, expected in (
+        (1, "tf32x3", first),
+        (first["rows"], "tf32x3", first),
+        (first["rows"] + 1, "tf32x3", last),
+        (10**6, "bf16x6", last),
+        (1, "ieee", first | own),
+    ):
+        settings = tables.configuration("correct", "sm_75", rows, precision)
+        assert settings["enable_fp_fusion"]
+        assert settings == {k: v for k, v in expected.items() if k not in ("rows", *PRECISIONS)} | {
+            "enable_fp_fusion": True
+        }

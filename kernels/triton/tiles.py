@@ -1,0 +1,25 @@
+"""What several kernels share: the numbering of a triangle's tiles, and the sizes that launches are made of."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lower_tile(b):
+    """Tile `(ti, tj)`, `tj <= ti`, of number `b = ti (ti + 1) / 2 + tj`; the floating-point root may be off by one."""
+    ti = ((tl.sqrt(8.0 * b.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    ti = tl.where(ti * (ti + 1) // 2 > b, ti - 1, ti)
+    ti = tl.where((ti + 1) * (ti + 2) // 2 <= b, ti + 1, ti)
+    return ti, b - ti * (ti + 1) // 2
+
+
+def triangle(tiles: int) -> int:
+    """How many tiles lie on and below the diagonal."""
+    return tiles * (tiles + 1) // 2
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)

@@ -1,0 +1,147 @@
+"""Every Triton kernel in every shipped configuration and precision, compiled for the devices it ships for, without one.
+
+Nothing spilled, nothing on a stack, tensor cores where they are meant, shared memory within the device's, addresses in
+64 bits, and global memory accessed 16 bytes at a time. A kernel is compiled once per session.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs triton")
+pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: pip install -e .")
+
+from rlsedit_fast.kernels import correct, downdate, moment, panel, tables  # noqa: E402
+from rlsedit_fast.kernels.precision import PRECISIONS  # noqa: E402
+
+CAPABILITIES = (80, 90)
+SHARED_KB = {80: 163, 90: 227}
+LEAST_SHARED_KB = 99  # of the other devices, which use the tables' default
+FLOATS = "base keys pending signs parts coefficients projected weight whitened rows moment x".split()
+DIMENSIONS = ("d", "height", "width")
+EDITS = (1, panel.FEW, 16, 32, 64, panel.MOST)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as one entry of its table has it compiled."""
+
+    kernel: Any
+    table: str
+    rows: int
+    precision: str
+    constants: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    tensor_cores: bool = True
+
+    def __str__(self) -> str:
+        what = "-".join(map(str, (*self.constants.values(), *self.types.values()))).replace("*", "")
+        return f"{self.kernel.fn.__name__}-{self.rows}-{self.precision}" + (f"-{what}" if what else "")
+
+
+def launches():
+    """All that the launchers launch: the rows are those at which an entry of some table ends, or a program's edits."""
+
+    def ends(table):
+        return sorted({entry["rows"] for entries in tables.table(table).values() for entry in entries})
+
+    for precision in PRECISIONS:
+        for table, kernel, edits in (
+            ("panel", panel.rows_kernel, EDITS),
+            ("panel_triangle", panel.triangle_kernel, [n for n in EDITS if n <= panel.TRIANGLE_MOST]),
+        ):
+            for n in edits:
+                if n > panel.FEW or precision == "ieee":  # few rows take no dot product
+                    yield Launch(kernel, table, n, precision, {"EDITS": n}, tensor_cores=n > panel.FEW)
+        for n in (16, panel.FINISH_MOST):
+            for block in (0, 128):
+                yield Launch(panel.finish_kernel, "panel_finish", n, precision, {"EDITS": n, "BLOCK": block})
+        for n in ends("downdate"):
+            yield Launch(downdate.downdate_kernel, "downdate", n, precision)
+        for n in ends("correct"):
+            for kernel in (correct.correct_kernel, correct.correct_split_kernel):
+                columns = [name for name in kernel.arg_names if name.endswith("_column")]
+                yield Launch(kernel, "correct", n, precision, dict.fromkeys(columns, 1))
+        for n in ends("moment"):
+            yield Launch(moment.moment_kernel, "moment", n, precision, {"WIDEN": False})
+    for n in ends("moment"):
+        for dtype in ("*bf16", "*fp16"):
+            yield Launch(moment.moment_kernel, "moment", n, "ieee", {"WIDEN": False}, {"x": dtype})
+
+
+LAUNCHES = {str(launch): launch for launch in launches()}
+
+
+@cache
+def cuobjdump() -> Path | None:
+    """The disassembler that comes with triton."""
+    for place in ("backends/nvidia/bin/cuobjdump", "third_party/cuda/bin/cuobjdump"):
+        if (tool := Path(triton.__file__).parent / place).exists():
+            return tool
+    return None
+
+
+@cache
+def compiled(name: str, capability: int):
+    """The kernel for aligned operands of widths divisible by 16, as the model's are."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    launch = LAUNCHES[name]
+    settings = tables.configuration(launch.table, f"sm_{capability}", launch.rows, launch.precision)
+    constants = {"PRECISION": launch.precision, **launch.constants}
+    arguments = launch.kernel.arg_names
+    constants |= {key: value for key, value in settings.items() if key in arguments}
+    options = {key: value for key, value in settings.items() if key not in arguments}
+    types = dict.fromkeys(FLOATS, "*fp32") | {"high": "*i16", "low": "*i16"} | launch.types
+    signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in arguments}
+    aligned = [
+        (position,)
+        for position, (key, kind) in enumerate(signature.items())
+        if kind[0] == "*"
+        or (kind == "i32" and (key in DIMENSIONS or key.endswith(("_row", "_layer", "_split", "_column"))))
+    ]
+    source = ASTSource(
+        launch.kernel, signature, constexprs=constants, attrs={key: [["tt.divisibility", 16]] for key in aligned}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_to_what_it_is_meant_to_be(capability, name, tmp_path):
+    if cuobjdump() is None:
+        pytest.skip("this triton ships no cuobjdump")
+    launch, kernel = LAUNCHES[name], compiled(name, capability)
+
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([cuobjdump(), "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0 ", usage), usage
+    own_table = f"sm_{capability}" in tables.table(launch.table)
+    assert kernel.metadata.shared <= (SHARED_KB[capability] if own_table else LEAST_SHARED_KB) << 10
+
+    ptx = kernel.asm["ptx"]
+    narrow = bool(launch.types)
+    tensor_cores = "wgmma" if capability == 90 else "mma.sync"
+    assert (tensor_cores in ptx) == (launch.tensor_cores and (launch.precision != "ieee" or narrow))
+
+    addresses = [line for line in kernel.asm["ttgir"].splitlines() if "tt.addptr" in line and "tensor<" in line]
+    assert addresses
+    assert all("i64" in line for line in addresses), "an address is computed in 32 bits"
+
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+|\d+)", ptx)
+    direct = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    moved = [int(size, 0) for size in copies]
+    assert sum(size for size in moved if size == 16) >= 0.75 * sum(moved), "too much is copied in small pieces"
+    if launch.table in ("downdate", "correct", "moment"):  # the matrix itself is read and written past shared memory
+        assert direct
+        assert all(".v4" in access for access in direct), "the matrix is accessed in small pieces"
