@@ -1,102 +1,57 @@
-"""The `cuda` backend: float32 kernels in a C library that knows no torch, called through ctypes.
+"""The `cuda` backend: float32 kernels in CUDA C++ that know no torch, from a library or compiled at run time.
 
-No GPU has run these kernels yet: they are compiled and their argument checks tested, no more, so `auto` does not
-pick them. `panel`, `correct_` and `moment_` are not written.
+No GPU has run these kernels yet: they are compiled for every target, and run on the host block by block in tests, so
+`auto` does not pick them. `correct_` and `moment_` are products with a light epilogue and no triangle to solve; what
+CUDA C++ would add beside the Triton kernels is not worth a second version.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import c_int, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast.errors import BackendError
-
-LIBRARY = Path(__file__).with_name("librlsedit_cuda.so")
-MOST_EDITS = 128  # `factor` keeps n x n floats in shared memory
-
-# As in csrc/include/rlsedit/cuda.h.
-_SIGNATURES = {
-    "rlsedit_cuda_downdate": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_void_p),
-    "rlsedit_cuda_factor": (*(c_void_p,) * 8, *(c_int64,) * 3, c_int, c_int, c_void_p),
-}
-
-
-@cache
-def load_library(path: Path = LIBRARY) -> ctypes.CDLL | str:
-    """The library, ready to call, or why it cannot be loaded. It loads without a driver too."""
-    if not path.exists():
-        return "its library was not built; `python -m rlsedit_fast` says why"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, arguments in _SIGNATURES.items():
-            getattr(library, name).argtypes = arguments
-        library.rlsedit_cuda_last_error.restype = ctypes.c_char_p
-    except (OSError, AttributeError) as error:
-        return f"its library cannot be loaded ({error}); reinstall the package to build it anew"
-    return library
-
-
-def call(name: str, *arguments: int | None) -> None:
-    """Calls a function of the library.
-
-    Raises:
-        BackendError: there is no library, an argument is bad or CUDA refused; the text says which.
-    """
-    library = load_library()
-    if isinstance(library, str):
-        raise BackendError(f"{name} cannot be called: {library}")
-    if getattr(library, name)(*arguments):
-        raise BackendError(library.rlsedit_cuda_last_error().decode())
-
-
-def _where(tensor: Tensor) -> tuple[int, int]:
-    """The device's index and torch's current stream on it."""
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32; the upper triangle becomes the mirror of the lower one."""
-    pending, signs = pending.contiguous(), signs.contiguous()
-    call(
-        "rlsedit_cuda_downdate",
-        *(base.data_ptr(), base.stride(0), pending.data_ptr(), base.shape[0], signs.data_ptr()),
-        *(base.shape[0], pending.shape[0], *_where(base)),
-    )
+from rlsedit_fast.ops import cuda_launch, cuda_plan
+from rlsedit_fast.ops.cuda_plan import MOST_EDITS, MOST_LAYERS
 
 
 def factor(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.factor` in float32 for n of 1 to `MOST_EDITS`."""
-    n, d_k = projected.shape
-    projected, innovation, noise = projected.contiguous(), innovation.contiguous(), noise.contiguous()
-    gram = projected @ keys.T
-    u, a, lower = torch.empty_like(projected), torch.empty_like(innovation), torch.empty_like(gram)
-    info = torch.empty((), dtype=torch.int32, device=projected.device)
-    operands = (gram, noise, projected, innovation, u, a, lower, info)
-    call(
-        "rlsedit_cuda_factor",
-        *(operand.data_ptr() for operand in operands),
-        *(n, d_k, innovation.shape[1], sign, *_where(projected)),
-    )
-    return u, a, lower, info
+    """`reference.factor` in float32 for a batch of layers, with 1 to `MOST_EDITS` edits in each."""
+    layers, n, d_k = projected.shape
+    projected, keys, innovation, noise = (t.contiguous() for t in (projected, keys, innovation, noise))
+    lower = projected.new_empty(layers, n, n)
+    info = torch.empty(layers, dtype=torch.int32, device=projected.device)
+    outputs = (torch.empty_like(projected), torch.empty_like(innovation), lower, info)
+    partial, sigma = (projected.new_empty(shape) for shape in cuda_plan.factor_workspace(layers, n, d_k))
+    launches = cuda_plan.factor(projected, keys, innovation, noise, sign, outputs, (partial, sigma))
+    cuda_launch.run(launches, projected.device)
+    return outputs
+
+
+def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
+    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the mirror of the upper one."""
+    if pending.shape[1]:
+        cuda_launch.run(cuda_plan.downdate(base, pending.contiguous(), signs.contiguous()), base.device)
 
 
 OPS = {"factor": factor, "downdate_": downdate_}
-BATCHED = frozenset[str]()
+BATCHED = frozenset(OPS)
+
+
+def kernels() -> str | None:
+    """Where the kernels come from on this machine, or None if nowhere."""
+    found = cuda_launch.launcher()
+    return None if isinstance(found, str) else found.origin
 
 
 def missing() -> str | None:
     """Why it cannot run on this machine, or None."""
-    library = load_library()
-    if isinstance(library, str):
-        return library
+    found = cuda_launch.launcher()
+    if isinstance(found, str):
+        return found
     return None if torch.cuda.is_available() else "there is no CUDA device (torch.cuda.is_available() is false)"
 
 
@@ -107,8 +62,10 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"its tensors must be on a CUDA device, these are on {held.device}"
     if held.dtype != torch.float32:
         return f"it computes in float32 only, this is {held.dtype}"
-    if op == "factor" and not 1 <= held.shape[-2] <= MOST_EDITS:
-        return f"it factors 1 to {MOST_EDITS} edits at once, these are {held.shape[-2]}"
+    if 0 in held.shape or (held.dim() == 3 and held.shape[0] > MOST_LAYERS):
+        return f"it takes 1 to {MOST_LAYERS} layers of 1 edit and 1 column or more, these are {list(held.shape)}"
+    if op == "factor" and held.shape[-2] > MOST_EDITS:
+        return f"it factors up to {MOST_EDITS} edits at once, these are {held.shape[-2]}"
     if op == "downdate_" and held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
     return None

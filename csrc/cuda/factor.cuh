@@ -1,0 +1,211 @@
+// L = chol(Sig), U = L^-1 F, A = L^-1 E, in panels of up to 128 edits. No GPU has run this yet.
+//
+// Every block factors the panel's diagonal block for itself in shared memory (no block waits for another, and one launch
+// less) and then solves for its own columns, one a thread. The factor is kept as R = L^T, upper, row-major: what is
+// read together then lies together. Forward substitution, not a product with L^-1: as many operations, no inverse to
+// form, and its backward error does not grow with the condition of Sig.
+#pragma once
+
+#include "common.cuh"
+
+namespace rlsedit {
+
+constexpr int panel_edits = 128;
+constexpr int factor_threads = 128;
+constexpr int chunk = 32;  // rows that a thread holds in registers
+
+// The upper factor of up to `panel_edits` edits in shared memory, filled up with the identity to whole chunks.
+struct Factor {
+    float* entries;  // [padded, pitch]
+    float* inverses;  // [padded]: of the diagonal
+    int size, padded, pitch;
+
+    __device__ float* row(int i) const { return entries + i * pitch; }
+};
+
+// x <- R_cc^-T x for the chunk of rows from `start` on: x[k] = (x[k] - sum over l < k of R[l][k] x[l]) / R[k][k].
+__device__ inline void solve_chunk(float (&x)[chunk], const Factor& factor, int start) {
+#pragma unroll
+    for (int l = 0; l < chunk; ++l) {
+        if (start + l >= factor.size) return;  // the identity from here on
+        x[l] *= factor.inverses[start + l];
+        const float* row = factor.row(start + l) + start;
+#pragma unroll
+        for (int k = 4 * ((l + 1) / 4); k < chunk; k += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(row + k);
+            if (k > l) x[k] = fmaf(-four.x, x[l], x[k]);
+            if (k + 1 > l) x[k + 1] = fmaf(-four.y, x[l], x[k + 1]);
+            if (k + 2 > l) x[k + 2] = fmaf(-four.z, x[l], x[k + 2]);
+            if (k + 3 > l) x[k + 3] = fmaf(-four.w, x[l], x[k + 3]);
+        }
+    }
+}
+
+// One warp factors the chunk x chunk block from `start` on; lane j holds its column j. Returns 0, or the one-based index
+// of the pivot that is not positive (also when it is not a number), the same on every lane.
+__device__ inline int factor_chunk(const Factor& factor, int start, int lane) {
+    float column[chunk];
+#pragma unroll
+    for (int i = 0; i < chunk; ++i) column[i] = i <= lane ? factor.row(start + i)[start + lane] : 0.0f;
+    int failed = 0;
+#pragma unroll
+    for (int k = 0; k < chunk; ++k) {
+        if (failed || start + k >= factor.size) continue;
+        const float pivot = __shfl_sync(all_lanes, column[k], k);
+        if (!(pivot > 0.0f)) {
+            failed = start + k + 1;
+            continue;
+        }
+        const float root = sqrtf(pivot), inverse = 1.0f / root;
+        column[k] = lane == k ? root : column[k] * inverse;
+        if (lane == k) factor.inverses[start + k] = inverse;
+#pragma unroll
+        for (int i = k + 1; i < chunk; ++i) {
+            const float left = __shfl_sync(all_lanes, column[k], i);
+            if (i <= lane) column[i] = fmaf(-left, column[k], column[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < chunk; ++i)
+        if (i <= lane) factor.row(start + i)[start + lane] = column[i];
+    return failed;
+}
+
+// Factors in place with all threads of the block; `flag` is a word of shared memory. Returns as `factor_chunk` does.
+__device__ inline int factor_in_place(const Factor& factor, int* flag) {
+    const int thread = threadIdx.x;
+    for (int start = 0; start < factor.padded; start += chunk) {
+        if (thread < warp) {
+            const int failed = factor_chunk(factor, start, thread);
+            if (thread == 0) *flag = failed;
+        }
+        __syncthreads();
+        if (*flag) return *flag;
+        const int next = start + chunk, rest = factor.padded - next;
+        if (thread < rest) {  // the rows of R beside the block, one column a thread: rest <= 96
+            float x[chunk];
+#pragma unroll
+            for (int i = 0; i < chunk; ++i) x[i] = factor.row(start + i)[next + thread];
+            solve_chunk(x, factor, start);
+#pragma unroll
+            for (int i = 0; i < chunk; ++i) factor.row(start + i)[next + thread] = x[i];
+        }
+        __syncthreads();
+        const int tiles = rest / 4;  // what is left, in 4 x 4 tiles of its upper triangle
+        for (int number = thread; number < tiles * (tiles + 1) / 2; number += factor_threads) {
+            int ti, tj;
+            triangle(number, ti, tj);
+            const int row = next + 4 * ti, column = next + 4 * tj;
+            float4 sums[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[i] = *reinterpret_cast<float4*>(factor.row(row + i) + column);
+            for (int k = start; k < next; ++k) {
+                const float4 left = *reinterpret_cast<const float4*>(factor.row(k) + row);
+                const float4 right = *reinterpret_cast<const float4*>(factor.row(k) + column);
+                const float lefts[4] = {left.x, left.y, left.z, left.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    sums[i].x = fmaf(-lefts[i], right.x, sums[i].x);
+                    sums[i].y = fmaf(-lefts[i], right.y, sums[i].y);
+                    sums[i].z = fmaf(-lefts[i], right.z, sums[i].z);
+                    sums[i].w = fmaf(-lefts[i], right.w, sums[i].w);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) *reinterpret_cast<float4*>(factor.row(row + i) + column) = sums[i];
+        }
+        __syncthreads();
+    }
+    return 0;
+}
+
+// Solves R^T solved = right for one column; both have `width` floats a row and may be the same.
+__device__ inline void solve_column(const Factor& factor, const float* right, float* solved, i64 width) {
+    for (int start = 0; start < factor.padded; start += chunk) {
+        float x[chunk];
+#pragma unroll
+        for (int i = 0; i < chunk; ++i) x[i] = start + i < factor.size ? right[(start + i) * width] : 0.0f;
+#pragma unroll 8
+        for (int k = 0; k < start; ++k) {
+            const float known = solved[k * width];
+            const float* row = factor.row(k) + start;
+#pragma unroll
+            for (int i = 0; i < chunk; i += 4) {
+                const float4 four = *reinterpret_cast<const float4*>(row + i);
+                x[i] = fmaf(-four.x, known, x[i]);
+                x[i + 1] = fmaf(-four.y, known, x[i + 1]);
+                x[i + 2] = fmaf(-four.z, known, x[i + 2]);
+                x[i + 3] = fmaf(-four.w, known, x[i + 3]);
+            }
+        }
+        solve_chunk(x, factor, start);
+#pragma unroll
+        for (int i = 0; i < chunk; ++i)
+            if (start + i < factor.size) solved[(start + i) * width] = x[i];
+    }
+}
+
+}  // namespace rlsedit
+
+// The panel of edits `first`.. (at most 128 of the n): its block of Sig is factored, its rows of R beside the block, of
+// U and of A are solved for. `sigma` [layers, n, n] holds what is left of Sig, its upper triangle, and is overwritten
+// beside the diagonal block; `projected` and `innovation` hold the right sides and may be `u` and `a`. `lower`
+// [layers, n, n] gets the panel's columns of L, and zeros above its diagonal; `info` [layers] the first pivot that is not
+// positive. Blocks: (columns beside the block + d_k + d_v, each rounded up to whole blocks, layers).
+extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads)
+    rlsedit_factor(float* sigma, const float* projected, const float* innovation, float* u, float* a, float* lower,
+                   int* info, rlsedit::i64 n, rlsedit::i64 first, rlsedit::i64 d_k, rlsedit::i64 d_v) {
+    using namespace rlsedit;
+    RLSEDIT_SHARED(shared);
+    const i64 layer = blockIdx.y;
+    const int thread = threadIdx.x;
+    const int size = n - first < panel_edits ? static_cast<int>(n - first) : panel_edits;
+    const int padded = (size + chunk - 1) / chunk * chunk, pitch = padded + 4;
+    const Factor factor = {shared + padded + 4, shared + 4, size, padded, pitch};
+    int* const flag = reinterpret_cast<int*>(shared);
+    sigma += layer * n * n;
+    lower += layer * n * n;
+
+    const float* diagonal = sigma + first * n + first;
+    for (int e = thread; e < padded * padded; e += factor_threads) {
+        const int i = e / padded, j = e % padded;
+        if (i <= j) factor.row(i)[j] = j < size ? diagonal[i * n + j] : i == j ? 1.0f : 0.0f;
+    }
+    __syncthreads();
+    const int failed = factor_in_place(factor, flag);
+    if (blockIdx.x == 0 && thread == 0) {
+        if (first == 0) info[layer] = failed;
+        else if (failed && info[layer] == 0) info[layer] = static_cast<int>(first) + failed;
+    }
+    if (failed) return;
+
+    if (blockIdx.x == 0) {  // lanes go over 8 rows and 4 columns, for the sake of the banks
+        for (int e = thread; e < padded * padded; e += factor_threads) {
+            const int within = e % warp, tile = e / warp;
+            const int i = tile / (padded / 4) * 8 + within / 4, k = tile % (padded / 4) * 4 + within % 4;
+            if (i < size && k < size) lower[(first + i) * n + first + k] = k <= i ? factor.row(k)[i] : 0.0f;
+        }
+    }
+
+    i64 block = blockIdx.x;
+    const i64 rest = n - first - size, beside = (rest + factor_threads - 1) / factor_threads;
+    if (block < beside) {
+        const i64 column = first + size + block * factor_threads + thread;
+        if (column >= n) return;
+        float* const entries = sigma + first * n + column;
+        solve_column(factor, entries, entries, n);
+        for (int k = 0; k < size; ++k) {
+            lower[column * n + first + k] = entries[k * n];
+            lower[(first + k) * n + column] = 0.0f;
+        }
+        return;
+    }
+    block -= beside;
+    const i64 of_keys = (d_k + factor_threads - 1) / factor_threads;
+    const bool keys = block < of_keys;
+    const i64 width = keys ? d_k : d_v;
+    const i64 column = (keys ? block : block - of_keys) * factor_threads + thread;
+    if (column >= width) return;
+    const i64 at = (layer * n + first) * width + column;
+    solve_column(factor, (keys ? projected : innovation) + at, (keys ? u : a) + at, width);
+}

@@ -1,0 +1,15 @@
+// All kernels, for nvcc, for NVRTC and for the tests' host compiler.
+#pragma once
+
+#include "downdate.cuh"
+#include "factor.cuh"
+#include "gram.cuh"
+#include "update.cuh"
+
+// name without its prefix, least and most threads of a block
+#define RLSEDIT_KERNELS(X)                                           \
+    X(gram, rlsedit::product_threads, rlsedit::product_threads)      \
+    X(sigma, rlsedit::warp, rlsedit::sigma_threads)                  \
+    X(factor, rlsedit::factor_threads, rlsedit::factor_threads)      \
+    X(update, rlsedit::product_threads, rlsedit::product_threads)    \
+    X(downdate, rlsedit::product_threads, rlsedit::product_threads)

@@ -1,0 +1,176 @@
+"""How the kernels of csrc/cuda get onto a device: from the library that was built, else compiled at run time by CuPy.
+
+Both take the same `Launch`es, and put them on torch's current stream of the tensors' device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsedit_fast.errors import BackendError
+from rlsedit_fast.ops.cuda_plan import Launch
+
+LIBRARY = Path(__file__).with_name("librlsedit_cuda.so")
+SOURCES = "rlsedit_fast.cuda_sources"
+COMPILER_OPTIONS = ("-std=c++17",)
+
+# As in csrc/include/rlsedit/cuda.h.
+_SIGNATURE = (c_char_p, c_char_p, ctypes.POINTER(c_void_p), *(c_int64,) * 5, c_int, c_void_p)
+
+
+class Launcher(Protocol):
+    """What can launch kernels."""
+
+    @property
+    def origin(self) -> str:
+        """Where its kernels come from."""
+
+    def launch(self, launch: Launch, device: int, stream: int) -> None:
+        """Launches on `stream`, a CUDA stream's address.
+
+        Raises:
+            BackendError: the kernel does not exist, its arguments do not fit or CUDA refused.
+        """
+
+
+class Library:
+    """The library that setup.py builds with nvcc. It knows no torch, and loads without a driver too.
+
+    Args:
+        path: the library's file.
+
+    Raises:
+        BackendError: it is not there or cannot be loaded.
+    """
+
+    origin = "its library"
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        if not path.exists():
+            raise BackendError("its library was not built; `python -m rlsedit_fast` says why")
+        try:
+            self.functions = ctypes.CDLL(str(path))
+            self.functions.rlsedit_cuda_launch.argtypes = _SIGNATURE
+            self.functions.rlsedit_cuda_last_error.restype = c_char_p
+        except (OSError, AttributeError) as error:
+            raise BackendError(
+                f"its library cannot be loaded ({error}); reinstall the package to build it anew"
+            ) from error
+
+    def launch(self, launch: Launch, device: int, stream: int) -> None:
+        """As in `Launcher`."""
+        letters = {c_void_p: "p", c_int64: "q", c_float: "f"}
+        values = [_as_c(argument) for argument in launch.arguments]
+        pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        types = "".join(letters[type(value)] for value in values)
+        status = self.functions.rlsedit_cuda_launch(
+            *(launch.kernel.encode(), types.encode(), pointers, *launch.grid, launch.threads, launch.shared),
+            *(device, stream),
+        )
+        if status:
+            raise BackendError(self.functions.rlsedit_cuda_last_error().decode())
+
+
+class Compiled:
+    """The same sources, compiled by NVRTC through CuPy when they are first asked for.
+
+    Raises:
+        BackendError: CuPy cannot be imported, or the sources are not installed.
+    """
+
+    origin = "its sources, compiled at run time through CuPy"
+
+    def __init__(self) -> None:
+        try:
+            self.cupy = importlib.import_module("cupy")
+        except Exception as error:  # CuPy raises what it meets in a broken CUDA installation
+            raise BackendError(f"CuPy cannot be imported ({error}): pip install cupy-cuda13x") from error
+        self.module = self.cupy.RawModule(code=source(), options=COMPILER_OPTIONS, backend="nvrtc")
+
+    def launch(self, launch: Launch, device: int, stream: int) -> None:
+        """As in `Launcher`. The first launch compiles, and must not be part of a graph's capture."""
+        numbers = tuple(_as_numpy(argument) for argument in launch.arguments)
+        try:
+            with self.cupy.cuda.Device(device), self.cupy.cuda.ExternalStream(stream, device):
+                kernel = self.module.get_function(f"rlsedit_{launch.kernel}")
+                if launch.shared > 48 << 10:  # more must be asked for
+                    kernel.max_dynamic_shared_size_bytes = launch.shared
+                kernel(launch.grid, (launch.threads, 1, 1), numbers, shared_mem=launch.shared)
+        except Exception as error:
+            raise BackendError(f"{launch.kernel}: CuPy cannot compile or launch it: {error}") from error
+
+
+def _as_c(argument: Tensor | int | float) -> c_void_p | c_int64 | c_float:
+    if isinstance(argument, Tensor):
+        return c_void_p(argument.data_ptr())
+    return c_int64(argument) if isinstance(argument, int) else c_float(argument)
+
+
+def _as_numpy(argument: Tensor | int | float) -> np.generic:
+    if isinstance(argument, Tensor):
+        return np.uint64(argument.data_ptr())
+    return np.int64(argument) if isinstance(argument, int) else np.float32(argument)
+
+
+def source() -> str:
+    """All kernels in one text, each header in the place where it is first included.
+
+    Raises:
+        BackendError: the sources are not installed.
+    """
+    try:
+        folder = resources.files(SOURCES)
+        return _inlined(folder, "kernels.cuh", set())
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise BackendError(f"the kernels' sources cannot be read ({error}): reinstall the package") from error
+
+
+def _inlined(folder: Any, name: str, seen: set[str]) -> str:
+    if name in seen:
+        return ""
+    seen.add(name)
+    text = (folder / name).read_text().replace("#pragma once\n", "")
+    return re.sub(r'#include "(.+?)"\n', lambda include: _inlined(folder, include[1], seen), text)
+
+
+@cache
+def launcher() -> Launcher | str:
+    """What launches kernels on this machine, or why nothing can."""
+    reasons = []
+    for candidate in (Library, Compiled):
+        try:
+            return candidate()
+        except BackendError as error:
+            reasons.append(str(error))
+    return "; ".join(reasons)
+
+
+def _where(device: torch.device) -> tuple[int, int]:
+    """The device's index and torch's current stream on it."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Launches one after the other on torch's current stream of `device`.
+
+    Raises:
+        BackendError: nothing can launch, or a launch was refused; those before it have run.
+    """
+    found = launcher()
+    if isinstance(found, str):
+        raise BackendError(found)
+    where = _where(device)
+    for launch in launches:
+        found.launch(launch, *where)

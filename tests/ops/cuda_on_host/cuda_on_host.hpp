@@ -1,0 +1,188 @@
+// Just enough of CUDA to run the kernels on the host, one block after the other, so that indices, tails, barriers and
+// batched strides can be tested without a GPU.
+//
+// A block's threads are fibers that give way at barriers and shuffles only. Between two barriers they run one after
+// the other, in an order that can be turned round: a result that depends on the order shows a race. Built with
+// -fsanitize=thread, ThreadSanitizer is told of the fibers and of the barriers, and sees the races themselves. Shared
+// memory starts as NaN, and its end is watched.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define RLSEDIT_SHARED(name) float* const name = cuda_on_host::shared_memory()
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct uint3 {
+    unsigned x, y, z;
+};
+inline uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_host {
+
+constexpr int warp = 32;
+constexpr size_t stack_bytes = 256 << 10;
+constexpr size_t guard = 64;  // floats behind the block's shared memory
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[stack_bytes]};
+    enum { ready, at_block_barrier, at_warp_barrier, done } state = ready;
+    int turn = 0;  // which of the warp's two buffers the next shuffle uses
+#if defined(__SANITIZE_THREAD__)
+    void* tsan = nullptr;
+#endif
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+inline float* shared;
+inline std::vector<float> exchanged[2];  // by thread, what a shuffle reads
+inline char block_barrier, warp_barriers[64];
+
+#if defined(__SANITIZE_THREAD__)
+inline void* scheduler_tsan;
+inline void release(void* what) { __tsan_release(what); }
+inline void acquire(void* what) { __tsan_acquire(what); }
+#else
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+[[noreturn]] inline void stop(const char* text) {
+    fprintf(stderr, "cuda_on_host: %s (block %u, %u, %u)\n", text, blockIdx.x, blockIdx.y, blockIdx.z);
+    abort();
+}
+
+inline float* shared_memory() { return shared; }
+
+inline void give_way() {
+    const unsigned self = current;
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+    swapcontext(&fibers[self].context, &scheduler);
+}
+
+inline void run_body() {
+    body();
+    fibers[current].state = Fiber::done;
+    give_way();
+}
+
+inline void resume(unsigned thread) {
+    current = thread;
+    threadIdx = {thread, 0, 0};
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(fibers[thread].tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+    swapcontext(&scheduler, &fibers[thread].context);
+}
+
+inline void wait(decltype(Fiber::state) state, char* barrier) {
+    release(barrier);
+    fibers[current].state = state;
+    give_way();
+    acquire(barrier);
+}
+
+// Lets everybody of threads begin..end go on who waits in `state`, if all of them do.
+inline bool open(decltype(Fiber::state) state, unsigned begin, unsigned end) {
+    for (unsigned thread = begin; thread < end; ++thread)
+        if (fibers[thread].state != state) return false;
+    for (unsigned thread = begin; thread < end; ++thread) fibers[thread].state = Fiber::ready;
+    return true;
+}
+
+inline void prepare(Fiber& fiber) {
+    fiber.state = Fiber::ready;
+    fiber.turn = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_body, 0);
+#if defined(__SANITIZE_THREAD__)
+    fiber.tsan = __tsan_create_fiber(0);
+#endif
+}
+
+inline void run_block(unsigned threads, bool backwards) {
+    for (unsigned thread = 0; thread < threads; ++thread) prepare(fibers[thread]);
+    for (bool all_done = false; !all_done;) {
+        bool moved = false;
+        all_done = true;
+        for (unsigned step = 0; step < threads; ++step) {
+            const unsigned thread = backwards ? threads - 1 - step : step;
+            if (fibers[thread].state == Fiber::ready) resume(thread), moved = true;
+            all_done &= fibers[thread].state == Fiber::done;
+        }
+        for (unsigned start = 0; start < threads; start += warp) moved |= open(Fiber::at_warp_barrier, start, start + warp);
+        moved |= open(Fiber::at_block_barrier, 0, threads);
+        if (!moved && !all_done) stop("a barrier that not all threads reach");
+    }
+#if defined(__SANITIZE_THREAD__)
+    for (unsigned thread = 0; thread < threads; ++thread) __tsan_destroy_fiber(fibers[thread].tsan);
+#endif
+}
+
+// Runs `kernel` on the whole grid. `backwards` turns the order of blocks and of threads round.
+inline void launch(std::function<void()> kernel, const uint3& grid, unsigned threads, size_t shared_bytes,
+                   bool backwards) {
+    if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+    for (auto& buffer : exchanged) buffer.assign(threads, 0.0f);
+    body = std::move(kernel);
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+#if defined(__SANITIZE_THREAD__)
+    scheduler_tsan = __tsan_get_current_fiber();
+#endif
+    const size_t blocks = size_t{grid.x} * grid.y * grid.z, floats = shared_bytes / sizeof(float);
+    for (size_t step = 0; step < blocks; ++step) {
+        const size_t block = backwards ? blocks - 1 - step : step;
+        blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
+                    static_cast<unsigned>(block / grid.x / grid.y)};
+        // Fresh memory for every block: the sanitizers take what two blocks do to it for two things.
+        std::unique_ptr<float[], decltype(&free)> memory(
+            static_cast<float*>(aligned_alloc(16, (floats + guard) * sizeof(float))), &free);
+        shared = memory.get();
+        for (size_t at = 0; at < floats; ++at) shared[at] = std::numeric_limits<float>::quiet_NaN();
+        memset(shared + floats, 0x5a, guard * sizeof(float));
+        run_block(threads, backwards);
+        for (size_t at = 0; at < guard * sizeof(float); ++at)
+            if (reinterpret_cast<char*>(shared + floats)[at] != 0x5a) stop("a write behind the shared memory");
+    }
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Fiber::at_block_barrier, &cuda_on_host::block_barrier); }
+
+inline float __shfl_sync(unsigned mask, float value, int lane) {
+    using namespace cuda_on_host;
+    if (mask != 0xffffffffu) stop("a shuffle of part of a warp");
+    const unsigned self = current;
+    auto& buffer = exchanged[fibers[self].turn ^= 1];
+    buffer[self] = value;
+    wait(Fiber::at_warp_barrier, &warp_barriers[self / warp]);
+    return buffer[self / warp * warp + lane];
+}

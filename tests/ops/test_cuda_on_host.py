@@ -1,0 +1,347 @@
+"""The CUDA kernels without a GPU: the very sources, compiled for the host and run by `cuda_on_host`, block by block.
+
+Indices, ragged tails, strides of layers and barriers are what this can show; what it cannot is how fast, and whether
+the compiler for the device does the same. Operands lie in NaN, so an access beside them shows in a result or beside it,
+and outputs and workspaces start as NaN. Everything runs forwards and backwards (blocks and threads), with the same bits.
+
+As a script it runs the cases on the library that it is given, for the sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlsedit_fast import ops
+from rlsedit_fast.errors import BackendError
+from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan, reference
+
+ROOT = Path(__file__).parents[2]
+U = 2.0**-24
+GUARD = 256  # elements before and behind a tensor
+HERE = Path(__file__).with_name("cuda_on_host")
+
+# layers, n, d_k, d_v; 128 edits are a panel, 64 a tile of Sig, 32 a chunk, 16 a slab.
+FACTOR_SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 17, 5),
+    (1, 16, 64, 4),
+    (3, 17, 100, 33),
+    (1, 64, 257, 3),
+    (2, 65, 36, 130),
+    (1, 100, 24, 8),
+    (1, 128, 132, 1),
+    (2, 129, 20, 7),
+    (1, 160, 260, 40),
+    (1, 257, 12, 129),
+]
+# layers, d, r, extra columns of a row of C
+DOWNDATE_SHAPES = [
+    (1, 1, 1, 0),
+    (3, 5, 7, 0),
+    (1, 64, 8, 0),
+    (2, 100, 9, 3),
+    (1, 128, 33, 4),
+    (2, 129, 16, 0),
+    (1, 260, 20, 0),
+    (1, 385, 3, 1),
+]
+
+
+class Guarded:
+    """Tensors with NaN (or its like) before and behind them."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, values, offset=0):
+        """A copy of `values`; `offset` moves its start off 16 bytes."""
+        poison = float("nan") if values.dtype.is_floating_point else -77
+        flat = torch.full((values.numel() + 2 * GUARD,), poison, dtype=values.dtype)
+        inner = flat[GUARD + offset : GUARD + offset + values.numel()].view(values.shape)
+        inner.copy_(values)
+        self.all.append((flat, inner))
+        return inner
+
+    def empty(self, *shape, dtype=torch.float32):
+        return self(torch.full(shape, float("nan") if dtype.is_floating_point else -77, dtype=dtype))
+
+    def check(self):
+        for flat, inner in self.all:
+            start = (inner.data_ptr() - flat.data_ptr()) // flat.element_size()
+            outside = torch.cat((flat[:start], flat[start + inner.numel() :]))
+            assert (outside.isnan() if flat.dtype.is_floating_point else outside == -77).all()
+
+
+def run(library, launches):
+    for launch in launches:
+        library.launch(launch, 0, 0)
+
+
+def factor(library, projected, keys, innovation, noise, sign, offset=0):
+    """The four results of the kernels, between guards that are checked."""
+    layers, n, d_k = projected.shape
+    guarded = Guarded()
+    given = [guarded(t, offset) for t in (projected, keys, innovation, noise)]
+    outputs = (
+        guarded.empty(layers, n, d_k),
+        guarded.empty(*innovation.shape),
+        guarded.empty(layers, n, n),
+        guarded.empty(layers, dtype=torch.int32),
+    )
+    workspace = tuple(guarded.empty(*shape) for shape in cuda_plan.factor_workspace(layers, n, d_k))
+    run(library, cuda_plan.factor(*given, sign, outputs, workspace))
+    guarded.check()
+    for now, before in zip(given, (projected, keys, innovation, noise), strict=True):
+        assert torch.equal(now.view(torch.int32), before.view(torch.int32))
+    return outputs
+
+
+def innovations(layers, n, d_k, d_v, sign, condition=1e5, seed=0):
+    """F, K, E and noise of an ill-conditioned C for each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(layers, n, d_k, generator=generator)
+    if n > 2:  # keys nearly alike: Sig is ill-conditioned
+        keys[:, 1] = keys[:, 0] * (1 + 1e-3)
+    basis = torch.linalg.qr(torch.randn(layers, d_k, d_k, dtype=torch.float64, generator=generator)).Q
+    spectrum = torch.logspace(2, 2 - torch.tensor(condition).log10().item(), d_k, dtype=torch.float64)
+    projected = (keys.double() @ ((basis * spectrum) @ basis.mT)).float()
+    noise = torch.linspace(0.5, 2, n).expand(layers, n).clone()
+    if sign < 0:
+        gram = projected.double() @ keys.double().mT
+        noise += 1.1 * torch.linalg.eigvalsh(gram)[:, -1:].float()
+    return projected, keys, torch.randn(layers, n, d_v, generator=generator), noise
+
+
+def bound(terms, magnitude):
+    return terms * U / (1 - terms * U) * magnitude + torch.finfo(torch.float32).tiny
+
+
+def check_factor(library, shape, sign, offset=0):
+    """Backward errors: L L^T = Sig, L U = F and L A = E to rounding, whatever the condition of Sig."""
+    layers, n, d_k, d_v = shape
+    given = innovations(layers, n, d_k, d_v, sign)
+    u, a, lower, info = factor(library, *given, sign, offset)
+    assert (info == 0).all()
+    assert torch.equal(lower, lower.tril())
+    f, k, e, w = (t.double() for t in given)
+    lower64 = lower.double()
+    gram = f @ k.mT
+    sigma = torch.diag_embed(w) + sign * (gram + gram.mT) / 2
+    magnitude = torch.diag_embed(w) + (f.abs() @ k.abs().mT + k.abs() @ f.abs().mT) / 2
+    off = (lower64 @ lower64.mT - sigma).tril().abs()
+    assert (off <= bound(d_k + 4, magnitude) + bound(n + 4, lower64.abs() @ lower64.abs().mT)).all()
+    for solved, right in ((u.double(), f), (a.double(), e)):
+        off = (lower64 @ solved - right).abs()
+        assert (off <= bound(n + 4, lower64.abs() @ solved.abs())).all()
+    return u, a, lower
+
+
+def downdates(layers, d, r, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(layers, d, d, generator=generator)
+    base = base.tril() + base.tril(-1).mT
+    pending = torch.randn(layers, r, d, generator=generator)
+    return base, pending, torch.where(torch.rand(layers, r, generator=generator) < 0.3, -1.0, 1.0)
+
+
+def check_downdate(library, shape, offset=0):
+    layers, d, r, extra = shape
+    base, pending, signs = downdates(layers, d, r)
+    guarded = Guarded()
+    wide = guarded(torch.nn.functional.pad(base, (0, extra), value=float("nan")), offset)
+    got = wide[..., :d]
+    run(library, cuda_plan.downdate(got, guarded(pending, offset), guarded(signs)))
+    guarded.check()
+    assert wide[..., d:].isnan().all()
+    for layer in range(layers):
+        truth, rows = base[layer].double(), pending[layer].double()
+        reference.downdate_(truth, rows, signs[layer].double())
+        magnitude = base[layer].double().abs() + rows.abs().T @ rows.abs()
+        assert ((got[layer].double() - truth).abs() <= bound(r + 3, magnitude)).all()
+        assert torch.equal(got[layer], got[layer].T)
+    return got.clone()
+
+
+def build(folder, *flags):
+    """The kernels as a library for the host."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = folder / "librlsedit_on_host.so"
+    done = subprocess.run(
+        [
+            *(compiler, "-shared", "-fPIC", "-g", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+            *("-I", ROOT / "csrc/include", "-I", ROOT / "csrc/cuda", "-I", HERE, HERE / "library.cpp", "-o", library),
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode and "cannot find" in done.stderr:
+        pytest.skip(f"this g++ lacks a sanitizer: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return cuda_launch.Library(
+        build(tmp_path_factory.mktemp("host"), "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    )
+
+
+@pytest.fixture
+def both_ways(library):
+    """Calls a function forwards and backwards and asks for the same bits."""
+
+    def call(function, *arguments):
+        results = []
+        for backwards in (0, 1):
+            library.functions.run_backwards(backwards)
+            got = function(library, *arguments)
+            results.append(got if isinstance(got, tuple) else (got,))
+        library.functions.run_backwards(0)
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+    return call
+
+
+@pytest.mark.parametrize("shape", FACTOR_SHAPES, ids=str)
+def test_factor(both_ways, shape):
+    both_ways(check_factor, shape, 1)
+
+
+@pytest.mark.parametrize("shape", FACTOR_SHAPES[:8], ids=str)
+def test_factor_of_a_removal(library, shape):
+    check_factor(library, shape, -1)
+
+
+def test_factor_of_operands_off_16_bytes(library):
+    check_factor(library, (2, 20, 40, 8), 1, offset=1)
+
+
+@pytest.mark.parametrize(("n", "at"), [(5, 3), (40, 1), (128, 128), (150, 40), (150, 140), (258, 257)])
+def test_factor_names_the_first_pivot_that_is_not_positive_in_each_layer(library, n, at):
+    keys = torch.eye(n, n + 3).expand(2, n, n + 3).clone()
+    noise = torch.ones(2, n)
+    noise[1, at - 1 :: 7] = 0.5  # Sig = noise - 0.75
+    *_, info = factor(library, 0.75 * keys, keys, torch.ones(2, n, 2), noise, -1)
+    assert info.tolist() == [0, at]
+
+
+def test_factor_of_what_is_not_a_number_fails_at_its_place(library):
+    keys = torch.eye(6, 8)[None]
+    noise = torch.ones(1, 6)
+    noise[0, 3] = float("nan")
+    *_, info = factor(library, 0.5 * keys, keys, torch.ones(1, 6, 2), noise, 1)
+    assert info.tolist() == [4]
+
+
+@pytest.mark.parametrize("shape", DOWNDATE_SHAPES, ids=str)
+def test_downdate(both_ways, shape):
+    both_ways(check_downdate, shape)
+
+
+def test_downdate_of_operands_off_16_bytes(library):
+    check_downdate(library, (1, 132, 5, 0), offset=3)
+
+
+@pytest.fixture
+def on_host(library, monkeypatch):
+    """The backend on the CPU, by way of the host's library."""
+    monkeypatch.setattr(cuda_launch, "launcher", lambda: library)
+    monkeypatch.setattr(cuda_launch, "_where", lambda device: (0, 0))
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "refuses", lambda op, tensors: None)
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_the_backend_by_its_public_operations(on_host, layers):
+    projected, keys, innovation, noise = innovations(layers or 1, 20, 33, 6, 1)
+    base, pending, signs = downdates(layers or 1, 33, 4)
+    given, state = [projected, keys, innovation, noise], [base, pending, signs]
+    if layers is None:
+        given, state = [t[0] for t in given], [t[0] for t in state]
+    given[1] = given[1].mT.contiguous().mT  # what is not contiguous is made so
+    u, a, lower, info = ops.factor(*given, 1, backend="cuda")
+    expected = factor(cuda_launch.launcher(), projected, keys, innovation, noise, 1)
+    for got, whole in zip((u, a, lower, info), expected, strict=True):
+        assert torch.equal(got, whole if layers else whole[0])
+    truth = state[0].double()
+    ops.downdate_(truth, *(t.double() for t in state[1:]), backend="reference")
+    ops.downdate_(state[0], *state[1:], backend="cuda")
+    torch.testing.assert_close(state[0].double(), truth, rtol=1e-5, atol=1e-5)
+    before = state[0].clone()
+    ops.downdate_(state[0], state[1][..., :0, :], state[2][..., :0], backend="cuda")
+    assert torch.equal(state[0], before)
+
+
+def test_the_emulation_itself_sees_a_barrier_that_not_all_reach_and_shared_memory_overrun(tmp_path):
+    source = """
+#include "cuda_on_host.hpp"
+#include "common.cuh"
+int main(int count, char**) {
+    cuda_on_host::launch([=] {
+        RLSEDIT_SHARED(shared);
+        if (count > 1) shared[threadIdx.x] = 1.0f;
+        else if (threadIdx.x) __syncthreads();
+    }, {1, 1, 1}, 32, 16, false);
+}
+"""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    (tmp_path / "bad.cpp").write_text(source)
+    program = tmp_path / "bad"
+    subprocess.run(
+        ["g++", "-std=c++17", "-I", ROOT / "csrc/cuda", "-I", HERE, tmp_path / "bad.cpp", "-o", program], check=True
+    )
+    for arguments, told in (((), "a barrier that not all threads reach"), (("x",), "behind the shared memory")):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert done.returncode != 0
+        assert told in done.stderr
+
+
+SANITIZERS = {
+    "address": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}),
+    "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_kernels_under_a_sanitizer(sanitizer, tmp_path):
+    """ThreadSanitizer knows the fibers and the barriers, so it sees a race that no order of running would show."""
+    runtime, options = SANITIZERS[sanitizer]
+    library = build(tmp_path, "-O1", f"-fsanitize={sanitizer}")
+    preload = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+    environment = {**os.environ, **options, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, library], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.strip().endswith("passed")
+
+
+def test_a_launch_that_does_not_fit_is_refused_in_words(library):
+    base, pending, signs = downdates(1, 8, 2)
+    (launch,) = cuda_plan.downdate(base, pending, signs)
+    changed = {**launch.__dict__, "arguments": launch.arguments[:-1]}
+    with pytest.raises(BackendError, match="downdate: arguments are of types pqqppq: expected pqqppqq"):
+        library.launch(cuda_plan.Launch(**changed), 0, 0)
+
+
+if __name__ == "__main__":
+    host = cuda_launch.Library(Path(sys.argv[1]))
+    for case in ((2, 3, 17, 5), (1, 70, 36, 9), (1, 140, 12, 5)):
+        check_factor(host, case, 1)
+    for case in ((2, 5, 3, 0), (1, 132, 9, 1)):
+        check_downdate(host, case)
+    print("passed")
