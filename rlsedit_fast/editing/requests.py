@@ -110,7 +110,14 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     widest = max(len(row.ids) for row in (*contexts, *kl))
     if longest is not None and widest > longest:
         raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
-    shared = config.fact_token != "last" and edit.span is None
-    return Request(
-        edit, contexts, kl, composed(fill(edit.prompt, edit.subject)[0]), composed(edit.subject) if shared else None
-    )
+    return Request(edit, contexts, kl, asked(edit), shared_subject(edit, config))
+
+
+def asked(edit: Edit) -> str:
+    """What an edit asks, the same for edits that ask the same; raises as `fill`."""
+    return composed(fill(edit.prompt, edit.subject)[0])
+
+
+def shared_subject(edit: Edit, config: EditConfig) -> str | None:
+    """The subject whose change an edit shares with others; None where it has a key of its own."""
+    return composed(edit.subject) if config.fact_token != "last" and edit.span is None else None
