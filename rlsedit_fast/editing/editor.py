@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from rlsedit_fast.editing.ledger import Ledger, Telling
 from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
-from rlsedit_fast.editing.recording import Point, Progress, Recorder, describe, recover, settings_of
+from rlsedit_fast.editing.progress import Point, Progress
+from rlsedit_fast.editing.recording import Recorder, describe, recover, settings_of
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
 from rlsedit_fast.editing.values import Values, search_within_memory
 from rlsedit_fast.errors import (
     InputError,
@@ -177,6 +180,7 @@ class Editor:
         self._layers: EditedLayers | None = None
         self._ledger = Ledger(self.config, self._prepare)
         self._to_protect: list[tuple[list[Tensor], float]] = []
+        self._norms: list[Norms] = []
         self._at_once = config.search_at_once
         self._progress = Progress()
 
@@ -188,6 +192,7 @@ class Editor:
             store.describe(about | {"config": now})
         with quiet(self.model):
             self._layers = recover(store, self.config, self._site, self._projections, self._ledger, self._progress)
+        self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     @classmethod
     def from_pretrained(
@@ -418,6 +423,7 @@ class Editor:
             except BaseException as error:
                 if self._progress.writes == before:
                     self._layers = calibrated
+                    self._norms = self._norms if calibrated else []
                     if calibrated is None and self._recorder:
                         self._recorder.forget_start()
                 elif isinstance(error, RLSEditError):
@@ -428,49 +434,185 @@ class Editor:
             logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
         return made
 
-    def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
-        """Takes edits back exactly: the weights become those of a model that was never told them.
-
-        Active edits that shared a value with one of them are told anew without it, and keep their ids.
+    def select(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[int]:
+        """Ids of the active edits that all of what is given fits; of these the `last` so many, the newest ones.
 
         Args:
             ids: of active edits, as `history()` lists them.
+            subject: as asked for, up to white space.
+            last: how many, at least 1.
+            since: made at this time or after it; local time where it has no time zone.
+            until: made at this time or before it.
+
+        Raises:
+            InputError: nothing is given, an id is not that of an active edit, or no active edit fits.
+        """
+        return self._ledger.select(ids, subject=subject, last=last, since=since, until=until)
+
+    def undo(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[EditRecord]:
+        """Takes edits back exactly: the weights become those of a model that was never told them.
+
+        All of them go in one exact removal a layer. Active edits that shared a value with one of them are told anew
+        without it, and keep their ids.
+
+        Args:
+            ids: which, as in `select`, like the rest.
+            subject: see `select`.
+            last: see `select`.
+            since: see `select`.
+            until: see `select`.
 
         Returns:
             Their records, now `undone`.
 
         Raises:
-            InputError: an id that is not that of an active edit.
+            InputError: no active edit fits, or an id is not that of one.
+            RequestError: the edits' keys are not kept.
             ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            StoreError: the store cannot be written; nothing was changed.
         """
-        gone = [ids] if isinstance(ids, int) else list(ids)
-        self._ledger.check(gone)
+        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
         self._check_kept("undo", gone)
         partners = {partner for record in self._ledger.get(gone) for partner in record.joint_with}
         with quiet(self.model):
             self._tell([], gone=gone, outcome="undone", again=sorted(partners - set(gone)))
         return self._ledger.get(gone)
 
-    def replace(self, edit_id: int, *, target: str) -> EditRecord:
-        """Tells the model another target for a fact: the old edit is taken back exactly and the new one made.
+    @overload
+    def replace(self, ids: int, *, target: str) -> EditRecord: ...
+
+    @overload
+    def replace(
+        self,
+        ids: Sequence[int] | None = None,
+        *,
+        target: str,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[EditRecord]: ...
+
+    def replace(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        target: str,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> EditRecord | list[EditRecord]:
+        """Tells the model another target for facts: the old edits are taken back exactly and the new ones made.
 
         Args:
-            edit_id: an active edit's, as `history()` lists it.
+            ids: which, as in `select`, like the rest.
             target: what the model is to say instead.
+            subject: see `select`.
+            last: see `select`.
+            since: see `select`.
+            until: see `select`.
 
         Returns:
-            The new edit's record; the old one's state is `replaced`.
+            The new edits' records, or the one record where `ids` is one id; the old ones' state is `replaced`.
 
         Raises:
-            InputError: the id is not that of an active edit.
-            RequestError: the new edit cannot be made as written.
+            InputError: no active edit fits, or an id is not that of one.
+            RequestError: a new edit cannot be made as written, or the old ones' keys are not kept.
+            StoreError: the store cannot be written; nothing was changed.
         """
-        self._ledger.check([edit_id])
-        self._check_kept("replace", [edit_id])
-        requests = self._prepare([replace(self._ledger.edit(edit_id), target=target)])
+        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
+        self._check_kept("replace", gone)
+        requests = self._prepare([replace(edit, target=target) for edit in self._ledger.edits(gone)])
         with quiet(self.model):
-            (record,) = self._edit_batch(requests, replaced=[edit_id])
-        return record
+            records = self._edit_batch(requests, replaced=gone)
+        return records[0] if isinstance(ids, int) else records
+
+    def consolidate(self) -> int:
+        """Makes every layer afresh in float64 from its prior and the active edits, and the store small again.
+
+        To be done when `status` advises it: what rounding has added up over a long stream is gone then, and the store
+        forgets the rows of edits that are no longer active; the history keeps them.
+
+        Returns:
+            The bytes by which the store became smaller.
+
+        Raises:
+            InputError: there are no edits.
+            RequestError: the edits' keys are not kept.
+            PriorError: a precision is not positive definite in float64.
+            StoreError: the store cannot be written; nothing was changed.
+        """
+        if self._layers is None:
+            raise InputError("consolidate(): nothing has been edited yet")
+        active = self._ledger.active
+        self._check_kept("rebuild the layers from", active)
+        with self._change() as ending:
+            self._layers.rebuild(self._ledger.told(active))
+            progress = replace(self._progress, writes=self._progress.writes + 1)
+            objective = tuple(state.objective for state in self._layers.states)
+            if self._recorder:
+                recorded = partial(self._recorder.rebuild, self._ledger, self._layers.protected, progress, objective)
+                ending.before.append(recorded)
+            ending.after.append(partial(setattr, self, "_progress", progress))
+            ending.after.append(partial(progress.reached, Point(len(active), objective)))
+        if self._recorder is None:
+            return 0
+        freed = self._recorder.store.compact()
+        before = sum(self._recorder.store.sizes().values())
+        self._recorder.snapshot(self._layers, self._progress)
+        return freed + before - sum(self._recorder.store.sizes().values())
+
+    def status(self, *, budget: float = DEFAULT_BUDGET) -> Status:
+        """How the stream of edits is doing, and what to do about it; reads each layer's C once.
+
+        Args:
+            budget: how far the outputs on the anchors, or the weights where there are none, may move, as a share of
+                their norms.
+
+        Raises:
+            InputError: a budget that is not above 0.
+        """
+        layers = []
+        for (projection, state), norms in zip(self._edited, self._norms, strict=True):
+            health = state.monitor()
+            layers.append(
+                LayerStatus.of(
+                    projection.layer,
+                    norms,
+                    state.prior.lam,
+                    state.prior.mu,
+                    state.objective,
+                    deviation=state.deviation(),
+                    residual=health.residual,
+                    advice=health.advice if health.needs_refresh else None,
+                )
+            )
+        return assess(
+            self.history(),
+            self._progress.trace,
+            layers,
+            batches=self._progress.batches,
+            adherence=None if self.config.lam is not None and self.config.mu is not None else self.config.adherence,
+            budget=budget,
+            sizes=self._recorder.store.sizes() if self._recorder else {},
+        )
 
     def history(self) -> list[EditRecord]:
         """Every edit that was made, oldest first, with what became of it."""
@@ -575,8 +717,9 @@ class Editor:
         for protected, weight in self._to_protect:
             with layers.transaction():
                 held.append(layers.protect(protected, weight))
+        self._norms = [Norms.of(state.original, state.prior) for state in layers.states]
         if self._recorder:
-            self._recorder.begin(priors, held)
+            self._recorder.begin(priors, held, [asdict(norms) for norms in self._norms])
         return layers
 
     @contextmanager

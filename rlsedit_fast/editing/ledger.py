@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
 from rlsedit_fast.editing.layers import Told
 from rlsedit_fast.editing.requests import Request, asked, shared_subject
@@ -77,6 +79,47 @@ class Ledger:
             raise InputError(
                 f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; see history()"
             )
+
+    def select(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[int]:
+        """Ids of the active edits that all of what is given fits; of these the `last` so many.
+
+        Args:
+            ids: of active edits.
+            subject: as asked for, up to white space.
+            last: how many, at least 1.
+            since: not before this time; local time where it has no time zone.
+            until: not after this time.
+
+        Raises:
+            InputError: nothing is given, an id is not that of an active edit, or nothing fits.
+        """
+        if ids is None and subject is None and last is None and since is None and until is None:
+            raise InputError("which edits? name ids, a subject, the last N, or times")
+        if last is not None and last < 1:
+            raise InputError(f"last={last}: expected at least 1")
+        if ids is not None:
+            ids = [ids] if isinstance(ids, int) else list(ids)
+            self.check(ids)
+        chosen = [
+            i
+            for i in (self.active if ids is None else ids)
+            if (subject is None or composed(self._edits[i].subject) == composed(subject))
+            and (since is None or self._records[i - 1].time >= since.astimezone())
+            and (until is None or self._records[i - 1].time <= until.astimezone())
+        ][-(last or 0) :]
+        if not chosen:
+            given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
+            told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+            raise InputError(f"{told}: no active edit fits; see history()")
+        return chosen
 
     def edit(self, identity: int) -> Edit:
         """An active edit, as asked for."""

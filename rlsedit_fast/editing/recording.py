@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from rlsedit_fast.editing.edits import Edit, EditRecord
 from rlsedit_fast.editing.gradient import GradientScale
 from rlsedit_fast.editing.layers import EditedLayers, Told
 from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rounding import packed, unpacked
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
@@ -37,57 +38,6 @@ FIXED = (
 ).split()
 """Settings that a store's edits were made under, and that hold for all of them. The others may change in between."""
 
-TRACED = 1000
-"""Points of the objective's course that are kept."""
-
-
-_BEGINNING = datetime.min.replace(tzinfo=timezone.utc)
-
-
-@dataclass(frozen=True)
-class Point:
-    """The objective after a change.
-
-    Attributes:
-        edits: how many were active.
-        objective: `J` of each layer.
-    """
-
-    edits: int
-    objective: tuple[float, ...]
-
-
-@dataclass
-class Progress:
-    """What an editor has come to beside its layers and its ledger.
-
-    Attributes:
-        batches: how many were made.
-        writes: batches and removals, each a rounding of the weights.
-        scale: of the gradient values.
-        trace: the objective's course.
-        time: of the last record; time that runs backwards stands still here.
-    """
-
-    batches: int = 0
-    writes: int = 0
-    scale: GradientScale = field(default_factory=GradientScale)
-    trace: list[Point] = field(default_factory=list)
-    time: datetime = _BEGINNING
-
-    def now(self) -> datetime:
-        """The time, never before one that was told already."""
-        time = datetime.now(timezone.utc)
-        if time < self.time:
-            logger.warning("the clock says %s, before the last edit's %s; this is recorded as that", time, self.time)
-        self.time = max(time, self.time)
-        return self.time
-
-    def reached(self, point: Point) -> None:
-        """Adds a point to the course of the objective."""
-        self.trace.append(point)
-        del self.trace[:-TRACED]
-
 
 class Recorder:
     """Writes an editor's changes into a store.
@@ -103,12 +53,14 @@ class Recorder:
         self._config, self._projections = config, projections
         self._start: Change | None = None
 
-    def begin(self, priors: Sequence[Prior], protected: Sequence[Sequence[Told]]) -> None:
+    def begin(
+        self, priors: Sequence[Prior], protected: Sequence[Sequence[Told]], norms: Sequence[Mapping[str, Any]]
+    ) -> None:
         """The first change is to be preceded by these; nothing is written yet."""
         about = {
             "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in priors],
             "protected": [[row.weight for row in rows] for rows in protected],
-            "norms": [float(projection.weight.norm()) for projection in self._projections],
+            "norms": list(norms),
         }
         held = {f"moment.{i}": p.anchor_moment for i, p in enumerate(priors) if p.anchor_moment is not None}
         for at, rows in enumerate(protected):
@@ -258,13 +210,27 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
     return replace(given, **{name: getattr(stored, name) for name in FIXED})
 
 
+def given_settings(directory: str | Path) -> EditConfig | None:
+    """The settings that a store was made with, as the user gave them; None where there is no store.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    if not Store.exists(directory):
+        return None
+    with Store(directory, write=False) as store:
+        about = store.about
+        settings, first = _config_of(about["config"]), _config_of(about["given"])
+    return replace(settings, **{name: getattr(first, name) for name in FIXED})
+
+
 def read_history(directory: str | Path) -> list[EditRecord]:
     """The records of a store, without the model, also while an editor writes it.
 
     Raises:
         StoreError: there is none, or it is damaged.
     """
-    with closing(Store(directory, write=False)) as store:
+    with Store(directory, write=False) as store:
         return read_ledger(store)[0].records
 
 
@@ -282,6 +248,44 @@ def read_ledger(store: Store) -> tuple[Ledger, Progress]:
             ledger.enter(_telling(entry))
         _take_up_progress(progress, entry, {})
     return ledger, progress
+
+
+def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
+    """The status of a store without the model; residuals and deviations are those of the last snapshot.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+        InputError: a budget that is not above 0.
+    """
+    with Store(directory, write=False) as store:
+        ledger, progress = read_ledger(store)
+        about, layers = store.about, list[LayerStatus]()
+        newest = store.newest_snapshot()
+        for at, layer in enumerate(about["layers"]) if progress.trace else ():
+            seen = newest.about["layers"][at] if newest else None
+            prior = store.entries[0].about["priors"][at]
+            layers.append(
+                LayerStatus.of(
+                    layer["layer"],
+                    Norms(**store.entries[0].about["norms"][at]),
+                    prior["lam"],
+                    prior["mu"],
+                    progress.trace[-1].objective[at],
+                    deviation=seen["deviation"] if seen else None,
+                    residual=seen["monitor"]["residual"] if seen else None,
+                    advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
+                )
+            )
+        config = settings_of(about)
+        return assess(
+            ledger.records,
+            progress.trace,
+            layers,
+            batches=progress.batches,
+            adherence=None if config.lam is not None and config.mu is not None else config.adherence,
+            budget=budget,
+            sizes=store.sizes(),
+        )
 
 
 def recover(

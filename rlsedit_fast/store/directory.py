@@ -222,6 +222,10 @@ class Store:
             first = self._entries[0].seq
             self._remove([entry for entry in self._entries if first < entry.seq <= oldest])
 
+    def newest_snapshot(self) -> Entry | None:
+        """What is known of the newest snapshot besides its tensors."""
+        return next(iter(self._journal.snapshots()), None)
+
     def snapshots(self) -> Iterator[tuple[Entry, dict[str, Tensor]]]:
         """Whole snapshots, the newest first; a damaged one is passed over, with a warning that names it."""
         for entry in self._journal.snapshots():
@@ -261,6 +265,12 @@ class Store:
         self._journal.close()
         if self._lock:
             self._lock.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     def _check_writable(self) -> None:
         if self._in_doubt or not self._write:

@@ -223,6 +223,7 @@ class Journal:
             )
         with suppress(sqlite3.Error):  # what it frees is used again if it cannot be given back
             self._base.execute("VACUUM")
+            self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Lets go of the database; what waits in its WAL is moved over."""
