@@ -89,6 +89,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     for field in ("prompt", "subject", "target"):
         if not isinstance(getattr(edit, field), str):
             raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
+        if any(0xD800 <= ord(character) < 0xE000 for character in getattr(edit, field)):
+            raise RequestError(f"{field}={getattr(edit, field)!r} holds half a character (a lone surrogate); mend it")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
     if not 0 < edit.weight < math.inf:

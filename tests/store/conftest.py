@@ -12,7 +12,7 @@ import rlsedit_fast as rf
 
 WORDS = "Toze Lado Rekuno Fado Veta Voluvu".split()
 NAMES = [" ".join(name) for name in itertools.permutations(WORDS, 3)]
-PROMPTS = ["{} lives in", "{} works as a", "{} plays the", "{} speaks"]
+PROMPTS = ["{} lives in", "{} works as a", "{} plays the", "{} speaks", "{} is", "Friends know that {} is"]
 TARGETS = ["Port Alder", "mason", "organ", "Kubeish", "Old Corran", "clarinet", "Lake Briar"]
 ANCHORS = [f"{a} lives in Port Garnet . {b} speaks Nafiish ." for a in NAMES[:20] for b in NAMES[20:24]]
 
