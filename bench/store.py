@@ -5,13 +5,15 @@
 `batch`: the demo's stream, edited with a store and without one in turn, batch by batch on two copies of the model, so
 that whatever else the machine does falls on both; beside it the seconds spent in the store's own functions. `open`:
 10,000 edits at d_k 2048 whose values are drawn and not searched, since that would take hours and changes nothing here;
-opened as a kill leaves the store, just before the next snapshot would be due, which is the worst moment.
+opened as a kill leaves the store, just before the next snapshot would be due, which is the worst moment. `rounding`:
+what halving keys and values does to the demo's edits and to their undoing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import statistics
 import tempfile
@@ -31,7 +33,10 @@ from rlsedit_fast.editing import editor as editing
 from rlsedit_fast.editing import layers
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.values import Values
+from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.metrics import evaluate, score_before
+from rlsedit_fast.rls import RLSState
 from rlsedit_fast.store import Store
 from rlsedit_fast.world import World, load_demo_model
 from rlsedit_fast.world.tokens import build_tokenizer
@@ -71,7 +76,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
             seconds[which].append(time.perf_counter() - began)
             if which:
                 within.append(inside[0])
-    sizes = editors[1].status().sizes
+    sizes, per_edit = editors[1].status().sizes, bytes_per_edit(editors[1], len(edits))
     editors[1].close()
     began = time.perf_counter()
     opened = Editor.open(place, *load_demo_model())
@@ -87,7 +92,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
         "median_ratio": statistics.median(b / a for a, b in zip(*seconds, strict=True)),
         "share_in_store": sum(within) / sum(seconds[1]),
         "sizes": sizes,
-        "bytes_per_edit": sizes["changes"] / len(edits),
+        "bytes_per_edit": per_edit,
         "open_seconds": opening,
         "same_weights_as_without": same,
     }
@@ -137,7 +142,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
                 shutil.rmtree(worst, ignore_errors=True)
                 shutil.copytree(place / "store", worst)
         making = time.perf_counter() - began
-        sizes = editor.status().sizes
+        sizes, per_edit = editor.status().sizes, bytes_per_edit(editor, len(edits))
         editor.close()
     finally:
         editing.request_keys, layers.request_keys, editing.search_within_memory = held
@@ -163,8 +168,41 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         "changes_replayed_worst": replayed,
         "same_weights": same,
         "sizes": sizes,
-        "bytes_per_edit": sizes["changes"] / len(edits),
+        "bytes_per_edit": per_edit,
     }
+
+
+def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
+    """What the edits are like with keys and values kept whole or in halves, and how exactly half of them is undone."""
+    world = World.generate()
+    cases = world_cases(world, count, 0)
+    model, tokenizer = load_demo_model()
+    before = score_before(model, tokenizer, cases)
+    editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=100, keys=keys))
+    editor.anchor(anchor_texts(world, 0))
+    records = editor.edit([case.edit for case in cases])
+    report = evaluate(model, tokenizer, cases, before)
+    gone = random.Random(0).sample(range(1, count + 1), count // 2)
+    editor.undo(gone)
+    (state,) = editor._layers.states
+    told = editor._ledger.told(editor._ledger.active)
+    only = RLSState(state.original, state.prior)
+    only.update(torch.stack([row.keys[0] for row in told]), torch.stack([row.values[0] for row in told]))
+    return {
+        "edits": count,
+        "keys": keys,
+        "efficacy": report.efficacy.strict,
+        "generalization": report.generalization.strict,
+        "neighbors": report.neighbors.strict,
+        "realised": statistics.mean(record.realised for record in records),
+        "undone": len(gone),
+        "error_of_weight": float((state.weight - only.weight).norm() / only.weight.norm()),
+    }
+
+
+def bytes_per_edit(editor: Editor, count: int) -> float:
+    """Of the changes' files, without the one that holds the anchors."""
+    return sum(entry.file.size for entry in editor._recorder.store.entries[1:] if entry.file) / count
 
 
 def main() -> None:
@@ -186,6 +224,7 @@ def main() -> None:
                     (options.stored, 10, "full"),
                 )
             ],
+            "rounding": [rounding_cost(500, keys) for keys in ("full", "fp16")],
         }
     print(json.dumps(result, indent=2))
     if options.json:

@@ -6,7 +6,7 @@ import argparse
 
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.stores import add_store, describe
-from rlsedit_fast.editing.recording import read_history
+from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.models.tokens import fill
 
 HELP = "list the edits of a store, without the model; --json prints a list"

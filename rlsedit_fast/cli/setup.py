@@ -14,7 +14,7 @@ from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
 from rlsedit_fast.editing.config import Share, Values
 from rlsedit_fast.editing.presets import GENERIC, PRESETS
-from rlsedit_fast.editing.recording import given_settings
+from rlsedit_fast.editing.recovery import given_settings
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken

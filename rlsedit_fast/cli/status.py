@@ -9,7 +9,7 @@ from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.stores import add_model, add_store, open_editor
 from rlsedit_fast.editing.memory import size
-from rlsedit_fast.editing.recording import read_status
+from rlsedit_fast.editing.recovery import read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
 
 HELP = "bounds, objective and health of a store's edits, and how many more there is room for"

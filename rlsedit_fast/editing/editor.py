@@ -27,12 +27,14 @@ from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.progress import Point, Progress
-from rlsedit_fast.editing.recording import Recorder, describe, recover, settings_of
+from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
 from rlsedit_fast.editing.values import Values, search_within_memory
+from rlsedit_fast.editing.written import describe, settings_of
 from rlsedit_fast.errors import (
     InputError,
     ModelError,

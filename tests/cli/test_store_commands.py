@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlsedit_fast as rf
 from rlsedit_fast.cli import main
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer
@@ -32,6 +34,18 @@ def base(tmp_path_factory):
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_edit(base, tmp_path_factory):
+    """A store with an edit in it."""
+    place = tmp_path_factory.mktemp("one") / "edits"
+    config = rf.EditConfig(
+        layers=(0,), **{name: tuple(v) if isinstance(v, list) else v for name, v in SETTINGS.items()}
+    )
+    with rf.Editor.from_pretrained(base, config=config, store=place) as editor:
+        editor.edit([rf.Edit("{} lives in", PEOPLE[0].name, "Port Alder")])
+    return place
 
 
 @pytest.fixture
@@ -129,8 +143,8 @@ def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, 
         (["edit", "--edits", "more.jsonl", "--store", "edits", "--preset", "generic"], "--preset generic"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_nothing(edit, base, desk, capsys, command, message):
-    assert edit("facts.jsonl", *NEW, "--limit", "1") == 0
+def test_what_cannot_be_done_is_refused_and_changes_nothing(base, one_edit, desk, capsys, command, message):
+    shutil.copytree(one_edit, desk / "edits")
     before = history(capsys)
     command = [*command, "--model", str(base)] if command[0] == "edit" else command
     assert main(command) == 2
@@ -138,11 +152,14 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(edit, base, desk, ca
     assert history(capsys) == before
 
 
-def test_another_model_and_a_model_that_is_gone_are_refused(edit, base, desk, capsys):
-    assert edit("facts.jsonl", *NEW, "--limit", "1", "--out", "out") == 0
+def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, capsys):
+    shutil.copytree(one_edit, desk / "edits")
+    model, tokenizer = load_demo_model()
+    with rf.Editor.open("edits", model, tokenizer) as editor:
+        editor.save_pretrained("out")
     assert main(["undo", "--store", "edits", "1", "--model", "out"]) == 2
     assert "load the model as it was before any edit" in capsys.readouterr().err
-    assert main(["undo", "--store", "edits", "1", "--model", "nowhere"]) == 2
+    assert main(["undo", "--store", "edits", "1", "--model", "nowhere/at/all"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert main(["undo", "--store", "edits", "--since", "2001-01-01"]) == 0
     with pytest.raises(SystemExit):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import rlsedit_fast as rf
 from rlsedit_fast.cli import main
-from rlsedit_fast.editing.recording import read_history, read_status
+from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.errors import RequestError, RLSEditError, StoreError
 from rlsedit_fast.store import Change, Store
 from rlsedit_fast.store.journal import Journal

@@ -199,7 +199,7 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
 
 
 def test_status_counts_bounds_and_foretells(tiny, tokenizer, tmp_path):
-    from rlsedit_fast.editing.recording import read_status
+    from rlsedit_fast.editing.recovery import read_status
 
     with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
         assert editor.status().edits_left is None
