@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. The first run installs into .venv; later ones do so again only when an input of the
+# make demo | test | soak | lint | clean. The first run installs into .venv; later ones do so again only when an input of the
 # build has changed.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +22,10 @@ demo: $(STAMP)
 # One thread a worker: the workers fill the cores, and their thread pools would fight over them.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# What takes too long for every change: a thousand kills, and an end at every line of the code that writes a store.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check

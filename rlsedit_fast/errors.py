@@ -41,3 +41,7 @@ class ModelError(RLSEditError, ValueError):
 
 class ResourceError(RLSEditError, MemoryError):
     """There is less memory than the work takes."""
+
+
+class StoreError(RLSEditError):
+    """A store cannot be opened, read or written, or does not belong to this model."""

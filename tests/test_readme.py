@@ -68,6 +68,23 @@ def test_the_editor_example_runs(desk, capsys):
         assert (desk / written).exists()
 
 
+def test_edits_that_last_do(desk, capsys):
+    from rlsedit_fast.cli import main
+
+    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"))
+    lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
+    commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
+    names = ["edit", "history", "undo", "replace", "status", "consolidate"]
+    assert [command[:2] for command in commands] == [["rlsedit", name] for name in names]
+    for _, *arguments in commands:
+        assert main(arguments) == 0
+    assert (desk / "edited-2" / "model.safetensors").exists()
+    names = {}
+    exec("import rlsedit_fast as rf\n" + block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
+    assert "3 France Nice active\n4 Spain Bilbao undone" in capsys.readouterr().out
+    assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active", "undone"]
+
+
 def test_the_solver_example_runs():
     import rlsedit_fast as rf
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlsedit_fast.cli.export import add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
+from rlsedit_fast.cli.stores import describe
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.editor import PILOT
 from rlsedit_fast.errors import InputError, RLSEditError
@@ -34,6 +35,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protect", type=Path, metavar="FILE", help="prompts, one a line, whose continuations are to stay"
     )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="keep the edits there, or go on with those that are there: they outlive a crash and can be taken back. "
+        "Edits of the file that the store has already are left as they are",
+    )
     add_exports(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not ask the model about the edits at the end")
     parser.add_argument(
@@ -49,14 +57,22 @@ def run(options: argparse.Namespace) -> int:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
     facts = read_facts(options)
-    editor = setup.make_editor(options)
+    if options.dry_run:
+        options.store = None
+    with setup.make_editor(options) as editor:
+        return _run(editor, facts, protected, options)
+
+
+def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
     facts = sift(editor, facts, options)
+    facts, known = _not_yet_made(editor, facts)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
     results: dict[str, Any] = {
         "model": str(options.model),
         "edits": len(facts.edits),
         "left_out": facts.left_out,
+        "in_store_already": known,
         "conflicts": facts.conflicts,
         "unread_fields": facts.unread,
         "layers": layers,
@@ -65,7 +81,16 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
         return LEFT_OUT if facts.left_out else DONE
-    results["anchors"] = setup.anchor(editor, options)
+    if not facts.edits:
+        emit(results, [f"all {len(known)} edits are in the store already; nothing was changed"], options.json)
+        return LEFT_OUT if facts.left_out else DONE
+    taken_up = bool(editor.priors)
+    if taken_up and (options.statistics or options.text or options.self_generate or options.no_anchors):
+        raise InputError(
+            f"the store {str(options.store)!r} has its anchors already, which hold for all of its edits; leave out "
+            "--statistics, --text, --self-generate and --no-anchors, or make another store"
+        )
+    results["anchors"] = "the store's" if taken_up else setup.anchor(editor, options)
     if protected:
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
     with _warnings_left_to_the_summary():
@@ -91,7 +116,8 @@ def _edit(
     model, tokenizer = editor.model, editor.tokenizer
     before = {} if options.no_evaluation else next_tokens(model, tokenizer, facts.edits)
     start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before, now=before)
-    priors = editor.calibrate(facts.edits[:PILOT])
+    first = len(editor.history())
+    priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     error: RLSEditError | None = None
     began = time.perf_counter()
@@ -108,24 +134,37 @@ def _edit(
             pass
         except RLSEditError as trouble:
             error = trouble
-    records = editor.history()
+    records = editor.history()[first:]
+    places = dict(zip((record.id for record in records), facts.places, strict=False))
     results["seconds"] = time.perf_counter() - began
     skipped = {record.id for record in records if record.state == "skipped"}
     results["made"] = len(records) - len(skipped)
-    results["skipped"] = [facts.places[i - 1] for i in sorted(skipped)]
+    results["skipped"] = [places[i] for i in sorted(skipped)]
     results["not_made"] = facts.places[len(records) :]
-    results["not_converged"] = [facts.places[r.id - 1] for r in records if not r.converged and r.state == "active"]
-    results["records"] = [_record(record, facts) for record in records]
+    results["not_converged"] = [places[r.id] for r in records if not r.converged and r.state == "active"]
+    results["records"] = [describe(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    made: list[Edit] = [facts.edits[record.id - 1] for record in records if record.id not in skipped]
+    made: list[Edit] = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
     if made and start is not None:
         results["before"] = asdict(start)
         results["after"] = asdict(outcome(model, tokenizer, made, before))
     return bool(interrupted), error
 
 
-def _record(record: EditRecord, facts: Facts) -> dict[str, Any]:
-    return asdict(record) | {"place": facts.places[record.id - 1]}
+def _not_yet_made(editor: Editor, facts: Facts) -> tuple[Facts, list[str]]:
+    """The facts without those that are active edits already, and where these stand: a run that was cut off goes on."""
+    active = {(r.prompt, r.subject, r.target, r.weight) for r in editor.history() if r.state == "active"}
+    known = {
+        place
+        for place, edit in zip(facts.places, facts.edits, strict=True)
+        if (edit.prompt, edit.subject, edit.target, edit.weight) in active
+    }
+    if not known:
+        return facts, []
+    say(f"{len(known)} of {len(facts.edits)} edits are in the store already, and stay as they are")
+    pairs = [pair for pair in zip(facts.places, facts.edits, strict=True) if pair[0] not in known]
+    kept = replace(facts, places=[place for place, _ in pairs], edits=[edit for _, edit in pairs])
+    return kept, sorted(known, key=facts.places.index)
 
 
 def _summary(results: dict[str, Any]) -> list[str]:

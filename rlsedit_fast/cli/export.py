@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 def add_exports(parser: argparse.ArgumentParser) -> None:
     """Options that say where an edited model goes."""
-    group = parser.add_argument_group("output, at least one")
+    group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help="an ordinary checkpoint")
     _add_partial(parser)
 
@@ -66,13 +66,24 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
     Raises:
         InputError: no output was named, or one exists already.
     """
-    if not (options.out or options.delta or options.adapter):
+    if not (options.out or options.delta or options.adapter or options.store):
         raise InputError(
-            "name where the edited model goes: --out DIR (a checkpoint), --delta FILE or --adapter DIR; --dry-run "
-            "changes nothing"
+            "name where the edited model goes: --out DIR (a checkpoint), --delta FILE or --adapter DIR, or --store DIR "
+            "to keep the edits and be able to take them back; --dry-run changes nothing"
         )
     if options.out is not None:
         check_checkpoint(options.out, model)
+    _check_new(options)
+
+
+def check_named_exports(options: argparse.Namespace) -> None:
+    """The same where nothing need be named: there is nothing in the place of what is.
+
+    Raises:
+        InputError: one exists already.
+    """
+    if options.out is not None:
+        _check_absent("--out", options.out)
     _check_new(options)
 
 

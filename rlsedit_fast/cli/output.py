@@ -18,7 +18,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="results as JSON, to FILE or to stdout")
 
 
-def emit(results: dict[str, Any], lines: Sequence[str], to: str | None) -> None:
+def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], to: str | None) -> None:
     """Prints `lines`, or `results` as JSON in their place (`to` is "-"), or prints and writes the file `to`.
 
     Raises:

@@ -14,6 +14,7 @@ from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
 from rlsedit_fast.editing.config import Share, Values
 from rlsedit_fast.editing.presets import GENERIC, PRESETS
+from rlsedit_fast.editing.recovery import given_settings
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
@@ -110,8 +111,8 @@ def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[Pr
     return model.eval(), tokenizer
 
 
-def make_config(options: argparse.Namespace) -> EditConfig:
-    """The settings that the options say.
+def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:
+    """The settings that the options say; where a store has some, those, with what the options change.
 
     Raises:
         InputError: a setting that does not exist or cannot be meant.
@@ -122,18 +123,27 @@ def make_config(options: argparse.Namespace) -> EditConfig:
             changes[name] = value
     if options.layers is not None:
         changes["layers"] = _layers(options.layers)
+    if stored is not None:
+        if options.preset != "auto":
+            raise InputError(
+                f"--preset {options.preset}: the store has settings, which hold for all of its edits; leave it out, or "
+                "make another store"
+            )
+        return replace(stored, **changes)
     if options.preset == "auto":
         return EditConfig(**changes)
     return preset(options.preset, **changes)
 
 
 def make_editor(options: argparse.Namespace) -> Editor:
-    """Settings first, since loading takes long; then the model, and an editor of it."""
-    config = make_config(options)
+    """Settings first, since loading takes long; then the model, and an editor of it, with a store if one is named."""
+    place = getattr(options, "store", None)
+    stored = given_settings(place) if place is not None else None
+    config = make_config(options, stored)
     model, tokenizer = load_model(options)
     if options.preset == GENERIC and config.layers is None:
         config = replace(config, layers=config.layers_of(model.config.get_text_config().num_hidden_layers))
-    return Editor(model, tokenizer, config=config)
+    return Editor(model, tokenizer, config=config, store=place)
 
 
 def anchor(editor: Editor, options: argparse.Namespace) -> str:

@@ -16,6 +16,7 @@ Descent = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
+Keys = Literal["full", "fp16"]
 
 DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 GRADIENT_RATE = 0.6
@@ -80,6 +81,11 @@ class EditConfig:
         same_subject: edits of one subject have nearly one key. With `joint` those that are active share one value,
             searched for all of them whenever one comes or goes, and an edit that asks what an active one asks takes
             its place. With `separate` each is written as if it were alone, and they wear one another down.
+        keys: what is kept of each edit, in memory and in a store, to take it back exactly and to rebuild the layers:
+            its keys and values, (d_k + d_v) numbers a layer. `full` keeps them in the solver's dtype; `fp16` in half of
+            that, and writes the edit with the keys and values so rounded (by up to 2^-11 of each), so that taking it
+            back is as exact. With None nothing is kept: undo, replace, and an edit about a subject that has others
+            (unless `same_subject` is `separate`) are refused.
     """
 
     layers: tuple[int, ...] | None = None
@@ -114,6 +120,7 @@ class EditConfig:
     kl_prompts: tuple[str, ...] = ("{} is a",)
     weight_decay: float = 0.5
     same_subject: SameSubject = "joint"
+    keys: Keys | None = "full"
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot be meant.
@@ -137,6 +144,8 @@ class EditConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
+        if self.keys is not None and self.keys not in get_args(Keys):
+            raise InputError(f"keys={self.keys!r}: expected one of {', '.join(get_args(Keys))}, or None")
         if not 0 < self.adherence < 1:
             raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
         for name in ("batch_size", "search_steps", "search_stop_steps", "context_samples", "context_tokens"):

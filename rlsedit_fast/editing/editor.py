@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -16,18 +18,32 @@ from torch import Tensor
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
-from rlsedit_fast.editing.gradient import GradientScale, gradient_values
+from rlsedit_fast.editing.gradient import gradient_values
+from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.layers import EditedLayers, Told
-from rlsedit_fast.editing.ledger import Ledger
+from rlsedit_fast.editing.ledger import Ledger, Telling
 from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
+from rlsedit_fast.editing.progress import Point, Progress
+from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
 from rlsedit_fast.editing.values import Values, search_within_memory
-from rlsedit_fast.errors import InputError, ModelError, ResourceError, RLSEditError, UpdateError
+from rlsedit_fast.editing.written import describe, settings_of
+from rlsedit_fast.errors import (
+    InputError,
+    ModelError,
+    RequestError,
+    ResourceError,
+    RLSEditError,
+    StoreError,
+    UpdateError,
+)
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import sample
@@ -36,6 +52,7 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,10 +89,25 @@ class _Written:
     groups: list[list[int]]  # those that share a value
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """How a change is brought to its end, once all is written and found fit to stay.
+
+    Attributes:
+        before: called before the commit, and may still refuse: what prepares the change in the store.
+        after: called after it, and cannot fail: what enters it in memory.
+    """
+
+    before: list[Callable[[], object]]
+    after: list[Callable[[], object]]
+
+
 class Editor:
     """Edits a transformers model in place.
 
-    The model that is handed in stays an ordinary model: after every batch its weights are the edited ones.
+    The model that is handed in stays an ordinary model: after every batch its weights are the edited ones. With a
+    store, what `edit` has returned, or handed to `on_batch`, is there when the store is opened again, whatever became
+    of the process or the power; a batch under way is then wholly there or wholly absent.
     """
 
     def __init__(
@@ -84,21 +116,48 @@ class Editor:
         tokenizer: PreTrainedTokenizerBase,
         *,
         config: EditConfig | None = None,
+        store: str | Path | None = None,
     ) -> None:
-        """Looks the model over, with a forward over two tokens; nothing of it is changed.
+        """Looks the model over, with a forward over two tokens; nothing of it is changed, but where a store has edits.
 
         Args:
-            model: a causal language model.
+            model: a causal language model; with a store, the one that its edits were made in, without them.
             tokenizer: its tokenizer.
-            config: which layers, and how; by default `EditConfig()`.
+            config: which layers, and how; by default what the store has, else `EditConfig()`.
+            store: folder to keep the edits in. One that has some is taken up: the model's weights become the edited
+                ones, without a forward pass.
 
         Raises:
             ModelError: the layers or their projections are not there, or cannot be edited (together).
-            InputError: a weight to be edited is not finite, or the tokenizer has more tokens than the model.
+            InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, or `config`
+                changes what holds for all edits of the store.
+            StoreError: the store is another model's, is damaged, of a newer version, or being written by another
+                editor; nothing was changed.
         """
+        given = config or EditConfig()
+        held = Store(store) if store is not None and Store.exists(store) else None
+        self._recorder: Recorder | None = None
+        try:
+            if held:
+                given = _check_store(held, model, config)
+            self._look_over(model, tokenizer, given)
+            if store is not None and held is None:
+                path = str(getattr(model.config, "_name_or_path", ""))
+                path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
+                about = describe(self.config, given, self._projections, self.fingerprint(), path)
+                held = Store.create(store, about)
+            if held:
+                self._take_up(held, config)
+        except BaseException:
+            if held:
+                held.close()
+            raise
+
+    def _look_over(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> None:
+        """Finds in the model what is to be edited, and starts with no edits."""
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config = config or EditConfig()
+        self.config = config
         self._decoder = find_decoder(
             model, layer_module=config.layer_module, projection_module=config.projection_module
         )
@@ -121,26 +180,65 @@ class Editor:
         self._sample_contexts()
         self._moments: list[Tensor] | None = None
         self._layers: EditedLayers | None = None
-        self._ledger = Ledger()
+        self._ledger = Ledger(self.config, self._prepare)
         self._to_protect: list[tuple[list[Tensor], float]] = []
+        self._norms: list[Norms] = []
         self._at_once = config.search_at_once
-        self._scale = GradientScale()
-        self._batches = 0
-        self._writes = 0  # batches and removals, each a rounding of the weights
+        self._progress = Progress()
+
+    def _take_up(self, store: Store, config: EditConfig | None) -> None:
+        """Goes on where a store is."""
+        self._recorder = Recorder(store, self.config, self._projections)
+        about = store.about
+        if config is not None and about["config"] != (now := asdict(self.config)):
+            store.describe(about | {"config": now})
+        with quiet(self.model):
+            self._layers = recover(store, self.config, self._site, self._projections, self._ledger, self._progress)
+        self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, config: EditConfig | None = None, **model_options: Any) -> Editor:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        config: EditConfig | None = None,
+        store: str | Path | None = None,
+        **model_options: Any,
+    ) -> Editor:
         """Loads model and tokenizer with transformers and makes an editor of them.
 
         Args:
             path: whatever `AutoModelForCausalLM.from_pretrained` takes.
-            config: which layers, and how; by default `EditConfig()`.
+            config: which layers, and how; by default what the store has, else `EditConfig()`.
+            store: folder to keep the edits in, see `Editor`.
             **model_options: handed on to it, `dtype` and `device_map` for example.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(path, **model_options)
-        return cls(model.eval(), AutoTokenizer.from_pretrained(path), config=config)
+        return cls(model.eval(), AutoTokenizer.from_pretrained(path), config=config, store=store)
+
+    @classmethod
+    def open(cls, store: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
+        """Takes up a store that is there: the model becomes the edited one; see `Editor`.
+
+        Raises:
+            StoreError: there is no store, or as `Editor` says.
+        """
+        if not Store.exists(store):
+            raise StoreError(f"{str(store)!r} is no store; name one, or make one with Editor(..., store=DIR)")
+        return cls(model, tokenizer, store=store)
+
+    def close(self) -> None:
+        """Lets others write the store; the model stays edited. Without a store it does nothing."""
+        if self._recorder:
+            self._recorder.store.close()
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -233,8 +331,10 @@ class Editor:
             if self._layers is None:
                 self._to_protect.append((keys, weight))
             else:
-                with self._layers.transaction():
-                    self._layers.protect(keys, weight)
+                with self._change() as ending:
+                    rows = self._layers.protect(keys, weight)
+                    if self._recorder:
+                        ending.before.append(partial(self._recorder.protect, rows))
         return len(keys[0])
 
     def calibrate(self, edits: Sequence[Edit]) -> list[Prior]:
@@ -258,7 +358,10 @@ class Editor:
             raise InputError("calibrate(): the priors are set already; make a new editor")
         requests = self._prepare(edits)
         with quiet(self.model):
-            self._layers = self._start(requests)
+            layers = self._start(requests)
+        if self._recorder:
+            self._recorder.write_start()
+        self._layers = layers
         return self.priors
 
     def assess(self, edits: Sequence[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
@@ -311,7 +414,7 @@ class Editor:
         requests = self._prepare(edits)
         made: list[EditRecord] = []
         with quiet(self.model):
-            calibrated = self._layers
+            calibrated, before = self._layers, self._progress.writes
             self._layers = calibrated or self._start(requests[:PILOT])
             try:
                 for batch, found in self._searched_ahead(requests):
@@ -320,8 +423,11 @@ class Editor:
                     if on_batch is not None:
                         on_batch(records)
             except BaseException as error:
-                if not made:
+                if self._progress.writes == before:
                     self._layers = calibrated
+                    self._norms = self._norms if calibrated else []
+                    if calibrated is None and self._recorder:
+                        self._recorder.forget_start()
                 elif isinstance(error, RLSEditError):
                     raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
                 raise
@@ -330,47 +436,185 @@ class Editor:
             logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
         return made
 
-    def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
-        """Takes edits back exactly: the weights become those of a model that was never told them.
-
-        Active edits that shared a value with one of them are told anew without it, and keep their ids.
+    def select(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[int]:
+        """Ids of the active edits that all of what is given fits; of these the `last` so many, the newest ones.
 
         Args:
             ids: of active edits, as `history()` lists them.
+            subject: as asked for, up to white space.
+            last: how many, at least 1.
+            since: made at this time or after it; local time where it has no time zone.
+            until: made at this time or before it.
+
+        Raises:
+            InputError: nothing is given, an id is not that of an active edit, or no active edit fits.
+        """
+        return self._ledger.select(ids, subject=subject, last=last, since=since, until=until)
+
+    def undo(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[EditRecord]:
+        """Takes edits back exactly: the weights become those of a model that was never told them.
+
+        All of them go in one exact removal a layer. Active edits that shared a value with one of them are told anew
+        without it, and keep their ids.
+
+        Args:
+            ids: which, as in `select`, like the rest.
+            subject: see `select`.
+            last: see `select`.
+            since: see `select`.
+            until: see `select`.
 
         Returns:
             Their records, now `undone`.
 
         Raises:
-            InputError: an id that is not that of an active edit.
+            InputError: no active edit fits, or an id is not that of one.
+            RequestError: the edits' keys are not kept.
             ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            StoreError: the store cannot be written; nothing was changed.
         """
-        gone = [ids] if isinstance(ids, int) else list(ids)
-        self._ledger.check(gone)
+        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
+        self._check_kept("undo", gone)
         partners = {partner for record in self._ledger.get(gone) for partner in record.joint_with}
         with quiet(self.model):
             self._tell([], gone=gone, outcome="undone", again=sorted(partners - set(gone)))
         return self._ledger.get(gone)
 
-    def replace(self, edit_id: int, *, target: str) -> EditRecord:
-        """Tells the model another target for a fact: the old edit is taken back exactly and the new one made.
+    @overload
+    def replace(self, ids: int, *, target: str) -> EditRecord: ...
+
+    @overload
+    def replace(
+        self,
+        ids: Sequence[int] | None = None,
+        *,
+        target: str,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[EditRecord]: ...
+
+    def replace(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        target: str,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> EditRecord | list[EditRecord]:
+        """Tells the model another target for facts: the old edits are taken back exactly and the new ones made.
 
         Args:
-            edit_id: an active edit's, as `history()` lists it.
+            ids: which, as in `select`, like the rest.
             target: what the model is to say instead.
+            subject: see `select`.
+            last: see `select`.
+            since: see `select`.
+            until: see `select`.
 
         Returns:
-            The new edit's record; the old one's state is `replaced`.
+            The new edits' records, or the one record where `ids` is one id; the old ones' state is `replaced`.
 
         Raises:
-            InputError: the id is not that of an active edit.
-            RequestError: the new edit cannot be made as written.
+            InputError: no active edit fits, or an id is not that of one.
+            RequestError: a new edit cannot be made as written, or the old ones' keys are not kept.
+            StoreError: the store cannot be written; nothing was changed.
         """
-        self._ledger.check([edit_id])
-        requests = self._prepare([replace(self._ledger.request(edit_id).edit, target=target)])
+        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
+        self._check_kept("replace", gone)
+        requests = self._prepare([replace(edit, target=target) for edit in self._ledger.edits(gone)])
         with quiet(self.model):
-            (record,) = self._edit_batch(requests, replaced=[edit_id])
-        return record
+            records = self._edit_batch(requests, replaced=gone)
+        return records[0] if isinstance(ids, int) else records
+
+    def consolidate(self) -> int:
+        """Makes every layer afresh in float64 from its prior and the active edits, and the store small again.
+
+        To be done when `status` advises it: what rounding has added up over a long stream is gone then, and the store
+        forgets the rows of edits that are no longer active; the history keeps them.
+
+        Returns:
+            The bytes by which the store became smaller.
+
+        Raises:
+            InputError: there are no edits.
+            RequestError: the edits' keys are not kept.
+            PriorError: a precision is not positive definite in float64.
+            StoreError: the store cannot be written; nothing was changed.
+        """
+        if self._layers is None:
+            raise InputError("consolidate(): nothing has been edited yet")
+        active = self._ledger.active
+        self._check_kept("rebuild the layers from", active)
+        with self._change() as ending:
+            self._layers.rebuild(self._ledger.told(active))
+            progress = replace(self._progress, writes=self._progress.writes + 1)
+            objective = tuple(state.objective for state in self._layers.states)
+            if self._recorder:
+                recorded = partial(self._recorder.rebuild, self._ledger, self._layers.protected, progress, objective)
+                ending.before.append(recorded)
+            ending.after.append(partial(setattr, self, "_progress", progress))
+            ending.after.append(partial(progress.reached, Point(len(active), objective)))
+        if self._recorder is None:
+            return 0
+        freed = self._recorder.store.compact()
+        before = sum(self._recorder.store.sizes().values())
+        self._recorder.snapshot(self._layers, self._progress)
+        return freed + before - sum(self._recorder.store.sizes().values())
+
+    def status(self, *, budget: float = DEFAULT_BUDGET) -> Status:
+        """How the stream of edits is doing, and what to do about it; reads each layer's C once.
+
+        Args:
+            budget: how far the outputs on the anchors, or the weights where there are none, may move, as a share of
+                their norms.
+
+        Raises:
+            InputError: a budget that is not above 0.
+        """
+        layers = []
+        for (projection, state), norms in zip(self._edited, self._norms, strict=True):
+            health = state.monitor()
+            layers.append(
+                LayerStatus.of(
+                    projection.layer,
+                    norms,
+                    state.prior.lam,
+                    state.prior.mu,
+                    state.objective,
+                    deviation=state.deviation(),
+                    residual=health.residual,
+                    advice=health.advice if health.needs_refresh else None,
+                )
+            )
+        return assess(
+            self.history(),
+            self._progress.trace,
+            layers,
+            batches=self._progress.batches,
+            adherence=None if self.config.lam is not None and self.config.mu is not None else self.config.adherence,
+            budget=budget,
+            sizes=self._recorder.store.sizes() if self._recorder else {},
+        )
 
     def history(self) -> list[EditRecord]:
         """Every edit that was made, oldest first, with what became of it."""
@@ -410,7 +654,7 @@ class Editor:
     def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
         """Writes the change as a LoRA adapter that `peft` loads; see `export.write_adapter`."""
         base = str(getattr(self.model.config, "_name_or_path", ""))
-        writes = max(1, self._writes)
+        writes = max(1, self._progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
 
     @property
@@ -470,11 +714,38 @@ class Editor:
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
-        layers = EditedLayers(self._site, self._projections, priors, delay=self.config.delay)
+        layers = EditedLayers(self._site, self._projections, priors, delay=self.config.delay, keys=self.config.keys)
+        held = []
         for protected, weight in self._to_protect:
             with layers.transaction():
-                layers.protect(protected, weight)
+                held.append(layers.protect(protected, weight))
+        self._norms = [Norms.of(state.original, state.prior) for state in layers.states]
+        if self._recorder:
+            self._recorder.begin(priors, held, [asdict(norms) for norms in self._norms])
         return layers
+
+    @contextmanager
+    def _change(self) -> Iterator[_Ending]:
+        """A transaction of layers, store and ledger: the block's changes are in all of them, or in none if it raises.
+
+        From the commit on until the ledger has it, Ctrl-C waits.
+        """
+        assert self._layers is not None
+        ending = _Ending([], [])
+        with ExitStack() as uninterrupted:
+            try:
+                with self._layers.transaction() as last:
+                    yield ending
+                    last += ending.before
+                    last.append(lambda: uninterrupted.enter_context(held_back()))
+                    if self._recorder:
+                        last.append(self._recorder.commit)
+            except BaseException:
+                if self._recorder:
+                    self._recorder.abort()
+                raise
+            for action in ending.after:
+                action()
 
     def _batches_of(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Batches in order; one ends early before a request that asks what another one in it asks."""
@@ -538,12 +809,17 @@ class Editor:
         if self.config.same_subject == "joint":
             gone.update(self._ledger.asking(requests))
             again = [i for i in self._ledger.about(requests) if i not in gone]
-        self._batches += 1
-        try:
-            return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again, found=found)
-        except BaseException:
-            self._batches -= 1
-            raise
+            self._check_kept("tell another edit about the subject of", sorted({*gone, *again}))
+        return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again, found=found)
+
+    def _check_kept(self, what: str, ids: Sequence[int]) -> None:
+        """Raises RequestError where active edits are to be taken out and their rows are not kept."""
+        if self.config.keys is None and ids:
+            some = ", ".join(map(str, ids[:5])) + (" and others" if len(ids) > 5 else "")
+            raise RequestError(
+                f"cannot {what} edits {some}: their keys and values are not kept (keys=None), so they cannot be taken "
+                "back; nothing was changed. Make an editor with keys='full' or 'fp16' for edits that are to be undone"
+            )
 
     def _tell(
         self,
@@ -570,56 +846,95 @@ class Editor:
         everything = [*requests, *self._ledger.requests(again)]
         written = _Written({}, [], [])
         stay: list[int] = []
-        scale = self._scale
+        rebuilt: tuple[bool, ...] = ()
+        before, scale = self._progress, self._progress.scale
         try:
-            with self._layers.transaction():
+            with self._change() as ending:
                 if gone or again:
-                    self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but({*gone, *again}))
+                    out = {*gone, *again}
+                    rebuilt = self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but(out))
                 if everything:
                     values, short = self._search(everything, len(requests), found)
                     asked = {everything[at].asks for at in short}
-                    if stay := [i for i in gone if self._ledger.request(i).asks in asked]:
-                        self._layers.restore(self._ledger.told(stay))
+                    if stay := [i for i in gone if self._ledger.asked(i) in asked]:
+                        self._layers.update(self._ledger.told(stay))
                     written = self._write(everything, values, short, since_then=found is not None)
+                telling = self._telling(requests, gone, outcome, again, stay, rebuilt, written)
+                progress = replace(
+                    self._progress,
+                    batches=self._progress.batches + bool(requests),
+                    writes=self._progress.writes + bool(gone or again) + bool(everything),
+                )
+                objective = tuple(state.objective for state in self._layers.states)
+                active = len(self._ledger.active) + sum(r.state == "active" for r in telling.records)
+                active -= len(gone) - len(stay)
+                if self._recorder:
+                    ending.before.append(partial(self._recorder.tell, telling, progress, objective, active))
+                ending.after.append(partial(setattr, self, "_progress", progress))
+                ending.after.append(partial(progress.reached, Point(active, objective)))
+                ending.after.append(partial(self._ledger.enter, telling))
         except BaseException as error:
-            self._scale = scale
+            if self._progress is not before:  # it was made; somebody pressed Ctrl-C in the meantime
+                raise
+            before.scale = scale
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ResourceError(
                 f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
                 f"or take fewer context_prefixes. ({error})"
             ) from error
-        self._writes += bool(gone or again) + bool(everything)
-        self._ledger.mark([i for i in gone if i not in stay], outcome)
-        return self._enter(requests, again, written)
+        if self._recorder:
+            self._recorder.snapshot_if_due(self._layers, self._progress)
+        return self._ledger.get([record.id for record in telling.records])
 
-    def _enter(self, requests: Sequence[Request], again: Sequence[int], written: _Written) -> list[EditRecord]:
-        """Enters a batch that was written: `requests`, then the edits `again`; returns the records of the former."""
+    def _telling(
+        self,
+        requests: Sequence[Request],
+        gone: Sequence[int],
+        outcome: EditState,
+        again: Sequence[int],
+        stay: Sequence[int],
+        rebuilt: tuple[bool, ...],
+        written: _Written,
+    ) -> Telling:
+        """What was done, with the records of `requests` and the new ones of `again`."""
         first = len(self._ledger) + 1
         ids = [*range(first, first + len(requests)), *again]
         partners = {
             at: tuple(sorted(ids[other] for other in group if other != at)) for group in written.groups for at in group
         }
-        now = datetime.now(timezone.utc)
-        for at, request in enumerate(requests):
-            edit = request.edit
-            record = EditRecord(
+        now = self._progress.now() if requests else self._progress.time
+        records = [
+            EditRecord(
                 id=ids[at],
                 time=now,
-                prompt=edit.prompt,
-                subject=edit.subject,
-                target=edit.target,
-                weight=edit.weight,
+                prompt=request.edit.prompt,
+                subject=request.edit.subject,
+                target=request.edit.target,
+                weight=request.edit.weight,
                 state="active" if at in written.told else "skipped",
-                batch=self._batches,
-                name=edit.name,
+                batch=self._progress.batches + 1,
+                name=request.edit.name,
                 joint_with=partners.get(at, ()),
                 **written.said[at],
             )
-            self._ledger.add(record, request, written.told.get(at))
-        for at, record in enumerate(self._ledger.get(again), start=len(requests)):
-            self._ledger.retell(replace(record, joint_with=partners[at], **written.said[at]), written.told[at])
-        return self._ledger.get(ids[: len(requests)])
+            for at, request in enumerate(requests)
+        ]
+        retold = [
+            replace(record, joint_with=partners[at], **written.said[at])
+            for at, record in enumerate(self._ledger.get(again), start=len(requests))
+        ]
+        return Telling(
+            gone=tuple(gone),
+            outcome=outcome,
+            again=tuple(again),
+            stay=tuple(stay),
+            rebuilt=rebuilt,
+            edits=tuple(request.edit for request in requests),
+            records=tuple(records),
+            retold=tuple(retold),
+            told={ids[at]: rows for at, rows in written.told.items()},
+        )
 
     def _search(self, requests: Sequence[Request], new: int, found: Values | None) -> tuple[Values, set[int]]:
         """The values of a batch, and which of its first `new` requests are to be left out since they fell short.
@@ -660,8 +975,8 @@ class Editor:
             if self.config.search_memory is not None:
                 at_once = min(at_once, fitting(self._site, requests, self.config.search_memory))
             if self.config.values == "gradient":
-                values, fitted, self._scale = gradient_values(
-                    self._site, requests, self.config, self._groups(requests), at_once, self._scale
+                values, fitted, self._progress.scale = gradient_values(
+                    self._site, requests, self.config, self._groups(requests), at_once, self._progress.scale
                 )
             else:
                 values, fitted = search_within_memory(
@@ -694,7 +1009,7 @@ class Editor:
         realised, told = torch.zeros(len(requests)), dict[int, Told]()
         if chosen:
             wanted = values.delta[chosen]
-            weights = torch.tensor([requests[at].edit.weight for at in chosen])
+            weights = torch.tensor([float(requests[at].edit.weight) for at in chosen])
             start = values.start[chosen] if since_then else None
             rows, left = self._layers.write(
                 [requests[at] for at in chosen], wanted, weights, self.config.share, start=start
@@ -715,3 +1030,16 @@ class Editor:
             shared = self.config.same_subject == "joint" and request.about is not None
             groups.setdefault(request.about if shared else i, []).append(i)
         return list(groups.values())
+
+
+def _check_store(store: Store, model: PreTrainedModel, config: EditConfig | None) -> EditConfig:
+    """The settings to go on with, once the model is found to be the store's."""
+    about = store.about
+    settings = settings_of(about, config)
+    if (found := fingerprint(model)) != about["fingerprint"]:
+        raise StoreError(
+            f"the store {str(store.directory)!r} was made with the model {about['fingerprint'][:16]} "
+            f"({about['model'] or 'without a path'}), this one is {found[:16]}: its weights, dtype or settings are "
+            "others, or it is edited already. Nothing was changed; load the model as it was before any edit"
+        )
+    return settings

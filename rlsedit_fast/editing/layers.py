@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.config import Share
+from rlsedit_fast.editing.config import Keys, Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rounding import rounded
 from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls import Panel, Prior, RLSState, Saved, Step
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,25 @@ class EditedLayers:
         projections: the edited ones, ascending.
         priors: one each.
         delay: as in `RLSState`.
+        keys: as in `EditConfig`; what is told is rounded to it before it is written.
+        saved: of each state, where they are to go on from there; the weights are then still the original ones.
     """
 
-    def __init__(self, site: Site, projections: Sequence[Projection], priors: Sequence[Prior], *, delay: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        projections: Sequence[Projection],
+        priors: Sequence[Prior],
+        *,
+        delay: int,
+        keys: Keys | None = "full",
+        saved: Sequence[Saved] | None = None,
+    ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
+        self._halved = keys == "fp16"
         self.states = [
-            RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True)
-            for projection, prior in zip(projections, priors, strict=True)
+            RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True, saved=one)
+            for projection, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[Told] = []
         self._marks = [_mark(projection) for projection in projections]
@@ -69,28 +83,34 @@ class EditedLayers:
                 )
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[list[Callable[[], object]]]:
         """Puts every layer, model included, back if the block raises.
+
+        Yields:
+            A list. The functions that the block puts there are called in order once all is written and found fit to
+            stay; if one raises, all is put back too.
 
         Raises:
             ModelError: see `check_attached`; nothing is done.
             UpdateError: a weight that was written is not finite in the model's dtype; nothing has changed.
         """
         self.check_attached()
-        protected = len(self._protected)
+        protected, last = list(self._protected), list[Callable[[], object]]()
         try:
             with ExitStack() as stack:
                 for state in self.states:
                     stack.enter_context(state.transaction())
-                yield
+                yield last
                 for projection in self._projections:
                     if not bool(projection.weight.isfinite().all()):
                         raise UpdateError(
                             f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was "
                             "changed. Load the model in bfloat16 or float32"
                         )
+                for action in last:
+                    action()
         except BaseException:
-            del self._protected[protected:]
+            self._protected = protected
             raise
         finally:
             self._marks = [_mark(projection) for projection in self._projections]
@@ -124,7 +144,8 @@ class EditedLayers:
                 since; None takes them as they are now.
 
         Returns:
-            What was told, and what is left over of the changes, `[n, d_v]`.
+            What was told, and what is left over of the changes, `[n, d_v]`. `update` with the same rows, at the same
+            states, does the same bit for bit.
         """
         rows = self._jointly if share == "joint" else self._in_turn
         keys, values, left = rows(requests, residual, weights, start)
@@ -133,32 +154,79 @@ class EditedLayers:
         ]
         return told, left
 
-    def remove(self, gone: Sequence[Told], kept: Sequence[Told]) -> None:
-        """Takes rows out of every layer; a layer that cannot let go accurately is rebuilt from those that are kept."""
+    def remove(
+        self, gone: Sequence[Told], kept: Sequence[Told], rebuilt: Sequence[bool] | None = None
+    ) -> tuple[bool, ...]:
+        """Takes rows out of every layer; a layer that cannot let go accurately is rebuilt from those that are kept.
+
+        Args:
+            gone: to be taken out.
+            kept: all others but the protected ones.
+            rebuilt: which layers are to be rebuilt, where that was found before.
+
+        Returns:
+            Which layers were rebuilt.
+        """
+        done = []
         for layer, state in enumerate(self.states):
-            reason = "no edit remains" if not kept else _remove_accurately(state, _rows(gone, layer, state))
+            if rebuilt is not None:
+                reason = "it was so before" if rebuilt[layer] else None
+                if not reason:
+                    state.remove(*_rows(gone, layer, state))
+            else:
+                reason = "no edit remains" if not kept else _remove_accurately(state, _rows(gone, layer, state))
             if reason:
                 logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
                 state.refresh(*_rows([*self._protected, *kept], layer, state))
+            done.append(reason is not None)
+        return tuple(done)
 
-    def restore(self, rows: Sequence[Told]) -> None:
-        """Puts rows that were taken out back in, as they were."""
+    def update(self, rows: Sequence[Told]) -> None:
+        """Puts rows in, as they are."""
         for layer, state in enumerate(self.states):
             state.update(*_rows(rows, layer, state))
 
-    def protect(self, keys: Sequence[Tensor], weight: float) -> None:
-        """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight."""
-        parts = range(0, len(keys[0]), _ROWS_AT_ONCE)
-        for part in (slice(at, at + _ROWS_AT_ONCE) for at in parts):
+    def rebuild(self, kept: Sequence[Told]) -> None:
+        """Makes every layer afresh in float64 from its prior, the protected rows and these."""
+        for layer, state in enumerate(self.states):
+            state.refresh(*_rows([*self._protected, *kept], layer, state))
+
+    @property
+    def protected(self) -> list[Told]:
+        """The rows that are protected."""
+        return list(self._protected)
+
+    def protect(self, keys: Sequence[Tensor], weight: float) -> list[Told]:
+        """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight.
+
+        Returns:
+            The rows; `hold` with them, at the same states, does the same bit for bit.
+        """
+        rows: list[Told] = []
+        for part in _parts(len(keys[0])):
             held = []
             for state, layer_keys in zip(self.states, keys, strict=True):
-                rows = layer_keys[part].to(state.original.device, torch.float32)
-                values = state.outputs(rows)  # of the very rows that go in, so that nothing is left over to write
-                state.update(rows, values, values.new_full((len(rows),), weight))
-                held.append((rows, values))
-            every_key = zip(*(rows for rows, _ in held), strict=True)
+                some = layer_keys[part].to(state.original.device, torch.float32)
+                held.append((some, state.outputs(some)))  # of the very rows that go in: nothing is left over to write
+            every_key = zip(*(some for some, _ in held), strict=True)
             every_value = zip(*(values for _, values in held), strict=True)
-            self._protected += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
+            rows += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
+        self.hold(rows)
+        return rows
+
+    def hold(self, rows: Sequence[Told]) -> None:
+        """Protects rows."""
+        for part in _parts(len(rows)):
+            self.update(rows[part])
+        self.count_as_protected(rows)
+
+    def protect_only(self, rows: Sequence[Told]) -> None:
+        """Notes that of all rows these are the protected ones."""
+        self._protected = list(rows)
+
+    def count_as_protected(self, rows: Sequence[Told]) -> None:
+        """Notes rows that the states hold already as protected ones."""
+        self._protected += rows
 
     def _jointly(
         self, requests: Sequence[Request], residual: Tensor, weights: Tensor, start: Tensor | None
@@ -168,13 +236,13 @@ class EditedLayers:
         keys, now = request_keys(self._decoder, self._projections, requests, output_of=place)
         if start is not None and now is not None:
             residual = residual + (start - now.to(start))
-        panels = [state.project(key, weights.to(key.device)) for state, key in zip(self.states, keys, strict=True)]
+        panels = [self._panel(state, key, weights) for state, key in zip(self.states, keys, strict=True)]
         innovations = joint_innovations(panels, residual)
         values, left = [], residual.clone()
         for state, panel, innovation in zip(self.states, panels, innovations, strict=True):
-            values.append(state.outputs(panel.keys) + innovation)
-            step = state.update_projected(panel, innovation)
-            left -= (innovation - step.left_over).to(left)
+            told, step, applied = self._apply(state, panel, innovation)
+            values.append(told)
+            left -= (applied - step.left_over).to(left)
         return [panel.keys for panel in panels], values, left
 
     def _in_turn(
@@ -193,12 +261,34 @@ class EditedLayers:
                 left = goal - now
             assert goal is not None
             innovation = memit_share(goal - now, i, len(self._projections)).to(keys)
-            panel = state.project(keys, weights.to(keys.device))
+            panel = self._panel(state, keys, weights)
             all_keys.append(panel.keys)
-            values.append(state.outputs(panel.keys) + innovation)
-            step = state.update_projected(panel, innovation)
-            left -= (innovation - step.left_over).to(left)
+            told, step, applied = self._apply(state, panel, innovation)
+            values.append(told)
+            left -= (applied - step.left_over).to(left)
         return all_keys, values, left
+
+    def _panel(self, state: RLSState, keys: Tensor, weights: Tensor) -> Panel:
+        # In memory of their own: what is replayed later lies as well aligned, and products round alike.
+        keys = rounded(keys) if self._halved else keys.clone(memory_format=torch.contiguous_format)
+        return state.project(keys, weights.to(keys.device))
+
+    def _apply(self, state: RLSState, panel: Panel, innovation: Tensor) -> tuple[Tensor, Step, Tensor]:
+        """Writes a layer's part; gives the values, the step, and the innovation that these values are.
+
+        The values are rounded before they are written: what is kept of an edit is what was written, so that taking it
+        out, and writing it again, are exact.
+        """
+        now = state.outputs(panel.keys)
+        values = now + innovation
+        if self._halved:
+            values = rounded(values)
+        applied = values - now
+        return values, state.update_projected(panel, applied), applied
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(at, at + _ROWS_AT_ONCE) for at in range(0, count, _ROWS_AT_ONCE)]
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 
-from rlsedit_fast.editing.edits import EditRecord, EditState
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.conflicts import composed
+from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
 from rlsedit_fast.editing.layers import Told
-from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.requests import Request, asked, shared_subject
 from rlsedit_fast.errors import InputError
 
 
-class Ledger:
-    """The edits of one editor, in memory."""
+@dataclass(frozen=True)
+class Telling:
+    """What one transaction did: it is entered here, and journalled, whole.
 
-    def __init__(self) -> None:
+    Attributes:
+        gone: ids of active edits that were taken out, those of `stay` among them.
+        outcome: what became of them, but for `stay`.
+        again: ids of active edits that were taken out and told anew.
+        stay: ids of edits that were put back in as they were, since what was to replace them was left out.
+        rebuilt: per layer, whether the taking out was a rebuild; empty where nothing was taken out.
+        edits: the new ones, as asked for.
+        records: the new edits' records, in the same order.
+        retold: the new records of `again`.
+        told: what was written, by id, in the order written; without the edits that were skipped.
+    """
+
+    gone: tuple[int, ...] = ()
+    outcome: EditState = "undone"
+    again: tuple[int, ...] = ()
+    stay: tuple[int, ...] = ()
+    rebuilt: tuple[bool, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    records: tuple[EditRecord, ...] = ()
+    retold: tuple[EditRecord, ...] = ()
+    told: Mapping[int, Told] | None = None
+
+
+class Ledger:
+    """The edits of one editor, in memory.
+
+    Args:
+        config: the editor's settings.
+        ready: makes edits ready for the model.
+    """
+
+    def __init__(self, config: EditConfig, ready: Callable[[Sequence[Edit]], list[Request]]) -> None:
+        self._config, self._ready = config, ready
         self._records: list[EditRecord] = []
-        self._requests: dict[int, Request] = {}  # of active edits
-        self._told: dict[int, Told] = {}  # of active edits
+        self._edits: dict[int, Edit] = {}  # the active ones, in the order of their ids
+        self._requests: dict[int, Request] = {}  # of active edits that were asked for
+        self._told: dict[int, Told] = {}  # of active edits, unless nothing is kept
         self._asking: dict[str, set[int]] = defaultdict(set)  # active edits by what they ask
         self._about: dict[str, set[int]] = defaultdict(set)  # and by the subject whose change they share
 
@@ -30,20 +67,72 @@ class Ledger:
         """All of them, oldest first."""
         return list(self._records)
 
+    @property
+    def active(self) -> list[int]:
+        """Ids of the active edits, ascending."""
+        return list(self._edits)
+
     def check(self, ids: Sequence[int]) -> None:
         """Raises InputError unless the ids are those of active edits, each named once, at least one."""
-        wrong = [i for i in ids if i not in self._told]
+        wrong = [i for i in ids if i not in self._edits]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise InputError(
                 f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; see history()"
             )
 
-    def request(self, identity: int) -> Request:
-        """An active edit, made ready for a model."""
-        return self._requests[identity]
+    def select(
+        self,
+        ids: int | Sequence[int] | None = None,
+        *,
+        subject: str | None = None,
+        last: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[int]:
+        """Ids of the active edits that all of what is given fits; of these the `last` so many.
+
+        Args:
+            ids: of active edits.
+            subject: as asked for, up to white space.
+            last: how many, at least 1.
+            since: not before this time; local time where it has no time zone.
+            until: not after this time.
+
+        Raises:
+            InputError: nothing is given, an id is not that of an active edit, or nothing fits.
+        """
+        if ids is None and subject is None and last is None and since is None and until is None:
+            raise InputError("which edits? name ids, a subject, the last N, or times")
+        if last is not None and last < 1:
+            raise InputError(f"last={last}: expected at least 1")
+        if ids is not None:
+            ids = [ids] if isinstance(ids, int) else list(ids)
+            self.check(ids)
+        chosen = [
+            i
+            for i in (self.active if ids is None else ids)
+            if (subject is None or composed(self._edits[i].subject) == composed(subject))
+            and (since is None or self._records[i - 1].time >= since.astimezone())
+            and (until is None or self._records[i - 1].time <= until.astimezone())
+        ][-(last or 0) :]
+        if not chosen:
+            given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
+            told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+            raise InputError(f"{told}: no active edit fits; see history()")
+        return chosen
+
+    def edit(self, identity: int) -> Edit:
+        """An active edit, as asked for."""
+        return self._edits[identity]
+
+    def edits(self, ids: Sequence[int]) -> list[Edit]:
+        """Active edits, as asked for."""
+        return [self._edits[i] for i in ids]
 
     def requests(self, ids: Sequence[int]) -> list[Request]:
         """Active edits, made ready for a model."""
+        if lacking := [i for i in ids if i not in self._requests]:
+            self._requests.update(zip(lacking, self._ready(self.edits(lacking)), strict=True))
         return [self._requests[i] for i in ids]
 
     def told(self, ids: Sequence[int]) -> list[Told]:
@@ -51,8 +140,8 @@ class Ledger:
         return [self._told[i] for i in ids]
 
     def but(self, ids: Collection[int]) -> list[Told]:
-        """The rows of all active edits except these."""
-        return [told for i, told in self._told.items() if i not in ids]
+        """The rows of all active edits but these."""
+        return [self._told[i] for i in self._edits if i not in ids]
 
     def asking(self, requests: Sequence[Request]) -> list[int]:
         """Active edits that ask what one of the requests asks."""
@@ -63,31 +152,45 @@ class Ledger:
         subjects = {request.about for request in requests if request.about is not None}
         return sorted(set().union(*(self._about.get(subject, ()) for subject in subjects)))
 
-    def add(self, record: EditRecord, request: Request, told: Told | None) -> None:
-        """Enters a new edit; one without rows, which was skipped, is only recorded."""
-        self._records.append(record)
-        if told is not None:
-            self._requests[record.id], self._told[record.id] = request, told
-            self._asking[request.asks].add(record.id)
-            if request.about is not None:
-                self._about[request.about].add(record.id)
-
-    def retell(self, record: EditRecord, told: Told) -> None:
-        """Enters what an active edit was told anew."""
-        self._records[record.id - 1] = record
-        self._told[record.id] = told
+    def asked(self, identity: int) -> str:
+        """What an active edit asks."""
+        return asked(self._edits[identity])
 
     def get(self, ids: Sequence[int]) -> list[EditRecord]:
         """The records of these edits."""
         return [self._records[i - 1] for i in ids]
 
-    def mark(self, ids: Sequence[int], state: EditState) -> list[EditRecord]:
-        """Active edits become undone or replaced; their rows are forgotten."""
-        for i in ids:
-            self._records[i - 1] = replace(self._records[i - 1], state=state, joint_with=())
-            request = self._requests.pop(i)
-            del self._told[i]
-            self._asking[request.asks].discard(i)
-            if request.about is not None:
-                self._about[request.about].discard(i)
-        return self.get(ids)
+    def enter(self, telling: Telling) -> None:
+        """Enters what a transaction did."""
+        kept = telling.told or {}
+        for i in telling.gone:
+            if i not in telling.stay:
+                self._records[i - 1] = replace(self._records[i - 1], state=telling.outcome, joint_with=())
+                self._forget(i)
+        for edit, record in zip(telling.edits, telling.records, strict=True):
+            self.enter_one(edit, record, kept.get(record.id))
+        for record in telling.retold:
+            self._records[record.id - 1] = record
+            self._keep(record.id, kept.get(record.id))
+
+    def enter_one(self, edit: Edit, record: EditRecord, told: Told | None) -> None:
+        """Enters an edit with what has become of it so far."""
+        self._records.append(record)
+        if record.state == "active":
+            self._edits[record.id] = edit
+            self._asking[asked(edit)].add(record.id)
+            if (subject := shared_subject(edit, self._config)) is not None:
+                self._about[subject].add(record.id)
+            self._keep(record.id, told)
+
+    def _keep(self, identity: int, told: Told | None) -> None:
+        if told is not None and self._config.keys is not None:
+            self._told[identity] = told
+
+    def _forget(self, identity: int) -> None:
+        edit = self._edits.pop(identity)
+        self._told.pop(identity, None)
+        self._requests.pop(identity, None)
+        self._asking[asked(edit)].discard(identity)
+        if (subject := shared_subject(edit, self._config)) is not None:
+            self._about[subject].discard(identity)

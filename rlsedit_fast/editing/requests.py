@@ -89,6 +89,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     for field in ("prompt", "subject", "target"):
         if not isinstance(getattr(edit, field), str):
             raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
+        if any(0xD800 <= ord(character) < 0xE000 for character in getattr(edit, field)):
+            raise RequestError(f"{field}={getattr(edit, field)!r} holds half a character (a lone surrogate); mend it")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
     if not 0 < edit.weight < math.inf:
@@ -110,7 +112,14 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     widest = max(len(row.ids) for row in (*contexts, *kl))
     if longest is not None and widest > longest:
         raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
-    shared = config.fact_token != "last" and edit.span is None
-    return Request(
-        edit, contexts, kl, composed(fill(edit.prompt, edit.subject)[0]), composed(edit.subject) if shared else None
-    )
+    return Request(edit, contexts, kl, asked(edit), shared_subject(edit, config))
+
+
+def asked(edit: Edit) -> str:
+    """What an edit asks, the same for edits that ask the same; raises as `fill`."""
+    return composed(fill(edit.prompt, edit.subject)[0])
+
+
+def shared_subject(edit: Edit, config: EditConfig) -> str | None:
+    """The subject whose change an edit shares with others; None where it has a key of its own."""
+    return composed(edit.subject) if config.fact_token != "last" and edit.span is None else None

@@ -3,7 +3,7 @@
 from rlsedit_fast.rls.calibrate import Calibration
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
 from rlsedit_fast.rls.state import RLSState
 
@@ -14,6 +14,7 @@ __all__ = [
     "Panel",
     "Prior",
     "RLSState",
+    "Saved",
     "Snapshot",
     "Step",
     "joint_innovations",

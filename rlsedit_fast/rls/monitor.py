@@ -39,6 +39,12 @@ class Monitor:
     advice: str
 
 
+def probe(d_k: int, device: torch.device) -> Tensor:
+    """The fixed random `x [d_k]`, float64."""
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    return torch.randn(d_k, dtype=torch.float64, generator=generator).to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class Sketch:
     """What is kept of the precision `S` in place of `S`, in float64.
@@ -56,8 +62,7 @@ class Sketch:
     @classmethod
     def of(cls, precision: Tensor) -> Sketch:
         """The sketch of `S [d_k, d_k]`, float64; x is the same on every device."""
-        generator = torch.Generator().manual_seed(PROBE_SEED)
-        x = torch.randn(precision.shape[0], dtype=torch.float64, generator=generator).to(precision.device)
+        x = probe(precision.shape[0], precision.device)
         return cls(x, precision @ x)
 
     def settled(self, inverse: Tensor) -> Sketch:

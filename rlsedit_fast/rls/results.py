@@ -62,6 +62,31 @@ class Bounds:
 
 
 @dataclass(frozen=True, eq=False)
+class Saved:
+    """All that a state is beside its original weight and its prior: a state made with it goes on bit for bit.
+
+    Attributes:
+        weight: `W [d_v, d_k]` in the state's dtype.
+        base: `C_base [d_k, d_k]`.
+        pending: `U_p [r, d_k]`.
+        signs: `D [r]`.
+        image: `S x [d_k]`, float64.
+        floor: the monitor's residual when C was last made afresh.
+        objective: `J`.
+        edits: how many rows the state holds.
+    """
+
+    weight: Tensor
+    base: Tensor
+    pending: Tensor
+    signs: Tensor
+    image: Tensor
+    floor: float
+    objective: float
+    edits: int
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """A point to restore a state to; only the weight is copied. While it is alive the state flushes nothing into C."""
 

@@ -17,9 +17,9 @@ from rlsedit_fast.errors import InputError, RemovalError, UpdateError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Edits, build
 from rlsedit_fast.rls.master import master_of
-from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect
+from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Snapshot, Step
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
 
 DEFAULT_DELAY = 512
 """Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read. On
@@ -64,6 +64,7 @@ class RLSState:
         backend: of the operations, as in `rlsedit_fast.ops`; by default the environment's, else the best there is.
         in_place: keep `weight` itself current, rounded to its dtype, after every step. A float32 weight then takes no
             memory beside it and a bfloat16 one two bytes an entry: the lower half of its float32 self, bit for bit.
+        saved: what `saved()` gave of a state of this weight, prior, delay and dtype, to go on from there.
 
     Raises:
         BackendError: the backend asked for cannot run this layer's operations.
@@ -82,6 +83,7 @@ class RLSState:
         name: str = "layer",
         backend: str | None = None,
         in_place: bool = False,
+        saved: Saved | None = None,
     ) -> None:
         checks.matrix("weight", weight)
         if 0 in weight.shape:
@@ -90,21 +92,24 @@ class RLSState:
             raise InputError(f"dtype is {dtype}; the solver keeps its state in float32 or float64.")
         if not isinstance(delay, int) or delay < 0:
             raise InputError(f"delay is {delay!r}; a number of rows of at least 0 is expected.")
-        self._dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self._dtype = dtype or dtype_of(weight)
         checks.finite(weight=weight.detach().to(self._dtype))
         prior.fit(weight.shape[0], weight.shape[1], name)
         self._prior, self._delay, self._name, self._backend = prior, delay, name, backend
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
         self._original = weight.detach().to(narrow, copy=True).contiguous()
-        built = build(self._original, prior, None, dtype=self._dtype, name=name)
+        built = None if saved else build(self._original, prior, None, dtype=self._dtype, name=name)
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
-        if prior.custom:
-            self._master.write(built.weight)
-        self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
         self._count = 0
-        self._empty_buffer()
+        if built:
+            if prior.custom:
+                self._master.write(built.weight)
+            self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
+            self._empty_buffer()
+        elif saved:
+            self._take_up(saved)
         self._version = next(_versions)
         self._rehearse()
 
@@ -327,6 +332,22 @@ class RLSState:
         if self._count > self._delay and not self._snapshots:
             self.flush()
 
+    def saved(self) -> Saved:
+        """All that the state is beside its original weight and its prior, to be written down at once.
+
+        The tensors are the live ones: the next step changes them.
+        """
+        return Saved(
+            weight=self.weight,
+            base=self._base,
+            pending=self._pending[: self._count],
+            signs=self._signs[: self._count],
+            image=self._sketch.image,
+            floor=self._sketch.floor,
+            objective=self._objective,
+            edits=self._edits,
+        )
+
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
         """A point to come back to, at the cost of a copy of W; C is not copied.
@@ -475,6 +496,26 @@ class RLSState:
         self.settle()  # a batch may be too large to wait
         return prepared.step
 
+    def _take_up(self, saved: Saved) -> None:
+        """Goes on from what another state has left.
+
+        Raises:
+            InputError: it is of a state of other sizes.
+        """
+        (d_v, d_k), device = self._original.shape, self._original.device
+        shapes = [list(t.shape) for t in (saved.weight, saved.base, saved.image)]
+        if shapes != [[d_v, d_k], [d_k, d_k], [d_k]] or len(saved.pending) != len(saved.signs):
+            raise InputError(f"what was saved of {self._name} has the shapes {shapes}; its weight is [{d_v}, {d_k}].")
+        self._base = saved.base.to(device, self._dtype, copy=True)
+        self._sketch = Sketch(probe(d_k, device), saved.image.to(device, copy=True), saved.floor)
+        self._objective, self._edits = saved.objective, saved.edits
+        self._empty_buffer()
+        self._grow(len(saved.pending))
+        self._count = len(saved.pending)
+        self._pending[: self._count] = saved.pending.to(self._pending)
+        self._signs[: self._count] = saved.signs.to(self._signs)
+        self._master.write(saved.weight.to(device, self._dtype))
+
     def _put_back(self, tensors: Sequence[Tensor]) -> None:
         for tensor, kept in zip(self._master.tensors, tensors, strict=True):
             tensor.copy_(kept)
@@ -526,6 +567,11 @@ class RLSState:
             f"the result of the batch of {panel.keys.shape[0]} rows for {self._name} is beyond the range of "
             f"{self._dtype}. Nothing was changed; scale the keys and values down, or use float64."
         )
+
+
+def dtype_of(weight: Tensor) -> torch.dtype:
+    """What a state of this weight is kept in, unless something else is asked for."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

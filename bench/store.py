@@ -1,0 +1,236 @@
+"""What a store costs: its share of a batch, opening it, and its size.
+
+    python bench/store.py --json bench/results/store-cpu.json
+
+`batch`: the demo's stream, edited with a store and without one in turn, batch by batch on two copies of the model, so
+that whatever else the machine does falls on both; beside it the seconds spent in the store's own functions. `open`:
+10,000 edits at d_k 2048 whose values are drawn and not searched, since that would take hours and changes nothing here;
+opened as a kill leaves the store, just before the next snapshot would be due, which is the worst moment. `rounding`:
+what halving keys and values does to the demo's edits and to their undoing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from edit_stream import stream
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlsedit_fast import Edit, EditConfig, Editor
+from rlsedit_fast.doctor import context
+from rlsedit_fast.editing import editor as editing
+from rlsedit_fast.editing import layers
+from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.values import Values
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.metrics import evaluate, score_before
+from rlsedit_fast.rls import RLSState
+from rlsedit_fast.store import Store
+from rlsedit_fast.world import World, load_demo_model
+from rlsedit_fast.world.tokens import build_tokenizer
+
+D_K, D_V = 2048, 512
+
+
+def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any]:
+    """The same stream with a store and without, in turn."""
+    inside = [0.0]
+    for name in ("tell", "commit", "snapshot_if_due"):
+        real = getattr(Recorder, name)
+
+        def timed(*arguments: Any, real: Any = real) -> Any:
+            began = time.perf_counter()
+            try:
+                return real(*arguments)
+            finally:
+                inside[0] += time.perf_counter() - began
+
+        setattr(Recorder, name, timed)
+    editors = []
+    for store in (None, place):
+        model, tokenizer = load_demo_model()
+        editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=batch_size), store=store)
+        editor.anchor(anchor_texts(World.generate(), 0))
+        editor.calibrate(edits[:100])
+        editors.append(editor)
+    seconds: list[list[float]] = [[], []]
+    within: list[float] = []
+    for at in tqdm(range(0, len(edits), batch_size), unit="batch"):
+        batch = edits[at : at + batch_size]
+        for which in (0, 1) if at // batch_size % 2 else (1, 0):
+            inside[0] = 0.0
+            began = time.perf_counter()
+            editors[which].edit(batch)
+            seconds[which].append(time.perf_counter() - began)
+            if which:
+                within.append(inside[0])
+    sizes, per_edit = editors[1].status().sizes, bytes_per_edit(editors[1], len(edits))
+    editors[1].close()
+    began = time.perf_counter()
+    opened = Editor.open(place, *load_demo_model())
+    opening = time.perf_counter() - began
+    same = torch.equal(opened._layers.states[0].weight, editors[0]._layers.states[0].weight)
+    return {
+        "edits": len(edits),
+        "batch_size": batch_size,
+        "seconds_without": sum(seconds[0]),
+        "seconds_with": sum(seconds[1]),
+        "median_batch_without": statistics.median(seconds[0]),
+        "median_batch_with": statistics.median(seconds[1]),
+        "median_ratio": statistics.median(b / a for a, b in zip(*seconds, strict=True)),
+        "share_in_store": sum(within) / sum(seconds[1]),
+        "sizes": sizes,
+        "bytes_per_edit": per_edit,
+        "open_seconds": opening,
+        "same_weights_as_without": same,
+    }
+
+
+def wide_model() -> Any:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=D_V,
+        intermediate_size=D_K,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def drawn_keys(_decoder: Any, projections: Any, requests: Any, *, output_of: Any = None) -> Any:
+    return [torch.randn(len(requests), D_K) for _ in projections], None
+
+
+def drawn_values(_site: Any, requests: Any, _config: Any, _groups: Any, at_once: int) -> Any:
+    count = len(requests)
+    done = torch.ones(count, dtype=torch.bool)
+    return Values(torch.randn(count, D_V), torch.zeros(count, D_V), *torch.zeros(2, count), done, done), at_once
+
+
+def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
+    """A stream of drawn keys and values, and its store opened at the worst moment."""
+    held = editing.request_keys, layers.request_keys, editing.search_within_memory
+    editing.request_keys = layers.request_keys = drawn_keys
+    editing.search_within_memory = drawn_values
+    try:
+        model, tokenizer = wide_model()
+        config = EditConfig(layers=(0,), context_prefixes=("",), lam=30.0, batch_size=batch_size, keys=keys)
+        worst, most = place / "worst", -1
+        editor = Editor(model, tokenizer, config=config, store=place / "store")
+        began = time.perf_counter()
+        store = editor._recorder.store
+        for at in tqdm(range(0, len(edits), batch_size), unit="batch"):
+            editor.edit(edits[at : at + batch_size])
+            newest = store.newest_snapshot()
+            if at + batch_size >= 0.9 * len(edits) and store.last - (newest.seq if newest else 0) >= most:
+                most = store.last - (newest.seq if newest else 0)
+                shutil.rmtree(worst, ignore_errors=True)
+                shutil.copytree(place / "store", worst)
+        making = time.perf_counter() - began
+        sizes, per_edit = editor.status().sizes, bytes_per_edit(editor, len(edits))
+        editor.close()
+    finally:
+        editing.request_keys, layers.request_keys, editing.search_within_memory = held
+    found = {}
+    for name, folder in (("worst", worst), ("at_the_end", place / "store")):
+        model, tokenizer = wide_model()
+        began = time.perf_counter()
+        opened = Editor.open(folder, model, tokenizer)
+        found[f"open_seconds_{name}"] = time.perf_counter() - began
+        found[f"edits_{name}"] = len(opened.history())
+        opened.close()
+    same = torch.equal(opened._layers.states[0].weight, editor._layers.states[0].weight)
+    with Store(worst, write=False) as kept:
+        replayed = kept.last - (kept.newest_snapshot().seq if kept.newest_snapshot() else 0)
+    return {
+        "edits": len(edits),
+        "batch_size": batch_size,
+        "keys": keys,
+        "d_k": D_K,
+        "d_v": D_V,
+        "making_seconds": making,
+        **found,
+        "changes_replayed_worst": replayed,
+        "same_weights": same,
+        "sizes": sizes,
+        "bytes_per_edit": per_edit,
+    }
+
+
+def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
+    """What the edits are like with keys and values kept whole or in halves, and how exactly half of them is undone."""
+    world = World.generate()
+    cases = world_cases(world, count, 0)
+    model, tokenizer = load_demo_model()
+    before = score_before(model, tokenizer, cases)
+    editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=100, keys=keys))
+    editor.anchor(anchor_texts(world, 0))
+    records = editor.edit([case.edit for case in cases])
+    report = evaluate(model, tokenizer, cases, before)
+    gone = random.Random(0).sample(range(1, count + 1), count // 2)
+    editor.undo(gone)
+    (state,) = editor._layers.states
+    told = editor._ledger.told(editor._ledger.active)
+    only = RLSState(state.original, state.prior)
+    only.update(torch.stack([row.keys[0] for row in told]), torch.stack([row.values[0] for row in told]))
+    return {
+        "edits": count,
+        "keys": keys,
+        "efficacy": report.efficacy.strict,
+        "generalization": report.generalization.strict,
+        "neighbors": report.neighbors.strict,
+        "realised": statistics.mean(record.realised for record in records),
+        "undone": len(gone),
+        "error_of_weight": float((state.weight - only.weight).norm() / only.weight.norm()),
+    }
+
+
+def bytes_per_edit(editor: Editor, count: int) -> float:
+    """Of the changes' files, without the one that holds the anchors."""
+    return sum(entry.file.size for entry in editor._recorder.store.entries[1:] if entry.file) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--edits", type=int, default=2000, help="of the demo's stream")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--stored", type=int, default=10_000, help="edits of the store that is opened")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        result = {
+            "batch": batch_cost(stream(options.edits), options.batch_size, place / "batch"),
+            "open": [
+                opening_cost(stream(count), size, keys, place / f"open-{size}-{keys}")
+                for count, size, keys in (
+                    (options.stored, 100, "full"),
+                    (options.stored, 100, "fp16"),
+                    (options.stored, 10, "full"),
+                )
+            ],
+            "rounding": [rounding_cost(500, keys) for keys in ("full", "fp16")],
+        }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        about = {"what": "the store's share of a batch, opening a store, sizes", **context()}
+        options.json.write_text(json.dumps({**about, **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`rlsedit consolidate`: layers made afresh from what is active, and a smaller store."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from rlsedit_fast.cli import setup
+from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.status import status_lines
+from rlsedit_fast.cli.stores import add_model, add_store, open_editor
+from rlsedit_fast.editing.memory import size
+
+HELP = "rebuild the layers in float64 from a store's active edits, and make the store small again"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_store(parser)
+    add_model(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it."""
+    setup.show_warnings()
+    with open_editor(options) as editor:
+        freed = editor.consolidate()
+        status = editor.status()
+    what = f"{size(freed)} smaller" if freed >= 0 else f"{size(-freed)} larger, by its first snapshot"
+    lines = [f"rebuilt from {status.edits['active']} active edits; the store is {what}"]
+    emit({"freed": freed, "status": asdict(status)}, lines + status_lines(status), options.json)
+    return 0

@@ -1,0 +1,37 @@
+"""`rlsedit history`: what a model has been told, and what became of it."""
+
+from __future__ import annotations
+
+import argparse
+
+from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.stores import add_store, describe
+from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.models.tokens import fill
+
+HELP = "list the edits of a store, without the model; --json prints a list"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    add_store(parser)
+    parser.add_argument("--state", choices=("active", "undone", "replaced", "skipped"), help="only these")
+    parser.add_argument("--subject", help="only edits about it")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it."""
+    records = [
+        record
+        for record in read_history(options.store)
+        if options.state in (None, record.state) and options.subject in (None, record.subject)
+    ]
+    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'took':>4}  {'rank':>4}  {'NLL':>5}  edit"]
+    lines += [
+        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realised:4.2f}  {r.rank:>4}  "
+        f"{r.nll:5.2f}  {fill(r.prompt, r.subject)[0]} -> {r.target}"
+        for r in records
+    ]
+    emit([describe(record) for record in records], lines, options.json)
+    return 0

@@ -1,0 +1,159 @@
+"""An editor's work, written into a store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.layers import EditedLayers, Told
+from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.progress import Progress
+from rlsedit_fast.editing.written import PROTECT, REBUILD, START, TELL, asked_of, entered, record_text, tensors_of
+from rlsedit_fast.errors import StoreError
+from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.store import Change, Store
+
+logger = logging.getLogger(__name__)
+
+_SAVED = ("weight", "base", "pending", "signs", "image")
+
+
+class Recorder:
+    """Writes an editor's changes into a store.
+
+    Args:
+        store: open for writing.
+        config: the editor's.
+        projections: the edited ones.
+    """
+
+    def __init__(self, store: Store, config: EditConfig, projections: Sequence[Projection]) -> None:
+        self.store = store
+        self._config, self._projections = config, projections
+        self._start: Change | None = None
+
+    def begin(
+        self, priors: Sequence[Prior], protected: Sequence[Sequence[Told]], norms: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """The first change is to be preceded by these; nothing is written yet."""
+        about = {
+            "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in priors],
+            "protected": [[row.weight for row in rows] for rows in protected],
+            "norms": list(norms),
+        }
+        held = {f"moment.{i}": p.anchor_moment for i, p in enumerate(priors) if p.anchor_moment is not None}
+        for at, rows in enumerate(protected):
+            held |= tensors_of(rows, f"protected.{at}.")
+        self._start = Change(START, about, held)
+
+    def forget_start(self) -> None:
+        """The layers that `begin` told of were not kept."""
+        self._start = None
+
+    def write_start(self) -> None:
+        """Writes that down now."""
+        if self._start:
+            self._prepare([])
+            self.commit()
+
+    def tell(self, telling: Telling, progress: Progress, objective: Sequence[float], active: int) -> None:
+        """Prepares a telling, with the progress and the objective that it leads to."""
+        told = telling.told or {}
+        about = {
+            "gone": telling.gone,
+            "outcome": telling.outcome,
+            "again": telling.again,
+            "stay": telling.stay,
+            "rebuilt": telling.rebuilt,
+            "made": [entered(*pair) for pair in zip(telling.edits, telling.records, strict=True)],
+            "retold": [record_text(record) for record in telling.retold],
+            "told": list(told),
+            **_progress(progress, objective, active),
+        }
+        tensors = tensors_of(list(told.values()), "", halved=self._config.keys == "fp16")
+        if progress.scale.squares is not None:
+            tensors["scale"] = progress.scale.squares
+        self._prepare([Change(TELL, about, tensors)])
+
+    def protect(self, rows: Sequence[Told]) -> None:
+        """Prepares the protection of rows."""
+        self._prepare([Change(PROTECT, {"weights": [row.weight for row in rows]}, tensors_of(rows, "protected."))])
+
+    def rebuild(
+        self,
+        ledger: Ledger,
+        protected: Sequence[Told],
+        progress: Progress,
+        objective: Sequence[float],
+    ) -> None:
+        """Prepares a rebuild, which says all that the changes before it said."""
+        active = ledger.active
+        edits = dict(zip(active, ledger.edits(active), strict=True))
+        about = {
+            "history": [entered(edits.get(record.id) or asked_of(record), record) for record in ledger.records],
+            "told": active,
+            "weights": [row.weight for row in protected],
+            "trace": [[point.edits, point.objective] for point in progress.trace],
+            **_progress(progress, objective, len(active)),
+        }
+        tensors = tensors_of(ledger.told(active), "", halved=self._config.keys == "fp16")
+        tensors |= tensors_of(protected, "protected.")
+        if progress.scale.squares is not None:
+            tensors["scale"] = progress.scale.squares
+        self._prepare([Change(REBUILD, about, tensors)])
+
+    def commit(self) -> None:
+        """What was prepared counts."""
+        self.store.commit()
+        self._start = None
+
+    def abort(self) -> None:
+        """What was prepared does not count."""
+        self.store.abort()
+
+    def snapshot_if_due(self, layers: EditedLayers, progress: Progress) -> None:
+        """Writes a snapshot where it is time for one; where the disk refuses, the next change tries again."""
+        size = sum(s.base.nbytes + s.weight.nbytes for s in (state.saved() for state in layers.states))
+        if self.store.snapshot_due(size):
+            try:
+                self.snapshot(layers, progress)
+            except StoreError as error:
+                logger.warning("the edits are in the store, but no new snapshot is: %s", error)
+
+    def snapshot(self, layers: EditedLayers, progress: Progress) -> None:
+        """Writes a snapshot."""
+        about, tensors = [], dict[str, Tensor]()
+        for at, state in enumerate(layers.states):
+            saved = state.saved()
+            about.append(
+                {
+                    "floor": saved.floor,
+                    "objective": saved.objective,
+                    "edits": saved.edits,
+                    "monitor": asdict(state.monitor()),
+                    "deviation": state.deviation(),
+                }
+            )
+            tensors |= {f"{at}.{name}": getattr(saved, name) for name in _SAVED}
+        if progress.scale.squares is not None:
+            tensors["scale"] = progress.scale.squares
+        self.store.snapshot({"layers": about}, tensors, drop_changes=self._config.keys is None)
+
+    def _prepare(self, changes: list[Change]) -> None:
+        self.store.prepare([self._start, *changes] if self._start else changes)
+
+
+def _progress(progress: Progress, objective: Sequence[float], active: int) -> dict[str, Any]:
+    return {
+        "batches": progress.batches,
+        "writes": progress.writes,
+        "time": progress.time.isoformat(),
+        "objective": list(objective),
+        "active": active,
+    }

@@ -1,0 +1,302 @@
+"""What a store holds, read: its records and status without the model, or all of it, done again without its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from torch import Tensor
+
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.edits import Edit, EditRecord
+from rlsedit_fast.editing.gradient import GradientScale
+from rlsedit_fast.editing.layers import EditedLayers, Told
+from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.progress import Point, Progress
+from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
+from rlsedit_fast.editing.written import (
+    FIXED,
+    PROTECT,
+    REBUILD,
+    TELL,
+    config_of,
+    made_of,
+    rows_of,
+    settings_of,
+    telling_of,
+)
+from rlsedit_fast.errors import StoreError
+from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.models.sites import Site
+from rlsedit_fast.rls import Prior, Saved
+from rlsedit_fast.store import Entry, Store
+
+
+def given_settings(directory: str | Path) -> EditConfig | None:
+    """The settings that a store was made with, as the user gave them; None where there is no store.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    if not Store.exists(directory):
+        return None
+    with Store(directory, write=False) as store:
+        about = store.about
+        settings, first = config_of(about["config"]), config_of(about["given"])
+    return replace(settings, **{name: getattr(first, name) for name in FIXED})
+
+
+def read_history(directory: str | Path) -> list[EditRecord]:
+    """The records of a store, without the model, also while an editor writes it.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    with Store(directory, write=False) as store:
+        return read_ledger(store)[0].records
+
+
+def read_ledger(store: Store) -> tuple[Ledger, Progress]:
+    """The edits of a store without their rows, and how far it has come."""
+
+    def without_model(_edits: Sequence[Edit]) -> list[Request]:
+        raise AssertionError("only records are read")
+
+    ledger, progress = Ledger(settings_of(store.about), without_model), Progress()
+    for entry in _needed(store.entries):
+        if entry.kind == REBUILD:
+            _enter_history(ledger, entry, {})
+        elif entry.kind == TELL:
+            ledger.enter(telling_of(entry))
+        _take_up_progress(progress, entry, {})
+    return ledger, progress
+
+
+def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
+    """The status of a store without the model; residuals and deviations are those of the last snapshot.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+        InputError: a budget that is not above 0.
+    """
+    with Store(directory, write=False) as store:
+        ledger, progress = read_ledger(store)
+        about, layers = store.about, list[LayerStatus]()
+        newest = store.newest_snapshot()
+        for at, layer in enumerate(about["layers"]) if progress.trace else ():
+            seen = newest.about["layers"][at] if newest else None
+            prior = store.entries[0].about["priors"][at]
+            layers.append(
+                LayerStatus.of(
+                    layer["layer"],
+                    Norms(**store.entries[0].about["norms"][at]),
+                    prior["lam"],
+                    prior["mu"],
+                    progress.trace[-1].objective[at],
+                    deviation=seen["deviation"] if seen else None,
+                    residual=seen["monitor"]["residual"] if seen else None,
+                    advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
+                )
+            )
+        config = settings_of(about)
+        return assess(
+            ledger.records,
+            progress.trace,
+            layers,
+            batches=progress.batches,
+            adherence=None if config.lam is not None and config.mu is not None else config.adherence,
+            budget=budget,
+            sizes=store.sizes(),
+        )
+
+
+def recover(
+    store: Store, config: EditConfig, site: Site, projections: Sequence[Projection], ledger: Ledger, progress: Progress
+) -> EditedLayers | None:
+    """Brings layers, ledger and progress to where the store is: the newest whole snapshot, and what came after it.
+
+    The model's edited weights are the original ones, and are so again if this raises.
+
+    Returns:
+        The layers; None where nothing is in the store yet.
+
+    Raises:
+        StoreError: a file that is needed is damaged, or was not kept.
+    """
+    entries = _needed(store.entries)
+    if not entries:
+        return None
+    originals = [projection.weight.clone() for projection in projections]
+    try:
+        return _Recovery(store, config, site, projections, ledger, progress).run(entries)
+    except BaseException:
+        for projection, original in zip(projections, originals, strict=True):
+            projection.write(original)
+        raise
+
+
+class _Recovery:
+    def __init__(
+        self,
+        store: Store,
+        config: EditConfig,
+        site: Site,
+        projections: Sequence[Projection],
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self._store, self._config, self._ledger, self._progress = store, config, ledger, progress
+        self._site, self._projections = site, projections
+
+    def run(self, entries: Sequence[Entry]) -> EditedLayers:
+        snapshot, held = next(self._store.snapshots(), (None, {}))
+        reached = snapshot.seq if snapshot else 0
+        saved = _saved(snapshot, held) if snapshot else None
+        alive = _alive([entry for entry in entries if entry.seq <= reached])
+        layers = self._begun(entries[0], saved)
+        for entry in entries[1:]:
+            done = entry.seq <= reached
+            wanted = not done or (self._config.keys is not None and self._has_needed(entry, alive))
+            tensors = self._read(entry, done) if wanted else {}
+            if entry.kind == TELL:
+                self._tell(layers, entry, tensors, done)
+            elif entry.kind == PROTECT and wanted:
+                rows = self._rows(tensors, "protected.", entry.about["weights"])
+                if done:
+                    layers.count_as_protected(rows)
+                else:
+                    with layers.transaction():
+                        layers.hold(rows)
+            elif entry.kind == REBUILD:
+                self._rebuild(layers, entry, tensors, done)
+            _take_up_progress(self._progress, entry, tensors)
+        squares = held.get("scale") if reached == entries[-1].seq else self._progress.scale.squares
+        if squares is not None:
+            self._progress.scale = GradientScale(squares.to(self._projections[-1].weight.device))
+        return layers
+
+    def _begun(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
+        tensors = self._store.tensors(entry)
+        priors = [
+            Prior(**prior, anchor_moment=moment.to(projection.weight.device) if moment is not None else None)
+            for at, (prior, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))
+            for moment in (tensors.get(f"moment.{at}"),)
+        ]
+        layers = EditedLayers(
+            self._site, self._projections, priors, delay=self._config.delay, keys=self._config.keys, saved=saved
+        )
+        for at, weights in enumerate(entry.about["protected"]):
+            rows = self._rows(tensors, f"protected.{at}.", weights)
+            if saved:
+                layers.count_as_protected(rows)
+            else:
+                with layers.transaction():
+                    layers.hold(rows)
+        return layers
+
+    def _tell(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+        telling, ledger = telling_of(entry), self._ledger
+        weights = _weights(telling, ledger)
+        rows = self._rows(tensors, "", [weights[i] for i in entry.about["told"]]) if tensors else []
+        telling = replace(telling, told=dict(zip(entry.about["told"], rows, strict=True)) if rows else {})
+        if not done:
+            with layers.transaction():
+                out = [*telling.gone, *telling.again]
+                if out:
+                    layers.remove(ledger.told(out), ledger.but(set(out)), telling.rebuilt)
+                if telling.stay:
+                    layers.update(ledger.told(telling.stay))
+                if rows:
+                    layers.update(rows)
+        ledger.enter(telling)
+
+    def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+        weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
+        told: dict[int, Told] = {}
+        if tensors:
+            ids = entry.about["told"]
+            told = dict(zip(ids, self._rows(tensors, "", [weights[i] for i in ids]), strict=True))
+            layers.protect_only(self._rows(tensors, "protected.", entry.about["weights"]))
+        _enter_history(self._ledger, entry, told)
+        if not done:
+            with layers.transaction():
+                layers.rebuild(self._ledger.told(self._ledger.active))
+
+    def _rows(self, tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float]) -> list[Told]:
+        return rows_of(tensors, prefix, weights, self._projections)
+
+    def _has_needed(self, entry: Entry, alive: set[int]) -> bool:
+        return entry.kind in (PROTECT, REBUILD) or bool(alive.intersection(entry.about["told"]))
+
+    def _read(self, entry: Entry, done: bool) -> dict[str, Tensor]:
+        try:
+            return self._store.tensors(entry)
+        except StoreError as error:
+            if self._config.keys is None and not done:
+                raise StoreError(
+                    f"{error} Keys and values are not kept in this store (keys=None) once two snapshots hold them, and "
+                    "no snapshot is whole"
+                ) from error
+            raise
+
+
+def _needed(entries: Sequence[Entry]) -> list[Entry]:
+    """The first change and those from the last rebuild on, which says all that was before it."""
+    last = max((at for at, entry in enumerate(entries) if entry.kind == REBUILD), default=1)
+    return [*entries[:1], *entries[last:]]
+
+
+def _alive(entries: Sequence[Entry]) -> set[int]:
+    """Ids of the edits that are active after these."""
+    alive: set[int] = set()
+    for entry in entries:
+        about = entry.about
+        if entry.kind == TELL:
+            alive |= set(about["told"])
+            alive -= set(about["gone"]) - set(about["stay"])
+        elif entry.kind == REBUILD:
+            alive = set(about["told"])
+    return alive
+
+
+def _weights(telling: Telling, ledger: Ledger) -> dict[int, float]:
+    weights = {record.id: record.weight for record in telling.records}
+    return weights | {i: ledger.edit(i).weight for i in telling.again}
+
+
+def _enter_history(ledger: Ledger, entry: Entry, told: Mapping[int, Told]) -> None:
+    for text in entry.about["history"]:
+        edit, record = made_of(text)
+        ledger.enter_one(edit, record, told.get(record.id))
+
+
+def _saved(entry: Entry, held: Mapping[str, Tensor]) -> list[Saved]:
+    return [
+        Saved(
+            weight=held[f"{at}.weight"],
+            base=held[f"{at}.base"],
+            pending=held[f"{at}.pending"],
+            signs=held[f"{at}.signs"],
+            image=held[f"{at}.image"],
+            floor=about["floor"],
+            objective=about["objective"],
+            edits=about["edits"],
+        )
+        for at, about in enumerate(entry.about["layers"])
+    ]
+
+
+def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+    about = entry.about
+    if entry.kind not in (TELL, REBUILD):
+        return
+    progress.batches, progress.writes = about["batches"], about["writes"]
+    progress.time = datetime.fromisoformat(about["time"])
+    if entry.kind == REBUILD:
+        progress.trace = [Point(edits, tuple(objective)) for edits, objective in about["trace"]]
+    progress.reached(Point(about["active"], tuple(about["objective"])))
+    if "scale" in tensors:
+        progress.scale = GradientScale(tensors["scale"])

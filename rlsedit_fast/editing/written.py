@@ -1,0 +1,150 @@
+"""How edits, their rows and the settings are put into words and tensors for a store, and read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast._version import __version__
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.edits import Edit, EditRecord
+from rlsedit_fast.editing.layers import Told
+from rlsedit_fast.editing.ledger import Telling
+from rlsedit_fast.editing.rounding import packed, unpacked
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rls.state import dtype_of
+from rlsedit_fast.store import Entry
+
+START, TELL, PROTECT, REBUILD = "start", "tell", "protect", "rebuild"
+
+FIXED = (
+    "layers layer_module projection_module fact_token adherence lam mu ridge delay context_prefixes context_samples "
+    "context_tokens context_seed same_subject keys"
+).split()
+"""Settings that a store's edits were made under, and that hold for all of them. The others may change in between."""
+
+
+def describe(
+    config: EditConfig, given: EditConfig, projections: Sequence[Projection], identity: str, model: str
+) -> Any:
+    """What a store says of itself."""
+    return {
+        "fingerprint": identity,
+        "model": model,
+        "given": asdict(given),
+        "config": asdict(config),
+        "layers": [
+            {"layer": p.layer, "name": p.name, "shape": list(p.weight.shape), "dtype": str(p.weight.dtype)}
+            for p in projections
+        ],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+    }
+
+
+def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> EditConfig:
+    """The settings that a store's edits go on under.
+
+    Args:
+        about: what the store says of itself.
+        given: by the user, who may change some of them.
+
+    Raises:
+        InputError: one is changed that holds for all edits of a store.
+    """
+    stored = config_of(about["config"])
+    if given is None:
+        return stored
+    first = config_of(about["given"])
+    if changed := [name for name in FIXED if getattr(given, name) != getattr(first, name)]:
+        told = "; ".join(
+            f"{name}={getattr(given, name)!r}, the store's is {getattr(first, name)!r}" for name in changed
+        )
+        raise InputError(
+            f"{told}: these hold for all edits of a store. Leave config out to go on with the store's settings, or "
+            "make another store"
+        )
+    return replace(given, **{name: getattr(stored, name) for name in FIXED})
+
+
+def tensors_of(rows: Sequence[Told], prefix: str, *, halved: bool = False) -> dict[str, Tensor]:
+    """Rows as a tensor per layer and side."""
+    tensors: dict[str, Tensor] = {}
+    for side in ("keys", "values") if rows else ():
+        for at in range(len(rows[0].keys)):
+            name, whole = f"{prefix}{side}.{at}", torch.stack([getattr(row, side)[at] for row in rows])
+            if halved:
+                tensors[name], tensors[f"{name}.exponents"] = packed(whole)
+            else:
+                tensors[name] = whole
+    return tensors
+
+
+def rows_of(
+    tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float], projections: Sequence[Projection]
+) -> list[Told]:
+    """What `tensors_of` was given, on the projections' devices."""
+    if not weights:
+        return []
+    sides = []
+    for side in ("keys", "values"):
+        each = []
+        for at, projection in enumerate(projections):
+            name = f"{prefix}{side}.{at}"
+            rows = tensors[name].to(projection.weight.device)
+            if f"{name}.exponents" in tensors:
+                rows = unpacked(rows, tensors[f"{name}.exponents"].to(rows.device), dtype_of(projection.weight))
+            each.append(rows)
+        sides.append(list(zip(*each, strict=True)))
+    return [Told(k, v, weight) for k, v, weight in zip(*sides, weights, strict=True)]
+
+
+def telling_of(entry: Entry) -> Telling:
+    """A telling as it was journalled, without its rows."""
+    about = entry.about
+    made = [made_of(text) for text in about["made"]]
+    return Telling(
+        gone=tuple(about["gone"]),
+        outcome=about["outcome"],
+        again=tuple(about["again"]),
+        stay=tuple(about["stay"]),
+        rebuilt=tuple(about["rebuilt"]),
+        edits=tuple(edit for edit, _ in made),
+        records=tuple(record for _, record in made),
+        retold=tuple(record_of(text) for text in about["retold"]),
+    )
+
+
+def entered(edit: Edit, record: EditRecord) -> dict[str, Any]:
+    return {"edit": asdict(edit), "record": record_text(record)}
+
+
+def record_text(record: EditRecord) -> dict[str, Any]:
+    return asdict(record) | {"time": record.time.isoformat()}
+
+
+def made_of(text: Mapping[str, Any]) -> tuple[Edit, EditRecord]:
+    return Edit(**_tuples(text["edit"])), record_of(text["record"])
+
+
+def record_of(text: Mapping[str, Any]) -> EditRecord:
+    return EditRecord(**_tuples(text) | {"time": datetime.fromisoformat(text["time"])})
+
+
+def asked_of(record: EditRecord) -> Edit:
+    return Edit(record.prompt, record.subject, record.target, record.weight, record.name)
+
+
+def config_of(text: Mapping[str, Any]) -> EditConfig:
+    known = {one.name for one in fields(EditConfig)}
+    return EditConfig(**{name: value for name, value in _tuples(text).items() if name in known})
+
+
+def _tuples(text: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in text.items()}

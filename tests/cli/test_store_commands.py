@@ -1,0 +1,167 @@
+"""Edits that last, at the terminal: a store is made, gone on with, read, mended and made small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rlsedit_fast as rf
+from rlsedit_fast.cli import main
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+from rlsedit_fast.world.tokens import save_tokenizer
+
+PEOPLE = World.generate().people
+SETTINGS = {"context_prefixes": [""], "kl_prompts": ["{} is a"], "search_steps": 40, "search_stop_nll": 0.03}
+
+
+def lines_of(first, last):
+    made = []
+    for i, person in enumerate(PEOPLE[first:last], start=first):
+        relation = RELATIONS[i % len(RELATIONS)]
+        target = next(value for value in relation.values if value != person.facts[relation.name])
+        made.append({"id": f"fact {i}", "prompt": relation.phrasings[0], "subject": person.name, "target": target})
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = load_demo_model()
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_edit(base, tmp_path_factory):
+    """A store with an edit in it."""
+    place = tmp_path_factory.mktemp("one") / "edits"
+    config = rf.EditConfig(
+        layers=(0,), **{name: tuple(v) if isinstance(v, list) else v for name, v in SETTINGS.items()}
+    )
+    with rf.Editor.from_pretrained(base, config=config, store=place) as editor:
+        editor.edit([rf.Edit("{} lives in", PEOPLE[0].name, "Port Alder")])
+    return place
+
+
+@pytest.fixture
+def desk(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    for name, part in (("facts", (0, 6)), ("more", (0, 9))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of(*part)))
+    return tmp_path
+
+
+@pytest.fixture
+def edit(base):
+    def run(facts, *options):
+        return main(["edit", "--model", str(base), "--edits", facts, "--no-evaluation", *options])
+
+    return run
+
+
+def history(capsys, *options):
+    capsys.readouterr()
+    assert main(["history", "--store", "edits", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+NEW = ("--config", "settings.json", "--layers", "0", "--no-anchors", "--store", "edits")
+
+
+def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, capsys):
+    assert edit("facts.jsonl", *NEW, "--batch-size", "4") == 0
+    told = history(capsys)
+    assert isinstance(told, list)
+    assert [(r["id"], r["state"], r["name"]) for r in told] == [(i, "active", f"fact {i - 1}") for i in range(1, 7)]
+    assert {"time", "prompt", "subject", "target", "realised", "rank", "nll", "converged"} <= told[0].keys()
+
+    # The settings need not be said again; what the store has is left as it is.
+    assert edit("more.jsonl", "--store", "edits", "--out", "out", "--json", "report.json") == 0
+    report = json.loads((desk / "report.json").read_text())
+    assert report["in_store_already"] == [f"more.jsonl:{line}" for line in range(1, 7)]
+    assert [r["place"] for r in report["records"]] == [f"more.jsonl:{line}" for line in range(7, 10)]
+    assert (report["made"], report["config"]["batch_size"], report["anchors"]) == (3, 4, "the store's")
+    assert edit("more.jsonl", "--store", "edits") == 0
+    assert "all 9 edits are in the store already" in capsys.readouterr().out
+
+    assert main(["undo", "--store", "edits", "2", "5", "--out", "undone", "--json", "undo.json"]) == 0
+    shown = capsys.readouterr().out
+    undone = json.loads((desk / "undo.json").read_text())["undone"]
+    assert [r["id"] for r in undone] == [2, 5]
+    for record in undone:
+        person, relation = PEOPLE[record["id"] - 1], RELATIONS[(record["id"] - 1) % len(RELATIONS)]
+        assert record["answer_before"] == record["target"]
+        assert record["answer"] == person.facts[relation.name], "the model answers as it did before it was told"
+        assert f"{record['answer_before']!r} -> {record['answer']!r}" in shown
+    changed = load_file(desk / "undone" / "model.safetensors"), load_file(desk / "out" / "model.safetensors")
+    assert sum(not torch.equal(value, changed[1][name]) for name, value in changed[0].items()) == 1
+
+    other = next(value for value in RELATIONS[2].values if value not in (told[2]["target"],))
+    assert main(["replace", "--store", "edits", "--subject", PEOPLE[2].name, "--target", other, "--json"]) == 0
+    (made,) = json.loads(capsys.readouterr().out)["replaced"]
+    assert (made["id"], made["replaces"], made["answer"]) == (10, 3, other)
+    assert main(["undo", "--store", "edits", "--last", "1"]) == 0
+    states = [r["state"] for r in history(capsys)]
+    assert states == "active undone replaced active undone active active active active undone".split()
+    assert [r["id"] for r in history(capsys, "--state", "replaced")] == [3]
+    assert main(["history", "--store", "edits"]) == 0
+    assert "replaced" in capsys.readouterr().out
+
+    assert main(["status", "--store", "edits", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["edits"] == {"active": 6, "undone": 3, "replaced": 1, "skipped": 0}
+    assert status["layers"][0]["weight_bound"] > 0
+    assert any("no anchors" in warning for warning in status["warnings"])
+    assert main(["status", "--store", "edits", "--measure"]) == 0
+    measured = capsys.readouterr().out
+    assert "drift of C" in measured
+    assert "on the disk" in measured
+    assert main(["consolidate", "--store", "edits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"]["edits"]["active"] == 6
+    assert [r["state"] for r in history(capsys)] == states
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["history", "--store", "none"], "is no store"),
+        (["undo", "--store", "edits"], "which edits"),
+        (["undo", "--store", "edits", "77"], "are not those of active edits"),
+        (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit fits"),
+        (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "exists already"),
+        (["replace", "--store", "edits", "1", "--target", " "], "is empty"),
+        (["status", "--store", "edits", "--budget", "0"], "budget=0"),
+        (["edit", "--edits", "more.jsonl", "--store", "edits", "--layers", "1"], "hold for all edits of a store"),
+        (["edit", "--edits", "more.jsonl", "--store", "edits", "--no-anchors"], "has its anchors already"),
+        (["edit", "--edits", "more.jsonl", "--store", "edits", "--preset", "generic"], "--preset generic"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(base, one_edit, desk, capsys, command, message):
+    shutil.copytree(one_edit, desk / "edits")
+    before = history(capsys)
+    command = [*command, "--model", str(base)] if command[0] == "edit" else command
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert history(capsys) == before
+
+
+def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, capsys):
+    shutil.copytree(one_edit, desk / "edits")
+    model, tokenizer = load_demo_model()
+    with rf.Editor.open("edits", model, tokenizer) as editor:
+        editor.save_pretrained("out")
+    assert main(["undo", "--store", "edits", "1", "--model", "out"]) == 2
+    assert "load the model as it was before any edit" in capsys.readouterr().err
+    assert main(["undo", "--store", "edits", "1", "--model", "nowhere/at/all"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert main(["undo", "--store", "edits", "--since", "2001-01-01"]) == 0
+    with pytest.raises(SystemExit):
+        main(["undo", "--store", "edits", "--since", "yesterday"])
+    assert "is no time" in capsys.readouterr().err

@@ -1,0 +1,490 @@
+"""Whatever is done to a store or asked of it: the operation is wholly done or nothing has changed, and one is told."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rlsedit_fast as rf
+from rlsedit_fast.cli import main
+from rlsedit_fast.editing.recovery import read_history, read_status
+from rlsedit_fast.errors import RequestError, RLSEditError, StoreError
+from rlsedit_fast.store import Change, Store
+from rlsedit_fast.store.journal import Journal
+
+from .conftest import ANCHORS, assert_same, assert_same_weights, make_edits, make_tiny, said, tiny_config, weights
+
+CONFIG = tiny_config(values="gradient", lam=0.5, mu=2.0)
+
+
+def make_editor(model, tokenizer, store) -> rf.Editor:
+    editor = rf.Editor(model, tokenizer, config=CONFIG, store=store)
+    if not editor.priors:
+        editor.anchor(ANCHORS)
+    return editor
+
+
+@contextmanager
+def unchanged(editor: rf.Editor):
+    """Model, states, history and store are what they were."""
+    before, history = weights(editor.model), said(editor)
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective) for s in editor._layers.states]
+    last = editor._recorder.store.last
+    yield
+    now = editor.model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in before.items())
+    assert said(editor) == history
+    for state, (weight, inverse, objective) in zip(editor._layers.states, states, strict=True):
+        assert torch.equal(state.weight, weight)
+        assert torch.equal(state.precision_inverse(), inverse)
+        assert state.objective == objective
+    assert editor._recorder.store.last == last
+
+
+@pytest.fixture
+def used(tiny, tokenizer, tmp_path):
+    """A store with edits, two snapshots and an undo in it; and its editor, closed."""
+    place = tmp_path / "store"
+    editor = make_editor(tiny(), tokenizer, place)
+    editor.edit(make_edits(8))
+    editor.undo(3)
+    editor._recorder.snapshot(editor._layers, editor._progress)
+    editor.edit(make_edits(4, start=8))
+    editor._recorder.snapshot(editor._layers, editor._progress)
+    editor.edit(make_edits(2, start=12))
+    editor.close()
+    return place, editor
+
+
+@contextmanager
+def mounted(place, size):
+    """A file system of its own that holds so many bytes."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_refuses_the_batch_and_room_lets_it_go_on(tiny, tokenizer, tmp_path):
+    """The disk fills up step by step, so that now a file and now the journal is what has no room."""
+    disk = tmp_path / "disk"
+    with mounted(disk, "500k"):
+        editor = make_editor(tiny(), tokenizer, disk / "store")
+        editor.edit(make_edits(2))
+        made, refused = 2, 0
+        while refused < 4 and made < 100:
+            with suppress(OSError), (disk / "filler").open("ab") as filler:
+                filler.write(b"x" * (3_000 + 97 * made))
+            check = unchanged(editor)
+            check.__enter__()
+            try:
+                editor.edit(make_edits(2, start=made))
+                made += 2
+            except StoreError as error:
+                refused += 1
+                told = str(error)
+                check.__exit__(None, None, None)
+                assert told.count("nothing was changed") == 1
+                assert "See that there is room" in told
+        assert refused == 4
+        assert len(read_history(disk / "store")) == made
+        (disk / "filler").unlink()
+        editor.edit(make_edits(2, start=made))
+        editor.close()
+        assert_same(rf.Editor.open(disk / "store", tiny(), tokenizer), editor)
+
+
+@contextmanager
+def no_file_beyond(size: int):
+    """No file can be written beyond so many bytes: what a quota does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("limit", [100, 12_000])
+def test_what_cannot_be_written_down_is_not_done(tiny, tokenizer, tmp_path, limit):
+    """At 100 bytes the rows have no room, at 12,000 they have and the journal has none."""
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(4))
+    actions = [
+        lambda: editor.edit(make_edits(2, start=4)),
+        lambda: editor.undo(1),
+        lambda: editor.replace(2, target="mason"),
+        lambda: editor.protect(["Veta speaks Kubeish ."]),
+        lambda: editor.consolidate(),
+    ]
+    for action in actions:
+        with unchanged(editor), no_file_beyond(limit), pytest.raises(StoreError, match="nothing was changed"):
+            action()
+    assert len(list((tmp_path / "changes").iterdir())) == 3
+    for action in actions:
+        action()
+    editor.close()
+    assert_same(rf.Editor.open(tmp_path, make_tiny(len(tokenizer)), tokenizer), editor)
+
+
+@pytest.mark.parametrize("doubtful", [False, True])
+def test_a_commit_that_fails_is_taken_back(tiny, tokenizer, tmp_path, monkeypatch, doubtful):
+    """Where the disk refuses even to take it out of the journal again, the store takes nothing more."""
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(4))
+    real_commit, real_abort = Journal.commit, Journal.abort
+
+    def commit(journal):
+        with no_file_beyond(100):
+            real_commit(journal)
+
+    def abort(journal):
+        with no_file_beyond(100 if doubtful else resource.RLIM_INFINITY):
+            real_abort(journal)
+
+    monkeypatch.setattr(Journal, "commit", commit)
+    monkeypatch.setattr(Journal, "abort", abort)
+    with unchanged(editor), pytest.raises(StoreError, match="until it is opened again" if doubtful else "nothing was"):
+        editor.edit(make_edits(2, start=4))
+    monkeypatch.undo()
+    if doubtful:
+        with unchanged(editor), pytest.raises(StoreError, match="closed for writing"):
+            editor.edit(make_edits(2, start=4))
+        editor.close()
+        editor = rf.Editor.open(tmp_path, tiny(), tokenizer)
+        assert len(editor.history()) == 4
+    editor.edit(make_edits(2, start=4))
+    editor.close()
+    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+
+
+def test_a_snapshot_that_finds_no_room_is_told_and_the_batch_is_made(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+    from rlsedit_fast.store import directory
+
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(2))
+    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 1)
+    real = Store.snapshot
+
+    def snapshot(*arguments, **options):
+        with no_file_beyond(100):
+            real(*arguments, **options)
+
+    monkeypatch.setattr(Store, "snapshot", snapshot)
+    editor.edit(make_edits(2, start=2))
+    assert "the edits are in the store, but no new snapshot is" in caplog.text
+    editor.close()
+    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+
+
+def test_a_read_only_folder_is_read_and_not_opened(tiny, tokenizer, tmp_path, used):
+    place, editor = used
+    with mounted(tmp_path / "disk", "4m"):
+        copy = tmp_path / "disk" / "store"
+        shutil.copytree(place, copy)
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        assert read_history(copy) == editor.history()
+        assert read_status(copy).edits["active"] == 13
+        model = tiny()
+        with pytest.raises(StoreError, match="Make the folder writable"):
+            rf.Editor.open(copy, model, tokenizer)
+        assert_same_weights(model, tiny())
+        with pytest.raises(StoreError, match="cannot be made"):
+            rf.Editor(model, tokenizer, config=CONFIG, store=tmp_path / "disk" / "other")
+
+
+def test_history_is_read_from_a_folder_without_writing_there_while_its_wal_is_full(tiny, tokenizer, tmp_path):
+    editor = make_editor(tiny(), tokenizer, tmp_path / "store")
+    editor.edit(make_edits(4))
+    with mounted(tmp_path / "disk", "4m"):
+        shutil.copytree(tmp_path / "store", tmp_path / "disk" / "store")
+        (tmp_path / "disk" / "store" / "journal.db-shm").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        assert read_history(tmp_path / "disk" / "store") == editor.history()
+
+
+def damage(path, draw) -> str:
+    content = bytearray(path.read_bytes())
+    how = draw.choice(["flip", "flip", "truncate"]) if content else "gone"
+    if how == "flip":
+        at = draw.randrange(len(content))
+        content[at] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    elif how == "truncate":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    else:
+        path.unlink()
+    return how
+
+
+def test_a_damaged_file_is_named_and_nothing_of_it_believed(tiny, tokenizer, tmp_path, used, caplog):
+    """Every file, flipped in one bit or cut short: opening gives an error that names it, or what was there, whole."""
+    place, editor = used
+    draw, outcomes = random.Random(5), {"named": 0, "whole": 0}
+    names = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
+    for name in names:
+        for _ in range(24 if name.name == "journal.db" else 3):
+            copy = tmp_path / "copy"
+            shutil.copytree(place, copy)
+            how = damage(copy / name, draw)
+            caplog.clear()
+            model = tiny()
+            opened, told = None, ""
+            try:
+                opened = rf.Editor.open(copy, model, tokenizer)
+            except StoreError as error:
+                told = str(error)
+            if opened is None:
+                outcomes["named"] += 1
+                assert name.name in told, (name, how)
+                assert_same_weights(model, tiny())
+            else:
+                outcomes["whole"] += 1
+                assert_same(opened, editor)
+                if name.parent.name == "snapshots" and "passed over" in caplog.text:
+                    assert name.name in caplog.text
+                opened.close()
+            shutil.rmtree(copy)
+    assert outcomes["named"] > 10
+    assert outcomes["whole"] > 10
+
+
+def test_a_damaged_snapshot_is_passed_over_for_the_one_before_it(tiny, tokenizer, used, caplog):
+    place, editor = used
+    older, newest = sorted((place / "snapshots").iterdir())
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    opened = rf.Editor.open(place, tiny(), tokenizer)
+    assert_same(opened, editor)
+    assert newest.name in caplog.text
+    opened.close()
+    older.unlink()
+    assert_same(rf.Editor.open(place, tiny(), tokenizer), editor)
+    assert older.name in caplog.text
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
+def test_a_write_ahead_log_that_has_lost_its_end_is_noticed(tiny, tokenizer, tmp_path, how):
+    """SQLite itself takes a damaged log for a shorter one, and would be silent."""
+    editor = make_editor(tiny(), tokenizer, tmp_path / "store")
+    editor.edit(make_edits(8))
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "store", copy)  # as a kill leaves it: the log was not moved over
+    log = copy / "journal.db-wal"
+    content = bytearray(log.read_bytes())
+    (copy / "journal.db-shm").unlink()
+    if how == "flip":
+        content[len(content) // 2] ^= 4
+        log.write_bytes(content)
+    elif how == "truncate":
+        log.write_bytes(content[: len(content) // 2])
+    else:
+        log.unlink()
+    model = tiny()
+    with pytest.raises(StoreError, match=r"journal\.db"):
+        rf.Editor.open(copy, model, tokenizer)
+    assert_same_weights(model, tiny())
+
+
+def test_one_writer_at_a_time_and_it_is_said_who(tiny, tokenizer, tmp_path):
+    with make_editor(tiny(), tokenizer, tmp_path) as editor:
+        editor.edit(make_edits(2))
+        model = tiny()
+        with pytest.raises(StoreError, match=f"is being written by process {os.getpid()} on .* since .*one writer"):
+            rf.Editor.open(tmp_path, model, tokenizer)
+        assert_same_weights(model, tiny())
+        other = (
+            "from rlsedit_fast.store import Store; from rlsedit_fast.errors import StoreError\n"
+            f"try: Store({str(tmp_path)!r})\nexcept StoreError as error: print(error)"
+        )
+        told = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout
+        assert f"process {os.getpid()}" in told
+        assert len(read_history(tmp_path)) == 2, "reading is free"
+        editor.edit(make_edits(2, start=2))
+        assert len(read_history(tmp_path)) == 4
+    with rf.Editor.open(tmp_path, tiny(), tokenizer) as opened:
+        assert_same(opened, editor)
+    with unchanged(editor), pytest.raises(StoreError, match="closed for writing"):
+        editor.edit(make_edits(2, start=4))
+
+
+def test_a_journal_of_a_newer_version_is_refused(tiny, tokenizer, used):
+    place, _ = used
+    base = sqlite3.connect(place / "journal.db")
+    base.execute("PRAGMA user_version = 7")
+    base.close()
+    model = tiny()
+    for open_it in (lambda: rf.Editor.open(place, model, tokenizer), lambda: read_history(place)):
+        with pytest.raises(StoreError, match="schema 7, this version of rlsedit_fast reads 1"):
+            open_it()
+    assert_same_weights(model, tiny())
+
+
+def test_another_model_is_refused(tiny, tokenizer, used):
+    place, editor = used
+    other, finite = tiny(), tiny()
+    with torch.no_grad():
+        other.model.embed_tokens.weight[5, 3] += 1e-3
+        finite.model.embed_tokens.weight[5, 3] = float("nan")
+    for model in (other, tiny(torch.bfloat16), editor.model, finite):
+        before = weights(model)
+        with pytest.raises(StoreError, match=r"was made with the model .*Nothing was changed"):
+            rf.Editor.open(place, model, tokenizer)
+        now = model.state_dict()
+        assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
+
+
+def test_a_nan_that_comes_into_the_model_stops_the_batch(tiny, tokenizer, tmp_path):
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(layers=(0,), lam=0.5), store=tmp_path)
+    editor.edit(make_edits(4))
+    with torch.no_grad():
+        editor.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    last, history = editor._recorder.store.last, said(editor)
+    with pytest.raises(RLSEditError, match="not finite"):
+        editor.edit(make_edits(2, start=4))
+    assert (editor._recorder.store.last, said(editor)) == (last, history)
+    editor.close()
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert said(opened) == history
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny, tokenizer, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StoreError, match=r"holds thesis\.tex and is no store"):
+        rf.Editor(tiny(), tokenizer, config=CONFIG, store=tmp_path)
+    (tmp_path / "journal.db").write_text("not a database, but long enough to be taken for one" * 30)
+    with pytest.raises(StoreError, match=r"journal\.db"):
+        rf.Editor(tiny(), tokenizer, config=CONFIG, store=tmp_path)
+    assert main(["history", "--store", str(tmp_path / "none")]) == 2
+
+
+def test_ctrl_c_during_the_commit_waits_until_memory_and_store_agree(tiny, tokenizer, tmp_path, monkeypatch):
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    real = Journal.commit
+
+    def pressed(journal):
+        real(journal)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "commit", pressed)
+    for start in (0, 4):  # the very first batch, whose failure would leave no priors, and a later one
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(make_edits(4, start=start))
+        assert len(editor.history()) == (2 if start == 0 else 4), "the batch is made, and the call is over"
+    monkeypatch.undo()
+    editor.edit(make_edits(2, start=8))
+    editor.close()
+    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+
+
+def test_what_is_prepared_is_synced_before_it_counts(tmp_path, monkeypatch):
+    """The file, its folder, and then the journal, which SQLite syncs at every commit."""
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
+    store = Store.create(tmp_path / "store", {})
+    assert str(tmp_path / "store") in synced
+    assert str(tmp_path) in synced
+    real_prepare = Journal.prepare
+
+    def prepare(journal, entries):
+        assert synced[-2:] == [str(tmp_path / "store" / entries[0].file.name), str(tmp_path / "store" / "changes")]
+        real_prepare(journal, entries)
+
+    monkeypatch.setattr(Journal, "prepare", prepare)
+    store.prepare([Change("x", {}, {"rows": torch.ones(3)})])
+    assert store._journal._base.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._journal._base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    store.close()
+    with Store(tmp_path / "store") as store:
+        assert store.entries == []
+        assert list((tmp_path / "store" / "changes").iterdir()) == []
+        store.prepare([Change("x", {"a": (1, 2)}, {"rows": torch.ones(3)})])
+        store.commit()
+    with Store(tmp_path / "store") as store:
+        (entry,) = store.entries
+        assert entry.about == {"a": [1, 2]}
+        assert torch.equal(store.tensors(entry)["rows"], torch.ones(3))
+
+
+BLANKS = st.sampled_from(["", " ", "\t\n", "\u00a0", "\u200b"])
+HOSTILE = st.one_of(
+    BLANKS,
+    st.text(max_size=12),
+    st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]), max_size=6),
+    st.sampled_from(
+        ["{}", "{0}", "{{}}", "}{", "%s", "\\", "'; DROP TABLE changes; --", "\x00", "\ud800", "\u202eabc", "\ufeff"]
+    ),
+    st.sampled_from(["مرحبا", "שלום עולם", "日本", "e\u0301", "👩‍👩‍👧", "speaks " * 10_000, "a" * 20_000]),
+)
+PROMPT = st.one_of(HOSTILE, st.builds("{}{{}}{}".format, HOSTILE, HOSTILE), st.just("{} speaks"))
+
+
+@pytest.fixture(scope="module")
+def desk(tokenizer, tmp_path_factory):
+    editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path_factory.mktemp("hostile") / "store")
+    editor.edit(make_edits(2))
+    return editor
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=PROMPT, subject=st.one_of(HOSTILE, st.just("Lado")), target=st.one_of(HOSTILE, st.just("mason")))
+def test_hostile_requests_are_made_or_refused_and_survive(desk, prompt, subject, target):
+    edit = rf.Edit(prompt, subject, target)
+    count, told = len(desk.history()), ""
+    check = unchanged(desk)
+    check.__enter__()
+    try:
+        (record,) = desk.edit([edit])
+    except RequestError as error:
+        told = str(error)
+    if told:
+        check.__exit__(None, None, None)
+        assert "nothing was changed" in told
+        return
+    assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
+    assert read_history(desk._recorder.store.directory)[-1] == record
+
+
+def test_what_hostile_requests_have_left_opens_again(desk, tokenizer):
+    desk.close()
+    opened = rf.Editor.open(desk._recorder.store.directory, make_tiny(len(tokenizer)), tokenizer)
+    assert_same(opened, desk)
+    assert len(opened.history()) > 3
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        rf.Edit("{} " + "speaks " * 10_000, "Lado", "mason"),
+        rf.Edit("{} speaks", "Lado " * 10_000, "mason"),
+        rf.Edit("{} speaks", "Lado", "mason " * 10_000),
+        rf.Edit("nobody speaks", "Lado", "mason"),
+        rf.Edit("{} speaks", "\ud800", "mason"),
+        rf.Edit("{} \udfff", "Lado", "mason"),
+        rf.Edit("{} speaks", "Lado", "\ud83d"),
+    ],
+    ids=["prompt", "subject", "target", "missing", "surrogate-subject", "surrogate-prompt", "surrogate-target"],
+)
+def test_what_no_model_can_read_is_refused_in_words(tiny, tokenizer, tmp_path, edit):
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(2))
+    with unchanged(editor), pytest.raises(RequestError, match="nothing was changed"):
+        editor.edit([*make_edits(2, start=2), edit])

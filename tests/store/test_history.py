@@ -1,0 +1,258 @@
+"""What was told is listed, and what is taken back is as if it had never been told."""
+
+import random
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.answers import answers
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.world import World, load_demo_model
+
+from .conftest import ANCHORS, assert_same, make_edits, tiny_config
+
+
+def questions(edits):
+    return [(fill(edit.prompt, edit.subject)[0], edit.target) for edit in edits]
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """The demo model with 500 edits in a store; its answers before, and a random half of the edits."""
+    store = tmp_path_factory.mktemp("stream") / "store"
+    world = World.generate()
+    edits = [case.edit for case in world_cases(world, 500, 0)]
+    model, tokenizer = load_demo_model()
+    before = answers(model, tokenizer, questions(edits))
+    with rf.Editor(model, tokenizer, config=replace(CONFIG, batch_size=50), store=store) as editor:
+        editor.anchor(anchor_texts(world, 0))
+        editor.edit(edits)
+    return store, edits, before, sorted(random.Random(3).sample(range(1, 501), 250))
+
+
+def test_a_random_half_undone_leaves_a_model_that_only_saw_the_other(stream):
+    """One by one and in groups, closed and opened in between; and the undone facts are answered as before."""
+    store, edits, before, gone = stream
+    editor = rf.Editor.open(store, *load_demo_model())
+    order = random.Random(4).sample(gone, len(gone))
+    for identity in order[:60]:
+        editor.undo(identity)
+    editor.close()
+    editor = rf.Editor.open(store, *load_demo_model())
+    for at in range(60, 250, 38):
+        editor.undo(order[at : at + 38])
+
+    kept = editor._ledger.active
+    assert kept == [i for i in range(1, 501) if i not in set(gone)]
+    (state,) = editor._layers.states
+    told = editor._ledger.told(kept)
+    only = rf.RLSState(state.original, state.prior)
+    for at in range(0, 250, 50):
+        part = told[at : at + 50]
+        only.update(torch.stack([t.keys[0] for t in part]), torch.stack([t.values[0] for t in part]))
+    assert float((state.weight - only.weight).norm() / only.weight.norm()) < 1e-4
+    change = float((state.weight - only.weight).norm() / (only.weight - state.original).norm())
+    assert change < 1e-3
+    assert torch.equal(editor.model.model.layers[0].mlp.down_proj.weight, state.weight)
+
+    said = answers(editor.model, editor.tokenizer, questions(edits))
+    as_before = sum(said[i - 1] == before[i - 1] for i in gone)
+    assert as_before >= 0.95 * len(gone), "answers of other people are leaked to as by any edit"
+    still = score(editor.model, editor.tokenizer, questions([edits[i - 1] for i in kept]))
+    assert sum(one.exact for one in still) >= 0.97 * len(kept)
+    states = [record.state for record in editor.history()]
+    assert [i for i, state in enumerate(states, start=1) if state == "undone"] == gone
+    editor.close()
+
+
+def test_a_contradiction_replaces_the_old_edit_and_both_are_in_the_history(stream):
+    store, edits, *_ = stream
+    other = next(edit.target for edit in edits if edit.prompt == edits[0].prompt and edit.target != edits[0].target)
+    contradiction = replace(edits[0], target=other)
+    with rf.Editor.open(store, *load_demo_model()) as editor:
+        if editor.history()[0].state != "active":
+            editor.edit([edits[0]])
+        old = max(r.id for r in editor.history() if r.subject == edits[0].subject and r.state == "active")
+        (record,) = editor.edit([contradiction])
+        assert answers(editor.model, editor.tokenizer, questions([contradiction])) == [other]
+    with rf.Editor.open(store, *load_demo_model()) as editor:
+        history = {r.id: r for r in editor.history()}
+        assert (history[old].state, history[old].target) == ("replaced", edits[0].target)
+        assert (history[record.id].state, history[record.id].target) == ("active", other)
+
+
+def test_edits_are_chosen_by_id_subject_number_and_time(tiny, tokenizer, tmp_path):
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+        editor.anchor(ANCHORS)
+        edits = make_edits(6)
+        editor.edit(edits)
+        middle = datetime.now(timezone.utc)
+        editor.edit([rf.Edit("{} sees", edits[1].subject, "mason"), *make_edits(1, start=20)])
+        assert editor.select(3) == [3]
+        assert editor.select([4, 2]) == [4, 2]
+        assert editor.select(subject=f" {edits[1].subject} ") == [2, 7]
+        assert editor.select(last=2) == [7, 8]
+        assert editor.select(since=middle) == [7, 8]
+        assert editor.select(until=middle, last=1) == [6]
+        assert editor.select(since=middle.astimezone().replace(tzinfo=None), subject=edits[1].subject) == [7]
+        for wrong in ({}, {"ids": 9}, {"ids": [1, 1]}, {"subject": "nobody"}, {"last": 0}):
+            with pytest.raises(InputError):
+                editor.select(**wrong)
+        with pytest.raises(InputError, match="no active edit fits"):
+            editor.undo(since=datetime.now() + timedelta(days=1))
+        assert [r.id for r in editor.undo(subject=edits[1].subject)] == [2, 7]
+        made = editor.replace(last=2, target="organ")
+        subjects = [edits[5].subject, make_edits(1, 20)[0].subject]
+        assert [(r.subject, r.target) for r in made] == [(subject, "organ") for subject in subjects]
+        assert editor.replace(1, target="organ").id == 11
+        states = [r.state for r in editor.history()]
+        assert states == "replaced undone active active active replaced undone replaced active active active".split()
+
+
+def test_one_removal_a_layer_takes_them_all_and_one_alone_leaves_its_batch(tiny, tokenizer, monkeypatch):
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=8))
+    editor.anchor(ANCHORS)
+    editor.edit(make_edits(8))
+    counts = []
+    for state in editor._layers.states:
+        real = state.remove
+        monkeypatch.setattr(state, "remove", lambda k, v, w, real=real: counts.append(len(k)) or real(k, v, w))
+    editor.undo([2, 5, 6])
+    assert counts == [3, 3]
+    editor.undo(1)
+    assert counts == [3, 3, 1, 1]
+    assert [r.state for r in editor.history()] == "undone undone active active undone undone active active".split()
+    assert {r.batch for r in editor.history()} == {1}
+
+
+def test_a_clock_that_goes_backwards_keeps_the_order(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+    from rlsedit_fast.editing import progress
+
+    class Clock(datetime):
+        moment = datetime(2030, 5, 1, tzinfo=timezone.utc)
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls.moment
+
+    monkeypatch.setattr(progress, "datetime", Clock)
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+        editor.edit(make_edits(2))
+    Clock.moment -= timedelta(days=400)
+    with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
+        editor.edit(make_edits(2, start=2))
+        times = [record.time for record in editor.history()]
+        assert times == sorted(times)
+        assert "the clock says 2029-03-27" in caplog.text
+        assert editor.select(since=times[2]) == [1, 2, 3, 4]
+        editor.undo(last=2)
+    assert [r.state for r in editor.history()] == ["active", "active", "undone", "undone"]
+
+
+def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, tokenizer, tmp_path, monkeypatch):
+    from rlsedit_fast.store import directory
+
+    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 3)
+    config = tiny_config(values="gradient")
+    with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
+        editor.anchor(ANCHORS)
+        editor.protect(["Lado speaks Kubeish ."])
+        editor.edit(make_edits(14))
+        editor.undo([1, 2, 3, 8])
+        editor.protect(["Veta plays the organ ."])
+        before = [state.weight.clone() for state in editor._layers.states]
+        size = sum(editor.status().sizes.values())
+        assert editor.consolidate() > 0
+        assert sum(editor.status().sizes.values()) < size
+        for state, weight in zip(editor._layers.states, before, strict=True):
+            assert float((state.weight - weight).norm() / weight.norm()) < 1e-5
+            assert state._count == 0, "no row is pending"
+    assert len(list((tmp_path / "changes").iterdir())) == 2
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert_same(opened, editor)
+    opened.close()
+    (snapshot,) = (tmp_path / "snapshots").iterdir()
+    snapshot.write_bytes(b"gone")
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert_same(opened, editor)
+    for one in (opened, rf.Editor(tiny(), tokenizer, config=config)):
+        if one is not opened:  # the same in memory
+            one.anchor(ANCHORS)
+            one.protect(["Lado speaks Kubeish ."])
+            one.edit(make_edits(14))
+            one.undo([1, 2, 3, 8])
+            one.protect(["Veta plays the organ ."])
+            assert one.consolidate() == 0
+        one.edit(make_edits(3, start=30))
+        one.undo([5, 16])
+    assert_same(opened, one)
+    opened.close()
+    with pytest.raises(InputError, match="nothing has been edited"):
+        rf.Editor(tiny(), tokenizer, config=config).consolidate()
+
+
+def test_status_counts_bounds_and_foretells(tiny, tokenizer, tmp_path):
+    from rlsedit_fast.editing.recovery import read_status
+
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+        assert editor.status().edits_left is None
+        editor.anchor(ANCHORS)
+        editor.edit(make_edits(12))
+        editor.undo(3)
+        status = editor.status(budget=5.0)
+        assert status.edits == {"active": 11, "undone": 1, "replaced": 0, "skipped": 0}
+        for layer, state in zip(status.layers, editor._layers.states, strict=True):
+            moment, original = state.prior.anchor_moment, state.original
+            delta = state.weight - original
+            moved, whole = (float(((w @ moment) * w).sum()) ** 0.5 for w in (delta, original))
+            assert 0 < moved / whole <= layer.anchors_bound
+            assert 0 < layer.weight <= layer.weight_bound
+            assert layer.objective == state.objective
+        assert status.spent == max(layer.anchors_bound for layer in status.layers) / 5
+        assert status.edits_left > 0
+        assert editor.status(budget=1e-3).edits_left == 0
+        assert "over the budget" in " ".join(editor.status(budget=1e-3).warnings)
+        assert "fell short" in " ".join(status.warnings)
+        with pytest.raises(InputError, match="budget=0"):
+            editor.status(budget=0)
+    without = read_status(tmp_path, budget=5.0)
+    assert (without.edits, without.edits_left, without.spent) == (status.edits, status.edits_left, status.spent)
+    assert all(layer.residual > 0 for layer in without.layers), "as of the last snapshot"
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer).status(budget=5.0)
+    assert opened.layers == status.layers
+
+
+def test_the_line_through_the_objective_says_how_many_edits_are_left():
+    from rlsedit_fast.editing.progress import Point
+    from rlsedit_fast.editing.status import LayerStatus, edits_left
+
+    trace = [Point(n, (2.0 * n,)) for n in (10, 20, 30, 50)]
+    layer = LayerStatus(0, 100.0, 0.5, None, 0.1, None, None)
+    assert edits_left(trace, 0, layer, 0.2) == 150  # J may grow from 100 to 400, by 2 an edit
+    assert edits_left(trace, 0, layer, 0.1) == 0
+    assert edits_left(trace[:1], 0, layer, 0.2) is None
+    assert edits_left([Point(10, (9.0,)), Point(20, (8.0,))], 0, layer, 0.2) is None
+
+
+def test_drift_is_told_with_what_to_do_about_it(tiny, tokenizer, monkeypatch):
+    from rlsedit_fast.rls import monitor
+
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"))
+    editor.anchor(ANCHORS)
+    editor.edit(make_edits(6))
+    assert not [w for w in editor.status().warnings if "drifted" in w]
+    with torch.no_grad():
+        editor._layers.states[0]._base.mul_(1.01)
+    (warning,) = [w for w in editor.status().warnings if "drifted" in w]
+    assert warning.startswith("layer 0: C has drifted")
+    assert "consolidate" in warning
+    editor.consolidate()
+    assert not [w for w in editor.status().warnings if "drifted" in w]
+    assert monitor.LIMITS[torch.float32] > editor.status().layers[0].residual

@@ -1,0 +1,51 @@
+"""Killed at any moment, an editor goes on from its store as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_hundred_random_kills_lose_nothing_that_was_acknowledged(tmp_path):
+    """After every kill the state is an undisturbed run's, bit for bit, at what was acknowledged or one change later."""
+    result = run(HERE / "victim.py", tmp_path / "store", 1, 205, 300)
+    assert result["killed"] >= 200
+    assert result["killed_in_opening"] > 5
+    assert result["there_though_not_acknowledged"] > 5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(2, 7))
+def test_a_thousand_kills(tmp_path, seed):
+    result = run(HERE / "victim.py", tmp_path / "store", seed, 205, 300)
+    assert result["killed"] >= 200
+
+
+def test_ended_at_any_line_a_change_is_wholly_there_or_wholly_absent(tmp_path):
+    result = run(HERE / "lines.py", tmp_path, 10)
+    assert result["ended"] >= 40
+    assert result["absent"] > 5
+    assert result["there"] > 5
+
+
+@pytest.mark.soak
+def test_ended_at_every_line(tmp_path):
+    result = run(HERE / "lines.py", tmp_path, 0)
+    assert result["ended"] > 300

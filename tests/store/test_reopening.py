@@ -1,0 +1,218 @@
+"""An editor that is opened again is the one that was closed, bit for bit, and goes on as if nothing had been."""
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.errors import InputError, RequestError, StoreError
+from rlsedit_fast.store import Store
+
+from .conftest import ANCHORS, assert_same, assert_same_weights, make_edits, tiny_config, weights
+
+
+def at_work(editor: rf.Editor, part: int) -> None:
+    """A stream with all that there is: protection before and after, undo, replacement, several batches."""
+    if part == 0:
+        editor.anchor(ANCHORS)
+        editor.protect(["Lado speaks Kubeish ."] * 2, weight=3.0)
+        editor.edit(make_edits(9))
+    elif part == 1:
+        editor.undo([2, 5])
+        editor.protect(["Veta plays the organ ."])
+        editor.edit(make_edits(5, start=9))
+    elif part == 2:
+        editor.replace(4, target="mason")
+        editor.undo(editor._ledger.active[3])
+    else:
+        editor.edit(make_edits(3, start=30))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"values": "gradient"}),
+        (torch.float16, {"keys": "fp16"}),
+        (torch.float32, {"share": "memit"}),
+        (torch.bfloat16, {"share": "memit", "keys": "fp16", "values": "gradient"}),
+    ],
+    ids=str,
+)
+def test_an_editor_opened_again_is_the_one_that_was_closed(tiny, tokenizer, tmp_path, dtype, changes):
+    config = tiny_config(**changes)
+    whole = rf.Editor(tiny(dtype), tokenizer, config=config)
+    for part in range(4):
+        at_work(whole, part)
+        editor = rf.Editor(tiny(dtype), tokenizer, config=config, store=tmp_path / "store")
+        at_work(editor, part)
+        editor.close()
+        assert_same(editor, whole)
+    opened = rf.Editor.open(tmp_path / "store", tiny(dtype), tokenizer)
+    assert_same(opened, whole)
+    assert opened.config == config
+    assert [r.time for r in opened.history()] == [r.time for r in editor.history()]
+
+
+def test_edits_of_one_subject_are_taken_up_with_their_partners(tiny, tokenizer, tmp_path):
+    config = tiny_config(fact_token="subject_last")
+    edits = [rf.Edit(prompt, "Toze Lado", target) for prompt, target in zip(("{} is", "{} has"), "ab", strict=True)]
+    editors = [rf.Editor(tiny(), tokenizer, config=config, store=store) for store in (None, tmp_path)]
+    for editor in editors:
+        editor.edit([*make_edits(3), edits[0]])
+        editor.edit([edits[1]])
+    editors[1].close()
+    editors[1] = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert [r.joint_with for r in editors[1].history()] == [(), (), (), (5,), (4,)]
+    for editor in editors:
+        editor.edit([rf.Edit("{} is", "Toze Lado", "mason")])
+        editor.undo([5])
+    assert_same(*editors)
+    assert [r.state for r in editors[1].history()][3:] == ["replaced", "undone", "active"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"keys": "fp16"}, {"keys": None}, {"values": "gradient"}], ids=str)
+def test_a_snapshot_saves_the_replay_and_changes_nothing(tiny, tokenizer, tmp_path, monkeypatch, changes):
+    from rlsedit_fast.editing.layers import EditedLayers
+    from rlsedit_fast.store import directory
+
+    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 2)
+    config = tiny_config(**changes)
+    whole = rf.Editor(tiny(), tokenizer, config=config)
+    editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path)
+    for one in (whole, editor):
+        one.anchor(ANCHORS)
+        one.protect(["Lado speaks Kubeish ."])
+        one.edit(make_edits(7))
+        if config.keys is not None:
+            one.undo([1, 7])
+        one.protect(["Veta plays the organ ."])
+        one.edit(make_edits(3, start=7))
+    editor.close()
+    snapshots = sorted((tmp_path / "snapshots").iterdir())
+    assert len(snapshots) == directory.SNAPSHOTS_KEPT
+    replayed: list[int] = []
+    real = EditedLayers.transaction
+    monkeypatch.setattr(EditedLayers, "transaction", lambda self: replayed.append(1) or real(self))
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert len(replayed) <= 2
+    if config.keys is not None:
+        assert_same(opened, whole)
+    assert_same_weights(opened.model, whole.model)
+    for one in (opened, whole):
+        one.edit(make_edits(4, start=40))
+    assert_same_weights(opened.model, whole.model)
+    assert torch.equal(opened._layers.states[0].saved().base, whole._layers.states[0].saved().base)
+
+
+def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokenizer, tmp_path, monkeypatch):
+    from rlsedit_fast.store import directory
+
+    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 2)
+    config = tiny_config(keys=None, fact_token="subject_last")
+    with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
+        editor.edit(make_edits(20))
+        before = weights(editor.model)
+        assert len(list((tmp_path / "changes").iterdir())) <= 1 + 2 * directory.REPLAYED_AT_MOST
+        for refused in (
+            lambda: editor.undo(3),
+            lambda: editor.replace(3, target="mason"),
+            lambda: editor.edit(make_edits(1)),
+            lambda: editor.edit([rf.Edit("{} sees", make_edits(1)[0].subject, "mason")]),
+        ):
+            with pytest.raises(RequestError, match=r"not kept \(keys=None\)"):
+                refused()
+        assert all(torch.equal(value, editor.model.state_dict()[name]) for name, value in before.items())
+        editor.edit(make_edits(2, start=20))
+    (tmp_path / "snapshots").joinpath(max(p.name for p in (tmp_path / "snapshots").iterdir())).write_bytes(b"x")
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert_same_weights(opened.model, editor.model)
+    opened.close()
+    for path in (tmp_path / "snapshots").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(StoreError, match="keys=None"):
+        rf.Editor.open(tmp_path, tiny(), tokenizer)
+
+
+def test_halves_are_half_and_taking_back_is_as_exact(tiny, tokenizer, tmp_path):
+    sizes, errors = [], []
+    for keys in ("full", "fp16"):
+        config = tiny_config(keys=keys, lam=0.5, values="gradient", batch_size=20)
+        editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path / keys)
+        editor.edit(make_edits(12))
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / keys / "changes").iterdir()))
+        start = [state.original for state in editor._layers.states]
+        editor.undo(list(range(1, 12)))
+        kept = editor._ledger.told([12])[0]
+        for layer, (state, weight) in enumerate(zip(editor._layers.states, start, strict=True)):
+            fresh = rf.RLSState(weight, state.prior)
+            fresh.update(kept.keys[layer][None], kept.values[layer][None], torch.tensor([kept.weight]))
+            errors.append(float((state.weight - fresh.weight).norm() / weight.norm()))
+    assert sizes[1] < 0.75 * sizes[0]  # headers and names weigh much beside 24 + 16 numbers
+    # A removal may lose half the digits where an edit was held firmly, and loses no more with halves.
+    assert max(errors) < 1e-4
+
+
+def test_calibration_and_what_was_set_are_taken_up(tiny, tokenizer, tmp_path):
+    config = tiny_config(context_samples=2)
+    with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
+        editor.anchor(ANCHORS)
+        priors = editor.calibrate(make_edits(6))
+    opened = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path)
+    assert opened.config == editor.config
+    assert opened.config.context_prefixes != config.context_prefixes
+    assert [(p.lam, p.mu) for p in opened.priors] == [(p.lam, p.mu) for p in priors]
+    assert all(torch.equal(a.anchor_moment, b.anchor_moment) for a, b in zip(opened.priors, priors, strict=True))
+    opened.edit(make_edits(2))
+    editor = rf.Editor(tiny(), tokenizer, config=config)
+    editor.anchor(ANCHORS)
+    editor.calibrate(make_edits(6))
+    editor.edit(make_edits(2))
+    assert_same(opened, editor)
+
+
+def test_settings_of_a_store_hold_and_others_may_change(tiny, tokenizer, tmp_path):
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
+        editor.edit(make_edits(2))
+    for changes, message in [
+        ({"delay": 9}, "delay=9, the store's is 8"),
+        ({"layers": (1,)}, "layers"),
+        ({"lam": 1.0}, "lam"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            rf.Editor(tiny(), tokenizer, config=tiny_config(**changes), store=tmp_path)
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
+        assert editor.config.batch_size == 3
+    assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search_steps == 2
+
+
+def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
+    from rlsedit_fast.editing import editor as editor_module
+    from rlsedit_fast.errors import UpdateError
+
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path)
+
+    def fails(*_args, **_options):
+        raise UpdateError("made to fail")
+
+    monkeypatch.setattr(editor_module, "search_within_memory", fails)
+    with pytest.raises(UpdateError):
+        editor.edit(make_edits(2))
+    monkeypatch.undo()
+    editor.anchor(ANCHORS)  # the priors are open again
+    editor.edit(make_edits(2))
+    editor.close()
+    with Store(tmp_path, write=False) as store:
+        assert [entry.kind for entry in store.entries] == ["start", "tell"]
+
+
+def test_from_pretrained_takes_a_store(tiny, tokenizer, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    store = tmp_path / "a" / "store"
+    with rf.Editor.from_pretrained(tmp_path / "model", config=tiny_config(), store=store) as editor:
+        editor.edit(make_edits(3))
+    again = rf.Editor.from_pretrained(tmp_path / "model", store=str(store))
+    assert_same(again, editor)
+    with pytest.raises(StoreError, match="is no store"):
+        rf.Editor.open(tmp_path / "none", tiny(), tokenizer)
+    assert not (tmp_path / "none").exists()
