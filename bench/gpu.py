@@ -1,12 +1,15 @@
 """Times every operation on a CUDA device, on each backend that runs it; `reference` is torch's own kernels.
 
 CUDA events round a row of calls, the backends in turn, medians of the rows; the memory touched is larger than the
-last cache for the default widths.
+last cache for the default widths. Beside the milliseconds stands the floor, what moving the operation's bytes once
+takes at the rate of a large copy on this device, as a share of the time. Many rows are bound by arithmetic instead
+(from n of 32 or 64 on, and `moment_`), and single small layers by the time a launch takes, which a graph does without.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -19,18 +22,76 @@ from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import dispatch
 
 CALLS = 10  # in a row between two events
+D_V = 4096
+TOKENS = 4096  # rows of `moment_`
+COPIED = 1 << 30  # bytes, for the rate of a copy
 
 
-def operands(op: str, d: int, n: int) -> tuple[object, ...]:
-    """Arguments of d_k = d, d_v = 4096 and n edits (or pending rows) that bear being used again and again."""
-    base = torch.eye(d, device="cuda") + 1e-3
-    keys, innovation = (torch.randn(n, width, device="cuda") for width in (d, 4096))
-    pending, signs, noise = 1e-4 * keys, torch.ones(n, device="cuda"), torch.ones(n, device="cuda")
+def operands(op: str, d: int, n: int, layers: int) -> tuple[object, ...]:
+    """Arguments of d_k = d, d_v = `D_V` and n edits (or pending rows) that bear being used again and again."""
+    base = (torch.eye(d, device="cuda") + 1e-3).repeat(layers, 1, 1)
+    keys, innovation = (torch.randn(layers, n, width, device="cuda") for width in (d, D_V))
+    pending, signs = 1e-4 * keys, torch.ones(layers, n, device="cuda")
+
+    def weight() -> torch.Tensor:
+        return torch.randn(layers, D_V, d, device="cuda")
+
     return {
-        "panel": lambda: (base, keys, pending[:0], signs[:0]),
-        "factor": lambda: (keys @ base, keys, innovation, noise, 1),
+        "panel": lambda: (base, keys, pending[:, :0], signs[:, :0]),
+        "factor": lambda: (keys @ base, keys, innovation, signs, 1),
         "downdate_": lambda: (base, pending, signs),
+        "correct_": lambda: (weight(), 1e-4 * innovation, keys, 1),
+        "correct_split_": lambda: (*ops.split(weight()), 1e-4 * innovation, keys, 1),
+        "moment_": lambda: (base, 1e-4 * torch.randn(layers, TOKENS, d, device="cuda", dtype=torch.bfloat16)),
     }[op]()
+
+
+def least_bytes(op: str, d: int, n: int, layers: int) -> int:
+    """What has to move: operands read once, results written once, and only half of C or M read where that will do."""
+    return (
+        layers
+        * {
+            "panel": 4 * d * d + 8 * n * d,
+            "panel by the triangle": 2 * d * d + 8 * n * d,
+            "factor": 4 * n * (3 * d + 2 * D_V),
+            "downdate_": 6 * d * d + 4 * n * d,
+            "correct_": 8 * D_V * d + 4 * n * (D_V + d),
+            "correct_split_": 8 * D_V * d + 4 * n * (D_V + d),
+            "moment_": 6 * d * d + 2 * TOKENS * d,
+        }[op]
+    )
+
+
+def copy_rate() -> float:
+    """Bytes read and written per millisecond by a large copy, the best of some."""
+    source = torch.randn(COPIED // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPIED / min(milliseconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """The call as a graph's replay; it has run before, so nothing is left to compile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
+    """The ways to run the operation by name: each backend, and of Triton's what its launcher offers beside it."""
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
+    backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, tensors) is None]
+    ways = {name: lambda name=name: getattr(ops, op)(*given, backend=name) for name in backends}
+    if "triton" not in ways:
+        return ways
+    ways["triton"]()
+    ways["triton graph"] = in_a_graph(ways["triton"])
+    if op == "panel":
+        from rlsedit_fast.kernels import panel
+
+        if tensors[1].shape[1] <= panel.TRIANGLE_MOST:
+            ways["triton triangle"] = lambda: panel.panel(*tensors, variant="triangle")
+    return ways
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -44,38 +105,50 @@ def milliseconds(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / CALLS
 
 
-def measure(op: str, d: int, n: int, repeats: int) -> dict[str, object]:
-    """Median milliseconds by backend."""
-    given = operands(op, d, n)
-    backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, given[:1]) is None]
-    times: dict[str, list[float]] = {name: [] for name in backends}
+def measure(op: str, d: int, n: int, layers: int, repeats: int, rate: float) -> dict[str, object]:
+    """Median milliseconds by backend, the floor in bytes, and its share of them at `rate` bytes a millisecond."""
+    ways = runs(op, operands(op, d, n, layers))
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 2):
-        for name in backends:
-            time = milliseconds(lambda name=name: getattr(ops, op)(*given, backend=name))
+        for name, run in ways.items():
+            time = milliseconds(run)
             if repeat >= 2:  # the first rows compile and warm up
                 times[name].append(time)
-    return {"op": op, "d": d, "n": n, "ms": {name: round(statistics.median(row), 4) for name, row in times.items()}}
+    medians = {name: statistics.median(row) for name, row in times.items()}
+    least = {
+        name: least_bytes("panel by the triangle" if name == "triton triangle" else op, d, n, layers) for name in ways
+    }
+    return {
+        **{"op": op, "d": d, "n": TOKENS if op == "moment_" else n, "layers": layers},
+        "ms": {name: round(time, 4) for name, time in medians.items()},
+        "least_bytes": least,
+        "share_of_floor": {name: round(least[name] / rate / time, 3) for name, time in medians.items()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--d", type=int, nargs="+", default=[4096, 14336])
     parser.add_argument("--n", type=int, nargs="+", default=[1, 16, 64, 100])
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "torch sees no CUDA device\n")
-    print(f"{'op':<10} {'d':>6} {'n':>4}  milliseconds")
+    rate = copy_rate()
+    print(f"a copy moves {rate / 1e9:.2f} TB/s")
+    print(f"{'op':<14} {'d':>6} {'n':>4} {'layers':>6}  milliseconds (share of the floor)")
     results = []
-    for op in ("panel", "factor", "downdate_"):
-        for d in options.d:
-            for n in options.n:
-                row = measure(op, d, n, options.repeats)
-                results.append(row)
-                print(f"{op:<10} {d:6} {n:4}  " + "  ".join(f"{k} {v:.3f}" for k, v in row["ms"].items()), flush=True)
+    for op, d, layers in itertools.product(dispatch.OPERATIONS, options.d, options.layers):
+        for n in options.n if op != "moment_" else [TOKENS]:
+            row = measure(op, d, n, layers, options.repeats, rate)
+            results.append(row)
+            found = "  ".join(f"{k} {v:.3f} ({row['share_of_floor'][k]:.0%})" for k, v in row["ms"].items())
+            print(f"{op:<14} {d:6} {n:4} {layers:6}  {found}", flush=True)
     if options.json:
-        record = {"what": "operations on a GPU", "repeats": options.repeats, **context(), "results": results}
+        about = {"what": "operations on a GPU", "repeats": options.repeats, "copy_bytes_per_ms": round(rate)}
+        record = {**about, **context(), "results": results}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -7,6 +7,9 @@ not pick them. `factor` is not written: its Cholesky factorisation spills regist
 `rlsedit_fast.kernels.precision`. Launches go to torch's current stream of the tensors' device and wait for nothing; the
 only allocations are results, a workspace for `panel` and copies of small operands whose rows are not contiguous. After
 a first call with the same sizes, which compiles, a call can be captured in a CUDA graph.
+
+The configurations are meant for widths that 16 divides, as models have them. With others all is right but slow: loads
+are narrow, and large tiles spill registers.
 """
 
 from __future__ import annotations
