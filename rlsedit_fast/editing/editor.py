@@ -32,7 +32,7 @@ from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
 from rlsedit_fast.editing.values import Values, search_within_memory
 from rlsedit_fast.editing.written import describe, settings_of
 from rlsedit_fast.errors import (
@@ -182,7 +182,7 @@ class Editor:
         self._recorder = Recorder(store, self.config, self._projections)
         about = store.about
         if config is not None and about["config"] != (now := asdict(self.config)):
-            store.describe(about | {"config": now})
+            self._recorder.describe(about | {"config": now})
         with quiet(self.model):
             self._layers = recover(store, self.config, self._site, self._projections, self._ledger, self._progress)
         self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
@@ -567,10 +567,13 @@ class Editor:
             ending.after.append(partial(progress.reached, Point(len(active), objective)))
         if self._recorder is None:
             return 0
-        freed = self._recorder.store.compact()
         before = sum(self._recorder.store.sizes().values())
-        self._recorder.snapshot(self._layers, self._progress)
-        return freed + before - sum(self._recorder.store.sizes().values())
+        try:
+            self._recorder.store.compact()
+            self._recorder.snapshot(self._layers, self._progress)
+        except StoreError as error:
+            logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
+        return before - sum(self._recorder.store.sizes().values())
 
     def status(self, *, budget: float = DEFAULT_BUDGET) -> Status:
         """How the stream of edits is doing, and what to do about it; reads each layer's C once.
@@ -602,7 +605,7 @@ class Editor:
             self._progress.trace,
             layers,
             batches=self._progress.batches,
-            adherence=None if self.config.lam is not None and self.config.mu is not None else self.config.adherence,
+            adherence=adherence_asked(self.config, anchored=any(prior.mu for prior in self.priors)),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
         )
