@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -122,6 +123,11 @@ def drawn_values(_site: Any, requests: Any, _config: Any, _groups: Any, at_once:
     return Values(torch.randn(count, D_V), torch.zeros(count, D_V), *torch.zeros(2, count), done, done), at_once
 
 
+def copied(source: str, target: str) -> None:
+    """Files of tensors are never written again, so that a second name is a copy."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
     """A stream of drawn keys and values, and its store opened at the worst moment."""
     held = editing.request_keys, layers.request_keys, editing.search_within_memory
@@ -140,7 +146,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
             if at + batch_size >= 0.9 * len(edits) and store.last - (newest.seq if newest else 0) >= most:
                 most = store.last - (newest.seq if newest else 0)
                 shutil.rmtree(worst, ignore_errors=True)
-                shutil.copytree(place / "store", worst)
+                shutil.copytree(place / "store", worst, copy_function=copied)
         making = time.perf_counter() - began
         sizes, per_edit = editor.status().sizes, bytes_per_edit(editor, len(edits))
         editor.close()

@@ -22,6 +22,7 @@ from rlsedit_fast.cli.stores import describe
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.editor import PILOT
 from rlsedit_fast.errors import InputError, RLSEditError
+from rlsedit_fast.store import Store
 
 HELP = "edit facts from a file into a model"
 
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
     facts = read_facts(options)
-    if options.dry_run:
+    if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
     with setup.make_editor(options) as editor:
         return _run(editor, facts, protected, options)

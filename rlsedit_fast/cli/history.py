@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.cli.stores import add_store, describe
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.models.tokens import fill
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'took':>4}  {'rank':>4}  {'NLL':>5}  edit"]
     lines += [
         f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realised:4.2f}  {r.rank:>4}  "
-        f"{r.nll:5.2f}  {fill(r.prompt, r.subject)[0]} -> {r.target}"
+        f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
         for r in records
     ]
     emit([describe(record) for record in records], lines, options.json)

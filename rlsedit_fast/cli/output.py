@@ -36,6 +36,11 @@ def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], t
     print("\n".join(lines))
 
 
+def plain(text: str) -> str:
+    """A text as it may go to a terminal: what would move the cursor or turn the writing round is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(*lines: str) -> None:
     """Remarks for the person at the terminal."""
     for line in lines:

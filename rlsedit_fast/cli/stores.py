@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsedit_fast.cli import setup
+from rlsedit_fast.cli.output import plain
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import fill
@@ -77,7 +78,7 @@ def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:
 def answer_lines(records: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> list[str]:
     """The model's answers before and after, a line an edit."""
     lines = [
-        f"{record.id:>6}  {fill(record.prompt, record.subject)[0]}  {was!r} -> {now!r}"
+        f"{record.id:>6}  {plain(fill(record.prompt, record.subject)[0])}  {was!r} -> {now!r}"
         for record, was, now in zip(records, before, after, strict=True)
     ]
     rest = len(lines) - SHOWN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.editing import memory
+from rlsedit_fast.editing.batches import batches_of, unrelated
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
 from rlsedit_fast.editing.gradient import gradient_values
 from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.layers import EditedLayers, Told
-from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.ledger import Ledger, Written
 from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
@@ -32,7 +32,7 @@ from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
 from rlsedit_fast.editing.values import Values, search_within_memory
 from rlsedit_fast.editing.written import describe, settings_of
 from rlsedit_fast.errors import (
@@ -78,15 +78,6 @@ class LayerDeviation:
     weight: float
     weight_bound: float
     anchor_bound: float
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What was written of a batch, by place in it."""
-
-    told: dict[int, Told]  # the rows of those that were written
-    said: list[dict[str, Any]]  # of each, in the fields of its record
-    groups: list[list[int]]  # those that share a value
 
 
 @dataclass(frozen=True)
@@ -191,7 +182,7 @@ class Editor:
         self._recorder = Recorder(store, self.config, self._projections)
         about = store.about
         if config is not None and about["config"] != (now := asdict(self.config)):
-            store.describe(about | {"config": now})
+            self._recorder.describe(about | {"config": now})
         with quiet(self.model):
             self._layers = recover(store, self.config, self._site, self._projections, self._ledger, self._progress)
         self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
@@ -576,10 +567,13 @@ class Editor:
             ending.after.append(partial(progress.reached, Point(len(active), objective)))
         if self._recorder is None:
             return 0
-        freed = self._recorder.store.compact()
         before = sum(self._recorder.store.sizes().values())
-        self._recorder.snapshot(self._layers, self._progress)
-        return freed + before - sum(self._recorder.store.sizes().values())
+        try:
+            self._recorder.store.compact()
+            self._recorder.snapshot(self._layers, self._progress)
+        except StoreError as error:
+            logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
+        return before - sum(self._recorder.store.sizes().values())
 
     def status(self, *, budget: float = DEFAULT_BUDGET) -> Status:
         """How the stream of edits is doing, and what to do about it; reads each layer's C once.
@@ -611,7 +605,7 @@ class Editor:
             self._progress.trace,
             layers,
             batches=self._progress.batches,
-            adherence=None if self.config.lam is not None and self.config.mu is not None else self.config.adherence,
+            adherence=adherence_asked(self.config, anchored=any(prior.mu for prior in self.priors)),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
         )
@@ -747,23 +741,10 @@ class Editor:
             for action in ending.after:
                 action()
 
-    def _batches_of(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """Batches in order; one ends early before a request that asks what another one in it asks."""
-        batch: list[Request] = []
-        asked: set[str] = set()
-        for request in requests:
-            repeats = self.config.same_subject == "joint" and request.asks in asked
-            if repeats or len(batch) == self.config.batch_size:
-                yield batch
-                batch, asked = [], set()
-            batch.append(request)
-            asked.add(request.asks)
-        yield batch
-
     def _searched_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
         """Batches in order, with their values where these are found for several at once."""
         window: list[list[Request]] = []
-        for batch in self._batches_of(requests):
+        for batch in batches_of(requests, self.config.batch_size, apart=self.config.same_subject == "joint"):
             held = sum(map(len, window))
             if window and held + len(batch) > (self.config.search_ahead or 0):
                 yield from self._with_values(window)
@@ -773,7 +754,7 @@ class Editor:
 
     def _with_values(self, batches: Sequence[list[Request]]) -> Iterator[tuple[list[Request], Values | None]]:
         """A batch that bears upon active edits or on another of the batches has its values found when it comes."""
-        alone = range(len(batches)) if self.config.same_subject == "separate" else self._unrelated(batches)
+        alone = range(len(batches)) if self.config.same_subject == "separate" else unrelated(batches, self._ledger)
         found: dict[int, Values] = {}
         if len(batches) > 1 and len(alone) > 1:
             values = self._searched([request for at in alone for request in batches[at]])
@@ -783,17 +764,6 @@ class Editor:
                 first += len(batches[at])
         for at, batch in enumerate(batches):
             yield batch, found.get(at)
-
-    def _unrelated(self, batches: Sequence[Sequence[Request]]) -> list[int]:
-        """Which batches share no subject and no question with an active edit or with another one of them."""
-        met = Counter(mark for batch in batches for mark in {m for r in batch for m in (r.about, r.asks) if m})
-        return [
-            at
-            for at, batch in enumerate(batches)
-            if not self._ledger.asking(batch)
-            and not self._ledger.about(batch)
-            and all(met[mark] == 1 for request in batch for mark in (request.about, request.asks) if mark)
-        ]
 
     def _edit_batch(
         self, requests: Sequence[Request], *, replaced: Sequence[int] = (), found: Values | None = None
@@ -844,7 +814,7 @@ class Editor:
         """
         assert self._layers is not None
         everything = [*requests, *self._ledger.requests(again)]
-        written = _Written({}, [], [])
+        written = Written({}, [], [])
         stay: list[int] = []
         rebuilt: tuple[bool, ...] = ()
         before, scale = self._progress, self._progress.scale
@@ -859,7 +829,17 @@ class Editor:
                     if stay := [i for i in gone if self._ledger.asked(i) in asked]:
                         self._layers.update(self._ledger.told(stay))
                     written = self._write(everything, values, short, since_then=found is not None)
-                telling = self._telling(requests, gone, outcome, again, stay, rebuilt, written)
+                telling = self._ledger.telling(
+                    requests,
+                    written,
+                    again=again,
+                    time=self._progress.now() if requests else self._progress.time,
+                    batch=self._progress.batches + 1,
+                    gone=tuple(gone),
+                    outcome=outcome,
+                    stay=tuple(stay),
+                    rebuilt=rebuilt,
+                )
                 progress = replace(
                     self._progress,
                     batches=self._progress.batches + bool(requests),
@@ -886,55 +866,6 @@ class Editor:
         if self._recorder:
             self._recorder.snapshot_if_due(self._layers, self._progress)
         return self._ledger.get([record.id for record in telling.records])
-
-    def _telling(
-        self,
-        requests: Sequence[Request],
-        gone: Sequence[int],
-        outcome: EditState,
-        again: Sequence[int],
-        stay: Sequence[int],
-        rebuilt: tuple[bool, ...],
-        written: _Written,
-    ) -> Telling:
-        """What was done, with the records of `requests` and the new ones of `again`."""
-        first = len(self._ledger) + 1
-        ids = [*range(first, first + len(requests)), *again]
-        partners = {
-            at: tuple(sorted(ids[other] for other in group if other != at)) for group in written.groups for at in group
-        }
-        now = self._progress.now() if requests else self._progress.time
-        records = [
-            EditRecord(
-                id=ids[at],
-                time=now,
-                prompt=request.edit.prompt,
-                subject=request.edit.subject,
-                target=request.edit.target,
-                weight=request.edit.weight,
-                state="active" if at in written.told else "skipped",
-                batch=self._progress.batches + 1,
-                name=request.edit.name,
-                joint_with=partners.get(at, ()),
-                **written.said[at],
-            )
-            for at, request in enumerate(requests)
-        ]
-        retold = [
-            replace(record, joint_with=partners[at], **written.said[at])
-            for at, record in enumerate(self._ledger.get(again), start=len(requests))
-        ]
-        return Telling(
-            gone=tuple(gone),
-            outcome=outcome,
-            again=tuple(again),
-            stay=tuple(stay),
-            rebuilt=rebuilt,
-            edits=tuple(request.edit for request in requests),
-            records=tuple(records),
-            retold=tuple(retold),
-            told={ids[at]: rows for at, rows in written.told.items()},
-        )
 
     def _search(self, requests: Sequence[Request], new: int, found: Values | None) -> tuple[Values, set[int]]:
         """The values of a batch, and which of its first `new` requests are to be left out since they fell short.
@@ -995,7 +926,7 @@ class Editor:
 
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool
-    ) -> _Written:
+    ) -> Written:
         """Writes a batch into the layers, but for the requests at the places `short`.
 
         Args:
@@ -1021,7 +952,7 @@ class Editor:
         names = ("converged", "nll", "rank", "steps", "realised")
         said = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
         groups = self._groups([requests[at] for at in chosen])
-        return _Written(told, said, [[chosen[at] for at in group] for group in groups])
+        return Written(told, said, [[chosen[at] for at in group] for group in groups])
 
     def _groups(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of requests that share a value."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
@@ -40,6 +41,21 @@ class Telling:
     records: tuple[EditRecord, ...] = ()
     retold: tuple[EditRecord, ...] = ()
     told: Mapping[int, Told] | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of a batch, by place in it.
+
+    Attributes:
+        told: the rows of those that were written.
+        said: of each, in the fields of its record.
+        groups: those that share a value.
+    """
+
+    told: Mapping[int, Told]
+    said: Sequence[Mapping[str, Any]]
+    groups: Sequence[Sequence[int]]
 
 
 class Ledger:
@@ -159,6 +175,60 @@ class Ledger:
     def get(self, ids: Sequence[int]) -> list[EditRecord]:
         """The records of these edits."""
         return [self._records[i - 1] for i in ids]
+
+    def telling(
+        self,
+        requests: Sequence[Request],
+        written: Written,
+        *,
+        again: Sequence[int],
+        time: datetime,
+        batch: int,
+        **taken_out: Any,
+    ) -> Telling:
+        """What was done, with the records that come of it; nothing is entered yet.
+
+        Args:
+            requests: the new edits.
+            written: what was written of these and then of `again`.
+            again: ids of active edits that were told anew.
+            time: of the new records.
+            batch: number of the new edits' batch.
+            **taken_out: the fields of `Telling` that say what was taken out.
+        """
+        first = len(self) + 1
+        ids = [*range(first, first + len(requests)), *again]
+        partners = {
+            at: tuple(sorted(ids[other] for other in group if other != at)) for group in written.groups for at in group
+        }
+        records = [
+            EditRecord(
+                id=ids[at],
+                time=time,
+                prompt=request.edit.prompt,
+                subject=request.edit.subject,
+                target=request.edit.target,
+                weight=request.edit.weight,
+                state="active" if at in written.told else "skipped",
+                batch=batch,
+                name=request.edit.name,
+                joint_with=partners.get(at, ()),
+                **written.said[at],
+            )
+            for at, request in enumerate(requests)
+        ]
+        retold = [
+            replace(record, joint_with=partners[at], **written.said[at])
+            for at, record in enumerate(self.get(again), start=len(requests))
+        ]
+        return Telling(
+            again=tuple(again),
+            edits=tuple(request.edit for request in requests),
+            records=tuple(records),
+            retold=tuple(retold),
+            told={ids[at]: rows for at, rows in written.told.items()},
+            **taken_out,
+        )
 
     def enter(self, telling: Telling) -> None:
         """Enters what a transaction did."""

@@ -37,6 +37,11 @@ class Recorder:
         self.store = store
         self._config, self._projections = config, projections
         self._start: Change | None = None
+        self._about: dict[str, Any] | None = None
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """The store is to say this of itself, from the next change on."""
+        self._about = about
 
     def begin(
         self, priors: Sequence[Prior], protected: Sequence[Sequence[Told]], norms: Sequence[Mapping[str, Any]]
@@ -130,13 +135,15 @@ class Recorder:
         """Writes a snapshot."""
         about, tensors = [], dict[str, Tensor]()
         for at, state in enumerate(layers.states):
-            saved = state.saved()
+            saved, health = state.saved(), state.monitor()
+            if health.needs_refresh:
+                logger.warning("%s: %s `consolidate` does that", state.name, health.advice)
             about.append(
                 {
                     "floor": saved.floor,
                     "objective": saved.objective,
                     "edits": saved.edits,
-                    "monitor": asdict(state.monitor()),
+                    "monitor": asdict(health),
                     "deviation": state.deviation(),
                 }
             )
@@ -146,6 +153,9 @@ class Recorder:
         self.store.snapshot({"layers": about}, tensors, drop_changes=self._config.keys is None)
 
     def _prepare(self, changes: list[Change]) -> None:
+        if self._about is not None:
+            self.store.describe(self._about)
+            self._about = None
         self.store.prepare([self._start, *changes] if self._start else changes)
 
 

@@ -16,7 +16,7 @@ from rlsedit_fast.editing.layers import EditedLayers, Told
 from rlsedit_fast.editing.ledger import Ledger, Telling
 from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
 from rlsedit_fast.editing.written import (
     FIXED,
     PROTECT,
@@ -101,13 +101,13 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
                     advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
                 )
             )
-        config = settings_of(about)
+        anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
         return assess(
             ledger.records,
             progress.trace,
             layers,
             batches=progress.batches,
-            adherence=None if config.lam is not None and config.mu is not None else config.adherence,
+            adherence=adherence_asked(settings_of(about), anchored=anchored),
             budget=budget,
             sizes=store.sizes(),
         )

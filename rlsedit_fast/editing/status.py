@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import EditRecord
 from rlsedit_fast.editing.progress import Point
 from rlsedit_fast.errors import InputError
@@ -183,6 +184,12 @@ def assess(
     )
     status.warnings.extend(_warnings(status))
     return status
+
+
+def adherence_asked(config: EditConfig, *, anchored: bool) -> float | None:
+    """The adherence, where it decided how firmly is held, and no number given in its place did."""
+    decided = config.mu if anchored else config.lam
+    return config.adherence if decided is None else None
 
 
 def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> int | None:

@@ -308,20 +308,21 @@ class Store:
             (self.directory / _HEAD).write_text(f"{text} {zlib.crc32(text.encode()):08x}\n")
 
     def _check_head(self) -> None:
-        path = self.directory / _HEAD
+        """Refuses a journal that has lost its end: SQLite itself takes a damaged log for a shorter one."""
+        path, noted = self.directory / _HEAD, 0
         try:
             text, found = path.read_text().split()
             if f"{zlib.crc32(text.encode()):08x}" != found:
                 raise ValueError("its checksum is another")
             noted = int(text)
         except FileNotFoundError:
-            return
+            pass
         except (OSError, ValueError) as error:
             if path.stat().st_size:  # a power cut may leave it empty
                 logger.warning(
                     "%s is damaged (%s): whether the journal has lost its end cannot be told by it", path, error
                 )
-            return
+        noted = max([noted, *(entry.seq for entry in self._journal.snapshots())])
         if noted > self.last:
             raise StoreError(
                 f"the journal {str(self.directory / _JOURNAL)!r} is damaged: it ends with change {self.last}, and "

@@ -152,6 +152,32 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(base, one_edit, desk
     assert history(capsys) == before
 
 
+def test_a_dry_run_says_what_is_left_to_do_and_writes_nothing(base, one_edit, desk, capsys):
+    shutil.copytree(one_edit, desk / "edits")
+    first = {"prompt": "{} lives in", "subject": PEOPLE[0].name, "target": "Port Alder"}
+    (desk / "facts.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(lines_of(1, 2)[0]) + "\n")
+    files = {path: path.read_bytes() for path in (desk / "edits").rglob("*") if path.is_file() and path.name != "lock"}
+    command = ["edit", "--model", str(base), "--edits", "facts.jsonl", "--batch-size", "7", "--dry-run", "--json"]
+    assert main([*command, "--store", "edits"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["edits"], report["in_store_already"]) == (1, ["facts.jsonl:1"])
+    assert {path: path.read_bytes() for path in files} == files
+    assert main([*command, "--store", "new"]) == 0
+    assert not (desk / "new").exists()
+
+
+def test_what_would_move_the_cursor_is_escaped(desk, capsys):
+    model, tokenizer = load_demo_model()
+    config = rf.EditConfig(layers=(0,), context_prefixes=("",), values="gradient", lam=1.0)
+    with rf.Editor(model, tokenizer, config=config, store="edits") as editor:
+        editor.edit([rf.Edit("{} lives\x1b[2J in\u202e", PEOPLE[0].name, "Port\nAlder")])
+    capsys.readouterr()
+    assert main(["history", "--store", "edits"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{PEOPLE[0].name} lives\\x1b[2J in\\u202e -> Port\\nAlder" in shown
+    assert len(shown.splitlines()) == 2
+
+
 def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, capsys):
     shutil.copytree(one_edit, desk / "edits")
     model, tokenizer = load_demo_model()

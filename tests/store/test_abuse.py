@@ -193,6 +193,25 @@ def test_a_snapshot_that_finds_no_room_is_told_and_the_batch_is_made(tiny, token
     assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
 
 
+def test_a_consolidation_without_room_to_shrink_is_done_and_told(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(6))
+    editor.undo(2)
+    real = Journal.compact
+
+    def compact(*arguments):
+        with no_file_beyond(100):
+            real(*arguments)
+
+    monkeypatch.setattr(Journal, "compact", compact)
+    editor.consolidate()
+    assert "it was not made smaller" in caplog.text
+    monkeypatch.undo()
+    editor.edit(make_edits(2, start=6))
+    editor.close()
+    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+
+
 def test_a_read_only_folder_is_read_and_not_opened(tiny, tokenizer, tmp_path, used):
     place, editor = used
     with mounted(tmp_path / "disk", "4m"):

@@ -193,7 +193,12 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
         one.edit(make_edits(3, start=30))
         one.undo([5, 16])
     assert_same(opened, one)
+    opened.undo(opened._ledger.active)
+    opened.consolidate()
     opened.close()
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert [state.edits for state in opened._layers.states] == [len(opened._layers.protected)] * 2
+    assert {record.state for record in opened.history()} == {"undone"}
     with pytest.raises(InputError, match="nothing has been edited"):
         rf.Editor(tiny(), tokenizer, config=config).consolidate()
 
@@ -239,6 +244,15 @@ def test_the_line_through_the_objective_says_how_many_edits_are_left():
     assert edits_left(trace, 0, layer, 0.1) == 0
     assert edits_left(trace[:1], 0, layer, 0.2) is None
     assert edits_left([Point(10, (9.0,)), Point(20, (8.0,))], 0, layer, 0.2) is None
+
+
+def test_an_adherence_that_decided_nothing_is_not_told():
+    from rlsedit_fast.editing.status import adherence_asked
+
+    assert adherence_asked(rf.EditConfig(adherence=0.9), anchored=True) == 0.9
+    assert adherence_asked(rf.EditConfig(lam=1.0, adherence=0.9), anchored=True) == 0.9
+    assert adherence_asked(rf.EditConfig(mu=1.0), anchored=True) is None
+    assert adherence_asked(rf.EditConfig(lam=1.0), anchored=False) is None
 
 
 def test_drift_is_told_with_what_to_do_about_it(tiny, tokenizer, monkeypatch):

@@ -39,7 +39,7 @@ def test_a_thousand_kills(tmp_path, seed):
 
 
 def test_ended_at_any_line_a_change_is_wholly_there_or_wholly_absent(tmp_path):
-    result = run(HERE / "lines.py", tmp_path, 10)
+    result = run(HERE / "lines.py", tmp_path, 8)
     assert result["ended"] >= 40
     assert result["absent"] > 5
     assert result["there"] > 5

@@ -1,0 +1,31 @@
+"""Halves of rows say what was rounded to them, exactly, at every scale."""
+
+import pytest
+import torch
+
+from rlsedit_fast.editing.rounding import packed, rounded, unpacked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 3e38, 1e-38])
+def test_rows_are_rounded_once_and_by_little(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 40, generator=generator, dtype=dtype) * torch.logspace(-3, 0, 50, dtype=dtype)[:, None]
+    rows = rows / rows.abs().max() * scale
+    once = rounded(rows)
+    assert once.dtype == dtype
+    largest = rows.abs().amax(1, keepdim=True)
+    bound = torch.maximum(rows.abs().double() * 2.0**-11, largest.double() * 2.0**-29)
+    assert bool(((once.double() - rows.double()).abs() <= bound).all())
+    assert torch.equal(rounded(once), once)
+    halves, exponents = packed(rows)
+    assert (halves.dtype, exponents.dtype) == (torch.float16, torch.int16)
+    assert torch.equal(unpacked(halves, exponents, dtype), once)
+
+
+def test_rows_of_zeros_stay_and_what_is_not_finite_stays_not_finite():
+    rows = torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 1.0]])
+    once = rounded(rows)
+    assert torch.equal(once[0], rows[0])
+    assert not bool(once[1].isfinite().all())
+    assert not bool(once[2].isfinite().all())
