@@ -32,7 +32,7 @@ def factor(
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the mirror of the upper one."""
+    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the upper one's mirror."""
     if pending.shape[1]:
         cuda_launch.run(cuda_plan.downdate(base, pending.contiguous(), signs.contiguous()), base.device)
 

@@ -79,7 +79,7 @@ def factor_workspace(layers: int, n: int, d_k: int) -> tuple[tuple[int, ...], tu
 
 
 def factor_shared(size: int) -> int:
-    """Bytes of shared memory for the factor of up to `PANEL_EDITS` edits: a word, the diagonal's inverses, the factor."""
+    """Bytes of shared memory for a panel of `size` edits: a word, the inverses of the diagonal, the factor."""
     padded = blocks(size, CHUNK) * CHUNK
     return FLOAT * (4 + padded + padded * (padded + 4))
 

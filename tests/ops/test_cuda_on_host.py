@@ -2,7 +2,7 @@
 
 Indices, ragged tails, strides of layers and barriers are what this can show; what it cannot is how fast, and whether
 the compiler for the device does the same. Operands lie in NaN, so an access beside them shows in a result or beside it,
-and outputs and workspaces start as NaN. Everything runs forwards and backwards (blocks and threads), with the same bits.
+and outputs and workspaces start as NaN. Blocks and threads run forwards and backwards, with the same bits.
 
 As a script it runs the cases on the library that it is given, for the sanitizers.
 """
@@ -284,29 +284,55 @@ def test_the_backend_by_its_public_operations(on_host, layers):
     assert torch.equal(state[0], before)
 
 
-def test_the_emulation_itself_sees_a_barrier_that_not_all_reach_and_shared_memory_overrun(tmp_path):
-    source = """
+MISTAKES = """
 #include "cuda_on_host.hpp"
 #include "common.cuh"
-int main(int count, char**) {
+int main(int, char** names) {
+    const char which = names[1][0];
     cuda_on_host::launch([=] {
         RLSEDIT_SHARED(shared);
-        if (count > 1) shared[threadIdx.x] = 1.0f;
-        else if (threadIdx.x) __syncthreads();
+        const unsigned x = threadIdx.x;
+        if (which == 'b' && x) __syncthreads();
+        if (which == 'o') shared[x] = 1.0f;
+        if (which == 'r') {
+            shared[x / 8] = 1.0f;
+            if (x % 8 == 0) shared[(x / 8 + 1) % 4] += 1.0f;
+        }
     }, {1, 1, 1}, 32, 16, false);
+    puts("nothing noticed");
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told", "flags"),
+    [
+        ("barrier that some pass by", "a barrier that not all threads reach", ()),
+        ("overrun", "a write behind the shared memory", ()),
+        ("race", "ThreadSanitizer: data race", ("-fsanitize=thread",)),
+    ],
+)
+def test_the_emulation_sees_a_planted_mistake(mistake, told, flags, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
-    (tmp_path / "bad.cpp").write_text(source)
-    program = tmp_path / "bad"
-    subprocess.run(
-        ["g++", "-std=c++17", "-I", ROOT / "csrc/cuda", "-I", HERE, tmp_path / "bad.cpp", "-o", program], check=True
-    )
-    for arguments, told in (((), "a barrier that not all threads reach"), (("x",), "behind the shared memory")):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        assert done.returncode != 0
-        assert told in done.stderr
+    (tmp_path / "mistakes.cpp").write_text(MISTAKES)
+    program = tmp_path / "mistakes"
+    command = [
+        "g++",
+        "-std=c++17",
+        *flags,
+        "-I",
+        ROOT / "csrc/cuda",
+        "-I",
+        HERE,
+        tmp_path / "mistakes.cpp",
+        "-o",
+        program,
+    ]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program, mistake], capture_output=True, text=True)
+    assert done.returncode != 0, done.stdout
+    assert told in done.stderr
 
 
 SANITIZERS = {
@@ -324,7 +350,11 @@ def test_the_kernels_under_a_sanitizer(sanitizer, tmp_path):
     preload = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
     environment = {**os.environ, **options, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, __file__, library], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, __file__, library],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.strip().endswith("passed")
