@@ -47,7 +47,8 @@ def milliseconds(run: Callable[[], object]) -> float:
 def measure(op: str, d: int, n: int, repeats: int) -> dict[str, object]:
     """Median milliseconds by backend."""
     given = operands(op, d, n)
-    backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, given[:1]) is None]
+    tensors = [operand for operand in given if isinstance(operand, torch.Tensor)]
+    backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, tensors) is None]
     times: dict[str, list[float]] = {name: [] for name in backends}
     for repeat in range(repeats + 2):
         for name in backends:

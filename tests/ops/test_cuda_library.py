@@ -21,7 +21,7 @@ from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan
 from rlsedit_fast.ops.cuda_plan import Launch
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"gram", "sigma", "factor", "update", "downdate"}
+KERNELS = {"panel4", "panel8", "panel_sum", "gram", "sigma", "factor", "update", "downdate"}
 SHARED_LIMIT = 99 << 10  # bytes of a block on the devices that have least (sm_86, sm_89) of those that PTX reaches
 
 
@@ -188,6 +188,19 @@ def test_a_factor_is_a_handful_of_launches_that_fit_every_device(n, count, layer
         assert 1 <= launch.grid[0] < 2**31
         assert launch.shared <= SHARED_LIMIT
         assert launch.threads % 32 == 0
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 8])
+@pytest.mark.parametrize("d", [1, 4096, 28672])
+def test_a_panel_is_two_launches_that_fit_every_device(n, d):
+    base, keys = torch.empty(3, d, d, device="meta"), torch.empty(3, n, d, device="meta")
+    workspace = tuple(torch.empty(shape, device="meta") for shape in cuda_plan.panel_workspace(3, n, d))
+    launches = cuda_plan.panel(base, keys, torch.empty_like(keys), workspace)
+    assert [launch.kernel for launch in launches] == ["panel4" if n <= 4 else "panel8", "panel_sum"]
+    assert all(launch.shared <= SHARED_LIMIT for launch in launches)
+    assert all(1 <= size <= 65535 for launch in launches for size in launch.grid)
+    triangle_bytes, kept = 3 * d * d * 2, sum(4 * part.numel() for part in workspace)
+    assert d < 4096 or kept <= 0.2 * triangle_bytes
 
 
 def test_grids_of_the_largest_batch_fit():

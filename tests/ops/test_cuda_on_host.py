@@ -54,6 +54,19 @@ DOWNDATE_SHAPES = [
 ]
 
 
+# layers, n, d, extra columns of a row of C; 128 rows are a strip, 64 columns a tile, 8 tiles a chunk.
+PANEL_SHAPES = [
+    (1, 1, 1, 0),
+    (2, 3, 17, 0),
+    (1, 4, 64, 4),
+    (3, 2, 65, 0),
+    (1, 5, 128, 1),
+    (2, 8, 131, 0),
+    (1, 7, 260, 0),
+    (1, 1, 700, 0),
+]
+
+
 class Guarded:
     """Tensors with NaN (or its like) before and behind them."""
 
@@ -169,6 +182,21 @@ def check_downdate(library, shape, offset=0):
     return got.clone()
 
 
+def check_panel(library, shape, offset=0):
+    layers, n, d, extra = shape
+    base, keys, _ = downdates(layers, d, n)
+    guarded = Guarded()
+    upper = torch.where(torch.ones(d, d).triu().bool(), base, float("nan"))  # the lower triangle is not to be read
+    held = guarded(torch.nn.functional.pad(upper, (0, extra), value=float("nan")), offset)[..., :d]
+    projected = guarded.empty(layers, n, d)
+    workspace = tuple(guarded.empty(*shape) for shape in cuda_plan.panel_workspace(layers, n, d))
+    run(library, cuda_plan.panel(held, guarded(keys, offset), projected, workspace))
+    guarded.check()
+    off = (projected.double() - keys.double() @ base.double()).abs()
+    assert (off <= bound(d + 4, keys.double().abs() @ base.double().abs())).all()
+    return projected.clone()
+
+
 def build(folder, *flags):
     """The kernels as a library for the host."""
     compiler = shutil.which("g++")
@@ -254,6 +282,15 @@ def test_downdate_of_operands_off_16_bytes(library):
     check_downdate(library, (1, 132, 5, 0), offset=3)
 
 
+@pytest.mark.parametrize("shape", PANEL_SHAPES, ids=str)
+def test_panel(both_ways, shape):
+    both_ways(check_panel, shape)
+
+
+def test_panel_of_operands_off_16_bytes(library):
+    check_panel(library, (1, 3, 132, 0), offset=1)
+
+
 @pytest.fixture
 def on_host(library, monkeypatch):
     """The backend on the CPU, by way of the host's library."""
@@ -275,6 +312,10 @@ def test_the_backend_by_its_public_operations(on_host, layers):
     expected = factor(cuda_launch.launcher(), projected, keys, innovation, noise, 1)
     for got, whole in zip((u, a, lower, info), expected, strict=True):
         assert torch.equal(got, whole if layers else whole[0])
+    keys = given[1][..., :5, :]
+    got = ops.panel(state[0], keys, *state[1:], backend="cuda")
+    truth = ops.panel(state[0].double(), keys.double(), *(t.double() for t in state[1:]), backend="reference")
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-4)
     truth = state[0].double()
     ops.downdate_(truth, *(t.double() for t in state[1:]), backend="reference")
     ops.downdate_(state[0], *state[1:], backend="cuda")
@@ -370,8 +411,8 @@ def test_a_launch_that_does_not_fit_is_refused_in_words(library):
 
 if __name__ == "__main__":
     host = cuda_launch.Library(Path(sys.argv[1]))
-    for case in ((2, 3, 17, 5), (1, 70, 36, 9), (1, 140, 12, 5)):
+    for case in ((2, 3, 17, 5), (1, 130, 5, 3)):
         check_factor(host, case, 1)
-    for case in ((2, 5, 3, 0), (1, 132, 9, 1)):
-        check_downdate(host, case)
+    check_downdate(host, (1, 132, 9, 1))
+    check_panel(host, (1, 3, 200, 1))
     print("passed")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlsedit_fast import ops
-from rlsedit_fast.ops import cpu, dispatch, reference
+from rlsedit_fast.ops import cpu, cuda, dispatch, reference
 
 U = 2.0**-24
 WIDTHS = (1, 3, 17, 64, 100, 257)
@@ -76,6 +76,8 @@ def test_panel(backend, device, d):
     for n in EDITS:
         for r in PENDING:
             given = [t.to(device) for t in operands(d, n, r)]
+            if dispatch.why_not(backend, "panel", given):
+                continue  # the cuda backend's is for few edits
             check_panel(ops.panel(*given, backend=backend), *given)
 
 
@@ -277,13 +279,12 @@ def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tok
 def test_a_step_is_captured_in_a_cuda_graph(backend, device, n):
     """panel, factor, correct_ and downdate_, replayed on other contents, do what they do one by one."""
     needs(backend, "downdate_")
-    cuda = dispatch.load("cuda")
 
     def named(op):
         """Who runs it: the backend, for what it does not implement `cuda`, else torch's own kernels."""
-        if op in dispatch.load(backend).OPS:
+        if op in dispatch.load(backend).OPS and (op, backend, n <= cuda.MOST_PANEL_EDITS) != ("panel", "cuda", False):
             return backend
-        return "cuda" if op in cuda.OPS and not cuda.missing() else "reference"
+        return "cuda" if op == "factor" and not cuda.missing() else "reference"
 
     def contents(seed):
         generator = torch.Generator().manual_seed(seed)
