@@ -34,6 +34,7 @@ CUDA_LIBRARY = "librlsedit_cuda.so"
 CUDA_TARGETS = ("80", "90a", "100")
 PTX_TARGET = "80"  # compiled at load time on every newer device that CUDA_TARGETS leaves out
 LOG_TAIL = 1500  # characters of a failed build's log that are worth showing
+FOLDERS = {"rlsedit_fast.kernels": "kernels/triton", "rlsedit_fast.cuda_sources": "csrc/cuda"}
 
 
 class CannotBuild(Exception):
@@ -161,9 +162,9 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["rlsedit_fast", "rlsedit_fast.*"]), "rlsedit_fast.kernels"],
+    packages=[*find_packages(include=["rlsedit_fast", "rlsedit_fast.*"]), *FOLDERS],
     # The folder `kernels/` itself is no package: transformers imports another package of that name.
-    package_dir={"rlsedit_fast.kernels": "kernels/triton"},
+    package_dir=FOLDERS,
     ext_modules=[Extension("rlsedit_fast.ops._cpu", sources=[])],  # makes the wheel a platform's
     cmdclass={"build_ext": BuildNative},
 )

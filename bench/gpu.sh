@@ -19,6 +19,15 @@ part() { # part NAME COMMAND...
 part build "$python" -m pip install --no-build-isolation --no-deps -e .
 part doctor "$python" -m rlsedit_fast --json "$out/doctor.json"
 part tests "$python" -m pytest -q tests -m gpu
+if command -v compute-sanitizer >/dev/null; then
+    # Without torch's cache every tensor is an allocation of its own, and an access beside it shows.
+    for tool in memcheck racecheck initcheck; do
+        part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_cases.py cuda
+    done
+else
+    summary+=("compute-sanitizer is not here: left out")
+fi
 part gpu "$python" bench/gpu.py --json "$out/gpu.json"
 part values "$python" bench/values.py --device cuda --json "$out/values-cuda.json"
 part stream "$python" bench/edit_stream.py --device cuda --model llama-3-8b --search-memory 3000000000 \

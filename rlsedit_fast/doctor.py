@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rlsedit_fast._version import __version__
-from rlsedit_fast.ops import dispatch
+from rlsedit_fast.ops import cuda, dispatch
 
 BUILD_FACTS = Path(__file__).parent / "ops" / "_build.json"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
@@ -68,7 +68,8 @@ def report() -> dict[str, Any]:
 
     Returns:
         `versions` by package (None where it is not installed), `machine`, `backends` (each with `available`,
-        `reason` or None, and `operations`), `backend_wish` (what `RLSEDIT_BACKEND` says, or None) and `build`.
+        `reason` or None, and `operations`), `backend_wish` (what `RLSEDIT_BACKEND` says, or None), `cuda_kernels`
+        (where the kernels of the `cuda` backend come from, or None) and `build`.
     """
     return {
         "versions": {
@@ -86,6 +87,7 @@ def report() -> dict[str, Any]:
         },
         "backends": {name: _backend(name) for name in dispatch.BACKENDS},
         "backend_wish": os.environ.get(dispatch.ENVIRONMENT),
+        "cuda_kernels": cuda.kernels(),
         "build": _build(),
     }
 
@@ -118,6 +120,8 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"  {name:<12}{'yes' if backend['available'] else 'no':<6}{', '.join(backend['operations'])}")
         if backend["reason"]:
             lines.append(f"                    because {backend['reason']}")
+    if facts["cuda_kernels"]:
+        lines.append(f"  the kernels of cuda come from {facts['cuda_kernels']}")
     if facts["backend_wish"]:
         lines.append(f"  {dispatch.ENVIRONMENT}={facts['backend_wish']} asks for one by name")
     lines.append("Build")

@@ -16,6 +16,7 @@ import pytest
 
 import rlsedit_fast
 from rlsedit_fast._version import __version__
+from rlsedit_fast.ops import cuda_launch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc", "kernels", "rlsedit_fast")
@@ -77,6 +78,7 @@ def installed():
 
 def test_an_installation_has_the_kernels_the_version_and_the_command(installed):
     assert importlib.import_module("rlsedit_fast.kernels").__name__ == "rlsedit_fast.kernels"
+    assert "rlsedit_downdate(" in cuda_launch.source()
     assert installed.version == __version__
     assert {entry.name: entry.value for entry in installed.entry_points} == {"rlsedit": "rlsedit_fast.cli:main"}
 
@@ -112,9 +114,10 @@ def test_a_pure_python_wheel_is_whole(source, tmp_path):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "rlsedit_fast").rglob("*.py")}
     expected |= {f"rlsedit_fast/world/model/{path.name}" for path in (ROOT / "rlsedit_fast/world/model").glob("*.*")}
     expected |= {f"rlsedit_fast/kernels/{path.name}" for path in (ROOT / "kernels/triton").glob("*.*")}
+    expected |= {f"rlsedit_fast/cuda_sources/{path.name}" for path in (ROOT / "csrc/cuda").glob("*.cuh")}
     assert expected | {"rlsedit_fast/py.typed"} <= names
     assert any(name.endswith("LICENSE") for name in names)
-    assert not any(name.endswith(".so") or name.startswith(("kernels", "tests")) for name in names)
+    assert not any(name.endswith(".so") or name.startswith(("kernels", "csrc", "tests")) for name in names)
     assert facts["cpu"] == {"built": False, "reason": "left out by RLSEDIT_BUILD_CPU=0"}
 
 

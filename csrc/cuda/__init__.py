@@ -1,1 +1,1 @@
-"""The sources of the CUDA kernels, installed as `rlsedit_fast.cuda_sources` to be compiled where no library was built."""
+"""The CUDA kernels' sources, installed as `rlsedit_fast.cuda_sources` to be compiled where no library was built."""

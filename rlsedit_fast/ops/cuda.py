@@ -1,8 +1,9 @@
 """The `cuda` backend: float32 kernels in CUDA C++ that know no torch, from a library or compiled at run time.
 
 No GPU has run these kernels yet: they are compiled for every target, and run on the host block by block in tests, so
-`auto` does not pick them. `correct_` and `moment_` are products with a light epilogue and no triangle to solve; what
-CUDA C++ would add beside the Triton kernels is not worth a second version.
+`auto` does not pick them. `panel` is for few edits, where matrix units would have nothing to do. `correct_` and
+`moment_` are products with a light epilogue and no triangle to solve; what CUDA C++ would add beside the Triton
+kernels is not worth a second version.
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.ops import cuda_launch, cuda_plan
-from rlsedit_fast.ops.cuda_plan import MOST_EDITS, MOST_LAYERS
+from rlsedit_fast.ops.cuda_plan import MOST_EDITS, MOST_LAYERS, MOST_PANEL_EDITS
+
+
+def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
+    """`reference.panel` in float32 for a batch of layers with 1 to `MOST_PANEL_EDITS` edits in each.
+
+    Of `C_base` the upper triangle is read, once; the pending correction is torch's own products.
+    """
+    keys, projected = keys.contiguous(), torch.empty_like(keys, memory_format=torch.contiguous_format)
+    column_parts, row_parts = (keys.new_empty(shape) for shape in cuda_plan.panel_workspace(*keys.shape))
+    cuda_launch.run(cuda_plan.panel(base, keys, projected, (column_parts, row_parts)), base.device)
+    if pending.shape[1]:
+        projected.baddbmm_((keys @ pending.mT) * signs[:, None], pending, alpha=-1)
+    return projected
 
 
 def factor(
@@ -32,12 +46,12 @@ def factor(
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the mirror of the upper one."""
+    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the upper one's mirror."""
     if pending.shape[1]:
         cuda_launch.run(cuda_plan.downdate(base, pending.contiguous(), signs.contiguous()), base.device)
 
 
-OPS = {"factor": factor, "downdate_": downdate_}
+OPS = {"panel": panel, "factor": factor, "downdate_": downdate_}
 BATCHED = frozenset(OPS)
 
 
@@ -66,6 +80,8 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"it takes 1 to {MOST_LAYERS} layers of 1 edit and 1 column or more, these are {list(held.shape)}"
     if op == "factor" and held.shape[-2] > MOST_EDITS:
         return f"it factors up to {MOST_EDITS} edits at once, these are {held.shape[-2]}"
-    if op == "downdate_" and held.stride(-1) != 1:
+    if op == "panel" and not 1 <= tensors[1].shape[-2] <= MOST_PANEL_EDITS:
+        return f"its panel is for 1 to {MOST_PANEL_EDITS} edits, these are {tensors[1].shape[-2]}"
+    if op in ("panel", "downdate_") and held.stride(-1) != 1:
         return f"base must have contiguous rows, its strides are {held.stride()}"
     return None

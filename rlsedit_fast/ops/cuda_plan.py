@@ -31,9 +31,15 @@ WANTED_BLOCKS = 264  # two for each multiprocessor of a Hopper; fixed, so that e
 LEAST_COLUMNS = 64  # of F and K that are worth a block
 
 # factor.cuh
-PANEL_EDITS = 128
+FACTOR_EDITS = 128
 FACTOR_THREADS = 128
 CHUNK = 32
+
+# panel.cuh
+MOST_PANEL_EDITS = 8
+PANEL_THREADS = 256
+STRIP = 128  # rows of a tile of C
+PANEL_COLUMNS = 8 * 64  # of a block, in tiles of 64
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def factor_workspace(layers: int, n: int, d_k: int) -> tuple[tuple[int, ...], tu
 
 
 def factor_shared(size: int) -> int:
-    """Bytes of shared memory for the factor of up to `PANEL_EDITS` edits: a word, the diagonal's inverses, the factor."""
+    """Bytes of shared memory for a panel of `size` edits: a word, the inverses of the diagonal, the factor."""
     padded = blocks(size, CHUNK) * CHUNK
     return FLOAT * (4 + padded + padded * (padded + 4))
 
@@ -93,7 +99,7 @@ def factor(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     workspace: tuple[Tensor, Tensor],
 ) -> list[Launch]:
-    """`reference.factor` for a batch of layers: three launches, and two more for each further `PANEL_EDITS` edits.
+    """`reference.factor` for a batch of layers: three launches, and two more for each further `FACTOR_EDITS` edits.
 
     Args:
         projected: `F [layers, n, d_k]`; like all operands contiguous and float32.
@@ -127,8 +133,8 @@ def factor(
             (partial, noise, sigma, n, splits, float(sign)),
         ),
     ]
-    for first in range(0, n, PANEL_EDITS):
-        size = min(PANEL_EDITS, n - first)
+    for first in range(0, n, FACTOR_EDITS):
+        size = min(FACTOR_EDITS, n - first)
         rest = n - first - size
         rights = (projected, innovation) if first == 0 else (u, a)
         wide = sum(blocks(width, FACTOR_THREADS) for width in (rest, d_k, d_v))
@@ -153,6 +159,42 @@ def factor(
                 )
             )
     return launches
+
+
+def panel_workspace(layers: int, n: int, d: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the float32 workspaces of `panel`: what each strip gives at its columns, and each chunk at its rows."""
+    rows = 4 if n <= 4 else MOST_PANEL_EDITS
+    return (layers, blocks(d, STRIP), rows, d), (layers, blocks(d, PANEL_COLUMNS), rows, d)
+
+
+def panel(base: Tensor, keys: Tensor, projected: Tensor, workspace: tuple[Tensor, Tensor]) -> list[Launch]:
+    """`K C_base` of up to `MOST_PANEL_EDITS` edits for a batch of layers: two launches.
+
+    Args:
+        base: `[layers, d, d]` with contiguous rows, float32 like all operands; its lower triangle is not read.
+        keys: `K [layers, n, d]`, contiguous.
+        projected: the result, `[layers, n, d]`, contiguous.
+        workspace: tensors of the shapes that `panel_workspace` gives.
+    """
+    layers, n, d = keys.shape
+    rows = workspace[0].shape[2]
+    strips, chunks = blocks(d, STRIP), blocks(d, PANEL_COLUMNS)
+    return [
+        Launch(
+            f"panel{rows}",
+            (chunks, strips, layers),
+            PANEL_THREADS,
+            FLOAT * (STRIP * (64 + 4) + rows * (64 + STRIP)),
+            (base, base.stride(0), base.stride(1), keys, *workspace, n, d),
+        ),
+        Launch(
+            "panel_sum",
+            (blocks(d, WARP), n, layers),
+            PANEL_THREADS,
+            FLOAT * (PANEL_THREADS // WARP) * (WARP + 1),
+            (*workspace, projected, d, rows, strips, chunks),
+        ),
+    ]
 
 
 def downdate(base: Tensor, pending: Tensor, signs: Tensor) -> list[Launch]:

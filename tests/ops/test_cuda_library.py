@@ -1,69 +1,300 @@
-"""The CUDA library without a GPU: it loads, checks its arguments and fails in words."""
+"""The CUDA kernels' launch paths without a GPU: what loads, what is refused, and that every target compiles cleanly."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
+import sys
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from rlsedit_fast import doctor
+from rlsedit_fast import doctor, ops
 from rlsedit_fast.errors import BackendError
-from rlsedit_fast.ops import cuda
+from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan
+from rlsedit_fast.ops.cuda_plan import Launch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {"panel4", "panel8", "panel_sum", "gram", "sigma", "factor", "update", "downdate"}
+SHARED_LIMIT = 99 << 10  # bytes of a block on the devices that have least (sm_86, sm_89) of those that PTX reaches
 
 
 @pytest.fixture
 def library():
-    loaded = cuda.load_library()
-    if isinstance(loaded, str):
+    try:
+        return cuda_launch.Library()
+    except BackendError as error:
         build = doctor.report()["build"]["cuda"]
         if shutil.which("nvcc") and not re.match("left out|no build", build.get("reason", "")):
-            pytest.fail(f"nvcc is here, but {loaded}: {build}")
-        pytest.skip(loaded)
-    return loaded
+            pytest.fail(f"nvcc is here, but {error}: {build}")
+        pytest.skip(str(error))
+
+
+def some_downdate(d=4, r=1, layers=1):
+    base = torch.eye(d).expand(layers, d, d).clone()
+    return base, cuda_plan.downdate(base, torch.ones(layers, r, d), torch.ones(layers, r))
+
+
+def some_factor(layers=1, n=5, d_k=7, d_v=4):
+    def empty(*shape):
+        return torch.empty(shape, device="meta")
+
+    outputs = (empty(layers, n, d_k), empty(layers, n, d_v), empty(layers, n, n), empty(layers))
+    workspace = tuple(empty(*shape) for shape in cuda_plan.factor_workspace(layers, n, d_k))
+    given = (empty(layers, n, d_k), empty(layers, n, d_k), empty(layers, n, d_v), empty(layers, n))
+    return cuda_plan.factor(*given, 1, outputs, workspace)
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "text"),
+    ("change", "text"),
     [
-        ("downdate", (1, 4, 1, 4, 1, 0, 1, 0, None), "d=0, r=1: expected d >= 1"),
-        ("downdate", (1, 3, 1, 4, 1, 4, 1, 0, None), "row strides 3 and 4: expected at least d=4"),
-        ("downdate", (1, 4, None, 4, 1, 4, 1, 0, None), "a pointer is null"),
-        ("factor", (1,) * 8 + (129, 4, 4, 1, 0, None), "n=129, d_k=4, d_v=4: expected n in 1..128"),
-        ("factor", (1,) * 8 + (5, 4, 4, 0, 0, None), "sign=0: expected 1 or -1"),
-        ("factor", (None,) * 8 + (5, 4, 4, 1, 0, None), "a pointer is null"),
+        ({"kernel": "absent"}, "there is no kernel absent"),
+        ({"arguments": (1, 2.0)}, "downdate: arguments are of types qf: expected pqqppqq"),
+        ({"grid": (0, 1, 1)}, "a grid of 0 x 1 x 1 blocks: expected 1 to 2^31 - 1"),
+        ({"grid": (1, 65536, 1)}, "a grid of 1 x 65536 x 1 blocks"),
+        ({"threads": 128}, "128 threads: expected whole warps, 256 to 256 threads"),
+        ({"shared": 1 << 20}, "1048576 bytes of shared memory: expected 0 to 232448"),
     ],
 )
-def test_a_bad_argument_gives_a_status_and_a_text(library, function, arguments, text):
+def test_a_bad_launch_gives_a_status_and_a_text(library, change, text):
+    _, (launch,) = some_downdate()
     with pytest.raises(BackendError, match=re.escape(text)):
-        cuda.call(f"rlsedit_cuda_{function}", *arguments)
-    assert getattr(library, f"rlsedit_cuda_{function}")(*arguments) == 1
+        library.launch(Launch(**{**launch.__dict__, **change}), 0, 0)
+    assert library.functions.rlsedit_cuda_launch(None, b"", None, 1, 1, 1, 32, 0, 0, None) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_launch_without_a_driver_is_an_error_not_a_crash(library):
-    matrix = torch.eye(4)
+    base, launches = some_downdate()
     with pytest.raises(BackendError, match=r"downdate: choosing the device: .*cuda"):
-        cuda.call(
-            "rlsedit_cuda_downdate",
-            *(matrix.data_ptr(), 4, matrix.data_ptr(), 4, matrix.data_ptr(), 4, 1, 0, None),
-        )
-    assert torch.equal(matrix, torch.eye(4))
+        library.launch(launches[0], 0, 0)
+    assert torch.equal(base[0], torch.eye(4))
     assert cuda.missing() == "there is no CUDA device (torch.cuda.is_available() is false)"
 
 
 def test_the_library_exports_its_interface_and_nothing_else(library):
     if not shutil.which("nm"):
         pytest.skip("needs nm")
-    listed = subprocess.run(["nm", "-D", "--defined-only", cuda.LIBRARY], capture_output=True, text=True, check=True)
+    command = ["nm", "-D", "--defined-only", cuda_launch.LIBRARY]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     exported = {line.split()[-1] for line in listed.stdout.splitlines() if " T " in line}
-    assert exported == {"rlsedit_cuda_last_error", *cuda._SIGNATURES}
+    assert exported == {"rlsedit_cuda_last_error", "rlsedit_cuda_launch"}
 
 
 def test_a_library_that_is_lost_or_damaged_is_told(tmp_path):
-    assert "was not built" in cuda.load_library(tmp_path / "absent.so")
+    with pytest.raises(BackendError, match="was not built"):
+        cuda_launch.Library(tmp_path / "absent.so")
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"not a library")
-    assert "cannot be loaded" in cuda.load_library(damaged)
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        cuda_launch.Library(damaged)
+
+
+@pytest.fixture
+def no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_launch.Library.__init__, "__defaults__", (tmp_path / "absent.so",))
+    cuda_launch.launcher.cache_clear()
+    yield
+    cuda_launch.launcher.cache_clear()
+
+
+def test_without_library_and_cupy_both_reasons_are_told(no_library, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert re.fullmatch("its library was not built.*; CuPy cannot be imported.*pip install.*", cuda.missing())
+    assert doctor.report()["cuda_kernels"] is None
+    assert doctor.report()["backends"]["cuda"]["reason"] == cuda.missing()
+    with pytest.raises(BackendError, match="CuPy cannot be imported"):
+        ops.downdate_(torch.eye(3), torch.ones(1, 3), torch.ones(1), backend="cuda")
+
+
+class CupyOfRecord:
+    """Stands in for CuPy and remembers what it was asked for."""
+
+    class Kernel:
+        max_dynamic_shared_size_bytes = 48 << 10
+
+        def __init__(self, owner, name):
+            self.owner, self.name = owner, name
+
+        def __call__(self, grid, block, arguments, *, shared_mem):
+            assert shared_mem <= self.max_dynamic_shared_size_bytes
+            self.owner.calls.append((self.name, grid, block, arguments, shared_mem, tuple(self.owner.current)))
+
+    def __init__(self):
+        self.calls, self.current = [], []
+        self.cuda = types.SimpleNamespace(Device=self.scope("device"), ExternalStream=self.scope("stream"))
+
+    def scope(self, kind):
+        outer = self
+
+        class Scope:
+            def __init__(self, *arguments):
+                self.entry = (kind, *arguments)
+
+            def __enter__(self):
+                outer.current.append(self.entry)
+
+            def __exit__(self, *_):
+                outer.current.remove(self.entry)
+
+        return Scope
+
+    def RawModule(self, *, code, options, backend):
+        assert backend == "nvrtc"
+
+        def get_function(name):
+            if f"{name}(" not in code:
+                raise ValueError(f"no {name}")
+            return self.Kernel(self, name)
+
+        return types.SimpleNamespace(get_function=get_function)
+
+
+def test_without_a_library_cupy_launches_the_same_on_torchs_stream(no_library, monkeypatch):
+    cupy = CupyOfRecord()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cuda_launch, "_where", lambda device: (3, 77))
+    assert cuda.kernels() == "its sources, compiled at run time through CuPy"
+    base, (launch,) = some_downdate(d=130, r=2, layers=2)
+    cuda_launch.run([launch], base.device)
+    ((name, grid, block, arguments, shared, scopes),) = cupy.calls
+    assert (name, grid, block, shared) == ("rlsedit_downdate", (3, 2, 1), (256, 1, 1), launch.shared)
+    assert scopes == (("device", 3), ("stream", 77, 3))
+    assert [type(argument) for argument in arguments] == [np.uint64, *[np.int64] * 2, *[np.uint64] * 2, *[np.int64] * 2]
+    assert arguments[0] == base.data_ptr()
+    assert list(map(int, arguments[-2:])) == [130, 2]
+
+    whole = Launch("factor", (1, 1, 1), 128, cuda_plan.factor_shared(128), (1.0,))
+    cuda_launch.run([whole], base.device)
+    assert isinstance(cupy.calls[-1][3][0], np.float32)
+    with pytest.raises(BackendError, match="absent: CuPy cannot compile or launch it: no rlsedit_absent"):
+        cuda_launch.run([Launch("absent", (1, 1, 1), 32, 0, ())], base.device)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize(("n", "count"), [(1, 3), (128, 3), (129, 5), (2048, 33)])
+def test_a_factor_is_a_handful_of_launches_that_fit_every_device(n, count, layers):
+    launches = some_factor(layers, n, 14336, 4096)
+    assert len(launches) == count
+    assert {launch.kernel for launch in launches} <= KERNELS
+    for launch in launches:
+        assert all(1 <= size <= 65535 for size in launch.grid[1:])
+        assert 1 <= launch.grid[0] < 2**31
+        assert launch.shared <= SHARED_LIMIT
+        assert launch.threads % 32 == 0
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 8])
+@pytest.mark.parametrize("d", [1, 4096, 28672])
+def test_a_panel_is_two_launches_that_fit_every_device(n, d):
+    base, keys = torch.empty(3, d, d, device="meta"), torch.empty(3, n, d, device="meta")
+    workspace = tuple(torch.empty(shape, device="meta") for shape in cuda_plan.panel_workspace(3, n, d))
+    launches = cuda_plan.panel(base, keys, torch.empty_like(keys), workspace)
+    assert [launch.kernel for launch in launches] == ["panel4" if n <= 4 else "panel8", "panel_sum"]
+    assert all(launch.shared <= SHARED_LIMIT for launch in launches)
+    assert all(1 <= size <= 65535 for launch in launches for size in launch.grid)
+    triangle_bytes, kept = 3 * d * d * 2, sum(4 * part.numel() for part in workspace)
+    assert d < 4096 or kept <= 0.2 * triangle_bytes
+
+
+def test_grids_of_the_largest_batch_fit():
+    for launch in (*some_factor(1, cuda_plan.MOST_EDITS, 28672, 8192), *some_factor(cuda_plan.MOST_LAYERS, 1, 1, 1)):
+        assert all(1 <= size <= 65535 for size in launch.grid[1:])
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 100, 128, 500, 2048])
+@pytest.mark.parametrize("d", [1, 15, 64, 4096, 14336])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_the_parts_of_sig_cover_every_column_once(layers, n, d):
+    splits, columns = cuda_plan.gram_splits(layers, n, d)
+    assert (splits - 1) * columns < d <= splits * columns
+    assert columns % cuda_plan.GRAM_DEPTH == 0
+    tiles = cuda_plan.triangle(cuda_plan.blocks(n, cuda_plan.GRAM_TILE))
+    assert splits == 1 or splits * tiles * layers <= cuda_plan.WANTED_BLOCKS
+
+
+# Compile gates.
+
+
+def check_resources(text, targets):
+    """In the lines of ptxas -v: no spills and no stack, and registers that leave room for two blocks of a product."""
+    entries = re.findall(
+        r"Compiling entry function 'rlsedit_(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        text,
+        re.DOTALL,
+    )
+    assert {(kernel, target) for kernel, target, *_ in entries} == {(k, t) for k in KERNELS for t in targets}
+    for kernel, target, stack, stores, loads, registers in entries:
+        assert (stack, stores, loads) == ("0", "0", "0"), (kernel, target)
+        threads = {"sigma": 1024, "factor": 128}.get(kernel, 256)
+        assert int(registers) <= min(255, 65536 // threads), (kernel, target)
+        if kernel in ("update", "downdate"):
+            assert int(registers) <= 128, (kernel, target)
+
+
+@pytest.mark.slow
+def test_every_target_compiles_without_warnings_spills_and_stack(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [target for target in ("sm_80", "sm_90a", "sm_100") if target.rstrip("a") in known]
+    assert targets
+    codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
+    done = subprocess.run(
+        [
+            *(nvcc, "-c", "-O3", "-std=c++17", "-Xptxas=-v", "--Werror=all-warnings", *codes),
+            *("-gencode=arch=compute_80,code=compute_80", "-Xcompiler=-fPIC,-Wall,-Werror"),
+            *("-I", ROOT / "csrc/include", ROOT / "csrc/cuda/launch.cu", "-o", tmp_path / "launch.o"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    check_resources(done.stdout, targets)
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    """NVRTC, from its wheel or from the system."""
+    found = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in (found.submodule_search_locations if found else None) or ()]
+    libraries = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.1[0-9]"))]
+    for builtins in (path for place in places for path in place.glob("*/lib/libnvrtc-builtins.so.1*")):
+        ctypes.CDLL(str(builtins))  # NVRTC looks it up by name, and finds it once it is loaded
+    for name in (*libraries, "libnvrtc.so.13", "libnvrtc.so.12"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "compute_90"])
+def test_nvrtc_compiles_the_installed_sources(nvrtc, target):
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    code = cuda_launch.source().encode()
+    assert b"#include" not in code
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"rlsedit.cu", 0, None, None) == 0
+    options = [option.encode() for option in (*cuda_launch.COMPILER_OPTIONS, f"-arch={target}")]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    assert not log.value.strip()
+    kind = "CUBIN" if target.startswith("sm") else "PTX"
+    assert getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)) == 0
+    made = ctypes.create_string_buffer(size.value)
+    assert getattr(nvrtc, f"nvrtcGet{kind}")(program, made) == 0
+    assert all(f"rlsedit_{kernel}".encode() in made.raw for kernel in KERNELS)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

@@ -57,13 +57,15 @@ inline unsigned current;
 inline std::function<void()> body;
 inline float* shared;
 inline std::vector<float> exchanged[2];  // by thread, what a shuffle reads
-inline char block_barrier, warp_barriers[64];
+inline char block_barrier, warp_barriers[64], end_of_kernel;
 
 #if defined(__SANITIZE_THREAD__)
+#define CUDA_ON_HOST_OWN __attribute__((no_sanitize("thread")))  // the emulation itself is not looked at
 inline void* scheduler_tsan;
 inline void release(void* what) { __tsan_release(what); }
 inline void acquire(void* what) { __tsan_acquire(what); }
 #else
+#define CUDA_ON_HOST_OWN
 inline void release(void*) {}
 inline void acquire(void*) {}
 #endif
@@ -75,7 +77,7 @@ inline void acquire(void*) {}
 
 inline float* shared_memory() { return shared; }
 
-inline void give_way() {
+CUDA_ON_HOST_OWN inline void give_way() {
     const unsigned self = current;
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
@@ -83,13 +85,17 @@ inline void give_way() {
     swapcontext(&fibers[self].context, &scheduler);
 }
 
-inline void run_body() {
+CUDA_ON_HOST_OWN inline void run_body() {
+    char* const stack = fibers[current].stack.get();
+    acquire(stack);  // who used this stack before has ended
     body();
+    release(stack);
+    release(&end_of_kernel);
     fibers[current].state = Fiber::done;
     give_way();
 }
 
-inline void resume(unsigned thread) {
+CUDA_ON_HOST_OWN inline void resume(unsigned thread) {
     current = thread;
     threadIdx = {thread, 0, 0};
 #if defined(__SANITIZE_THREAD__)
@@ -98,7 +104,7 @@ inline void resume(unsigned thread) {
     swapcontext(&scheduler, &fibers[thread].context);
 }
 
-inline void wait(decltype(Fiber::state) state, char* barrier) {
+CUDA_ON_HOST_OWN inline void wait(decltype(Fiber::state) state, char* barrier) {
     release(barrier);
     fibers[current].state = state;
     give_way();
@@ -106,14 +112,14 @@ inline void wait(decltype(Fiber::state) state, char* barrier) {
 }
 
 // Lets everybody of threads begin..end go on who waits in `state`, if all of them do.
-inline bool open(decltype(Fiber::state) state, unsigned begin, unsigned end) {
+CUDA_ON_HOST_OWN inline bool open(decltype(Fiber::state) state, unsigned begin, unsigned end) {
     for (unsigned thread = begin; thread < end; ++thread)
         if (fibers[thread].state != state) return false;
     for (unsigned thread = begin; thread < end; ++thread) fibers[thread].state = Fiber::ready;
     return true;
 }
 
-inline void prepare(Fiber& fiber) {
+CUDA_ON_HOST_OWN inline void prepare(Fiber& fiber) {
     fiber.state = Fiber::ready;
     fiber.turn = 0;
     getcontext(&fiber.context);
@@ -126,7 +132,7 @@ inline void prepare(Fiber& fiber) {
 #endif
 }
 
-inline void run_block(unsigned threads, bool backwards) {
+CUDA_ON_HOST_OWN inline void run_block(unsigned threads, bool backwards) {
     for (unsigned thread = 0; thread < threads; ++thread) prepare(fibers[thread]);
     for (bool all_done = false; !all_done;) {
         bool moved = false;
@@ -146,8 +152,8 @@ inline void run_block(unsigned threads, bool backwards) {
 }
 
 // Runs `kernel` on the whole grid. `backwards` turns the order of blocks and of threads round.
-inline void launch(std::function<void()> kernel, const uint3& grid, unsigned threads, size_t shared_bytes,
-                   bool backwards) {
+CUDA_ON_HOST_OWN inline void launch(std::function<void()> kernel, const uint3& grid, unsigned threads,
+                                    size_t shared_bytes, bool backwards) {
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     for (auto& buffer : exchanged) buffer.assign(threads, 0.0f);
     body = std::move(kernel);
@@ -156,28 +162,30 @@ inline void launch(std::function<void()> kernel, const uint3& grid, unsigned thr
 #if defined(__SANITIZE_THREAD__)
     scheduler_tsan = __tsan_get_current_fiber();
 #endif
-    const size_t blocks = size_t{grid.x} * grid.y * grid.z, floats = shared_bytes / sizeof(float);
+    const size_t blocks = size_t{grid.x} * grid.y * grid.z;
+    const size_t floats = (shared_bytes + 15) / 16 * 4;
+    // Fresh memory for every block, kept to the end: what two blocks do to it then counts as two things.
+    std::vector<std::unique_ptr<float[], decltype(&free)>> kept;
     for (size_t step = 0; step < blocks; ++step) {
         const size_t block = backwards ? blocks - 1 - step : step;
         blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
                     static_cast<unsigned>(block / grid.x / grid.y)};
-        // Fresh memory for every block: the sanitizers take what two blocks do to it for two things.
-        std::unique_ptr<float[], decltype(&free)> memory(
-            static_cast<float*>(aligned_alloc(16, (floats + guard) * sizeof(float))), &free);
-        shared = memory.get();
+        kept.emplace_back(static_cast<float*>(aligned_alloc(16, (floats + guard) * sizeof(float))), &free);
+        shared = kept.back().get();
         for (size_t at = 0; at < floats; ++at) shared[at] = std::numeric_limits<float>::quiet_NaN();
         memset(shared + floats, 0x5a, guard * sizeof(float));
         run_block(threads, backwards);
         for (size_t at = 0; at < guard * sizeof(float); ++at)
             if (reinterpret_cast<char*>(shared + floats)[at] != 0x5a) stop("a write behind the shared memory");
     }
+    acquire(&end_of_kernel);
 }
 
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Fiber::at_block_barrier, &cuda_on_host::block_barrier); }
 
-inline float __shfl_sync(unsigned mask, float value, int lane) {
+CUDA_ON_HOST_OWN inline float __shfl_sync(unsigned mask, float value, int lane) {
     using namespace cuda_on_host;
     if (mask != 0xffffffffu) stop("a shuffle of part of a warp");
     const unsigned self = current;
