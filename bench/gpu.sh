@@ -29,6 +29,8 @@ else
     summary+=("compute-sanitizer is not here: left out")
 fi
 part gpu "$python" bench/gpu.py --json "$out/gpu.json"
+part step "$python" bench/step.py --device cuda --d 14336 --json "$out/step-cuda.json" --no-solves
+part solves "$python" bench/step.py --device cuda --d 14336 --n 16 100 --rounds 2 --json "$out/step-solves-cuda.json"
 part values "$python" bench/values.py --device cuda --json "$out/values-cuda.json"
 part stream "$python" bench/edit_stream.py --device cuda --model llama-3-8b --search-memory 3000000000 \
     --json "$out/edit-stream-cuda.json"
