@@ -7,8 +7,8 @@ them does not matter to what an edit costs.
     python bench/edit_stream.py --model llama-3-8b --device cuda --json FILE
 
 Every batch's seconds are divided into `values` (the search), `keys` (the passes that read them), `solve` (panel,
-factor, flush), `write` (the correction of the weights), `store` (none is kept yet, so 0) and `other`. On CUDA each part
-is waited for, which costs a little. `flat` is the median batch of the last tenth over that of the first, by part.
+factor, flush), `write` (the correction of the weights), `store` (none is used: see store.py) and `other`. On CUDA each
+part is waited for, which costs a little. `flat` is the median batch of the last tenth over that of the first, by part.
 """
 
 from __future__ import annotations

@@ -182,6 +182,10 @@ def test_settings_of_a_store_hold_and_others_may_change(tiny, tokenizer, tmp_pat
             rf.Editor(tiny(), tokenizer, config=tiny_config(**changes), store=tmp_path)
     with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
         assert editor.config.batch_size == 3
+    with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
+        assert editor.config.search_steps == 3, "nothing was changed under the others"
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
+        editor.edit(make_edits(1, start=2))
     assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search_steps == 2
 
 
