@@ -152,7 +152,9 @@ __device__ inline void solve_column(const Factor& factor, const float* right, fl
 // beside the diagonal block; `projected` and `innovation` hold the right sides and may be `u` and `a`. `lower`
 // [layers, n, n] gets the panel's columns of L, and zeros above its diagonal; `info` [layers] the first pivot that is not
 // positive. Blocks: (columns beside the block + d_k + d_v, each rounded up to whole blocks, layers).
-extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads)
+//
+// Three blocks fit a multiprocessor by shared memory at 128 edits, so by registers too.
+extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads, 3)
     rlsedit_factor(float* sigma, const float* projected, const float* innovation, float* u, float* a, float* lower,
                    int* info, rlsedit::i64 n, rlsedit::i64 first, rlsedit::i64 d_k, rlsedit::i64 d_v) {
     using namespace rlsedit;
@@ -187,25 +189,22 @@ extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads)
         }
     }
 
-    i64 block = blockIdx.x;
     const i64 rest = n - first - size, beside = (rest + factor_threads - 1) / factor_threads;
-    if (block < beside) {
-        const i64 column = first + size + block * factor_threads + thread;
-        if (column >= n) return;
-        float* const entries = sigma + first * n + column;
-        solve_column(factor, entries, entries, n);
-        for (int k = 0; k < size; ++k) {
-            lower[column * n + first + k] = entries[k * n];
-            lower[(first + k) * n + column] = 0.0f;
-        }
-        return;
-    }
-    block -= beside;
     const i64 of_keys = (d_k + factor_threads - 1) / factor_threads;
-    const bool keys = block < of_keys;
-    const i64 width = keys ? d_k : d_v;
-    const i64 column = (keys ? block : block - of_keys) * factor_threads + thread;
+    i64 block = blockIdx.x;
+    const bool square = block < beside;
+    if (!square) block -= beside;
+    const bool keys = !square && block < of_keys;
+    if (!square && !keys) block -= of_keys;
+    const i64 width = square ? n : keys ? d_k : d_v;
+    const i64 column = (square ? first + size : 0) + block * factor_threads + thread;
     if (column >= width) return;
-    const i64 at = (layer * n + first) * width + column;
-    solve_column(factor, (keys ? projected : innovation) + at, (keys ? u : a) + at, width);
+    const i64 at = (square ? first : layer * n + first) * width + column;
+    float* const solved = (square ? sigma : keys ? u : a) + at;
+    solve_column(factor, square ? solved : (keys ? projected : innovation) + at, solved, width);
+    if (!square) return;
+    for (int k = 0; k < size; ++k) {
+        lower[column * n + first + k] = solved[k * n];
+        lower[(first + k) * n + column] = 0.0f;
+    }
 }
