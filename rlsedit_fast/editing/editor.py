@@ -35,7 +35,8 @@ from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
-from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.rules import LayerState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +126,7 @@ class Editor:
         self._to_protect: list[tuple[list[Tensor], float]] = []
         self._at_once = config.search_at_once
         self._scale = GradientScale()
+        self._norm: float | None = None  # of values searched on the unedited model, where others are scaled to it
         self._batches = 0
         self._writes = 0  # batches and removals, each a rounding of the weights
 
@@ -414,7 +416,7 @@ class Editor:
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
 
     @property
-    def _edited(self) -> list[tuple[Projection, RLSState]]:
+    def _edited(self) -> list[tuple[Projection, LayerState]]:
         """The projections with their states; nothing before calibration or the first edit."""
         return list(zip(self._projections, self._layers.states, strict=True)) if self._layers else []
 
@@ -470,7 +472,14 @@ class Editor:
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
-        layers = EditedLayers(self._site, self._projections, priors, delay=self.config.delay)
+        layers = EditedLayers(
+            self._site,
+            self._projections,
+            priors,
+            delay=self.config.delay,
+            rule=self.config.rule,
+            rule_options=self.config.rule_options,
+        )
         for protected, weight in self._to_protect:
             with layers.transaction():
                 layers.protect(protected, weight)
@@ -676,7 +685,11 @@ class Editor:
             self._at_once = fitted
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
-        return values
+        if not self.config.norm_anchor:
+            return values
+        # The first values of an editor are searched on the unedited model.
+        self._norm = self._norm or float((values.start + values.delta).norm(dim=1).mean())
+        return values.scaled_to(self._norm)
 
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from torch import Tensor
 from rlsedit_fast.editing.config import Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
+from rlsedit_fast.errors import InputError, ModelError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.rules import RECURSIVE, LayerState, RuleLayer, layer_under
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +49,24 @@ class EditedLayers:
         projections: the edited ones, ascending.
         priors: one each.
         delay: as in `RLSState`.
+        rule: what a batch is written by; see `rlsedit_fast.rules`.
+        rule_options: its settings.
     """
 
-    def __init__(self, site: Site, projections: Sequence[Projection], priors: Sequence[Prior], *, delay: int) -> None:
+    def __init__(
+        self,
+        site: Site,
+        projections: Sequence[Projection],
+        priors: Sequence[Prior],
+        *,
+        delay: int,
+        rule: str = RECURSIVE,
+        rule_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
-        self.states = [
-            RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True)
-            for projection, prior in zip(projections, priors, strict=True)
+        self.states: list[LayerState] = [
+            layer_under(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name)
+            for p, prior in zip(projections, priors, strict=True)
         ]
         self._protected: list[Told] = []
         self._marks = [_mark(projection) for projection in projections]
@@ -125,8 +138,16 @@ class EditedLayers:
 
         Returns:
             What was told, and what is left over of the changes, `[n, d_v]`.
+
+        Raises:
+            InputError: several layers are to share a change jointly under a rule that has no such share.
         """
-        rows = self._jointly if share == "joint" else self._in_turn
+        other = isinstance(self.states[0], RuleLayer)
+        if other and share == "joint" and len(self.states) > 1:
+            raise InputError(
+                f"share='joint' over {len(self.states)} layers is worked out for rule='rls' alone; take share='memit'"
+            )
+        rows = self._jointly if share == "joint" and not other else self._in_turn
         keys, values, left = rows(requests, residual, weights, start)
         told = [
             Told(*row) for row in zip(zip(*keys, strict=True), zip(*values, strict=True), weights.tolist(), strict=True)
@@ -207,7 +228,7 @@ def _mark(projection: Projection) -> tuple[object, ...]:
     return weight.data_ptr(), weight.device, weight.dtype, weight._version
 
 
-def _rows(told: Sequence[Told], layer: int, state: RLSState) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(told: Sequence[Told], layer: int, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and weights of edits in one layer."""
     d_v, d_k = state.original.shape
     keys = [what.keys[layer] for what in told]
@@ -220,7 +241,7 @@ def _rows(told: Sequence[Told], layer: int, state: RLSState) -> tuple[Tensor, Te
     )
 
 
-def _remove_accurately(state: RLSState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
+def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
     """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
     try:
         state.remove(*rows)
