@@ -1,4 +1,4 @@
-"""The command line: `rlsedit edit`, `show`, `statistics`, `calibrate`, `export`, `apply`, `demo`, `doctor`.
+"""The command line: `rlsedit edit`, `show`, `statistics`, `calibrate`, `export`, `apply`, `evaluate`, `demo`, `doctor`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 all of it was done; 1 it was done, but some records were
 left out; 2 it was refused or failed, for the reason given; 130 it was interrupted. Edits that were made before a batch
@@ -15,7 +15,7 @@ from rlsedit_fast.errors import RLSEditError
 
 DONE, LEFT_OUT, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
-COMMANDS = ("edit", "show", "statistics", "calibrate", "export", "apply", "demo", "doctor")
+COMMANDS = ("edit", "show", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor")
 """Each is a module of this package with `HELP`, `add(parser)` and `run(options) -> exit code`."""
 
 

@@ -9,11 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rlsedit_fast.editing import KeyStatistics
+from rlsedit_fast.editing import Editor, KeyStatistics
+from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, related_cases, told_twice, world_cases
 from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
-from rlsedit_fast.evaluation.demo import anchor_texts
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
 from rlsedit_fast.world import World, load_demo_model
@@ -78,7 +79,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     tasks = _tasks(spec)
     if spec.model == DEMO:
         texts = anchor_texts(_world(), PROBE_SEED)[:300]
-        return Ground(spec.name, load_demo_model, lambda seed: anchor_texts(_world(), seed), texts, tasks)
+        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks)
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
     lines = _lines(Path(spec.text))
@@ -87,6 +88,14 @@ def make_ground(spec: GroundSpec) -> Ground:
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
     return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks)
+
+
+@lru_cache(maxsize=4)
+def _demo_statistics(seed: int) -> KeyStatistics:
+    """Of a seed's anchor texts, for all layers; collected once for all runs of the seed."""
+    model, tokenizer = load_demo_model()
+    every = replace(CONFIG, layers=tuple(range(model.config.num_hidden_layers)))
+    return Editor(model, tokenizer, config=every).statistics(GivenTexts(anchor_texts(_world(), seed)))
 
 
 def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 0) -> tuple[list[Case], list[Case]]:
@@ -117,7 +126,7 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
         path = Path(spec.data)
         reader = zsre_cases if _is_zsre(path) else counterfact_cases
         more = {} if reader is zsre_cases else {"among": spec.among}
-        cases = reader(path, edits, seed=seed, **more)  # type: ignore[operator]
+        cases = reader(path, edits, seed=seed, **more)
     if order:
         if superseded:
             raise InputError("order: a stream in which edits replace earlier ones has one order; take 0")

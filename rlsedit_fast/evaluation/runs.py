@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
     return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {said} ({result['seconds_run']:.0f} s)"
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _alone() -> None:
     import torch
 
@@ -91,7 +96,7 @@ def _make_one(job: Job) -> dict[str, Any]:
     ground = _ground(job.spec)
     before = _before(job.spec, job.plan.stream, job.plan.edits, job.plan.seed)
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    return run(ground, job.plan, cases, job.path, superseded=superseded, before=before, say=print)
+    return run(ground, job.plan, cases, job.path, superseded=superseded, before=before, say=_tell)
 
 
 @lru_cache(maxsize=2)

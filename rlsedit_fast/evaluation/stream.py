@@ -78,7 +78,8 @@ class Plan:
         config: of the editor.
         forgetting: weight of an edit against one that is made `AGE` edits later; 1 holds all alike. Below 1 later edits
             weigh more, which is a forgetting factor of recursive least squares by the weights of edits.
-        checkpoints: shares of the stream at which everything is measured.
+        checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
+            there are none, edits are not looked at when they are made either.
         judged: most cases that are asked at the end, evenly spaced; None asks all. Along the way it is `ALONG` of them.
     """
 
@@ -176,7 +177,7 @@ def run(
         made_count = stop
         converged += sum(record.converged for record in records)
         here = [case for case in cases[start:stop] if id(case) not in replaced]
-        if here:
+        if here and plan.checkpoints:
             found = summarize(judge(model, tokenizer, [_briefly(case) for case in here], before))
             _enter_report(enter, stop, f"{start + 1}-{stop}", found, "made")
         if stop in marks and stop < len(cases):
