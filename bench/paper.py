@@ -66,7 +66,7 @@ def _grid(
 
 GRIDS: dict[str, list[dict]] = {
     "ft": _grid("ft"),
-    "ft-bounded": _grid("ft-bounded", options={"bound": (1e-3, 5e-3), "steps": (100,)}),
+    "ft-bounded": _grid("ft-bounded", options={"bound": (5e-3, 2e-2), "steps": (25,)}),
     "rome": _grid("rome"),
     "memit": _grid("memit", {"lam": (0.0,), "adherence": (0.975, 0.99)}),
     "memit-history": _grid("memit-history", {"lam": (0.0,), "adherence": (0.975,)}),
