@@ -476,7 +476,6 @@ def costs(runs: list[Run]) -> Section:
         early = statistics.median(lap for run in laps for lap in run[: 2 * tenth])
         late = statistics.median(lap for run in laps for lap in run[-2 * tenth :])
         rate = spread([run["made"] / run["seconds_editing"] for run in group])
-        peak = spread([run["peak_bytes"] / 1e6 for run in group])
         rows.append(
             [
                 label,
@@ -484,7 +483,6 @@ def costs(runs: list[Run]) -> Section:
                 f"{1e3 * early:.0f}",
                 f"{1e3 * late:.0f}",
                 f"{late / early:.2f}",
-                f"{peak.mean:.0f}" if peak else "–",
             ]
         )
         if label in SHOWN_IN_LINES:
@@ -501,9 +499,9 @@ def costs(runs: list[Run]) -> Section:
     note = (
         "Milliseconds of the write of a batch (keys read, solve, weights), without the search of the values, which is "
         "the same for all; early and late: medians of the first and last fifth. The runs shared a busy machine: read "
-        "ratios, not times. Peak: of the whole process."
+        "ratios, not times."
     )
-    head = ["rule", "edits/s with values", "early, ms", "late, ms", "late / early", "peak, MB"]
+    head = ["rule", "edits/s with values", "early, ms", "late, ms", "late / early"]
     return Section("Cost of a batch against history", [(chart, "By the number of the batch."), Table(head, rows, note)])
 
 
