@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 640, 380
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 14, 50
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Series:
 
 def lines(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, least: float | None = None) -> str:
     """A line per contender, named at its end."""
-    frame = _Frame([p for one in series for p in one.points], log_x=log_x, least=least, room=130)
+    frame = _Frame([p for one in series for p in one.points], log_x=log_x, least=least, room=_room(series))
     parts = [frame.axes(x, y)]
     labels = []
     for one in series:
@@ -43,7 +43,7 @@ def lines(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, leas
 
 def scatter(series: Sequence[Series], *, x: str, y: str, front: Sequence[tuple[float, float]] = ()) -> str:
     """A point per contender with its deviations, and the front of those that nobody beats in both."""
-    frame = _Frame([p for one in series for p in one.points], room=112)
+    frame = _Frame([p for one in series for p in one.points], room=_room(series))
     parts = [frame.axes(x, y)]
     if len(front) > 1:
         steps = sorted(front)
@@ -126,6 +126,11 @@ class _Frame:
 
     def whole(self, parts: Sequence[str]) -> str:
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _room(series: Sequence[Series]) -> int:
+    """Beside the last point, for the longest name; on a phone the letters are larger."""
+    return 24 + 9 * max(len(one.name) for one in series)
 
 
 def _apart(labels: Sequence[tuple[float, float, Series]]) -> list[str]:

@@ -603,9 +603,14 @@ def _html_table(table: Table) -> str:
     rows = []
     for row in table.rows:
         mark = ' class="mark"' if row[0] == OURS else ""
-        rows.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        rows.append(f"<tr{mark}>" + "".join(map(_cell, row)) + "</tr>")
     note = f'<p class="note">{_inline(table.note)}</p>' if table.note else ""
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def _cell(cell: str) -> str:
+    numeric = re.match(r"[–\d\[.-]", cell) is not None
+    return f"<td>{html.escape(cell)}</td>" if numeric else f'<td class="text">{html.escape(cell)}</td>'
 
 
 _PAGE = """<!doctype html>
@@ -628,6 +633,7 @@ svg { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
+td.text { text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
 tr.mark td { background: var(--mark); font-weight: 600; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } svg .name { font-size: 13px; }
