@@ -209,7 +209,7 @@ def demo(options: argparse.Namespace) -> None:
         print(f"{rule}: {contender.changes}")
     main = list(side_by_side(out, best, edits, seeds))
     # Those that matter most go first, so that a report can be made of what there is at any time.
-    make([job for job in main if job.plan.label in CLOSEST], processes=options.jobs)
+    make([job for job in main if job.plan.label in CLOSEST and job.plan.edits == edits], processes=options.jobs)
     make([job for job in main if job.plan.seed == seeds[0]], processes=options.jobs)
     ours = next(run_of(job) for job in main if (job.plan.label, job.plan.seed) == (CLOSEST[0], seeds[0]))
     make(list(hard(out, best, edits // 2, seeds[0])), processes=options.jobs)
@@ -266,7 +266,7 @@ def main() -> None:
     on_model = commands.add_parser("model", help="the rules side by side on another model")
     for one in (on_demo, on_model):
         one.add_argument("--out", type=Path, help="folder for the result files (default bench/results/paper/NAME)")
-        one.add_argument("--edits", type=int, default=600)
+        one.add_argument("--edits", type=int, default=1000)
         one.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
         one.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
     on_model.add_argument("--model", required=True)

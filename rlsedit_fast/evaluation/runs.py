@@ -28,11 +28,11 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether its file is there."""
-        return finished(self.path, self.plan.key(self.spec.name)) is not None
+        return finished(self.path, self.spec.name, self.plan) is not None
 
 
 def path_of(folder: Path, plan: Plan) -> Path:
-    """Where a run's results go: by what tells it apart from others, and its key for the rest."""
+    """Where a run's results go, by what tells it apart from others; the file says the rest."""
     order = f"-o{plan.order}" if plan.order else ""
     name = f"{plan.label}-{plan.stream}-n{plan.edits}-b{plan.config.batch_size}-s{plan.seed}{order}.json"
     return folder / name.replace("/", "_").replace(" ", "_")
@@ -60,7 +60,7 @@ def make(jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] 
 
 def run_of(job: Job) -> dict[str, Any]:
     """The results of a job that is done."""
-    found = finished(job.path, job.plan.key(job.spec.name))
+    found = finished(job.path, job.spec.name, job.plan)
     assert found is not None
     return found
 

@@ -7,7 +7,6 @@ goes on with the first one that has no file.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import math
 import resource
@@ -93,19 +92,29 @@ class Plan:
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
 
-    def key(self, ground: str) -> str:
-        """A name for the run, different for every setting."""
-        told = json.dumps([FORMAT, ground, asdict(self)], sort_keys=True, default=str)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+    def told(self) -> dict[str, Any]:
+        """As a result file has it."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return found
 
 
-def finished(path: Path, key: str) -> dict[str, Any] | None:
-    """The results of a run that has ended, None where there are none."""
+def finished(path: Path, ground: str, plan: Plan) -> dict[str, Any] | None:
+    """The results of a run that has ended under these very settings; None where there are none.
+
+    A setting that the file does not know yet, since it was written by an earlier version, must have its default.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if (found["format"], found["ground"]) != (FORMAT, ground):
+            return None
+        then, now = found["plan"], plan.told()
+        usual = replace(plan, config=EditConfig()).told()["config"]
+        same = {**then, "config": None} == {**now, "config": None}
+        same &= all(now["config"].get(name) == value for name, value in then["config"].items())
+        same &= all(value == usual[name] for name, value in now["config"].items() if name not in then["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return found if isinstance(found, dict) and found.get("key") == key else None
+    return found if same else None
 
 
 def run(
@@ -134,8 +143,7 @@ def run(
         before: `score_before` of these cases, where it is known already.
         say: told what is going on.
     """
-    key = plan.key(ground.name)
-    known = finished(path, key)
+    known = finished(path, ground.name, plan)
     if known is not None:
         return known
     began = time.perf_counter()
@@ -210,9 +218,8 @@ def run(
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {
         "format": FORMAT,
-        "key": key,
         "ground": ground.name,
-        "plan": asdict(plan),
+        "plan": plan.told(),
         **doctor.context(),
         "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in editor.priors],
         "made": made_count,

@@ -87,14 +87,31 @@ def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypat
     assert runs.make([jobs["rls"]], say=lambda line: None) == [results["rls"]]
     other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=replace(CONFIG, adherence=0.9)))
     assert not other.done, "the file of one setting is not that of another"
-    assert other.plan.key("demo") != jobs["rls"].plan.key("demo") != jobs["rls"].plan.key("another model")
+    longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
+    assert not longer.done
+    assert not replace(jobs["rls"], spec=GroundSpec(model="another")).done
+
+
+def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_count(made, tmp_path):
+    jobs, _ = made
+    found = json.loads(jobs["rls"].path.read_text())
+    del found["plan"]["config"]["norm_anchor"]
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(found))
+    settings = jobs["rls"].plan
+    assert stream.finished(path, "demo", settings) == found
+    assert stream.finished(path, "demo", replace(settings, config=replace(CONFIG, norm_anchor=True))) is None
+    found["plan"]["config"]["gone since"] = 1
+    path.write_text(json.dumps(found))
+    assert stream.finished(path, "demo", settings) is None
 
 
 def test_a_file_that_is_damaged_is_not_a_finished_run(tmp_path):
     path = tmp_path / "run.json"
-    path.write_text('{"key": "abc", "rows": [')
-    assert stream.finished(path, "abc") is None
-    assert stream.finished(tmp_path / "missing.json", "abc") is None
+    for text in ('{"format": 1, "rows": [', "[]", '{"format": 1, "ground": "demo", "plan": 3}'):
+        path.write_text(text)
+        assert stream.finished(path, "demo", plan()) is None
+    assert stream.finished(tmp_path / "missing.json", "demo", plan()) is None
 
 
 def test_of_facts_told_twice_the_later_target_is_said_and_the_first_one_is_not(made):
