@@ -17,7 +17,7 @@ DONE, LEFT_OUT, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 COMMANDS = (
     *("edit", "history", "undo", "replace", "status", "consolidate"),
-    *("show", "statistics", "calibrate", "export", "apply", "demo", "doctor"),
+    *("show", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
 """Each is a module of this package with `HELP`, `add(parser)` and `run(options) -> exit code`."""
 

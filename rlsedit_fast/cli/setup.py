@@ -18,6 +18,7 @@ from rlsedit_fast.editing.recovery import given_settings
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
+from rlsedit_fast.rules import RULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +58,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adherence", type=float, help="share of each edit to realise, such as 0.95")
     group.add_argument("--lam", type=float, help="how firmly the weight is held; wins over --adherence")
     group.add_argument("--mu", type=float, help="how firmly the anchors are held; wins over --adherence")
+    group.add_argument(
+        "--rule", choices=RULES, help="what a batch is written by (its own settings: rule_options in --config)"
+    )
     group.add_argument("--share", choices=get_args(Share), help="how the layers divide a change")
     group.add_argument("--fact-token", choices=get_args(FactToken), help="the token at which the model is edited")
     group.add_argument(
@@ -118,7 +122,7 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
         InputError: a setting that does not exist or cannot be meant.
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
-    for name in ("batch_size", "adherence", "lam", "mu", "share", "fact_token", "values", "search_ahead"):
+    for name in ("batch_size", "adherence", "lam", "mu", "rule", "share", "fact_token", "values", "search_ahead"):
         if (value := getattr(options, name)) is not None:
             changes[name] = value
     if options.layers is not None:

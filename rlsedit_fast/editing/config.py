@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from rlsedit_fast import rules
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
@@ -33,6 +35,12 @@ class EditConfig:
         projection_module: dotted name of the projection within a block, where it is not recognised.
         batch_size: edits written at once.
         fact_token: the token at which the model is edited.
+        rule: how a batch becomes a change of the weights: `rls`, or one of the rules that it is compared with, see
+            `rlsedit_fast.rules`. They are given the same keys, values and priors (of which `mu^2` is the field's moment
+            weight); they take no edit back, and with several layers they take `share="memit"`.
+        rule_options: settings of the rule by name, where it has any.
+        norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
+            values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
         share: how the change is divided among the layers: `joint` (closed form over all layers) or `memit`
             (`R / (m - i + 1)` at the i-th, keys read again after each layer is written).
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
@@ -93,6 +101,9 @@ class EditConfig:
     projection_module: str | None = None
     batch_size: int = 100
     fact_token: FactToken = "subject_last"
+    rule: str = rules.RECURSIVE
+    rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    norm_anchor: bool = False
     share: Share = "joint"
     values: Values = "search"
     adherence: float = 0.95
@@ -146,6 +157,7 @@ class EditConfig:
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
         if self.keys is not None and self.keys not in get_args(Keys):
             raise InputError(f"keys={self.keys!r}: expected one of {', '.join(get_args(Keys))}, or None")
+        rules.check(self.rule, self.rule_options)
         if not 0 < self.adherence < 1:
             raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
         for name in ("batch_size", "search_steps", "search_stop_steps", "context_samples", "context_tokens"):

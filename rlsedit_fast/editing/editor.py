@@ -51,7 +51,8 @@ from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
-from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.rules import RECURSIVE, LayerState
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -132,6 +133,11 @@ class Editor:
             if held:
                 given = _check_store(held, model, config)
             self._look_over(model, tokenizer, given)
+            if store is not None and (given.rule != RECURSIVE or given.norm_anchor):
+                raise InputError(
+                    f"store={str(store)!r} with rule={given.rule!r}, norm_anchor={given.norm_anchor}: what these go on "
+                    f"from batch to batch is not kept. Take rule={RECURSIVE!r} and no norm_anchor, or no store"
+                )
             if store is not None and held is None:
                 path = str(getattr(model.config, "_name_or_path", ""))
                 path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
@@ -176,6 +182,7 @@ class Editor:
         self._norms: list[Norms] = []
         self._at_once = config.search_at_once
         self._progress = Progress()
+        self._norm: float | None = None  # of values searched on the unedited model, where others are scaled to it
 
     def _take_up(self, store: Store, config: EditConfig | None) -> None:
         """Goes on where a store is."""
@@ -583,8 +590,12 @@ class Editor:
                 their norms.
 
         Raises:
-            InputError: a budget that is not above 0.
+            InputError: a budget that is not above 0, or a rule that has no objective to tell of.
         """
+        if self.config.rule != RECURSIVE:
+            raise InputError(
+                f"status(): rule={self.config.rule!r} minimises no objective over all edits; see history()"
+            )
         layers = []
         for (projection, state), norms in zip(self._edited, self._norms, strict=True):
             health = state.monitor()
@@ -652,7 +663,7 @@ class Editor:
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
 
     @property
-    def _edited(self) -> list[tuple[Projection, RLSState]]:
+    def _edited(self) -> list[tuple[Projection, LayerState]]:
         """The projections with their states; nothing before calibration or the first edit."""
         return list(zip(self._projections, self._layers.states, strict=True)) if self._layers else []
 
@@ -708,7 +719,15 @@ class Editor:
         if self._moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
         priors = choose_priors(self.config, self._moments, keys)
-        layers = EditedLayers(self._site, self._projections, priors, delay=self.config.delay, keys=self.config.keys)
+        layers = EditedLayers(
+            self._site,
+            self._projections,
+            priors,
+            delay=self.config.delay,
+            keys=self.config.keys,
+            rule=self.config.rule,
+            rule_options=self.config.rule_options,
+        )
         held = []
         for protected, weight in self._to_protect:
             with layers.transaction():
@@ -922,7 +941,11 @@ class Editor:
             self._at_once = fitted
         if not bool(values.nll.isfinite().all()):
             raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
-        return values
+        if not self.config.norm_anchor:
+            return values
+        # The first values of an editor are searched on the unedited model.
+        self._norm = self._norm or float((values.start + values.delta).norm(dim=1).mean())
+        return values.scaled_to(self._norm)
 
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool

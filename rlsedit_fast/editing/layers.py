@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from rlsedit_fast.editing.config import Keys, Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rounding import rounded
-from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
+from rlsedit_fast.errors import InputError, ModelError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import Panel, Prior, RLSState, Saved, Step
+from rlsedit_fast.rls import Prior, RLSState, Saved, Step
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.rules import RECURSIVE, LayerState, RuleLayer, layer_under
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class EditedLayers:
         delay: as in `RLSState`.
         keys: as in `EditConfig`; what is told is rounded to it before it is written.
         saved: of each state, where they are to go on from there; the weights are then still the original ones.
+        rule: what a batch is written by; see `rlsedit_fast.rules`.
+        rule_options: its settings.
     """
 
     def __init__(
@@ -62,12 +66,14 @@ class EditedLayers:
         delay: int,
         keys: Keys | None = "full",
         saved: Sequence[Saved] | None = None,
+        rule: str = RECURSIVE,
+        rule_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
         self._halved = keys == "fp16"
-        self.states = [
-            RLSState(projection.weight, prior, delay=delay, name=projection.name, in_place=True, saved=one)
-            for projection, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
+        self.states: list[LayerState] = [
+            layer_under(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
+            for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[Told] = []
         self._marks = [_mark(projection) for projection in projections]
@@ -146,8 +152,16 @@ class EditedLayers:
         Returns:
             What was told, and what is left over of the changes, `[n, d_v]`. `update` with the same rows, at the same
             states, does the same bit for bit.
+
+        Raises:
+            InputError: several layers are to share a change jointly under a rule that has no such share.
         """
-        rows = self._jointly if share == "joint" else self._in_turn
+        other = isinstance(self.states[0], RuleLayer)
+        if other and share == "joint" and len(self.states) > 1:
+            raise InputError(
+                f"share='joint' over {len(self.states)} layers is worked out for rule='rls' alone; take share='memit'"
+            )
+        rows = self._jointly if share == "joint" and not other else self._in_turn
         keys, values, left = rows(requests, residual, weights, start)
         told = [
             Told(*row) for row in zip(zip(*keys, strict=True), zip(*values, strict=True), weights.tolist(), strict=True)
@@ -190,6 +204,10 @@ class EditedLayers:
         """Makes every layer afresh in float64 from its prior, the protected rows and these."""
         for layer, state in enumerate(self.states):
             state.refresh(*_rows([*self._protected, *kept], layer, state))
+
+    def saved(self) -> list[Saved]:
+        """What each state can be taken up from again; under the recursive rule, the only one that is kept."""
+        return [state.saved() for state in self.states if isinstance(state, RLSState)]
 
     @property
     def protected(self) -> list[Told]:
@@ -268,12 +286,12 @@ class EditedLayers:
             left -= (applied - step.left_over).to(left)
         return all_keys, values, left
 
-    def _panel(self, state: RLSState, keys: Tensor, weights: Tensor) -> Panel:
+    def _panel(self, state: LayerState, keys: Tensor, weights: Tensor) -> Any:
         # In memory of their own: what is replayed later lies as well aligned, and products round alike.
         keys = rounded(keys) if self._halved else keys.clone(memory_format=torch.contiguous_format)
         return state.project(keys, weights.to(keys.device))
 
-    def _apply(self, state: RLSState, panel: Panel, innovation: Tensor) -> tuple[Tensor, Step, Tensor]:
+    def _apply(self, state: LayerState, panel: Any, innovation: Tensor) -> tuple[Tensor, Step, Tensor]:
         """Writes a layer's part; gives the values, the step, and the innovation that these values are.
 
         The values are rounded before they are written: what is kept of an edit is what was written, so that taking it
@@ -297,7 +315,7 @@ def _mark(projection: Projection) -> tuple[object, ...]:
     return weight.data_ptr(), weight.device, weight.dtype, weight._version
 
 
-def _rows(told: Sequence[Told], layer: int, state: RLSState) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(told: Sequence[Told], layer: int, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values and weights of edits in one layer."""
     d_v, d_k = state.original.shape
     keys = [what.keys[layer] for what in told]
@@ -310,7 +328,7 @@ def _rows(told: Sequence[Told], layer: int, state: RLSState) -> tuple[Tensor, Te
     )
 
 
-def _remove_accurately(state: RLSState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
+def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
     """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
     try:
         state.remove(*rows)

@@ -124,7 +124,7 @@ class Recorder:
 
     def snapshot_if_due(self, layers: EditedLayers, progress: Progress) -> None:
         """Writes a snapshot where it is time for one; where the disk refuses, the next change tries again."""
-        size = sum(s.base.nbytes + s.weight.nbytes for s in (state.saved() for state in layers.states))
+        size = sum(saved.base.nbytes + saved.weight.nbytes for saved in layers.saved())
         if self.store.snapshot_due(size):
             try:
                 self.snapshot(layers, progress)
@@ -134,8 +134,8 @@ class Recorder:
     def snapshot(self, layers: EditedLayers, progress: Progress) -> None:
         """Writes a snapshot."""
         about, tensors = [], dict[str, Tensor]()
-        for at, state in enumerate(layers.states):
-            saved, health = state.saved(), state.monitor()
+        for at, (state, saved) in enumerate(zip(layers.states, layers.saved(), strict=True)):
+            health = state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does that", state.name, health.advice)
             about.append(

@@ -9,7 +9,7 @@ the KL prompts are run when the descent wants them, and requests that are done l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class Values:
     def taken(self, requests: Sequence[int]) -> Values:
         """Those of some requests, in the order given."""
         return Values(**{field.name: getattr(self, field.name)[list(requests)] for field in fields(self)})
+
+    def scaled_to(self, norm: float) -> Values:
+        """Those with every wanted state `start + delta` scaled to one norm (Liu et al. 2026, arXiv 2602.02543).
+
+        What they say of the search (`nll`, `rank`, `converged`) is from before the scaling.
+        """
+        wanted = self.start + self.delta
+        length = wanted.norm(dim=1, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny)
+        return replace(self, delta=wanted * (norm / length) - self.start)
 
     @staticmethod
     def joined(parts: Sequence[Values]) -> Values:

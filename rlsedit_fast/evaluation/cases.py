@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rlsedit_fast.editing import Edit
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.world import RELATIONS, Person, World
+from rlsedit_fast.world import RELATIONS, Person, Relation, World
 from rlsedit_fast.world.facts import shuffled
 
 NEIGHBORS = 3
@@ -34,6 +35,8 @@ class Case:
         neighbors: the same question about people who have the same answer and are not edited.
         namesakes: the same question about unedited people who share two of the subject's three names, if any.
         same_subject: other facts of the subject, under phrasings that the KL term does not look at.
+        rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
+            not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
     """
 
     edit: Edit
@@ -42,6 +45,7 @@ class Case:
     neighbors: tuple[Question, ...]
     namesakes: tuple[Question, ...]
     same_subject: tuple[Question, ...]
+    rebuilt: tuple[Question, ...] = ()
 
 
 def world_cases(world: World, count: int, seed: int) -> list[Case]:
@@ -54,31 +58,75 @@ def world_cases(world: World, count: int, seed: int) -> list[Case]:
         raise InputError(f"edits={count}: expected 1 to {len(world.people)}, the people of the world, one fact each")
     rng = random.Random(seed)
     people = shuffled(world.people, rng)
-    edited, spared = people[:count], people[count:]
-    peers: dict[tuple[str, str], list[Person]] = defaultdict(list)
-    sharing: dict[tuple[int, str, str], list[Person]] = defaultdict(list)
-    for person in spared:
-        for name, value in person.facts.items():
-            peers[name, value].append(person)
-        for pair in _name_pairs(person):
-            sharing[pair].append(person)
-    return [_case(person, peers, sharing, rng) for person in edited]
+    edited, others = people[:count], _Others.of(people[count:])
+    return [_case(person, RELATIONS[int(rng.random() * len(RELATIONS))], others, rng) for person in edited]
 
 
-def _case(
-    person: Person,
-    peers: dict[tuple[str, str], list[Person]],
-    sharing: dict[tuple[int, str, str], list[Person]],
-    rng: random.Random,
-) -> Case:
-    relation = RELATIONS[int(rng.random() * len(RELATIONS))]
+def related_cases(world: World, count: int, seed: int) -> list[Case]:
+    """`count` false facts, all the facts there are of as few people as that takes, in random order.
+
+    Of these people nothing else is left to ask, so `same_subject` is empty.
+
+    Raises:
+        InputError: more edits than facts.
+    """
+    most = len(world.people) * len(RELATIONS)
+    if not 1 <= count <= most:
+        raise InputError(f"edits={count}: expected 1 to {most}, the facts of the world")
+    rng = random.Random(seed)
+    people = shuffled(world.people, rng)
+    needed = -(-count // len(RELATIONS))
+    others = _Others.of(people[needed:])
+    made = [_case(person, relation, others, rng) for person in people[:needed] for relation in RELATIONS][:count]
+    return [replace(case, same_subject=()) for case in shuffled(made, rng)]
+
+
+def told_twice(cases: Sequence[Case], seed: int) -> list[Case]:
+    """Each case told again, in another order, with a target that is neither the first one nor the true answer."""
+    rng = random.Random(seed)
+    values = {relation.phrasings[0]: relation.values for relation in RELATIONS}
+    again = [
+        replace(
+            case,
+            edit=replace(
+                case.edit,
+                target=next(
+                    v for v in shuffled(values[case.edit.prompt], rng) if v not in (case.edit.target, case.asked.answer)
+                ),
+            ),
+        )
+        for case in cases
+    ]
+    return shuffled(again, rng)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """Unedited people, by a fact that they share with someone and by two of their three names."""
+
+    peers: dict[tuple[str, str], list[Person]]
+    sharing: dict[tuple[int, str, str], list[Person]]
+
+    @classmethod
+    def of(cls, spared: Sequence[Person]) -> _Others:
+        peers: dict[tuple[str, str], list[Person]] = defaultdict(list)
+        sharing: dict[tuple[int, str, str], list[Person]] = defaultdict(list)
+        for person in spared:
+            for name, value in person.facts.items():
+                peers[name, value].append(person)
+            for pair in _name_pairs(person):
+                sharing[pair].append(person)
+        return cls(peers, sharing)
+
+
+def _case(person: Person, relation: Relation, others: _Others, rng: random.Random) -> Case:
     old = person.facts[relation.name]
     target = shuffled([value for value in relation.values if value != old], rng)[0]
     edited_prompt, *unseen = relation.phrasings
     namesakes = [
         other
         for pair in _name_pairs(person)
-        for other in sharing.get(pair, ())
+        for other in others.sharing.get(pair, ())
         if other.facts[relation.name] != target  # who has it already could not show harm
     ]
     return Case(
@@ -87,7 +135,7 @@ def _case(
         tuple(Question(phrasing.format(person.name), old) for phrasing in unseen),
         tuple(
             Question(edited_prompt.format(other.name), old)
-            for other in shuffled(peers.get((relation.name, old), ()), rng)[:NEIGHBORS]
+            for other in shuffled(others.peers.get((relation.name, old), ()), rng)[:NEIGHBORS]
         ),
         tuple(Question(edited_prompt.format(o.name), o.facts[relation.name]) for o in namesakes[:NEIGHBORS]),
         tuple(

@@ -1,9 +1,18 @@
-"""The metrics of CounterFact (Meng et al. 2022), teacher-forced, and beside each its strict form."""
+"""The metrics of CounterFact, teacher-forced, and beside each its strict forms; of zsRE, by tokens.
+
+Teacher-forced, as ROME defines them (Meng et al. 2022, arXiv 2202.05262, sec. 3.4, and its released evaluation, which
+takes the mean over an answer's tokens): an edited prompt or a paraphrase succeeds where NLL(new) < NLL(old), a prompt
+of the neighbourhood where NLL(old) < NLL(new); a tie succeeds nowhere. The score is the harmonic mean of the three
+(MEMIT, arXiv 2210.07229, sec. 5.2). Strict: every token of the answer is ranked first, which MEMIT's release reports
+beside them as accuracy. By tokens: the share of an answer's tokens that are ranked first, which is zsRE's measure
+(MEND, arXiv 2110.11309, sec. 5); of what is to stay, the share of places where the prediction is what it was before any
+edit (locality, as EasyEdit has it, arXiv 2308.07269).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.evaluation.cases import Case, Question
@@ -15,17 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of prompts, with how many there were; None where there were none.
+    """Shares of prompts, with how many there were; None where there were none.
 
     Attributes:
         forced: by comparing the NLL of two answers.
-        strict: by what is ranked first at every token of the answer.
-        prompts: how many prompts it is the share of.
+        strict: by what is ranked first at every token of the answer: the new answer where it was told; where something
+            is to stay, the prediction before any edit.
+        prompts: how many prompts they are shares of.
+        said: every token of the answer that is right there is ranked first: the new one where it was told, else the old
+            one, whether or not the model knew it.
+        tokens: the mean share of places at which the prediction is right (of the new answer), or unchanged.
     """
 
     forced: float | None
     strict: float | None
     prompts: int
+    said: float | None = None
+    tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Report:
         neighbors: on neighbours' prompts, the old answer is still the likelier; strict: the prediction is unchanged.
         namesakes: the same for people who share two of the subject's names.
         same_subject: other facts of the subject are still likelier than the new answer; strict: unchanged.
+        rebuilt: the same as `neighbors` on neighbourhoods that were rebuilt from a data set's records.
     """
 
     efficacy: Metric
@@ -45,45 +61,87 @@ class Report:
     neighbors: Metric
     namesakes: Metric
     same_subject: Metric
+    rebuilt: Metric
 
+    @property
+    def score(self) -> float | None:
+        """Harmonic mean of efficacy, generalization and specificity, teacher-forced; None where one is missing."""
+        return harmonic_mean([metric.forced for metric in (self.efficacy, self.generalization, self.neighbors)])
+
+    @property
+    def strict_score(self) -> float | None:
+        """The same of the strict forms."""
+        return harmonic_mean([metric.strict for metric in (self.efficacy, self.generalization, self.neighbors)])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One prompt of one case; see `Metric`."""
+
+    forced: bool
+    strict: bool
+    said: bool
+    tokens: float
+
+
+Judged = dict[str, tuple[Verdict, ...]]
+"""What became of one case, by the name of the metric in `Report`."""
 
 Before = dict[Question, Score]
 """Each question about what is to stay, with its score before any edit."""
 
+_TOLD = {"efficacy": "asked", "generalization": "paraphrases"}
+_KEPT = ("neighbors", "namesakes", "same_subject", "rebuilt")
+
+
+def harmonic_mean(shares: Sequence[float | None]) -> float | None:
+    """0 if one of them is 0; None if one is missing."""
+    known = [share for share in shares if share is not None]
+    if len(known) < len(shares) or not known:
+        return None
+    return 0.0 if min(known) <= 0 else len(known) / sum(1 / share for share in known)
+
 
 def score_before(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> Before:
     """Scores, before the first edit, everything that edits are to leave alone."""
-    questions = list(dict.fromkeys(q for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject)))
+    questions = list(dict.fromkeys(q for case in cases for group in _KEPT for q in getattr(case, group)))
     return dict(zip(questions, score(model, tokenizer, [(q.prompt, q.answer) for q in questions]), strict=True))
+
+
+def judge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], before: Before
+) -> list[Judged]:
+    """Every prompt of every case on an edited model, in the order of the cases."""
+    flat = [(case, q) for case in cases for group in (*_TOLD.values(), *_KEPT) for q in _questions(case, group)]
+    unique = list(dict.fromkeys((q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)))
+    known = dict(zip(unique, score(model, tokenizer, unique), strict=True))
+
+    def told(case: Case, q: Question) -> Verdict:
+        new, old = known[q.prompt, case.edit.target], known[q.prompt, q.answer]
+        return Verdict(new.nll < old.nll, new.exact, new.exact, new.right)
+
+    def kept(case: Case, q: Question) -> Verdict:
+        new, old, was = known[q.prompt, case.edit.target], known[q.prompt, q.answer], before[q]
+        same = [now == then for now, then in zip(old.predicted, was.predicted, strict=True)]
+        return Verdict(old.nll < new.nll, all(same), old.exact, sum(same) / len(same))
+
+    return [
+        {name: tuple(told(case, q) for q in _questions(case, group)) for name, group in _TOLD.items()}
+        | {name: tuple(kept(case, q) for q in _questions(case, name)) for name in _KEPT}
+        for case in cases
+    ]
+
+
+def summarize(judged: Sequence[Judged]) -> Report:
+    """The shares over some cases."""
+    return Report(**{field.name: _metric([v for one in judged for v in one[field.name]]) for field in fields(Report)})
 
 
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], before: Before
 ) -> Report:
     """All metrics of `cases` on an edited model."""
-    groups = {name: [(c, q) for c in cases for q in _questions(c, name)] for name in _GROUPS}
-    flat = [(case, question) for members in groups.values() for case, question in members]
-    pairs = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
-    unique = list(dict.fromkeys(pairs))
-    known = dict(zip(unique, score(model, tokenizer, unique), strict=True))
-
-    def told(members: Iterable[tuple[Case, Question]]) -> Metric:
-        seen = [(known[q.prompt, c.edit.target], known[q.prompt, q.answer]) for c, q in members]
-        return _metric([new.nll < old.nll for new, old in seen], [new.exact for new, _ in seen])
-
-    def kept(members: Iterable[tuple[Case, Question]]) -> Metric:
-        seen = [(known[q.prompt, c.edit.target], known[q.prompt, q.answer], before[q]) for c, q in members]
-        return _metric(
-            [old.nll < new.nll for new, old, _ in seen], [old.predicted == was.predicted for _, old, was in seen]
-        )
-
-    return Report(
-        efficacy=told(groups["asked"]),
-        generalization=told(groups["paraphrases"]),
-        neighbors=kept(groups["neighbors"]),
-        namesakes=kept(groups["namesakes"]),
-        same_subject=kept(groups["same_subject"]),
-    )
+    return summarize(judge(model, tokenizer, cases, before))
 
 
 def efficacy_strict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> float:
@@ -92,15 +150,22 @@ def efficacy_strict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return sum(s.exact for s in scores) / len(scores)
 
 
-_GROUPS = ("asked", "paraphrases", "neighbors", "namesakes", "same_subject")
-
-
 def _questions(case: Case, group: str) -> tuple[Question, ...]:
     found = getattr(case, group)
     return (found,) if isinstance(found, Question) else found
 
 
-def _metric(forced: Sequence[bool], strict: Sequence[bool]) -> Metric:
-    if not forced:
+def _metric(verdicts: Sequence[Verdict]) -> Metric:
+    if not verdicts:
         return Metric(None, None, 0)
-    return Metric(sum(forced) / len(forced), sum(strict) / len(strict), len(forced))
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(verdicts)
+
+    return Metric(
+        mean(v.forced for v in verdicts),
+        mean(v.strict for v in verdicts),
+        len(verdicts),
+        mean(v.said for v in verdicts),
+        mean(v.tokens for v in verdicts),
+    )

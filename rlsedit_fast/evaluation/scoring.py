@@ -26,20 +26,30 @@ class Score:
         nll: mean negative log-likelihood of the answer's tokens, nats.
         predicted: the token ranked first at each of the answer's places, given the answer's tokens before it.
         exact: whether these are the answer's own tokens.
+        right: share of the answer's tokens that are ranked first.
     """
 
     nll: float
     predicted: tuple[int, ...]
     exact: bool
+    right: float
 
 
 def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]]) -> list[Score]:
     """Scores each (prompt, answer) of `asked`, in order.
 
+    An answer's own tokens are scored and no special one: a tokenizer that begins every text with one would otherwise
+    have it graded as the answer's first token. Of tokens that tie, the one with the lowest id is ranked first.
+    """
+    return score_rows(model, [encode_plain(tokenizer, prompt, answer) for prompt, answer in asked])
+
+
+def score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> list[Score]:
+    """Scores the target of each row, in order.
+
     An answer's last token is asked for and never read, so answers of one token share their prompt's pass; rows of like
     length share a batch.
     """
-    rows = [encode_plain(tokenizer, prompt, answer) for prompt, answer in asked]
     askers: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         askers[tuple(row.ids[:-1])].append(i)
@@ -62,4 +72,5 @@ def _score_one(logits: torch.Tensor, answer: list[int]) -> Score:
     log_probability = logits.float().log_softmax(-1)
     nll = -log_probability.gather(1, torch.tensor(answer, device=logits.device)[:, None]).mean()
     predicted = tuple(log_probability.argmax(-1).tolist())
-    return Score(float(nll), predicted, predicted == tuple(answer))
+    right = sum(said == wanted for said, wanted in zip(predicted, answer, strict=True)) / len(answer)
+    return Score(float(nll), predicted, predicted == tuple(answer), right)

@@ -1,0 +1,116 @@
+"""`rlsedit evaluate`: streams of edits under one rule or several, over seeds, and what became of the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.cli import DONE, LEFT_OUT, setup
+from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.editing import EditConfig
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.rules import RECURSIVE, RULES
+
+HELP = "compare rules over streams of edits, on the shipped model or your own with CounterFact or zsRE"
+
+_SHOWN = (
+    ("efficacy", "strict"),
+    ("generalization", "strict"),
+    ("neighbors", "strict"),
+    ("score", "forced"),
+    ("efficacy", "free"),
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    group = parser.add_argument_group("what is edited")
+    group.add_argument("--model", default="demo", help="demo (the default), or what from_pretrained takes")
+    group.add_argument("--dtype", default="float32", help="to load it in (default float32)")
+    group.add_argument("--device", default="cpu", help="to load it onto (default cpu)")
+    group.add_argument("--data", metavar="FILE", help="CounterFact or zsRE; the demo has facts of its own")
+    group.add_argument("--among", type=int, metavar="N", help="only the first N records of it")
+    group.add_argument("--text", metavar="FILE", help="running text: three quarters are anchors, the rest is probed")
+    group.add_argument("--statistics", metavar="FILE", help="anchors from `rlsedit statistics` instead")
+    group.add_argument("--tasks", metavar="DIR", help="GLUE and MMLU as NAME.jsonl, answered by likelihood")
+    group.add_argument("--items", type=int, default=500, help="of each task, at most (default 500)")
+    group = parser.add_argument_group("streams")
+    group.add_argument("--rules", nargs="+", choices=RULES, default=[RECURSIVE], metavar="RULE", help=", ".join(RULES))
+    group.add_argument(
+        "--rule-settings", type=Path, metavar="FILE", help="a JSON object: by rule, EditConfig's fields that it changes"
+    )
+    group.add_argument("--stream", default="plain", help="plain; on the demo also conflicting and related")
+    group.add_argument("--edits", type=int, default=1000)
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    group.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+    group.add_argument(
+        "--out", type=Path, default=Path("evaluation"), help="folder of the results (default evaluation)"
+    )
+    setup.add_settings(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs it. A run whose file is in the folder is not made again."""
+    from rlsedit_fast.evaluation.demo import CONFIG
+    from rlsedit_fast.evaluation.figures import over_seeds
+    from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
+    from rlsedit_fast.evaluation.runs import Job, make, path_of
+    from rlsedit_fast.evaluation.stream import Plan
+
+    setup.show_warnings()
+    spec = GroundSpec(**{name: getattr(options, name) for name in GroundSpec.__dataclass_fields__})
+    base = setup.make_config(options)
+    if options.model == DEMO and options.config is None:
+        given = {name: value for name, value in asdict(base).items() if value != asdict(EditConfig())[name]}
+        base = replace(CONFIG, **given)
+    changes = _changes(options.rule_settings)
+    jobs: dict[str, list[Job]] = {}
+    for rule in options.rules:
+        config = _config(base, rule, changes)
+        for seed in options.seeds:
+            plan = Plan(label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config)
+            jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
+    made = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say))
+    found = {rule: [next(made) for _ in each] for rule, each in jobs.items()}
+    header = " ".join(f"{f'{metric} {form}':>22}" for metric, form in _SHOWN)
+    lines = [f"{options.edits} edits, seeds {', '.join(map(str, options.seeds))}: mean ± deviation", f"{'':14}{header}"]
+    results: dict[str, Any] = {"model": spec.name, "edits": options.edits, "seeds": options.seeds, "rules": {}}
+    failed = []
+    for rule, runs in found.items():
+        told = {f"{metric} {form}": over_seeds(runs, metric, form) for metric, form in _SHOWN}
+        lines.append(f"{rule:14}" + " ".join(f"{'-' if s is None else str(s):>22}" for s in told.values()))
+        failed += [f"{rule}: {run['failed']['reason']}" for run in runs if run["failed"]]
+        results["rules"][rule] = {
+            "figures": {name: None if s is None else asdict(s) for name, s in told.items()},
+            "files": [str(job.path) for job in jobs[rule]],
+        }
+    results["failed"] = failed
+    emit(results, [*lines, *(f"broke off: {line}" for line in failed), f"results: {options.out}"], options.json)
+    return LEFT_OUT if failed else DONE
+
+
+def _config(base: EditConfig, rule: str, changes: dict[str, dict[str, Any]]) -> EditConfig:
+    settings = {"rule": rule, **changes.get(rule, {})}
+    if rule != RECURSIVE:
+        settings.setdefault("share", "memit")
+    return replace(base, **settings)
+
+
+def _changes(path: Path | None) -> dict[str, dict[str, Any]]:
+    if path is None:
+        return {}
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--rule-settings {path}: cannot be read as JSON ({error})") from error
+    known = set(EditConfig.__dataclass_fields__)
+    if not isinstance(given, dict) or not all(isinstance(fields, dict) for fields in given.values()):
+        raise InputError(f"--rule-settings {path}: expected a JSON object of objects, such as {{'rome': {{'lam': 1}}}}")
+    wrong = sorted({*given} - {*RULES} | {name for fields in given.values() for name in set(fields) - known})
+    if wrong:
+        raise InputError(f"--rule-settings {path}: no rules or fields of EditConfig: {', '.join(wrong)}")
+    return given

@@ -1,0 +1,151 @@
+"""Cases from the data sets that the field evaluates on: CounterFact and zsRE."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.editing import Edit
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import Case, Question
+
+REBUILT = 5
+"""Most prompts of a rebuilt neighbourhood."""
+
+
+def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | None = None) -> list[Case]:
+    """`count` records of CounterFact as cases, of different subjects, in random order.
+
+    Both forms are read: the original one (Meng et al. 2022), and EasyEdit's flat fields. Records that contain no
+    place for their subject are passed over. The neighbourhood has what the file gives; beside it, `rebuilt` asks the
+    same question about subjects of other records, not among the edited ones, that have the same answer.
+
+    Args:
+        path: a JSON list of records.
+        count: how many.
+        seed: of the choice and the order.
+        among: only the first so many records of the file, such as those that a model was trained to know.
+
+    Raises:
+        InputError: a file that cannot be read so, or fewer usable records.
+    """
+    records = [_flat(record) for record in _read(path)][:among]
+    rng = random.Random(seed)
+    order = list(range(len(records)))
+    rng.shuffle(order)
+    chosen: dict[str, dict[str, Any]] = {}
+    for at in order:
+        record = records[at]
+        if record["template"] is not None and record["target_new"] != record["ground_truth"]:
+            chosen.setdefault(record["subject"], record)
+        if len(chosen) == count:
+            break
+    if len(chosen) < count:
+        raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
+    peers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for record in records:
+        if record["template"] is not None and record["subject"] not in chosen:
+            peers[record["template"], record["ground_truth"]].append(record["subject"])
+    return [_counterfact(record, peers, rng) for record in chosen.values()]
+
+
+def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
+    """`count` records of zsRE in MEND's form as cases: the edit teaches `alt`, and `loc` is to stay as it is.
+
+    Raises:
+        InputError: a file that cannot be read so, or fewer records of different subjects.
+    """
+    records = _read(path)
+    random.Random(seed).shuffle(records)
+    chosen: dict[str, Case] = {}
+    for record in records:
+        try:
+            subject, prompt, old = record["subject"], record["src"], record["answers"][0]
+            template = _template(prompt, subject)
+            if template is not None and record["alt"] != old:
+                case = Case(
+                    Edit(template, subject, record["alt"]),
+                    Question(prompt, old),
+                    (Question(record["rephrase"], old),),
+                    (Question(record["loc"], record["loc_ans"]),),
+                    (),
+                    (),
+                )
+                chosen.setdefault(subject, case)
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{path}: a record lacks {error}; expected zsRE in MEND's form") from error
+        if len(chosen) == count:
+            return list(chosen.values())
+    raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: expected a JSON list of records")
+    return records
+
+
+def _flat(record: Any) -> dict[str, Any]:
+    """A record of either form in one; `template` is None where the prompt has no place for the subject."""
+    try:
+        if "requested_rewrite" in record:
+            rewrite = record["requested_rewrite"]
+            prompt, subject = rewrite["prompt"].format(rewrite["subject"]), rewrite["subject"]
+            new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+            paraphrases = list(record["paraphrase_prompts"])
+            neighborhood = [(text, old) for text in record["neighborhood_prompts"]]
+        else:
+            prompt, subject = record["prompt"], record["subject"]
+            new, old = record["target_new"], record["ground_truth"]
+            paraphrases = [record["rephrase_prompt"]]
+            neighborhood = [(record["locality_prompt"], record["locality_ground_truth"])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"a record lacks {error}; expected CounterFact, or EasyEdit's form of it") from error
+    return {
+        "subject": subject,
+        "template": _template(prompt, subject),
+        "prompt": prompt,
+        "target_new": new,
+        "ground_truth": old,
+        "paraphrases": paraphrases,
+        "neighborhood": neighborhood,
+    }
+
+
+def _template(prompt: str, subject: str) -> str | None:
+    if "{" in prompt or "}" in prompt or prompt.count(subject) != 1:
+        return None
+    return prompt.replace(subject, "{}")
+
+
+def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]], rng: random.Random) -> Case:
+    old, template = record["ground_truth"], record["template"]
+    others = peers[template, old]
+    rebuilt = rng.sample(others, min(REBUILT, len(others)))
+    return Case(
+        Edit(template, record["subject"], record["target_new"]),
+        Question(record["prompt"], old),
+        tuple(Question(text, old) for text in record["paraphrases"]),
+        tuple(Question(text, answer) for text, answer in record["neighborhood"]),
+        (),
+        (),
+        tuple(Question(template.replace("{}", subject), old) for subject in rebuilt),
+    )
+
+
+def in_orders(cases: Sequence[Case], orders: int, *, seed: int = 0) -> list[list[Case]]:
+    """The same cases in several orders, the given one first."""
+    made = [list(cases)]
+    for number in range(1, orders):
+        shuffled = list(cases)
+        random.Random(f"{seed}-{number}").shuffle(shuffled)
+        made.append(shuffled)
+    return made

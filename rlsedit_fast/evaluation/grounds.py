@@ -1,0 +1,185 @@
+"""Where streams run: the shipped model and its world, or a model of the user's with a data set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from rlsedit_fast.editing import Editor, KeyStatistics
+from rlsedit_fast.editing.sources import GivenTexts
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import Case, related_cases, told_twice, world_cases
+from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
+from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.stream import Ground
+from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
+from rlsedit_fast.world import World, load_demo_model
+from rlsedit_fast.world.facts import shuffled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo"
+"""The name of the shipped model, in place of a path."""
+
+Kind = Literal["plain", "conflicting", "related"]
+"""Streams: different subjects; each fact told twice with different targets; all the facts of a few subjects."""
+
+PROBE_SEED = 20_262
+"""Of the demo's running text: sentences that are not those of the anchors of any seed that is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundSpec:
+    """A ground by what it is made of, so that another process can make it too.
+
+    Attributes:
+        model: `demo`, or what transformers' `from_pretrained` takes.
+        data: file of CounterFact or zsRE (told apart by its fields), for any model but the demo's.
+        text: file of running text: the first part is what the model is to go on doing, the rest is probed.
+        statistics: key statistics in place of that first part.
+        tasks: folder with `NAME.jsonl` of GLUE and MMLU.
+        items: of each task, at most.
+        device: to load the model onto.
+        dtype: to load it in.
+        among: only the first so many records of `data`.
+    """
+
+    model: str = DEMO
+    data: str | None = None
+    text: str | None = None
+    statistics: str | None = None
+    tasks: str | None = None
+    items: int = 500
+    device: str = "cpu"
+    dtype: str = "float32"
+    among: int | None = None
+
+    @property
+    def name(self) -> str:
+        """In results, without the place where it lies."""
+        return DEMO if self.model == DEMO else Path(self.model).name
+
+
+@lru_cache(maxsize=1)
+def _world() -> World:
+    return World.generate()
+
+
+def make_ground(spec: GroundSpec) -> Ground:
+    """The ground of a specification.
+
+    Raises:
+        InputError: files that are missing or cannot be read.
+    """
+    tasks = _tasks(spec)
+    if spec.model == DEMO:
+        texts = anchor_texts(_world(), PROBE_SEED)[:300]
+        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks)
+    if spec.text is None:
+        raise InputError("text: name a file of running text; perplexity and KL are measured on it")
+    lines = _lines(Path(spec.text))
+    cut = len(lines) * 3 // 4
+    held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
+    probed = list(lines[cut:])
+    random.Random(PROBE_SEED).shuffle(probed)
+    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks)
+
+
+@lru_cache(maxsize=4)
+def _demo_statistics(seed: int) -> KeyStatistics:
+    """Of a seed's anchor texts, for all layers; collected once for all runs of the seed."""
+    model, tokenizer = load_demo_model()
+    every = replace(CONFIG, layers=tuple(range(model.config.num_hidden_layers)))
+    return Editor(model, tokenizer, config=every).statistics(GivenTexts(anchor_texts(_world(), seed)))
+
+
+def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 0) -> tuple[list[Case], list[Case]]:
+    """The cases of a stream in the order in which they are told, and those of them that later ones supersede.
+
+    Of the demo's cases fewer prompts are asked than in the demonstration: two paraphrases, two neighbours, a namesake
+    and two other facts, since there are many streams.
+
+    Raises:
+        InputError: no such stream, or fewer cases than edits.
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"stream={kind!r}: expected one of {', '.join(get_args(Kind))}")
+    superseded: list[Case] = []
+    if spec.model == DEMO:
+        if kind == "related":
+            cases = [_trimmed(case) for case in related_cases(_world(), edits, seed)]
+        elif kind == "conflicting":
+            superseded = [_trimmed(case) for case in world_cases(_world(), edits // 2, seed)]
+            cases = superseded + told_twice(superseded, seed)
+        else:
+            cases = [_trimmed(case) for case in world_cases(_world(), edits, seed)]
+    elif kind != "plain":
+        raise InputError(f"stream={kind!r}: only the demo's world has it; take plain")
+    elif spec.data is None:
+        raise InputError("data: name a file of CounterFact or zsRE")
+    else:
+        path = Path(spec.data)
+        reader = zsre_cases if _is_zsre(path) else counterfact_cases
+        more = {} if reader is zsre_cases else {"among": spec.among}
+        cases = reader(path, edits, seed=seed, **more)
+    if order:
+        if superseded:
+            raise InputError("order: a stream in which edits replace earlier ones has one order; take 0")
+        cases = shuffled(cases, random.Random(f"{seed}-{order}"))
+    return cases, superseded
+
+
+def _trimmed(case: Case) -> Case:
+    return replace(
+        case,
+        paraphrases=case.paraphrases[:2],
+        neighbors=case.neighbors[:2],
+        namesakes=case.namesakes[:1],
+        same_subject=case.same_subject[:2],
+    )
+
+
+def _is_zsre(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            head = file.read(4000)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    return '"src"' in head
+
+
+def _lines(path: Path) -> Sequence[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    found = [line for line in lines if len(line.split()) >= 8]  # no headings
+    if len(found) < 8:
+        raise InputError(f"{path}: {len(found)} lines of eight words or more; give more text")
+    return found
+
+
+def _tasks(spec: GroundSpec) -> dict[str, list[Item]]:
+    if spec.tasks is None:
+        return {}
+    there = {name: Path(spec.tasks) / f"{name}.jsonl" for name in TASKS}
+    found = {name: read_task(name, path, items=spec.items) for name, path in there.items() if path.exists()}
+    if not found:
+        raise InputError(f"{spec.tasks}: none of {', '.join(path.name for path in there.values())} is there")
+    return found
+
+
+def _load(spec: GroundSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(spec.model, dtype=spec.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {spec.model!r} cannot be loaded: {error}") from error
+    return model.to(spec.device).eval(), tokenizer

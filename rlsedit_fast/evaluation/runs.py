@@ -1,0 +1,115 @@
+"""Many runs: in several processes if wished, each into a file of its own, those that are there already left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlsedit_fast.evaluation.cases import Case
+from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
+from rlsedit_fast.evaluation.metrics import Before, score_before
+from rlsedit_fast.evaluation.stream import Ground, Plan, finished, run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and the file that it goes to."""
+
+    spec: GroundSpec
+    plan: Plan
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether its file is there."""
+        return finished(self.path, self.spec.name, self.plan) is not None
+
+
+def path_of(folder: Path, plan: Plan) -> Path:
+    """Where a run's results go, by what tells it apart from others; the file says the rest."""
+    order = f"-o{plan.order}" if plan.order else ""
+    name = f"{plan.label}-{plan.stream}-n{plan.edits}-b{plan.config.batch_size}-s{plan.seed}{order}.json"
+    return folder / name.replace("/", "_").replace(" ", "_")
+
+
+def make(jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Makes the runs that have no file yet; the results of all, in the order of the jobs.
+
+    With several processes each computes on one thread. An interrupt leaves the files of the runs that ended.
+    """
+    todo = [job for job in jobs if not job.done]
+    say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there, {len(todo)} to make")
+    if processes == 1 or len(todo) < 2:
+        for at, job in enumerate(todo, 1):
+            say(_line(at, len(todo), job, _make_one(job)))
+    else:
+        # Not forked: the threads of a process that has computed do not survive it.
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_alone)
+        with pool:
+            under_way = {pool.submit(_make_one, job): job for job in todo}
+            for at, future in enumerate(as_completed(under_way), 1):
+                say(_line(at, len(todo), under_way[future], future.result()))
+    return [run_of(job) for job in jobs]
+
+
+def run_of(job: Job) -> dict[str, Any]:
+    """The results of a job that is done."""
+    found = finished(job.path, job.spec.name, job.plan)
+    assert found is not None
+    return found
+
+
+def value(result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None) -> float | None:
+    """One figure of a run, at the end of what was made or after some edits; None where it is not there."""
+    at = result["made"] if edits is None else edits
+    for row in result["rows"]:
+        if (row["edits"], row["of"], row["metric"], row["form"]) == (at, of, metric, form):
+            return float(row["value"])
+    return None
+
+
+def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
+    plan = job.plan
+    scores = [value(result, metric, "strict") for metric in ("efficacy", "generalization", "neighbors")]
+    said = " ".join("-" if score is None else f"{score:.3f}" for score in scores)
+    return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {said} ({result['seconds_run']:.0f} s)"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _alone() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _make_one(job: Job) -> dict[str, Any]:
+    cases, superseded = _cases(job.spec, job.plan.stream, job.plan.edits, job.plan.seed, job.plan.order)
+    ground = _ground(job.spec)
+    before = _before(job.spec, job.plan.stream, job.plan.edits, job.plan.seed)
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    return run(ground, job.plan, cases, job.path, superseded=superseded, before=before, say=_tell)
+
+
+@lru_cache(maxsize=2)
+def _ground(spec: GroundSpec) -> Ground:
+    return make_ground(spec)
+
+
+@lru_cache(maxsize=4)
+def _cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int) -> tuple[list[Case], list[Case]]:
+    return make_cases(spec, kind, edits, seed, order)
+
+
+@lru_cache(maxsize=4)
+def _before(spec: GroundSpec, kind: str, edits: int, seed: int) -> Before:
+    model, tokenizer = _ground(spec).load()
+    return score_before(model, tokenizer, _cases(spec, kind, edits, seed, 0)[0])

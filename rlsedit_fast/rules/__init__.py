@@ -1,0 +1,105 @@
+"""Write rules: how the changes wanted of a layer's outputs become a change of its weight.
+
+Each is a page of its own, with its source. All of them are given the same keys and innovations, the same exact weight
+and the same prior, so that a comparison differs in the rule alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.rules.alphaedit import AlphaEdit
+from rlsedit_fast.rules.base import Batch, Rule
+from rlsedit_fast.rules.emmet import EMMET
+from rlsedit_fast.rules.fine_tuning import BoundedFineTuning, FineTuning
+from rlsedit_fast.rules.history import HistoryMEMIT
+from rlsedit_fast.rules.layer import LayerState, RuleLayer, RulePanel
+from rlsedit_fast.rules.memit import MEMIT
+from rlsedit_fast.rules.nse import NSE
+from rlsedit_fast.rules.prune import PRUNE
+from rlsedit_fast.rules.rect import RECT
+from rlsedit_fast.rules.rome import ROME
+from rlsedit_fast.rules.ultraedit import UltraEdit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsedit_fast.rls import Prior, Saved
+
+__all__ = ["EMMET", "MEMIT", "NSE", "OTHERS", "PRUNE", "RECT", "RECURSIVE", "ROME", "RULES"]
+__all__ += ["AlphaEdit", "Batch", "BoundedFineTuning", "FineTuning", "HistoryMEMIT", "LayerState", "Rule", "RuleLayer"]
+__all__ += ["RulePanel", "UltraEdit", "check", "layer_under"]
+
+RECURSIVE = "rls"
+"""The rule of this package, whose layer is `RLSState` itself."""
+
+OTHERS: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (
+        FineTuning,
+        BoundedFineTuning,
+        ROME,
+        MEMIT,
+        HistoryMEMIT,
+        PRUNE,
+        RECT,
+        EMMET,
+        AlphaEdit,
+        NSE,
+        UltraEdit,
+    )
+}
+"""The other rules, by name."""
+
+RULES: tuple[str, ...] = (RECURSIVE, *OTHERS)
+
+
+def check(name: str, options: Mapping[str, Any]) -> Rule | None:
+    """The rule of a name with some settings; None for the recursive one, whose settings are the editor's own.
+
+    Raises:
+        InputError: no such rule, no such setting of it, or a value that cannot be meant.
+    """
+    if name not in RULES:
+        raise InputError(f"rule={name!r}: expected one of {', '.join(RULES)}")
+    known = {field.name for field in fields(OTHERS[name])} if name in OTHERS else set()  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - known):
+        raise InputError(
+            f"rule_options: rule {name!r} has no {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    wrong = [f"{key}={value!r}" for key, value in options.items() if not isinstance(value, int | float | None)]
+    if wrong:
+        raise InputError(f"rule_options: {', '.join(wrong)}: expected numbers")
+    return OTHERS[name](**options) if name in OTHERS else None
+
+
+def layer_under(
+    name: str,
+    options: Mapping[str, Any],
+    weight: Tensor,
+    prior: Prior,
+    *,
+    delay: int,
+    label: str,
+    saved: Saved | None = None,
+) -> LayerState:
+    """A layer under the rule of a name, its weight kept current in place.
+
+    Args:
+        name: of the rule.
+        options: its settings.
+        weight: `W0 [d_v, d_k]`.
+        prior: of the layer.
+        delay: as in `RLSState`; the other rules have none.
+        label: the layer's name, for the errors.
+        saved: what an `RLSState` is to go on from; the other rules are not saved.
+    """
+    from rlsedit_fast.rls import RLSState
+
+    rule = check(name, options)
+    if rule is None:
+        return RLSState(weight, prior, delay=delay, name=label, in_place=True, saved=saved)
+    return RuleLayer(weight, prior, rule, name=label, in_place=True)

@@ -1,0 +1,129 @@
+"""The editor under every rule: the same keys and values, and what each rule can and cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import anchor_texts
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.rules import OTHERS, RULES
+from rlsedit_fast.world import World, load_demo_model
+
+WORLD = World.generate()
+EDITS = [case.edit for case in world_cases(WORLD, 12, 0)]
+CONFIG = EditConfig(layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, batch_size=6)
+OPTIONS = {"alphaedit": {"null_share": 0.7, "ridge": 0.01}, "ultraedit": {"rate": 10.0}, "ft-bounded": {"bound": 0.02}}
+
+
+def make_editor(rule="rls", **changes):
+    options = changes.pop("rule_options", OPTIONS.get(rule, {}))
+    editor = rf.Editor(*load_demo_model(), config=replace(CONFIG, rule=rule, rule_options=options, **changes))
+    editor.anchor(anchor_texts(WORLD, 0)[:1000])
+    return editor
+
+
+def weight(editor, layer=0):
+    return editor.model.state_dict()[f"model.layers.{layer}.mlp.down_proj.weight"].clone()
+
+
+def said(editor):
+    asked = [(edit.prompt.format(edit.subject), edit.target) for edit in EDITS]
+    return sum(one.exact for one in score(editor.model, editor.tokenizer, asked))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_writes_into_the_model_and_the_edits_are_said(rule):
+    editor = make_editor(rule)
+    start = weight(editor)
+    records = editor.edit(EDITS)
+    moved = float((weight(editor) - start).norm())
+    assert moved > 0
+    assert editor.deviation()[0].weight == pytest.approx(moved, rel=1e-5)
+    assert (editor.deviation()[0].weight_bound < float("inf")) == (rule == "rls")
+    if rule != "ultraedit":  # its first batches have next to nothing to normalise by
+        assert said(editor) >= 10
+        assert all(record.realised > 0.5 for record in records)
+
+
+def test_history_aware_memit_with_lam_0_is_the_recursive_rule():
+    one, other = (make_editor(rule, lam=0.0, mu=0.5, search_ahead=12) for rule in ("rls", "memit-history"))
+    start = weight(one)
+    one.edit(EDITS)
+    other.edit(EDITS)
+    assert float((weight(one) - weight(other)).norm()) < 1e-3 * float((weight(one) - start).norm())
+
+
+@pytest.mark.parametrize("rule", OTHERS)
+def test_what_a_rule_cannot_do_is_refused_and_changes_nothing(rule):
+    editor = make_editor(rule)
+    (record, *_) = editor.edit(EDITS[:6])
+    before = weight(editor)
+    for refused in (
+        lambda: editor.undo(record.id),
+        lambda: editor.replace(record.id, target="organ"),
+        lambda: editor.edit([replace(EDITS[0], target="organ")]),  # asks what an active edit asks
+    ):
+        with pytest.raises(InputError, match="cannot take an edit back"):
+            refused()
+    assert torch.equal(weight(editor), before)
+    assert [r.state for r in editor.history()] == ["active"] * 6
+    editor.edit(EDITS[6:])  # and it goes on
+
+
+def test_a_subject_told_separately_needs_no_removal():
+    editor = make_editor("memit", same_subject="separate")
+    editor.edit(EDITS[:2])
+    editor.edit([replace(EDITS[0], target=EDITS[1].target)])
+    assert len(editor.history()) == 3
+
+
+def test_several_layers_share_as_memit_does_under_another_rule():
+    both = make_editor("memit-history", layers=(0, 1), share="memit")
+    start = weight(both, 1)
+    both.edit(EDITS)
+    assert said(both) >= 10
+    assert not torch.equal(weight(both, 1), start)
+    joint = make_editor("memit-history", layers=(0, 1), share="joint")
+    before = weight(joint)
+    with pytest.raises(InputError, match="share='memit'"):
+        joint.edit(EDITS)
+    assert torch.equal(weight(joint), before)
+
+
+def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
+    model, tokenizer = load_demo_model()
+    editor = rf.Editor(model.to(torch.bfloat16), tokenizer, config=replace(CONFIG, rule="memit"))
+    editor.anchor(anchor_texts(WORLD, 0)[:1000])
+    editor.edit(EDITS)
+    (state,) = editor._layers.states
+    stored = editor.projections[0].weight
+    assert state.weight.dtype == torch.float32
+    assert not torch.equal(state.weight, stored.float()), "the master has the lower bits"
+    assert float((state.weight - stored.float()).abs().max()) <= float(stored.float().abs().max()) * 2**-7
+
+
+def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
+    editor = make_editor(norm_anchor=True)
+    first = editor._searched(editor.requests(EDITS[:6]))
+    later = editor._searched(editor.requests(EDITS[6:]))
+    norms = (first.start + first.delta).norm(dim=1)
+    assert torch.allclose(norms, norms.mean(), rtol=1e-5)
+    assert torch.allclose((later.start + later.delta).norm(dim=1), norms.mean(), rtol=1e-5)
+    plain = make_editor()._searched(editor.requests(EDITS[:6]))
+    assert float(norms.mean()) == pytest.approx(float((plain.start + plain.delta).norm(dim=1).mean()), rel=1e-5)
+    editor.edit(EDITS)
+    assert said(editor) >= 10
+
+
+def test_a_rule_that_does_not_exist_is_refused_with_the_settings():
+    with pytest.raises(InputError, match="expected one of rls, "):
+        EditConfig(rule="mend")
+    with pytest.raises(InputError, match="no rate"):
+        EditConfig(rule="memit", rule_options={"rate": 1.0})

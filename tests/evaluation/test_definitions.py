@@ -1,0 +1,374 @@
+"""The metrics beside the demo's, each on hand-made cases against its published definition."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlsedit_fast.editing import Edit
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import Case, Question, related_cases, told_twice, world_cases
+from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
+from rlsedit_fast.evaluation.generation import continuations, fluency, free_accuracy, n_gram_entropy, says
+from rlsedit_fast.evaluation.legacy import token_accuracy_with_bos
+from rlsedit_fast.evaluation.metrics import evaluate, harmonic_mean, judge, score_before, summarize
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.evaluation.stability import TextProbe
+from rlsedit_fast.evaluation.tasks import Item, answer, read_task
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+
+class Parrot(torch.nn.Module):
+    """A model that says what it was told: for each text of tokens, a distribution over the next one."""
+
+    def __init__(self, tokenizer, says):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(len(tokenizer), 2)
+        text = SimpleNamespace(max_position_embeddings=64)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.says = {
+            tuple(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt: {
+                tokenizer.convert_tokens_to_ids(word): probability for word, probability in answers.items()
+            }
+            for prompt, answers in says.items()
+        }
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        logits = torch.full((*input_ids.shape, self.embedding.num_embeddings), math.log(1e-9))
+        for row, ids in enumerate(input_ids.tolist()):
+            for at in range(len(ids)):
+                for token, probability in self.says.get(tuple(ids[: at + 1]), {}).items():
+                    logits[row, at, token] = math.log(probability)
+        return SimpleNamespace(logits=logits)
+
+
+CITY = Case(
+    edit=Edit("{} lives in", "Lado", "Port Alder"),
+    asked=Question("Lado lives in", "Old Garnet"),
+    paraphrases=(Question("The home of Lado is in", "Old Garnet"),),
+    neighbors=(Question("Veta lives in", "Old Garnet"),),
+    namesakes=(),
+    same_subject=(),
+    rebuilt=(Question("Toze lives in", "Old Garnet"),),
+)
+BEFORE = {
+    "Veta lives in": {"Old": 0.9},
+    "Veta lives in Old": {"Garnet": 0.9},
+    "Toze lives in": {"New": 0.9},  # the model does not know it
+    "Toze lives in Old": {"Garnet": 0.9},
+}
+AFTER = BEFORE | {
+    "Lado lives in": {"Port": 0.9, "Old": 0.1},
+    "Lado lives in Port": {"Alder": 0.4, "Farrow": 0.6},
+    "Lado lives in Old": {"Garnet": 1.0},
+    "The home of Lado is in": {"Port": 0.9},
+    "The home of Lado is in Port": {"Alder": 0.9},
+    "Veta lives in Old": {"Garnet": 0.3, "Alder": 0.7},
+}
+
+
+def report(tokenizer, after=AFTER, cases=(CITY,)):
+    before = score_before(Parrot(tokenizer, BEFORE), tokenizer, cases)
+    return evaluate(Parrot(tokenizer, after), tokenizer, cases, before)
+
+
+def test_answers_of_several_tokens_by_their_mean_nll_by_all_tokens_and_by_each(tokenizer):
+    found = report(tokenizer)
+    # new: -(log .9 + log .4) / 2 = 0.51; old: -(log .1 + log 1) / 2 = 1.15
+    assert found.efficacy.forced == 1.0
+    assert found.efficacy.strict == 0.0, "Port is ranked first, Alder is not"
+    assert found.efficacy.tokens == 0.5
+    assert (found.generalization.strict, found.generalization.tokens) == (1.0, 1.0)
+    assert (found.neighbors.strict, found.neighbors.said, found.neighbors.tokens) == (0.0, 0.0, 0.5)
+
+
+def test_unchanged_is_not_known_and_known_is_not_unchanged(tokenizer):
+    found = report(tokenizer)
+    assert found.rebuilt.strict == 1.0, "the prediction is what it was"
+    assert found.rebuilt.said == 0.0, "and it is not the right answer"
+
+
+def test_the_score_is_the_harmonic_mean_of_the_three():
+    assert harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / (1 + 2 + 4))
+    assert harmonic_mean([1.0, 0.0, 1.0]) == 0.0
+    assert harmonic_mean([1.0, None, 1.0]) is None
+    assert harmonic_mean([]) is None
+
+
+def test_the_scores_of_a_report_are_of_its_three_metrics(tokenizer):
+    found = report(tokenizer)
+    parts = (found.efficacy, found.generalization, found.neighbors)
+    assert found.score == harmonic_mean([part.forced for part in parts]) > 0
+    assert found.strict_score == 0.0
+
+
+def test_a_report_by_age_is_that_of_its_cases(tokenizer):
+    other = Case(CITY.edit, Question("Veta lives in", "Old Garnet"), (), (), (), ())
+    cases = [CITY, other]
+    before = score_before(Parrot(tokenizer, BEFORE), tokenizer, cases)
+    judged = judge(Parrot(tokenizer, AFTER), tokenizer, cases, before)
+    assert summarize(judged[:1]) == report(tokenizer)
+    assert summarize(judged).efficacy.forced == 0.5, "of the second the old answer is the likelier"
+    assert summarize(judged[1:]).neighbors.prompts == 0
+
+
+def test_of_tokens_that_tie_one_is_ranked_first_and_no_answer_is_likelier(tokenizer):
+    tied = AFTER | {"Lado lives in": {"Port": 0.5, "Old": 0.5}, "Lado lives in Port": {"Alder": 1.0}}
+    found = report(tokenizer, tied)
+    assert found.efficacy.forced == 0.0
+    first = score(Parrot(tokenizer, tied), tokenizer, [("Lado lives in", "Port"), ("Lado lives in", "Old")])
+    assert [one.exact for one in first].count(True) == 1
+    lower = min(("Port", "Old"), key=tokenizer.convert_tokens_to_ids)
+    assert first[("Port", "Old").index(lower)].exact
+
+
+def test_the_beginning_of_text_token_is_not_part_of_an_answer_but_was_graded_as_one(tokenizer):
+    """What depresses published zsRE figures on tokenizers that begin every text with such a token."""
+    bos, prompt = tokenizer.bos_token_id, tuple(tokenizer("Lado lives in")["input_ids"])
+    port, alder = tokenizer.convert_tokens_to_ids(["Port", "Alder"])
+    says = {
+        "Lado lives in": {"Port": 1.0},
+        "Lado lives in Port": {"Alder": 1.0},
+        (*prompt, bos): {"Port": 1.0},
+        (*prompt, bos, port): {"Alder": 1.0},
+    }
+    model, asked = Parrot(tokenizer, says), [("Lado lives in", "Port Alder")]
+    (right,) = score(model, tokenizer, asked)
+    assert right.predicted == (port, alder)
+    assert right.right == 1.0
+    assert token_accuracy_with_bos(model, tokenizer, asked) == [pytest.approx(2 / 3)]
+    without = SimpleNamespace(bos_token_id=None)
+    with pytest.raises(InputError, match="no beginning-of-text token"):
+        token_accuracy_with_bos(model, without, asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        (" Lyon. The city", "Lyon", True),
+        (" Lyon", "Lyon", True),
+        (" Lyon and Paris", "Lyon", False),
+        (" Lyonnais", "Lyon", False),
+        (" St. Louis.", "St. Louis", True),
+        (" St. Paul.", "St. Louis", False),
+        ("\nLyon\n", "Lyon", True),
+        (" lyon.", "Lyon", False),
+        ("", "Lyon", False),
+        (" Lyon , France", "Lyon", False),
+    ],
+)
+def test_a_free_answer_is_the_answer_and_then_its_natural_end(text, answer, right):
+    assert says(text, answer) is right
+
+
+def test_free_answers_of_the_demo_model_agree_with_strict_ones_where_it_is_sure():
+    model, tokenizer = load_demo_model()
+    world = World.generate()
+    asked = [(RELATIONS[i % 4].phrasings[0].format(p.name), p.facts[RELATIONS[i % 4].name])
+             for i, p in enumerate(world.people[:24])]  # fmt: skip
+    wrong = [(prompt, "organ") for prompt, answer in asked if answer != "organ"]
+    strict = [one.exact for one in score(model, tokenizer, asked)]
+    assert free_accuracy(model, tokenizer, asked) == strict
+    assert sum(strict) >= 23
+    assert not any(free_accuracy(model, tokenizer, wrong))
+
+
+def test_continuations_do_not_depend_on_their_company_and_leave_the_generators_alone():
+    model, tokenizer = load_demo_model()
+    names = [person.name for person in World.generate().people[:6]]
+    prompts = [phrasing.format(name) for name in names for phrasing in RELATIONS[0].phrasings]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    together = continuations(model, tokenizer, prompts, tokens=3)
+    sampled = continuations(model, tokenizer, prompts, tokens=6, top_k=5, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert together == [continuations(model, tokenizer, [prompt], tokens=3)[0] for prompt in prompts]
+    assert sampled == continuations(model, tokenizer, prompts, tokens=6, top_k=5, seed=1)
+    assert sampled != continuations(model, tokenizer, prompts, tokens=6, top_k=5, seed=2)
+
+
+def test_n_gram_entropy_by_hand():
+    # bigrams ab bc ca ab bc: 2/5 2/5 1/5; trigrams abc bca cab abc: 2/4 1/4 1/4
+    bigrams = -(2 * 0.4 * math.log2(0.4) + 0.2 * math.log2(0.2))
+    assert n_gram_entropy("a b c a b c") == pytest.approx((2 / 3 * bigrams + 4 / 3 * 1.5) / 2)
+    assert n_gram_entropy("a a a a a a") == 0.0
+    assert n_gram_entropy("Yes, no.") == n_gram_entropy("a b c d")  # punctuation counts as words
+    with pytest.raises(InputError, match="3-grams"):
+        n_gram_entropy("a b")
+
+
+def test_fluency_is_the_mean_entropy_of_prompts_with_what_follows_them():
+    model, tokenizer = load_demo_model()
+    prompts = [RELATIONS[0].phrasings[0].format(p.name) for p in World.generate().people[:4]]
+    texts = continuations(model, tokenizer, prompts, tokens=40, top_k=5, seed=3)
+    wanted = [n_gram_entropy(f"{prompt} {text}") for prompt, text in zip(prompts, texts, strict=True)]
+    assert fluency(model, tokenizer, prompts, tokens=40, seed=3) == pytest.approx(sum(wanted) / 4)
+    assert min(wanted) > 3
+
+
+def test_perplexity_and_kl_by_hand(tokenizer):
+    before = {"Lado": {"speaks": 0.6, "plays": 0.4}, "Lado speaks": {"Kubeish": 0.8, "Nafiish": 0.2}}
+    after = {"Lado": {"speaks": 0.25, "plays": 0.75}, "Lado speaks": {"Kubeish": 0.2, "Nafiish": 0.8}}
+    start = tuple(tokenizer("")["input_ids"])
+    first = {start: {"Lado": 1.0}}
+    model = Parrot(tokenizer, before | first)
+    probe = TextProbe(model, tokenizer, ["Lado speaks Kubeish"])
+    same = probe(model)
+    assert same.perplexity == pytest.approx(math.exp(-(math.log(0.6) + math.log(0.8)) / 3), rel=1e-2)
+    assert same.kl == pytest.approx(0, abs=1e-2)  # kept in float16
+    assert (same.top, same.tokens) == (1.0, 3)
+    now = probe(Parrot(tokenizer, after | first))
+    kl = 0.6 * math.log(0.6 / 0.25) + 0.4 * math.log(0.4 / 0.75) + 0.8 * math.log(4) + 0.2 * math.log(0.25)
+    assert now.kl == pytest.approx(kl / 3, rel=2e-2)
+    assert now.perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.2)) / 3), rel=1e-2)
+    assert now.top == pytest.approx(1 / 3)
+
+
+def test_a_probe_keeps_to_its_tokens_and_wants_text(tokenizer):
+    model = Parrot(tokenizer, {})
+    texts = ["Lado speaks Kubeish", "Lado plays the organ", "Veta speaks Kubeish"]
+    assert TextProbe(model, tokenizer, texts, tokens=5)(model).tokens == 5
+    assert TextProbe(model, tokenizer, texts, length=2)(model).tokens == 3
+    with pytest.raises(InputError, match="two tokens"):
+        TextProbe(model, tokenizer, [])
+
+
+def test_items_are_answered_by_the_lowest_mean_nll_and_a_tie_is_wrong(tokenizer):
+    says = {
+        "Lado lives in": {"Port": 0.3, "Old": 0.7},
+        "Lado lives in Port": {"Alder": 0.9},
+        "Lado lives in Old": {"Garnet": 0.1, "Alder": 0.9},
+        "Veta speaks": {"Kubeish": 0.5, "Nafiish": 0.5},
+        "Toze speaks": {"Kubeish": 0.9, "Nafiish": 0.1},
+    }
+    items = [
+        Item("Lado lives in", ("Port Alder", "Old Garnet"), 0),  # .3 * .9 > .7 * .1
+        Item("Veta speaks", ("Kubeish", "Nafiish"), 0),
+        Item("Toze speaks", ("Kubeish", "Nafiish"), 0),
+        Item("Toze speaks", ("Kubeish", "Nafiish"), 1),
+    ]
+    found = answer(Parrot(tokenizer, says), tokenizer, items)
+    assert (found.accuracy, found.items, found.few, found.cut) == (0.5, 4, True, 0)
+    assert found.error == pytest.approx(0.25)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tokenizer):
+    long = " ".join(["Lado speaks Kubeish ."] * 20)
+    (item,) = [Item(f"{long} Lado speaks", ("Kubeish", "Nafiish"), 0)]
+    rows = []
+    model = Parrot(tokenizer, {})
+    real = model.forward
+
+    def spy(input_ids, **rest):
+        rows.extend(input_ids.tolist())
+        return real(input_ids, **rest)
+
+    model.forward = spy
+    assert answer(model, tokenizer, [item]).cut == 1
+    ids = tokenizer(item.prompt)["input_ids"]
+    assert rows == [[ids[0], *ids[-62:]]], "63 and the answer are 64"
+
+
+def test_tasks_are_read_as_glue_and_mmlu_have_them(tmp_path):
+    records = {
+        "sst2": ({"sentence": "good", "label": 1}, "positive"),
+        "cola": ({"sentence": "Him good.", "label": 0}, "no"),
+        "mrpc": ({"sentence1": "a", "sentence2": "a", "label": 1}, "yes"),
+        "rte": ({"sentence1": "a", "sentence2": "b", "label": 1}, "no"),  # GLUE's RTE: 0 is entailment
+        "nli": ({"sentence1": "a", "sentence2": "b", "label": "not_entailment"}, "no"),
+        "mmlu": ({"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}, "2"),
+    }
+    for name, (record, right) in records.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
+        items = read_task(name, path)
+        assert len(items) == 2
+        assert items[0].choices[items[0].right] == right
+        assert len(read_task(name, path, items=1)) == 1
+    with pytest.raises(InputError, match="cannot be read as records of 'mmlu'"):
+        read_task("mmlu", tmp_path / "sst2.jsonl")
+    with pytest.raises(InputError, match="expected one of sst2"):
+        read_task("gsm8k", tmp_path / "sst2.jsonl")
+
+
+def counterfact(n, original):
+    """Records of one relation and two answers; the third has no place for its subject."""
+    records = []
+    for i in range(n):
+        subject, old, new = f"Subject {i}", ("French", "English")[i % 2], ("English", "French")[i % 2]
+        prompt = f"The mother tongue of {subject} is"
+        if original:
+            rewrite = {"prompt": "The mother tongue of {} is", "subject": subject}
+            rewrite |= {"target_new": {"str": new}, "target_true": {"str": old}}
+            records.append({"case_id": i, "requested_rewrite": rewrite, "paraphrase_prompts": [f"{subject} speaks"],
+                            "neighborhood_prompts": ["The mother tongue of Ann is"]})  # fmt: skip
+        else:
+            prompt = "Nobody knows" if i == 2 else prompt
+            records.append({"case_id": i, "prompt": prompt, "subject": subject, "target_new": new, "ground_truth": old,
+                            "rephrase_prompt": f"{subject} speaks", "locality_prompt": "The mother tongue of Ann is",
+                            "locality_ground_truth": old})  # fmt: skip
+    return records
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_counterfact_cases_and_neighbourhoods_rebuilt_from_other_records(tmp_path, original):
+    path = tmp_path / "cf.json"
+    path.write_text(json.dumps(counterfact(30, original)))
+    cases = counterfact_cases(path, 8, seed=3)
+    assert len({case.edit.subject for case in cases}) == 8
+    edited = {case.edit.subject for case in cases}
+    for case in cases:
+        assert case.edit.prompt == "The mother tongue of {} is"
+        assert case.asked == Question(case.edit.prompt.format(case.edit.subject), case.paraphrases[0].answer)
+        assert case.edit.target != case.asked.answer
+        assert case.neighbors == (Question("The mother tongue of Ann is", case.asked.answer),)
+        assert len(case.rebuilt) == REBUILT
+        assert all(q.answer == case.asked.answer for q in case.rebuilt)
+        assert not any(f"of {subject} is" in q.prompt for q in case.rebuilt for subject in edited)
+    assert counterfact_cases(path, 8, seed=3) == cases != counterfact_cases(path, 8, seed=4)
+    assert {c.edit.subject for c in counterfact_cases(path, 3, among=4)} <= {f"Subject {i}" for i in range(4)}
+    with pytest.raises(InputError, match="ask for fewer"):
+        counterfact_cases(path, 31)
+
+
+def test_zsre_cases(tmp_path):
+    path = tmp_path / "zsre.json"
+    record = {"subject": "UniFirst", "src": "What does UniFirst make?", "rephrase": "UniFirst makes what?"}
+    record |= {"alt": "aircraft", "answers": ["uniform"], "loc": "nq question: who", "loc_ans": "Walter"}
+    path.write_text(json.dumps([record]))
+    (case,) = zsre_cases(path, 1)
+    assert case.edit == Edit("What does {} make?", "UniFirst", "aircraft")
+    assert case.asked == Question("What does UniFirst make?", "uniform")
+    assert case.neighbors == (Question("nq question: who", "Walter"),)
+    with pytest.raises(InputError, match="1 records of different subjects, 2 were"):
+        zsre_cases(path, 2)
+    path.write_text(json.dumps([{"subject": "UniFirst"}]))
+    with pytest.raises(InputError, match="lacks 'src'"):
+        zsre_cases(path, 1)
+
+
+def test_streams_of_conflicts_and_of_related_facts():
+    world = World.generate()
+    first = world_cases(world, 20, 1)
+    again = told_twice(first, 1)
+    by_subject = {case.edit.subject: case for case in first}
+    assert len(again) == 20
+    for case in again:
+        old = by_subject[case.edit.subject]
+        assert case.edit.prompt == old.edit.prompt
+        assert case.asked == old.asked
+        assert case.edit.target not in (old.edit.target, old.asked.answer)
+    related = related_cases(world, 40, 1)
+    subjects = [case.edit.subject for case in related]
+    assert len(set(subjects)) == 10
+    assert all(subjects.count(subject) == 4 for subject in subjects)
+    assert len({(case.edit.subject, case.edit.prompt) for case in related}) == 40
+    assert not any(case.same_subject for case in related)
+    with pytest.raises(InputError, match="1 to 8000"):
+        related_cases(world, 8001, 1)

@@ -1,0 +1,126 @@
+"""The report: what it says of runs, and that its page needs nothing but itself."""
+
+import json
+import re
+
+import pytest
+import report
+
+from rlsedit_fast.editing import EditConfig
+
+
+def run(label, seed, *, efficacy=0.9, neighbors=0.9, first=(0.9, 0.8), failed=None, bound=3.0, **config):
+    rows = []
+
+    def enter(edits, of, metric, form, value, n=100):
+        rows.append({"edits": edits, "of": of, "metric": metric, "form": form, "value": value, "n": n})
+
+    for metric, share in (("efficacy", efficacy), ("generalization", efficacy), ("neighbors", neighbors)):
+        for form in ("strict", "forced"):
+            enter(200, "all", metric, form, share + 0.01 * seed)
+    enter(200, "all", "score", "strict", (efficacy + neighbors) / 2)
+    for age, (was, now) in {"1-100": first, "101-200": (0.9, 0.9)}.items():
+        enter(200, age, "efficacy", "made:strict", was)
+        enter(200, age, "efficacy", "end:strict", now)
+    for edits in (100, 200):
+        enter(edits, "layer 0", "deviation", "measured", 2.0)
+        enter(edits, "text", "kl", "text", 0.1)
+        enter(edits, "text", "perplexity", "text", 9.0)
+        if label.startswith("rls"):
+            enter(edits, "layer 0", "deviation", "bound", bound)
+    settings = {"label": label, "stream": "plain", "edits": 200, "seed": seed, "order": 0, "judged": None}
+    fields = {"rule": label, "rule_options": {}, "batch_size": 10, "lam": None, "ridge": 0.01, "layers": [0]}
+    fields |= {"adherence": EditConfig().adherence} | config
+    return {
+        "plan": settings | {"config": fields},
+        "rows": rows,
+        "failed": failed,
+        "made": 200,
+        "ground": "demo",
+        "seconds_per_batch": [0.1 + 0.01 * at for at in range(20)],
+        "seconds_editing": 4.0,
+        "seconds_run": 5.0,
+        "peak_bytes": 5e8,
+        "machine": {"system": "Linux", "cpu": "a CPU"},
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def fill(**experiments):
+        for name, runs in experiments.items():
+            (tmp_path / name).mkdir()
+            for at, one in enumerate(runs):
+                (tmp_path / name / f"{at}.json").write_text(json.dumps(one))
+        return tmp_path
+
+    return fill
+
+
+def said(folder):
+    paths = report.write(folder)
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
+def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
+    runs = [run("rls", s) for s in (1, 2)] + [run("memit", s, efficacy=0.8, neighbors=0.95) for s in (1, 2)]
+    page, text = said(folder(rules=runs))
+    assert "`rls` at 0.915 and 0.915 is on the front of those that nobody beats in both (rls, memit)" in text
+    assert "0.915 ± 0.007" in text
+    assert "No runs of: batches, hard, orders, sweep, tuning." in text
+    assert "no measured deviation exceeds its bound" in text
+    assert '<tr class="mark"><td>rls</td>' in page
+
+
+def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
+    runs = [run("rls", 1, first=(0.9, 0.45)), run("memit", 1, efficacy=0.95, neighbors=0.95, first=(0.9, 0.9))]
+    _, text = said(folder(rules=runs))
+    assert "is beaten in both by memit; the front is memit" in text
+    assert "`rls` 0.500, the best is memit with 1.000: not within one deviation" in text
+
+
+def test_a_stream_that_broke_off_is_on_no_front(folder):
+    broken = run("rome", 1, efficacy=0.99, neighbors=0.99, failed={"after": 100, "reason": "singular"})
+    _, text = said(folder(rules=[run("rls", 1), broken]))
+    assert "nobody beats in both (rls)" in text
+    assert "broke off, and so are on no front: rome" in text
+    assert "| rome (broke off) |" in text
+
+
+def test_an_exceeded_bound_is_not_passed_over(folder):
+    _, text = said(folder(rules=[run("rls", 1, bound=1.9), run("memit", 1)]))
+    assert "exceeded in 2 looks!" in text
+
+
+def test_the_sweep_says_how_far_the_calibrated_choice_is_from_the_best(folder):
+    sweep = [
+        run(f"rls mu x{mu:g} lam x{lam:g}", 1, efficacy=0.9 + shift)
+        for mu, lam, shift in ((1, 1, 0.0), (10, 1, 0.08), (0.1, 1, -0.3), (1, 10, 0.01), (1, 0.1, 0.0))
+    ]
+    _, text = said(folder(rules=[run("rls", 1), run("memit", 1)], sweep=sweep))
+    assert "score 0.900; the best of the sweep (mu x10, lam x1) 0.940: not within two points" in text
+    assert "[0.900]" in text
+
+
+def test_the_page_needs_nothing_but_itself_and_tells_the_scheme_and_the_width(folder):
+    page, _ = said(folder(rules=[run("rls", 1), run("memit", 1)]))
+    assert not re.search(r"<script|<link|src=|url\(|@import", page)
+    assert "width=device-width" in page
+    assert "prefers-color-scheme" in page
+    assert page.count("<svg") == page.count("</svg>") >= 4
+    for broken in ("nan", "None", "inf"):
+        assert not re.search(rf'[ ",]{broken}[ ",]', page), broken
+
+
+def test_the_grid_says_what_was_taken(folder):
+    tried = [run("memit_0", 0, efficacy=0.8, rule="memit", lam=0.0), run("memit_1", 0, rule="memit", lam=0.0)]
+    tried[1]["plan"]["config"]["adherence"] = 0.99
+    _, text = said(folder(rules=[run("rls", 1), run("memit", 1)], tuning=tried))
+    assert "| memit | lam 0, adherence 0.99 ← |" in text
+    assert "| memit | lam 0, adherence 0.95 |" in text
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no result files"):
+        report.write(tmp_path)

@@ -1,0 +1,224 @@
+"""Runs over streams: what a result file holds, that one is made once, and what becomes of a stream that breaks off."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rlsedit_fast.cli import main
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation import runs, stream
+from rlsedit_fast.evaluation.demo import CONFIG
+from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
+from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
+from rlsedit_fast.evaluation.runs import Job, path_of, run_of, value
+from rlsedit_fast.evaluation.stream import Plan
+from rlsedit_fast.evaluation.tasks import Item
+
+CONFIG = replace(CONFIG, batch_size=5, search_ahead=20)
+
+
+def plan(label="rls", **changes):
+    settings = {"stream": "plain", "edits": 20, "seed": 1, "config": CONFIG, "checkpoints": (0.5, 1.0)}
+    return Plan(label=label, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    plans = [
+        plan(),
+        plan("memit", config=replace(CONFIG, rule="memit")),
+        plan("conflicts", stream="conflicting"),
+        plan("forgetting", forgetting=0.5),
+    ]
+    jobs = {one.label: Job(GroundSpec(), one, path_of(folder, one)) for one in plans}
+    results = runs.make(list(jobs.values()), say=lambda line: None)
+    return jobs, dict(zip(jobs, results, strict=True))
+
+
+def test_a_run_tells_all_metrics_at_its_checkpoints_and_at_its_end(made):
+    _, results = made
+    found = results["rls"]
+    assert (found["made"], found["failed"], found["ground"]) == (20, None, "demo")
+    assert value(found, "efficacy", "strict") >= 0.9
+    for metric in ("efficacy", "generalization", "neighbors", "same_subject"):
+        for form in ("forced", "strict", "said", "tokens"):
+            for edits in (10, 20):
+                assert 0 <= value(found, metric, form, edits=edits) <= 1
+    for form in ("forced", "strict"):
+        assert 0 <= value(found, "score", form) <= 1
+    assert value(found, "efficacy", "free") >= 0.85
+    assert value(found, "fluency", "entropy") > 2
+    before, after = (value(found, "kl", "text", of="text", edits=edits) for edits in (0, 20))
+    assert before < 1e-3 < after  # what float16 keeps of the base
+    assert value(found, "perplexity", "text", of="text") > 1
+    assert len(found["seconds_per_batch"]) == 4
+    assert {"cpu", "cores"} <= set(found["machine"])
+    assert found["priors"][0]["mu"] > 0
+
+
+def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_rule_has_some(made):
+    _, results = made
+    for metric in ("deviation", "anchors"):
+        measured, bound = (value(results["rls"], metric, form, of="layer 0") for form in ("measured", "bound"))
+        assert 0 < measured <= bound
+        assert value(results["memit"], metric, "measured", of="layer 0") > 0
+        assert value(results["memit"], metric, "bound", of="layer 0") is None
+    norms = [value(results["rls"], "weight", form, of="layer 0") for form in ("before", "norm", "spectral")]
+    assert norms[2] < norms[1]
+    assert abs(norms[0] - norms[1]) <= value(results["rls"], "deviation", "measured", of="layer 0")
+
+
+def test_every_age_is_looked_at_when_made_and_at_the_end(made):
+    _, results = made
+    kept = retention(results["rls"])
+    assert list(kept) == ["1-5", "6-10", "11-15", "16-20"]
+    assert all(share > 0.5 for share in kept.values())
+    at_end = [
+        row["value"] for row in results["rls"]["rows"] if row["metric"] == "efficacy" and row["form"] == "end:strict"
+    ]
+    assert sum(at_end) / 4 == pytest.approx(value(results["rls"], "efficacy", "strict"))
+
+
+def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypatch):
+    jobs, results = made
+    monkeypatch.setattr(runs, "_make_one", lambda job: pytest.fail(f"{job.plan.label} was made again"))
+    assert runs.make([jobs["rls"]], say=lambda line: None) == [results["rls"]]
+    other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=replace(CONFIG, adherence=0.9)))
+    assert not other.done, "the file of one setting is not that of another"
+    longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
+    assert not longer.done
+    assert not replace(jobs["rls"], spec=GroundSpec(model="another")).done
+
+
+def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_count(made, tmp_path):
+    jobs, _ = made
+    found = json.loads(jobs["rls"].path.read_text())
+    del found["plan"]["config"]["norm_anchor"]
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(found))
+    settings = jobs["rls"].plan
+    assert stream.finished(path, "demo", settings) == found
+    assert stream.finished(path, "demo", replace(settings, config=replace(CONFIG, norm_anchor=True))) is None
+    found["plan"]["config"]["gone since"] = 1
+    path.write_text(json.dumps(found))
+    assert stream.finished(path, "demo", settings) is None
+
+
+def test_a_file_that_is_damaged_is_not_a_finished_run(tmp_path):
+    path = tmp_path / "run.json"
+    for text in ('{"format": 1, "rows": [', "[]", '{"format": 1, "ground": "demo", "plan": 3}'):
+        path.write_text(text)
+        assert stream.finished(path, "demo", plan()) is None
+    assert stream.finished(tmp_path / "missing.json", "demo", plan()) is None
+
+
+def test_of_facts_told_twice_the_later_target_is_said_and_the_first_one_is_not(made):
+    _, results = made
+    found = results["conflicts"]
+    assert value(found, "efficacy", "strict") >= 0.8
+    assert value(found, "superseded", "strict") == 0.0
+    rows = [row for row in found["rows"] if row["metric"] == "efficacy" and row["form"] == "strict"]
+    assert rows[-1]["n"] == 10
+
+
+def test_later_edits_weigh_more_where_the_rule_forgets():
+    weights = stream._weights(plan(forgetting=0.5), 201)
+    assert (weights[0], weights[100], weights[200]) == (1.0, 2.0, 4.0)
+    assert set(stream._weights(plan(), 50)) == {1.0}
+
+
+def test_a_stream_that_breaks_off_says_where_and_why_and_measures_what_there_is(tmp_path, monkeypatch):
+    ground = make_ground(GroundSpec())
+    cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
+    same = [*cases[:12], replace(cases[12], edit=replace(cases[12].edit, subject=cases[0].edit.subject)), *cases[13:]]
+    config = replace(CONFIG, rule="memit")  # cannot tell a subject anew
+    found = stream.run(ground, plan(config=config), same, tmp_path / "run.json")
+    assert found["made"] == found["failed"]["after"] == 10
+    assert "cannot take an edit back" in found["failed"]["reason"]
+    assert value(found, "efficacy", "strict") > 0.5
+    rows = [row for row in found["rows"] if (row["metric"], row["form"], row["of"]) == ("efficacy", "strict", "all")]
+    assert rows[-1]["n"] == 10
+
+
+def test_tasks_are_answered_before_and_after(tmp_path):
+    ground = replace(make_ground(GroundSpec()), tasks={"sst2": [Item("Review : good", ("organ", "violin"), 0)]})
+    cases, _ = make_cases(GroundSpec(), "plain", 10, 1)
+    found = stream.run(ground, plan(edits=10, checkpoints=()), cases, tmp_path / "run.json")
+    for edits in (0, 10):
+        assert value(found, "sst2", "accuracy", of="task", edits=edits) in (0.0, 1.0)
+        assert value(found, "sst2", "error", of="task", edits=edits) == 0.0
+
+
+def test_orders_are_of_the_same_cases():
+    first, other, again = (make_cases(GroundSpec(), "plain", 30, 1, order)[0] for order in (0, 1, 1))
+    assert other == again != first
+    assert sorted(c.edit.subject for c in other) == sorted(c.edit.subject for c in first)
+    with pytest.raises(InputError, match="one order"):
+        make_cases(GroundSpec(), "conflicting", 30, 1, 1)
+    with pytest.raises(InputError, match="expected one of plain, conflicting, related"):
+        make_cases(GroundSpec(), "sorted", 30, 1)
+
+
+def test_a_ground_of_a_model_needs_its_files(tmp_path):
+    with pytest.raises(InputError, match="name a file of running text"):
+        make_ground(GroundSpec(model="somewhere"))
+    text = tmp_path / "text.txt"
+    text.write_text("too short\n")
+    with pytest.raises(InputError, match="give more text"):
+        make_ground(GroundSpec(model="somewhere", text=str(text)))
+    with pytest.raises(InputError, match="name a file of CounterFact or zsRE"):
+        make_cases(GroundSpec(model="somewhere"), "plain", 5, 0)
+    with pytest.raises(InputError, match=r"none of sst2\.jsonl"):
+        make_ground(GroundSpec(tasks=str(tmp_path)))
+
+
+def test_means_deviations_and_who_is_not_beaten():
+    assert spread([0.5, None, 0.7]) == Spread(pytest.approx(0.6), pytest.approx(0.2 / 2**0.5), 2)
+    assert str(spread([0.5])) == "0.500"
+    assert spread([None]) is None
+    assert pareto({"a": (1.0, 0.5), "b": (0.5, 1.0), "c": (0.5, 0.5), "d": (1.0, 0.5)}) == ["a", "b", "d"]
+
+
+def test_figures_over_runs(made):
+    _, results = made
+    both = [results["rls"], results["memit"]]
+    found = over_seeds(both, "efficacy", "strict")
+    assert found.runs == 2
+    assert found.mean == pytest.approx(sum(value(one, "efficacy", "strict") for one in both) / 2)
+    assert over_seeds(both, "efficacy", "unheard of") is None
+
+
+def test_the_command_makes_its_runs_once_and_prints_means(tmp_path, capsys):
+    command = ["evaluate", "--rules", "rls", "rome", "--edits", "10", "--seeds", "1", "2", "--batch-size", "5"]
+    command += ["--out", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert "0 of 4 runs are there" in first.err
+    assert "±" in first.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rules"]["rome"]["figures"]["efficacy strict"]["runs"] == 2
+    assert found["failed"] == []
+    assert main(command) == 0
+    second = capsys.readouterr()
+    assert "4 of 4 runs are there" in second.err
+    assert second.out == first.out
+
+
+def test_the_command_refuses_rules_and_settings_that_do_not_exist(tmp_path, capsys):
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"rome": {"steps": 1}, "mend": {}}))
+    assert main(["evaluate", "--rule-settings", str(settings)]) == 2
+    assert "mend, steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--rules", "mend"])
+
+
+def test_several_processes_make_the_same_files(made, tmp_path):
+    jobs, results = made
+    elsewhere = [replace(jobs[label], path=tmp_path / f"{label}.json") for label in ("rls", "memit")]
+    found = runs.make(elsewhere, processes=2, say=lambda line: None)
+    for label, one in zip(("rls", "memit"), found, strict=True):
+        assert value(one, "efficacy", "strict") == value(results[label], "efficacy", "strict")
+    assert run_of(elsewhere[0]) == found[0]

@@ -1,0 +1,296 @@
+"""Each rule against its published equation, solved densely and from scratch in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import lsq_linear
+
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls.reference import solve_all
+from rlsedit_fast.rules import (
+    EMMET,
+    MEMIT,
+    NSE,
+    OTHERS,
+    PRUNE,
+    RECT,
+    ROME,
+    AlphaEdit,
+    Batch,
+    BoundedFineTuning,
+    FineTuning,
+    HistoryMEMIT,
+    UltraEdit,
+)
+
+D_K, D_V = 24, 7
+EXACT = 1e-9  # float64 at a condition of some thousands
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def weight():
+    return random(D_V, D_K, seed=1)
+
+
+@pytest.fixture
+def moment():
+    anchors = random(200, D_K, seed=2) * torch.logspace(0.5, -1.5, D_K, dtype=torch.float64)
+    return anchors.T @ anchors / len(anchors)
+
+
+@pytest.fixture
+def prior(moment):
+    return Prior(lam=0.0, mu=3.0, anchor_moment=moment)
+
+
+def batch(n, seed, weights=None):
+    given = torch.ones(n, dtype=torch.float64) if weights is None else weights
+    return Batch(random(n, D_K, seed=seed), random(n, D_V, seed=seed + 100), given)
+
+
+def stream(sizes=(3, 1, 5), first=10):
+    return [batch(n, first + i) for i, n in enumerate(sizes)]
+
+
+def run(rule, weight, prior, batches):
+    """The weight after each batch; innovations are those of the stream's own outputs."""
+    memory, now, seen = rule.start(weight, prior, "layer"), weight, []
+    for one in batches:
+        change, memory = rule.change(one, now, memory)
+        now = now + change
+        seen.append(now)
+    return seen
+
+
+def close(found, wanted, tolerance=EXACT):
+    assert (found - wanted).norm() <= tolerance * max(1.0, float(wanted.norm()))
+
+
+def test_memit_is_the_ridge_regression_of_the_batch(weight, prior, moment):
+    one = batch(4, 3, weights=torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64))
+    (after,) = run(MEMIT(), weight, prior, [one])
+    weighted = one.keys * one.weights[:, None]
+    wanted = one.innovation.T @ weighted @ torch.linalg.inv(9 * moment + weighted.T @ one.keys)
+    close(after - weight, wanted)
+
+
+def test_memit_forgets_the_batches_before(weight, prior):
+    first, second = stream((3, 4))
+    memory = MEMIT().start(weight, prior, "layer")
+    close(MEMIT().change(second, weight, memory)[0], MEMIT().change(second, weight + 1, memory)[0])
+    after = run(MEMIT(), weight, prior, [first, second])
+    alone = run(MEMIT(), weight, prior, [second])
+    close(after[1] - after[0], alone[0] - weight)
+
+
+def test_history_aware_memit_holds_the_keys_of_all_batches(weight, prior, moment):
+    batches = stream()
+    after = run(HistoryMEMIT(), weight, prior, batches)
+    before = weight
+    for i, one in enumerate(batches):
+        held = 9 * moment + sum(earlier.keys.T @ earlier.keys for earlier in batches[: i + 1])
+        close(after[i] - before, one.innovation.T @ one.keys @ torch.linalg.inv(held))
+        before = after[i]
+
+
+def test_history_aware_memit_in_sequence_is_all_at_once_and_is_the_recursive_rule_with_lam_0(weight, prior):
+    """Values are fixed beforehand; the innovation of each batch is against the weight that it meets."""
+    keys, values = random(9, D_K, seed=5), random(9, D_V, seed=6)
+    memory, now = HistoryMEMIT().start(weight, prior, "layer"), weight
+    for part in (slice(0, 2), slice(2, 3), slice(3, 9)):
+        innovation = values[part] - keys[part] @ now.T
+        ones = torch.ones(len(innovation), dtype=torch.float64)
+        change, memory = HistoryMEMIT().change(Batch(keys[part], innovation, ones), now, memory)
+        now = now + change
+    together, _, _ = solve_all(weight, prior, keys, values)
+    close(now, together)
+
+
+def test_alphaedit_is_its_equation(weight, prior, moment):
+    rule, batches = AlphaEdit(threshold=0.05, ridge=0.7), stream()
+    values, vectors = torch.linalg.eigh(moment)
+    low = vectors[:, values < 0.05]
+    assert 3 < low.shape[1] < D_K - 3
+    projection = low @ low.T
+    after, before = run(rule, weight, prior, batches), weight
+    past = torch.zeros(D_K, D_K, dtype=torch.float64)
+    for one, now in zip(batches, after, strict=True):
+        left = projection @ (past + one.keys.T @ one.keys) + 0.7 * torch.eye(D_K, dtype=torch.float64)
+        wanted = torch.linalg.solve(left, projection @ one.keys.T @ one.innovation).T
+        close(now - before, wanted)
+        close((now - before) @ vectors[:, values >= 0.05], torch.zeros(D_V, int((values >= 0.05).sum())).double())
+        past, before = past + one.keys.T @ one.keys, now
+
+
+def test_alphaedit_in_sequence_is_all_at_once(weight, prior, moment):
+    rule = AlphaEdit(null_share=0.5, ridge=0.3)
+    keys, values = random(9, D_K, seed=5), random(9, D_V, seed=6)
+    memory, now = rule.start(weight, prior, "layer"), weight
+    for part in (slice(0, 4), slice(4, 9)):
+        ones = torch.ones(part.stop - part.start, dtype=torch.float64)
+        change, memory = rule.change(Batch(keys[part], values[part] - keys[part] @ now.T, ones), now, memory)
+        now = now + change
+    basis = torch.linalg.eigh(moment)[1][:, : D_K // 2]
+    inside = keys @ basis
+    ridge = 0.3 * torch.eye(D_K // 2, dtype=torch.float64)
+    wanted = torch.linalg.solve(inside.T @ inside + ridge, inside.T @ (values - keys @ weight.T))
+    close(now - weight, (basis @ wanted).T)
+
+
+def test_rome_is_its_equation_edit_by_edit(weight, prior, moment):
+    one = batch(3, 3)
+    (after,) = run(ROME(), weight, prior, [one])
+    now, inverse = weight, torch.linalg.inv(moment)
+    for key, wanted in zip(one.keys, one.keys @ weight.T + one.innovation, strict=True):
+        direction = inverse @ key
+        now = now + torch.outer(wanted - now @ key, direction) / (key @ direction)
+        close(now @ key, wanted)
+    close(after, now)
+
+
+def test_rome_has_no_batches_of_its_own(weight, prior):
+    one = batch(4, 3)
+    wanted = one.keys @ weight.T + one.innovation
+    now, memory = weight, ROME().start(weight, prior, "layer")
+    for i in range(4):
+        alone = Batch(one.keys[i : i + 1], (wanted - one.keys @ now.T)[i : i + 1], one.weights[:1])
+        now = now + ROME().change(alone, now, memory)[0]
+    close(run(ROME(), weight, prior, [one])[0], now)
+
+
+def test_emmet_is_its_equation_and_leaves_nothing_over(weight, prior, moment):
+    one = batch(5, 3)
+    (after,) = run(EMMET(), weight, prior, [one])
+    inverse = torch.linalg.inv(9 * moment)
+    wanted = one.innovation.T @ torch.linalg.inv(one.keys @ inverse @ one.keys.T) @ one.keys @ inverse
+    close(after - weight, wanted)
+    close(one.keys @ (after - weight).T, one.innovation)
+
+
+def test_emmet_of_one_edit_is_rome_and_with_damping_1_is_memit(weight, prior):
+    alone, several = batch(1, 3), batch(4, 4)
+    close(run(EMMET(), weight, prior, [alone])[0], run(ROME(), weight, prior, [alone])[0])
+    close(run(EMMET(damping=1.0), weight, prior, [several])[0], run(MEMIT(), weight, prior, [several])[0])
+
+
+def test_rect_keeps_the_largest_relative_changes(weight, prior):
+    one = batch(4, 3)
+    full = run(MEMIT(), weight, prior, [one])[0] - weight
+    (after,) = run(RECT(share=0.25), weight, prior, [one])
+    relative = (full / weight).abs().flatten()
+    kept = set(relative.argsort(descending=True)[: round(0.25 * relative.numel())].tolist())
+    wanted = torch.tensor([v if i in kept else 0.0 for i, v in enumerate(full.flatten().tolist())], dtype=torch.float64)
+    close((after - weight).flatten(), wanted)
+    close(run(RECT(share=1.0), weight, prior, [one])[0] - weight, full)
+
+
+def test_rect_counts_an_entry_of_zero_as_changed_without_limit_and_an_unchanged_one_not_at_all(weight, prior):
+    weight = weight.clone()
+    weight[2, 3] = 0.0
+    one = batch(4, 3)
+    still = Batch(one.keys, one.innovation * (torch.arange(D_V) != 1), one.weights)  # row 1 stays
+    change = run(RECT(share=1 / (D_K * D_V)), weight, prior, [still])[0] - weight
+    assert change.nonzero().tolist() == [[2, 3]]
+
+
+def test_prune_presses_the_sum_of_all_changes(weight, prior):
+    rule, batches = PRUNE(base=1.5), stream()
+    batches = [Batch(b.keys, 40 * b.innovation, b.weights) for b in batches]
+    limit = np.linalg.svd(weight.numpy(), compute_uv=False)[0]
+    memory, now = rule.start(weight, prior, "layer"), weight
+    base_memory, free, pressed_any = MEMIT().start(weight, prior, "layer"), weight, False
+    for one in batches:
+        wanted = one.keys @ now.T + one.innovation
+        change, memory = rule.change(one, now, memory)
+        now = now + change
+        step, _ = MEMIT().change(Batch(one.keys, wanted - one.keys @ free.T, one.weights), free, base_memory)
+        free = free + step
+        left, values, right = np.linalg.svd((free - weight).numpy(), full_matrices=False)
+        pressed_any |= bool((values > limit).any())
+        new = [np.log(v) / np.log(1.5) - np.log(limit) / np.log(1.5) + limit if v > limit else v for v in values]
+        close(now - weight, torch.from_numpy(left @ np.diag(new) @ right))
+    assert pressed_any, "or this shows nothing"
+
+
+def test_prune_of_small_changes_is_memit(weight, prior):
+    batches = [Batch(b.keys, 1e-3 * b.innovation, b.weights) for b in stream()]
+    close(run(PRUNE(), weight, prior, batches)[-1], run(MEMIT(), weight, prior, batches)[-1])
+
+
+def test_nse_is_memit_on_the_neurons_that_are_excited_most(weight, prior, moment):
+    one = batch(2, 3)
+    (after,) = run(NSE(activation=0.6), weight, prior, [one])
+    activation = one.keys.abs().sum(0).tolist()
+    chosen, total = [], 0.0
+    for neuron in sorted(range(D_K), key=lambda j: -activation[j]):
+        chosen.append(neuron)
+        total += activation[neuron]
+        if total >= 0.6 * sum(activation):
+            break
+    assert 3 < len(chosen) < D_K - 3
+    part, wanted = one.keys[:, chosen], torch.zeros(D_V, D_K, dtype=torch.float64)
+    held = 9 * moment[chosen][:, chosen] + part.T @ part
+    wanted[:, chosen] = one.innovation.T @ part @ torch.linalg.inv(held)
+    close(after - weight, wanted)
+    close(run(NSE(activation=1.0), weight, prior, [one])[0], run(MEMIT(), weight, prior, [one])[0])
+
+
+def test_ultraedit_is_its_equation_with_statistics_of_all_rows_so_far(weight, prior):
+    rule, batches = UltraEdit(rate=0.2, ridge=1.5), stream((4, 2, 5))
+    after, before = run(rule, weight, prior, batches), weight
+    for i, (one, now) in enumerate(zip(batches, after, strict=True)):
+        rows = np.concatenate([np.concatenate([b.keys.numpy(), -b.innovation.numpy()], 1) for b in batches[: i + 1]])
+        mean, deviation = rows.mean(0), rows.std(0, ddof=1)
+        k, g = one.keys.numpy(), -one.innovation.numpy()
+        k_normal, g_normal = (k - mean[:D_K]) / deviation[:D_K], (g - mean[D_K:]) / deviation[D_K:]
+        v = -0.2 * (k * k_normal).sum(1, keepdims=True) * g_normal
+        wanted = np.linalg.solve(k.T @ k + 1.5 * np.eye(D_K), k.T @ v).T
+        close(now - before, torch.from_numpy(wanted))
+        before = now
+
+
+def test_ultraedit_writes_nothing_while_there_is_nothing_to_normalise_by(weight, prior):
+    (after,) = run(UltraEdit(), weight, prior, [batch(1, 3)])
+    assert torch.equal(after, weight)
+
+
+def test_fine_tuning_ends_at_the_shortest_change_that_leaves_nothing_over(weight, prior):
+    one = batch(5, 3)
+    (after,) = run(FineTuning(steps=20_000), weight, prior, [one])
+    close(after - weight, (torch.linalg.pinv(one.keys) @ one.innovation).T, 1e-8)
+    short = run(FineTuning(steps=3), weight, prior, [one])[0]
+    assert (one.keys @ (short - after).T).norm() > 0.01 * one.innovation.norm()
+
+
+@pytest.mark.parametrize("bound", [0.02, 0.2, 5.0])
+def test_bounded_fine_tuning_is_least_squares_within_the_box(weight, prior, bound):
+    one = batch(5, 3)
+    (after,) = run(BoundedFineTuning(bound=bound, steps=20_000), weight, prior, [one])
+    change = after - weight
+    assert float(change.abs().max()) <= bound + 1e-15
+    for row, wanted in zip(change, one.innovation.T, strict=True):
+        found = lsq_linear(one.keys.numpy(), wanted.numpy(), bounds=(-bound, bound), tol=1e-14)
+        left = 0.5 * float((one.keys @ row - wanted).square().sum())
+        assert left == pytest.approx(found.cost, rel=1e-6, abs=1e-9)  # the cost is unique, its place need not be
+
+
+@pytest.mark.parametrize("name", [n for n in OTHERS if n not in ("memit-history", "alphaedit", "rome")])
+def test_the_other_rules_are_not_all_at_once_so_nothing_is_claimed_of_them(weight, prior, name):
+    keys, values = random(6, D_K, seed=5), random(6, D_V, seed=6)
+
+    def told(parts):
+        memory, now = OTHERS[name]().start(weight, prior, "layer"), weight
+        for part in parts:
+            ones = torch.ones(part.stop - part.start, dtype=torch.float64)
+            change, memory = OTHERS[name]().change(
+                Batch(keys[part], values[part] - keys[part] @ now.T, ones), now, memory
+            )
+            now = now + change
+        return now
+
+    together, apart = told([slice(0, 6)]), told([slice(0, 3), slice(3, 6)])
+    assert (together - apart).norm() > 1e-6 * (together - weight).norm()

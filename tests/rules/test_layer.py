@@ -1,0 +1,180 @@
+"""A layer under a rule: what it checks, what it refuses, and that a failure leaves no trace."""
+
+import pytest
+import torch
+
+from rlsedit_fast.errors import InputError, PriorError, UpdateError
+from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rules import OTHERS, RULES, HistoryMEMIT, RuleLayer, check, layer_under
+
+D_K, D_V = 16, 5
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def prior(lam=0.1):
+    anchors = random(60, D_K, seed=9)
+    return Prior(lam=lam, mu=1.0, anchor_moment=anchors.T @ anchors / 60)
+
+
+def layer(name, weight=None, **options):
+    weight = random(D_V, D_K, seed=1) if weight is None else weight
+    if name == "alphaedit":
+        options = {"null_share": 0.5, **options}
+    if name == "ultraedit":
+        options = {"rate": 0.1, **options}
+    return layer_under(name, options, weight, prior(), delay=4, label="layer 3")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_batch_is_written_in_place_and_its_left_over_is_told(name):
+    weight = random(D_V, D_K, seed=1)
+    state = layer(name, weight)
+    start = weight.clone()
+    keys, wanted = random(3, D_K, seed=2), random(3, D_V, seed=3)
+    step = state.update_projected(state.project(keys), wanted)
+    torch.testing.assert_close(step.left_over, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
+    assert torch.equal(state.weight, weight)
+    assert torch.equal(state.original, start)
+    assert state.deviation() == pytest.approx(float((weight - start).norm()), rel=1e-5)
+    assert step.change == pytest.approx(state.deviation(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_transaction_that_fails_leaves_weight_and_memory_as_they_were(name):
+    state, twin = layer(name), layer(name)
+    first, second = ((random(3, D_K, seed=s), random(3, D_V, seed=s + 50)) for s in (2, 4))
+    for one in (state, twin):
+        one.update_projected(one.project(first[0]), first[1])
+    before = state.weight.clone()
+
+    def broken():
+        with state.transaction():
+            state.update_projected(state.project(second[0]), second[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert torch.equal(state.weight, before)
+    for one in (state, twin):
+        one.update_projected(one.project(second[0]), second[1])
+    assert torch.equal(state.weight, twin.weight), "the memory came back as well"
+
+
+def test_history_aware_memit_is_the_recursive_state_with_the_same_prior():
+    weight = random(D_V, D_K, seed=1, dtype=torch.float64)
+    one = RuleLayer(weight, prior(), HistoryMEMIT())
+    other = RLSState(weight, prior())
+    for seed in (2, 3, 4):
+        keys, wanted = random(4, D_K, seed=seed).double(), random(4, D_V, seed=seed + 50).double()
+        weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
+        steps = [s.update_projected(s.project(keys, weights), wanted) for s in (one, other)]
+        torch.testing.assert_close(steps[0].left_over, steps[1].left_over, rtol=0, atol=1e-10)
+    torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_rules_cannot_take_back_and_say_what_to_do(name):
+    state = layer(name)
+    keys, values = random(2, D_K, seed=2), random(2, D_V, seed=3)
+    for take in (state.remove, state.refresh):
+        with pytest.raises(InputError, match=f"rule='{name}' cannot take an edit back.*same_subject='separate'"):
+            take(keys, values)
+    assert state.bounds().weight == float("inf")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_keys_can_be_protected_where_a_rule_remembers_them(name):
+    state = layer(name)
+    keys = random(2, D_K, seed=2)
+    if name in ("memit-history", "alphaedit"):
+        before = state.weight.clone()
+        state.update(keys, state.outputs(keys), torch.full((2,), 1e6))
+        assert torch.allclose(state.weight, before)
+        state.update_projected(state.project(random(2, D_K, seed=4)), random(2, D_V, seed=5))
+        assert (keys @ (state.weight - before).T).norm() < 1e-3 * (state.weight - before).norm()
+    else:
+        with pytest.raises(InputError, match="prompts cannot be protected"):
+            state.update(keys, state.outputs(keys))
+
+
+@pytest.mark.parametrize("name", ["rome", "emmet", "ultraedit", "ft", "ft-bounded"])
+def test_weights_are_refused_where_they_mean_nothing(name):
+    state = layer(name)
+    before = state.weight.clone()
+    panel = state.project(random(2, D_K, seed=2), torch.tensor([1.0, 2.0]))
+    with pytest.raises(InputError, match="no place for weights"):
+        state.update_projected(panel, random(2, D_V, seed=3))
+    assert torch.equal(state.weight, before)
+
+
+def test_a_key_that_is_there_twice_cannot_be_held_exactly():
+    state = layer("emmet")
+    key = random(1, D_K, seed=2)
+    with pytest.raises(UpdateError, match="depend on one another"):
+        state.update_projected(state.project(torch.cat((key, key))), random(2, D_V, seed=3))
+
+
+def test_bad_rows_and_stale_panels_change_nothing():
+    state = layer("memit")
+    before = state.weight.clone()
+    panel = state.project(random(2, D_K, seed=2))
+    for bad in (random(3, D_V), torch.full((2, D_V), float("nan")), torch.zeros(2, D_V, dtype=torch.int64)):
+        with pytest.raises(InputError):
+            state.update_projected(panel, bad)
+    for bad in (random(2, D_K - 1), torch.zeros(0, D_K), torch.full((2, D_K), float("inf"))):
+        with pytest.raises(InputError):
+            state.project(bad)
+    assert torch.equal(state.weight, before)
+    state.update_projected(panel, random(2, D_V, seed=3))
+    with pytest.raises(InputError, match="not taken at the present state"):
+        state.update_projected(panel, random(2, D_V, seed=3))
+
+
+def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
+    state = layer("ft")
+    before = state.weight.clone()
+    with pytest.raises(UpdateError, match="left the range"):
+        state.update_projected(state.project(1e-30 * random(1, D_K, seed=2)), torch.full((1, D_V), 1e30))
+    assert torch.equal(state.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mend", {}, "expected one of rls, ft, ft-bounded, rome"),
+        ("memit", {"share": 0.4}, "'memit' has no share; it has none"),
+        ("rls", {"mu": 1.0}, "'rls' has no mu"),
+        ("rect", {"share": 0.0}, "above 0 and up to 1"),
+        ("rect", {"share": "much"}, "expected numbers"),
+        ("prune", {"base": 1.0}, "above 1"),
+        ("nse", {"activation": 1.5}, "up to 1"),
+        ("emmet", {"damping": -1.0}, "at least 0"),
+        ("alphaedit", {"ridge": 0.0}, "above 0"),
+        ("alphaedit", {"null_share": 0.0}, "above 0"),
+        ("ultraedit", {"rate": 0.0}, "above 0"),
+        ("ft", {"steps": 0}, "at least 1"),
+        ("ft-bounded", {"bound": 0.0}, "above 0"),
+        ("ft-bounded", {"steps": 0}, "at least 1"),
+    ],
+)
+def test_rules_and_settings_that_cannot_be_meant_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        check(name, options)
+
+
+def test_priors_that_a_rule_cannot_work_under_are_refused():
+    weight, bare = random(D_V, D_K), Prior(lam=1.0)
+    with pytest.raises(PriorError, match="needs anchors"):
+        layer_under("alphaedit", {}, weight, bare, delay=0, label="layer 3")
+    with pytest.raises(PriorError, match="no eigenvalue of the anchors' moment is below threshold=1e-09"):
+        layer("alphaedit", null_share=None, threshold=1e-9)
+    few = random(3, D_K)
+    thin = Prior(lam=0.0, mu=1.0, anchor_moment=few.T @ few)
+    with pytest.raises(PriorError, match="not positive definite"):
+        layer_under("memit", {}, weight, thin, delay=0, label="layer 3")
+    custom = Prior(lam=1.0, mu=1.0, anchor_keys=few, anchor_values=random(3, D_V))
+    with pytest.raises(InputError, match="only 'rls' can"):
+        layer_under("memit", {}, weight, custom, delay=0, label="layer 3")
