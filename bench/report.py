@@ -24,6 +24,7 @@ from charts import Series, lines, scatter
 
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
 from rlsedit_fast.evaluation.runs import value
+from rlsedit_fast.rules import RULES
 
 OURS = "rls"
 SHOWN_IN_LINES = ("rls", "memit", "memit-history", "alphaedit", "rome", "emmet")
@@ -179,6 +180,10 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
     told.append(
         "**Bounds**: " + ("no measured deviation exceeds its bound." if not over else f"exceeded in {len(over)} looks!")
     )
+    if lacking := [rule for rule in RULES if rule not in groups]:
+        told.append(f"**Not all runs are there**: none of {', '.join(lacking)}, so this says nothing about them.")
+    if few := [f"{label} {len(runs)}" for label, runs in groups.items() if label in RULES and len(runs) < 3]:
+        told.append(f"Fewer than three seeds of: {', '.join(few)}.")
     broken = sorted({run["plan"]["label"] for runs in experiments.values() for run in runs if run["failed"]})
     if broken:
         told.append(f"Streams that broke off, and so are on no front: {', '.join(broken)}.")

@@ -70,6 +70,8 @@ def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
     assert "0.915 ± 0.007" in text
     assert "No runs of: batches, hard, orders, sweep, tuning." in text
     assert "no measured deviation exceeds its bound" in text
+    assert "**Not all runs are there**: none of ft, ft-bounded, rome, memit-history," in text
+    assert "Fewer than three seeds of: rls 2, memit 2." in text
     assert '<tr class="mark"><td>rls</td>' in page
 
 
