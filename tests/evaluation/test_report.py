@@ -72,7 +72,7 @@ def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
     assert "no measured deviation exceeds its bound" in text
     assert "**Not all runs are there**: none of ft, ft-bounded, rome, memit-history," in text
     assert "Fewer than three seeds of: rls 2, memit 2." in text
-    assert '<tr class="mark"><td>rls</td>' in page
+    assert '<tr class="mark"><td class="text">rls</td>' in page
 
 
 def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
