@@ -18,8 +18,8 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.1 times as long at 32
-# and 0.96 times at 64 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
+# Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.1 times as long at
+# 32 and 0.96 times at 64 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
 # (bench/results/panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(1, 49)
 
