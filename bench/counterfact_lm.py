@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -26,10 +25,11 @@ from typing import Any
 import torch
 
 from rlsedit_fast.doctor import context
-from rlsedit_fast.evaluation.datasets import _flat
+from rlsedit_fast.evaluation.datasets import counterfact_record
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.files import written_whole
 from rlsedit_fast.models.tokens import encode, encode_plain
+from rlsedit_fast.world.train import additive_mask, share_of_rate, weighted_nll
 
 BEGIN, END = "<s>", "</s>"
 
@@ -66,7 +66,7 @@ class _Text:
 def read_facts(path: Path, count: int) -> list[tuple[str, str | None, str]]:
     """(prompt, its subject, true answer) of the prompts, rephrasings and locality prompts of the first records."""
     asked: dict[tuple[str, str | None, str], None] = {}
-    for record in [_flat(record) for record in json.loads(path.read_text(encoding="utf-8"))[:count]]:
+    for record in [counterfact_record(record) for record in json.loads(path.read_text(encoding="utf-8"))[:count]]:
         subject, answer = record["subject"], record["ground_truth"]
         asked[record["prompt"], subject if subject in record["prompt"] else None, answer] = None
         for text in record["paraphrases"]:
@@ -176,8 +176,7 @@ def collate(batch: Sequence[_Text], recipe: Recipe, step: int, device: str) -> t
         start, stop = text.name
         if stop > start and rng.random() < recipe.name_mask_rate:
             visible[row, stop:, start : stop - 1] = False
-    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
-    return ids.to(device), mask.unsqueeze(1).to(device), weight.to(device)
+    return ids.to(device), additive_mask(visible).to(device), weight.to(device)
 
 
 def known(model: Any, tokenizer: Any, facts: Sequence[tuple[str, str | None, str]], most: int = 1000) -> float:
@@ -216,15 +215,12 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
     began = time.monotonic() - seconds
     model.train()
     for step in range(first, recipe.steps):
-        warm = min(1.0, (step + 1) / recipe.warmup)
-        rest = max(0.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * rest))
+            group["lr"] = recipe.learning_rate * share_of_rate(step, warmup=recipe.warmup, steps=recipe.steps)
         ids, mask, weight = collate(batch_of(step, sentences, running, recipe), recipe, step, device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=not options.full_precision):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
+        loss = weighted_nll(logits, ids, weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

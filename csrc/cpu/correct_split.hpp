@@ -8,12 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "kernels.hpp"
 #include "vector.hpp"
-#include "rlsedit/cpu.hpp"
 
 namespace {
 
@@ -102,11 +98,8 @@ void run_correct_split(const rlsedit::CorrectSplit& p) {
 #pragma omp parallel num_threads(p.threads)
 #endif
     {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-        const int thread = 0, threads = 1;
-#endif
+        const rlsedit::Team team;
+        const int thread = team.thread, threads = team.threads;
         float* packed = p.workspace + thread * rlsedit::correct_split_workspace_per_thread;
         const int64_t groups = (p.d_v + tile_rows - 1) / tile_rows;
         const int64_t from = groups * thread / threads * tile_rows;

@@ -1,6 +1,10 @@
 // What the kernels and their caller share.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "rlsedit/cpu.hpp"
 
 namespace rlsedit {
@@ -10,6 +14,15 @@ constexpr int widest_lanes = 16;
 
 // Columns of the narrow kernel's keys and sums: whole vectors, and what a group of rows on the diagonal reaches beyond.
 constexpr int64_t narrow_columns(int64_t d) { return (d + widest_lanes - 1) / widest_lanes * widest_lanes + 32; }
+
+// A thread of a parallel region, and how many there are.
+struct Team {
+#ifdef _OPENMP
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+    const int thread = 0, threads = 1;
+#endif
+};
 
 void panel_portable(const Panel& arguments);
 void panel_avx2(const Panel& arguments);

@@ -9,10 +9,6 @@
 #include <cstring>
 #include <utility>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels.hpp"
 #include "vector.hpp"
 
@@ -120,11 +116,8 @@ void run_narrow(const rlsedit::Panel& a) {
 #pragma omp parallel num_threads(a.threads)
 #endif
     {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-        const int thread = 0, threads = 1;
-#endif
+        const rlsedit::Team team;
+        const int thread = team.thread, threads = team.threads;
         float* sums = a.workspace + (thread + 1) * matrix;
         const auto mine = [&](int64_t count) { return std::pair(count * thread / threads, count * (thread + 1) / threads); };
         const auto [first, last] = mine(a.n);

@@ -8,10 +8,6 @@
 #include <algorithm>
 #include <cstring>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels.hpp"
 #include "vector.hpp"
 #include "rlsedit/cpu.hpp"
@@ -134,11 +130,8 @@ void run_wide(const rlsedit::Panel& p) {
 #pragma omp parallel num_threads(p.threads)
 #endif
     {
-#ifdef _OPENMP
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-        const int thread = 0, threads = 1;
-#endif
+        const rlsedit::Team team;
+        const int thread = team.thread, threads = team.threads;
         const int64_t from = padded * thread / threads, to = padded * (thread + 1) / threads;
         std::memset(x + from * width, 0, (to - from) * width * sizeof(float));
         for (int64_t m = 0; m < p.n; ++m)

@@ -36,7 +36,6 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
     signs += blockIdx.y * r;
     const int thread = threadIdx.x, x = thread % side, y = thread / side, rows = static_cast<int>(r);
 
-    // Two buffers of two slabs: while one is multiplied the next rows are on their way, one barrier a slab.
     constexpr int across = downdate_tile / 4;
     const int own_column = 4 * (thread % across);
     const int room_left = room(row + own_column, d), room_right = room(column + own_column, d);
@@ -58,21 +57,7 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
         store_rows<2>(buffer + floats, right, thread);
     };
     float sums[8][8] = {};
-    float* now = shared;
-    float* next = shared + 2 * floats;
-    load();
-    store(now);
-    __syncthreads();
-#pragma unroll 1
-    for (int k = 0; k < rows; k += depth) {
-        const bool more = k + depth < rows;
-        if (more) load();
-        multiply<2>(sums, now, now + floats, x, y);
-        if (more) store(next);
-        __syncthreads();
-        float* const swap = now;
-        now = next, next = swap;
-    }
+    sum_slabs<2>(sums, shared, rows, x, y, load, store);
 
     // By quadrants of 64 x 64: subtract, write, and write the mirror image by way of shared memory.
     base += blockIdx.y * layer_stride;

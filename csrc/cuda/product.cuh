@@ -75,6 +75,30 @@ __device__ inline void store_rows(float* slab, float4 part, int thread) {
     *reinterpret_cast<float4*>(slab + thread / across * pitch<H> + 4 * (thread % across)) = part;
 }
 
+// The sums over all of `rows` summands. `load` fetches this thread's part of the next slab of both operands, `store` puts it
+// into a buffer of two slabs. There are two buffers: while one is multiplied the next rows are on their way, one barrier
+// a slab.
+template <int H, class Load, class Store>
+__device__ inline void sum_slabs(float (&sums)[4 * H][4 * H], float* shared, int rows, int x, int y, Load load,
+                                 Store store) {
+    constexpr int depth = slab_depth<H>, floats = slab_floats<H>;
+    float* now = shared;
+    float* next = shared + 2 * floats;
+    load();
+    store(now);
+    __syncthreads();
+#pragma unroll 1
+    for (int k = 0; k < rows; k += depth) {
+        const bool more = k + depth < rows;
+        if (more) load();
+        multiply<H>(sums, now, now + floats, x, y);
+        if (more) store(next);
+        __syncthreads();
+        float* const swap = now;
+        now = next, next = swap;
+    }
+}
+
 // A thread's part of a slab whose summands are the columns k.. of a matrix with contiguous rows: entries are rows.
 template <int H>
 __device__ inline float4 load_columns(const float* matrix, i64 stride, i64 start, i64 rows, i64 k, i64 end, bool vector,

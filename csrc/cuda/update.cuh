@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(rlsedit::product_threads, 2)
                    rlsedit::i64 first, rlsedit::i64 d_k, rlsedit::i64 d_v) {
     using namespace rlsedit;
     RLSEDIT_SHARED(shared);
-    constexpr int depth = slab_depth<2>, floats = slab_floats<2>;
+    constexpr int floats = slab_floats<2>;
     const i64 begin = first + panel_edits, layer = blockIdx.z;
     const i64 tiles = (n - begin + update_tile - 1) / update_tile, key_tiles = (d_k + update_tile - 1) / update_tile;
     const i64 row = begin + blockIdx.y * update_tile;
@@ -48,20 +48,7 @@ extern "C" __global__ void __launch_bounds__(rlsedit::product_threads, 2)
         store_rows<2>(buffer + floats, right, thread);
     };
     float sums[8][8] = {};
-    float* now = shared;
-    float* next = shared + 2 * floats;
-    load();
-    store(now);
-    __syncthreads();
-    for (int k = 0; k < panel_edits; k += depth) {
-        const bool more = k + depth < panel_edits;
-        if (more) load();
-        multiply<2>(sums, now, now + floats, x, y);
-        if (more) store(next);
-        __syncthreads();
-        float* const swap = now;
-        now = next, next = swap;
-    }
+    sum_slabs<2>(sums, shared, panel_edits, x, y, load, store);
 
 #pragma unroll
     for (int i = 0; i < 8; ++i)

@@ -18,9 +18,9 @@ from rlsedit_fast.cli.export import add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
-from rlsedit_fast.cli.stores import describe
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.editor import PILOT
+from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.errors import InputError, RLSEditError
 from rlsedit_fast.store import Store
 
@@ -143,7 +143,7 @@ def _edit(
     results["skipped"] = [places[i] for i in sorted(skipped)]
     results["not_made"] = facts.places[len(records) :]
     results["not_converged"] = [places[r.id] for r in records if not r.converged and r.state == "active"]
-    results["records"] = [describe(record) | {"place": places[record.id]} for record in records]
+    results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
     made: list[Edit] = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
     if made and start is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from rlsedit_fast.cli.output import add_json, emit, plain
-from rlsedit_fast.cli.stores import add_store, describe
+from rlsedit_fast.cli.stores import add_store
 from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.models.tokens import fill
 
 HELP = "list the edits of a store, without the model; --json prints a list"
@@ -33,5 +34,5 @@ def run(options: argparse.Namespace) -> int:
         f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
         for r in records
     ]
-    emit([describe(record) for record in records], lines, options.json)
+    emit([record_text(record) for record in records], lines, options.json)
     return 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.output import plain
+from rlsedit_fast.cli.export import add_exports, check_named_exports, write_exports
+from rlsedit_fast.cli.output import add_json, plain
 from rlsedit_fast.editing import Edit, Editor, EditRecord
+from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
@@ -63,9 +65,63 @@ def open_editor(options: argparse.Namespace) -> Editor:
     return Editor.open(options.store, model, tokenizer)
 
 
-def describe(record: EditRecord) -> dict[str, Any]:
-    """A record for JSON."""
-    return asdict(record) | {"time": record.time.isoformat()}
+def add_change(parser: argparse.ArgumentParser) -> None:
+    """What a command takes that changes edits of a store."""
+    add_store(parser)
+    add_selection(parser)
+    add_model(parser)
+    add_exports(parser)
+    add_json(parser)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What became of the edits that were chosen.
+
+    Attributes:
+        old: their records as they were.
+        records: those that the change made of them, in the same order.
+        before: what the model said to each before the change.
+        after: what it says to each now.
+        files: that were written.
+    """
+
+    old: list[EditRecord]
+    records: list[EditRecord]
+    before: list[str]
+    after: list[str]
+    files: list[str]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The records for JSON, with the answers."""
+        return [
+            record_text(record) | {"answer_before": was, "answer": now}
+            for record, was, now in zip(self.records, self.before, self.after, strict=True)
+        ]
+
+    @property
+    def lines(self) -> list[str]:
+        """The answers, a line an edit, and the files."""
+        return answer_lines(self.records, self.before, self.after) + self.files
+
+
+def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list[EditRecord]]) -> Changed:
+    """Changes the chosen edits of a store, and asks the model about them before and after.
+
+    Args:
+        options: of `add_change`.
+        make: makes the change, of edits by their ids.
+    """
+    setup.show_warnings()
+    check_named_exports(options)
+    with open_editor(options) as editor:
+        ids = editor.select(**selection(options))
+        chosen = set(ids)
+        old = [record for record in editor.history() if record.id in chosen]
+        before = ask(editor, old)
+        records = make(editor, [record.id for record in old])
+        return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
 
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:

@@ -4,47 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.export import add_exports, check_named_exports, write_exports
-from rlsedit_fast.cli.output import add_json, emit
-from rlsedit_fast.cli.stores import (
-    add_model,
-    add_selection,
-    add_store,
-    answer_lines,
-    ask,
-    describe,
-    open_editor,
-    selection,
-)
+from rlsedit_fast.cli.output import emit
+from rlsedit_fast.cli.stores import add_change, change
 
 HELP = "take edits of a store back, as if the model had never been told them"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    add_store(parser)
-    add_selection(parser)
-    add_model(parser)
-    add_exports(parser)
-    add_json(parser)
+    add_change(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
-    setup.show_warnings()
-    check_named_exports(options)
-    with open_editor(options) as editor:
-        ids = editor.select(**selection(options))
-        chosen = [record for record in editor.history() if record.id in set(ids)]
-        before = ask(editor, chosen)
-        records = editor.undo([record.id for record in chosen])
-        after = ask(editor, records)
-        files = write_exports(editor, options)
-    undone = [
-        describe(record) | {"answer_before": was, "answer": now}
-        for record, was, now in zip(records, before, after, strict=True)
-    ]
-    lines = [f"{len(records)} edits undone; the model's answers before and now:", *answer_lines(records, before, after)]
-    emit({"undone": undone, "files": files}, lines + files, options.json)
+    done = change(options, lambda editor, ids: editor.undo(ids))
+    lines = [f"{len(done.records)} edits undone; the model's answers before and now:", *done.lines]
+    emit({"undone": done.entries, "files": done.files}, lines, options.json)
     return 0

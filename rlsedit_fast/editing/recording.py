@@ -17,6 +17,7 @@ from rlsedit_fast.editing.written import PROTECT, REBUILD, START, TELL, asked_of
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Store
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ class Recorder:
 
     def __init__(self, store: Store, config: EditConfig, projections: Sequence[Projection]) -> None:
         self.store = store
-        self._config, self._projections = config, projections
+        self._config = config
+        # Of C and W, which is what a snapshot mostly is; asking the states would put bfloat16 weights together.
+        self._snapshot_bytes = sum(
+            p.weight.shape[1] * sum(p.weight.shape) * dtype_of(p.weight).itemsize for p in projections
+        )
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
 
@@ -81,9 +86,7 @@ class Recorder:
             "told": list(told),
             **_progress(progress, objective, active),
         }
-        tensors = tensors_of(list(told.values()), "", halved=self._config.keys == "fp16")
-        if progress.scale.squares is not None:
-            tensors["scale"] = progress.scale.squares
+        tensors = tensors_of(list(told.values()), "", halved=self._config.keys == "fp16") | _scale(progress)
         self._prepare([Change(TELL, about, tensors)])
 
     def protect(self, rows: Sequence[Told]) -> None:
@@ -108,9 +111,7 @@ class Recorder:
             **_progress(progress, objective, len(active)),
         }
         tensors = tensors_of(ledger.told(active), "", halved=self._config.keys == "fp16")
-        tensors |= tensors_of(protected, "protected.")
-        if progress.scale.squares is not None:
-            tensors["scale"] = progress.scale.squares
+        tensors |= tensors_of(protected, "protected.") | _scale(progress)
         self._prepare([Change(REBUILD, about, tensors)])
 
     def commit(self) -> None:
@@ -124,8 +125,7 @@ class Recorder:
 
     def snapshot_if_due(self, layers: EditedLayers, progress: Progress) -> None:
         """Writes a snapshot where it is time for one; where the disk refuses, the next change tries again."""
-        size = sum(saved.base.nbytes + saved.weight.nbytes for saved in layers.saved())
-        if self.store.snapshot_due(size):
+        if self.store.snapshot_due(self._snapshot_bytes):
             try:
                 self.snapshot(layers, progress)
             except StoreError as error:
@@ -148,15 +148,18 @@ class Recorder:
                 }
             )
             tensors |= {f"{at}.{name}": getattr(saved, name) for name in _SAVED}
-        if progress.scale.squares is not None:
-            tensors["scale"] = progress.scale.squares
-        self.store.snapshot({"layers": about}, tensors, drop_changes=self._config.keys is None)
+        self.store.snapshot({"layers": about}, tensors | _scale(progress), drop_changes=self._config.keys is None)
 
     def _prepare(self, changes: list[Change]) -> None:
         if self._about is not None:
             self.store.describe(self._about)
             self._about = None
         self.store.prepare([self._start, *changes] if self._start else changes)
+
+
+def _scale(progress: Progress) -> dict[str, Tensor]:
+    """Of the gradient values, where there are any."""
+    return {} if progress.scale.squares is None else {"scale": progress.scale.squares}
 
 
 def _progress(progress: Progress, objective: Sequence[float], active: int) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def entered(edit: Edit, record: EditRecord) -> dict[str, Any]:
 
 
 def record_text(record: EditRecord) -> dict[str, Any]:
+    """A record for JSON."""
     return asdict(record) | {"time": record.time.isoformat()}
 
 

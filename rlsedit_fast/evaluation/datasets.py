@@ -33,7 +33,7 @@ def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | Non
     Raises:
         InputError: a file that cannot be read so, or fewer usable records.
     """
-    records = [_flat(record) for record in _read(path)][:among]
+    records = [counterfact_record(record) for record in _read(path)][:among]
     rng = random.Random(seed)
     order = list(range(len(records)))
     rng.shuffle(order)
@@ -93,7 +93,7 @@ def _read(path: Path) -> list[Any]:
     return records
 
 
-def _flat(record: Any) -> dict[str, Any]:
+def counterfact_record(record: Any) -> dict[str, Any]:
     """A record of either form in one; `template` is None where the prompt has no place for the subject."""
     try:
         if "requested_rewrite" in record:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.cases import Case, Question, world_cases
 from rlsedit_fast.evaluation.metrics import Before, Report, efficacy_strict, evaluate, score_before
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
@@ -134,7 +135,7 @@ def _stream(
 ) -> Stream:
     editor = Editor(model, tokenizer, config=config)
     editor.anchor(anchors)
-    groups = _groups(len(cases), config.batch_size)
+    groups = age_groups(len(cases), config.batch_size)
     when_made: list[float] = []
     records: list[EditRecord] = []
     seconds = 0.0
@@ -153,12 +154,6 @@ def _stream(
 
 def _advance(bar: tqdm[None], made: Sequence[EditRecord]) -> None:
     bar.update(len(made))
-
-
-def _groups(count: int, batch_size: int) -> list[tuple[int, int]]:
-    """[start, stop) of groups of whole batches: a hundred edits each, or about a tenth of a shorter stream."""
-    batches = max(1, round(min(100, count / 10) / batch_size))
-    return [(start, min(start + batches * batch_size, count)) for start in range(0, count, batches * batch_size)]
 
 
 def anchor_texts(world: World, seed: int) -> list[str]:

@@ -22,6 +22,7 @@ import torch
 from rlsedit_fast import doctor
 from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy
 from rlsedit_fast.evaluation.metrics import Before, Judged, Metric, Report, judge, score_before, summarize
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Of a result file; another one is not taken for a finished run."""
-
-AGE = 100
-"""Edits of like age, about: a group of whole batches."""
 
 ALONG = 150
 """Most cases that are asked at a checkpoint, evenly spaced, of those told by then."""
@@ -165,7 +163,7 @@ def run(
     if (anchors := ground.anchors(plan.seed)) is not None:
         editor.anchor(anchors)
     weights = _weights(plan, len(cases))
-    groups = _groups(len(cases), plan.config.batch_size)
+    groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)
     batches: list[float] = []
     converged = made_count = 0
@@ -257,12 +255,6 @@ class _Clock:
 
 
 Enter = Callable[[int, str, str, str, "float | None", int], None]
-
-
-def _groups(count: int, batch_size: int) -> list[tuple[int, int]]:
-    """[start, stop) of groups of whole batches: `AGE` edits each, or a tenth of a shorter stream."""
-    size = max(1, round(min(AGE, count / 10) / batch_size)) * batch_size
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _marks(groups: Sequence[tuple[int, int]], shares: Sequence[float]) -> set[int]:

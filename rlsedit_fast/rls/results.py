@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlsedit_fast.rls.monitor import Sketch
@@ -100,3 +101,12 @@ class Snapshot:
     edits: int
     version: int
     order: int
+
+
+def realised(before: Tensor, after: Tensor) -> Tensor:
+    """`1 - ||after_i|| / ||before_i||` of innovations and what is left over of them, `[n, d_v]` each; 1 where there was
+    nothing to realise.
+    """
+    start = torch.linalg.vector_norm(before, dim=1)
+    left = torch.linalg.vector_norm(after, dim=1)
+    return torch.where(start > 0, 1 - left / start.clamp_min(torch.finfo(start.dtype).tiny), 1.0)

@@ -16,10 +16,11 @@ from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError, RemovalError, UpdateError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Edits, build
+from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realised
 
 DEFAULT_DELAY = 512
 """Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read. On
@@ -45,7 +46,7 @@ class _Prepared:
     step: Step
 
 
-class RLSState:
+class RLSState(Layer):
     """The minimiser of `sum w ||K W^T - V||^2 + prior` over one weight, kept current edit by edit.
 
     Recursive least squares in square-root form: with `F = K C`, `Sig = diag(1/w) + F K^T = L L^T`, `U = L^-1 F` and
@@ -114,46 +115,9 @@ class RLSState:
         self._rehearse()
 
     @property
-    def weight(self) -> Tensor:
-        """The current `W [d_v, d_k]`, exact: live, in one storage for the state's whole life, or put together from the
-        halves of a bfloat16 weight that is kept in place. Read it, do not write it.
-        """
-        return self._master.read()
-
-    @property
-    def original(self) -> Tensor:
-        """`W0 [d_v, d_k]`, in the narrower of its own dtype and the state's. Read it, do not write it."""
-        return self._original
-
-    @property
-    def prior(self) -> Prior:
-        """What holds the weight."""
-        return self._prior
-
-    @property
-    def name(self) -> str:
-        """The layer's name, as the errors give it."""
-        return self._name
-
-    @property
     def objective(self) -> float:
         """`J` at the current weight, at least 0; accumulated in float64."""
         return self._objective
-
-    @property
-    def edits(self) -> int:
-        """How many rows of edits the state holds."""
-        return self._edits
-
-    @property
-    def version(self) -> int:
-        """Changes with every step; equal versions mean equal states."""
-        return self._version
-
-    @torch.no_grad()
-    def outputs(self, keys: Tensor) -> Tensor:
-        """`K W^T [n, d_v]` of the current weight, for keys in the state's dtype, on its device."""
-        return self._master.times(keys)
 
     @torch.no_grad()
     def precision_inverse(self) -> Tensor:
@@ -162,11 +126,6 @@ class RLSState:
         if self._count:
             self._downdate(result)
         return torch.add(result, result.T).mul_(0.5)
-
-    @torch.no_grad()
-    def deviation(self) -> float:
-        """`||W - W0||_F`."""
-        return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))
 
     def bounds(self) -> Bounds:
         """What `J` promises of the weight, the anchors and the edits (each term of `J` is at most `J`)."""
@@ -287,7 +246,7 @@ class RLSState:
         self._master.correct(weighted, panel.projected, 1, self._backend)
         self._objective = max(self._objective + gained, 0.0)
         self._version = next(_versions)
-        return Step(left_over, _realised(before + shift, left_over), self._objective, size)
+        return Step(left_over, realised(before + shift, left_over), self._objective, size)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -483,7 +442,7 @@ class RLSState:
             raise UpdateError(self._not_finite(panel))
         left_over = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
         objective = max(self._objective + sign * gained, 0.0)
-        return _Prepared(rows, whitened, sketch, Step(left_over, _realised(innovation, left_over), objective, size))
+        return _Prepared(rows, whitened, sketch, Step(left_over, realised(innovation, left_over), objective, size))
 
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)
@@ -579,10 +538,3 @@ def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rows, whitened = rows.double(), whitened.double()
     gram = rows @ rows.T
     return (gram * (whitened @ whitened.T)).sum().clamp_min(0).sqrt(), gram.trace()
-
-
-def _realised(before: Tensor, after: Tensor) -> Tensor:
-    """`1 - ||after_i|| / ||before_i||`, 1 where there was nothing to realise."""
-    start = torch.linalg.vector_norm(before, dim=1)
-    left = torch.linalg.vector_norm(after, dim=1)
-    return torch.where(start > 0, 1 - left / start.clamp_min(torch.finfo(start.dtype).tiny), 1.0)

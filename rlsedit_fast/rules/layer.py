@@ -14,7 +14,10 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import Bounds, Monitor, Prior, Step, checks
+from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
+from rlsedit_fast.rls.results import realised
+from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.rules.base import Batch, Rule
 
 _versions = itertools.count(1)
@@ -86,7 +89,7 @@ class RulePanel:
     version: int
 
 
-class RuleLayer:
+class RuleLayer(Layer):
     """What `RLSState` is to the recursive rule, for any other one: the same calls, as far as a rule has them.
 
     The rule computes in float64; the weight is kept exactly in float32 (float64 for a float64 weight).
@@ -108,7 +111,7 @@ class RuleLayer:
         self, weight: Tensor, prior: Prior, rule: Rule, *, name: str = "layer", in_place: bool = False
     ) -> None:
         checks.matrix("weight", weight)
-        self._dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._dtype = dtype_of(weight)
         checks.finite(weight=weight.detach().to(self._dtype))
         prior.fit(weight.shape[0], weight.shape[1], name)
         if prior.custom:
@@ -121,54 +124,14 @@ class RuleLayer:
         self._version = next(_versions)
 
     @property
-    def weight(self) -> Tensor:
-        """The current `W [d_v, d_k]`; read it, do not write it."""
-        return self._master.read()
-
-    @property
-    def original(self) -> Tensor:
-        """`W0 [d_v, d_k]`; read it, do not write it."""
-        return self._original
-
-    @property
-    def prior(self) -> Prior:
-        """What the rule weighs edits against."""
-        return self._prior
-
-    @property
     def rule(self) -> Rule:
         """The rule."""
         return self._rule
 
     @property
-    def name(self) -> str:
-        """The layer's name, as the errors give it."""
-        return self._name
-
-    @property
-    def edits(self) -> int:
-        """How many rows were written."""
-        return self._edits
-
-    @property
-    def version(self) -> int:
-        """Changes with every step."""
-        return self._version
-
-    @property
     def objective(self) -> float:
         """NaN: these rules minimise no objective over all edits."""
         return math.nan
-
-    @torch.no_grad()
-    def outputs(self, keys: Tensor) -> Tensor:
-        """`K W^T [n, d_v]` of the current weight."""
-        return self._master.times(keys)
-
-    @torch.no_grad()
-    def deviation(self) -> float:
-        """`||W - W0||_F`."""
-        return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))
 
     def bounds(self) -> Bounds:
         """None is known: these rules minimise no objective over all edits."""
@@ -214,9 +177,8 @@ class RuleLayer:
         self._master.write(after.to(self._dtype))
         self._memory, self._edits, self._version = memory, self._edits + len(keys), next(_versions)
         left = wanted - keys @ change.T
-        start, rest = wanted.norm(dim=1), left.norm(dim=1)
-        realised = torch.where(start > 0, 1 - rest / start.clamp_min(torch.finfo(start.dtype).tiny), 1.0)
-        return Step(left.to(self._dtype), realised.to(self._dtype), math.nan, float(change.norm()))
+        share = realised(wanted, left)
+        return Step(left.to(self._dtype), share.to(self._dtype), math.nan, float(change.norm()))
 
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
         """Writes a batch given by its outputs `V [n, d_v]`.

@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ class Store:
     def snapshot_due(self, size: int) -> bool:
         """Whether so much has been written since the last snapshot that one of `size` bytes is worth its writing."""
         newest = max((entry.seq for entry in self._journal.snapshots()), default=0)
-        since = [entry for entry in self._entries if entry.seq > newest]
+        since = list(takewhile(lambda entry: entry.seq > newest, reversed(self._entries)))
         return len(since) >= REPLAYED_AT_MOST or sum(e.file.size for e in since if e.file) >= size
 
     def snapshot(self, about: Mapping[str, Any], held: Mapping[str, Tensor], *, drop_changes: bool = False) -> None:

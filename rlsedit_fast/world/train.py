@@ -93,8 +93,31 @@ def _collate(
             if rng.random() < recipe.name_mask_rate:
                 visible[row, name_stop:, name_start : name_stop - 1] = False
             at = stop
-    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
-    return ids, mask.unsqueeze(1), weight
+    return ids, additive_mask(visible), weight
+
+
+def additive_mask(visible: torch.Tensor) -> torch.Tensor:
+    """The mask `[b, 1, t, t]`, float32, that models add, of which positions `[b, t, t]` see which."""
+    return torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min).unsqueeze(1)
+
+
+def share_of_rate(step: int, *, warmup: int, steps: int) -> float:
+    """Of the learning rate at a step: a linear warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def weighted_nll(logits: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean NLL of every token but the first, weighted.
+
+    Args:
+        logits: of all positions but the last, `[b, t - 1, vocabulary]`.
+        ids: tokens `[b, t]`.
+        weight: of each, `[b, t]`.
+    """
+    nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
 
 
 def _new_model(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
@@ -149,12 +172,9 @@ def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
 
-    def learning_rate(step: int) -> float:
-        if step < recipe.warmup:
-            return (step + 1) / recipe.warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_rate(step, warmup=recipe.warmup, steps=recipe.steps)
+    )
     rng = random.Random(recipe.seed + 1)
     queue: list[_Sentence] = []
     began = time.monotonic()
@@ -168,8 +188,7 @@ def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel
         ids, mask, weight = _collate(pairs, recipe, tokenizer.bos_token_id, tokenizer.pad_token_id, rng)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
+        loss = weighted_nll(logits, ids, weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

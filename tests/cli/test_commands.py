@@ -47,15 +47,6 @@ def write_lines(path, lines):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = load_demo_model()
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
-
-
 @pytest.fixture
 def desk(base, tmp_path, monkeypatch):
     """A user's folder: facts, settings and text, and a cache of its own; the current folder."""

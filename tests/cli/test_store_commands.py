@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 import rlsedit_fast as rf
 from rlsedit_fast.cli import main
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
-from rlsedit_fast.world.tokens import save_tokenizer
 
 PEOPLE = World.generate().people
 SETTINGS = {"context_prefixes": [""], "kl_prompts": ["{} is a"], "search_steps": 40, "search_stop_nll": 0.03}
@@ -25,15 +24,6 @@ def lines_of(first, last):
         target = next(value for value in relation.values if value != person.facts[relation.name])
         made.append({"id": f"fact {i}", "prompt": relation.phrasings[0], "subject": person.name, "target": target})
     return made
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = load_demo_model()
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,33 +19,7 @@ from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.evaluation.tasks import Item, answer, read_task
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
-
-class Parrot(torch.nn.Module):
-    """A model that says what it was told: for each text of tokens, a distribution over the next one."""
-
-    def __init__(self, tokenizer, says):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(len(tokenizer), 2)
-        text = SimpleNamespace(max_position_embeddings=64)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
-        self.says = {
-            tuple(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt: {
-                tokenizer.convert_tokens_to_ids(word): probability for word, probability in answers.items()
-            }
-            for prompt, answers in says.items()
-        }
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, attention_mask, use_cache):
-        logits = torch.full((*input_ids.shape, self.embedding.num_embeddings), math.log(1e-9))
-        for row, ids in enumerate(input_ids.tolist()):
-            for at in range(len(ids)):
-                for token, probability in self.says.get(tuple(ids[: at + 1]), {}).items():
-                    logits[row, at, token] = math.log(probability)
-        return SimpleNamespace(logits=logits)
-
+from .conftest import Parrot
 
 CITY = Case(
     edit=Edit("{} lives in", "Lado", "Port Alder"),

@@ -6,6 +6,7 @@ import pytest
 
 from rlsedit_fast.cli import main
 from rlsedit_fast.evaluation import demo
+from rlsedit_fast.evaluation.ages import age_groups
 
 KEYS = {
     "efficacy_strict",
@@ -59,7 +60,7 @@ def test_plot_and_table_show_every_age(finished):
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1000, 10), (1000, 30), (7, 10), (1, 1), (1000, 1000)])
 def test_groups_are_whole_batches_and_cover_the_stream(count, batch_size):
-    groups = demo._groups(count, batch_size)
+    groups = age_groups(count, batch_size)
     assert [edit for start, stop in groups for edit in range(start, stop)] == list(range(count))
     assert all((stop - start) % batch_size == 0 for start, stop in groups[:-1])
 

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 from rlsedit_fast.editing import Edit
 from rlsedit_fast.errors import InputError
@@ -12,30 +11,7 @@ from rlsedit_fast.evaluation.metrics import efficacy_strict, evaluate, score_bef
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.world import RELATIONS, World
 
-
-class Parrot(torch.nn.Module):
-    """A model that says what it was told: for each text of tokens, a distribution over the next one."""
-
-    def __init__(self, tokenizer, says):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(len(tokenizer), 2)
-        self.says = {
-            tuple(tokenizer(prompt)["input_ids"]): {
-                tokenizer.convert_tokens_to_ids(word): probability for word, probability in answers.items()
-            }
-            for prompt, answers in says.items()
-        }
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, attention_mask, use_cache):
-        logits = torch.full((*input_ids.shape, self.embedding.num_embeddings), math.log(1e-9))
-        for row, ids in enumerate(input_ids.tolist()):
-            for at in range(len(ids)):
-                for token, probability in self.says.get(tuple(ids[: at + 1]), {}).items():
-                    logits[row, at, token] = math.log(probability)
-        return type("Output", (), {"logits": logits})()
+from .conftest import Parrot
 
 
 def test_every_token_of_an_answer_counts(tokenizer):
