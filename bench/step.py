@@ -15,6 +15,7 @@ solves run once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -139,23 +140,23 @@ def seconds(run: Callable[[], object], steps: int, device: torch.device) -> floa
     return (time.perf_counter() - began) / steps
 
 
-def measure(d: int, n: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(d: int, n: int, delay: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """A row of the result."""
     d_v = options.d_v or d // 4
     batches = Batches(d, d_v, n, device)
     weight = torch.zeros(d_v, d, device=device)
-    cycle = max(1, options.delay // n)  # steps between two flushes
+    cycle = max(1, delay // n)  # steps between two flushes
     few = min(cycle, 8)
 
     def stream(step: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
         return lambda: step(*batches())
 
     def full() -> Callable[[], object]:
-        state = rf.RLSState(weight, rf.Prior(lam=1.0), delay=options.delay)
+        state = rf.RLSState(weight, rf.Prior(lam=1.0), delay=delay)
         return stream(state.update)
 
     contenders: dict[str, tuple[Callable[[], object], int]] = {
-        "ours": (stream(Ours(d, n, options.delay, device)), cycle),
+        "ours": (stream(Ours(d, n, delay, device)), cycle),
         "torch": (stream(Torch(d, device)), few),
         "released": (stream(Released(d, device)), min(few, 3)),
         "update": (full(), cycle),
@@ -175,7 +176,7 @@ def measure(d: int, n: int, options: argparse.Namespace, device: torch.device) -
             lambda: alphaedit(keys, innovation, square, torch.eye(d, device=device)), 1, device
         )
         row["memit_s"] = seconds(lambda: memit(keys, square), 1, device)
-    return {"d": d, "n": n, "d_v": d_v, **row}
+    return {"d": d, "n": n, "d_v": d_v, "delay": delay, **row}
 
 
 def draw(rows: list[dict[str, float]], machine: str, file: Path) -> None:
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--d-v", type=int, help="width of the values; a quarter of d by default")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 8, 16, 32, 64, 100])
-    parser.add_argument("--delay", type=int, default=DEFAULT_DELAY, help="rows that wait for a flush")
+    parser.add_argument("--delay", type=int, nargs="+", default=[DEFAULT_DELAY], help="rows that wait for a flush")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-solves", action="store_true", help="leave AlphaEdit's and MEMIT's out: they take long")
@@ -218,17 +219,16 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = []
-    for d in options.d:
-        for n in options.n:
-            row = measure(d, n, options, device)
-            rows.append(row)
-            shown = {k: f"{1e3 * v:.1f}" for k, v in row.items() if k.endswith("_s")}
-            ratios = {k[:-2]: round(v / row["ours_s"], 2) for k, v in row.items() if k.endswith("_s") and k != "ours_s"}
-            print(f"d {d} n {n} ms {shown}", f"times ours {ratios}", sep="\n  ", flush=True)
+    for d, n, delay in itertools.product(options.d, options.n, options.delay):
+        row = measure(d, n, delay, options, device)
+        rows.append(row)
+        shown = {k: f"{1e3 * v:.1f}" for k, v in row.items() if k.endswith("_s")}
+        ratios = {k[:-2]: round(v / row["ours_s"], 2) for k, v in row.items() if k.endswith("_s") and k != "ours_s"}
+        print(f"d {d} n {n} delay {delay} ms {shown}", f"times ours {ratios}", sep="\n  ", flush=True)
     if options.chart:
         draw(rows, str(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), options.chart)
     if options.json:
-        record = {"what": "a step of the solver", "delay": options.delay, "rounds": options.rounds, **context()}
+        record = {"what": "a step of the solver", "rounds": options.rounds, **context()}
         options.json.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
 
 

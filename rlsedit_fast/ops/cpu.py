@@ -18,10 +18,10 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.1 times as long at
-# 32 and 0.96 times at 64 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
+# Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.14 times as long at
+# 64 and 0.95 times at 100 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
 # (bench/results/panel-crossover-cpu.json).
-NATIVE_PANEL_EDITS = range(1, 49)
+NATIVE_PANEL_EDITS = range(1, 65)
 
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).

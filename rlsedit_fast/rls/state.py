@@ -23,8 +23,8 @@ from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realised
 
 DEFAULT_DELAY = 512
-"""Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read. On
-two CPU cores at d_k = 8192 steps of 16 edits cost a tenth less than with 128, and no less with 1024."""
+"""Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read.
+Between 128 and 1024 it hardly matters (bench/results/step-delay-cpu.json)."""
 
 REMOVAL_PIVOT_POWER = 0.25
 """A removal's pivots, relative to the noise, must exceed `eps` to this power. With an edit in, C has in its direction
