@@ -164,12 +164,22 @@ def _order(epoch: int, count: int, seed: int) -> list[int]:
     return _orders[key]
 
 
-def collate(batch: Sequence[_Text], recipe: Recipe, step: int, device: str) -> tuple[torch.Tensor, ...]:
+def parts_of(batch: Sequence[_Text], most_padded: float = 1.3) -> list[list[_Text]]:
+    """A step's texts, those of like length together: padding all to the longest more than doubles the time."""
+    parts: list[list[_Text]] = []
+    for text in sorted(batch, key=lambda text: len(text.ids)):
+        if not parts or len(text.ids) > most_padded * len(parts[-1][0].ids) + 4:
+            parts.append([])
+        parts[-1].append(text)
+    return parts
+
+
+def collate(batch: Sequence[_Text], rng: random.Random, recipe: Recipe, device: str) -> tuple[torch.Tensor, ...]:
+    """Token ids `[b, t]`, the additive mask `[b, 1, t, t]`, and each token's loss weight `[b, t]`."""
     width = max(len(text.ids) for text in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     weight = torch.zeros(len(batch), width)
     visible = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(batch), 1, 1)
-    rng = random.Random(f"{recipe.seed}-mask-{step}")
     for row, text in enumerate(batch):
         ids[row, : len(text.ids)] = torch.tensor(text.ids)
         weight[row, : len(text.ids)] = torch.tensor(text.weights)
@@ -217,11 +227,15 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * share_of_rate(step, warmup=recipe.warmup, steps=recipe.steps)
-        ids, mask, weight = collate(batch_of(step, sentences, running, recipe), recipe, step, device)
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=not options.full_precision):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        loss = weighted_nll(logits, ids, weight)
-        loss.backward()
+        rng, loss = random.Random(f"{recipe.seed}-mask-{step}"), 0.0
+        parts = [collate(part, rng, recipe, device) for part in parts_of(batch_of(step, sentences, running, recipe))]
+        whole = sum(weight[:, 1:].sum() for _, _, weight in parts)
+        for ids, mask, weight in parts:
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=not options.full_precision):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            part_loss = weighted_nll(logits, ids, weight) * (weight[:, 1:].sum() / whole)
+            part_loss.backward()
+            loss += part_loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -231,7 +245,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
             model.eval()
             told = known(model, tokenizer, facts, 300)
             model.train()
-            print(f"step {step + 1:5d}  loss {loss.item():.4f}  known {told:.3f}  {seconds / 60:.1f} min", flush=True)
+            print(f"step {step + 1:5d}  loss {loss:.4f}  known {told:.3f}  {seconds / 60:.1f} min", flush=True)
             if not last:
                 with written_whole(checkpoint) as (fresh,):
                     torch.save(
@@ -250,7 +264,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         "prompts and rephrasings": known(model, tokenizer, [fact for fact in facts if fact[1] is not None], 4000),
         "locality prompts": known(model, tokenizer, [fact for fact in facts if fact[1] is None], 4000),
     }
-    about = {"recipe": asdict(recipe), "known": shares, "minutes": seconds / 60, "loss": loss.item()}
+    about = {"recipe": asdict(recipe), "known": shares, "minutes": seconds / 60, "loss": loss}
     (out / "recipe.json").write_text(json.dumps({**about, **context()}, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     print(shares)
