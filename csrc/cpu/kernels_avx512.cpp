@@ -6,7 +6,7 @@
 #include "panel_wide.hpp"
 
 void rlsedit::panel_avx512(const Panel& arguments) {
-    arguments.n <= narrow_edits ? run_narrow(arguments) : run_wide(arguments);
+    narrow_wins(arguments.n) ? run_narrow(arguments) : run_wide(arguments);
 }
 
 void rlsedit::correct_split_avx512(const CorrectSplit& arguments) { run_correct_split(arguments); }

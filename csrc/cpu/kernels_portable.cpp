@@ -5,7 +5,7 @@
 #include "panel_wide.hpp"
 
 void rlsedit::panel_portable(const Panel& arguments) {
-    arguments.n <= narrow_edits ? run_narrow(arguments) : run_wide(arguments);
+    narrow_wins(arguments.n) ? run_narrow(arguments) : run_wide(arguments);
 }
 
 void rlsedit::correct_split_portable(const CorrectSplit& arguments) { run_correct_split(arguments); }

@@ -4,26 +4,38 @@
 #include "rlsedit/cpu.hpp"
 
 namespace rlsedit {
+namespace {
+
+constexpr int64_t side = 64;
+constexpr int64_t block = 4 * side;  // rows whose pages are walked once for all the tiles in it
+
+// The tile at (row, column) onto its mirror image, through a buffer: the matrix's rows may all map to one cache set.
+void mirror_tile(float* base, int64_t stride, int64_t d, int64_t row, int64_t column) {
+    const int64_t rows = std::min(side, d - row), columns = std::min(side, d - column);
+    float transposed[side * side];
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) transposed[j * side + i] = base[(row + i) * stride + column + j];
+    for (int64_t j = 0; j < columns; ++j) {
+        const int64_t from = row == column ? j + 1 : 0;
+        if (from < rows) std::copy_n(transposed + j * side + from, rows - from, base + (column + j) * stride + row + from);
+    }
+}
+
+}  // namespace
 
 void mirror(float* base, int64_t stride, int64_t d, int threads) {
-    constexpr int64_t side = 64;
-    const int64_t tiles = (d + side - 1) / side;
+    const int64_t blocks = (d + block - 1) / block;
     (void)threads;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
 #endif
-    for (int64_t row_tile = 0; row_tile < tiles; ++row_tile) {
-        const int64_t row = row_tile * side, rows = std::min(side, d - row);
-        float packed[side * side];  // a stride of 64 floats; the matrix's may map every row to one cache set
-        for (int64_t column = 0; column <= row; column += side) {
-            const int64_t columns = std::min(side, d - column);
-            for (int64_t i = 0; i < rows; ++i)
-                std::copy_n(base + (row + i) * stride + column, columns, packed + i * side);
-            for (int64_t j = 0; j < columns; ++j) {
-                float* to = base + (column + j) * stride + row;
-                for (int64_t i = row == column ? j + 1 : 0; i < rows; ++i) to[i] = packed[i * side + j];
-            }
-        }
+    for (int64_t number = 0; number < blocks * (blocks + 1) / 2; ++number) {
+        int64_t block_row = 0, block_column = number;
+        while (block_column > block_row) block_column -= ++block_row;
+        for (int64_t row = block_row * block; row < std::min(d, (block_row + 1) * block); row += side)
+            for (int64_t column = block_column * block; column <= std::min(row, (block_column + 1) * block - side);
+                 column += side)
+                mirror_tile(base, stride, d, row, column);
     }
 }
 

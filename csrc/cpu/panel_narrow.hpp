@@ -14,8 +14,8 @@
 
 namespace {
 
-// Up to so many edits this kernel is the faster one.
-constexpr int64_t narrow_edits = lanes == 16 ? 24 : 4;
+// Whether this kernel is the faster one for n edits. A single full vector of them is the other one's best case.
+constexpr bool narrow_wins(int64_t n) { return lanes == 16 ? n <= 12 || (n > 16 && n <= 24) : n <= 4; }
 
 constexpr int64_t strip = 1024;     // columns: keys and sums of three edits are 24 KiB, most of a small L1 cache
 constexpr int64_t block_rows = 32;  // of a strip: 128 KiB, a part of a small L2 cache
@@ -30,9 +30,22 @@ struct Narrow {
     int64_t padded;
 };
 
+// The block that comes after this one, asked for line by line while this one is swept: the processor's own prefetching
+// stops at the end of a page, which a row of a strip fills.
+struct Ahead {
+    static constexpr int line = 64 / sizeof(float), lines_a_row = strip / line;
+    const float* at;
+    int64_t stride;
+    int next = 0, stop, each;  // lines: asked for so far, in the block, and at every step of a sweep
+    void ask() {
+        for (int count = std::min(each, stop - next); count > 0; --count, ++next)
+            __builtin_prefetch(at + next / lines_a_row * stride + next % lines_a_row * line, 0, 2);
+    }
+};
+
 // `rows` rows that begin at `at`, `stride` apart: columns [column, column + count), count a multiple of lanes.
 template <int edits, int rows>
-void sweep(const float* at, int64_t stride, const Narrow& p, int64_t row, int64_t column, int64_t count) {
+void sweep(const float* at, int64_t stride, const Narrow& p, Ahead& ahead, int64_t row, int64_t column, int64_t count) {
     Vector dot[rows][edits] = {};
     Vector key[rows][edits];
 #pragma GCC unroll 8
@@ -42,6 +55,7 @@ void sweep(const float* at, int64_t stride, const Narrow& p, int64_t row, int64_
     const float* x = p.keys + column;
     float* f = p.sums + column;
     for (int64_t j = 0; j < count; j += lanes) {
+        ahead.ask();
         Vector c[rows];
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) c[i] = load(at + i * stride + j);
@@ -66,10 +80,10 @@ void sweep(const float* at, int64_t stride, const Narrow& p, int64_t row, int64_
 // Rows [row, row + rows) of the strip that begins at `column`; where they reach the diagonal, up to it. The diagonal
 // is taken at half: it serves twice as well.
 template <int edits, int rows>
-void narrow_group(const rlsedit::Panel& a, const Narrow& p, int64_t row, int64_t column) {
+void narrow_group(const rlsedit::Panel& a, const Narrow& p, Ahead& ahead, int64_t row, int64_t column) {
     const float* at = a.base + row * a.stride + column;
     const int64_t below = std::min(strip, (row - column) / lanes * lanes);  // columns that all of these rows have whole
-    sweep<edits, rows>(at, a.stride, p, row, column, below);
+    sweep<edits, rows>(at, a.stride, p, ahead, row, column, below);
     if (below == strip) return;
     constexpr int reach = (rows + 2 * lanes - 2) / lanes * lanes;
     alignas(64) float corner[rows][reach] = {};
@@ -78,15 +92,27 @@ void narrow_group(const rlsedit::Panel& a, const Narrow& p, int64_t row, int64_t
         std::memcpy(corner[i], at + i * a.stride + below, whole * sizeof(float));
         corner[i][whole] = 0.5f * at[i * a.stride + below + whole];
     }
-    sweep<edits, rows>(corner[0], reach, p, row, column + below, reach);
+    sweep<edits, rows>(corner[0], reach, p, ahead, row, column + below, reach);
 }
 
 template <int edits>
-void narrow_block(const rlsedit::Panel& a, const Narrow& p, int64_t from, int64_t to, int64_t column) {
+void narrow_block(const rlsedit::Panel& a, const Narrow& p, Ahead& ahead, int64_t from, int64_t to, int64_t column) {
     constexpr int rows = rows_of(edits);
     int64_t row = from;
-    for (; row + rows <= to; row += rows) narrow_group<edits, rows>(a, p, row, column);
-    for (; row < to; ++row) narrow_group<edits, 1>(a, p, row, column);
+    for (; row + rows <= to; row += rows) narrow_group<edits, rows>(a, p, ahead, row, column);
+    for (; row < to; ++row) narrow_group<edits, 1>(a, p, ahead, row, column);
+}
+
+// What to ask for during the block of rows from `row` of the strip at `column`: the one below it, if it is whole and has
+// no part of the diagonal.
+Ahead ahead_of(const rlsedit::Panel& a, int64_t row, int64_t column) {
+    const int64_t below = row + block_rows;
+    const bool whole = below + block_rows <= a.d && below >= column + strip;
+    const int64_t passes = (a.n + most_edits - 1) / most_edits;
+    const int64_t steps = passes * (block_rows / rows_of(std::min<int64_t>(a.n, most_edits))) * (strip / lanes);
+    const int lines = block_rows * Ahead::lines_a_row;
+    return {a.base + (whole ? below * a.stride + column : 0), a.stride, 0, whole ? lines : 0,
+            static_cast<int>((lines + steps - 1) / steps)};
 }
 
 // The part of one thread: an equal share of the blocks of all strips, in an order that depends on the arguments alone.
@@ -97,13 +123,14 @@ void narrow_part(const rlsedit::Panel& a, const Narrow& p, int thread, int threa
         for (int64_t row = column; row < a.d; row += block_rows, ++count) {
             if (count < total * thread / threads || count >= total * (thread + 1) / threads) continue;
             const int64_t to = std::min(a.d, row + block_rows);
+            Ahead ahead = ahead_of(a, row, column);
             for (int64_t m = 0; m < a.n;) {
                 const Narrow part{p.keys + m * p.padded, p.sums + m * p.padded, p.padded};
                 const int64_t left = a.n - m;
                 const int64_t edits = left == most_edits + 1 ? 2 : std::min<int64_t>(left, most_edits);  // not one alone
-                if (edits == 1) narrow_block<1>(a, part, row, to, column);
-                else if (edits == 2) narrow_block<2>(a, part, row, to, column);
-                else narrow_block<most_edits>(a, part, row, to, column);
+                if (edits == 1) narrow_block<1>(a, part, ahead, row, to, column);
+                else if (edits == 2) narrow_block<2>(a, part, ahead, row, to, column);
+                else narrow_block<most_edits>(a, part, ahead, row, to, column);
                 m += edits;
             }
         }

@@ -2,8 +2,8 @@
 
 `panel` is native: PyTorch reads all of the symmetric `C_base`, the kernel one triangle. `downdate_` and `moment_` of a
 high rank are SSYRK and a native mirror pass, half of a product's work. `correct_split_` is native: one pass over the
-halves instead of a dozen. `factor` and `correct_` are BLAS calls in PyTorch already, on operands that have no triangle
-to leave out.
+halves instead of a dozen. `factor` is PyTorch with a substitution by blocks, whose work is in products. `correct_` is a
+BLAS call in PyTorch already, on operands that have no triangle to leave out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from rlsedit_fast.ops import reference
 # Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.14 times as long at
 # 64 and 0.95 times at 100 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
 # (bench/results/panel-crossover-cpu.json).
-NATIVE_PANEL_EDITS = range(1, 65)
+NATIVE_PANEL_EDITS = range(1, 257)
+
+# Edits in a block of the substitution.
+SUBSTITUTED_EDITS = 32
 
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
@@ -81,6 +84,31 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
     return projected
 
 
+def factor(
+    projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.factor`, whitened block by block: BLAS's substitution into few long rows runs far below a product."""
+    gram = projected @ keys.T
+    sigma = torch.diag(noise) + (0.5 * sign) * (gram + gram.T)
+    lower, info = torch.linalg.cholesky_ex(sigma)
+    return substituted(lower, projected), substituted(lower, innovation), lower.contiguous(), info
+
+
+def substituted(lower: Tensor, rows: Tensor) -> Tensor:
+    """`L^-1 X [n, d]` of `L [n, n]` and `X [n, d]`, by blocks: only those on the diagonal are inverted, which is as
+    accurate as a substitution row by row (Higham, Accuracy and Stability of Numerical Algorithms, 2002, 14.2 and 14.3).
+    """
+    solved = rows.clone(memory_format=torch.contiguous_format)
+    for start in range(0, len(lower), SUBSTITUTED_EDITS):
+        block = slice(start, start + SUBSTITUTED_EDITS)
+        here, diagonal = solved[block], lower[block, block]
+        if start:
+            here.addmm_(lower[block, :start], solved[:start], alpha=-1)
+        inverse = torch.linalg.solve_triangular(diagonal, torch.eye(len(diagonal), dtype=lower.dtype), upper=False)
+        here.copy_(inverse @ here)
+    return solved
+
+
 def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
     """`reference.downdate_` in float32 by BLAS's SSYRK, half of a product's work; then the mirror of its triangle.
 
@@ -90,7 +118,9 @@ def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
         signs: `[r]`, each +1 or -1.
     """
     for sign in (1, -1):
-        _syrk_(base, pending[signs == sign], -float(sign))
+        those = signs == sign
+        # Nearly always all are edits, and a choice among them would be a copy.
+        _syrk_(base, pending if those.all() else pending[those], -float(sign))
     _mirror_(base)
 
 
@@ -109,7 +139,7 @@ def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
         moment: contiguous `[d, d]`; afterwards exactly symmetric.
         rows: `X [t, d]`, of any floating dtype.
     """
-    _syrk_(moment, rows.to(moment.dtype).contiguous(), 1.0)
+    _syrk_(moment, rows.to(moment.dtype), 1.0)
     _mirror_(moment)
 
 
@@ -156,13 +186,13 @@ def correct_split_(
 
 
 def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:
-    """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`; `rows [r, d]`, contiguous."""
+    """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`; `rows [r, d]`."""
     from scipy.linalg import blas  # takes a while, and the first long flush is soon enough
 
     if not rows.shape[0]:
         return
     # BLAS counts columns first: to it the transposed view's upper triangle is the lower one of our rows.
-    transposed = rows.detach().numpy().T
+    transposed = rows.detach().contiguous().numpy().T
     written = blas.ssyrk(scale, transposed, beta=1.0, c=matrix.detach().numpy().T, lower=0, overwrite_c=1)
     if written.ctypes.data != matrix.data_ptr():
         raise BackendError("scipy's ssyrk wrote to a copy, not in place: ask for backend='reference'")
@@ -176,6 +206,7 @@ def _mirror_(matrix: Tensor) -> None:
 OPS = {
     **reference.OPS,
     "panel": panel,
+    "factor": factor,
     "downdate_": downdate_,
     "correct_split_": correct_split_,
     "moment_": moment_,

@@ -34,7 +34,10 @@ def test_in_place_and_copied_states_agree_through_updates_removals_and_refreshes
             state.update(*batch)
         state.remove(*batches[1])
         state.replace(*batches[2], batches[2][1] + 1)
-    torch.testing.assert_close(kept.weight, copied.weight, rtol=0, atol=1e-6)
+    # A weight that lies transposed has its K W^T rounded otherwise; a removal divides that by its pivot, lam^2 of
+    # lam^2 + |k|^2 in about.
+    ulp = torch.finfo(torch.float32).eps * float(copied.weight.abs().max())
+    torch.testing.assert_close(kept.weight, copied.weight, rtol=0, atol=ulp * (4 + 64) / 4)
     rounded = ops.split(kept.weight)[0] if dtype == torch.bfloat16 else kept.weight.to(dtype)
     assert torch.equal(weight, rounded)
     torch.testing.assert_close(kept.outputs(batches[0][0]), batches[0][0] @ kept.weight.T)
