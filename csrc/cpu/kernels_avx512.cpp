@@ -2,12 +2,9 @@
 #ifdef __AVX512F__
 #define RLSEDIT_LANES 16
 #include "correct_split.hpp"
-#include "panel_narrow.hpp"
-#include "panel_wide.hpp"
+#include "panel.hpp"
 
-void rlsedit::panel_avx512(const Panel& arguments) {
-    narrow_wins(arguments.n) ? run_narrow(arguments) : run_wide(arguments);
-}
+void rlsedit::panel_avx512(const Panel& arguments) { run_panel(arguments); }
 
 void rlsedit::correct_split_avx512(const CorrectSplit& arguments) { run_correct_split(arguments); }
 #endif

@@ -92,7 +92,7 @@ def test_native_panel_in_every_instruction_set(isa, d):
     needs("cpu", "panel")
     if not cpu.runs(isa):
         pytest.skip(f"this processor has no {isa}")
-    for n in (*EDITS, 2, 4, 5, 8, 24, 25, 33, 49):
+    for n in (*EDITS, 2, 4, 5, 8, 12, 13, 24, 25, 33, 45, 49):
         given = operands(d, n, 0)
         check_panel(cpu.native_panel(given[0], given[1], isa), *given)
 
@@ -176,6 +176,28 @@ def test_factor_of_many_edits_in_several_layers(backend, device, n):
     outputs = ops.factor(*(t.to(device) for t in given), 1, backend=backend)
     for layer in range(2):
         check_factor([t[layer] for t in outputs], *(t[layer] for t in given), 1)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_factor_of_keys_that_are_all_but_parallel(backend, device, scale):
+    needs(backend, "factor")
+    generator = torch.Generator().manual_seed(3)
+    d, n = 300, 100
+    one = torch.randn(1, d, generator=generator)
+    keys = scale * (one + 1e-3 * torch.randn(n, d, generator=generator)) / d**0.5
+    innovation, noise = torch.randn(n, 24, generator=generator), torch.ones(n)
+    given = [t.to(device) for t in (keys, keys, innovation, noise)]
+    check_factor(ops.factor(*given, 1, backend=backend), keys, keys, innovation, noise, 1)
+
+
+@pytest.mark.parametrize("d", [1, 64, 65, 255, 256, 257, 513, 1000])
+def test_the_mirror_completes_a_lower_triangle(d):
+    needs("cpu", "downdate_")
+    matrix = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
+    whole = matrix.tril() + matrix.tril(-1).T
+    cpu._mirror_(matrix)
+    assert torch.equal(matrix, whole)
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

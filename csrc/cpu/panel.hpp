@@ -1,0 +1,24 @@
+// The panel by the kernel that suits the number of edits, or by both.
+#pragma once
+
+#include "panel_narrow.hpp"
+#include "panel_wide.hpp"
+
+namespace {
+
+void run_panel(const rlsedit::Panel& a) {
+    // A few edits beyond whole vectors take less time by themselves than a vector that is mostly empty.
+    const int64_t few = a.n % lanes;
+    const bool apart = lanes == 16 && a.n > 2 * lanes && few > 0 && narrow_wins(few);
+    if (!apart) return narrow_wins(a.n) ? run_narrow(a) : run_wide(a);
+    const int64_t many = a.n - few;
+    rlsedit::Panel first = a, rest = a;
+    first.n = many;
+    rest.n = few;
+    rest.keys += many * a.d;
+    rest.out += many * a.d;
+    run_wide(first);
+    run_narrow(rest);
+}
+
+}  // namespace
