@@ -46,6 +46,7 @@ class Contender:
     label: str
     changes: Mapping[str, Any]
     forgetting: float = 1.0
+    protected: bool = False
 
     def config(self, base: EditConfig) -> EditConfig:
         return replace(base, **self.changes)
@@ -117,6 +118,7 @@ RECURSIVE = (
     Contender("rls", {}),
     Contender("rls norm-anchored", {"norm_anchor": True}),
     Contender("rls forgetting", {}, forgetting=0.9),
+    Contender("rls protecting", {}, protected=True),
 )
 CLOSEST = ("rls", "memit", "memit-history", "alphaedit")
 
@@ -137,18 +139,18 @@ def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Se
             yield _job(out / "batches", contender, edits // 2, seed, batch_size=size, **BRIEF)
 
 
-FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""Of mu and of lam against the calibrated ones: four decades."""
+FACTORS = {"plain": (0.01, 0.1, 1.0, 10.0, 100.0), "conflicting": (0.1, 1.0, 10.0), "related": (0.1, 1.0, 10.0)}
+"""Of mu and of lam against the calibrated ones, by the stream: four decades, and two where a stream takes longer."""
 
 
-def sweep(out: Path, prior: Mapping[str, float], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
+def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Iterator[Job]:
     """(b): mu and lam around the calibrated ones, which are in the middle, one at a time."""
-    for seed in seeds:
-        for of_mu, of_lam in itertools.product(FACTORS, FACTORS):
+    for kind, factors in FACTORS.items():
+        for of_mu, of_lam in itertools.product(factors, factors):
             if 1.0 in (of_mu, of_lam):
                 chosen = {"mu": prior["mu"] * of_mu, "lam": prior["lam"] * of_lam}
                 contender = Contender(f"rls mu x{of_mu:g} lam x{of_lam:g}", chosen)
-                yield _job(out / "sweep", contender, edits, seed, **BRIEF)
+                yield _job(out / "sweep", contender, edits, seed, kind=kind, **BRIEF)
 
 
 def orders(out: Path, best: Mapping[str, Contender], edits: int, seed: int, count: int = 5) -> Iterator[Job]:
@@ -195,6 +197,7 @@ def _job(
         order=order,
         config=replace(contender.config(base), batch_size=batch_size),
         forgetting=contender.forgetting,
+        protected=contender.protected,
         **more,
     )
     return Job(spec or GroundSpec(), plan, path_of(folder, plan))
@@ -213,7 +216,7 @@ def demo(options: argparse.Namespace) -> None:
     make([job for job in main if job.plan.seed == seeds[0]], processes=options.jobs)
     ours = next(run_of(job) for job in main if (job.plan.label, job.plan.seed) == (CLOSEST[0], seeds[0]))
     make(list(hard(out, best, edits // 2, seeds[0])), processes=options.jobs)
-    make(list(sweep(out, ours["priors"][0], edits // 2, seeds[:1])), processes=options.jobs)
+    make(list(sweep(out, ours["priors"][0], edits // 2, seeds[0])), processes=options.jobs)
     make(main, processes=options.jobs)
     make(list(orders(out, best, edits // 2, seeds[0])), processes=options.jobs)
     print(*write(out))

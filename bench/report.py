@@ -67,6 +67,14 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return dict(sorted(made.items(), key=lambda item: (not item[0].startswith(OURS), item[0])))
 
 
+def by_stream(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The plain one first."""
+    made: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run["plan"]["stream"] != "plain", run["plan"]["stream"])):
+        made[run["plan"]["stream"]].append(run)
+    return made
+
+
 def build(experiments: dict[str, list[Run]]) -> list[Section]:
     """The sections, in order; an experiment without runs is named in the last one."""
     made: list[tuple[str, Callable[[list[Run]], Section]]] = [
@@ -161,12 +169,14 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
             )
         )
     if experiments.get("sweep"):
-        best_swept, calibrated = _swept(experiments["sweep"])
-        gap = best_swept[0] - calibrated
-        told.append(
-            f"**The calibrated lam and mu**, fixed in advance, score {calibrated:.3f}; the best of the sweep "
-            f"({best_swept[1]}) {best_swept[0]:.3f}: {'within' if gap <= 0.02 else 'not within'} two points."
-        )
+        for stream, swept in by_stream(experiments["sweep"]).items():
+            best_swept, calibrated = _swept(swept)
+            gap = best_swept[0] - calibrated
+            told.append(
+                f"**The calibrated lam and mu**, fixed in advance, score {calibrated:.3f} on the {stream} stream; the "
+                f"best of the sweep ({best_swept[1]}) {best_swept[0]:.3f}: "
+                f"{'within' if gap <= 0.02 else 'not within'} two points."
+            )
     over = [
         run["plan"]["label"]
         for runs in experiments.values()
@@ -279,21 +289,15 @@ _FACTORS = re.compile(r"mu x([\d.]+) lam x([\d.]+)")
 
 
 def _swept(runs: Sequence[Run]) -> tuple[tuple[float, str], float]:
-    scores = {}
-    for label, group in by_label(runs).items():
-        mu, lam = map(float, _FACTORS.search(label).groups())  # type: ignore[union-attr]
-        if _whole(group):
-            scores[mu, lam] = _mean(group, "score", "strict")
+    scores = {at: _mean(group, "score", "strict") for at, group in _by_factors(runs).items() if _whole(group)}
     best = max(scores, key=lambda at: scores[at])
     return (scores[best], f"mu x{best[0]:g}, lam x{best[1]:g}"), scores[1.0, 1.0]
 
 
 def sweep(runs: list[Run]) -> Section:
     """(b)"""
-    found = {}
-    for label, group in by_label(runs).items():
-        mu, lam = map(float, _FACTORS.search(label).groups())  # type: ignore[union-attr]
-        found[mu, lam] = group
+    streams = by_stream(runs)
+    found = _by_factors(next(iter(streams.values())))
     mus, lams = sorted({mu for mu, _ in found}), sorted({lam for _, lam in found})
     along = [
         Series(name, [(x, _mean(found[at(x)], *what), math.nan) for x in axis if at(x) in found], colour, dashed)
@@ -305,6 +309,22 @@ def sweep(runs: list[Run]) -> Section:
         )
     ]
     chart = lines(along, x="factor on the calibrated value", y="share", log_x=True)
+    what = f"One of the two varied, the other calibrated, on the {next(iter(streams))} stream."
+    return Section("lam and mu over four decades", [(chart, what), *map(_sweep_table, streams.items())])
+
+
+def _by_factors(runs: Sequence[Run]) -> dict[tuple[float, float], list[Run]]:
+    found = {}
+    for label, group in by_label(runs).items():
+        mu, lam = map(float, _FACTORS.search(label).groups())  # type: ignore[union-attr]
+        found[mu, lam] = group
+    return found
+
+
+def _sweep_table(of: tuple[str, list[Run]]) -> Table:
+    stream, runs = of
+    found = _by_factors(runs)
+    mus, lams = sorted({mu for mu, _ in found}), sorted({lam for _, lam in found})
     rows = []
     for mu in mus:
         row = [f"mu ×{mu:g}"]
@@ -316,14 +336,11 @@ def sweep(runs: list[Run]) -> Section:
             row.append(shown)
         rows.append(row)
     plan = runs[0]["plan"]
-    note = f"Strict score after {plan['edits']} edits, seed {plan['seed']}. In brackets: calibrated, fixed in advance."
-    return Section(
-        "lam and mu over four decades",
-        [
-            (chart, "One of the two varied, the other calibrated."),
-            Table(["", *(f"lam ×{x:g}" for x in lams)], rows, note),
-        ],
+    note = (
+        f"Strict score on the {stream} stream after {plan['edits']} edits, seed {plan['seed']}. "
+        "In brackets: calibrated, fixed in advance."
     )
+    return Table(["", *(f"lam ×{x:g}" for x in lams)], rows, note)
 
 
 def bounds(runs: list[Run]) -> Section:
@@ -550,16 +567,21 @@ def how(experiments: dict[str, list[Run]], lacking: Sequence[str]) -> Section:
         f"{len(runs)} runs, {sum(run['seconds_run'] for run in runs) / 60:.0f} minutes of one thread on a "
         f"shared machine."
     ]
+    for machine, versions, made in dict.fromkeys((_machine(run), _versions(run), run["date"]) for run in runs):
+        text.append(f"{made}: {machine}; {versions}.")
     if runs:
-        machine, versions = runs[0]["machine"], runs[0]["versions"]
-        text.append(
-            f"{machine['system']}, {machine['cpu']}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-            + f"; model: {runs[0]['ground']}."
-        )
+        text.append(f"Model: {runs[0]['ground']}.")
     if lacking:
         text.append(f"No runs of: {', '.join(lacking)}.")
     return Section("How it was taken", text)
+
+
+def _machine(run: Run) -> str:
+    return f"{run['machine']['system']}, {run['machine']['cpu']}"
+
+
+def _versions(run: Run) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
 
 
 def _colour(label: str) -> str:

@@ -73,6 +73,7 @@ class Plan:
         seed: of cases and anchors.
         order: which order of the same cases, 0 the first.
         config: of the editor.
+        protected: whether the neighbours' prompts of all cases are protected before the first edit, beside the anchors.
         forgetting: weight of an edit against one that is made `AGE` edits later; 1 holds all alike. Below 1 later edits
             weigh more, which is a forgetting factor of recursive least squares by the weights of edits.
         checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
@@ -86,6 +87,7 @@ class Plan:
     seed: int
     order: int = 0
     config: EditConfig
+    protected: bool = False
     forgetting: float = 1.0
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
@@ -105,14 +107,17 @@ def finished(path: Path, ground: str, plan: Plan) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if (found["format"], found["ground"]) != (FORMAT, ground):
             return None
-        then, now = found["plan"], plan.told()
-        usual = replace(plan, config=EditConfig()).told()["config"]
-        same = {**then, "config": None} == {**now, "config": None}
-        same &= all(now["config"].get(name) == value for name, value in then["config"].items())
-        same &= all(value == usual[name] for name, value in now["config"].items() if name not in then["config"])
+        then, now = dict(found["plan"]), plan.told()
+        usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).told()
+        same = _agree(then.pop("config"), now.pop("config"), usual["config"]) and _agree(then, now, usual)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if same else None
+
+
+def _agree(then: Mapping[str, Any], now: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+    """Whether settings are the same, those that were not known then having their defaults."""
+    return set(then) <= set(now) and all(then.get(name, usual[name]) == value for name, value in now.items())
 
 
 def run(
@@ -162,6 +167,8 @@ def run(
     editor = Editor(model, tokenizer, config=plan.config)
     if (anchors := ground.anchors(plan.seed)) is not None:
         editor.anchor(anchors)
+    if plan.protected:
+        editor.protect(list(dict.fromkeys(question.prompt for case in cases for question in case.neighbors)))
     weights = _weights(plan, len(cases))
     groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)

@@ -9,7 +9,9 @@ import report
 from rlsedit_fast.editing import EditConfig
 
 
-def run(label, seed, *, efficacy=0.9, neighbors=0.9, first=(0.9, 0.8), failed=None, bound=3.0, **config):
+def run(
+    label, seed, *, stream="plain", efficacy=0.9, neighbors=0.9, first=(0.9, 0.8), failed=None, bound=3.0, **config
+):
     rows = []
 
     def enter(edits, of, metric, form, value, n=100):
@@ -28,7 +30,7 @@ def run(label, seed, *, efficacy=0.9, neighbors=0.9, first=(0.9, 0.8), failed=No
         enter(edits, "text", "perplexity", "text", 9.0)
         if label.startswith("rls"):
             enter(edits, "layer 0", "deviation", "bound", bound)
-    settings = {"label": label, "stream": "plain", "edits": 200, "seed": seed, "order": 0, "judged": None}
+    settings = {"label": label, "stream": stream, "edits": 200, "seed": seed, "order": 0, "judged": None}
     fields = {"rule": label, "rule_options": {}, "batch_size": 10, "lam": None, "ridge": 0.01, "layers": [0]}
     fields |= {"adherence": EditConfig().adherence} | config
     return {
@@ -41,6 +43,7 @@ def run(label, seed, *, efficacy=0.9, neighbors=0.9, first=(0.9, 0.8), failed=No
         "seconds_editing": 4.0,
         "seconds_run": 5.0,
         "peak_bytes": 5e8,
+        "date": "2026-11-26",
         "machine": {"system": "Linux", "cpu": "a CPU"},
         "versions": {"torch": "2"},
     }
@@ -100,9 +103,11 @@ def test_the_sweep_says_how_far_the_calibrated_choice_is_from_the_best(folder):
         run(f"rls mu x{mu:g} lam x{lam:g}", 1, efficacy=0.9 + shift)
         for mu, lam, shift in ((1, 1, 0.0), (10, 1, 0.08), (0.1, 1, -0.3), (1, 10, 0.01), (1, 0.1, 0.0))
     ]
+    sweep += [run(f"rls mu x{mu} lam x1", 1, stream="related", efficacy=0.7 - 0.1 * mu) for mu in (1, 10)]
     _, text = said(folder(rules=[run("rls", 1), run("memit", 1)], sweep=sweep))
-    assert "score 0.900; the best of the sweep (mu x10, lam x1) 0.940: not within two points" in text
+    assert "0.900 on the plain stream; the best of the sweep (mu x10, lam x1) 0.940: not within two points" in text
     assert "[0.900]" in text
+    assert "0.750 on the related stream; the best of the sweep (mu x1, lam x1) 0.750: within two points" in text
 
 
 def test_the_page_needs_nothing_but_itself_and_tells_the_scheme_and_the_width(folder):

@@ -70,6 +70,16 @@ def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_r
     assert abs(norms[0] - norms[1]) <= value(results["rls"], "deviation", "measured", of="layer 0")
 
 
+def test_what_is_protected_is_what_the_neighbours_are_asked(monkeypatch, tmp_path):
+    held = []
+    monkeypatch.setattr(stream.Editor, "protect", lambda editor, prompts: held.extend(prompts))
+    spec, settings = GroundSpec(), replace(plan(), edits=4, protected=True, checkpoints=())
+    cases, _ = make_cases(spec, "plain", 4, settings.seed)
+    stream.run(make_ground(spec), settings, cases, tmp_path / "run.json")
+    assert held == list(dict.fromkeys(q.prompt for case in cases for q in case.neighbors))
+    assert held
+
+
 def test_every_age_is_looked_at_when_made_and_at_the_end(made):
     _, results = made
     kept = retention(results["rls"])
@@ -95,12 +105,13 @@ def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypat
 def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_count(made, tmp_path):
     jobs, _ = made
     found = json.loads(jobs["rls"].path.read_text())
-    del found["plan"]["config"]["norm_anchor"]
+    del found["plan"]["config"]["norm_anchor"], found["plan"]["protected"]
     path = tmp_path / "older.json"
     path.write_text(json.dumps(found))
     settings = jobs["rls"].plan
     assert stream.finished(path, "demo", settings) == found
     assert stream.finished(path, "demo", replace(settings, config=replace(CONFIG, norm_anchor=True))) is None
+    assert stream.finished(path, "demo", replace(settings, protected=True)) is None
     found["plan"]["config"]["gone since"] = 1
     path.write_text(json.dumps(found))
     assert stream.finished(path, "demo", settings) is None
