@@ -28,11 +28,11 @@ class AlphaEdit(Rule):
     Within it the rule is recursive least squares under `ridge I`: sequential = all at once.
 
     Attributes:
-        threshold: on the eigenvalues of the anchors' mean moment, 0.02 as published; it goes with the scale of a
-            model's keys.
+        threshold: on the eigenvalues of the anchors' mean moment, 0.02 as released (0.01 in the paper); it goes with
+            the scale of a model's keys.
         null_share: the share of directions to keep, those of the smallest eigenvalues, instead of a threshold: what
             carries over between models.
-        ridge: `L2`, 10 as published; it too goes with the scale of the keys.
+        ridge: `L2`, 10 as released (1 in the paper's equation); it too goes with the scale of the keys.
     """
 
     name: ClassVar[str] = "alphaedit"

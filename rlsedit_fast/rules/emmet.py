@@ -15,13 +15,13 @@ from rlsedit_fast.rules.base import Batch, Rule, exact_step, factored
 
 @dataclass(frozen=True, kw_only=True)
 class EMMET(Rule):
-    """Gupta et al. 2024, A Unified Framework for Model Editing (arXiv 2403.14236), eq. 12: ROME for batches.
+    """Gupta et al. 2024, A Unified Framework for Model Editing (arXiv 2403.14236): ROME for batches.
 
     `D = E^T (K C0^-1 K^T)^-1 K C0^-1`, the minimiser of `tr(D C0 D^T)` under `K (W + D)^T = V`. The released code adds
     `damping I` to the inner matrix against bad conditioning; with damping 1 that is MEMIT.
 
     Attributes:
-        damping: 0 holds the edits exactly.
+        damping: 0 holds the edits exactly, as published; 0.1 in the release.
     """
 
     name: ClassVar[str] = "emmet"

@@ -20,8 +20,8 @@ class FineTuning(Rule):
     """Gradient descent on `||K (W + D)^T - V||^2 / 2` from `D = 0`, accelerated (Nesterov 1983, restarted).
 
     The baseline of ROME (Meng et al. 2022, arXiv 2202.05262, sec. 3.2), of one layer's weight, on the values that all
-    rules share in place of the NLL. It knows nothing of what is to stay. Run to its end it is the shortest change that
-    leaves nothing over, `D = E^T (K K^T)^-1 K`; fewer steps stop short of it.
+    rules share in place of the NLL, which that baseline descends with Adam. It knows nothing of what is to stay. Run to
+    its end it is the shortest change that leaves nothing over, `D = E^T (K K^T)^-1 K`; fewer steps stop short of it.
 
     Attributes:
         steps: most steps of a batch.
@@ -46,7 +46,7 @@ class FineTuning(Rule):
 @dataclass(frozen=True, kw_only=True)
 class BoundedFineTuning(Rule):
     """The same under `|D_ij| <= bound`: FT-L (Zhu et al. 2020, Modifying Memories in Transformer Models, arXiv
-    2012.00363, eq. 3, the norm being the largest entry's), each step projected onto the box.
+    2012.00363, the norm being the largest entry's, as ROME has it), each step projected onto the box.
 
     The box is that of a batch, around the weight that the batch before it left, as in ROME's released baseline.
 

@@ -15,7 +15,7 @@ from rlsedit_fast.rules.base import Batch, Rule, factored
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryMEMIT(Rule):
-    """MEMIT with the cache of keys that AlphaEdit (Fang et al. 2025, arXiv 2410.02355, eq. 13) adds, without its
+    """MEMIT with the cache of keys that AlphaEdit (Fang et al. 2025, arXiv 2410.02355, eq. 15) gives it, without its
     projection; third parties report it as MEMIT+, MEMIT-seq or history-aware MEMIT.
 
     `D = E^T K (C0 + Kp^T Kp + K^T K)^-1`, `Kp` being the keys of all batches before. Solved as published, by a

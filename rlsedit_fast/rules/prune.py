@@ -25,7 +25,7 @@ class _Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class PRUNE(Rule):
-    """Ma et al. 2025, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), eq. 9-10, over MEMIT.
+    """Ma et al. 2025, Perturbation-Restrained Sequential Model Editing (arXiv 2405.16821), over MEMIT.
 
     With `A = sum of all changes = sum_i s_i u_i v_i^T` the weight is `W0 + sum_i f(s_i) u_i v_i^T`, where
     `f(s) = log_a(s) - log_a(s_max) + s_max` above `s_max`, the largest singular value of `W0`, and `f(s) = s` below.
@@ -35,7 +35,7 @@ class PRUNE(Rule):
     is in use adds the restrained sum to the weights that hold the unrestrained one already; the paper does not.)
 
     Attributes:
-        base: `a`, of the logarithm, above 1; the paper chooses it by model and method, 1.2 among its choices.
+        base: `a`, of the logarithm, above 1; the release has e, 2, 1.5 and 1.2, by model and method.
     """
 
     name: ClassVar[str] = "prune"

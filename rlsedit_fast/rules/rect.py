@@ -16,14 +16,14 @@ from rlsedit_fast.rules.memit import MEMIT
 
 @dataclass(frozen=True, kw_only=True)
 class RECT(Rule):
-    """Gu et al. 2024, Model Editing Harms General Abilities: Regularization to the Rescue (arXiv 2401.04700), eq. 4-5.
+    """Gu et al. 2024, Model Editing Harms General Abilities: Regularization to the Rescue (arXiv 2401.04700).
 
     Of MEMIT's `D` those entries stay that are among the largest `share` by `|D_ij / W_ij|`, the relative change in
     weight; the others become 0. Left open: `W` is the weight before the batch; an entry of it that is 0 counts as an
     infinite relative change; entries that tie with the last one kept are kept.
 
     Attributes:
-        share: of entries that stay, above 0 and up to 1; the paper's top-k %.
+        share: of entries that stay, above 0 and up to 1; the paper's top-k %, of which it recommends 40.
     """
 
     name: ClassVar[str] = "rect"

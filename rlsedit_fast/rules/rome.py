@@ -18,7 +18,8 @@ class ROME(Rule):
 
     `D = e^T (C^-1 k) / (k^T C^-1 k)` for one edit (`k [d_k]`, `e [d_v]`), `C = E[k k^T]`, of which only the direction
     matters. ROME knows no batches: the edits of one go in one after the other, each towards the output that was wanted
-    of it, from the weight that those before it left.
+    of it, from the weight that those before it left. (The release takes the direction from a key that is averaged over
+    contexts and the length from the bare prompt's; here, as in all rules, both have the batch's keys.)
     """
 
     name: ClassVar[str] = "rome"

@@ -24,19 +24,20 @@ class _Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class UltraEdit(Rule):
-    """Gu et al. 2025, UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing (arXiv 2505.14679), eq. 2-6.
+    """Gu et al. 2025, UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing (arXiv 2505.14679), as released.
 
     Keys `k` and gradients `g` of the layer's output are normalised, coordinate by coordinate, by the mean and the
     standard deviation of all rows so far, this batch's included (the "lifelong normalisation"). With the normalised
-    `k~`, `g~` the outputs are to change by `v_i = -rate (k_i . k~_i) g~_i`, and `D = V^T K (K^T K + ridge I)^-1`.
+    `k~`, `g~` the outputs are to change by `v_i = -rate ||k~_i||^2 g~_i`, and `D = V^T K (K^T K + ridge I)^-1`.
 
     Left open, and taken for a comparison on shared values: the gradient is that of `||K W^T - V||^2 / 2`, which is
-    `-E`. Its length is lost in the normalisation, so `rate` must be found for each model; the paper's 1e-6 goes with
-    gradients of the NLL over every token of a prompt.
+    `-E`. Its length is lost in the normalisation, so `rate` must be found for each model; the release's 1e-6 goes with
+    gradients of the NLL over every token of a prompt. Rows are normalised layer by layer, where the release joins the
+    layers of one shape.
 
     Attributes:
         rate: above 0.
-        ridge: 1 as published.
+        ridge: 1 as released.
     """
 
     name: ClassVar[str] = "ultraedit"
@@ -62,7 +63,7 @@ class UltraEdit(Rule):
         flat = deviation <= torch.finfo(rows.dtype).eps * memory.mean.abs()  # never varied: nothing to normalise by
         normal = torch.where(flat, 0.0, (rows - memory.mean) / torch.where(flat, 1.0, deviation))
         keys, gradients = normal.split(list(reversed(weight.shape)), dim=1)
-        wanted = -self.rate * (batch.keys * keys).sum(1, keepdim=True) * gradients
+        wanted = -self.rate * keys.square().sum(1, keepdim=True) * gradients
         gram = batch.keys @ batch.keys.T
         gram.diagonal().add_(self.ridge)
         return torch.linalg.solve(gram, wanted).T @ batch.keys, memory

@@ -221,9 +221,9 @@ def test_prune_of_small_changes_is_memit(weight, prior):
     close(run(PRUNE(), weight, prior, batches)[-1], run(MEMIT(), weight, prior, batches)[-1])
 
 
-def test_nse_is_memit_on_the_neurons_that_are_excited_most(weight, prior, moment):
-    one = batch(2, 3)
-    (after,) = run(NSE(activation=0.6), weight, prior, [one])
+def test_nse_is_history_aware_memit_on_the_neurons_that_are_excited_most(weight, prior, moment):
+    before, one = batch(4, 2), batch(2, 3)
+    first, after = run(NSE(activation=0.6), weight, prior, [before, one])
     activation = one.keys.abs().sum(0).tolist()
     chosen, total = [], 0.0
     for neuron in sorted(range(D_K), key=lambda j: -activation[j]):
@@ -233,10 +233,12 @@ def test_nse_is_memit_on_the_neurons_that_are_excited_most(weight, prior, moment
             break
     assert 3 < len(chosen) < D_K - 3
     part, wanted = one.keys[:, chosen], torch.zeros(D_V, D_K, dtype=torch.float64)
-    held = 9 * moment[chosen][:, chosen] + part.T @ part
+    past = before.keys[:, chosen]
+    held = 9 * moment[chosen][:, chosen] + past.T @ past + part.T @ part
     wanted[:, chosen] = one.innovation.T @ part @ torch.linalg.inv(held)
-    close(after - weight, wanted)
-    close(run(NSE(activation=1.0), weight, prior, [one])[0], run(MEMIT(), weight, prior, [one])[0])
+    close(after - first, wanted)
+    batches = stream()
+    close(run(NSE(activation=1.0), weight, prior, batches)[-1], run(HistoryMEMIT(), weight, prior, batches)[-1])
 
 
 def test_ultraedit_is_its_equation_with_statistics_of_all_rows_so_far(weight, prior):
@@ -247,7 +249,7 @@ def test_ultraedit_is_its_equation_with_statistics_of_all_rows_so_far(weight, pr
         mean, deviation = rows.mean(0), rows.std(0, ddof=1)
         k, g = one.keys.numpy(), -one.innovation.numpy()
         k_normal, g_normal = (k - mean[:D_K]) / deviation[:D_K], (g - mean[D_K:]) / deviation[D_K:]
-        v = -0.2 * (k * k_normal).sum(1, keepdims=True) * g_normal
+        v = -0.2 * (k_normal**2).sum(1, keepdims=True) * g_normal
         wanted = np.linalg.solve(k.T @ k + 1.5 * np.eye(D_K), k.T @ v).T
         close(now - before, torch.from_numpy(wanted))
         before = now

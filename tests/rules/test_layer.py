@@ -89,7 +89,7 @@ def test_the_other_rules_cannot_take_back_and_say_what_to_do(name):
 def test_keys_can_be_protected_where_a_rule_remembers_them(name):
     state = layer(name)
     keys = random(2, D_K, seed=2)
-    if name in ("memit-history", "alphaedit"):
+    if name in ("memit-history", "alphaedit", "nse"):
         before = state.weight.clone()
         state.update(keys, state.outputs(keys), torch.full((2,), 1e6))
         assert torch.allclose(state.weight, before)
