@@ -79,7 +79,7 @@ GRIDS: dict[str, list[dict]] = {
         *_grid("alphaedit", options={"null_share": (0.95,), "ridge": (1.0,)}),
     ],
     "nse": _grid("nse", {"lam": (0.0,), "adherence": (0.99,)}, options={"activation": (0.8, 0.95)}),
-    "ultraedit": _grid("ultraedit", options={"rate": (3e-5, 1e-4, 3e-4, 1e-3)}),
+    "ultraedit": _grid("ultraedit", options={"rate": (1e-3, 3e-3, 1e-2)}),
 }
 """What each rule is tried with on the demo model. `adherence` finds the moment weight mu^2 by the rule's own scale (the
 published 15,000 goes with keys of other models), lam is 0 as published; where a rule has no moment weight, `ridge` says

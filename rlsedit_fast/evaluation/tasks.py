@@ -87,7 +87,8 @@ def read_task(name: str, path: Path, *, items: int | None = None, seed: int = 0)
     if name not in TASKS:
         raise InputError(f"task {name!r}: expected one of {', '.join(TASKS)}")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines(): JSON texts may contain U+2028 and its like.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         found = [Item(*TASKS[name](json.loads(line))) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as records of {name!r}, a JSON object a line ({error})") from error

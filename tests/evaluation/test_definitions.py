@@ -256,11 +256,11 @@ def test_tasks_are_read_as_glue_and_mmlu_have_them(tmp_path):
         "mrpc": ({"sentence1": "a", "sentence2": "a", "label": 1}, "yes"),
         "rte": ({"sentence1": "a", "sentence2": "b", "label": 1}, "no"),  # GLUE's RTE: 0 is entailment
         "nli": ({"sentence1": "a", "sentence2": "b", "label": "not_entailment"}, "no"),
-        "mmlu": ({"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}, "2"),
+        "mmlu": ({"question": "1\u2028+\x85 1?", "choices": ["1", "2", "3", "4"], "answer": 1}, "2"),
     }
     for name, (record, right) in records.items():
         path = tmp_path / f"{name}.jsonl"
-        path.write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
+        path.write_text(json.dumps(record) + "\n\n" + json.dumps(record, ensure_ascii=False) + "\n")
         items = read_task(name, path)
         assert len(items) == 2
         assert items[0].choices[items[0].right] == right
