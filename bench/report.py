@@ -217,6 +217,8 @@ def rules(runs: list[Run]) -> Section:
         ("forced", "neighbors", "forced"),
         ("namesakes", "namesakes", "strict"),
         ("other facts", "same_subject", "strict"),
+        ("multi-hop", "multihop", "strict"),
+        ("multi-hop, free", "multihop", "free"),
         ("score", "score", "strict"),
     ]
     columns = [column for column in columns if any(over_seeds(g, *column[1:]) for g in groups.values())]
@@ -231,6 +233,11 @@ def rules(runs: list[Run]) -> Section:
         "and then ends. "
         "Score: harmonic mean of the three strict shares."
     )
+    if any(column[1] == "multihop" for column in columns):
+        note += (
+            " Multi-hop: share of chains of facts of which any wording of the question is answered right, as MQuAKE "
+            "counts them."
+        )
     seeds = sorted({run["plan"]["seed"] for run in runs})
     intro = (
         f"{plan['edits']} edits in batches of {plan['config']['batch_size']}, after the last of them; mean ± deviation "

@@ -33,7 +33,7 @@ def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | Non
     Raises:
         InputError: a file that cannot be read so, or fewer usable records.
     """
-    records = [counterfact_record(record) for record in _read(path)][:among]
+    records = [counterfact_record(record) for record in read_records(path)][:among]
     rng = random.Random(seed)
     order = list(range(len(records)))
     rng.shuffle(order)
@@ -59,7 +59,7 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
     Raises:
         InputError: a file that cannot be read so, or fewer records of different subjects.
     """
-    records = _read(path)
+    records = read_records(path)
     random.Random(seed).shuffle(records)
     chosen: dict[str, Case] = {}
     for record in records:
@@ -83,7 +83,12 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
     raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
 
 
-def _read(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
+    """A file's JSON list.
+
+    Raises:
+        InputError: it cannot be read as one, or has no record.
+    """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

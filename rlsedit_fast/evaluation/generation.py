@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import MultiHop
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import encode_plain
@@ -96,6 +97,20 @@ def free_accuracy(
     # One token more, or an answer that goes on would pass for one that ended.
     texts = continuations(model, tokenizer, [prompt for prompt, _ in asked], tokens=longest + 2)
     return [says(text, answer, stops) for text, (_, answer) in zip(texts, asked, strict=True)]
+
+
+def free_multihop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chains: Sequence[MultiHop]) -> list[bool]:
+    """For each chain of facts, whether any wording of its question is continued, greedily, by a right answer and its
+    end; see `says`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by free generation.
+    """
+    prompts = [prompt for chain in chains for prompt in chain.prompts]
+    longest = max(len(encode_plain(tokenizer, c.prompts[0], answer).target) for c in chains for answer in c.right)
+    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + 2))
+    said = [[next(texts) for _ in chain.prompts] for chain in chains]
+    return [
+        any(says(text, answer) for text in wordings for answer in chain.right)
+        for chain, wordings in zip(chains, said, strict=True)
+    ]
 
 
 def n_gram_entropy(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, related_cases, told_twice, world_cases
 from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
 from rlsedit_fast.world import World, load_demo_model
@@ -39,7 +41,7 @@ class GroundSpec:
 
     Attributes:
         model: `demo`, or what transformers' `from_pretrained` takes.
-        data: file of CounterFact or zsRE (told apart by its fields), for any model but the demo's.
+        data: file of CounterFact, zsRE or MQuAKE (told apart by its fields), for any model but the demo's.
         text: file of running text: the first part is what the model is to go on doing, the rest is probed.
         statistics: key statistics in place of that first part.
         tasks: folder with `NAME.jsonl` of GLUE and MMLU.
@@ -121,12 +123,16 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
     elif kind != "plain":
         raise InputError(f"stream={kind!r}: only the demo's world has it; take plain")
     elif spec.data is None:
-        raise InputError("data: name a file of CounterFact or zsRE")
+        raise InputError("data: name a file of CounterFact, zsRE or MQuAKE")
     else:
         path = Path(spec.data)
-        reader = zsre_cases if _is_zsre(path) else counterfact_cases
-        more = {} if reader is zsre_cases else {"among": spec.among}
-        cases = reader(path, edits, seed=seed, **more)
+        layout = layout_of(path)
+        if layout == "mquake":
+            return mquake_cases(path, edits, seed=seed, order=order, among=spec.among), []
+        if layout == "zsre":
+            cases = zsre_cases(path, edits, seed=seed)
+        else:
+            cases = counterfact_cases(path, edits, seed=seed, among=spec.among)
     if order:
         if superseded:
             raise InputError("order: a stream in which edits replace earlier ones has one order; take 0")
@@ -144,13 +150,20 @@ def _trimmed(case: Case) -> Case:
     )
 
 
-def _is_zsre(path: Path) -> bool:
+def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
+    """Which data set a file is of, by the fields of its first record.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             head = file.read(4000)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    return '"src"' in head
+    if re.search(r'"requested_rewrite"\s*:\s*\[', head):
+        return "mquake"
+    return "zsre" if '"src"' in head else "counterfact"
 
 
 def _lines(path: Path) -> Sequence[str]:

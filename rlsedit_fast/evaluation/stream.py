@@ -24,7 +24,7 @@ from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
-from rlsedit_fast.evaluation.generation import fluency, free_accuracy
+from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
 from rlsedit_fast.evaluation.metrics import Before, Judged, Metric, Report, judge, score_before, summarize
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.evaluation.tasks import Item, answer
@@ -205,6 +205,10 @@ def run(
         if asked:
             said = free_accuracy(model, tokenizer, asked)
             enter(made_count, "all", metric, "free", sum(said) / len(said), len(said))
+    chains = [chain for case in some for chain in case.multihop]
+    if chains:
+        followed = free_multihop(model, tokenizer, chains)
+        enter(made_count, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
     if superseded:
         old = [verdict for one in judge(model, tokenizer, superseded, before) for verdict in one["efficacy"]]
         enter(made_count, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
@@ -279,6 +283,7 @@ def _briefly(case: Case) -> Case:
         namesakes=(),
         same_subject=(),
         rebuilt=(),
+        multihop=(),
     )
 
 

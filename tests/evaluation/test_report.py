@@ -75,6 +75,15 @@ def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
     assert '<tr class="mark"><td class="text">rls</td>' in page
 
 
+def test_multi_hop_is_shown_where_it_was_measured(folder):
+    runs = [run("rls", 1), run("memit", 1)]
+    runs[0]["rows"].append({"edits": 200, "of": "all", "metric": "multihop", "form": "free", "value": 0.25, "n": 8})
+    _, text = said(folder(rules=runs))
+    assert "| multi-hop |" not in text, "the strict form was not measured"
+    assert "| multi-hop, free |" in text
+    assert "as MQuAKE counts them" in text
+
+
 def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
     runs = [run("rls", 1, first=(0.9, 0.45)), run("memit", 1, efficacy=0.95, neighbors=0.95, first=(0.9, 0.9))]
     _, text = said(folder(rules=runs))
