@@ -430,6 +430,7 @@ def capability(runs: list[Run]) -> Section:
     """(g)"""
     groups = by_label(runs)
     tasks = sorted({row["metric"] for run in runs for row in run["rows"] if row["form"] == "accuracy"})
+    consistent = over_seeds(runs, "consistency", "cosine") is not None
     series, rows = [], []
     for label, group in groups.items():
         marks = sorted({row["edits"] for run in group for row in run["rows"] if row["metric"] == "kl"})
@@ -455,6 +456,7 @@ def capability(runs: list[Run]) -> Section:
                 _figure(group, "kl", "text", of="text"),
                 f"{start.mean:.1f} → {end.mean:.1f}" if start and end else "–",
                 _figure(group, "fluency", "entropy"),
+                *([_figure(group, "consistency", "cosine")] if consistent else []),
                 f"{moved.mean:.1f}" if moved else "–",
                 *(_task(group, task) for task in tasks),
             ]
@@ -464,9 +466,11 @@ def capability(runs: list[Run]) -> Section:
         "On text that is about no edit and not among the anchors. Fluency: weighted 2- and 3-gram entropy, bits. "
         "Tasks: accuracy by likelihood, with its standard error."
     )
+    if consistent:
+        note += " Consistency: cosine of TF-IDF vectors of what is written about subjects and of reference texts."
     if not tasks:
         note += " The model's vocabulary has no words for GLUE and MMLU, so they are not asked."
-    head = ["rule", "KL, nats", "perplexity", "fluency", "‖W − W0‖", *tasks]
+    head = ["rule", "KL, nats", "perplexity", "fluency", *(["consistency"] if consistent else []), "‖W − W0‖", *tasks]
     return Section("Capability", [(chart, "How far predictions on unrelated text move."), Table(head, rows, note)])
 
 

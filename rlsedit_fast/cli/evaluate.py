@@ -23,7 +23,7 @@ _SHOWN = (
     ("score", "forced"),
     ("efficacy", "free"),
 )
-_WHERE_THERE = (("multihop", "strict"), ("multihop", "free"))
+_WHERE_THERE = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
 """Shown only where the data set has what they are measured on."""
 
 
@@ -37,6 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--among", type=int, metavar="N", help="only the first N records of it")
     group.add_argument("--text", metavar="FILE", help="running text: three quarters are anchors, the rest is probed")
     group.add_argument("--statistics", metavar="FILE", help="anchors from `rlsedit statistics` instead")
+    group.add_argument(
+        "--references", metavar="FILE", help="texts about subjects, as ROME's attribute_snippets.json, for consistency"
+    )
     group.add_argument("--tasks", metavar="DIR", help="GLUE and MMLU as NAME.jsonl, answered by likelihood")
     group.add_argument("--items", type=int, default=500, help="of each task, at most (default 500)")
     group = parser.add_argument_group("streams")

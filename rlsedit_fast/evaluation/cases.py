@@ -60,6 +60,8 @@ class Case:
         rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
             not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
         multihop: what is to follow from this edit and from others, all of them told by the time this one is.
+        generation: beginnings of texts about the subject, which the model is to continue.
+        references: texts about other subjects which have the new answer.
     """
 
     edit: Edit
@@ -70,6 +72,8 @@ class Case:
     same_subject: tuple[Question, ...]
     rebuilt: tuple[Question, ...] = ()
     multihop: tuple[MultiHop, ...] = ()
+    generation: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def world_cases(world: World, count: int, seed: int) -> list[Case]:
