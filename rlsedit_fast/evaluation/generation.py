@@ -12,6 +12,7 @@ import torch
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import MultiHop
+from rlsedit_fast.models.generation import end_tokens, greedy
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import encode_plain
@@ -37,7 +38,9 @@ def continuations(
 ) -> list[str]:
     """What follows each prompt: greedily, or sampled from the `top_k` likeliest tokens.
 
-    Prompts of equal length go through together, so none is padded. No other random number generator is touched.
+    Greedily it is the likeliest token at each step, whatever the model's own generation settings are; what is sampled
+    obeys them, as `generate()` does. Prompts of equal length go through together, so none is padded. No other random
+    number generator is touched.
 
     Args:
         model: a causal language model.
@@ -48,12 +51,14 @@ def continuations(
         seed: of the sampling.
     """
     rows = [encode_plain(tokenizer, prompt).ids for prompt in prompts]
+    if top_k is None:
+        made = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer))
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
     lengths: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         lengths[len(row)].append(i)
     device = input_device(model)
     generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
-    how: dict[str, Any] = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said: dict[int, str] = {}
     devices = [device] if device.type == "cuda" else []
@@ -64,10 +69,15 @@ def continuations(
                 part = members[at : at + _AT_ONCE]
                 ids = torch.tensor([rows[i] for i in part], device=device)
                 mask = torch.ones_like(ids)
-                made = generator.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=padding, **how
+                sampled = generator.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=tokens,
+                    pad_token_id=padding,
+                    do_sample=True,
+                    top_k=top_k,
                 )
-                for i, row in zip(part, made[:, length:].tolist(), strict=True):
+                for i, row in zip(part, sampled[:, length:].tolist(), strict=True):
                     said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
     return [said[i] for i in range(len(rows))]
 
