@@ -227,6 +227,8 @@ def rules(runs: list[Run]) -> Section:
         ("forced", "neighbors", "forced"),
         ("namesakes", "namesakes", "strict"),
         ("other facts", "same_subject", "strict"),
+        ("multi-hop", "multihop", "strict"),
+        ("multi-hop, free", "multihop", "free"),
         ("score", "score", "strict"),
     ]
     columns = [column for column in columns if any(over_seeds(g, *column[1:]) for g in groups.values())]
@@ -241,6 +243,11 @@ def rules(runs: list[Run]) -> Section:
         "and then ends. "
         "Score: harmonic mean of the three strict shares."
     )
+    if any(column[1] == "multihop" for column in columns):
+        note += (
+            " Multi-hop: share of chains of facts of which any wording of the question is answered right, as MQuAKE "
+            "counts them."
+        )
     seeds = sorted({run["plan"]["seed"] for run in runs})
     intro = (
         f"{plan['edits']} edits in batches of {plan['config']['batch_size']}, after the last of them; mean ± deviation "
@@ -440,6 +447,7 @@ def capability(runs: list[Run]) -> Section:
     """(g)"""
     groups = by_label(runs)
     tasks = sorted({row["metric"] for run in runs for row in run["rows"] if row["form"] == "accuracy"})
+    consistent = over_seeds(runs, "consistency", "cosine") is not None
     series, rows = [], []
     for label, group in groups.items():
         marks = sorted({row["edits"] for run in group for row in run["rows"] if row["metric"] == "kl"})
@@ -465,6 +473,7 @@ def capability(runs: list[Run]) -> Section:
                 _figure(group, "kl", "text", of="text"),
                 f"{start.mean:.1f} → {end.mean:.1f}" if start and end else "–",
                 _figure(group, "fluency", "entropy"),
+                *([_figure(group, "consistency", "cosine")] if consistent else []),
                 f"{moved.mean:.1f}" if moved else "–",
                 *(_task(group, task) for task in tasks),
             ]
@@ -474,9 +483,11 @@ def capability(runs: list[Run]) -> Section:
         "On text that is about no edit and not among the anchors. Fluency: weighted 2- and 3-gram entropy, bits. "
         "Tasks: accuracy by likelihood, with its standard error."
     )
+    if consistent:
+        note += " Consistency: cosine of TF-IDF vectors of what is written about subjects and of reference texts."
     if not tasks:
         note += " The model's vocabulary has no words for GLUE and MMLU, so they are not asked."
-    head = ["rule", "KL, nats", "perplexity", "fluency", "‖W − W0‖", *tasks]
+    head = ["rule", "KL, nats", "perplexity", "fluency", *(["consistency"] if consistent else []), "‖W − W0‖", *tasks]
     return Section("Capability", [(chart, "How far predictions on unrelated text move."), Table(head, rows, note)])
 
 

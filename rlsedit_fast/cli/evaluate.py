@@ -14,7 +14,7 @@ from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rules import RECURSIVE, RULES
 
-HELP = "compare rules over streams of edits, on the shipped model or your own with CounterFact or zsRE"
+HELP = "compare rules over streams of edits, on the shipped model or your own with CounterFact, zsRE or MQuAKE"
 
 _SHOWN = (
     ("efficacy", "strict"),
@@ -23,6 +23,8 @@ _SHOWN = (
     ("score", "forced"),
     ("efficacy", "free"),
 )
+_WHERE_THERE = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
+"""Shown only where the data set has what they are measured on."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +33,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="demo", help="demo (the default), or what from_pretrained takes")
     group.add_argument("--dtype", default="float32", help="to load it in (default float32)")
     group.add_argument("--device", default="cpu", help="to load it onto (default cpu)")
-    group.add_argument("--data", metavar="FILE", help="CounterFact or zsRE; the demo has facts of its own")
+    group.add_argument("--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE; the demo has facts of its own")
     group.add_argument("--among", type=int, metavar="N", help="only the first N records of it")
     group.add_argument("--text", metavar="FILE", help="running text: three quarters are anchors, the rest is probed")
     group.add_argument("--statistics", metavar="FILE", help="anchors from `rlsedit statistics` instead")
+    group.add_argument(
+        "--references", metavar="FILE", help="texts about subjects, as ROME's attribute_snippets.json, for consistency"
+    )
     group.add_argument("--tasks", metavar="DIR", help="GLUE and MMLU as NAME.jsonl, answered by likelihood")
     group.add_argument("--items", type=int, default=500, help="of each task, at most (default 500)")
     group = parser.add_argument_group("streams")
@@ -57,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs it. A run whose file is in the folder is not made again."""
     from rlsedit_fast.evaluation.demo import CONFIG
     from rlsedit_fast.evaluation.figures import over_seeds
-    from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
+    from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, layout_of
     from rlsedit_fast.evaluation.runs import Job, make, path_of
     from rlsedit_fast.evaluation.stream import Plan
 
@@ -68,20 +73,23 @@ def run(options: argparse.Namespace) -> int:
         given = {name: value for name, value in asdict(base).items() if value != asdict(EditConfig())[name]}
         base = replace(CONFIG, **given)
     changes = _changes(options.rule_settings)
+    repeats = options.model != DEMO and options.data is not None and layout_of(Path(options.data)) == "mquake"
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
-        config = _config(base, rule, changes)
+        config = _config(base, rule, changes, repeats)
         for seed in options.seeds:
             plan = Plan(label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config)
             jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
     made = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say))
     found = {rule: [next(made) for _ in each] for rule, each in jobs.items()}
-    header = " ".join(f"{f'{metric} {form}':>22}" for metric, form in _SHOWN)
+    every = [result for each in found.values() for result in each]
+    shown = (*_SHOWN, *(figure for figure in _WHERE_THERE if over_seeds(every, *figure) is not None))
+    header = " ".join(f"{f'{metric} {form}':>22}" for metric, form in shown)
     lines = [f"{options.edits} edits, seeds {', '.join(map(str, options.seeds))}: mean ± deviation", f"{'':14}{header}"]
     results: dict[str, Any] = {"model": spec.name, "edits": options.edits, "seeds": options.seeds, "rules": {}}
     failed = []
     for rule, runs in found.items():
-        told = {f"{metric} {form}": over_seeds(runs, metric, form) for metric, form in _SHOWN}
+        told = {f"{metric} {form}": over_seeds(runs, metric, form) for metric, form in shown}
         lines.append(f"{rule:14}" + " ".join(f"{'-' if s is None else str(s):>22}" for s in told.values()))
         failed += [f"{rule}: {run['failed']['reason']}" for run in runs if run["failed"]]
         results["rules"][rule] = {
@@ -93,10 +101,13 @@ def run(options: argparse.Namespace) -> int:
     return LEFT_OUT if failed else DONE
 
 
-def _config(base: EditConfig, rule: str, changes: dict[str, dict[str, Any]]) -> EditConfig:
+def _config(base: EditConfig, rule: str, changes: dict[str, dict[str, Any]], repeats: bool) -> EditConfig:
+    """The settings of a rule; `repeats`: whether subjects come again in the stream."""
     settings = {"rule": rule, **changes.get(rule, {})}
     if rule != RECURSIVE:
         settings.setdefault("share", "memit")
+        if repeats:  # they cannot take an edit back, as a value that a subject's facts share would have it
+            settings.setdefault("same_subject", "separate")
     return replace(base, **settings)
 
 

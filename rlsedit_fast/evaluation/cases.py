@@ -25,6 +25,28 @@ class Question:
 
 
 @dataclass(frozen=True)
+class MultiHop:
+    """Questions whose answer follows from several facts, of which edits change some.
+
+    Attributes:
+        prompts: wordings of one question.
+        answer: before the edits.
+        new_answer: after them.
+        aliases: other names of the new answer, any of which is as right.
+    """
+
+    prompts: tuple[str, ...]
+    answer: str
+    new_answer: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Everything that is a right answer after the edits."""
+        return (self.new_answer, *self.aliases)
+
+
+@dataclass(frozen=True)
 class Case:
     """One edit and what to ask about it.
 
@@ -37,6 +59,9 @@ class Case:
         same_subject: other facts of the subject, under phrasings that the KL term does not look at.
         rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
             not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
+        multihop: what is to follow from this edit and from others, all of them told by the time this one is.
+        generation: beginnings of texts about the subject, which the model is to continue.
+        references: texts about other subjects which have the new answer.
     """
 
     edit: Edit
@@ -46,6 +71,9 @@ class Case:
     namesakes: tuple[Question, ...]
     same_subject: tuple[Question, ...]
     rebuilt: tuple[Question, ...] = ()
+    multihop: tuple[MultiHop, ...] = ()
+    generation: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def world_cases(world: World, count: int, seed: int) -> list[Case]:

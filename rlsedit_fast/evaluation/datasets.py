@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from rlsedit_fast.evaluation.cases import Case, Question
 REBUILT = 5
 """Most prompts of a rebuilt neighbourhood."""
 
+Texts = Mapping[tuple[str, str], tuple[str, ...]]
+"""Reference texts by the ids of a relation and of an answer."""
 
-def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | None = None) -> list[Case]:
+
+def counterfact_cases(
+    path: Path, count: int, *, seed: int = 0, among: int | None = None, references: Texts | None = None
+) -> list[Case]:
     """`count` records of CounterFact as cases, of different subjects, in random order.
 
     Both forms are read: the original one (Meng et al. 2022), and EasyEdit's flat fields. Records that contain no
@@ -29,11 +35,13 @@ def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | Non
         count: how many.
         seed: of the choice and the order.
         among: only the first so many records of the file, such as those that a model was trained to know.
+        references: texts for `Case.references`, which a record's ids name; a case has `Case.generation` with them.
 
     Raises:
-        InputError: a file that cannot be read so, or fewer usable records.
+        InputError: a file that cannot be read so, or fewer usable records; or references, and records without the ids
+            or the prompts that go with them, which only the original form has.
     """
-    records = [counterfact_record(record) for record in _read(path)][:among]
+    records = [counterfact_record(record) for record in read_records(path)][:among]
     rng = random.Random(seed)
     order = list(range(len(records)))
     rng.shuffle(order)
@@ -50,7 +58,10 @@ def counterfact_cases(path: Path, count: int, *, seed: int = 0, among: int | Non
     for record in records:
         if record["template"] is not None and record["subject"] not in chosen:
             peers[record["template"], record["ground_truth"]].append(record["subject"])
-    return [_counterfact(record, peers, rng) for record in chosen.values()]
+    cases = [_counterfact(record, peers, rng) for record in chosen.values()]
+    if references is None:
+        return cases
+    return [_with_texts(case, record, references, path) for case, record in zip(cases, chosen.values(), strict=True)]
 
 
 def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
@@ -59,7 +70,7 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
     Raises:
         InputError: a file that cannot be read so, or fewer records of different subjects.
     """
-    records = _read(path)
+    records = read_records(path)
     random.Random(seed).shuffle(records)
     chosen: dict[str, Case] = {}
     for record in records:
@@ -83,7 +94,12 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
     raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
 
 
-def _read(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
+    """A file's JSON list.
+
+    Raises:
+        InputError: it cannot be read as one, or has no record.
+    """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -102,11 +118,14 @@ def counterfact_record(record: Any) -> dict[str, Any]:
             new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
             paraphrases = list(record["paraphrase_prompts"])
             neighborhood = [(text, old) for text in record["neighborhood_prompts"]]
+            ids = rewrite.get("relation_id"), rewrite["target_new"].get("id")
+            generation = tuple(record.get("generation_prompts", ()))
         else:
             prompt, subject = record["prompt"], record["subject"]
             new, old = record["target_new"], record["ground_truth"]
             paraphrases = [record["rephrase_prompt"]]
             neighborhood = [(record["locality_prompt"], record["locality_ground_truth"])]
+            ids, generation = (None, None), ()
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a record lacks {error}; expected CounterFact, or EasyEdit's form of it") from error
     return {
@@ -117,6 +136,8 @@ def counterfact_record(record: Any) -> dict[str, Any]:
         "ground_truth": old,
         "paraphrases": paraphrases,
         "neighborhood": neighborhood,
+        "ids": ids,
+        "generation": generation,
     }
 
 
@@ -139,6 +160,16 @@ def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]]
         (),
         tuple(Question(template.replace("{}", subject), old) for subject in rebuilt),
     )
+
+
+def _with_texts(case: Case, record: dict[str, Any], references: Texts, path: Path) -> Case:
+    if None in record["ids"] or not record["generation"]:
+        raise InputError(
+            f"{path}: the record of {record['subject']!r} lacks generation_prompts, requested_rewrite.relation_id or "
+            "target_new.id, without which no reference text belongs to it; give CounterFact in its original form, or "
+            "no references"
+        )
+    return replace(case, generation=record["generation"], references=tuple(references.get(record["ids"], ())))
 
 
 def in_orders(cases: Sequence[Case], orders: int, *, seed: int = 0) -> list[list[Case]]:

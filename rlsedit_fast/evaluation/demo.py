@@ -19,6 +19,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.cases import Case, Question, world_cases
 from rlsedit_fast.evaluation.metrics import Before, Report, efficacy_strict, evaluate, score_before
+from rlsedit_fast.models.generation import greedy
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.facts import shuffled
 
@@ -176,15 +177,9 @@ def _samples(cases: Sequence[Case]) -> list[tuple[str, Question]]:
 
 def _say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
     """Greedy continuations up to the full stop."""
-    stop = tokenizer.convert_tokens_to_ids(".")
-    generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
-    said = []
-    for prompt in prompts:
-        encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        made = generator.generate(**encoded, max_new_tokens=4, do_sample=False, eos_token_id=stop)
-        text = tokenizer.decode(made[0, encoded["input_ids"].shape[1] :].tolist(), skip_special_tokens=True)
-        said.append(str(text).strip(" ."))
-    return said
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    said = greedy(model, rows, [4] * len(rows), ends=[tokenizer.get_vocab()["."]])
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
 
 
 def _reload(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import MultiHop
+from rlsedit_fast.models.generation import end_tokens, greedy
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import encode_plain
@@ -36,7 +38,9 @@ def continuations(
 ) -> list[str]:
     """What follows each prompt: greedily, or sampled from the `top_k` likeliest tokens.
 
-    Prompts of equal length go through together, so none is padded. No other random number generator is touched.
+    Greedily it is the likeliest token at each step, whatever the model's own generation settings are; what is sampled
+    obeys them, as `generate()` does. Prompts of equal length go through together, so none is padded. No other random
+    number generator is touched.
 
     Args:
         model: a causal language model.
@@ -47,12 +51,14 @@ def continuations(
         seed: of the sampling.
     """
     rows = [encode_plain(tokenizer, prompt).ids for prompt in prompts]
+    if top_k is None:
+        made = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer))
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
     lengths: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         lengths[len(row)].append(i)
     device = input_device(model)
     generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
-    how: dict[str, Any] = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said: dict[int, str] = {}
     devices = [device] if device.type == "cuda" else []
@@ -63,10 +69,15 @@ def continuations(
                 part = members[at : at + _AT_ONCE]
                 ids = torch.tensor([rows[i] for i in part], device=device)
                 mask = torch.ones_like(ids)
-                made = generator.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=padding, **how
+                sampled = generator.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=tokens,
+                    pad_token_id=padding,
+                    do_sample=True,
+                    top_k=top_k,
                 )
-                for i, row in zip(part, made[:, length:].tolist(), strict=True):
+                for i, row in zip(part, sampled[:, length:].tolist(), strict=True):
                     said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
     return [said[i] for i in range(len(rows))]
 
@@ -96,6 +107,20 @@ def free_accuracy(
     # One token more, or an answer that goes on would pass for one that ended.
     texts = continuations(model, tokenizer, [prompt for prompt, _ in asked], tokens=longest + 2)
     return [says(text, answer, stops) for text, (_, answer) in zip(texts, asked, strict=True)]
+
+
+def free_multihop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chains: Sequence[MultiHop]) -> list[bool]:
+    """For each chain of facts, whether any wording of its question is continued, greedily, by a right answer and its
+    end; see `says`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by free generation.
+    """
+    prompts = [prompt for chain in chains for prompt in chain.prompts]
+    longest = max(len(encode_plain(tokenizer, c.prompts[0], answer).target) for c in chains for answer in c.right)
+    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + 2))
+    said = [[next(texts) for _ in chain.prompts] for chain in chains]
+    return [
+        any(says(text, answer) for text in wordings for answer in chain.right)
+        for chain, wordings in zip(chains, said, strict=True)
+    ]
 
 
 def n_gram_entropy(text: str) -> float:

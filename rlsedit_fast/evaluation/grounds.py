@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,8 +14,10 @@ from rlsedit_fast.editing import Editor, KeyStatistics
 from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, related_cases, told_twice, world_cases
+from rlsedit_fast.evaluation.consistency import likeness, reference_texts
 from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
 from rlsedit_fast.world import World, load_demo_model
@@ -39,7 +42,7 @@ class GroundSpec:
 
     Attributes:
         model: `demo`, or what transformers' `from_pretrained` takes.
-        data: file of CounterFact or zsRE (told apart by its fields), for any model but the demo's.
+        data: file of CounterFact, zsRE or MQuAKE (told apart by its fields), for any model but the demo's.
         text: file of running text: the first part is what the model is to go on doing, the rest is probed.
         statistics: key statistics in place of that first part.
         tasks: folder with `NAME.jsonl` of GLUE and MMLU.
@@ -47,6 +50,8 @@ class GroundSpec:
         device: to load the model onto.
         dtype: to load it in.
         among: only the first so many records of `data`.
+        references: file of texts about subjects, by relation and answer, in the form of ROME's
+            `attribute_snippets.json`; for CounterFact in its original form, whose consistency is then measured.
     """
 
     model: str = DEMO
@@ -58,6 +63,7 @@ class GroundSpec:
     device: str = "cpu"
     dtype: str = "float32"
     among: int | None = None
+    references: str | None = None
 
     @property
     def name(self) -> str:
@@ -74,12 +80,13 @@ def make_ground(spec: GroundSpec) -> Ground:
     """The ground of a specification.
 
     Raises:
-        InputError: files that are missing or cannot be read.
+        InputError: files that are missing or cannot be read, or references without scikit-learn.
     """
     tasks = _tasks(spec)
+    alike = None if spec.references is None else likeness(Path(spec.references))
     if spec.model == DEMO:
         texts = anchor_texts(_world(), PROBE_SEED)[:300]
-        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks)
+        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks, alike)
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
     lines = _lines(Path(spec.text))
@@ -87,7 +94,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
-    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks)
+    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks, alike)
 
 
 @lru_cache(maxsize=4)
@@ -105,10 +112,16 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
     and two other facts, since there are many streams.
 
     Raises:
-        InputError: no such stream, or fewer cases than edits.
+        InputError: no such stream, fewer cases than edits, or references that go with none of the cases.
     """
     if kind not in get_args(Kind):
         raise InputError(f"stream={kind!r}: expected one of {', '.join(get_args(Kind))}")
+    layout = None if spec.model == DEMO or spec.data is None else layout_of(Path(spec.data))
+    if spec.references is not None and layout != "counterfact":
+        raise InputError(
+            f"references: {spec.name if layout is None else spec.data} has no generation prompts and no ids of "
+            "relations and answers to go with them; give CounterFact in its original form as data, or no references"
+        )
     superseded: list[Case] = []
     if spec.model == DEMO:
         if kind == "related":
@@ -121,12 +134,16 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
     elif kind != "plain":
         raise InputError(f"stream={kind!r}: only the demo's world has it; take plain")
     elif spec.data is None:
-        raise InputError("data: name a file of CounterFact or zsRE")
+        raise InputError("data: name a file of CounterFact, zsRE or MQuAKE")
     else:
         path = Path(spec.data)
-        reader = zsre_cases if _is_zsre(path) else counterfact_cases
-        more = {} if reader is zsre_cases else {"among": spec.among}
-        cases = reader(path, edits, seed=seed, **more)
+        if layout == "mquake":
+            return mquake_cases(path, edits, seed=seed, order=order, among=spec.among), []
+        if layout == "zsre":
+            cases = zsre_cases(path, edits, seed=seed)
+        else:
+            texts = None if spec.references is None else reference_texts(Path(spec.references))
+            cases = counterfact_cases(path, edits, seed=seed, among=spec.among, references=texts)
     if order:
         if superseded:
             raise InputError("order: a stream in which edits replace earlier ones has one order; take 0")
@@ -144,13 +161,20 @@ def _trimmed(case: Case) -> Case:
     )
 
 
-def _is_zsre(path: Path) -> bool:
+def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
+    """Which data set a file is of, by the fields of its first record.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             head = file.read(4000)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    return '"src"' in head
+    if re.search(r'"requested_rewrite"\s*:\s*\[', head):
+        return "mquake"
+    return "zsre" if '"src"' in head else "counterfact"
 
 
 def _lines(path: Path) -> Sequence[str]:

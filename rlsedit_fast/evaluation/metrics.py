@@ -1,4 +1,4 @@
-"""The metrics of CounterFact, teacher-forced, and beside each its strict forms; of zsRE, by tokens.
+"""The metrics of CounterFact, teacher-forced, and beside each its strict forms; of zsRE by tokens, of MQuAKE by chain.
 
 Teacher-forced, as ROME defines them (Meng et al. 2022, arXiv 2202.05262, sec. 3.4, and its released evaluation, which
 takes the mean over an answer's tokens): an edited prompt or a paraphrase succeeds where NLL(new) < NLL(old), a prompt
@@ -7,6 +7,10 @@ of the neighbourhood where NLL(old) < NLL(new); a tie succeeds nowhere. The scor
 beside them as accuracy. By tokens: the share of an answer's tokens that are ranked first, which is zsRE's measure
 (MEND, arXiv 2110.11309, sec. 5); of what is to stay, the share of places where the prediction is what it was before any
 edit (locality, as EasyEdit has it, arXiv 2308.07269).
+
+By chain: a multi-hop case counts once, and it is right if any wording of its question is answered right, by the new
+answer or one of its aliases (MQuAKE, Zhong et al. 2023, arXiv 2305.14795, and its release, whose README and evaluation
+say so). The questions are asked as they stand; the paper puts worked examples before them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from rlsedit_fast.evaluation.cases import Case, Question
+from rlsedit_fast.evaluation.cases import Case, MultiHop, Question
 from rlsedit_fast.evaluation.scoring import Score, score
 
 if TYPE_CHECKING:
@@ -54,6 +58,8 @@ class Report:
         namesakes: the same for people who share two of the subject's names.
         same_subject: other facts of the subject are still likelier than the new answer; strict: unchanged.
         rebuilt: the same as `neighbors` on neighbourhoods that were rebuilt from a data set's records.
+        multihop: of chains of facts, not of prompts: on any wording of its question the new answer is likelier than the
+            old; strict: on any wording the new answer or one of its aliases is ranked first.
     """
 
     efficacy: Metric
@@ -62,6 +68,7 @@ class Report:
     namesakes: Metric
     same_subject: Metric
     rebuilt: Metric
+    multihop: Metric
 
     @property
     def score(self) -> float | None:
@@ -76,7 +83,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One prompt of one case; see `Metric`."""
+    """One prompt of one case, or one chain of facts; see `Report`; `tokens` is a chain's best wording's."""
 
     forced: bool
     strict: bool
@@ -113,7 +120,10 @@ def judge(
 ) -> list[Judged]:
     """Every prompt of every case on an edited model, in the order of the cases."""
     flat = [(case, q) for case in cases for group in (*_TOLD.values(), *_KEPT) for q in _questions(case, group)]
-    unique = list(dict.fromkeys((q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)))
+    chains = [chain for case in cases for chain in case.multihop]
+    asked = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
+    asked += [(prompt, answer) for c in chains for prompt in c.prompts for answer in (c.answer, *c.right)]
+    unique = list(dict.fromkeys(asked))
     known = dict(zip(unique, score(model, tokenizer, unique), strict=True))
 
     def told(case: Case, q: Question) -> Verdict:
@@ -125,9 +135,16 @@ def judge(
         same = [now == then for now, then in zip(old.predicted, was.predicted, strict=True)]
         return Verdict(old.nll < new.nll, all(same), old.exact, sum(same) / len(same))
 
+    def followed(chain: MultiHop) -> Verdict:
+        forced = any(known[prompt, chain.new_answer].nll < known[prompt, chain.answer].nll for prompt in chain.prompts)
+        said = [known[prompt, answer] for prompt in chain.prompts for answer in chain.right]
+        exact = any(one.exact for one in said)
+        return Verdict(forced, exact, exact, max(one.right for one in said))
+
     return [
         {name: tuple(told(case, q) for q in _questions(case, group)) for name, group in _TOLD.items()}
         | {name: tuple(kept(case, q) for q in _questions(case, name)) for name in _KEPT}
+        | {"multihop": tuple(followed(chain) for chain in case.multihop)}
         for case in cases
     ]
 

@@ -24,7 +24,8 @@ from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
-from rlsedit_fast.evaluation.generation import fluency, free_accuracy
+from rlsedit_fast.evaluation.consistency import Likeness, consistency
+from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
 from rlsedit_fast.evaluation.metrics import Before, Judged, Metric, Report, judge, score_before, summarize
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.evaluation.tasks import Item, answer
@@ -40,7 +41,7 @@ ALONG = 150
 """Most cases that are asked at a checkpoint, evenly spaced, of those told by then."""
 
 _FREE = 300  # prompts that are answered freely, at most: each takes several passes
-_FLUENT = 24  # texts whose fluency is measured
+_FLUENT = 24  # texts whose fluency is measured, and cases whose consistency is
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Ground:
         anchors: texts, or key statistics, that the model is to go on doing, as `Editor.anchor` takes them; of a seed.
         texts: running text on which perplexity and KL are measured.
         tasks: items by task; may be empty.
+        likeness: of texts, where there are reference texts; consistency is measured with it.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Ground:
     anchors: Callable[[int], Any]
     texts: Sequence[str]
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
+    likeness: Likeness | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +215,10 @@ def run(
         if asked:
             said = free_accuracy(model, tokenizer, asked)
             enter(made_count, "all", metric, "free", sum(said) / len(said), len(said))
+    chains = [chain for case in some for chain in case.multihop]
+    if chains:
+        followed = free_multihop(model, tokenizer, chains)
+        enter(made_count, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
     if superseded:
         old = [verdict for one in judge(model, tokenizer, superseded, before) for verdict in one["efficacy"]]
         enter(made_count, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
@@ -219,6 +226,10 @@ def run(
     prompts = [case.asked.prompt for case in _spread(lasting, _FLUENT)]
     if prompts:
         enter(made_count, "all", "fluency", "entropy", fluency(model, tokenizer, prompts, tokens=50), len(prompts))
+    referred = _spread([case for case in lasting if case.references], _FLUENT)
+    if ground.likeness is not None and referred:
+        like = consistency(model, tokenizer, referred, ground.likeness)
+        enter(made_count, "all", "consistency", "cosine", like, len(referred))
     _enter_weights(enter, made_count, editor)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {
@@ -286,6 +297,7 @@ def _briefly(case: Case) -> Case:
         namesakes=(),
         same_subject=(),
         rebuilt=(),
+        multihop=(),
     )
 
 

@@ -1,8 +1,9 @@
-"""The model's own text: sampled token by token at temperature 1, from a seed of its own."""
+"""The model's own text, token by token: sampled at temperature 1 from a seed of its own, or greedily."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from rlsedit_fast.models.projections import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def sample(
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     width = model.config.get_text_config().vocab_size
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     ordinary = torch.ones(width, dtype=torch.bool, device=device)
     ordinary[len(tokenizer) :] = False  # rows of the embedding that are no tokens
     ordinary[sorted(token for token in _special_tokens(tokenizer) | ends if token < width)] = False
@@ -85,6 +89,49 @@ def sample(
     return [_cut(*row, ends) for row in zip(ids.tolist(), scores.tolist(), strict=True)]
 
 
+def greedy(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], counts: Sequence[int], *, ends: Collection[int] = ()
+) -> list[list[int]]:
+    """Continues each row by the likeliest token at every step, and nothing else.
+
+    Not the model's `generate()`: that obeys the settings the model came with, such as a repetition penalty or a least
+    length, and then says something else. Rows of equal length go through together, so none is padded.
+
+    Args:
+        model: a causal language model.
+        rows: token ids, at least one a row.
+        counts: most new tokens of each row.
+        ends: tokens before which a continuation ends.
+
+    Returns:
+        The new tokens of each row, in order.
+    """
+    device = input_device(model)
+    stops = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    lengths: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        lengths[len(row)].append(i)
+    said: dict[int, list[int]] = {}
+    with quiet(model), torch.inference_mode():
+        name = cache_argument(model)
+        for length, members in sorted(lengths.items()):
+            for at in range(0, len(members), _ROWS_AT_ONCE):
+                part = members[at : at + _ROWS_AT_ONCE]
+                ids, cache = torch.tensor([list(rows[i]) for i in part], device=device), None
+                for _ in range(max(counts[i] for i in part)):
+                    earlier: dict[str, Any] = {name: cache}
+                    fed = ids if cache is None else ids[:, -1:]
+                    out = model(input_ids=fed, attention_mask=torch.ones_like(ids), use_cache=True, **earlier)
+                    cache = cache_of(out)
+                    ids = torch.cat([ids, out.logits[:, -1:].argmax(-1).to(device)], dim=1)
+                    if bool(torch.isin(ids[:, length:], stops).any(1).all()):
+                        break
+                for i, new in zip(part, ids[:, length:].tolist(), strict=True):
+                    wanted = new[: counts[i]]
+                    said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+    return [said[i] for i in range(len(rows))]
+
+
 def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:
     stop = next((at for at, token in enumerate(ids) if at and token in ends), len(ids))
     return Sample(ids[:stop], scores[: stop - 1])
@@ -96,7 +143,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return marked | set(tokenizer.all_special_ids)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokenizer's end-of-text token and those that the model's own generation settings name."""
     named = getattr(model.generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]

@@ -9,6 +9,8 @@ import torch
 
 from rlsedit_fast.editing import Edit
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation import demo
+from rlsedit_fast.evaluation.answers import answers
 from rlsedit_fast.evaluation.cases import Case, Question, related_cases, told_twice, world_cases
 from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.generation import continuations, fluency, free_accuracy, n_gram_entropy, says
@@ -165,6 +167,28 @@ def test_continuations_do_not_depend_on_their_company_and_leave_the_generators_a
     assert together == [continuations(model, tokenizer, [prompt], tokens=3)[0] for prompt in prompts]
     assert sampled == continuations(model, tokenizer, prompts, tokens=6, top_k=5, seed=1)
     assert sampled != continuations(model, tokenizer, prompts, tokens=6, top_k=5, seed=2)
+
+
+def test_a_model_that_comes_with_a_repetition_penalty_is_still_answered_greedily():
+    model, tokenizer = load_demo_model()
+    questions = [RELATIONS[0].phrasings[0].format(person.name) for person in World.generate().people[:4]]
+    said = continuations(model, tokenizer, questions, tokens=1)
+    # The answer stands in the prompt already, so a penalty on what is repeated has another one said.
+    prompts = [f"{text.strip()} {question}" for question, text in zip(questions, said, strict=True)]
+    likeliest = []
+    for prompt in prompts:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits
+        likeliest.append(tokenizer.decode([int(logits[0, -1].argmax())]).strip())
+    model.generation_config.repetition_penalty = 1e3
+    for prompt, text in zip(prompts, likeliest, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        made = model.generate(ids, max_new_tokens=1, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(made).strip() != text, "generate() feels the penalty"
+    assert [text.strip() for text in continuations(model, tokenizer, prompts, tokens=1)] == likeliest
+    assert answers(model, tokenizer, list(zip(prompts, likeliest, strict=True))) == likeliest
+    shown = demo._say(model, tokenizer, prompts)
+    assert all(whole.startswith(first) for whole, first in zip(shown, likeliest, strict=True))
 
 
 def test_n_gram_entropy_by_hand():

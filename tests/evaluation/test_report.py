@@ -78,6 +78,26 @@ def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
     assert '<tr class="mark"><td class="text">rls</td>' in page
 
 
+def test_multi_hop_is_shown_where_it_was_measured(folder):
+    runs = [run("rls", 1), run("memit", 1)]
+    runs[0]["rows"].append({"edits": 200, "of": "all", "metric": "multihop", "form": "free", "value": 0.25, "n": 8})
+    _, text = said(folder(rules=runs))
+    assert "| multi-hop |" not in text, "the strict form was not measured"
+    assert "| multi-hop, free |" in text
+    assert "as MQuAKE counts them" in text
+
+
+def test_consistency_is_shown_where_it_was_measured(folder):
+    runs = [run("rls", 1), run("memit", 1)]
+    assert "consistency" not in said(folder(rules=runs))[1].lower()
+    runs[0]["rows"].append({"edits": 200, "of": "all", "metric": "consistency", "form": "cosine", "value": 0.4, "n": 8})
+    capability = report.capability(runs)
+    table = capability.parts[-1]
+    assert table.head[3:5] == ["fluency", "consistency"]
+    assert [row[4] for row in table.rows] == ["0.400", "–"]
+    assert "Consistency: cosine" in table.note
+
+
 def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
     runs = [run("rls", 1, first=(0.9, 0.45)), run("memit", 1, efficacy=0.95, neighbors=0.95, first=(0.9, 0.9))]
     _, text = said(folder(rules=runs))

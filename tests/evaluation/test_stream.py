@@ -179,7 +179,7 @@ def test_a_ground_of_a_model_needs_its_files(tmp_path):
     text.write_text("too short\n")
     with pytest.raises(InputError, match="give more text"):
         make_ground(GroundSpec(model="somewhere", text=str(text)))
-    with pytest.raises(InputError, match="name a file of CounterFact or zsRE"):
+    with pytest.raises(InputError, match="name a file of CounterFact, zsRE or MQuAKE"):
         make_cases(GroundSpec(model="somewhere"), "plain", 5, 0)
     with pytest.raises(InputError, match=r"none of sst2\.jsonl"):
         make_ground(GroundSpec(tasks=str(tmp_path)))

@@ -1,10 +1,10 @@
-"""Samples are the model's own: its probabilities, its tokens, and a seed that nobody else feels."""
+"""Samples are the model's own: its probabilities, its tokens, a seed that nobody else feels. Greedy text is argmax."""
 
 import pytest
 import torch
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.generation import greedy, sample
 from rlsedit_fast.world.tokens import SPECIAL, build_tokenizer
 
 
@@ -82,3 +82,31 @@ def test_numbers_that_are_not_finite_are_refused(make_model, tokenizer):
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         sample(model, tokenizer, texts=2, length=4, seed=0)
+
+
+def test_greedy_text_is_argmax_at_every_step_whatever_the_models_settings(family, make_model):
+    model = make_model(family).train()
+    rows = [[7, 30, 31], [9, 40], [8, 30, 33], [11]]
+    counts = [6, 3, 0, 8]
+    plain = greedy(model, rows, counts)
+    assert [len(new) for new in plain] == counts
+    for row, new in zip(rows, plain, strict=True):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([row + new])).logits[0, len(row) - 1 : -1]
+        chosen = logits[: len(new)].gather(1, torch.tensor(new, dtype=torch.long)[:, None])[:, 0]
+        # Cached and whole passes sum in other orders, so of logits that all but tie either may be the highest.
+        torch.testing.assert_close(chosen, logits[: len(new)].max(1).values, rtol=0, atol=2e-4)
+    model.train()
+    model.generation_config.repetition_penalty = 50.0
+    model.generation_config.min_new_tokens = 8
+    assert greedy(model, rows, counts) == plain
+    assert model.training
+
+
+def test_greedy_text_ends_before_an_end_token(make_model):
+    model = make_model("llama")
+    rows = [[7, 30, 31], [9, 40]]
+    first, second = greedy(model, rows, [6, 6])
+    cut = first.index(first[3])
+    assert greedy(model, rows[:1], [6], ends={first[3]}) == [first[:cut]]
+    assert greedy(model, rows, [6, 6], ends={second[0]})[1] == []

@@ -1,0 +1,306 @@
+"""MQuAKE: which records become a stream, what is asked of it, and how a chain of facts is judged."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from rlsedit_fast.cli import main
+from rlsedit_fast.editing import Edit
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.cases import Case, MultiHop, Question
+from rlsedit_fast.evaluation.demo import anchor_texts
+from rlsedit_fast.evaluation.generation import free_multihop
+from rlsedit_fast.evaluation.grounds import GroundSpec, layout_of, make_cases
+from rlsedit_fast.evaluation.metrics import evaluate, judge, score_before
+from rlsedit_fast.evaluation.mquake import mquake_cases
+from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+from .conftest import Parrot
+
+
+def rewrite(prompt, subject, new, old):
+    return {
+        "prompt": prompt,
+        "relation_id": "P1",
+        "target_new": {"str": new, "id": "Q1"},
+        "target_true": {"str": old, "id": "Q2"},
+        "subject": subject,
+        "question": f"What of {subject}?",
+    }
+
+
+def hop(cloze, answer, *aliases):
+    return {"question": f"{cloze} what?", "cloze": cloze, "answer": answer, "answer_alias": list(aliases)}
+
+
+def record(number, rewrites, *, kept=(), new="Franklin", aliases=("Franklin, Kentucky",)):
+    """As the release has it; `kept` are the chain's unedited facts."""
+    told = [hop(r["prompt"].format(r["subject"]), r["target_new"]["str"]) for r in rewrites]
+    return {
+        "case_id": number,
+        "requested_rewrite": rewrites,
+        "questions": [f"Wording {wording} of {number}?" for wording in (1, 2, 3)],
+        "answer": "Washington, D.C.",
+        "answer_alias": ["Washington"],
+        "new_answer": new,
+        "new_answer_alias": list(aliases),
+        "single_hops": [*kept, *(hop(r["prompt"].format(r["subject"]), r["target_true"]["str"]) for r in rewrites)],
+        "new_single_hops": [*kept, *told],
+        "orig": {"triples": [["Q44567", "P108", "Q35339"]]},
+    }
+
+
+CITIZEN = rewrite("{} is a citizen of", "Vince", "Libya", "America")
+CAPITAL = rewrite("The capital of {} is", "Libya", "Franklin", "Tripoli")
+SPORT = rewrite("{} plays", "Dudley", "cricket", "football")
+BORN = rewrite("{} was born in", "Dudley", "Oslo", "York")
+EMPLOYED = hop("Triple H is employed by", "WWE", "World Wrestling Federation")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*records):
+        path = tmp_path / "mquake.json"
+        path.write_text(json.dumps(records))
+        return path
+
+    return write
+
+
+def by_statement(cases):
+    return {case.asked.prompt: case for case in cases}
+
+
+def test_a_records_edits_stay_together_and_its_question_goes_with_the_last(write):
+    path = write(record(0, [CITIZEN, CAPITAL], kept=[EMPLOYED]), record(1, [SPORT], new="London", aliases=["", "Town"]))
+    for order in range(4):
+        cases = mquake_cases(path, 3, order=order)
+        at = [case.edit.subject for case in cases].index("Vince")
+        assert cases[at] == Case(
+            Edit("{} is a citizen of", "Vince", "Libya"),
+            Question("Vince is a citizen of", "America"),
+            (Question("What of Vince?", "America"),),
+            (),
+            (),
+            (),
+        )
+        chain = MultiHop(
+            tuple(f"Wording {n} of 0?" for n in (1, 2, 3)), "Washington, D.C.", "Franklin", ("Franklin, Kentucky",)
+        )
+        assert cases[at + 1].edit.subject == "Libya"
+        assert cases[at + 1].multihop == (chain,)
+        assert by_statement(cases)["Dudley plays"].multihop[0].right == ("London", "Town")
+    firsts = {mquake_cases(path, 3, order=order)[0].edit.subject for order in range(6)}
+    assert firsts == {"Vince", "Dudley"}, "whole records change places"
+
+
+def test_an_edit_of_two_records_is_told_once_and_both_questions_are_asked_when_all_is_told(write, caplog):
+    path = write(record(0, [CITIZEN]), record(1, [CITIZEN, CAPITAL]), record(2, [CAPITAL]))
+    for seed in range(6):
+        cases = by_statement(mquake_cases(path, 2, seed=seed))
+        assert len(cases) == 2
+        asked = {chain.prompts[0]: statement for statement, case in cases.items() for chain in case.multihop}
+        both = asked.get("Wording 1 of 1?")
+        assert both in (None, list(cases)[-1]), "the last of the two to be told"
+        for number, statement in ((0, "Vince is a citizen of"), (2, "The capital of Libya is")):
+            assert asked.get(f"Wording 1 of {number}?", statement) == statement
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(
+            record(1, [rewrite("{} is a citizen of", "Vince", "Chad", "America"), SPORT]), id="told otherwise"
+        ),
+        pytest.param(
+            record(1, [SPORT, BORN], kept=[hop("Vince is a citizen of", "America", "US")]), id="taken for granted"
+        ),
+        pytest.param(
+            record(1, [rewrite("{} is employed by", "Triple H", "AEW", "WWE"), SPORT]), id="changes what is granted"
+        ),
+    ],
+)
+def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(write, other, caplog):
+    first = record(0, [CITIZEN, CAPITAL], kept=[EMPLOYED])
+    path = write(first, other)
+    for seed in range(4):
+        assert len(mquake_cases(path, 2, seed=seed)) == 2
+        with pytest.raises(InputError, match="2 edits of whole records that do not contradict one another, 4 were"):
+            mquake_cases(path, 4, seed=seed)
+    third = record(2, [rewrite("{} speaks", "Ann", "Greek", "French"), rewrite("{} speaks", "Bo", "Greek", "French")])
+    path = write(first, other, third)
+    said = set()
+    for seed in range(12):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            cases = mquake_cases(path, 4, seed=seed)
+        assert len(cases) == 4
+        assert "Ann speaks" in by_statement(cases)
+        said |= {line.getMessage() for line in caplog.records}
+    assert said == {f"{path}: 2 records taken, passed over: 1 contradict others"}
+
+
+def test_an_alias_of_what_is_told_contradicts_nothing(write):
+    told = rewrite("{} is employed by", "Triple H", "World Wrestling Federation", "AEW")
+    path = write(record(0, [CITIZEN], kept=[EMPLOYED]), record(1, [told]))
+    assert len(mquake_cases(path, 2)) == 2
+
+
+def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, caplog):
+    same = record(0, [rewrite("{} speaks", "Ann", "Greek", "Greek")])
+    nowhere = record(1, [rewrite("Ann speaks", "Ann", "Greek", "French")])
+    twice = record(2, [CITIZEN, rewrite("{} is a citizen of", "Vince", "Chad", "America")])
+    path = write(same, nowhere, twice, record(3, [CITIZEN, CAPITAL]), record(4, [SPORT]))
+    told = set()
+    for seed in range(12):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            (case,) = mquake_cases(path, 1, seed=seed)
+        assert case.edit.subject == "Dudley", "the only record of one edit that can be told"
+        told |= {line.getMessage() for line in caplog.records}
+    assert f"{path}: 1 records taken, passed over: 3 cannot be told, 1 have more edits than are still wanted" in told
+    with pytest.raises(InputError, match="3 edits"):
+        mquake_cases(path, 4)
+    assert len(mquake_cases(path, 2, among=4)) == 2
+    with pytest.raises(InputError, match="ask for fewer"):
+        mquake_cases(path, 1, among=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"new_answer": None}, "'new_answer'"),
+        ({"new_single_hops": None}, "'new_single_hops'"),
+        ({"questions": []}, "no"),
+    ],
+)
+def test_a_record_in_another_form_is_an_error_that_names_it(write, changes, lacks):
+    broken = {**record(0, [SPORT]), **changes}
+    broken = {name: value for name, value in broken.items() if value is not None}
+    with pytest.raises(InputError, match=f"record 2 .*{lacks}.*expected MQuAKE's fields"):
+        mquake_cases(write(record(1, [CITIZEN]), broken), 1)
+
+
+def test_a_file_is_told_by_its_fields(write):
+    path = write(record(0, [CITIZEN, CAPITAL]), record(1, [SPORT]))
+    assert layout_of(path) == "mquake"
+    spec = GroundSpec(model="somewhere", data=str(path))
+    cases, superseded = make_cases(spec, "plain", 3, 0)
+    assert (cases, superseded) == (mquake_cases(path, 3), [])
+    assert make_cases(spec, "plain", 3, 0, 5)[0] == mquake_cases(path, 3, order=5)
+    path.write_text(json.dumps([{"requested_rewrite": {"prompt": "{} is", "subject": "[x"}}]))
+    assert layout_of(path) == "counterfact"
+    path.write_text(json.dumps([{"subject": "UniFirst", "src": "What?"}]))
+    assert layout_of(path) == "zsre"
+
+
+CHAIN = MultiHop(("Lado lives in", "The home of Lado is in"), "Old Garnet", "Port Alder", ("Farrow",))
+CASE = Case(Edit("{} plays the", "Lado", "organ"), Question("Lado plays the", "violin"), (), (), (), (), (), (CHAIN,))
+NEITHER = {
+    "Lado lives in": {"Old": 0.9, "Port": 0.1},
+    "Lado lives in Old": {"Garnet": 0.9},
+    "Lado lives in Port": {"Garnet": 0.9, "Alder": 0.1},
+    "The home of Lado is in": {"Old": 0.9, "Port": 0.1},
+    "The home of Lado is in Old": {"Garnet": 0.9},
+    "The home of Lado is in Port": {"Garnet": 0.9, "Alder": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "forced", "strict"),
+    [
+        pytest.param({}, 0.0, 0.0, id="neither wording"),
+        pytest.param(
+            {"The home of Lado is in": {"Port": 0.9}, "The home of Lado is in Port": {"Alder": 0.9}}, 1.0, 1.0,
+            id="one wording, the answer",
+        ),
+        pytest.param({"Lado lives in": {"Farrow": 0.6, "Old": 0.4}}, 0.0, 1.0, id="one wording, an alias"),
+        pytest.param(
+            {"Lado lives in": {"Port": 0.4, "Old": 0.1, "the": 0.5}, "Lado lives in Port": {"Alder": 0.9}}, 1.0, 0.0,
+            id="likelier than the old answer, not first",
+        ),
+    ],
+)  # fmt: skip
+def test_a_chain_is_right_if_any_wording_is_answered_by_the_new_answer_or_an_alias(tokenizer, said, forced, strict):
+    found = evaluate(Parrot(tokenizer, NEITHER | said), tokenizer, [CASE], {}).multihop
+    assert (found.forced, found.strict, found.said, found.prompts) == (forced, strict, strict, 1)
+
+
+def test_a_share_is_of_chains_and_there_is_none_without_them(tokenizer):
+    model = Parrot(tokenizer, NEITHER | {"Lado lives in": {"Farrow": 0.9}})
+    other = replace(CHAIN, prompts=("The home of Lado is in",))
+    both = replace(CASE, multihop=(CHAIN, other))
+    assert evaluate(model, tokenizer, [both], {}).multihop.strict == 0.5
+    assert evaluate(model, tokenizer, [both], {}).multihop.prompts == 2
+    none = evaluate(model, tokenizer, [replace(CASE, multihop=())], {}).multihop
+    assert (none.strict, none.forced, none.prompts) == (None, None, 0)
+    assert [len(one["multihop"]) for one in judge(model, tokenizer, [both, CASE], {})] == [2, 1]
+    assert score_before(model, tokenizer, [both]) == {}
+
+
+def facts_of(names):
+    return [(RELATIONS[0].phrasings[0].format(p.name), p.facts[RELATIONS[0].name]) for p in names]
+
+
+def test_freely_any_wording_and_any_alias_will_do():
+    model, tokenizer = load_demo_model()
+    (first, right), (second, other) = facts_of(World.generate().people[:2])
+    chains = [
+        MultiHop((second, first), "nothing", right),
+        MultiHop((second,), "nothing", "nowhere", (other,)),
+        MultiHop((second,), "nothing", "nowhere"),
+    ]
+    assert right != other
+    assert free_multihop(model, tokenizer, chains) == [True, True, False]
+
+
+def test_the_command_runs_a_stream_of_records_and_shows_what_follows_from_them(tmp_path, capsys):
+    model, tokenizer = load_demo_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    world = World.generate()
+    texts = anchor_texts(world, 1)
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(texts[at : at + 2]) for at in range(0, 200, 2)))
+    relation, second = RELATIONS[:2]
+    records = []
+    for number, person in enumerate(world.people[:4]):
+        old = person.facts[relation.name]
+        new = next(value for value in relation.values if value != old)
+        edits = [rewrite(relation.phrasings[0], person.name, new, old)]
+        edits[0]["question"] = relation.phrasings[1].format(person.name)
+        if number == 0:  # a subject told twice, which rules other than rls must take separately
+            known = person.facts[second.name]
+            other = next(value for value in second.values if value != known)
+            edits.append(rewrite(second.phrasings[0], person.name, other, known))
+        made = record(number, edits, new=new, aliases=[])
+        records.append({**made, "answer": old, "questions": [p.format(person.name) for p in relation.phrasings[1:4]]})
+    (tmp_path / "mquake.json").write_text(json.dumps(records))
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "mquake.json")]
+    command += [
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--edits",
+        "5",
+        "--seeds",
+        "1",
+        "--batch-size",
+        "1",
+        "--rules",
+        "rls",
+        "memit",
+    ]
+    settings = {"layers": [0], "context_prefixes": [""], "search_steps": 40, "search_stop_nll": 0.025}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    command += ["--config", str(tmp_path / "config.json")]
+    command += ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]
+    assert main(command) == 0
+    assert "multihop strict" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["failed"] == []
+    assert found["rules"]["rls"]["figures"]["multihop strict"]["mean"] >= 0.75
+    (run,) = (tmp_path / "out").glob("rls-*.json")
+    rows = [row for row in json.loads(run.read_text())["rows"] if row["metric"] == "multihop" and row["of"] == "all"]
+    assert {(row["edits"], row["form"], row["n"]) for row in rows} >= {(5, form, 4) for form in ("forced", "free")}
