@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from report import write
 
-from rlsedit_fast.editing import EditConfig
+from rlsedit_fast.editing import EditConfig, Editor
+from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.demo import CONFIG
-from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
+from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_ground
 from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of, value
 from rlsedit_fast.evaluation.stream import Plan
 
@@ -34,6 +35,10 @@ SEEDS = (1, 2, 3)
 JUDGED = 300
 BRIEF: dict[str, Any] = {"checkpoints": (), "judged": 200}
 """Of runs of which only the end is looked at."""
+APART: dict[str, Any] = {"share": "memit", "same_subject": "separate"}
+"""How rules that cannot take an edit back go through several layers, and through edits of one subject."""
+ALONG: dict[str, Any] = {"checkpoints": (0.5, 1.0), "judged": JUDGED}
+"""Of runs that are reported by age and along the stream."""
 
 BASE = replace(CONFIG, batch_size=10)
 """The demo's settings; `same_subject="joint"`, which only the recursive rule has, is idle on different subjects."""
@@ -46,7 +51,7 @@ class Contender:
     label: str
     changes: Mapping[str, Any]
     forgetting: float = 1.0
-    protected: bool = False
+    protected: float = 0.0
 
     def config(self, base: EditConfig) -> EditConfig:
         return replace(base, **self.changes)
@@ -87,30 +92,33 @@ how much of the identity the moment gets. Shares, thresholds and rates span what
 number goes with another scale of keys, some decades."""
 
 
-def tuning(out: Path, edits: int) -> dict[str, list[Job]]:
+def tuning(
+    out: Path, grids: Mapping[str, list[dict]], edits: int, spec: GroundSpec | None = None, base: EditConfig = BASE
+) -> dict[str, list[Job]]:
     """The runs of every grid, on a seed that is not reported."""
     jobs: dict[str, list[Job]] = {}
-    for rule, grid in GRIDS.items():
+    for rule, grid in grids.items():
         for at, changes in enumerate(grid if len(grid) > 1 else []):
             plan = Plan(
                 label=f"{rule}_{at}",
                 stream="plain",
                 edits=edits,
                 seed=TUNING_SEED,
-                config=replace(BASE, **changes),
+                config=replace(base, **changes),
                 **BRIEF,
             )
-            jobs.setdefault(rule, []).append(Job(GroundSpec(), plan, path_of(out / "tuning", plan)))
+            jobs.setdefault(rule, []).append(Job(spec or GroundSpec(), plan, path_of(out / "tuning", plan)))
     return jobs
 
 
-def tuned(jobs: Mapping[str, Sequence[Job]]) -> dict[str, Contender]:
+def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) -> dict[str, Contender]:
     """Of each rule the settings with the highest strict score; a stream that broke off has none."""
-    best = {rule: Contender(rule, grid[0]) for rule, grid in GRIDS.items()}
+    best = {rule: Contender(rule, grid[0]) for rule, grid in grids.items()}
     for rule, tried in jobs.items():
         scores = [value(run_of(job), "score", "strict") if run_of(job)["failed"] is None else None for job in tried]
         at = max(range(len(tried)), key=lambda i: -1.0 if scores[i] is None else scores[i])
-        best[rule] = Contender(rule, GRIDS[rule][at])
+        best[rule] = Contender(rule, grids[rule][at])
+        print(f"{rule}: {best[rule].changes}")
     return best
 
 
@@ -118,22 +126,15 @@ RECURSIVE = (
     Contender("rls", {}),
     Contender("rls norm-anchored", {"norm_anchor": True}),
     Contender("rls forgetting", {}, forgetting=0.9),
-    Contender("rls protecting", {}, protected=True),
+    Contender("rls protecting", {}, protected=0.01),
 )
 CLOSEST = ("rls", "memit", "memit-history", "alphaedit")
 
 
-def contenders(best: Mapping[str, Contender]) -> list[Contender]:
-    """All of them: the recursive rule in its forms, and the others as tuned."""
-    return [*RECURSIVE, *best.values()]
-
-
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
     """(a), (e), (f), (g): all contenders, in batches of 10; the ones that matter also in batches of 1 and 100."""
-    for seed, contender in itertools.product(seeds, contenders(best)):
-        if contender in RECURSIVE[1:] and seed != seeds[0]:
-            continue  # a form of the rule, not a rule: one look is enough
-        yield _job(out / "rules", contender, edits, seed, judged=JUDGED, checkpoints=(0.5, 1.0))
+    for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values())):
+        yield _job(out / "rules", contender, edits, seed, **ALONG)
     for size, seed in itertools.product((1, 100), seeds[:1]):
         for contender in (RECURSIVE[0], best["memit"]):
             yield _job(out / "batches", contender, edits // 2, seed, batch_size=size, **BRIEF)
@@ -205,11 +206,9 @@ def _job(
 
 def demo(options: argparse.Namespace) -> None:
     out, edits, seeds = options.out or HERE / "results" / "paper" / DEMO, options.edits, options.seeds
-    grids = tuning(out, TUNING_EDITS)
-    make([job for jobs in grids.values() for job in jobs], processes=options.jobs)
-    best = tuned(grids)
-    for rule, contender in best.items():
-        print(f"{rule}: {contender.changes}")
+    tried = tuning(out, GRIDS, TUNING_EDITS)
+    make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
+    best = tuned(GRIDS, tried)
     main = list(side_by_side(out, best, edits, seeds))
     # Those that matter most go first, so that a report can be made of what there is at any time.
     make([job for job in main if job.plan.label in CLOSEST and job.plan.edits == edits], processes=options.jobs)
@@ -228,38 +227,45 @@ def model(options: argparse.Namespace) -> None:
         data=options.data,
         text=options.text,
         statistics=options.statistics,
+        references=options.references,
         tasks=options.tasks,
         device=options.device,
         dtype=options.dtype,
         among=options.among,
     )
-    base = EditConfig(layers=options.layers, batch_size=options.batch_size, search_ahead=100)
-    shared = {"share": "memit"}
-    others = [Contender("rls", {})] + [
-        Contender(rule, {**changes, **shared})
-        for rule, changes in (
-            ("memit", {"rule": "memit", "lam": 0.0}),
-            ("memit-history", {"rule": "memit-history", "lam": 0.0}),
-            ("rome", {"rule": "rome"}),
-            ("emmet", {"rule": "emmet", "rule_options": {"damping": 0.1}}),
-            ("rect", {"rule": "rect", "lam": 0.0}),
-            ("prune", {"rule": "prune", "lam": 0.0}),
-            ("nse", {"rule": "nse", "lam": 0.0}),
-            ("alphaedit", {"rule": "alphaedit", "rule_options": {"null_share": 0.8, "ridge": 10.0}}),
-            ("ultraedit", {"rule": "ultraedit", "rule_options": {"rate": 1e-3}}),
-            ("ft", {"rule": "ft"}),
-            ("ft-bounded", {"rule": "ft-bounded", "rule_options": {"bound": 1e-3}}),
-        )
-        if options.rules is None or rule in options.rules
-    ]
+    base = EditConfig(layers=options.layers and tuple(options.layers), batch_size=options.batch_size, search_ahead=100)
+    if options.clamp is not None:
+        base = replace(base, clamp=options.clamp)
     out = options.out or HERE / "results" / "paper" / spec.name
+    if spec.statistics is None:
+        spec = _with_statistics(spec, base, out)
+    grids = {rule: [{**APART, **changes} for changes in grid] for rule, grid in GRIDS.items()}
+    grids = {rule: grid for rule, grid in grids.items() if options.rules is None or rule in options.rules}
+    tried = tuning(out, grids, options.tuning_edits, spec, base)
+    make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
+    best = tuned(grids, tried)
     jobs = [
-        _job(out / "rules", one, options.edits, seed, batch_size=options.batch_size, spec=spec, base=base)
+        _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
-        for one in others
+        for one in (RECURSIVE[0], *best.values())
     ]
+    # Those that matter most go first, so that a report can be made of what there is at any time.
+    make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
     make(jobs, processes=options.jobs)
     print(*write(out))
+
+
+def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpec:
+    """With the anchors' key statistics in a file, so that no run has to collect them again."""
+    path = out / "statistics.safetensors"
+    if not path.exists():
+        print("collecting key statistics", flush=True)
+        ground = make_ground(spec)
+        model, tokenizer = ground.load()
+        found = Editor(model, tokenizer, config=base).statistics(GivenTexts(ground.anchors(0)))
+        out.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    return replace(spec, statistics=str(path))
 
 
 def main() -> None:
@@ -276,10 +282,15 @@ def main() -> None:
     on_model.add_argument("--data", required=True, help="CounterFact or zsRE")
     on_model.add_argument("--text", required=True, help="running text")
     on_model.add_argument("--statistics", help="key statistics of `rlsedit statistics`, in place of the text's")
+    on_model.add_argument(
+        "--references", help="texts about subjects for consistency, as ROME's attribute_snippets.json"
+    )
     on_model.add_argument("--tasks", help="folder with GLUE and MMLU as NAME.jsonl")
     on_model.add_argument("--rules", nargs="+", help="beside rls; all by default")
     on_model.add_argument("--layers", type=int, nargs="+")
     on_model.add_argument("--batch-size", type=int, default=100)
+    on_model.add_argument("--clamp", type=float, help="as in EditConfig")
+    on_model.add_argument("--tuning-edits", type=int, default=200, help="edits of a run of the grids (default 200)")
     on_model.add_argument("--device", default="cpu")
     on_model.add_argument("--dtype", default="float32")
     on_model.add_argument("--among", type=int, help="only the first so many records of the data")

@@ -23,12 +23,16 @@ from typing import Any
 from charts import Series, lines, scatter
 
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
+from rlsedit_fast.evaluation.grounds import DEMO
 from rlsedit_fast.evaluation.runs import value
 from rlsedit_fast.rules import RULES
 
 OURS = "rls"
 SHOWN_IN_LINES = ("rls", "memit", "memit-history", "alphaedit", "rome", "emmet")
 """Whose lines are drawn where a line for everyone would hide everyone."""
+
+FAR = 0.25
+"""From the best in either direction: a rule beyond is told in words, or it would press all others together."""
 
 Run = dict[str, Any]
 
@@ -154,7 +158,8 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
             + (f"; `{OURS}` is number {place} of {len(ranked)}." if place > 5 else ".")
         )
     kept = {name: _first_hundred(runs) for name, runs in groups.items()}
-    known = {name: found for name, found in kept.items() if found is not None and _whole(groups[name])}
+    rules_alone = {name: found for name, found in kept.items() if name in RULES and _whole(groups[name])}
+    known = {name: found for name, found in rules_alone.items() if found is not None}
     if OURS in known:
         best = max(known, key=lambda name: known[name].mean)
         gap = known[best].mean - known[OURS].mean
@@ -206,8 +211,12 @@ def rules(runs: list[Run]) -> Section:
     plan = runs[0]["plan"]
     points = _points(groups)
     front = pareto(points)
-    series = []
-    for label in points:
+    series, outside = [], []
+    corner = [max(point[axis] for point in points.values()) for axis in (0, 1)] if points else []
+    for label, point in points.items():
+        if any(best - place > FAR for best, place in zip(corner, point, strict=True)):
+            outside.append(f"{label} ({point[0]:.2f}, {point[1]:.2f})")
+            continue
         x, y = (over_seeds(groups[label], metric, "strict") for metric in ("efficacy", "neighbors"))
         assert x is not None
         assert y is not None
@@ -258,6 +267,8 @@ def rules(runs: list[Run]) -> Section:
     what = (
         "Up and to the right is better. Bars are deviations over seeds; the line joins those that nobody beats in both."
     )
+    if outside:
+        what += f" Further off than the chart reaches: {', '.join(outside)}."
     return Section("Rules side by side", [intro, (chart, what), Table(["rule", *(c[0] for c in columns)], rows, note)])
 
 
@@ -486,7 +497,9 @@ def capability(runs: list[Run]) -> Section:
     if consistent:
         note += " Consistency: cosine of TF-IDF vectors of what is written about subjects and of reference texts."
     if not tasks:
-        note += " The model's vocabulary has no words for GLUE and MMLU, so they are not asked."
+        note += " GLUE and MMLU were not asked."
+        if runs[0]["ground"] == DEMO:
+            note += " The model's vocabulary has no words for them."
     head = ["rule", "KL, nats", "perplexity", "fluency", *(["consistency"] if consistent else []), "‖W − W0‖", *tasks]
     return Section("Capability", [(chart, "How far predictions on unrelated text move."), Table(head, rows, note)])
 
@@ -565,9 +578,12 @@ def tuning(runs: list[Run]) -> Section:
         "keys (AlphaEdit's "
         "threshold and ridge, UltraEdit's rate, fine-tuning's bound) is looked for over some decades; a "
         "rule that is not "
-        "listed has nothing to set, or was taken as published. The recursive rule is not tuned: it has the demo's "
-        "adherence, which was chosen before the other rules were there, on seed 0's stream."
+        "listed has nothing to set, or was taken as published. The recursive rule is not tuned: "
     )
+    if runs[0]["ground"] == DEMO:
+        intro += "it has the demo's adherence, which was chosen before the other rules were there, on seed 0's stream."
+    else:
+        intro += "it has the default adherence."
     head = ["rule", "settings", "efficacy", "generalization", "neighbours unchanged", "score"]
     return Section("How the other rules were set", [intro, Table(head, shown, note)])
 

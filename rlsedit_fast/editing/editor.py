@@ -312,7 +312,8 @@ class Editor:
 
         Args:
             prompts: texts whose continuations are to stay.
-            weight: how firmly, against an edit of weight 1.
+            weight: how firmly each token, against an edit of weight 1. Thousands of tokens at 1 leave little room for
+                edits; 0.01 is enough for them to stay (bench/results/paper/demo, "rls protecting").
 
         Returns:
             The number of tokens that are held.

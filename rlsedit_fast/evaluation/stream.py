@@ -76,7 +76,8 @@ class Plan:
         seed: of cases and anchors.
         order: which order of the same cases, 0 the first.
         config: of the editor.
-        protected: whether the neighbours' prompts of all cases are protected before the first edit, beside the anchors.
+        protected: with what weight every token of the neighbours' prompts of all cases is protected before the first
+            edit, beside the anchors, against an edit of weight 1; 0 protects none.
         forgetting: weight of an edit against one that is made `AGE` edits later; 1 holds all alike. Below 1 later edits
             weigh more, which is a forgetting factor of recursive least squares by the weights of edits.
         checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
@@ -90,7 +91,7 @@ class Plan:
     seed: int
     order: int = 0
     config: EditConfig
-    protected: bool = False
+    protected: float = 0.0
     forgetting: float = 1.0
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
@@ -171,7 +172,8 @@ def run(
     if (anchors := ground.anchors(plan.seed)) is not None:
         editor.anchor(anchors)
     if plan.protected:
-        editor.protect(list(dict.fromkeys(question.prompt for case in cases for question in case.neighbors)))
+        prompts = list(dict.fromkeys(question.prompt for case in cases for question in case.neighbors))
+        editor.protect(prompts, weight=plan.protected)
     weights = _weights(plan, len(cases))
     groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)

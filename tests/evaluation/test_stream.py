@@ -72,12 +72,14 @@ def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_r
 
 def test_what_is_protected_is_what_the_neighbours_are_asked(monkeypatch, tmp_path):
     held = []
-    monkeypatch.setattr(stream.Editor, "protect", lambda editor, prompts: held.extend(prompts))
-    spec, settings = GroundSpec(), replace(plan(), edits=4, protected=True, checkpoints=())
+    monkeypatch.setattr(stream.Editor, "protect", lambda editor, prompts, *, weight: held.append((prompts, weight)))
+    spec, settings = GroundSpec(), replace(plan(), edits=4, protected=0.5, checkpoints=())
     cases, _ = make_cases(spec, "plain", 4, settings.seed)
     stream.run(make_ground(spec), settings, cases, tmp_path / "run.json")
-    assert held == list(dict.fromkeys(q.prompt for case in cases for q in case.neighbors))
-    assert held
+    ((prompts, weight),) = held
+    assert prompts == list(dict.fromkeys(q.prompt for case in cases for q in case.neighbors))
+    assert prompts
+    assert weight == 0.5
 
 
 def test_every_age_is_looked_at_when_made_and_at_the_end(made):
@@ -111,7 +113,7 @@ def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_co
     settings = jobs["rls"].plan
     assert stream.finished(path, "demo", settings) == found
     assert stream.finished(path, "demo", replace(settings, config=replace(CONFIG, norm_anchor=True))) is None
-    assert stream.finished(path, "demo", replace(settings, protected=True)) is None
+    assert stream.finished(path, "demo", replace(settings, protected=0.5)) is None
     found["plan"]["config"]["gone since"] = 1
     path.write_text(json.dumps(found))
     assert stream.finished(path, "demo", settings) is None
