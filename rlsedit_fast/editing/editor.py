@@ -52,7 +52,7 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules import RECURSIVE, LayerState
+from rlsedit_fast.rules import RECURSIVE, LayerState, check
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ class Editor:
 
     def memory(self) -> list[memory.LayerMemory]:
         """What editing takes beside the model, layer by layer, before it is taken."""
-        return memory.plan(self._projections, delay=self.config.delay, anchored=self._moments is not None)
+        rule = check(self.config.rule, self.config.rule_options)
+        return memory.plan(self._projections, delay=self.config.delay, anchored=self._moments is not None, rule=rule)
 
     def anchor(self, what: Iterable[str] | KeyStatistics) -> int:
         """Names what the model is to go on doing: the edited layers' outputs on every token of some text.

@@ -11,6 +11,7 @@ import torch
 
 from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rules import Rule
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -23,9 +24,11 @@ class LayerMemory:
         layer: index of the block.
         name: of the projection.
         device: where it lies, and so where this is taken.
-        state: for as long as the editor lives: C, pending rows, W0, the part of the master that the model has not.
+        state: for as long as the editor lives: C and pending rows, or what another rule remembers, at most; W0; the
+            part of the master that the model has not.
         anchors: the anchor moment, for as long as the editor lives.
-        building: more, for the moment in which the state is made or rebuilt in float64.
+        building: more, for the moment in which the state is made or rebuilt in float64; other rules compute each batch
+            so.
         per_edit: of the rows that an edit leaves behind, by which it can be taken back.
     """
 
@@ -38,23 +41,32 @@ class LayerMemory:
     per_edit: int
 
 
-def plan(projections: Sequence[Projection], *, delay: int, anchored: bool) -> list[LayerMemory]:
-    """What editing these projections takes; computed from shapes alone."""
+def plan(
+    projections: Sequence[Projection], *, delay: int, anchored: bool, rule: Rule | None = None
+) -> list[LayerMemory]:
+    """What editing these projections takes, under the recursive rule or another; computed from shapes alone."""
     layers = []
     for projection in projections:
         weight = projection.weight
         d_v, d_k = weight.shape
         beside = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
         kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
+        if rule is None:
+            kept += _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k
+            # W0, and of S0, its factor and the inverse two in float64 at a time, one of them copied
+            building = 3 * d_k * d_k + d_v * d_k
+        else:
+            kept += _DOUBLE * rule.kept(d_v, d_k)
+            # W, its change and the sum; what it remembers, with the batch, its factor and a copy
+            building = 3 * d_v * d_k + (3 * d_k * d_k if rule.kept(d_v, d_k) >= d_k * d_k else 0)
         layers.append(
             LayerMemory(
                 projection.layer,
                 projection.name,
                 str(weight.device),
-                _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k + kept,
+                kept,
                 _FLOAT * d_k * d_k if anchored else 0,
-                # W0, and of S0, its factor and the inverse two in float64 at a time, one of them copied
-                _DOUBLE * (3 * d_k * d_k + d_v * d_k),
+                _DOUBLE * building,
                 _FLOAT * (d_k + d_v),
             )
         )

@@ -48,6 +48,11 @@ class AlphaEdit(Rule):
         if self.null_share is not None and not 0 < self.null_share <= 1:
             raise InputError(f"null_share={self.null_share}: expected a share above 0 and up to 1, or None")
 
+    def kept(self, d_v: int, d_k: int) -> int:
+        """The basis, and the keys within it; by a threshold the basis may be anything up to the whole."""
+        width = d_k if self.null_share is None else max(1, round(self.null_share * d_k))
+        return d_k * width + width * width
+
     def start(self, original: Tensor, prior: Prior, name: str) -> _Memory:
         """The null space; a Cholesky factor has no part in it, so the moment need not be of full rank."""
         if prior.mu == 0:

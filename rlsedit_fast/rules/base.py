@@ -41,6 +41,10 @@ class Rule(ABC):
     remembers: ClassVar[bool] = False
     """Whether keys of earlier batches weigh on later ones, so that keys alone can be protected."""
 
+    def kept(self, d_v: int, d_k: int) -> int:
+        """How many float64 numbers a layer remembers, at most: what `start` and `change` return."""
+        return d_k * d_k
+
     @abstractmethod
     def start(self, original: Tensor, prior: Prior, name: str) -> Any:
         """What a layer remembers before its first batch.

@@ -34,6 +34,10 @@ class FineTuning(Rule):
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: expected at least 1")
 
+    def kept(self, d_v: int, d_k: int) -> int:
+        """Nothing."""
+        return 0
+
     def start(self, original: Tensor, prior: Prior, name: str) -> None:
         """Nothing; the prior plays no part."""
 
@@ -64,6 +68,10 @@ class BoundedFineTuning(Rule):
             raise InputError(f"bound={self.bound}: expected a finite number above 0")
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: expected at least 1")
+
+    def kept(self, d_v: int, d_k: int) -> int:
+        """Nothing."""
+        return 0
 
     def start(self, original: Tensor, prior: Prior, name: str) -> None:
         """Nothing; the prior plays no part."""

@@ -45,6 +45,10 @@ class PRUNE(Rule):
         if not 1 < self.base < float("inf"):
             raise InputError(f"base={self.base}: expected a finite number above 1")
 
+    def kept(self, d_v: int, d_k: int) -> int:
+        """MEMIT's factor, the original weight and the unrestrained sum."""
+        return d_k * d_k + 2 * d_v * d_k
+
     def start(self, original: Tensor, prior: Prior, name: str) -> _Memory:
         """MEMIT's factor, and the largest singular value of the original weight."""
         limit = float(torch.linalg.matrix_norm(original, 2))

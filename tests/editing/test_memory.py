@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import memory
 from rlsedit_fast.errors import ResourceError
+from rlsedit_fast.rules import OTHERS
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
 CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("",))
@@ -26,6 +29,29 @@ def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
     anchored = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     anchored.anchor(["Toze Lado lives in Port Alder ."])
     assert [layer.anchors for layer in anchored.memory()] == [4 * 96 * 96] * 2
+
+
+def remembered(value):
+    """The tensors of what a rule remembers."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for name in getattr(value, "__dataclass_fields__", ()) for t in remembered(getattr(value, name))]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OTHERS), ("alphaedit", {"null_share": 0.3})])
+def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
+    config = replace(CONFIG, rule=name, rule_options=options, share="memit", same_subject="separate")
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config)
+    editor.anchor(["Toze Lado lives in Port Alder ."])
+    plan = editor.memory()
+    editor.edit([EDIT, rf.Edit("{} lives in", "Lado Toze", "Port Alder")])
+    for layer, state in zip(plan, editor._layers.states, strict=True):
+        kept = [state.original, *remembered(state._memory)]
+        taken = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        if name == "alphaedit" and not options:  # by a threshold its basis may be anything up to the whole
+            assert taken <= layer.state
+        else:
+            assert taken == layer.state
 
 
 def test_too_little_memory_is_an_error_before_anything_is_made(make_model, tokenizer, monkeypatch):
