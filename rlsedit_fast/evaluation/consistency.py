@@ -87,7 +87,7 @@ def consistency(
 ) -> float:
     """Mean likeness, over cases, of what a model writes behind a case's `generation` prompts and its `references`.
 
-    As ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.4, and its released evaluation): the texts of a case's
+    As ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, and its released evaluation): the texts of a case's
     prompts, the prompts included, are joined, and so are its references; each text is sampled from the five likeliest
     tokens. A text has `tokens` tokens behind its prompt, where the release counts the prompt in.
 

@@ -85,8 +85,9 @@ def continuations(
 def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
     """Whether a continuation is the answer and nothing more: the answer, then its natural end.
 
-    The exact match under a natural stop of The Mirage of Model Editing (Yang et al. 2025, arXiv 2502.11177), where
-    teacher-forced figures of 97 % become 39 %. Blanks around the answer do not count; letter case does.
+    An exact match under a natural stop, one of the two measures of The Mirage of Model Editing (Yang et al. 2025, arXiv
+    2502.11177), by whose other one, a model as the judge, teacher-forced figures of 97 % become 39 %. Blanks around the
+    answer do not count; letter case does, which the release's exact match leaves out.
     """
     said, wanted = text.strip(), answer.strip()
     if not said.startswith(wanted):
@@ -126,7 +127,7 @@ def free_multihop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ch
 def n_gram_entropy(text: str) -> float:
     """Weighted mean of the entropies of a text's 2- and 3-grams of words, bits: `(2/3 H_2 + 4/3 H_3) / 2`.
 
-    Fluency as ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.4, after Zhang et al. 2018): a text that repeats
+    Fluency as ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, after Zhang et al. 2018): a text that repeats
     itself has little. Words and punctuation marks are told apart by a regular expression, where the release takes
     NLTK's tokenizer.
 
@@ -155,7 +156,8 @@ def fluency(
 ) -> float:
     """Mean `n_gram_entropy` of texts sampled behind `prompts`, the prompt included, from the five likeliest tokens.
 
-    A text that ends before it has three words counts as 0, as one that says nothing.
+    A text that ends before it has three words counts as 0, as one that says nothing. ROME's release counts the prompt
+    among its 100 tokens and shows 100 times the figure.
     """
     texts = continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed)
     whole = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]

@@ -1,12 +1,14 @@
 """The metrics of CounterFact, teacher-forced, and beside each its strict forms; of zsRE by tokens, of MQuAKE by chain.
 
-Teacher-forced, as ROME defines them (Meng et al. 2022, arXiv 2202.05262, sec. 3.4, and its released evaluation, which
+Teacher-forced, as ROME defines them (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, and its released evaluation, which
 takes the mean over an answer's tokens): an edited prompt or a paraphrase succeeds where NLL(new) < NLL(old), a prompt
-of the neighbourhood where NLL(old) < NLL(new); a tie succeeds nowhere. The score is the harmonic mean of the three
-(MEMIT, arXiv 2210.07229, sec. 5.2). Strict: every token of the answer is ranked first, which MEMIT's release reports
-beside them as accuracy. By tokens: the share of an answer's tokens that are ranked first, which is zsRE's measure
-(MEND, arXiv 2110.11309, sec. 5); of what is to stay, the share of places where the prediction is what it was before any
-edit (locality, as EasyEdit has it, arXiv 2308.07269).
+of the neighbourhood where NLL(old) < NLL(new); a tie succeeds nowhere. The score is the harmonic mean of the three (the
+same section; MEMIT, arXiv 2210.07229, sec. 5.2). Strict: every token of the answer is ranked first, which MEMIT's
+release reports beside them as accuracy; its accuracy on the neighbourhood is `said` here, whether the old answer is
+ranked first, where `strict` asks whether the prediction is unchanged. Shares are over all prompts; the releases take
+them over each case first. By tokens: the share of an answer's tokens that are ranked first, which is zsRE's measure
+(MEND, arXiv 2110.11309); of what is to stay, the share of places where the prediction is what it was before any edit
+(locality, as EasyEdit has it, arXiv 2308.07269).
 
 By chain: a multi-hop case counts once, and it is right if any wording of its question is answered right, by the new
 answer or one of its aliases (MQuAKE, Zhong et al. 2023, arXiv 2305.14795, and its release, whose README and evaluation
