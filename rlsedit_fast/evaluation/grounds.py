@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -70,6 +70,17 @@ class GroundSpec:
         """In results, without the place where it lies."""
         return DEMO if self.model == DEMO else Path(self.model).name
 
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What is not as usual, beside the model and its device, in results; files without the place where they lie."""
+        usual, files = GroundSpec(), {"data", "text", "statistics", "tasks", "references"}
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "device")}
+        return {
+            name: Path(value).name if name in files else value
+            for name, value in given.items()
+            if value != getattr(usual, name)
+        }
+
 
 @lru_cache(maxsize=1)
 def _world() -> World:
@@ -86,7 +97,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     alike = None if spec.references is None else likeness(Path(spec.references))
     if spec.model == DEMO:
         texts = anchor_texts(_world(), PROBE_SEED)[:300]
-        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks, alike)
+        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks, alike, spec.made_of)
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
     lines = _lines(Path(spec.text))
@@ -94,7 +105,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
-    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks, alike)
+    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks, alike, spec.made_of)
 
 
 @lru_cache(maxsize=4)

@@ -28,7 +28,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether its file is there."""
-        return finished(self.path, self.spec.name, self.plan) is not None
+        return finished(self.path, self.spec.name, self.plan, self.spec.made_of) is not None
 
 
 def path_of(folder: Path, plan: Plan) -> Path:
@@ -60,7 +60,7 @@ def make(jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] 
 
 def run_of(job: Job) -> dict[str, Any]:
     """The results of a job that is done."""
-    found = finished(job.path, job.spec.name, job.plan)
+    found = finished(job.path, job.spec.name, job.plan, job.spec.made_of)
     assert found is not None
     return found
 

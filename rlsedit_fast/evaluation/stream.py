@@ -55,6 +55,7 @@ class Ground:
         texts: running text on which perplexity and KL are measured.
         tasks: items by task; may be empty.
         likeness: of texts, where there are reference texts; consistency is measured with it.
+        made_of: names of its files and what else tells it from another one of its name; in results.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Ground:
     texts: Sequence[str]
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     likeness: Likeness | None = None
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +104,20 @@ class Plan:
         return found
 
 
-def finished(path: Path, ground: str, plan: Plan) -> dict[str, Any] | None:
+def finished(path: Path, ground: str, plan: Plan, made_of: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The results of a run that has ended under these very settings; None where there are none.
 
     A setting that the file does not know yet, since it was written by an earlier version, must have its default.
+
+    Args:
+        path: of the file.
+        ground: its name.
+        plan: the settings.
+        made_of: what the ground is made of, `Ground.made_of`.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if (found["format"], found["ground"]) != (FORMAT, ground):
+        if (found["format"], found["ground"], found.get("made_of", {})) != (FORMAT, ground, made_of or {}):
             return None
         then, now = dict(found["plan"]), plan.told()
         usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).told()
@@ -150,7 +158,7 @@ def run(
         before: `score_before` of these cases, where it is known already.
         say: told what is going on.
     """
-    known = finished(path, ground.name, plan)
+    known = finished(path, ground.name, plan, ground.made_of)
     if known is not None:
         return known
     began = time.perf_counter()
@@ -237,6 +245,7 @@ def run(
     result = {
         "format": FORMAT,
         "ground": ground.name,
+        "made_of": dict(ground.made_of),
         "plan": plan.told(),
         **doctor.context(),
         "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in editor.priors],

@@ -102,6 +102,8 @@ def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypat
     longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
     assert not longer.done
     assert not replace(jobs["rls"], spec=GroundSpec(model="another")).done
+    assert not replace(jobs["rls"], spec=GroundSpec(tasks="glue")).done, "what it is made of is part of a run"
+    assert replace(jobs["rls"], spec=GroundSpec(device="cuda")).done
 
 
 def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_count(made, tmp_path):
