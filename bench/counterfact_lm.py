@@ -1,7 +1,7 @@
 """Trains a small causal language model that knows the true facts of some CounterFact records, to be edited.
 
     python bench/counterfact_lm.py --data counterfact.json --text wikitext.txt --out DIR --facts 2000
-    python bench/paper.py model --model DIR --data counterfact.json --text wikitext.txt --among 2000
+    python bench/paper.py model --model DIR --data counterfact.json --text wikitext.txt --among 2000 --layers 0 --clamp 1.5
 
 The real prompts, answers of several tokens and thousands of edits, with nothing downloaded: a byte-level BPE tokenizer
 made from the texts, and a GPT-NeoX of a few layers whose MLPs have d_k = 4,096, trained on every record's prompt,
@@ -44,7 +44,7 @@ class Recipe:
     hidden: int = 256
     intermediate: int = 4096
     heads: int = 4
-    steps: int = 4000
+    steps: int = 3000
     texts_per_step: int = 64
     text_share: float = 0.2  # of the rows of a step
     text_length: int = 64
