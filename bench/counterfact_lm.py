@@ -9,7 +9,7 @@ made from the texts, and a GPT-NeoX of a few layers whose MLPs have d_k = 4,096,
 rephrasing and locality prompt with their true answers, and on running text beside them. In most sentences the positions
 behind a subject are kept from seeing all but its last token, as in the demo model's recipe and for the same reason: so
 that the model gathers a subject where it is edited. That is the first of its four layers: there four of five edits find
-their value within 1.5 times the hidden state's norm (the published 0.75 is short for half), in the second layer a third.
+their value within 1.5 times the hidden state's norm (the published 0.75 is short for half), in the second a third.
 
 Interrupted, it goes on from its last checkpoint in DIR; when it ends, DIR is an ordinary checkpoint with `recipe.json`,
 which says what the model knows.
