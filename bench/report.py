@@ -234,6 +234,7 @@ def rules(runs: list[Run]) -> Section:
         ("free", "generalization", "free"),
         ("neighbours unchanged", "neighbors", "strict"),
         ("forced", "neighbors", "forced"),
+        ("rebuilt neighbours", "rebuilt", "strict"),
         ("namesakes", "namesakes", "strict"),
         ("other facts", "same_subject", "strict"),
         ("multi-hop", "multihop", "strict"),
@@ -252,6 +253,8 @@ def rules(runs: list[Run]) -> Section:
         "and then ends. "
         "Score: harmonic mean of the three strict shares."
     )
+    if any(column[1] == "rebuilt" for column in columns):
+        note += " Rebuilt neighbours: unedited subjects of other records with the same question and answer."
     if any(column[1] == "multihop" for column in columns):
         note += (
             " Multi-hop: share of chains of facts of which any wording of the question is answered right, as MQuAKE "

@@ -18,12 +18,11 @@ from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.batches import batches_of, unrelated
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
-from rlsedit_fast.editing.gradient import gradient_values
+from rlsedit_fast.editing.finding import Finder
 from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.layers import EditedLayers, Told
 from rlsedit_fast.editing.ledger import Ledger, Written
-from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.progress import Point, Progress
@@ -33,7 +32,7 @@ from rlsedit_fast.editing.requests import Request, prepare, troubles
 from rlsedit_fast.editing.sources import GivenTexts, Source
 from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
-from rlsedit_fast.editing.values import Values, search_within_memory
+from rlsedit_fast.editing.values import Values
 from rlsedit_fast.editing.written import describe, settings_of
 from rlsedit_fast.errors import (
     InputError,
@@ -42,7 +41,6 @@ from rlsedit_fast.errors import (
     ResourceError,
     RLSEditError,
     StoreError,
-    UpdateError,
 )
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
@@ -175,14 +173,13 @@ class Editor:
         if not self._site.direct and len(self._projections) > 1:
             self._settle_on_one_layer()
         self._sample_contexts()
+        self._finder = Finder(self._site, self.config)
         self._moments: list[Tensor] | None = None
         self._layers: EditedLayers | None = None
         self._ledger = Ledger(self.config, self._prepare)
         self._to_protect: list[tuple[list[Tensor], float]] = []
         self._norms: list[Norms] = []
-        self._at_once = config.search_at_once
         self._progress = Progress()
-        self._norm: float | None = None  # of values searched on the unedited model, where others are scaled to it
 
     def _take_up(self, store: Store, config: EditConfig | None) -> None:
         """Goes on where a store is."""
@@ -778,7 +775,7 @@ class Editor:
         alone = range(len(batches)) if self.config.same_subject == "separate" else unrelated(batches, self._ledger)
         found: dict[int, Values] = {}
         if len(batches) > 1 and len(alone) > 1:
-            values = self._searched([request for at in alone for request in batches[at]])
+            values = self._finder.find([request for at in alone for request in batches[at]], self._progress)
             first = 0
             for at in alone:
                 found[at] = values.taken(range(first, first + len(batches[at])))
@@ -845,7 +842,7 @@ class Editor:
                     out = {*gone, *again}
                     rebuilt = self._layers.remove(self._ledger.told([*gone, *again]), self._ledger.but(out))
                 if everything:
-                    values, short = self._search(everything, len(requests), found)
+                    values, short = self._finder.reached(everything, len(requests), found, self._progress)
                     asked = {everything[at].asks for at in short}
                     if stay := [i for i in gone if self._ledger.asked(i) in asked]:
                         self._layers.update(self._ledger.told(stay))
@@ -888,67 +885,6 @@ class Editor:
             self._recorder.snapshot_if_due(self._layers, self._progress)
         return self._ledger.get([record.id for record in telling.records])
 
-    def _search(self, requests: Sequence[Request], new: int, found: Values | None) -> tuple[Values, set[int]]:
-        """The values of a batch, and which of its first `new` requests are to be left out since they fell short.
-
-        Args:
-            requests: the batch.
-            new: how many of them are not told yet.
-            found: their values, if these are known.
-
-        Raises:
-            UpdateError: numbers that are not finite, or an edit that fell short where that is to be an error.
-        """
-        values = self._searched(requests) if found is None else found
-        short = {at for at in range(new) if not values.converged[at]} if self.config.unconverged != "keep" else set()
-        if short and self.config.unconverged == "raise":
-            named = [
-                f"{requests[at].edit.subject!r} -> {requests[at].edit.target!r} (rank {int(values.rank[at])}, NLL "
-                f"{float(values.nll[at]):.2f})"
-                for at in sorted(short)
-            ]
-            raise UpdateError(
-                f"{len(short)} of {new} edits did not reach their target in {self.config.search_steps} steps, so their "
-                f"batch is not made: {', '.join(named[:5])}{' and others' if len(named) > 5 else ''}. Raise "
-                "search_steps or clamp, or let unconverged='keep' or 'skip' them"
-            )
-        # Edits that shared a value with one that is left out are searched again without it.
-        again = [at for group in self._groups(requests) if short.intersection(group) for at in group if at not in short]
-        if again:
-            others = [at for at in range(len(requests)) if at not in again]
-            anew = self._searched([requests[at] for at in again])
-            order = torch.tensor([*others, *again]).argsort().tolist()
-            values = Values.joined([values.taken(others), anew]).taken(order)
-        return values, short
-
-    def _searched(self, requests: Sequence[Request]) -> Values:
-        at_once = self._at_once or len(requests)
-        try:
-            if self.config.search_memory is not None:
-                at_once = min(at_once, fitting(self._site, requests, self.config.search_memory))
-            if self.config.values == "gradient":
-                values, fitted, self._progress.scale = gradient_values(
-                    self._site, requests, self.config, self._groups(requests), at_once, self._progress.scale
-                )
-            else:
-                values, fitted = search_within_memory(
-                    self._site, requests, self.config, self._groups(requests), at_once
-                )
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                "memory ran out while the value of a single subject was searched; nothing was changed. Take fewer "
-                f"context_prefixes and kl_prompts, or shorter prompts. ({error})"
-            ) from error
-        if fitted < at_once:
-            self._at_once = fitted
-        if not bool(values.nll.isfinite().all()):
-            raise UpdateError("the value search met numbers that are not finite; check the model's weights and dtype")
-        if not self.config.norm_anchor:
-            return values
-        # The first values of an editor are searched on the unedited model.
-        self._norm = self._norm or float((values.start + values.delta).norm(dim=1).mean())
-        return values.scaled_to(self._norm)
-
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool
     ) -> Written:
@@ -976,16 +912,8 @@ class Editor:
         columns = (values.converged, values.nll, values.rank, values.steps, realised)
         names = ("converged", "nll", "rank", "steps", "realised")
         said = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        groups = self._groups([requests[at] for at in chosen])
+        groups = self._finder.groups([requests[at] for at in chosen])
         return Written(told, said, [[chosen[at] for at in group] for group in groups])
-
-    def _groups(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of requests that share a value."""
-        groups: dict[object, list[int]] = {}
-        for i, request in enumerate(requests):
-            shared = self.config.same_subject == "joint" and request.about is not None
-            groups.setdefault(request.about if shared else i, []).append(i)
-        return list(groups.values())
 
 
 def _check_store(store: Store, model: PreTrainedModel, config: EditConfig | None) -> EditConfig:

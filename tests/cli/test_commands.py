@@ -168,9 +168,9 @@ def test_ctrl_c_finishes_the_batch_and_keeps_what_was_made(edit, desk, monkeypat
 
 
 def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
-    from rlsedit_fast.editing import editor as editor_module
+    from rlsedit_fast.editing import finding
 
-    real, calls = editor_module.search_within_memory, []
+    real, calls = finding.search_within_memory, []
 
     def pressed(*args):
         calls.append(1)
@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    monkeypatch.setattr(editor_module, "search_within_memory", pressed)
+    monkeypatch.setattr(finding, "search_within_memory", pressed)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
     report = read(desk / "report.json")
     assert report["made"] == 4
@@ -188,10 +188,10 @@ def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
 
 
 def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
-    from rlsedit_fast.editing import editor as editor_module
+    from rlsedit_fast.editing import finding
     from rlsedit_fast.errors import UpdateError
 
-    real, calls = editor_module.search_within_memory, []
+    real, calls = finding.search_within_memory, []
 
     def fails(*args):
         calls.append(1)
@@ -199,7 +199,7 @@ def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch
             raise UpdateError("made to fail")
         return real(*args)
 
-    monkeypatch.setattr(editor_module, "search_within_memory", fails)
+    monkeypatch.setattr(finding, "search_within_memory", fails)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
     assert read(desk / "report.json")["made"] == 8
     assert "made to fail" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.editing import finding
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
@@ -195,7 +196,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
     def fails(*_args, **_kwargs):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor_module, "search_within_memory", fails)
+    monkeypatch.setattr(finding, "search_within_memory", fails)
     with pytest.raises(UpdateError):
         editor.replace(3, target="pilot")
     assert_same(start, model)
@@ -205,7 +206,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
 def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
-    real, calls = editor_module.search_within_memory, []
+    real, calls = finding.search_within_memory, []
 
     def fails_third(*args, **kwargs):
         calls.append(1)
@@ -213,7 +214,7 @@ def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokeniz
             raise UpdateError("made to fail")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(editor_module, "search_within_memory", fails_third)
+    monkeypatch.setattr(finding, "search_within_memory", fails_third)
     with pytest.raises(UpdateError, match="first 4 of 6"):
         editor.edit(EDITS)
     assert len(editor.history()) == 4
@@ -228,7 +229,7 @@ def test_failing_first_batch_leaves_the_editor_as_new(make_model, tokenizer, mon
         def fails(*_args, error=error, **_kwargs):
             raise error("made to fail")
 
-        monkeypatch.setattr(editor_module, "search_within_memory", fails)
+        monkeypatch.setattr(finding, "search_within_memory", fails)
         with pytest.raises(error):
             editor.edit(EDITS)
         monkeypatch.undo()

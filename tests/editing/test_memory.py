@@ -72,7 +72,7 @@ def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, mo
     def fails(*_args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("rlsedit_fast.editing.editor.search_within_memory", fails)
+    monkeypatch.setattr("rlsedit_fast.editing.finding.search_within_memory", fails)
     with pytest.raises(ResourceError, match="fewer context_prefixes"):
         editor.edit([rf.Edit("{} speaks", "Lado Toze", "Kubeish")])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -111,12 +111,13 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
 
 def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
     editor = make_editor(norm_anchor=True)
-    first = editor._searched(editor.requests(EDITS[:6]))
-    later = editor._searched(editor.requests(EDITS[6:]))
+    first = editor._finder.find(editor.requests(EDITS[:6]), editor._progress)
+    later = editor._finder.find(editor.requests(EDITS[6:]), editor._progress)
     norms = (first.start + first.delta).norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
     assert torch.allclose((later.start + later.delta).norm(dim=1), norms.mean(), rtol=1e-5)
-    plain = make_editor()._searched(editor.requests(EDITS[:6]))
+    other = make_editor()
+    plain = other._finder.find(editor.requests(EDITS[:6]), other._progress)
     assert float(norms.mean()) == pytest.approx(float((plain.start + plain.delta).norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert said(editor) >= 10

@@ -116,7 +116,7 @@ def test_failure_while_telling_anew_leaves_everything_as_it_was(demo, people, mo
     editor.edit(edits[:2])
     before = {name: value.clone() for name, value in editor.model.state_dict().items()}
     history = editor.history()
-    monkeypatch.setattr("rlsedit_fast.editing.editor.search_within_memory", lambda *_: 1 / 0)
+    monkeypatch.setattr("rlsedit_fast.editing.finding.search_within_memory", lambda *_: 1 / 0)
     for failing in (lambda: editor.edit(edits[2:]), lambda: editor.undo(1), lambda: editor.edit(edits[:1])):
         with pytest.raises(ZeroDivisionError):
             failing()

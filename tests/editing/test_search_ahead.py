@@ -9,6 +9,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.editing import finding
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.errors import UpdateError
@@ -32,13 +33,13 @@ def weight(editor):
 @pytest.fixture
 def searches(monkeypatch):
     """The sizes of the searches that are made."""
-    sizes, real = [], editor_module.search_within_memory
+    sizes, real = [], finding.search_within_memory
 
     def spy(site, requests, *rest):
         sizes.append(len(requests))
         return real(site, requests, *rest)
 
-    monkeypatch.setattr(editor_module, "search_within_memory", spy)
+    monkeypatch.setattr(finding, "search_within_memory", spy)
     return sizes
 
 

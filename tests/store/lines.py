@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.editing import finding
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import make_tiny
@@ -89,7 +89,7 @@ def state_of(model_of, tokenizer, store: Path) -> bytes:
 def main(folder: Path, points: int) -> dict[str, int]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    editor_module.search_within_memory = values_by_name
+    finding.search_within_memory = values_by_name
     directory.REPLAYED_AT_MOST = 6
     draw, tokenizer = random.Random(1), build_tokenizer()
     model = make_tiny(len(tokenizer))
