@@ -122,13 +122,14 @@ def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) ->
     return best
 
 
+PROTECTING = Contender("rls protecting", {}, protected=0.01)
 RECURSIVE = (
     Contender("rls", {}),
     Contender("rls norm-anchored", {"norm_anchor": True}),
     Contender("rls forgetting", {}, forgetting=0.9),
-    Contender("rls protecting", {}, protected=0.01),
+    PROTECTING,
 )
-CLOSEST = ("rls", "memit", "memit-history", "alphaedit")
+CLOSEST = ("rls", "rls protecting", "memit", "memit-history", "alphaedit")
 
 
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
@@ -247,7 +248,7 @@ def model(options: argparse.Namespace) -> None:
     jobs = [
         _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
-        for one in (RECURSIVE[0], *best.values())
+        for one in (RECURSIVE[0], PROTECTING, *best.values())
     ]
     # Those that matter most go first, so that a report can be made of what there is at any time.
     make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
