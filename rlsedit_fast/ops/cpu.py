@@ -106,7 +106,7 @@ def substituted(lower: Tensor, rows: Tensor) -> Tensor:
         here, diagonal = solved[block], lower[block, block]
         if start:
             here.addmm_(lower[block, :start], solved[:start], alpha=-1)
-        inverse = torch.linalg.solve_triangular(diagonal, torch.eye(len(diagonal), dtype=lower.dtype), upper=False)
+        inverse = torch.linalg.solve_triangular(diagonal, torch.eye(len(diagonal)).to(diagonal), upper=False)
         here.copy_(inverse @ here)
     return solved
 

@@ -190,7 +190,7 @@ def test_settings_of_a_store_hold_and_others_may_change(tiny, tokenizer, tmp_pat
 
 
 def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
-    from rlsedit_fast.editing import editor as editor_module
+    from rlsedit_fast.editing import finding
     from rlsedit_fast.errors import UpdateError
 
     editor = rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path)
@@ -198,7 +198,7 @@ def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_pat
     def fails(*_args, **_options):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor_module, "search_within_memory", fails)
+    monkeypatch.setattr(finding, "search_within_memory", fails)
     with pytest.raises(UpdateError):
         editor.edit(make_edits(2))
     monkeypatch.undo()

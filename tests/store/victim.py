@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import editor as editor_module
+from rlsedit_fast.editing import finding
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
@@ -125,7 +125,7 @@ def messages(pipe: int):
 def main(store: str, seed: int, kills: int, batches: int) -> dict:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    editor_module.search_within_memory = values_by_name
+    finding.search_within_memory = values_by_name
     directory.REPLAYED_AT_MOST = 25
     draw, tokenizer = random.Random(seed), build_tokenizer()
     todo, model = operations(batches), make_tiny(len(tokenizer))
