@@ -18,9 +18,9 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's. On two threads at d = 8192 torch takes 1.14 times as long at
-# 64 and 0.95 times at 100 (bench/results/panel-cpu.json); on one at d = 4096 the native one is ahead to 128
-# (bench/results/panel-crossover-cpu.json).
+# Numbers of edits at which the native panel beats torch's: at 256 torch takes 1.1 to 1.3 times as long on an AMD machine
+# (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, an earlier version was at 1.14 times
+# at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and ahead to 128 on one (panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(1, 257)
 
 # Edits in a block of the substitution.
@@ -29,9 +29,8 @@ SUBSTITUTED_EDITS = 32
 # Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
 # they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
 SYRK_RANK = 256
-SYRK_TOKENS = (
-    1024  # the same for the rows of a moment: ahead by 1.7 to 1.9 from here on (bench/results/moment-cpu.json)
-)
+# The same for the rows of a moment: ahead by 1.7 to 1.9 from here on (bench/results/moment-cpu.json).
+SYRK_TOKENS = 1024
 
 _native: Any = None
 _problem: str | None = None
