@@ -18,9 +18,10 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's: at 256 torch takes 1.1 to 1.3 times as long on an AMD machine
-# (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, an earlier version was at 1.14 times
-# at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and ahead to 128 on one (panel-crossover-cpu.json).
+# Numbers of edits at which the native panel beats torch's: at 256 torch takes 1.1 to 1.3 times as long on an AMD
+# machine (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, an earlier version was at
+# 1.14 times at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and ahead to 128 on one
+# (panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(1, 257)
 
 # Edits in a block of the substitution.
