@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlsedit_fast as rf
@@ -456,36 +456,31 @@ HOSTILE = st.one_of(
 PROMPT = st.one_of(HOSTILE, st.builds("{}{{}}{}".format, HOSTILE, HOSTILE), st.just("{} speaks"))
 
 
-@pytest.fixture(scope="module")
-def desk(tokenizer, tmp_path_factory):
-    editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path_factory.mktemp("hostile") / "store")
+def test_hostile_requests_are_made_or_refused_and_what_they_leave_opens_again(tokenizer, tmp_path):
+    editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path / "store")
     editor.edit(make_edits(2))
-    return editor
 
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(prompt=PROMPT, subject=st.one_of(HOSTILE, st.just("Lado")), target=st.one_of(HOSTILE, st.just("mason")))
+    def ask(prompt, subject, target):
+        count, told = len(editor.history()), ""
+        check = unchanged(editor)
+        check.__enter__()
+        try:
+            (record,) = editor.edit([rf.Edit(prompt, subject, target)])
+        except RequestError as error:
+            told = str(error)
+        if told:
+            check.__exit__(None, None, None)
+            assert "nothing was changed" in told
+            return
+        assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
+        assert read_history(tmp_path / "store")[-1] == record
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=PROMPT, subject=st.one_of(HOSTILE, st.just("Lado")), target=st.one_of(HOSTILE, st.just("mason")))
-def test_hostile_requests_are_made_or_refused_and_survive(desk, prompt, subject, target):
-    edit = rf.Edit(prompt, subject, target)
-    count, told = len(desk.history()), ""
-    check = unchanged(desk)
-    check.__enter__()
-    try:
-        (record,) = desk.edit([edit])
-    except RequestError as error:
-        told = str(error)
-    if told:
-        check.__exit__(None, None, None)
-        assert "nothing was changed" in told
-        return
-    assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
-    assert read_history(desk._recorder.store.directory)[-1] == record
-
-
-def test_what_hostile_requests_have_left_opens_again(desk, tokenizer):
-    desk.close()
-    opened = rf.Editor.open(desk._recorder.store.directory, make_tiny(len(tokenizer)), tokenizer)
-    assert_same(opened, desk)
+    ask()
+    editor.close()
+    opened = rf.Editor.open(tmp_path / "store", make_tiny(len(tokenizer)), tokenizer)
+    assert_same(opened, editor)
     assert len(opened.history()) > 3
 
 
