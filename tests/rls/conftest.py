@@ -64,9 +64,11 @@ class Problem:
         values = self.values if seen is None else seen
         w = 1.0 if self.weights is None else self.weights.double()[:, None]
         start = evaluate_objective(self.weight, self.weight, self.prior, self.keys[:0], self.values[:0])
-        misfit = values.double() - self.keys.double() @ self.weight.double().T
+        keys, weight = self.keys.double(), self.weight.double()
+        misfit = values.double() - keys @ weight.T
+        summed = (keys**2 @ weight.T**2).sqrt()  # the terms of those dot products, which round before they cancel
         start += self.prior.mu**2 * (self.prior.anchor_energy or 0.0)  # J is then a difference of terms of that size
-        return start + float((w * (misfit**2 + values.double() ** 2)).sum())
+        return start + float((w * (misfit**2 + values.double() ** 2 + misfit.abs() * summed)).sum())
 
     def check(
         self,
@@ -75,11 +77,22 @@ class Problem:
         factor: float = 1.0,
         seen: Tensor | None = None,
     ) -> None:
-        """The state is what it would be had it been given these rows at once; `seen` as for `spread`."""
+        """The state is what it would be had it been given these rows at once; `seen` as for `spread`.
+
+        What is rounded is C as it was before the edits, and W as a sum of the values' parts, which may cancel: where
+        the edits outnumber d_k, both end far smaller than what they were made of.
+        """
         weight, inverse, objective = solve_all(self.weight, self.prior, *rows)
+        start = solve_all(self.weight, self.prior, self.keys[:0], self.values[:0])[1]
+        keys, values, weights = (None if part is None else part.double() for part in rows)
+        assert keys is not None
+        assert values is not None
+        gain = inverse @ (keys if weights is None else keys * weights[:, None]).T
+        made_of = torch.linalg.matrix_norm(gain, 2) * values.norm() if len(keys) else 0.0
         allowed = factor * self.allowed()
-        assert (state.weight.double() - weight).norm() <= allowed * (weight.norm() + self.weight.double().norm())
-        assert (state.precision_inverse().double() - inverse).norm() <= allowed * inverse.norm()
+        scale = weight.norm() + self.weight.double().norm() + made_of
+        assert (state.weight.double() - weight).norm() <= allowed * scale
+        assert (state.precision_inverse().double() - inverse).norm() <= allowed * start.norm()
         assert abs(state.objective - objective) <= allowed * max(self.spread(), self.spread(seen))
         assert state.edits == len(rows[0])
 
