@@ -35,8 +35,6 @@ SEEDS = (1, 2, 3)
 JUDGED = 300
 BRIEF: dict[str, Any] = {"checkpoints": (), "judged": 200}
 """Of runs of which only the end is looked at."""
-APART: dict[str, Any] = {"share": "memit", "same_subject": "separate"}
-"""How rules that cannot take an edit back go through several layers, and through edits of one subject."""
 ALONG: dict[str, Any] = {"checkpoints": (0.5, 1.0), "judged": JUDGED}
 """Of runs that are reported by age and along the stream."""
 
@@ -54,7 +52,13 @@ class Contender:
     protected: float = 0.0
 
     def config(self, base: EditConfig) -> EditConfig:
-        return replace(base, **self.changes)
+        return _under(base, self.changes)
+
+
+def _under(base: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
+    """The base under the rule of the changes, the recursive one where they name none."""
+    rest = {name: value for name, value in changes.items() if name != "rule"}
+    return base.under(changes.get("rule", base.rule), **rest)
 
 
 def _grid(
@@ -70,26 +74,25 @@ def _grid(
     return made
 
 
+MOMENT: dict[str, Sequence[Any]] = {"lam": (0.0,), "adherence": (0.95, 0.975, 0.99)}
+"""Of rules with a moment weight. The recursive rule's own adherence, here and of `EditConfig`, is among them."""
+
 GRIDS: dict[str, list[dict]] = {
-    "ft": _grid("ft"),
-    "ft-bounded": _grid("ft-bounded", options={"bound": (5e-3, 2e-2), "steps": (25,)}),
+    "ft": _grid("ft", options={"steps": (25, 1000)}),
+    "ft-bounded": _grid("ft-bounded", options={"bound": (1e-3, 5e-3, 2e-2, 1e-1), "steps": (25,)}),
     "rome": _grid("rome"),
-    "memit": _grid("memit", {"lam": (0.0,), "adherence": (0.975, 0.99)}),
-    "memit-history": _grid("memit-history", {"lam": (0.0,), "adherence": (0.975,)}),
-    "prune": _grid("prune", {"lam": (0.0,), "adherence": (0.99,)}, options={"base": (1.2,)}),
-    "rect": _grid("rect", {"lam": (0.0,), "adherence": (0.99,)}, options={"share": (0.4, 0.8)}),
-    "emmet": _grid("emmet", options={"damping": (0.0, 0.1)}),
-    "alphaedit": [
-        *_grid("alphaedit", options={"null_share": (0.8, 0.95, 0.99), "ridge": (10.0,)}),
-        *_grid("alphaedit", options={"null_share": (0.95,), "ridge": (1.0,)}),
-    ],
-    "nse": _grid("nse", {"lam": (0.0,), "adherence": (0.99,)}, options={"activation": (0.8, 0.95)}),
-    "ultraedit": _grid("ultraedit", options={"rate": (1e-3, 3e-3, 1e-2)}),
+    "memit": _grid("memit", MOMENT),
+    "memit-history": _grid("memit-history", MOMENT),
+    "prune": _grid("prune", MOMENT, options={"base": (1.2,)}),
+    "rect": _grid("rect", MOMENT, options={"share": (0.4, 0.8)}),
+    "emmet": _grid("emmet", options={"damping": (0.0, 0.01, 0.1)}),
+    "alphaedit": _grid("alphaedit", options={"null_share": (0.8, 0.95, 0.99), "ridge": (1.0, 10.0)}),
+    "nse": _grid("nse", MOMENT, options={"activation": (0.8, 0.95)}),
+    "ultraedit": _grid("ultraedit", options={"rate": (5e-4, 1e-3, 2e-3, 4e-3)}),
 }
-"""What each rule is tried with on the demo model. `adherence` finds the moment weight mu^2 by the rule's own scale (the
-published 15,000 goes with keys of other models), lam is 0 as published; where a rule has no moment weight, `ridge` says
-how much of the identity the moment gets. Shares, thresholds and rates span what is published or, where a published
-number goes with another scale of keys, some decades."""
+"""What each rule is tried with. `adherence` finds the moment weight mu^2 by the rule's own scale (the published 15,000
+goes with keys of other models), lam is 0 as published; where a rule has no moment weight, `ridge` says how much of the
+identity the moment gets. The report says where a setting that was taken lies at an end of what was tried."""
 
 
 def tuning(
@@ -104,7 +107,7 @@ def tuning(
                 stream="plain",
                 edits=edits,
                 seed=TUNING_SEED,
-                config=replace(base, **changes),
+                config=_under(base, changes),
                 **BRIEF,
             )
             jobs.setdefault(rule, []).append(Job(spec or GroundSpec(), plan, path_of(out / "tuning", plan)))
@@ -112,29 +115,36 @@ def tuning(
 
 
 def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) -> dict[str, Contender]:
-    """Of each rule the settings with the highest strict score; a stream that broke off has none."""
+    """Of each rule the settings with the highest strict score; a stream that broke off has none. Of equal ones the one
+    that lies nearest to the middle of the grid.
+    """
     best = {rule: Contender(rule, grid[0]) for rule, grid in grids.items()}
     for rule, tried in jobs.items():
         scores = [value(run_of(job), "score", "strict") if run_of(job)["failed"] is None else None for job in tried]
-        at = max(range(len(tried)), key=lambda i: -1.0 if scores[i] is None else scores[i])
+        middle = (len(tried) - 1) / 2
+        at = max(range(len(tried)), key=lambda i: (-1.0 if scores[i] is None else scores[i], -abs(i - middle)))
         best[rule] = Contender(rule, grids[rule][at])
         print(f"{rule}: {best[rule].changes}")
     return best
 
 
-PROTECTING = Contender("rls protecting", {}, protected=0.01)
 RECURSIVE = (
     Contender("rls", {}),
     Contender("rls norm-anchored", {"norm_anchor": True}),
     Contender("rls forgetting", {}, forgetting=0.9),
-    PROTECTING,
 )
-CLOSEST = ("rls", "rls protecting", "memit", "memit-history", "alphaedit")
+CLOSEST = ("rls", "memit-history", "memit", "alphaedit")
+
+
+def protecting(one: Contender) -> Contender:
+    """The same with prompts protected that nobody asks; for rules that remember keys."""
+    return replace(one, label=f"{one.label} protecting", protected=0.01)
 
 
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
     """(a), (e), (f), (g): all contenders, in batches of 10; the ones that matter also in batches of 1 and 100."""
-    for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values())):
+    both = (protecting(RECURSIVE[0]), protecting(best["memit-history"]))
+    for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values(), *both)):
         yield _job(out / "rules", contender, edits, seed, **ALONG)
     for size, seed in itertools.product((1, 100), seeds[:1]):
         for contender in (RECURSIVE[0], best["memit"]):
@@ -172,7 +182,7 @@ def hard(out: Path, best: Mapping[str, Contender], edits: int, seed: int) -> Ite
         RECURSIVE[0],
         Contender("rls separate", apart),
         Contender("rls separate forgetting", apart, forgetting=0.7),
-        *(Contender(rule, {**best[rule].changes, **apart}) for rule in ("memit", "memit-history", "alphaedit")),
+        *(best[rule] for rule in ("memit", "memit-history", "alphaedit")),
     ]
     for kind, contender in itertools.product(("conflicting", "related"), chosen):
         yield _job(out / "hard", contender, edits, seed, kind=kind, **BRIEF)
@@ -240,20 +250,24 @@ def model(options: argparse.Namespace) -> None:
     out = options.out or HERE / "results" / "paper" / spec.name
     if spec.statistics is None:
         spec = _with_statistics(spec, base, out)
-    grids = {rule: [{**APART, **changes} for changes in grid] for rule, grid in GRIDS.items()}
-    grids = {rule: grid for rule, grid in grids.items() if options.rules is None or rule in options.rules}
+    grids = {rule: grid for rule, grid in GRIDS.items() if options.rules is None or rule in options.rules}
     tried = tuning(out, grids, options.tuning_edits, spec, base)
     make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
     best = tuned(grids, tried)
     jobs = [
         _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
-        for one in (RECURSIVE[0], PROTECTING, *best.values())
+        for one in (RECURSIVE[0], *best.values(), *map(protecting, (RECURSIVE[0], *_remembering(best))))
     ]
     # Those that matter most go first, so that a report can be made of what there is at any time.
     make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
     make(jobs, processes=options.jobs)
     print(*write(out))
+
+
+def _remembering(best: Mapping[str, Contender]) -> list[Contender]:
+    """The closest rule that can protect prompts too, where it is among them."""
+    return [best[rule] for rule in ("memit-history",) if rule in best]
 
 
 def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpec:
@@ -291,11 +305,18 @@ def main() -> None:
     on_model.add_argument("--layers", type=int, nargs="+")
     on_model.add_argument("--batch-size", type=int, default=100)
     on_model.add_argument("--clamp", type=float, help="as in EditConfig")
-    on_model.add_argument("--tuning-edits", type=int, default=200, help="edits of a run of the grids (default 200)")
+    on_model.add_argument("--tuning-edits", type=int, help="edits of a run of the grids (default: 3 batches)")
     on_model.add_argument("--device", default="cpu")
     on_model.add_argument("--dtype", default="float32")
     on_model.add_argument("--among", type=int, help="only the first so many records of the data")
     options = parser.parse_args()
+    if options.command == "model":
+        options.tuning_edits = options.tuning_edits or 3 * options.batch_size
+        if options.tuning_edits < 2 * options.batch_size:
+            parser.error(
+                f"--tuning-edits {options.tuning_edits}: expected 2 batches of {options.batch_size} at least; what a "
+                "rule remembers, or wears down, shows from the second one on"
+            )
     torch.set_num_threads(1 if options.jobs > 1 else torch.get_num_threads())
     (demo if options.command == "demo" else model)(options)
 

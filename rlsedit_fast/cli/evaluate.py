@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs it. A run whose file is in the folder is not made again."""
     from rlsedit_fast.evaluation.demo import CONFIG
     from rlsedit_fast.evaluation.figures import over_seeds
-    from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, layout_of
+    from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
     from rlsedit_fast.evaluation.runs import Job, make, path_of
     from rlsedit_fast.evaluation.stream import Plan
 
@@ -73,10 +73,9 @@ def run(options: argparse.Namespace) -> int:
         given = {name: value for name, value in asdict(base).items() if value != asdict(EditConfig())[name]}
         base = replace(CONFIG, **given)
     changes = _changes(options.rule_settings)
-    repeats = options.model != DEMO and options.data is not None and layout_of(Path(options.data)) == "mquake"
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
-        config = _config(base, rule, changes, repeats)
+        config = base.under(rule, **changes.get(rule, {}))
         for seed in options.seeds:
             plan = Plan(label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config)
             jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
@@ -99,16 +98,6 @@ def run(options: argparse.Namespace) -> int:
     results["failed"] = failed
     emit(results, [*lines, *(f"broke off: {line}" for line in failed), f"results: {options.out}"], options.json)
     return LEFT_OUT if failed else DONE
-
-
-def _config(base: EditConfig, rule: str, changes: dict[str, dict[str, Any]], repeats: bool) -> EditConfig:
-    """The settings of a rule; `repeats`: whether subjects come again in the stream."""
-    settings = {"rule": rule, **changes.get(rule, {})}
-    if rule != RECURSIVE:
-        settings.setdefault("share", "memit")
-        if repeats:  # they cannot take an edit back, as a value that a subject's facts share would have it
-            settings.setdefault("same_subject", "separate")
-    return replace(base, **settings)
 
 
 def _changes(path: Path | None) -> dict[str, dict[str, Any]]:

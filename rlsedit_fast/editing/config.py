@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from rlsedit_fast import rules
 from rlsedit_fast.errors import InputError
@@ -22,6 +22,9 @@ Keys = Literal["full", "fp16"]
 
 DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 GRADIENT_RATE = 0.6
+
+APART: Mapping[str, Any] = {"share": "memit", "same_subject": "separate"}
+"""How rules that take no edit back go through several layers, and through edits of one subject."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,11 @@ class EditConfig:
         wrong = [prompt for prompt in self.kl_prompts if prompt.count("{}") != 1]
         if wrong:
             raise InputError(f"kl_prompts {wrong}: expected one '{{}}' in each, where the subject stands")
+
+    def under(self, rule: str, **changes: Any) -> EditConfig:
+        """These settings for a rule, with what it cannot do otherwise, and what else is to change."""
+        apart = {} if rule == rules.RECURSIVE else APART
+        return replace(self, rule=rule, **{**apart, **changes})
 
     def layers_of(self, depth: int) -> tuple[int, ...]:
         """The blocks that are edited in a model of `depth` blocks."""

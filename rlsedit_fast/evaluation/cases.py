@@ -14,6 +14,8 @@ from rlsedit_fast.world.facts import shuffled
 
 NEIGHBORS = 3
 """Neighbours asked per case."""
+SPARE = 3
+"""Further ones that are not asked, per case."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Case:
         multihop: what is to follow from this edit and from others, all of them told by the time this one is.
         generation: beginnings of texts about the subject, which the model is to continue.
         references: texts about other subjects which have the new answer.
+        spare: more of the neighbours' questions (or of the rebuilt ones), which are never asked: what an editor may be
+            told to keep, where what is asked then shows whether that reaches beyond what it was told.
     """
 
     edit: Edit
@@ -74,6 +78,7 @@ class Case:
     multihop: tuple[MultiHop, ...] = ()
     generation: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    spare: tuple[Question, ...] = ()
 
 
 def world_cases(world: World, count: int, seed: int) -> list[Case]:
@@ -150,6 +155,7 @@ class _Others:
 def _case(person: Person, relation: Relation, others: _Others, rng: random.Random) -> Case:
     old = person.facts[relation.name]
     target = shuffled([value for value in relation.values if value != old], rng)[0]
+    peers = others.peers.get((relation.name, old), ())
     edited_prompt, *unseen = relation.phrasings
     namesakes = [
         other
@@ -157,14 +163,13 @@ def _case(person: Person, relation: Relation, others: _Others, rng: random.Rando
         for other in others.sharing.get(pair, ())
         if other.facts[relation.name] != target  # who has it already could not show harm
     ]
+    # Drawn in the order in which a case has them: the streams of earlier results are the same ones.
+    drawn = [Question(edited_prompt.format(other.name), old) for other in shuffled(peers, rng)]
     return Case(
         Edit(edited_prompt, person.name, target),
         Question(edited_prompt.format(person.name), old),
         tuple(Question(phrasing.format(person.name), old) for phrasing in unseen),
-        tuple(
-            Question(edited_prompt.format(other.name), old)
-            for other in shuffled(others.peers.get((relation.name, old), ()), rng)[:NEIGHBORS]
-        ),
+        tuple(drawn[:NEIGHBORS]),
         tuple(Question(edited_prompt.format(o.name), o.facts[relation.name]) for o in namesakes[:NEIGHBORS]),
         tuple(
             Question(phrasing.format(person.name), person.facts[other.name])
@@ -172,6 +177,7 @@ def _case(person: Person, relation: Relation, others: _Others, rng: random.Rando
             if other is not relation
             for phrasing in shuffled(other.phrasings[1:], rng)[:2]
         ),
+        spare=tuple(drawn[NEIGHBORS : NEIGHBORS + SPARE]),
     )
 
 

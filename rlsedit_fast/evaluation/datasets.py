@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, Question
 
 REBUILT = 5
-"""Most prompts of a rebuilt neighbourhood."""
+"""Most prompts of a rebuilt neighbourhood, and of those that are kept aside as `Case.spare`."""
 
 Texts = Mapping[tuple[str, str], tuple[str, ...]]
 """Reference texts by the ids of a relation and of an answer."""
@@ -150,7 +150,11 @@ def _template(prompt: str, subject: str) -> str | None:
 def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]], rng: random.Random) -> Case:
     old, template = record["ground_truth"], record["template"]
     others = peers[template, old]
-    rebuilt = rng.sample(others, min(REBUILT, len(others)))
+    # By turns, and alike for all cases: no subject that one of them asks about is spare to another.
+    rebuilt, spare = (
+        tuple(Question(template.replace("{}", subject), old) for subject in rng.sample(some, min(REBUILT, len(some))))
+        for some in (others[::2], others[1::2])
+    )
     return Case(
         Edit(template, record["subject"], record["target_new"]),
         Question(record["prompt"], old),
@@ -158,7 +162,8 @@ def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]]
         tuple(Question(text, answer) for text, answer in record["neighborhood"]),
         (),
         (),
-        tuple(Question(template.replace("{}", subject), old) for subject in rebuilt),
+        rebuilt=rebuilt,
+        spare=spare,
     )
 
 
@@ -170,13 +175,3 @@ def _with_texts(case: Case, record: dict[str, Any], references: Texts, path: Pat
             "no references"
         )
     return replace(case, generation=record["generation"], references=tuple(references.get(record["ids"], ())))
-
-
-def in_orders(cases: Sequence[Case], orders: int, *, seed: int = 0) -> list[list[Case]]:
-    """The same cases in several orders, the given one first."""
-    made = [list(cases)]
-    for number in range(1, orders):
-        shuffled = list(cases)
-        random.Random(f"{seed}-{number}").shuffle(shuffled)
-        made.append(shuffled)
-    return made

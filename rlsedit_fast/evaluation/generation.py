@@ -24,6 +24,7 @@ STOPS = (".", "\n", "<|endoftext|>")
 """Where an answer naturally ends, beside the model's own end of text."""
 
 _AT_ONCE = 128
+_BEYOND = 2  # tokens after an answer's own, or one that goes on would pass for one that ended: ". 5", say
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -87,13 +88,15 @@ def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
 
     An exact match under a natural stop, one of the two measures of The Mirage of Model Editing (Yang et al. 2025, arXiv
     2502.11177), by whose other one, a model as the judge, teacher-forced figures of 97 % become 39 %. Blanks around the
-    answer do not count; letter case does, which the release's exact match leaves out.
+    answer do not count; letter case does, which the release's exact match leaves out. A full stop within a word or a
+    number, as in 3.5, ends nothing; what it abbreviates, as in "St. Petersburg" for "St", is not seen.
     """
     said, wanted = text.strip(), answer.strip()
     if not said.startswith(wanted):
         return False
     rest = said[len(wanted) :].lstrip(" ")
-    return not rest or any(rest.startswith(stop) for stop in stops)
+    ends = [stop for stop in stops if rest.startswith(stop)]
+    return not rest or any(stop != "." or not rest[1:2].strip() for stop in ends)
 
 
 def free_accuracy(
@@ -105,8 +108,7 @@ def free_accuracy(
 ) -> list[bool]:
     """For each (prompt, answer), whether the model's own greedy continuation says the answer; see `says`."""
     longest = max(len(encode_plain(tokenizer, prompt, answer).target) for prompt, answer in asked)
-    # One token more, or an answer that goes on would pass for one that ended.
-    texts = continuations(model, tokenizer, [prompt for prompt, _ in asked], tokens=longest + 2)
+    texts = continuations(model, tokenizer, [prompt for prompt, _ in asked], tokens=longest + _BEYOND)
     return [says(text, answer, stops) for text, (_, answer) in zip(texts, asked, strict=True)]
 
 
@@ -116,7 +118,7 @@ def free_multihop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ch
     """
     prompts = [prompt for chain in chains for prompt in chain.prompts]
     longest = max(len(encode_plain(tokenizer, c.prompts[0], answer).target) for c in chains for answer in c.right)
-    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + 2))
+    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + _BEYOND))
     said = [[next(texts) for _ in chain.prompts] for chain in chains]
     return [
         any(says(text, answer) for text in wordings for answer in chain.right)

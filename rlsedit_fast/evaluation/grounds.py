@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -72,14 +73,37 @@ class GroundSpec:
 
     @property
     def made_of(self) -> dict[str, Any]:
-        """What is not as usual, beside the model and its device, in results; files without the place where they lie."""
-        usual, files = GroundSpec(), {"data", "text", "statistics", "tasks", "references"}
-        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "device")}
+        """What is not as usual, beside the device, in results; files without the place where they lie, by name and
+        digest, a model's by a digest of samples of its files.
+        """
+        usual, files = GroundSpec(), {"model", "data", "text", "statistics", "tasks", "references"}
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "device"}
         return {
-            name: Path(value).name if name in files else value
+            name: _named(Path(value)) if name in files else value
             for name, value in given.items()
             if value != getattr(usual, name)
         }
+
+
+_SAMPLE = 65_536
+"""Bytes read at a file's beginning, middle and end to tell it from another one."""
+
+
+def _named(path: Path) -> str:
+    """A file's or a folder's name, and what tells its content from another one's; of what is not there the name."""
+    inside = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+    told = hashlib.sha256()
+    try:
+        for one in inside:
+            size = one.stat().st_size
+            told.update(f"{one.name if path.is_dir() else ''} {size} ".encode())
+            with one.open("rb") as file:
+                for at in (0, size // 2, max(0, size - _SAMPLE)):
+                    file.seek(at)
+                    told.update(file.read(_SAMPLE))
+    except OSError:
+        return path.name
+    return f"{path.name} {told.hexdigest()[:12]}"
 
 
 @lru_cache(maxsize=1)

@@ -12,8 +12,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 
 from rlsedit_fast import doctor
 from rlsedit_fast.editing import EditConfig, Editor, EditRecord
-from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.errors import PriorError, UpdateError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.consistency import Likeness, consistency
@@ -34,7 +35,7 @@ from rlsedit_fast.files import written_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """Of a result file; another one is not taken for a finished run."""
 
 ALONG = 150
@@ -78,8 +79,8 @@ class Plan:
         seed: of cases and anchors.
         order: which order of the same cases, 0 the first.
         config: of the editor.
-        protected: with what weight every token of the neighbours' prompts of all cases is protected before the first
-            edit, beside the anchors, against an edit of weight 1; 0 protects none.
+        protected: with what weight every token of the cases' spare prompts is protected before the first edit, beside
+            the anchors, against an edit of weight 1; 0 protects none. No prompt that is asked is among them.
         forgetting: weight of an edit against one that is made `AGE` edits later; 1 holds all alike. Below 1 later edits
             weigh more, which is a forgetting factor of recursive least squares by the weights of edits.
         checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
@@ -147,7 +148,7 @@ def run(
     The file is a JSON object with the settings, the machine and the versions, and `rows`, each a figure: `edits` made
     by then, `of` (which edits it is about: `all` up to then, or `first-last`), `metric`, `form`, `value`, `n`.
     A rule that fails along the way (a singular solve, a weight beyond its range) ends its stream there: `failed` says
-    after how many edits and why, and what there is by then is measured.
+    after how many edits and why, and what there is by then is measured. Any other error is raised, and leaves no file.
 
     Args:
         ground: what it runs on.
@@ -180,8 +181,7 @@ def run(
     if (anchors := ground.anchors(plan.seed)) is not None:
         editor.anchor(anchors)
     if plan.protected:
-        prompts = list(dict.fromkeys(question.prompt for case in cases for question in case.neighbors))
-        editor.protect(prompts, weight=plan.protected)
+        editor.protect(_never_asked(cases), weight=plan.protected)
     weights = _weights(plan, len(cases))
     groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)
@@ -193,7 +193,7 @@ def run(
         clock = _Clock(cuda)
         try:
             records = editor.edit(told, on_batch=clock.lap)
-        except RLSEditError as error:
+        except (UpdateError, PriorError) as error:
             failed = {"after": made_count + clock.edits, "reason": str(error)}
             say(f"{plan.label}: stopped after {failed['after']} edits: {error}")
             made_count = failed["after"]
@@ -214,16 +214,18 @@ def run(
             _enter_weights(enter, stop, editor)
     lasting = _spread([case for case in cases[:made_count] if id(case) not in replaced], plan.judged)
     judged = judge(model, tokenizer, lasting, before)
-    _enter_ages(enter, made_count, groups, cases, dict(zip(map(id, lasting), judged, strict=True)))
+    if plan.checkpoints:
+        asked = partial(judge, model, tokenizer, before=before)
+        _enter_ages(enter, made_count, groups, cases, replaced, asked)
     _enter_report(enter, made_count, "all", summarize(judged))
     some = _spread(lasting, _FREE)
     free = (
         ("efficacy", [(case.asked.prompt, case.edit.target) for case in some]),
         ("generalization", [(case.paraphrases[0].prompt, case.edit.target) for case in some if case.paraphrases]),
     )
-    for metric, asked in free:
-        if asked:
-            said = free_accuracy(model, tokenizer, asked)
+    for metric, pairs in free:
+        if pairs:
+            said = free_accuracy(model, tokenizer, pairs)
             enter(made_count, "all", metric, "free", sum(said) / len(said), len(said))
     chains = [chain for case in some for chain in case.multihop]
     if chains:
@@ -300,7 +302,7 @@ def _spread(cases: Sequence[Case], most: int | None) -> list[Case]:
 
 
 def _briefly(case: Case) -> Case:
-    """What is asked of a case when it has just been told: enough for what it later forgets."""
+    """What is asked of a case when it has just been told, and at the end again: enough for what it later forgets."""
     return replace(
         case,
         paraphrases=case.paraphrases[:1],
@@ -310,6 +312,13 @@ def _briefly(case: Case) -> Case:
         rebuilt=(),
         multihop=(),
     )
+
+
+def _never_asked(cases: Sequence[Case]) -> list[str]:
+    """The prompts that cases have to spare, but for those that another case asks."""
+    asked = {question.prompt for case in cases for question in (*case.neighbors, *case.rebuilt, *case.namesakes)}
+    spare = dict.fromkeys(question.prompt for case in cases for question in case.spare)
+    return [prompt for prompt in spare if prompt not in asked]
 
 
 def _weights(plan: Plan, count: int) -> list[float]:
@@ -331,13 +340,14 @@ def _enter_ages(
     edits: int,
     groups: Sequence[tuple[int, int]],
     cases: Sequence[Case],
-    judged: Mapping[int, Judged],
+    replaced: Collection[int],
+    judged: Callable[[Sequence[Case]], list[Judged]],
 ) -> None:
-    """Every metric again at the end, by the age of the edit."""
+    """At the end, by the age of the edit, what was asked when it was made: of all cases, the same prompts."""
     for start, stop in groups:
-        here = [judged[id(case)] for case in cases[start:stop] if id(case) in judged]
+        here = [_briefly(case) for case in cases[start:stop] if id(case) not in replaced]
         if here and stop <= edits:
-            _enter_report(enter, edits, f"{start + 1}-{stop}", summarize(here), "end")
+            _enter_report(enter, edits, f"{start + 1}-{stop}", summarize(judged(here)), "end")
 
 
 def _look_whole(
@@ -350,6 +360,8 @@ def _look_whole(
         told = answer(model, tokenizer, items)
         enter(edits, "task", task, "accuracy", told.accuracy, told.items)
         enter(edits, "task", task, "error", told.error, told.items)
+        enter(edits, "task", task, "cut", told.cut, told.items)
+        enter(edits, "task", task, "left out", told.left_out, told.items)
 
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:

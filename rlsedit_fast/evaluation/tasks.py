@@ -17,9 +17,6 @@ from rlsedit_fast.models.tokens import Row, encode_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LEAST_ITEMS = 500
-"""Of a figure; with fewer the standard error is above two points, and the figure is marked."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -37,16 +34,16 @@ class TaskResult:
     Attributes:
         accuracy: share of items whose right choice has the lowest mean NLL per token; a tie is wrong.
         error: its standard error, `sqrt(p (1 - p) / n)`.
-        items: n.
-        few: whether that is fewer than `LEAST_ITEMS`.
+        items: n, of those that could be asked.
         cut: how many prompts were too long for the model and lost their beginning.
+        left_out: items with an answer that leaves the model no room for any of the prompt.
     """
 
     accuracy: float
     error: float
     items: int
-    few: bool
     cut: int
+    left_out: int
 
 
 def _pair(question: str) -> Callable[[dict[str, Any]], tuple[str, tuple[str, ...], int]]:
@@ -60,7 +57,7 @@ def _pair(question: str) -> Callable[[dict[str, Any]], tuple[str, tuple[str, ...
 
 def _rte(record: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
     prompt, choices, label = _pair("Question: does the first text entail the second? Answer:")(record)
-    return prompt, choices, 1 - label
+    return prompt, choices, label if isinstance(record["label"], str) else 1 - label
 
 
 def _mmlu(record: dict[str, Any]) -> tuple[str, tuple[str, ...], int]:
@@ -75,7 +72,8 @@ TASKS: dict[str, Callable[[dict[str, Any]], tuple[str, tuple[str, ...], int]]] =
     "nli": _pair("Question: does the first text entail the second? Answer:"),
     "mmlu": _mmlu,
 }
-"""By the name of their file, `NAME.jsonl`. GLUE's RTE has 0 for entailment, its other pairs 1 for yes."""
+"""By the name of their file, `NAME.jsonl`. GLUE's RTE has 0 for entailment, its other pairs 1 for yes; in words they
+agree."""
 
 
 def read_task(name: str, path: Path, *, items: int | None = None, seed: int = 0) -> list[Item]:
@@ -103,24 +101,37 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Se
     2020, arXiv 2005.14165, sec. 2.4; `lm-eval` calls it `acc_norm`, by bytes there).
 
     A prompt that is too long for the model loses its beginning, behind the beginning-of-text token.
+
+    Raises:
+        InputError: every item has an answer that is too long for the model.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows, cut = [], 0
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    rows, asked, cut = [], list[Item](), 0
     for item in items:
         made = [encode_plain(tokenizer, item.prompt, choice) for choice in item.choices]
-        over = max(len(row.ids) for row in made) - (longest or math.inf)
+        over = int(max(0, max(len(row.ids) for row in made) - longest))
+        if any(row.prompt_length - over <= _lead(row, tokenizer.bos_token_id) for row in made):
+            continue
         cut += over > 0
-        rows += [_shortened(row, int(over), tokenizer.bos_token_id) if over > 0 else row for row in made]
+        asked.append(item)
+        rows += [_shortened(row, over, tokenizer.bos_token_id) for row in made]
+    if not asked:
+        raise InputError(f"the answers of all {len(items)} items are longer than the model's {longest} tokens")
     scores = iter(score_rows(model, rows))
     right = 0
-    for item in items:
+    for item in asked:
         nll = [next(scores).nll for _ in item.choices]
         right += all(nll[item.right] < other for at, other in enumerate(nll) if at != item.right)
-    share = right / len(items)
-    error = math.sqrt(share * (1 - share) / len(items))
-    return TaskResult(share, error, len(items), len(items) < LEAST_ITEMS, cut)
+    share = right / len(asked)
+    error = math.sqrt(share * (1 - share) / len(asked))
+    return TaskResult(share, error, len(asked), cut, len(items) - len(asked))
+
+
+def _lead(row: Row, bos: int | None) -> int:
+    """Tokens before the text."""
+    return int(bos is not None and row.ids[0] == bos)
 
 
 def _shortened(row: Row, over: int, bos: int | None) -> Row:
-    keep = 1 if bos is not None and row.ids[0] == bos else 0
+    keep = _lead(row, bos)
     return Row(row.ids[:keep] + row.ids[keep + over :], -1, row.prompt_length - over)

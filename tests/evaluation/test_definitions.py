@@ -136,6 +136,8 @@ def test_the_beginning_of_text_token_is_not_part_of_an_answer_but_was_graded_as_
         (" lyon.", "Lyon", False),
         ("", "Lyon", False),
         (" Lyon , France", "Lyon", False),
+        (" 3.5 million", "3", False),
+        (" 3. Five", "3", True),
     ],
 )
 def test_a_free_answer_is_the_answer_and_then_its_natural_end(text, answer, right):
@@ -252,7 +254,7 @@ def test_items_are_answered_by_the_lowest_mean_nll_and_a_tie_is_wrong(tokenizer)
         Item("Toze speaks", ("Kubeish", "Nafiish"), 1),
     ]
     found = answer(Parrot(tokenizer, says), tokenizer, items)
-    assert (found.accuracy, found.items, found.few, found.cut) == (0.5, 4, True, 0)
+    assert (found.accuracy, found.items, found.cut, found.left_out) == (0.5, 4, 0, 0)
     assert found.error == pytest.approx(0.25)
 
 
@@ -271,6 +273,24 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tokenizer)
     assert answer(model, tokenizer, [item]).cut == 1
     ids = tokenizer(item.prompt)["input_ids"]
     assert rows == [[ids[0], *ids[-62:]]], "63 and the answer are 64"
+
+
+def test_an_answer_that_leaves_no_room_for_the_prompt_leaves_its_item_out(tokenizer):
+    model = Parrot(tokenizer, {"Toze speaks": {"Kubeish": 0.9, "Nafiish": 0.1}})
+    fits = Item("Toze speaks", ("Kubeish", "Nafiish"), 0)
+    longer = Item("Toze speaks", ("Kubeish " * 70, "Nafiish"), 0)
+    found = answer(model, tokenizer, [longer, fits])
+    assert (found.accuracy, found.items, found.left_out) == (1.0, 1, 1)
+    with pytest.raises(InputError, match="longer than the model"):
+        answer(model, tokenizer, [longer])
+
+
+@pytest.mark.parametrize(("label", "right"), [(0, "yes"), (1, "no"), ("entailment", "yes"), ("not_entailment", "no")])
+def test_entailment_is_yes_whether_it_is_told_by_a_number_or_by_a_word(tmp_path, label, right):
+    record = {"sentence1": "Lado speaks.", "sentence2": "Someone speaks.", "label": label}
+    (tmp_path / "rte.jsonl").write_text(json.dumps(record))
+    (item,) = read_task("rte", tmp_path / "rte.jsonl")
+    assert item.choices[item.right] == right
 
 
 def test_tasks_are_read_as_glue_and_mmlu_have_them(tmp_path):

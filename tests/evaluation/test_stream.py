@@ -70,15 +70,16 @@ def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_r
     assert abs(norms[0] - norms[1]) <= value(results["rls"], "deviation", "measured", of="layer 0")
 
 
-def test_what_is_protected_is_what_the_neighbours_are_asked(monkeypatch, tmp_path):
+def test_what_is_protected_is_nothing_that_is_asked(monkeypatch, tmp_path):
     held = []
     monkeypatch.setattr(stream.Editor, "protect", lambda editor, prompts, *, weight: held.append((prompts, weight)))
     spec, settings = GroundSpec(), replace(plan(), edits=4, protected=0.5, checkpoints=())
     cases, _ = make_cases(spec, "plain", 4, settings.seed)
     stream.run(make_ground(spec), settings, cases, tmp_path / "run.json")
     ((prompts, weight),) = held
-    assert prompts == list(dict.fromkeys(q.prompt for case in cases for q in case.neighbors))
-    assert prompts
+    asked = {q.prompt for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject, case.asked)}
+    assert set(prompts) == {q.prompt for case in cases for q in case.spare} - asked
+    assert len(prompts) == len(set(prompts)) > 4
     assert weight == 0.5
 
 
@@ -91,6 +92,21 @@ def test_every_age_is_looked_at_when_made_and_at_the_end(made):
         row["value"] for row in results["rls"]["rows"] if row["metric"] == "efficacy" and row["form"] == "end:strict"
     ]
     assert sum(at_end) / 4 == pytest.approx(value(results["rls"], "efficacy", "strict"))
+
+
+def test_the_last_ones_when_made_are_the_last_ones_at_the_end(tmp_path):
+    """However few are judged in full: retention is of the same cases and prompts at both looks."""
+    job = Job(GroundSpec(), plan(judged=3, seed=2), tmp_path / "run.json")
+    (found,) = runs.make([job], say=lambda line: None)
+    looks = {}
+    for row in found["rows"]:
+        when, _, form = row["form"].partition(":")
+        if when in ("made", "end") and row["of"] == "16-20":
+            looks.setdefault((row["metric"], form), []).append((row["value"], row["n"]))
+    assert {("efficacy", "strict"), ("generalization", "strict"), ("neighbors", "forced")} <= set(looks)
+    assert all(first == last for first, last in looks.values())
+    assert looks["efficacy", "strict"][0][1] == 5
+    assert retention(found)["16-20"] == 1.0
 
 
 def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypatch):
@@ -147,14 +163,25 @@ def test_later_edits_weigh_more_where_the_rule_forgets():
 def test_a_stream_that_breaks_off_says_where_and_why_and_measures_what_there_is(tmp_path, monkeypatch):
     ground = make_ground(GroundSpec())
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
-    same = [*cases[:12], replace(cases[12], edit=replace(cases[12].edit, subject=cases[0].edit.subject)), *cases[13:]]
-    config = replace(CONFIG, rule="memit")  # cannot tell a subject anew
+    again = replace(cases[10].edit, target=cases[12].edit.target)  # one key, two values: not to be held exactly
+    same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
+    config = replace(CONFIG, rule="emmet", rule_options={"damping": 0.0}, same_subject="separate")
     found = stream.run(ground, plan(config=config), same, tmp_path / "run.json")
     assert found["made"] == found["failed"]["after"] == 10
-    assert "cannot take an edit back" in found["failed"]["reason"]
+    assert "depend on one another" in found["failed"]["reason"]
     assert value(found, "efficacy", "strict") > 0.5
     rows = [row for row in found["rows"] if (row["metric"], row["form"], row["of"]) == ("efficacy", "strict", "all")]
     assert rows[-1]["n"] == 10
+
+
+def test_what_no_rule_is_to_blame_for_is_raised_and_leaves_no_file(tmp_path):
+    cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
+    again = replace(cases[12].edit, subject=cases[0].edit.subject)
+    same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
+    config = replace(CONFIG, rule="memit", same_subject="joint")
+    with pytest.raises(InputError, match="cannot take an edit back"):
+        stream.run(make_ground(GroundSpec()), plan(config=config), same, tmp_path / "run.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tasks_are_answered_before_and_after(tmp_path):
