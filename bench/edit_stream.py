@@ -20,9 +20,11 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from random_models import SHAPES, random_llama
@@ -30,8 +32,7 @@ from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
 from rlsedit_fast.doctor import context
-from rlsedit_fast.editing import editor as editing
-from rlsedit_fast.editing import layers
+from rlsedit_fast.editing import finding, layers
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.rls.state import RLSState
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
@@ -39,6 +40,13 @@ from rlsedit_fast.world.tokens import build_tokenizer
 
 SEED = 0
 PARTS = ("values", "keys", "solve", "write", "store", "other")
+WATCHED = (
+    (finding, "search_within_memory", "values"),
+    (layers, "request_keys", "keys"),
+    (RLSState, "project", "solve"),
+    (RLSState, "update_projected", "solve"),
+    (RLSState, "outputs", "solve"),
+)
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25, lam=1.0)
 """Of the random models: five layers and the default contexts, KL prompt and stop; nothing there is worth anchoring."""
 
@@ -62,8 +70,8 @@ class Split:
         self._turn()
         self._open.pop()
 
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Counts every call of a function as a part."""
+    def watched(self, owner: Any, name: str, part: str) -> AbstractContextManager[Any]:
+        """Counts every call of a function as a part, as long as it is entered."""
         real: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +81,7 @@ class Split:
             finally:
                 self.leave()
 
-        setattr(owner, name, timed)
+        return mock.patch.object(owner, name, timed)
 
     def _turn(self) -> None:
         self._wait()
@@ -118,20 +126,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     model_bytes = torch.cuda.memory_allocated() if cuda else None
     split = Split(options.device)
-    for owner, name, part in (
-        (editing, "search_within_memory", "values"),
-        (layers, "request_keys", "keys"),
-        (RLSState, "project", "solve"),
-        (RLSState, "update_projected", "solve"),
-        (RLSState, "outputs", "solve"),
-    ):
-        split.watch(owner, name, part)
-    editor.calibrate(edits[:100])
-    for state in editor._layers.states:
-        split.watch(state._master, "correct", "write")
     rows, before = [], dict[str, float]()
     short = 0
-    with tqdm(total=len(edits), unit="edit") as bar:
+    with ExitStack() as watching:
+        for owner, name, part in WATCHED:
+            watching.enter_context(split.watched(owner, name, part))
+        editor.calibrate(edits[:100])
+        for state in editor._layers.states:
+            watching.enter_context(split.watched(state._master, "correct", "write"))
+        bar = watching.enter_context(tqdm(total=len(edits), unit="edit"))
         for at in range(0, len(edits), options.batch_size):
             split.enter("other")
             records = editor.edit(edits[at : at + options.batch_size])

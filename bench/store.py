@@ -19,9 +19,11 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from edit_stream import stream
@@ -31,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlsedit_fast import Edit, EditConfig, Editor
 from rlsedit_fast.doctor import context
 from rlsedit_fast.editing import editor as editing
-from rlsedit_fast.editing import layers
+from rlsedit_fast.editing import finding, layers
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.evaluation.cases import world_cases
@@ -48,17 +50,18 @@ D_K, D_V = 2048, 512
 def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any]:
     """The same stream with a store and without, in turn."""
     inside = [0.0]
-    for name in ("tell", "commit", "snapshot_if_due"):
-        real = getattr(Recorder, name)
 
-        def timed(*arguments: Any, real: Any = real) -> Any:
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
             began = time.perf_counter()
             try:
                 return real(*arguments)
             finally:
                 inside[0] += time.perf_counter() - began
 
-        setattr(Recorder, name, timed)
+        return timed
+
+    timed = {name: counted(getattr(Recorder, name)) for name in ("tell", "commit", "snapshot_if_due")}
     editors = []
     for store in (None, place):
         model, tokenizer = load_demo_model()
@@ -68,15 +71,16 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
         editors.append(editor)
     seconds: list[list[float]] = [[], []]
     within: list[float] = []
-    for at in tqdm(range(0, len(edits), batch_size), unit="batch"):
-        batch = edits[at : at + batch_size]
-        for which in (0, 1) if at // batch_size % 2 else (1, 0):
-            inside[0] = 0.0
-            began = time.perf_counter()
-            editors[which].edit(batch)
-            seconds[which].append(time.perf_counter() - began)
-            if which:
-                within.append(inside[0])
+    with mock.patch.multiple(Recorder, **timed):
+        for at in tqdm(range(0, len(edits), batch_size), unit="batch"):
+            batch = edits[at : at + batch_size]
+            for which in (0, 1) if at // batch_size % 2 else (1, 0):
+                inside[0] = 0.0
+                began = time.perf_counter()
+                editors[which].edit(batch)
+                seconds[which].append(time.perf_counter() - began)
+                if which:
+                    within.append(inside[0])
     sizes, per_edit = editors[1].status().sizes, bytes_per_edit(editors[1], len(edits))
     editors[1].close()
     began = time.perf_counter()
@@ -130,10 +134,11 @@ def copied(source: str, target: str) -> None:
 
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
     """A stream of drawn keys and values, and its store opened at the worst moment."""
-    held = editing.request_keys, layers.request_keys, editing.search_within_memory
-    editing.request_keys = layers.request_keys = drawn_keys
-    editing.search_within_memory = drawn_values
-    try:
+    with (
+        mock.patch.object(editing, "request_keys", drawn_keys),
+        mock.patch.object(layers, "request_keys", drawn_keys),
+        mock.patch.object(finding, "search_within_memory", drawn_values),
+    ):
         model, tokenizer = wide_model()
         config = EditConfig(layers=(0,), context_prefixes=("",), lam=30.0, batch_size=batch_size, keys=keys)
         worst, most = place / "worst", -1
@@ -150,8 +155,6 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         making = time.perf_counter() - began
         sizes, per_edit = editor.status().sizes, bytes_per_edit(editor, len(edits))
         editor.close()
-    finally:
-        editing.request_keys, layers.request_keys, editing.search_within_memory = held
     found = {}
     for name, folder in (("worst", worst), ("at_the_end", place / "store")):
         model, tokenizer = wide_model()
@@ -216,6 +219,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=2000, help="of the demo's stream")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--stored", type=int, default=10_000, help="edits of the store that is opened")
+    parser.add_argument("--halved", type=int, default=500, help="edits whose keys and values are kept in halves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +234,7 @@ def main() -> None:
                     (options.stored, 10, "full"),
                 )
             ],
-            "rounding": [rounding_cost(500, keys) for keys in ("full", "fp16")],
+            "rounding": [rounding_cost(options.halved, keys) for keys in ("full", "fp16")],
         }
     print(json.dumps(result, indent=2))
     if options.json:
