@@ -1,44 +1,63 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA machine, in one go: build, GPU tests, benchmarks. Needs no network.
-#   bench/gpu.sh DIR        result files go to DIR; PYTHON names the interpreter
-# A failing part is shown in the table at the end and does not keep the others from running.
+# Everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
+#   bench/gpu.sh DIR [PART...]     result files and logs go to DIR; all parts without names; PYTHON names the interpreter
+# Parts: tests gpu step solves values stream memcheck racecheck initcheck triton. The build always comes first. Each has
+# its time, and one that fails or runs over it does not keep the others from running; `summary` says how they ended.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR}" && cd "$1" && pwd) || exit 2
+out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
+shift
 python=${PYTHON:-python3}
-summary=()
+parts=${*:-tests gpu step solves values stream memcheck racecheck initcheck triton}
 failed=0
+# Tools of the build that lie beside the interpreter or in CUDA's usual place; without them it would leave kernels out.
+PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
+export PATH PYTHONUNBUFFERED=1 RLSEDIT_BUILD_CPU=1 RLSEDIT_BUILD_CUDA=1
 
-part() { # part NAME COMMAND...
-    local name=$1 start=$SECONDS verdict=passed
-    shift
-    "$@" >"$out/$name.log" 2>&1 || { verdict="FAILED ($?)"; failed=1; }
-    summary+=("$(printf '%-10s %-14s %4d s   %s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")")")
+part() { # part NAME SECONDS COMMAND...
+    local name=$1 most=$2 start=$SECONDS verdict=passed
+    shift 2
+    timeout --kill-after=10 "$most" "$@" >"$out/$name.log" 2>&1 || { verdict="FAILED ($?)"; failed=1; }
+    printf '%-10s %-14s %4d s   %s\n' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")" |
+        tee -a "$out/summary"
 }
 
-part build "$python" -m pip install --no-build-isolation --no-deps -e .
-part doctor "$python" -m rlsedit_fast --json "$out/doctor.json"
-part tests "$python" -m pytest -q tests -m gpu
-if command -v compute-sanitizer >/dev/null; then
+sanitize() { # sanitize NAME BACKEND OPTIONS...
+    local name=$1 backend=$2
+    shift 2
     # Without torch's cache every tensor is an allocation of its own, and an access beside it shows.
-    for tool in memcheck racecheck initcheck; do
-        part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_cases.py cuda
-    done
-else
-    summary+=("compute-sanitizer is not here: left out")
-fi
-part gpu "$python" bench/gpu.py --json "$out/gpu.json"
-part step "$python" bench/step.py --device cuda --d 14336 --json "$out/step-cuda.json" --no-solves
-part solves "$python" bench/step.py --device cuda --d 14336 --n 16 100 --rounds 2 --json "$out/step-solves-cuda.json"
-part values "$python" bench/values.py --device cuda --json "$out/values-cuda.json"
-part stream "$python" bench/edit_stream.py --device cuda --model llama-3-8b --search-memory 3000000000 \
-    --json "$out/edit-stream-cuda.json"
-part panel "$python" bench/panel.py --d 8192 --json "$out/panel-cpu.json"
+    part "$name" 240 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer "$@" --error-exitcode 9 "$python" bench/gpu_cases.py "$backend"
+}
 
-"$python" -m rlsedit_fast
-echo
-cat "$out/gpu.log"
-echo
-printf '%s\n' "${summary[@]}"
+part build 300 "$python" -m pip install --no-build-isolation --no-deps -e .
+part doctor 60 "$python" -m rlsedit_fast --json "$out/doctor.json"
+part backends 60 "$python" -c 'from rlsedit_fast.ops import available_backends as have
+assert {"triton", "cuda"} <= set(have()), f"only {have()}: see doctor.log; what follows would skip them"'
+
+export RLSEDIT_BACKEND=cuda,triton
+for name in $parts; do
+    case $name in
+        tests) part tests 400 env -u RLSEDIT_BACKEND "$python" -m pytest -q -rs tests -m gpu ;;
+        gpu) part gpu 400 "$python" bench/gpu.py --repeats 7 --json "$out/gpu.json" ;;
+        step) part step 240 "$python" bench/step.py --device cuda --d 14336 --no-solves --json "$out/step-cuda.json" ;;
+        solves)
+            part solves 120 "$python" bench/step.py --device cuda --d 14336 --n 16 100 --rounds 3 \
+                --json "$out/step-solves-cuda.json"
+            ;;
+        values) part values 400 "$python" bench/values.py --device cuda --json "$out/values-cuda.json" ;;
+        stream)
+            part stream 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 1000 \
+                --search-memory 20000000000 --json "$out/edit-stream-cuda.json"
+            ;;
+        memcheck) sanitize memcheck cuda --tool memcheck --report-api-errors no ;;
+        racecheck) sanitize racecheck cuda --tool racecheck ;;
+        initcheck) sanitize initcheck cuda --tool initcheck ;; # a hint: cuBLAS's own workspaces may show
+        triton) sanitize triton triton --tool memcheck --report-api-errors no ;;
+        *)
+            echo "no part $name" >&2
+            failed=1
+            ;;
+    esac
+done
 exit $failed

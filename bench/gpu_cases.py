@@ -33,13 +33,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend", choices=("cuda", "triton"))
     name = parser.parse_args().backend
+    ran = 0
     for n in EDITS:
         for op, given in calls(n).items():
             reason = dispatch.why_not(name, op, [t for t in given if isinstance(t, torch.Tensor)])
             print(f"n={n} {op}: {reason or 'run'}", flush=True)
             if reason is None:
                 getattr(ops, op)(*given, backend=name)
+                ran += 1
     torch.cuda.synchronize()
+    if not ran:
+        parser.exit(1, f"backend {name!r} has run nothing here\n")
 
 
 if __name__ == "__main__":

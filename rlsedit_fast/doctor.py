@@ -123,7 +123,7 @@ def render(facts: dict[str, Any]) -> str:
     if facts["cuda_kernels"]:
         lines.append(f"  the kernels of cuda come from {facts['cuda_kernels']}")
     if facts["backend_wish"]:
-        lines.append(f"  {dispatch.ENVIRONMENT}={facts['backend_wish']} asks for one by name")
+        lines.append(f"  {dispatch.ENVIRONMENT}={facts['backend_wish']} is asked for by name")
     lines.append("Build")
     for part, outcome in facts["build"].items():
         told = ", ".join(f"{key}: {value}" for key, value in outcome.items() if key != "built")

@@ -1,7 +1,8 @@
 """The operations that the solver is made of, and the choice of who computes them.
 
 Every operation takes `backend=`: the name of one backend, which then runs or raises `BackendError`, or `auto`,
-which picks the best one that can run. None means the environment's `RLSEDIT_BACKEND`, and `auto` without it.
+which picks the best one that can run, or several with commas between, of which the first that can runs. None means the
+environment's `RLSEDIT_BACKEND`, and `auto` without it.
 """
 
 from rlsedit_fast.ops.dispatch import available_backends

@@ -58,15 +58,18 @@ def available_backends() -> tuple[str, ...]:
 
 
 def requested(backend: str | None) -> str:
-    """The backend that the caller, else the environment, else `auto` asks for.
+    """The backend, or several of them, that the caller, else the environment, else `auto` asks for.
 
     Raises:
         InputError: there is no backend of that name.
     """
     source = "backend" if backend is not None else ENVIRONMENT
     name = backend if backend is not None else os.environ.get(ENVIRONMENT) or "auto"
-    if name not in (*BACKENDS, "auto"):
-        raise InputError(f"{source}={name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    if name != "auto" and not set(name.split(",")) <= set(BACKENDS):
+        raise InputError(
+            f"{source}={name!r}: expected one of auto, {', '.join(BACKENDS)}, or several with commas between, of which "
+            "the first that can run an operation does"
+        )
     return name
 
 
@@ -83,7 +86,7 @@ def run(op: str, backend: str, layers: int | None, tensors: Sequence[Tensor], *s
 
     Args:
         op: the operation.
-        backend: who is to run it, as in `choose`.
+        backend: who is to run it, as `requested` gives it.
         layers: how many layers the tensors have in front, None for a single one without that dimension.
         tensors: its tensors, checked.
         scalars: what else it takes.
@@ -113,12 +116,13 @@ def _each(change: Callable[[Tensor], Tensor], results: Any) -> Any:
 
 
 def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
-    """The name of the backend that runs `op` on these tensors.
+    """The name of the backend that runs `op` on these tensors: the one asked for, or the first that can of several;
+    `reference` where none of those can.
 
     Raises:
-        BackendError: the backend was asked for by name and cannot run this.
+        BackendError: one backend was asked for by name and cannot run this.
     """
-    if backend != "auto":
+    if backend in BACKENDS:
         reason = why_not(backend, op, tensors)
         if reason:
             raise BackendError(
@@ -127,14 +131,14 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
             )
         return backend
     passed_over = []
-    for name in PREFERENCE.get(tensors[0].device.type, ()):
+    for name in PREFERENCE.get(tensors[0].device.type, ()) if backend == "auto" else backend.split(","):
         reason = why_not(name, op, tensors)
         if reason is None:
             break
         passed_over.append(f"{name}: {reason}")
     else:
         name = "reference"
-    _say_once(op, name, tensors[0].device.type, "; ".join(passed_over) or "the best for this device")
+    _say_once(op, name, tensors[0].device.type, "; ".join(passed_over) or "the first choice here")
     return name
 
 

@@ -90,6 +90,20 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(monkeypatch):
         ops.panel(*arguments("panel"))
 
 
+def test_of_several_the_first_that_can_run_it_does(monkeypatch):
+    tensors = [torch.ones(3, 3), torch.ones(1, 3)]
+    monkeypatch.setattr(cpu, "_problem", "it is broken")
+    assert dispatch.choose("moment_", "cpu,reference", tensors) == "reference"
+    monkeypatch.setattr(dispatch.load("reference"), "refuses", lambda op, tensors: "not here")
+    assert dispatch.choose("moment_", "reference,cpu", tensors) == "reference", "where none can"
+    monkeypatch.undo()
+    monkeypatch.setenv("RLSEDIT_BACKEND", "triton,reference")
+    torch.testing.assert_close(ops.panel(*arguments("panel")), reference.panel(*arguments("panel")), rtol=0, atol=0)
+    for wrong in ("triton,", "triton;cuda", "auto,cuda"):
+        with pytest.raises(InputError, match="with commas between"):
+            ops.panel(*arguments("panel"), backend=wrong)
+
+
 def test_auto_tells_its_choice_once(caplog):
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="rlsedit_fast.ops.dispatch"):
