@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import record
 
-from rlsedit_fast.doctor import context
 from rlsedit_fast.evaluation.datasets import counterfact_record
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.files import written_whole
@@ -70,12 +70,12 @@ class _Text:
 def read_facts(path: Path, count: int) -> list[tuple[str, str | None, str]]:
     """(prompt, its subject, true answer) of the prompts, rephrasings and locality prompts of the first records."""
     asked: dict[tuple[str, str | None, str], None] = {}
-    for record in [counterfact_record(record) for record in json.loads(path.read_text(encoding="utf-8"))[:count]]:
-        subject, answer = record["subject"], record["ground_truth"]
-        asked[record["prompt"], subject if subject in record["prompt"] else None, answer] = None
-        for text in record["paraphrases"]:
+    for fact in map(counterfact_record, json.loads(path.read_text(encoding="utf-8"))[:count]):
+        subject, answer = fact["subject"], fact["ground_truth"]
+        asked[fact["prompt"], subject if subject in fact["prompt"] else None, answer] = None
+        for text in fact["paraphrases"]:
             asked[text, subject if subject in text else None, answer] = None
-        for text, right in record["neighborhood"]:
+        for text, right in fact["neighborhood"]:
             asked[text, None, right] = None
     return list(asked)
 
@@ -269,7 +269,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         "locality prompts": known(model, tokenizer, [fact for fact in facts if fact[1] is None], 4000),
     }
     about = {"recipe": asdict(recipe), "known": shares, "minutes": seconds / 60, "loss": loss}
-    (out / "recipe.json").write_text(json.dumps({**about, **context()}, indent=2) + "\n")
+    record(out / "recipe.json", "a model that knows CounterFact's true facts", **about)
     checkpoint.unlink(missing_ok=True)
     print(shares)
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlsedit_fast.doctor import context
+from recording import add_json, record
 
 ONE = """
 import json, sys, time
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_json(parser)
     options = parser.parse_args()
     versions = {"now": Path(__file__).resolve().parent.parent} | {old.name: old.resolve() for old in options.before}
     rates: dict[str, list[float]] = {name: [] for name in versions}
@@ -93,11 +93,8 @@ def main() -> None:
         }
         for name in versions
     ]
-    if options.json:
-        about = {"what": "the demo's stream on several versions", "edits": options.edits, "seed": options.seed}
-        options.json.write_text(
-            json.dumps({**about, "rounds": options.rounds, **context(), "rows": rows}, indent=2) + "\n"
-        )
+    about = {"edits": options.edits, "seed": options.seed, "rounds": options.rounds}
+    record(options.json, "the demo's stream on several versions", **about, rows=rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ part is waited for, which costs a little. `flat` is the median batch of the last
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -22,16 +21,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from random_models import SHAPES, random_llama
+from recording import add_json, record
 from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.doctor import context
 from rlsedit_fast.editing import finding, layers
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.rls.state import RLSState
@@ -185,15 +183,13 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--search-memory", type=int, help="bytes that a search may take, see EditConfig")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    add_json(parser)
     options = parser.parse_args()
     result = measure(options)
     shown = ("edits", "seconds", "edits_per_second", "share_by_part", "flat", "not_converged", "mean_steps")
     for name in shown:
         print(f"{name}: {result[name]}")
-    if options.json:
-        about = {"what": "a stream of edits, end to end", "device": options.device, "seed": SEED}
-        options.json.write_text(json.dumps({**about, **context(), **result}, indent=2) + "\n")
+    record(options.json, "a stream of edits, end to end", device=options.device, seed=SEED, **result)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ largest eigenvalue.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
-
-from rlsedit_fast.doctor import context
+from recording import add_json, record
 
 PASS = 4096
 
@@ -25,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--json", type=Path, help="file for the results")
+    add_json(parser)
     options = parser.parse_args()
 
     d, generator = options.d, torch.Generator().manual_seed(0)
@@ -56,9 +53,8 @@ def main() -> None:
             }
         )
         print(f"{name:20}{relative:12.1e}{rows[-1]['of the largest eigenvalue']:12.1e}")
-    if options.json:
-        about = {"d": d, "tokens": passes * PASS, "condition": float(spectrum[-1] / spectrum[0])}
-        options.json.write_text(json.dumps({**context(), **about, "rows": rows}, indent=2) + "\n")
+    about = {"d": d, "tokens": passes * PASS, "condition": float(spectrum[-1] / spectrum[0])}
+    record(options.json, "accuracy of key statistics summed in float32", **about, rows=rows)
 
 
 if __name__ == "__main__":

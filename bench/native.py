@@ -14,16 +14,14 @@ Both are timed in turn on matrices of their own; the figures are medians.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from recording import add_json, record
 from side_by_side import medians
 from torch import Tensor
 
 from rlsedit_fast import ops
-from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import cpu, reference
 
 
@@ -64,7 +62,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    add_json(parser)
     options = parser.parse_args()
     if cpu.missing():
         parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
@@ -73,9 +71,7 @@ def main() -> None:
         for count in options.rows:
             rows.append(measure(options.op, d, count, options.repeats))
             print("  ".join(f"{name} {value:g}" for name, value in rows[-1].items()), flush=True)
-    if options.json:
-        record = {"what": f"{options.op} on the CPU", "repeats": options.repeats, **context(), "results": rows}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    record(options.json, f"{options.op} on the CPU", repeats=options.repeats, results=rows)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ a buffer larger than the last cache is written between calls.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
+from recording import add_json, record
 from side_by_side import medians
 
-from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import cpu, reference
 
 
@@ -43,7 +41,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--n", type=int, nargs="+", default=[1, 8, 16, 32, 64, 100])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    add_json(parser)
     options = parser.parse_args()
     if cpu.missing():
         parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
@@ -54,10 +52,7 @@ def main() -> None:
             row = measure(d, n, options.repeats)
             results.append(row)
             print("{d:6} {n:4} {native_ms:10.2f} {torch_ms:10.2f} {ratio:13.2f}".format(**row), flush=True)
-    if options.json:
-        record = {"what": "panel on the CPU", "repeats": options.repeats, **context(), "results": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    record(options.json, "panel on the CPU", repeats=options.repeats, results=results)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ firmer the edits, and the more is subtracted from C.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from recording import add_json, record
 from solver_accuracy import spectrum_moment
 from torch import Tensor
 
-from rlsedit_fast.doctor import context
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.ops import reference
 from rlsedit_fast.rls import Prior, RLSState
@@ -146,7 +144,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="rows per update")
     parser.add_argument("--condition", type=float, default=2e5)
     parser.add_argument("--norms", type=float, nargs="+", default=[1.0, 5.0], help="of the keys")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    add_json(parser)
     options = parser.parse_args()
 
     sizes = {name: getattr(options, name) for name in ("d", "d_v", "updates", "batch", "condition")}
@@ -161,10 +159,7 @@ def main() -> None:
                 c, w = ("-" if row[key] is None else format(row[key], ".1e") for key in ("C", "W"))
                 least = "-" if row["smallest_eigenvalue"] is None else format(row["smallest_eigenvalue"], ".4f")
                 print(f"{norm:5g} {name:10} {row['sums']:8} {row['updates']:7} {c:>11} {w:>9} {least:>17}", flush=True)
-    if options.json:
-        report = {"what": "precision of products", **context(), "sizes": sizes, "seed": SEED, "results": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    record(options.json, "precision of products", sizes=sizes, seed=SEED, results=results)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ backward pass above the edited layer, so a noisy machine does not matter.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from recording import add_json, record
+
 from rlsedit_fast import Editor
-from rlsedit_fast.doctor import context
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.metrics import evaluate, score_before
@@ -66,18 +65,16 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    add_json(parser)
     options = parser.parse_args()
     rows = []
-    for name, changes in SETTINGS.items():
-        row = measure(name, changes, options.edits, options.batch_size, options.seed)
+    for name in options.settings:
+        row = measure(name, SETTINGS[name], options.edits, options.batch_size, options.seed)
         print("  ".join(f"{key}={value:.3f}" if isinstance(value, float) else str(value) for key, value in row.items()))
         rows.append(row)
-    if options.json:
-        stream = {"edits": options.edits, "batch_size": options.batch_size, "seed": options.seed}
-        options.json.write_text(
-            json.dumps({"what": "value search", **context(), **stream, "rows": rows}, indent=2) + "\n"
-        )
+    stream = {"edits": options.edits, "batch_size": options.batch_size, "seed": options.seed}
+    record(options.json, "value search", **stream, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ residual. The keys are random directions of norm 1, the spectrum of S0 is geomet
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
+from recording import add_json, record
 from torch import Tensor
 
-from rlsedit_fast.doctor import context
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.reference import solve_all
 from rlsedit_fast.rls.state import DEFAULT_DELAY
@@ -81,7 +79,7 @@ def main() -> None:
     parser.add_argument("--conditions", type=float, nargs="+", default=[1e2, 1e4, 1e6])
     parser.add_argument("--delays", type=int, nargs="+", default=[0, DEFAULT_DELAY])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float64"], default=["float32", "float64"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    add_json(parser)
     options = parser.parse_args()
 
     results = []
@@ -93,11 +91,8 @@ def main() -> None:
                 print(f"{dtype}  condition {condition:.0e}  delay {delay}")
                 for stage in ("after_updates", "after_removals", "after_refresh"):
                     print(f"  {stage:15}" + "  ".join(f"{name} {value:.1e}" for name, value in result[stage].items()))
-    if options.json:
-        sizes = {name: getattr(options, name) for name in ("d_k", "d_v", "updates", "removals", "batch")}
-        report = {"what": "accuracy of the solver", **context(), "sizes": sizes, "seed": SEED, "results": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    sizes = {name: getattr(options, name) for name in ("d_k", "d_v", "updates", "removals", "batch")}
+    record(options.json, "accuracy of the solver", sizes=sizes, seed=SEED, results=results)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from recording import add_json, record
 from torch import Tensor
 
 import rlsedit_fast as rf
 from rlsedit_fast import ops
-from rlsedit_fast.doctor import context
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
 L2 = 10.0  # AlphaEdit's
@@ -214,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-solves", action="store_true", help="leave AlphaEdit's and MEMIT's out: they take long")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    add_json(parser)
     parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw it (needs matplotlib)")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -227,9 +226,7 @@ def main() -> None:
         print(f"d {d} n {n} delay {delay} ms {shown}", f"times ours {ratios}", sep="\n  ", flush=True)
     if options.chart:
         draw(rows, str(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), options.chart)
-    if options.json:
-        record = {"what": "a step of the solver", "rounds": options.rounds, **context()}
-        options.json.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
+    record(options.json, "a step of the solver", rounds=options.rounds, rows=rows)
 
 
 if __name__ == "__main__":

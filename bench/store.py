@@ -27,11 +27,11 @@ from unittest import mock
 
 import torch
 from edit_stream import stream
+from recording import add_json, record
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.doctor import context
 from rlsedit_fast.editing import editor as editing
 from rlsedit_fast.editing import finding, layers
 from rlsedit_fast.editing.recording import Recorder
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--stored", type=int, default=10_000, help="edits of the store that is opened")
     parser.add_argument("--halved", type=int, default=500, help="edits whose keys and values are kept in halves")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    add_json(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -237,9 +237,7 @@ def main() -> None:
             "rounding": [rounding_cost(options.halved, keys) for keys in ("full", "fp16")],
         }
     print(json.dumps(result, indent=2))
-    if options.json:
-        about = {"what": "the store's share of a batch, opening a store, sizes", **context()}
-        options.json.write_text(json.dumps({**about, **result}, indent=2) + "\n")
+    record(options.json, "the store's share of a batch, opening a store, sizes", **result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import statistics
 import threading
@@ -36,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import random_llama
+from random_models import SHAPES, random_llama
+from recording import add_json, record
 from torch import Tensor
 
-from rlsedit_fast.doctor import context
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.editing.config import DEFAULT_RATE
 from rlsedit_fast.editing.descent import NormalizedDescent, Slope
@@ -234,7 +233,9 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
     edits = [case.edit for case in world_cases(World.generate(), count, SEED)]
     longest = model.config.max_position_embeddings
     requests = prepare(tokenizer, edits, published, longest=longest)
-    picked = [requests[i * count // task.alone] for i in range(task.alone)]
+    few = min(task.alone, count)
+    some = [i * count // few for i in range(few)]
+    picked = [requests[i] for i in some]
     alone = [[i] for i in range(count)]
     clock = Clock(device)
     with quiet(model):
@@ -269,8 +270,8 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
     if bool((equal.steps < published.search_steps).any()):
         raise SystemExit("a request reached an NLL of 0 and stopped: the steps are not equal")
     truth = torch.stack(found["one_by_one"])
-    errors = (equal.delta[[i * count // task.alone for i in range(task.alone)]] - truth).norm(dim=1) / truth.norm(dim=1)
-    shares = {"one_by_one": task.alone, "one_by_one_stop": task.alone, "converging": len(converging)}
+    errors = (equal.delta[some] - truth).norm(dim=1) / truth.norm(dim=1)
+    shares = {"one_by_one": few, "one_by_one_stop": few, "converging": len(converging)}
     each = {name: clock.median(name) / shares.get(name, count) for name in runs if name not in ("one_step", "key_pass")}
     step_s = (clock.median("equal_steps") - clock.median("one_step")) / (published.search_steps - 1)
     return {
@@ -281,7 +282,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "contexts": len(task.config.context_prefixes),
         "tokens": statistics.mean(row.prompt_length for request in requests for row in request.contexts),
         "steps": published.search_steps,
-        "alone": task.alone,
+        "alone": few,
         **{f"{name}_s": seconds for name, seconds in each.items()},
         "equal_steps_ratio": each["one_by_one"] / each["equal_steps"],
         "rank_stop_ratio": each["one_by_one"] / each["rank_stop"],
@@ -303,19 +304,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    parser.add_argument("--models", nargs="+", choices=("demo", *SHAPES), help="all that the device bears by default")
+    parser.add_argument("--requests", type=int, nargs="+", help="in a batch; by default as many as suit the model")
+    add_json(parser)
     options = parser.parse_args()
     rows = []
     for task in tasks(options.device):
-        for count in task.requests:
+        for count in (options.requests or task.requests) if task.model in (options.models or [task.model]) else ():
             row = measure(task, count, options.repeats, options.device)
             rows.append(row)
             shown = {name: f"{row[name]:.3g}" if isinstance(row[name], float) else row[name] for name in SHOWN}
             print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
-    if options.json:
-        about = {"what": "value search against one request at a time", "device": options.device, "seed": SEED}
-        result = {**about, "repeats": options.repeats, **context(), "rows": rows}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    about = {"device": options.device, "seed": SEED, "repeats": options.repeats}
+    record(options.json, "value search against one request at a time", **about, rows=rows)
 
 
 if __name__ == "__main__":
