@@ -1,0 +1,446 @@
+"""The sections of a report, each of the runs of one experiment."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from charts import Series, lines, scatter
+from report_page import Section, Table
+from report_runs import (
+    OURS,
+    Run,
+    by_factors,
+    by_label,
+    by_stream,
+    figure,
+    mean,
+    points_of,
+    spread_of,
+    strict,
+    strict_heads,
+    whole,
+)
+
+from rlsedit_fast.evaluation.ages import AGE
+from rlsedit_fast.evaluation.figures import pareto, retention, spread
+from rlsedit_fast.evaluation.grounds import DEMO
+from rlsedit_fast.evaluation.runs import value
+
+SHOWN_IN_LINES = ("rls", "memit", "memit-history", "alphaedit", "rome", "emmet")
+"""Whose lines are drawn where a line for everyone would hide everyone."""
+
+FAR = 0.25
+"""From the best in either direction: a rule beyond is told in words, or it would press all others together."""
+
+
+def rules(runs: list[Run]) -> Section:
+    """The scores of every rule, and efficacy against specificity as a chart."""
+    groups = by_label(runs)
+    plan = runs[0]["plan"]
+    points = points_of(groups)
+    front = pareto(points)
+    series, outside = [], []
+    corner = [max(point[axis] for point in points.values()) for axis in (0, 1)] if points else []
+    for label, point in points.items():
+        if any(best - place > FAR for best, place in zip(corner, point, strict=True)):
+            outside.append(f"{label} ({point[0]:.2f}, {point[1]:.2f})")
+            continue
+        x, y = (spread_of(groups[label], metric, "strict") for metric in ("efficacy", "neighbors"))
+        assert x is not None
+        assert y is not None
+        colour = "ours" if label == OURS else "near" if label in front else "other"
+        series.append(Series(label, [(x.mean, y.mean, y.deviation)], colour, x_deviations=(x.deviation,)))
+    chart = scatter(
+        series, x="efficacy, strict", y="specificity: neighbours unchanged", front=[points[name] for name in front]
+    )
+    columns = [
+        ("efficacy", "efficacy", "strict"),
+        ("forced", "efficacy", "forced"),
+        ("free", "efficacy", "free"),
+        ("generalization", "generalization", "strict"),
+        ("forced", "generalization", "forced"),
+        ("free", "generalization", "free"),
+        ("neighbours unchanged", "neighbors", "strict"),
+        ("forced", "neighbors", "forced"),
+        ("rebuilt neighbours", "rebuilt", "strict"),
+        ("namesakes", "namesakes", "strict"),
+        ("other facts", "same_subject", "strict"),
+        ("multi-hop", "multihop", "strict"),
+        ("multi-hop, free", "multihop", "free"),
+        ("score", "score", "strict"),
+    ]
+    columns = [column for column in columns if any(spread_of(g, *column[1:]) for g in groups.values())]
+    rows = [
+        [label + ("" if whole(group) else " (broke off)")]
+        + [figure(group, metric, form) for _, metric, form in columns]
+        for label, group in groups.items()
+    ]
+    note = (
+        "Strict: every token of the answer ranked first; unchanged: the prediction is the one before any edit. Forced: "
+        "by comparing the NLL of the new and the old answer. Free: the greedy continuation is the answer "
+        "and then ends. "
+        "Score: harmonic mean of the three strict shares."
+    )
+    if any(column[1] == "rebuilt" for column in columns):
+        note += " Rebuilt neighbours: unedited subjects of other records with the same question and answer."
+    if any(column[1] == "multihop" for column in columns):
+        note += (
+            " Multi-hop: share of chains of facts of which any wording of the question is answered right, as MQuAKE "
+            "counts them."
+        )
+    seeds = sorted({run["plan"]["seed"] for run in runs})
+    intro = (
+        f"{plan['edits']} edits in batches of {plan['config']['batch_size']}, after the last of them; mean ± deviation "
+        f"over seeds {', '.join(map(str, seeds))} (other cases and anchors each); {plan['judged'] or plan['edits']} "
+        "cases asked. Values, keys, masters and prior are shared, so that rows differ in the rule and its "
+        "settings alone."
+    )
+    what = (
+        "Up and to the right is better. Bars are deviations over seeds; the line joins those that nobody beats in both."
+    )
+    if outside:
+        what += f" Further off than the chart reaches: {', '.join(outside)}."
+    return Section("Rules side by side", [intro, (chart, what), Table(["rule", *(c[0] for c in columns)], rows, note)])
+
+
+def ages(runs: list[Run]) -> Section:
+    """What holds at the end of what held when it was made, by the age of the edits."""
+    groups = {label: group for label, group in by_label(runs).items() if whole(group)}
+    series, rows = [], []
+    for label, group in groups.items():
+        by_age: dict[str, list[float | None]] = defaultdict(list)
+        for run in group:
+            for age, share in retention(run).items():
+                by_age[age].append(share)
+        found = {age: spread(shares) for age, shares in by_age.items()}
+        points = [(_middle(age), s.mean, s.deviation) for age, s in found.items() if s is not None]
+        if points and label in SHOWN_IN_LINES:
+            series.append(Series(label, sorted(points), _colour(label)))
+        known = [s for s in found.values() if s is not None]
+        if known:
+            rows.append([label, str(known[0]), str(known[len(known) // 2]), str(known[-1])])
+    chart = lines(series, x="number of the edit", y="retained: at the end / when made")
+    note = "Share of strict efficacy at the end against when the edits were made; the last hundred have no later ones."
+    return Section(
+        "Early edits",
+        [(chart, "Retention by age."), Table(["rule", "first hundred", "middle", "last hundred"], rows, note)],
+    )
+
+
+def _middle(age: str) -> float:
+    first, last = map(int, age.split("-"))
+    return (first + last) / 2
+
+
+def sweep(runs: list[Run]) -> Section:
+    """How the strict score moves with lam and mu around the calibrated ones."""
+    streams = by_stream(runs)
+    found = by_factors(next(iter(streams.values())))
+    mus, lams = sorted({mu for mu, _ in found}), sorted({lam for _, lam in found})
+    along = [
+        Series(name, [(x, mean(found[at(x)], *what), math.nan) for x in axis if at(x) in found], colour, dashed)
+        for name, axis, at, what, colour, dashed in (
+            ("mu: score", mus, lambda x: (x, 1.0), ("score", "strict"), "ours", False),
+            ("lam: score", lams, lambda x: (1.0, x), ("score", "strict"), "near", False),
+            ("mu: efficacy", mus, lambda x: (x, 1.0), ("efficacy", "strict"), "ours", True),
+            ("mu: specificity", mus, lambda x: (x, 1.0), ("neighbors", "strict"), "fourth", True),
+        )
+    ]
+    chart = lines(along, x="factor on the calibrated value", y="share", log_x=True)
+    what = f"One of the two varied, the other calibrated, on the {next(iter(streams))} stream."
+    return Section("lam and mu over four decades", [(chart, what), *map(_sweep_table, streams.items())])
+
+
+def _sweep_table(of: tuple[str, list[Run]]) -> Table:
+    stream, runs = of
+    found = by_factors(runs)
+    mus, lams = sorted({mu for mu, _ in found}), sorted({lam for _, lam in found})
+    rows = []
+    for mu in mus:
+        row = [f"mu ×{mu:g}"]
+        for lam in lams:
+            shown = "–"
+            if (mu, lam) in found:
+                shown = f"{mean(found[mu, lam], 'score', 'strict'):.3f}"
+                shown = f"[{shown}]" if mu == lam == 1 else shown
+            row.append(shown)
+        rows.append(row)
+    plan = runs[0]["plan"]
+    note = (
+        f"Strict score on the {stream} stream after {plan['edits']} edits, seed {plan['seed']}. "
+        "In brackets: calibrated, fixed in advance."
+    )
+    return Table(["", *(f"lam ×{x:g}" for x in lams)], rows, note)
+
+
+def bounds(runs: list[Run]) -> Section:
+    """The deviations of the recursive rule along the stream, and what bounds them."""
+    ours = [run for run in runs if run["plan"]["label"] == OURS]
+    layers = _layers(ours)
+    rows, series = [], []
+    for metric, what in (("deviation", "‖W − W0‖"), ("anchors", "‖K0 (W − W0)ᵀ‖")):
+        for layer in layers:
+            marks = sorted(
+                {r["edits"] for run in ours for r in run["rows"] if r["metric"] == metric and r["of"] == layer}
+            )
+            for edits in marks:
+                measured, bound = (
+                    spread_of(ours, metric, form, of=layer, edits=edits) for form in ("measured", "bound")
+                )
+                if measured and bound:
+                    share = f"{measured.mean / bound.mean:.2f}"
+                    rows.append([what, layer, str(edits), f"{measured.mean:.2f}", f"{bound.mean:.2f}", share])
+            if layer == layers[0]:
+                for form, dashed in (("measured", False), ("bound", True)):
+                    points = [
+                        (float(edits), s.mean, s.deviation)
+                        for edits in marks
+                        if (s := spread_of(ours, metric, form, of=layer, edits=edits))
+                    ]
+                    if points:
+                        series.append(
+                            Series(f"{what} {form}", points, "ours" if metric == "deviation" else "near", dashed)
+                        )
+    chart = lines(series, x="edits", y="norm", least=0.0)
+    note = "The bounds are sqrt(J)/lam and sqrt(J)/mu, known while editing, from the objective; no other rule has one."
+    head = ["", "layer", "edits", "measured", "bound", "measured / bound"]
+    return Section(
+        "Bound against measured deviation", [(chart, "Solid: measured; dashed: bound."), Table(head, rows, note)]
+    )
+
+
+def _layers(runs: Sequence[Run]) -> list[str]:
+    """The layers that were measured, `layer N`, the lowest first."""
+    named = {row["of"] for run in runs for row in run["rows"] if row["metric"] == "deviation"}
+    return sorted(named, key=lambda of: int(of.removeprefix("layer ")))
+
+
+def orders(runs: list[Run]) -> Section:
+    """What the order of the same edits does."""
+    rows = []
+    for label, group in by_label(runs).items():
+        rows.append([label, str(len(group)), *strict(group)])
+    note = "The same cases of one seed in different orders: the deviation is what the order alone does."
+    head = ["rule", "orders", *strict_heads()]
+    return Section("Orders of one stream", [Table(head, rows, note)])
+
+
+_STREAMS = {
+    "conflicting": "Every fact is told twice, the second time with another target.",
+    "related": "All four facts of each person: their keys are nearly one.",
+}
+
+
+def hard(runs: list[Run]) -> Section:
+    """Edits that contradict earlier ones, and edits of related facts."""
+    parts: list[str | Table | tuple[str, str]] = [
+        "Only the recursive rule can take an edit back. As `rls` an edit that asks what an earlier one asks takes its "
+        "place, and the facts of one subject share a value; `separate` is how every other rule must do it. "
+        "`forgetting` gives each hundred edits 1/0.7 times the weight of the hundred before."
+    ]
+    for stream, what in _STREAMS.items():
+        groups = by_label([run for run in runs if run["plan"]["stream"] == stream])
+        rows = []
+        for label, group in groups.items():
+            row = [label, *strict(group, score=False)]
+            if stream == "conflicting":
+                row.append(figure(group, "superseded", "strict"))
+            rows.append(row)
+        head = ["rule", *strict_heads(score=False)]
+        head += ["first target still said"] if stream == "conflicting" else []
+        edits = next(iter(groups.values()))[0]["plan"]["edits"] if groups else 0
+        parts.append(Table(head, rows, f"{what} {edits} edits, one seed."))
+    return Section("Conflicting and related edits", parts)
+
+
+def batches(runs: list[Run]) -> Section:
+    """What the size of a batch does."""
+    rows = []
+    for size in sorted({run["plan"]["config"]["batch_size"] for run in runs}):
+        for label, group in by_label([r for r in runs if r["plan"]["config"]["batch_size"] == size]).items():
+            rows.append([label, str(size), *strict(group)])
+    note = f"{runs[0]['plan']['edits']} edits, one seed."
+    head = ["rule", "batch", *strict_heads()]
+    return Section("Batches of 1 and 100", [Table(head, rows, note)])
+
+
+def capability(runs: list[Run]) -> Section:
+    """What the edits do to text that is about none of them, and to tasks."""
+    groups = by_label(runs)
+    tasks = sorted({row["metric"] for run in runs for row in run["rows"] if row["form"] == "accuracy"})
+    consistent = spread_of(runs, "consistency", "cosine") is not None
+    series, rows = [], []
+    for label, group in groups.items():
+        marks = sorted({row["edits"] for run in group for row in run["rows"] if row["metric"] == "kl"})
+        points = [
+            (float(edits), s.mean, s.deviation)
+            for edits in marks
+            if (s := spread_of(group, "kl", "text", of="text", edits=edits))
+        ]
+        if label in SHOWN_IN_LINES and len(points) > 1:
+            series.append(Series(label, points, _colour(label)))
+        start = spread_of(group, "perplexity", "text", of="text", edits=0)
+        end = spread_of(group, "perplexity", "text", of="text")
+        moved = spread([_moved(run) for run in group])
+        rows.append(
+            [
+                label,
+                figure(group, "kl", "text", of="text"),
+                f"{start.mean:.1f} → {end.mean:.1f}" if start and end else "–",
+                figure(group, "fluency", "entropy"),
+                *([figure(group, "consistency", "cosine")] if consistent else []),
+                f"{moved.mean:.1f}" if moved else "–",
+                *(_task(group, task) for task in tasks),
+            ]
+        )
+    chart = lines(series, x="edits", y="KL to the base model, nats per token", least=0.0)
+    note = (
+        "On text that is about no edit and not among the anchors. Fluency: weighted 2- and 3-gram entropy, bits. "
+        "Tasks: accuracy by likelihood, with its standard error."
+    )
+    if consistent:
+        note += " Consistency: cosine of TF-IDF vectors of what is written about subjects and of reference texts."
+    if len(_layers(runs)) > 1:
+        note += " ‖W − W0‖: of all edited layers together."
+    if not tasks:
+        note += " GLUE and MMLU were not asked."
+        if runs[0]["ground"] == DEMO:
+            note += " The model's vocabulary has no words for them."
+    head = ["rule", "KL, nats", "perplexity", "fluency", *(["consistency"] if consistent else []), "‖W − W0‖", *tasks]
+    return Section("Capability", [(chart, "How far predictions on unrelated text move."), Table(head, rows, note)])
+
+
+def _moved(run: Run) -> float | None:
+    """How far the weights of all layers are from the original ones at the end."""
+    norms = [value(run, "deviation", "measured", of=layer) for layer in _layers([run])]
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if known else None
+
+
+def _task(group: Sequence[Run], task: str) -> str:
+    found = spread_of(group, task, "accuracy", of="task")
+    error = spread_of(group, task, "error", of="task")
+    return "–" if found is None or error is None else f"{found.mean:.3f} ± {error.mean:.3f}"
+
+
+def costs(runs: list[Run]) -> Section:
+    """The seconds of a batch along the stream."""
+    groups = by_label(runs)
+    rows, series = [], []
+    for label, group in groups.items():
+        laps = [run["seconds_per_batch"] for run in group if run["failed"] is None]
+        if not laps:
+            continue
+        tenth = max(1, len(laps[0]) // 10)
+        # Where values are searched ahead, the first batch of a call carries that of all; medians are of the others.
+        early = statistics.median(lap for run in laps for lap in run[: 2 * tenth])
+        late = statistics.median(lap for run in laps for lap in run[-2 * tenth :])
+        rate = spread([run["made"] / run["seconds_editing"] for run in group])
+        rows.append(
+            [
+                label,
+                f"{rate.mean:.1f}" if rate else "–",
+                f"{1e3 * early:.0f}",
+                f"{1e3 * late:.0f}",
+                f"{late / early:.2f}",
+            ]
+        )
+        if label in SHOWN_IN_LINES:
+            parts = [
+                (
+                    float(at + tenth / 2),
+                    1e3 * statistics.median(lap for run in laps for lap in run[at : at + tenth]),
+                    math.nan,
+                )
+                for at in range(0, len(laps[0]) - tenth + 1, tenth)
+            ]
+            series.append(Series(label, parts, _colour(label)))
+    chart = lines(series, x="number of the batch", y="ms per batch, median", least=0.0)
+    apart = all(map(_writes_apart, runs))
+    note = (
+        "Milliseconds of the write of a batch (keys read, solve, weights), without the search of the values, "
+        "which is the same for all; "
+        if apart
+        else "Milliseconds of a whole batch: the search of its values, which is the same for all, and the write "
+        "(keys read, solve, weights); "
+    ) + "early and late: medians of the first and last fifth. The runs shared a busy machine: read ratios, not times."
+    times = ["early, ms", "late, ms"] if apart else ["early with values, ms", "late with values, ms"]
+    head = ["rule", "edits/s with values", *times, "late / early"]
+    return Section("Cost of a batch against history", [(chart, "By the number of the batch."), Table(head, rows, note)])
+
+
+def _writes_apart(run: Run) -> bool:
+    """Whether most batches only write, their values having been searched with those of an earlier batch of the call."""
+    config = run["plan"]["config"]
+    return min(config.get("search_ahead") or 0, AGE) > 2 * config["batch_size"]
+
+
+def tuning(runs: list[Run]) -> Section:
+    """What each rule was tried with, and what was taken."""
+    rows = []
+    best: dict[str, tuple[float, str]] = {}
+    for run in runs:
+        rule, config = run["plan"]["config"]["rule"], run["plan"]["config"]
+        score = value(run, "score", "strict") if run["failed"] is None else None
+        key = run["plan"]["label"]
+        if score is not None and score > best.get(rule, (-1.0, ""))[0]:
+            best[rule] = (score, key)
+        chosen = {k: v for k, v in config["rule_options"].items()}
+        chosen |= {"lam": config["lam"]} if config["lam"] is not None else {}
+        chosen |= {"adherence": config["adherence"]} if config["lam"] is not None else {"moment ridge": config["ridge"]}
+        rows.append((rule, key, ", ".join(f"{k} {v:g}" for k, v in chosen.items()), run, score))
+    shown = []
+    for rule, key, settings, run, score in sorted(rows, key=lambda row: (row[0], row[1])):
+        mark = " ←" if best.get(rule, (0, ""))[1] == key else ""
+        shown.append(
+            [rule, settings + mark, *strict([run], score=False), "broke off" if score is None else f"{score:.3f}"]
+        )
+    plan = runs[0]["plan"]
+    note = f"{plan['edits']} edits of seed {plan['seed']}, which is not reported elsewhere; ← the one that was taken."
+    intro = (
+        "The other rules are tuned on this grid by the strict score. `adherence` finds the moment weight "
+        "mu² by a rule's "
+        "own scale, lam is 0 as published; a published number that goes with the scale of another model's "
+        "keys (AlphaEdit's "
+        "threshold and ridge, UltraEdit's rate, fine-tuning's bound) is looked for over some decades; a "
+        "rule that is not "
+        "listed has nothing to set, or was taken as published. The recursive rule is not tuned: "
+    )
+    if runs[0]["ground"] == DEMO:
+        intro += "it has the demo's adherence, which was chosen before the other rules were there, on seed 0's stream."
+    else:
+        intro += "it has the default adherence."
+    head = ["rule", "settings", *strict_heads()]
+    return Section("How the other rules were set", [intro, Table(head, shown, note)])
+
+
+def how(experiments: dict[str, list[Run]], lacking: Sequence[str]) -> Section:
+    """The machines, versions and days of all runs, and what is not there."""
+    runs = [run for group in experiments.values() for run in group]
+    text = [
+        f"{len(runs)} runs, {sum(run['seconds_run'] for run in runs) / 60:.0f} minutes of one thread on a "
+        f"shared machine."
+    ]
+    for machine, versions, made in dict.fromkeys((_machine(run), _versions(run), run["date"]) for run in runs):
+        text.append(f"{made}: {machine}; {versions}.")
+    if runs:
+        text.append(f"Model: {runs[0]['ground']}.")
+    if lacking:
+        text.append(f"No runs of: {', '.join(lacking)}.")
+    return Section("How it was taken", text)
+
+
+def _machine(run: Run) -> str:
+    return f"{run['machine']['system']}, {run['machine']['cpu']}"
+
+
+def _versions(run: Run) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+
+
+def _colour(label: str) -> str:
+    fixed = {"rls": "ours", "memit": "near", "alphaedit": "third", "memit-history": "fourth", "rome": "fifth"}
+    return fixed.get(label, "other")

@@ -1,0 +1,86 @@
+"""What was to be shown, and whether it was."""
+
+from __future__ import annotations
+
+import math
+
+from report_page import Section
+from report_runs import OURS, Run, best_of_sweep, by_label, by_stream, first_hundred, points_of, spread_of, whole
+
+from rlsedit_fast.evaluation.figures import pareto
+from rlsedit_fast.evaluation.runs import value
+from rlsedit_fast.rules import RULES
+
+
+def verdicts(experiments: dict[str, list[Run]]) -> Section:
+    """What was to be shown, and whether it was."""
+    groups = by_label(experiments["rules"])
+    # A form of the rule, such as with prompts protected, is no other rule: it is in the tables, and not weighed here.
+    points = {label: point for label, point in points_of(groups).items() if label in RULES}
+    front = pareto(points)
+    told: list[str] = []
+    if OURS in points:
+        x, y = points[OURS]
+        above = [name for name, (a, b) in points.items() if a >= x and b >= y and (a > x or b > y)]
+        told.append(
+            f"**Efficacy against specificity** (strict, after the whole stream): `{OURS}` at {x:.3f} and {y:.3f} "
+            + (
+                f"is on the front of those that nobody beats in both ({', '.join(front)})."
+                if OURS in front
+                else f"is beaten in both by {', '.join(above)}; the front is {', '.join(front)}."
+            )
+        )
+        scores = {name: spread_of(runs, "score", "strict") for name, runs in groups.items() if whole(runs)}
+        ranked = sorted(((s.mean, name) for name, s in scores.items() if s), reverse=True)
+        place = next(at for at, (_, name) in enumerate(ranked, 1) if name == OURS)
+        told.append(
+            "**Harmonic mean of strict efficacy, generalization and specificity**: "
+            + ", ".join(f"{name} {score:.3f}" for score, name in ranked[:5])
+            + (f"; `{OURS}` is number {place} of {len(ranked)}." if place > 5 else ".")
+        )
+    kept = {name: first_hundred(runs) for name, runs in groups.items()}
+    rules_alone = {name: found for name, found in kept.items() if name in RULES and whole(groups[name])}
+    known = {name: found for name, found in rules_alone.items() if found is not None}
+    if OURS in known:
+        best = max(known, key=lambda name: known[name].mean)
+        gap = known[best].mean - known[OURS].mean
+        allowed = max(d for d in (known[best].deviation, known[OURS].deviation, 0.0) if not math.isnan(d))
+        told.append(
+            f"**Retention of the first hundred edits**: `{OURS}` {known[OURS]}, the best is {best} with "
+            f"{known[best]}: "
+            + (
+                "the best."
+                if best == OURS
+                else f"{'within' if gap <= allowed else 'not within'} one deviation of it ({allowed:.3f})."
+            )
+        )
+    if experiments.get("sweep"):
+        for stream, swept in by_stream(experiments["sweep"]).items():
+            best_swept, calibrated = best_of_sweep(swept)
+            gap = best_swept[0] - calibrated
+            told.append(
+                f"**The calibrated lam and mu**, fixed in advance, score {calibrated:.3f} on the {stream} stream; the "
+                f"best of the sweep ({best_swept[1]}) {best_swept[0]:.3f}: "
+                f"{'within' if gap <= 0.02 else 'not within'} two points."
+            )
+    over = [
+        run["plan"]["label"]
+        for runs in experiments.values()
+        for run in runs
+        for metric in ("deviation", "anchors")
+        for row in run["rows"]
+        if row["metric"] == metric and row["form"] == "bound"
+        for measured in [value(run, metric, "measured", of=row["of"], edits=row["edits"])]
+        if measured is not None and measured > row["value"] * (1 + 1e-5)
+    ]
+    told.append(
+        "**Bounds**: " + ("no measured deviation exceeds its bound." if not over else f"exceeded in {len(over)} looks!")
+    )
+    if lacking := [rule for rule in RULES if rule not in groups]:
+        told.append(f"**Not all runs are there**: none of {', '.join(lacking)}, so this says nothing about them.")
+    if few := [f"{label} {len(runs)}" for label, runs in groups.items() if label in RULES and len(runs) < 3]:
+        told.append(f"Fewer than three seeds of: {', '.join(few)}.")
+    broken = sorted({run["plan"]["label"] for runs in experiments.values() for run in runs if run["failed"]})
+    if broken:
+        told.append(f"Streams that broke off, and so are on no front: {', '.join(broken)}.")
+    return Section("In short", told)
