@@ -142,7 +142,7 @@ def protecting(one: Contender) -> Contender:
 
 
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
-    """(a), (e), (f), (g): all contenders, in batches of 10; the ones that matter also in batches of 1 and 100."""
+    """All contenders in batches of 10, for scores, ages, bounds and capability; two also in batches of 1 and 100."""
     both = (protecting(RECURSIVE[0]), protecting(best["memit-history"]))
     for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values(), *both)):
         yield _job(out / "rules", contender, edits, seed, **ALONG)
@@ -156,7 +156,7 @@ FACTORS = {"plain": (0.01, 0.1, 1.0, 10.0, 100.0), "conflicting": (0.1, 1.0, 10.
 
 
 def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Iterator[Job]:
-    """(b): mu and lam around the calibrated ones, which are in the middle, one at a time."""
+    """Mu and lam around the calibrated ones, which are in the middle, one at a time."""
     for kind, factors in FACTORS.items():
         for of_mu, of_lam in itertools.product(factors, factors):
             if 1.0 in (of_mu, of_lam):
@@ -166,13 +166,13 @@ def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Itera
 
 
 def orders(out: Path, best: Mapping[str, Contender], edits: int, seed: int, count: int = 5) -> Iterator[Job]:
-    """(c): the same cases in five orders."""
+    """The same cases in five orders."""
     for order, contender in itertools.product(range(count), (RECURSIVE[0], best["memit"])):
         yield _job(out / "orders", contender, edits, seed, order=order, **BRIEF)
 
 
 def hard(out: Path, best: Mapping[str, Contender], edits: int, seed: int) -> Iterator[Job]:
-    """(d): facts that contradict earlier ones, and all the facts of a few subjects, whose keys are nearly one.
+    """Facts that contradict earlier ones, and all the facts of a few subjects, whose keys are nearly one.
 
     Only the recursive rule can take an edit back, and so replace one, and let a subject's facts share a value
     (`same_subject="joint"`); `separate` is how every other rule must do it.
