@@ -6,7 +6,7 @@ the native kernel against torch's passes, with a plain float32 weight's `addmm_`
 
     python bench/native.py downdate_ --json bench/results/downdate-cpu.json
     python bench/native.py moment_ --rows 64 256 1024 4096 --d 1536 4096 --json bench/results/moment-cpu.json
-    python bench/native.py correct_split_ --rows 1 8 16 32 64 100 --json bench/results/correct-split-cpu.json
+    python bench/native.py correct_split_ --d 8192 --rows 1 16 100 --json bench/results/correct-split-cpu.json
 
 Both are timed in turn on matrices of their own; the figures are medians.
 """

@@ -4,7 +4,7 @@ For every condition number of the prior's precision, and with C written at once 
 errors of W and C in the Frobenius norm after the updates, after the removals and after a refresh, beside the monitor's
 residual. The keys are random directions of norm 1, the spectrum of S0 is geometric around 1.
 
-    python bench/solver_accuracy.py --json bench/results/solver-accuracy.json
+    python bench/solver_accuracy.py --delays 0 128 --json bench/results/solver-accuracy.json
 """
 
 from __future__ import annotations

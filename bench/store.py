@@ -1,6 +1,6 @@
 """What a store costs: its share of a batch, opening it, and its size.
 
-    python bench/store.py --json bench/results/store-cpu.json
+    python bench/store.py --edits 1000 --json bench/results/store-cpu.json
 
 `batch`: the demo's stream, edited with a store and without one in turn, batch by batch on two copies of the model, so
 that whatever else the machine does falls on both; beside it the seconds spent in the store's own functions. `open`:
