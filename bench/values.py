@@ -8,16 +8,16 @@ medians.
 
     python bench/values.py --json bench/results/values-cpu.json
 
-All `_s` are seconds a request. `one_by_one_s` and `equal_steps_s` take all steps; `rank_stop_s` is the search as an
-edit makes it, which stops each request once its target is said; `one_by_one_stop_s` is one request at a time with the
-same rule, as the published one hardly ever fires. One at a time is measured on some requests of each batch (`alone`),
-and `max_delta_error` compares those: the largest ||ours - one by one|| / ||one by one|| at equal steps.
-`gradient_s` is `values="gradient"`. `key_pass_s` is one pass over all keys of the batch, `step_s` one further step of
-its search at equal steps. `peak_mib` is what a contender held at most beyond what was there before: on CUDA as its
-allocator says, on a CPU the growth of the process, watched in a run of its own. In the random model clamp and stop are
-loose and targets of two tokens often do not converge, since the second is said from a token that is not changed:
-`converged` tells how many did, and the others' steps count in `rank_stop_s`; `converging_s` and `converging_ratio` are
-a batch of those alone that did.
+All `_s` are seconds a request. `one_by_one_s` and `equal_steps_s` take all steps; `nll_stop_s` is the search as an edit
+makes it, which stops each request once its target is said (`rank_stop_s` in `results/values-cpu.json`, which is older
+than the name); `one_by_one_stop_s` is one request at a time with the same rule, as the published one hardly ever fires.
+One at a time is measured on some requests of each batch (`alone`), and `max_delta_error` compares those: the largest
+||ours - one by one|| / ||one by one|| at equal steps. `gradient_s` is `values="gradient"`. `key_pass_s` is one pass
+over all keys of the batch, `step_s` one further step of its search at equal steps. `peak_mib` is what a contender held
+at most beyond what was there before: on CUDA as its allocator says, on a CPU the growth of the process, watched in a
+run of its own. In the random model clamp and stop are loose and targets of two tokens often do not converge, since the
+second is said from a token that is not changed: `converged` tells how many did, and the others' steps count in
+`nll_stop_s`; `converging_s` and `converging_ratio` are a batch of those alone that did.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from rlsedit_fast.world.tokens import build_tokenizer
 
 SEED = 0
 SHOWN = (
-    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "rank_stop_s", "gradient_s"),
-    *("equal_steps_ratio", "rank_stop_ratio", "same_stop_ratio", "converging_ratio", "max_delta_error", "converged"),
+    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "nll_stop_s", "gradient_s"),
+    *("equal_steps_ratio", "nll_stop_ratio", "same_stop_ratio", "converging_ratio", "max_delta_error", "converged"),
     *("mean_steps_to_stop", "key_pass_over_step", "peak_mib"),
 )
 PREFIX_WORDS = 10  # with these before them, the world's prompts come to about 16 tokens
@@ -253,7 +253,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         runs: dict[str, Callable[[], Any]] = {
             "one_by_one": lambda: one_at_a_time(published, stops=False),
             "equal_steps": lambda: search_values(site, requests, published),
-            "rank_stop": lambda: search_values(site, requests, task.config),
+            "nll_stop": lambda: search_values(site, requests, task.config),
             "one_by_one_stop": lambda: one_at_a_time(stopping, stops=True),
             "gradient": lambda: gradient_values(site, requests, task.config, alone, count, GradientScale()),
             "one_step": lambda: search_values(site, requests, short),
@@ -264,9 +264,9 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         found: dict[str, Any] = {}
         for _ in range(repeats):
             found = {name: clock.time(name, run) for name, run in runs.items()}
-        for name in ("one_by_one", "equal_steps", "rank_stop", "key_pass"):
+        for name in ("one_by_one", "equal_steps", "nll_stop", "key_pass"):
             clock.weigh(name, runs[name])
-    equal, stopped = found["equal_steps"], found["rank_stop"]
+    equal, stopped = found["equal_steps"], found["nll_stop"]
     if bool((equal.steps < published.search_steps).any()):
         raise SystemExit("a request reached an NLL of 0 and stopped: the steps are not equal")
     truth = torch.stack(found["one_by_one"])
@@ -285,8 +285,8 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "alone": few,
         **{f"{name}_s": seconds for name, seconds in each.items()},
         "equal_steps_ratio": each["one_by_one"] / each["equal_steps"],
-        "rank_stop_ratio": each["one_by_one"] / each["rank_stop"],
-        "same_stop_ratio": each["one_by_one_stop"] / each["rank_stop"],
+        "nll_stop_ratio": each["one_by_one"] / each["nll_stop"],
+        "same_stop_ratio": each["one_by_one_stop"] / each["nll_stop"],
         "converging_ratio": each["one_by_one"] / each["converging"] if converging else None,
         "max_delta_error": float(errors.max()),
         "converged": int(stopped.converged.sum()),
