@@ -84,6 +84,7 @@ def search_values(
     facts, held, start = gather(site, requests)
     group = group_of(groups, start.device)
     norm = mean_by(group, start.norm(dim=1), len(groups))
+    energy = norm.square().clamp_min(torch.finfo(norm.dtype).tiny)
     delta = torch.zeros(len(groups), start.shape[1], device=start.device, requires_grad=True)
     stop = Stop(config, len(requests), start.device)
     descent = _descent(config, delta, norm, stop.nll)
@@ -105,7 +106,7 @@ def search_values(
                 nll = torch.where(searched, fit.worst, nll)
                 rank = torch.where(searched, fit.rank, rank)
                 steps[searched] = step
-                decay = config.weight_decay * delta.norm(dim=1) / norm.square()
+                decay = config.weight_decay * delta.norm(dim=1) / energy
                 total = fit.nll + decay[group] + (0.0 if kl is None else config.kl_factor * kl)
                 wanting = (searched & ~stop.met(fit.rank, fit.worst, total)).float()
                 # A group stops together.
@@ -127,7 +128,8 @@ def search_values(
                 length = delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 missed = torch.zeros_like(norm).index_add_(0, group, -torch.expm1(-fit.nll))
                 worst = torch.zeros_like(norm).scatter_reduce(0, group, fit.worst, "amax")
-                shortening = (config.weight_decay / (length * norm.square()))[:, None] * delta
+                # Divided one after the other: the least length times a small norm is no number in float32.
+                shortening = (delta / length[:, None]) * (config.weight_decay / energy)[:, None]
                 descent.step(delta, Slope(towards, away, shortening, worst, missed))
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])

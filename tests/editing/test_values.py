@@ -211,6 +211,20 @@ def test_under_the_published_rule_a_target_ranked_first_counts_as_reached(model,
     assert bool(found.converged.any())
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("descent", ["constrained", "normalized", "adam"])
+def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, weight_decay):
+    """Where nothing is changed yet the penalty on length has the gradient 0, however short the state is."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
+    found = search(model, tokenizer, EDITS, replace(CONFIG, search_descent=descent, weight_decay=weight_decay))
+    assert bool((found.start.norm(dim=1) < 1).all())
+    assert bool(found.delta.isfinite().all())
+    assert bool((found.delta.norm(dim=1) > 0).all())
+    assert bool(found.nll.isfinite().all())
+
+
 def test_value_makes_the_target_likelier(model, tokenizer):
     found = search(model, tokenizer, EDITS)
     untouched = search(model, tokenizer, EDITS, EditConfig(**{**vars(CONFIG), "clamp": 1e-9}))
