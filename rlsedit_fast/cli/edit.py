@@ -83,7 +83,9 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
         return LEFT_OUT if facts.left_out else DONE
     if not facts.edits:
-        emit(results, [f"all {len(known)} edits are in the store already; nothing was changed"], options.json)
+        results["files"] = write_exports(editor, options) if _any_active(editor) else []
+        lines = [f"all {len(known)} edits are in the store already; the model was told nothing", *results["files"]]
+        emit(results, lines, options.json)
         return LEFT_OUT if facts.left_out else DONE
     taken_up = bool(editor.priors)
     if taken_up and (options.statistics or options.text or options.self_generate or options.no_anchors):
@@ -96,7 +98,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
     with _warnings_left_to_the_summary():
         interrupted, error = _edit(editor, facts, options, results)
-    results["files"] = write_exports(editor, options) if results["made"] else []
+    results["files"] = write_exports(editor, options) if _any_active(editor) else []
     lines = _summary(results)
     emit(results, lines, options.json)
     if error is not None:
@@ -150,6 +152,11 @@ def _edit(
         results["before"] = asdict(start)
         results["after"] = asdict(outcome(model, tokenizer, made, before))
     return bool(interrupted), error
+
+
+def _any_active(editor: Editor) -> bool:
+    """Whether there is a change to write: a store may have edits though this run made none."""
+    return any(record.state == "active" for record in editor.history())
 
 
 def _not_yet_made(editor: Editor, facts: Facts) -> tuple[Facts, list[str]]:

@@ -118,6 +118,20 @@ def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, 
     assert [r["state"] for r in history(capsys)] == states
 
 
+def test_exports_are_written_also_where_the_store_has_all_edits_already(base, one_edit, desk, capsys):
+    shutil.copytree(one_edit, desk / "edits")
+    (desk / "told.jsonl").write_text(
+        json.dumps({"prompt": "{} lives in", "subject": PEOPLE[0].name, "target": "Port Alder"})
+    )
+    command = ["edit", "--model", str(base), "--edits", "told.jsonl", "--store", "edits"]
+    assert main([*command, "--out", "out", "--delta", "edits.delta", "--json", "report.json"]) == 0
+    assert "checkpoint: out" in capsys.readouterr().out
+    assert json.loads((desk / "report.json").read_text())["files"] == ["checkpoint: out", "delta: edits.delta"]
+    assert main(["apply", "--model", str(base), "--delta", "edits.delta", "--out", "applied"]) == 0
+    first, second = (load_file(desk / name / "model.safetensors") for name in ("out", "applied"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
