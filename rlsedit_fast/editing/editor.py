@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -451,8 +452,12 @@ class Editor:
             since: made at this time or after it; local time where it has no time zone.
             until: made at this time or before it.
 
+        Returns:
+            Them, ascending, but where ids are given without `last`: then in the order of these.
+
         Raises:
-            InputError: nothing is given, an id is not that of an active edit, or no active edit fits.
+            InputError: nothing is given, something is given as what it is not, an id is not that of an active edit, or
+                no active edit fits.
         """
         return self._ledger.select(ids, subject=subject, last=last, since=since, until=until)
 
@@ -541,7 +546,7 @@ class Editor:
         requests = self._prepare([replace(edit, target=target) for edit in self._ledger.edits(gone)])
         with quiet(self.model):
             records = self._edit_batch(requests, replaced=gone)
-        return records[0] if isinstance(ids, int) else records
+        return records[0] if isinstance(ids, Integral) else records
 
     def consolidate(self) -> int:
         """Makes every layer afresh in float64 from its prior and the active edits, and the store small again.

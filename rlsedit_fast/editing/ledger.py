@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from numbers import Integral
 from typing import Any
 
 from rlsedit_fast.editing.config import EditConfig
@@ -114,23 +115,32 @@ class Ledger:
             since: not before this time; local time where it has no time zone.
             until: not after this time.
 
+        Returns:
+            Them, ascending, but where ids are given without `last`: then in the order of these.
+
         Raises:
-            InputError: nothing is given, an id is not that of an active edit, or nothing fits.
+            InputError: nothing is given, something is given as what it is not, an id is not that of an active edit, or
+                nothing fits.
         """
         if ids is None and subject is None and last is None and since is None and until is None:
             raise InputError("which edits? name ids, a subject, the last N, or times")
-        if last is not None and last < 1:
-            raise InputError(f"last={last}: expected at least 1")
+        if last is not None and (not _is_whole(last) or last < 1):
+            raise InputError(f"last={last!r}: expected a whole number of at least 1")
+        if subject is not None and not isinstance(subject, str):
+            raise InputError(f"subject={subject!r}: expected a text")
+        least, most = _moment("since", since), _moment("until", until)
         if ids is not None:
-            ids = [ids] if isinstance(ids, int) else list(ids)
+            ids = _listed(ids)
             self.check(ids)
         chosen = [
             i
             for i in (self.active if ids is None else ids)
             if (subject is None or composed(self._edits[i].subject) == composed(subject))
-            and (since is None or self._records[i - 1].time >= since.astimezone())
-            and (until is None or self._records[i - 1].time <= until.astimezone())
-        ][-(last or 0) :]
+            and (least is None or self._records[i - 1].time >= least)
+            and (most is None or self._records[i - 1].time <= most)
+        ]
+        if last is not None:
+            chosen = sorted(chosen)[-last:]  # ids count up with time
         if not chosen:
             given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
             told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -264,3 +274,31 @@ class Ledger:
         self._asking[asked(edit)].discard(identity)
         if (subject := shared_subject(edit, self._config)) is not None:
             self._about[subject].discard(identity)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _listed(ids: Any) -> list[int]:
+    """One id or several, NumPy's integers included, as a list."""
+    several = [ids] if _is_whole(ids) or not isinstance(ids, Iterable) or isinstance(ids, str | bytes) else list(ids)
+    if wrong := [one for one in several if not _is_whole(one)]:
+        raise InputError(f"ids: {wrong[0]!r} is none; expected one id or a list of them, whole numbers as in history()")
+    return [int(one) for one in several]
+
+
+def _moment(name: str, time: datetime | None) -> datetime | None:
+    """A time with its time zone."""
+    if time is None:
+        return None
+    if not isinstance(time, datetime):
+        raise InputError(
+            f"{name}={time!r}: expected a datetime; make one of a text with datetime.datetime.fromisoformat"
+        )
+    if time.utcoffset() is not None:
+        return time
+    try:
+        return time.astimezone()
+    except (OverflowError, ValueError, OSError) as error:
+        raise InputError(f"{name}={time!r}: no local time there ({error}); give it a time zone") from error
