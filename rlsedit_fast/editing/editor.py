@@ -267,7 +267,7 @@ class Editor:
             The number of tokens seen.
 
         Raises:
-            InputError: the priors are set already, by `calibrate` or the first edit; no text was given; or the
+            InputError: the priors are set already, by `calibrate` or the first edit; no texts were given; or the
                 statistics are of another model or lack a layer.
         """
         if self._layers:
@@ -306,7 +306,7 @@ class Editor:
         }
         return fingerprint(self.model, instead=originals)
 
-    def protect(self, prompts: Sequence[str], *, weight: float = 1.0) -> int:
+    def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
         """Holds the edited layers to what they do now on every token of `prompts`, beside the anchors.
 
         Args:
@@ -318,7 +318,8 @@ class Editor:
             The number of tokens that are held.
 
         Raises:
-            InputError: no prompt, one without tokens or too long for the model, or a weight that is not positive.
+            InputError: prompts that are not several texts, one without tokens or too long for the model, or a weight
+                that is not positive.
         """
         if not 0 < weight < float("inf"):
             raise InputError(f"weight={weight}: expected a finite number above 0")
@@ -335,7 +336,7 @@ class Editor:
                         ending.before.append(partial(self._recorder.protect, rows))
         return len(keys[0])
 
-    def calibrate(self, edits: Sequence[Edit]) -> list[Prior]:
+    def calibrate(self, edits: Iterable[Edit]) -> list[Prior]:
         """Finds each layer's prior from a pilot batch, changing nothing of the model.
 
         `config.lam` and `config.mu` win where they are given; what is left open is set such that the share
@@ -362,7 +363,7 @@ class Editor:
         self._layers = layers
         return self.priors
 
-    def assess(self, edits: Sequence[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
+    def assess(self, edits: Iterable[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
         """What `calibrate` would choose for each of some adherences, and what that would do to the pilot.
 
         Nothing is set. The arguments and errors are those of `calibrate`; with `share="memit"` the measures are those
@@ -373,11 +374,11 @@ class Editor:
             keys, _ = request_keys(self._decoder, self._projections, pilot)
         return tabulate(self.config, self._moments, keys, adherences)
 
-    def check(self, edits: Sequence[Edit]) -> dict[int, str]:
+    def check(self, edits: Iterable[Edit]) -> dict[int, str]:
         """Which edits cannot be made, by their place in `edits`, and why; `edit` would refuse the whole call."""
         return troubles(self.tokenizer, edits, self.config, longest=self._longest)
 
-    def requests(self, edits: Sequence[Edit]) -> list[Request]:
+    def requests(self, edits: Iterable[Edit]) -> list[Request]:
         """Edits as tokens, with the token at which the model would be edited.
 
         Raises:
@@ -386,7 +387,7 @@ class Editor:
         return self._prepare(edits)
 
     def edit(
-        self, edits: Sequence[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
+        self, edits: Iterable[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
     ) -> list[EditRecord]:
         """Tells the model facts, `config.batch_size` at a time.
 
@@ -427,7 +428,7 @@ class Editor:
                     if calibrated is None and self._recorder:
                         self._recorder.forget_start()
                 elif isinstance(error, RLSEditError):
-                    raise type(error)(f"{error}\nThe first {len(made)} of {len(edits)} edits are made.") from error
+                    raise type(error)(f"{error}\nThe first {len(made)} of {len(requests)} edits are made.") from error
                 raise
         made = self._ledger.get([record.id for record in made])
         if short := sum(not record.converged for record in made):
@@ -709,7 +710,7 @@ class Editor:
             logger.warning(told, len(texts), len(distinct))
         self.config = replace(config, context_prefixes=(*config.context_prefixes, *distinct), context_samples=0)
 
-    def _prepare(self, edits: Sequence[Edit]) -> list[Request]:
+    def _prepare(self, edits: Iterable[Edit]) -> list[Request]:
         return prepare(self.tokenizer, edits, self.config, longest=self._longest)
 
     def _pilot(self, requests: Sequence[Request]) -> list[Request]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.sources import each_text
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.prefixes import Prefixed
@@ -86,7 +87,7 @@ def text_keys(
     decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     projections: Sequence[Projection],
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     longest: int | None,
 ) -> list[Tensor]:
@@ -103,8 +104,9 @@ def text_keys(
         `K [tokens, d_k]` per projection, float32.
 
     Raises:
-        InputError: no text, or one that is empty or too long.
+        InputError: no text, or one that is none, empty or too long.
     """
+    texts = list(each_text(texts))
     rows = [encode_plain(tokenizer, text) for text in texts]
     wrong = [text for text, row in zip(texts, rows, strict=True) if not text.strip() or not row.ids]
     long = [text for text, row in zip(texts, rows, strict=True) if longest is not None and len(row.ids) > longest]

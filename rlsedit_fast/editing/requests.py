@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ class Request:
 
 
 def prepare(
-    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, *, longest: int | None
+    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, *, longest: int | None
 ) -> list[Request]:
     """Checks and tokenises all edits before anything is done with any of them.
 
@@ -49,30 +49,35 @@ def prepare(
         longest: most tokens that the model takes; None where it sets no limit.
 
     Raises:
-        RequestError: listing every edit that cannot be carried out, by its place in `edits`.
+        RequestError: listing every edit that cannot be carried out, by its place in `edits`; or no edits were given,
+            or one that is in no list.
     """
-    if not edits:
-        raise RequestError("no edits were given; give at least one")
     requests, refused = _attempt(tokenizer, edits, config, longest)
+    if not (count := len(requests) + len(refused)):
+        raise RequestError("no edits were given; give at least one")
     if refused:
         lines = [f"edit {place}: {reason}" for place, reason in refused.items()]
         shown = lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])
-        raise RequestError(
-            f"{len(refused)} of {len(edits)} edits cannot be made, nothing was changed:\n" + "\n".join(shown)
-        )
+        raise RequestError(f"{len(refused)} of {count} edits cannot be made, nothing was changed:\n" + "\n".join(shown))
     return requests
 
 
 def troubles(
-    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, *, longest: int | None
+    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, *, longest: int | None
 ) -> dict[int, str]:
-    """Which edits `prepare` would refuse, by their place in `edits`, and why. Same arguments."""
+    """Which edits `prepare` would refuse, by their place in `edits`, and why. Same arguments.
+
+    Raises:
+        RequestError: an edit that is in no list.
+    """
     return _attempt(tokenizer, edits, config, longest)[1]
 
 
 def _attempt(
-    tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit], config: EditConfig, longest: int | None
+    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, longest: int | None
 ) -> tuple[list[Request], dict[int, str]]:
+    if isinstance(edits, Edit | str) or not isinstance(edits, Iterable):
+        raise RequestError(f"edits: expected a list of them, got {edits!r:.60}; put a single Edit in a list")
     requests: list[Request] = []
     refused: dict[int, str] = {}
     for place, edit in enumerate(edits):

@@ -48,8 +48,12 @@ class GivenTexts:
     repeatable = False
 
     def read(self, tokenizer: PreTrainedTokenizerBase, start: int) -> Iterator[tuple[int, list[int]]]:
-        """See `Source`."""
-        return _tokenised(tokenizer, islice(enumerate(self.texts, start=1), start, None))
+        """See `Source`.
+
+        Raises:
+            InputError: see `each_text`.
+        """
+        return _tokenised(tokenizer, islice(enumerate(each_text(self.texts), start=1), start, None))
 
 
 class TextFile:
@@ -170,6 +174,23 @@ class SelfGenerated:
             for drawn in samples[place % self.batch :]:
                 place += 1
                 yield place, drawn.ids
+
+
+def each_text(texts: Iterable[str]) -> Iterator[str]:
+    """Some texts one by one.
+
+    Raises:
+        InputError: a single text, of which every letter would pass for one; or what is no text or no texts.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise InputError(f"texts: expected a list of texts, got {texts!r:.60}; put a single one in a list")
+    return (_text(place, text) for place, text in enumerate(texts))
+
+
+def _text(place: int, text: object) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"texts: expected a list of texts, got {text!r:.60} at place {place}; leave it out or mend it")
+    return text
 
 
 def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, RequestError
 
 EDITS = [
     rf.Edit(prompt, subject, target)
@@ -91,3 +91,52 @@ def test_a_time_that_has_no_local_one_is_refused(edited):
 
     with pytest.raises(InputError, match="give it a time zone"):
         edited.select(since=Early(1, 1, 1))
+
+
+NO_TEXTS = [
+    ("one text", "put a single one in a list"),
+    (b"one text", "put a single one in a list"),
+    (None, "got None"),
+    (3, "got 3"),
+    ([3], "got 3 at place 0"),
+    (["Lado speaks .", None], "got None at place 1"),
+]
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(("wrong", "message"), NO_TEXTS)
+def test_what_is_no_list_of_texts_is_neither_anchored_nor_protected(editor, wrong, message):
+    for act in (editor.anchor, editor.protect):
+        with pytest.raises(InputError, match=message):
+            act(wrong)
+    assert editor._moments is None
+    assert editor._to_protect == []
+
+
+def test_texts_may_come_one_by_one(editor):
+    assert editor.anchor(text for text in ["Lado speaks .", " ", "Veta speaks ."]) == 8
+    assert editor.protect(text for text in ["Lado speaks .", "Veta speaks ."]) == 8
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("wrong", [EDITS[0], None, 3, "Lado speaks Kubeish"])
+def test_what_is_no_list_of_edits_is_refused(editor, wrong):
+    adherences = [0.9]
+    for act in (editor.edit, editor.calibrate, editor.check, editor.requests, lambda e: editor.assess(e, adherences)):
+        with pytest.raises(RequestError, match="expected a list of them"):
+            act(wrong)
+    assert editor.priors == []
+
+
+def test_edits_may_come_one_by_one(editor):
+    assert len(editor.calibrate(edit for edit in EDITS)) == 2
+    assert editor.check(edit for edit in [*EDITS, EDITS[0].target]) == {5: "expected an Edit, got str"}
+    assert [record.target for record in editor.edit(edit for edit in EDITS[:2])] == ["Port Alder", "mason"]
+    with pytest.raises(RequestError, match="no edits"):
+        editor.edit(edit for edit in [])
+
+    def told(records):
+        raise InputError("made to fail")
+
+    with pytest.raises(InputError, match="first 1 of 1 edits are made"):
+        editor.edit((edit for edit in EDITS[2:3]), on_batch=told)
