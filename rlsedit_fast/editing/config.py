@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -27,9 +27,76 @@ APART: Mapping[str, Any] = {"share": "memit", "same_subject": "separate"}
 """How rules that take no edit back go through several layers, and through edits of one subject."""
 
 
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and fits(value)
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(fits, value))
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _one_of(name: str, choices: Any) -> tuple[str, Callable[[Any], bool], str]:
+    known = get_args(choices)
+    return name, lambda value: value in known, f"one of {', '.join(known)}"
+
+
+_MOST = sys.float_info.max  # what is beyond it is an infinity, or a whole number of hundreds of digits
+_COUNT, _FROM_0, _ABOVE_0 = _whole(1), _number(lambda x: 0 <= x <= _MOST), _number(lambda x: 0 < x <= _MOST)
+
+# Names of fields, what their values must pass, and how that is put in words.
+_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "layers",
+        _or_none(lambda value: _all(_whole(0))(value) and 0 < len(value) == len(set(value))),
+        "at least one block index, counted from 0, and none twice; or None",
+    ),
+    ("layer_module projection_module", _or_none(_text), "a dotted name, or None"),
+    _one_of("fact_token", FactToken),
+    _one_of("share", Share),
+    _one_of("values", Values),
+    _one_of("search_descent", Descent),
+    _one_of("search_stop", Stop),
+    _one_of("same_subject", SameSubject),
+    _one_of("unconverged", Unconverged),
+    ("keys", _or_none(lambda value: value in get_args(Keys)), f"one of {', '.join(get_args(Keys))}, or None"),
+    ("norm_anchor", lambda value: isinstance(value, bool), "True or False"),
+    ("adherence", _number(lambda x: 0 < x < 1), "a share strictly between 0 and 1, such as 0.95"),
+    ("batch_size search_steps search_stop_steps context_tokens", _COUNT, "a whole number of at least 1"),
+    ("search_ahead search_at_once search_memory", _or_none(_COUNT), "a whole number of at least 1, or None"),
+    ("context_samples delay", _whole(0), "a whole number of at least 0"),
+    ("context_seed", lambda value: _whole(0)(value) and value < 2**64, "a whole number of at least 0, below 2^64"),
+    ("ridge kl_factor weight_decay search_stop_nll search_stop_loss", _FROM_0, "a finite number of at least 0"),
+    ("clamp", _ABOVE_0, "a finite number above 0"),
+    ("search_rate", _or_none(_ABOVE_0), "a finite number above 0, or None"),
+    ("lam mu", _or_none(_FROM_0), "a finite number of at least 0, or None to calibrate it"),
+    (
+        "context_prefixes",
+        lambda value: _all(_text)(value) and value[:1] == ("",),
+        "texts, at least one; the first must be '', the bare prompt",
+    ),
+    (
+        "kl_prompts",
+        _all(lambda value: _text(value) and value.count("{}") == 1),
+        "texts with one '{}' in each, where the subject stands",
+    ),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """Settings of an `Editor`.
+    """Settings of an `Editor`. Of several values a list is taken as a tuple.
 
     Attributes:
         layers: blocks whose MLP output projection is edited; None takes those from an eighth to a quarter of the
@@ -142,53 +209,14 @@ class EditConfig:
         Raises:
             InputError: naming the field, what was given and what is expected.
         """
-        if self.layers is not None:
-            if not self.layers or any(not isinstance(layer, int) or layer < 0 for layer in self.layers):
-                raise InputError(f"layers={self.layers!r}: expected at least one block index, counted from 0")
-            if len(set(self.layers)) != len(self.layers):
-                raise InputError(f"layers={self.layers!r}: a layer is named twice; name each once")
-        for name, choices in (
-            ("fact_token", FactToken),
-            ("share", Share),
-            ("values", Values),
-            ("search_descent", Descent),
-            ("search_stop", Stop),
-            ("same_subject", SameSubject),
-            ("unconverged", Unconverged),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}")
-        if self.keys is not None and self.keys not in get_args(Keys):
-            raise InputError(f"keys={self.keys!r}: expected one of {', '.join(get_args(Keys))}, or None")
+        for name in ("layers", "context_prefixes", "kl_prompts"):
+            if isinstance(given := getattr(self, name), list | range):
+                object.__setattr__(self, name, tuple(given))
+        for names, fits, expected in _EXPECTED:
+            for name in names.split():
+                if not fits(given := getattr(self, name)):
+                    raise InputError(f"{name}={given!r}: expected {expected}")
         rules.check(self.rule, self.rule_options)
-        if not 0 < self.adherence < 1:
-            raise InputError(f"adherence={self.adherence}: expected a share strictly between 0 and 1, such as 0.95")
-        for name in ("batch_size", "search_steps", "search_stop_steps", "context_samples", "context_tokens"):
-            least = 0 if name == "context_samples" else 1
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}: expected at least {least}")
-        for name in ("search_ahead", "search_at_once", "search_memory"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: expected at least 1, or None")
-        for name in ("ridge", "delay", "kl_factor", "weight_decay", "search_stop_nll", "search_stop_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
-        for name in ("search_rate", "clamp"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}={value}: expected a finite number above 0")
-        for name in ("lam", "mu"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"{name}={value}: expected a finite number of at least 0, or None to calibrate it")
-        if not self.context_prefixes:
-            raise InputError("context_prefixes=(): expected at least one; ('',) stands for the bare prompt")
-        if self.context_prefixes[0]:
-            raise InputError(f"context_prefixes[0]={self.context_prefixes[0]!r}: the first must be '', the bare prompt")
-        wrong = [prompt for prompt in self.kl_prompts if prompt.count("{}") != 1]
-        if wrong:
-            raise InputError(f"kl_prompts {wrong}: expected one '{{}}' in each, where the subject stands")
 
     def under(self, rule: str, **changes: Any) -> EditConfig:
         """These settings for a rule, with what it cannot do otherwise, and what else is to change."""

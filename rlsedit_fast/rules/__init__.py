@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rules.alphaedit import AlphaEdit
@@ -57,6 +57,16 @@ OTHERS: dict[str, type[Rule]] = {
 RULES: tuple[str, ...] = (RECURSIVE, *OTHERS)
 
 
+_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", float | None: "a number, or None"}
+"""What a setting may be, by its type, in words."""
+
+
+def _settings(rule: type[Rule]) -> dict[str, Any]:
+    """Names of a rule's settings, with their types."""
+    hints = get_type_hints(rule)
+    return {field.name: hints[field.name] for field in fields(rule)}  # type: ignore[arg-type]
+
+
 def check(name: str, options: Mapping[str, Any]) -> Rule | None:
     """The rule of a name with some settings; None for the recursive one, whose settings are the editor's own.
 
@@ -65,14 +75,20 @@ def check(name: str, options: Mapping[str, Any]) -> Rule | None:
     """
     if name not in RULES:
         raise InputError(f"rule={name!r}: expected one of {', '.join(RULES)}")
-    known = {field.name for field in fields(OTHERS[name])} if name in OTHERS else set()  # type: ignore[arg-type]
-    if unknown := sorted(set(options) - known):
+    if not isinstance(options, Mapping):
+        raise InputError(f"rule_options={options!r}: expected settings of rule {name!r} by name")
+    known = _settings(OTHERS[name]) if name in OTHERS else {}
+    if unknown := sorted(str(key) for key in options if key not in known):
         raise InputError(
             f"rule_options: rule {name!r} has no {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
         )
-    wrong = [f"{key}={value!r}" for key, value in options.items() if not isinstance(value, int | float | None)]
+    wrong = [
+        f"{key}={value!r}, expected {_EXPECTED[known[key]]}"
+        for key, value in options.items()
+        if isinstance(value, bool) or not isinstance(value, known[key] | int)  # whole numbers are numbers too
+    ]
     if wrong:
-        raise InputError(f"rule_options: {', '.join(wrong)}: expected numbers")
+        raise InputError(f"rule_options: {'; '.join(wrong)}")
     return OTHERS[name](**options) if name in OTHERS else None
 
 

@@ -148,7 +148,15 @@ def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
         ("memit", {"share": 0.4}, "'memit' has no share; it has none"),
         ("rls", {"mu": 1.0}, "'rls' has no mu"),
         ("rect", {"share": 0.0}, "above 0 and up to 1"),
-        ("rect", {"share": "much"}, "expected numbers"),
+        ("rect", {"share": "much"}, "share='much', expected a number"),
+        ("rect", {"share": True}, "share=True, expected a number"),
+        ("rect", {"share": None}, "share=None, expected a number"),
+        ("ft", {"steps": None}, "steps=None, expected a whole number"),
+        ("ft", {"steps": 25.5}, "steps=25.5, expected a whole number"),
+        ("ft-bounded", {"bound": "5", "steps": "5"}, "bound='5', expected a number; steps='5', expected a whole"),
+        ("alphaedit", {"null_share": "all"}, "expected a number, or None"),
+        ("memit", 3, "rule_options=3"),
+        ("memit", {3: 1.0, "share": 1.0}, "has no 3, share"),
         ("prune", {"base": 1.0}, "above 1"),
         ("nse", {"activation": 1.5}, "up to 1"),
         ("emmet", {"damping": -1.0}, "at least 0"),
@@ -163,6 +171,12 @@ def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
 def test_rules_and_settings_that_cannot_be_meant_are_refused(name, options, message):
     with pytest.raises(InputError, match=message):
         check(name, options)
+
+
+def test_whole_numbers_are_numbers_and_none_is_what_may_be_left_open():
+    assert check("emmet", {"damping": 1}).damping == 1
+    assert check("alphaedit", {"null_share": None}).null_share is None
+    assert check("rls", {}) is None
 
 
 def test_priors_that_a_rule_cannot_work_under_are_refused():
