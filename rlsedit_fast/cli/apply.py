@@ -6,9 +6,10 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.export import check_checkpoint
+from rlsedit_fast.cli import DONE, setup
+from rlsedit_fast.cli.export import Written, check_checkpoint
 from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.export import apply_delta
 
 HELP = "put a delta onto the model that it was made from, and write the edited checkpoint"
@@ -25,9 +26,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
     check_checkpoint(options.out, options.model)
+    check_places(options, folders=("out",))
     model, tokenizer = setup.load_model(options)
     report = apply_delta(model, options.delta)
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    emit(asdict(report) | {"out": str(options.out)}, [f"checkpoint: {options.out}"], options.json)
-    return 0
+    written = Written()
+    with written.attempt(f"--out {options.out}"):
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        written.files.append(f"checkpoint: {options.out}")
+    with written.attempt():
+        emit(asdict(report) | {"out": str(options.out)} | written.told, written.files, options.json)
+    written.raise_failures()
+    return DONE

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.errors import InputError
 
 HELP = "edit the shipped model with a stream of facts and measure what happened"
 
@@ -28,6 +31,9 @@ def run(options: argparse.Namespace) -> int:
     from rlsedit_fast import doctor
     from rlsedit_fast.evaluation import demo
 
+    check_places(options, folders=("out",))
+    if find_spec("matplotlib") is None:
+        raise InputError("the plot needs matplotlib; pip install 'rlsedit-fast[demo]'")
     results = demo.run(edits=options.edits, batch_size=options.batch_size, seed=options.seed, out=options.out)
     picture, numbers = options.out / "retention.png", options.json or str(options.out / "demo.json")
     lines = [

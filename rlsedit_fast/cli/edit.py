@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rlsedit_fast.cli import DONE, INTERRUPTED, LEFT_OUT, setup
-from rlsedit_fast.cli.export import add_exports, check_exports, write_exports
+from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.editor import PILOT
 from rlsedit_fast.editing.written import record_text
-from rlsedit_fast.errors import InputError, RLSEditError
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.store import Store
 
 HELP = "edit facts from a file into a model"
@@ -83,9 +83,12 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
         return LEFT_OUT if facts.left_out else DONE
     if not facts.edits:
-        results["files"] = write_exports(editor, options) if _any_active(editor) else []
-        lines = [f"all {len(known)} edits are in the store already; the model was told nothing", *results["files"]]
-        emit(results, lines, options.json)
+        written = write_exports(editor, options) if _any_active(editor) else Written()
+        results |= written.told
+        lines = [f"all {len(known)} edits are in the store already; the model was told nothing", *written.files]
+        with written.attempt():
+            emit(results, lines, options.json)
+        written.raise_failures()
         return LEFT_OUT if facts.left_out else DONE
     taken_up = bool(editor.priors)
     if taken_up and (options.statistics or options.text or options.self_generate or options.no_anchors):
@@ -98,11 +101,14 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
     with _warnings_left_to_the_summary():
         interrupted, error = _edit(editor, facts, options, results)
-    results["files"] = write_exports(editor, options) if _any_active(editor) else []
-    lines = _summary(results)
-    emit(results, lines, options.json)
+    written = write_exports(editor, options) if _any_active(editor) else Written()
+    results |= written.told
+    with written.attempt():
+        emit(results, _summary(results), options.json)
     if error is not None:
+        say(*written.failures)
         raise error
+    written.raise_failures()
     return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else DONE
 
 
@@ -112,7 +118,7 @@ class _Finished(Exception):
 
 def _edit(
     editor: Editor, facts: Facts, options: argparse.Namespace, results: dict[str, Any]
-) -> tuple[bool, RLSEditError | None]:
+) -> tuple[bool, Exception | None]:
     """Makes the edits, batch by batch, and enters what became of them into `results`."""
     from rlsedit_fast.evaluation.outcome import next_tokens, outcome
 
@@ -122,7 +128,7 @@ def _edit(
     first = len(editor.history())
     priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
-    error: RLSEditError | None = None
+    error: Exception | None = None
     began = time.perf_counter()
     with _interrupts() as interrupted, progress(len(facts.edits), "editing", "edit") as bar:
 
@@ -135,7 +141,7 @@ def _edit(
             editor.edit(facts.edits, on_batch=written)
         except _Finished:
             pass
-        except RLSEditError as trouble:
+        except Exception as trouble:  # whatever it is, the batches before it are made
             error = trouble
     records = editor.history()[first:]
     places = dict(zip((record.id for record in records), facts.places, strict=False))
@@ -149,8 +155,11 @@ def _edit(
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
     made: list[Edit] = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
     if made and start is not None:
-        results["before"] = asdict(start)
-        results["after"] = asdict(outcome(model, tokenizer, made, before))
+        try:
+            results["before"] = asdict(start)
+            results["after"] = asdict(outcome(model, tokenizer, made, before))
+        except Exception as trouble:
+            error = error or trouble
     return bool(interrupted), error
 
 

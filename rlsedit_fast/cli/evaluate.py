@@ -10,6 +10,7 @@ from typing import Any
 
 from rlsedit_fast.cli import DONE, LEFT_OUT, setup
 from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rules import RECURSIVE, RULES
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.stream import Plan
 
     setup.show_warnings()
+    check_places(options, folders=("out",))
     spec = GroundSpec(**{name: getattr(options, name) for name in GroundSpec.__dataclass_fields__})
     base = setup.make_config(options)
     if options.model == DEMO and options.config is None:

@@ -27,13 +27,14 @@ def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], t
     if to == "-":
         print(json.dumps(results, indent=2, default=str))
         return
-    if to is not None:
-        try:
+    try:
+        if to is not None:
             Path(to).parent.mkdir(parents=True, exist_ok=True)
             Path(to).write_text(json.dumps(results, indent=2, default=str) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {to}: cannot be written ({error.strerror}); name a file that can") from error
-    print("\n".join(lines))
+    except OSError as error:
+        raise InputError(f"--json {to}: cannot be written ({error.strerror}); name a file that can") from error
+    finally:
+        print("\n".join(lines))
 
 
 def plain(text: str) -> str:

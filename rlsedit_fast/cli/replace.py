@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.output import emit
-from rlsedit_fast.cli.stores import add_change, change
+from rlsedit_fast.cli.stores import add_change, change, tell
 
 HELP = "tell the model another target for edits of a store; the old ones stay in its history"
 
@@ -21,5 +20,4 @@ def run(options: argparse.Namespace) -> int:
     done = change(options, lambda editor, ids: editor.replace(ids, target=options.target))
     made = [entry | {"replaces": was.id} for entry, was in zip(done.entries, done.old, strict=True)]
     lines = [f"{len(made)} edits replaced; the model's answers before and now:", *done.lines]
-    emit({"replaced": made, "files": done.files}, lines, options.json)
-    return 0
+    return tell({"replaced": made}, lines, done, options)

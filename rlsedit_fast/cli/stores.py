@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.export import add_exports, check_named_exports, write_exports
-from rlsedit_fast.cli.output import add_json, plain
+from rlsedit_fast.cli import DONE, setup
+from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
+from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.errors import InputError
@@ -83,14 +83,14 @@ class Changed:
         records: those that the change made of them, in the same order.
         before: what the model said to each before the change.
         after: what it says to each now.
-        files: that were written.
+        written: what became of the exports.
     """
 
     old: list[EditRecord]
     records: list[EditRecord]
     before: list[str]
     after: list[str]
-    files: list[str]
+    written: Written
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ class Changed:
     @property
     def lines(self) -> list[str]:
         """The answers, a line an edit, and the files."""
-        return answer_lines(self.records, self.before, self.after) + self.files
+        return answer_lines(self.records, self.before, self.after) + self.written.files
 
 
 def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list[EditRecord]]) -> Changed:
@@ -122,6 +122,18 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
         before = ask(editor, old)
         records = make(editor, [record.id for record in old])
         return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
+
+
+def tell(results: dict[str, Any], lines: Sequence[str], done: Changed, options: argparse.Namespace) -> int:
+    """Prints and writes what a change did.
+
+    Raises:
+        InputError: not all files could be written; all else is told.
+    """
+    with done.written.attempt():
+        emit(results | done.written.told, lines, options.json)
+    done.written.raise_failures()
+    return DONE
 
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:

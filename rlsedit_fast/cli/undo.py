@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.output import emit
-from rlsedit_fast.cli.stores import add_change, change
+from rlsedit_fast.cli.stores import add_change, change, tell
 
 HELP = "take edits of a store back, as if the model had never been told them"
 
@@ -19,5 +18,4 @@ def run(options: argparse.Namespace) -> int:
     """Runs it."""
     done = change(options, lambda editor, ids: editor.undo(ids))
     lines = [f"{len(done.records)} edits undone; the model's answers before and now:", *done.lines]
-    emit({"undone": done.entries, "files": done.files}, lines, options.json)
-    return 0
+    return tell({"undone": done.entries}, lines, done, options)

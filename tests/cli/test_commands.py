@@ -205,6 +205,64 @@ def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch
     assert "made to fail" in capsys.readouterr().err
 
 
+def test_an_export_that_fails_takes_nothing_else_with_it(edit, desk, monkeypatch, capsys):
+    from rlsedit_fast.editing import Editor
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Editor, "save_pretrained", full)
+    outputs = ["--out", "out", "--delta", "edits.delta", "--store", "edits"]
+    assert edit("--no-anchors", "--limit", "4", *outputs, "--json", "report.json") == 2
+    told = capsys.readouterr()
+    assert "4 of 4 edits made" in told.out
+    assert "--out out: not written, or not whole: unforeseen OSError: [Errno 28] No space left on device" in told.err
+    assert "`rlsedit edit --store edits`" in told.err
+    report = read(desk / "report.json")
+    assert (report["made"], report["files"]) == (4, ["delta: edits.delta"])
+    assert "No space left" in report["not_written"][0]
+    assert (desk / "edits.delta").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_report_that_cannot_be_written_costs_neither_summary_nor_exports(edit, desk, capsys):
+    assert edit("--no-anchors", "--limit", "4", "--out", "out", "--json", "/dev/full") == 2
+    told = capsys.readouterr()
+    assert "4 of 4 edits made" in told.out
+    assert "--json /dev/full: cannot be written (No space left on device)" in told.err
+    assert (desk / "out" / "model.safetensors").exists()
+
+
+def test_an_error_of_any_kind_keeps_the_batches_before_it(edit, desk, monkeypatch, capsys):
+    from rlsedit_fast.editing import finding
+
+    real, calls = finding.search_within_memory, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("made to fail")
+        return real(*args)
+
+    monkeypatch.setattr(finding, "search_within_memory", fails)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
+    assert read(desk / "report.json")["made"] == 4
+    assert (desk / "out" / "model.safetensors").exists()
+    assert "rlsedit edit: unforeseen RuntimeError: made to fail" in capsys.readouterr().err
+
+
+def test_other_commands_try_their_places_first(base, desk, capsys):
+    (desk / "file").write_text("")
+    for command in (
+        ["apply", "--model", str(base), "--delta", "none", "--out", "file/out"],
+        ["demo", "--out", "file/out"],
+        ["evaluate", "--out", "file/out"],
+        ["export", "--model", str(base), "--edited", str(base), "--delta", "file/delta"],
+    ):
+        assert main(command) == 2
+        assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -212,6 +270,19 @@ def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch
         (("--out", "facts.jsonl"), "exists already"),
         (("--out", "BASE"), "is the model itself"),
         (("--out", "out", "--rank", "4"), "name --adapter"),
+        (("--adapter", "out", "--rank", "0"), "--rank 0: expected at least 1"),
+        (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
+        (("--out", "facts.jsonl/out"), "cannot be written (Not a directory)"),
+        (
+            ("--delta", "new/edits.delta", "--json", "text.txt/new/report.json"),
+            "--json text.txt/new/report.json: cannot",
+        ),
+        (("--adapter", "a" * 300), "cannot be written (File name too long)"),
+        (("--out", "out", "--json", "BASE"), "it is a folder"),
+        (("--out", "out", "--delta", "new/../out"), "are the same place"),
+        (("--out", "out", "--store", "out"), "are the same place"),
+        (("--delta", "new", "--out", "new/out"), "lies within --delta new, which becomes a file"),
+        (("--out", "out", "--json", "settings.json"), "is what --config reads"),
         (("--out", "out", "--layers", "x"), "expected block indices"),
         (("--out", "out", "--layers", "9"), "layers 0 to 3"),
         (("--out", "out", "--adherence", "2"), "adherence=2"),
