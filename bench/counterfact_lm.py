@@ -8,8 +8,8 @@ The real prompts, answers of several tokens and thousands of edits, with nothing
 made from the texts, and a GPT-NeoX of a few layers whose MLPs have d_k = 4,096, trained on every record's prompt,
 rephrasing and locality prompt with their true answers, and on running text beside them. In most sentences the positions
 behind a subject are kept from seeing all but its last token, as in the demo model's recipe and for the same reason: so
-that the model gathers a subject where it is edited. That is the first of its four layers: there four of five edits find
-their value within 1.5 times the hidden state's norm (the published 0.75 is short for half), in the second a third.
+that the model gathers a subject where it is edited. That is the first of its four layers, in which most edits find
+their value within 1.5 times the hidden state's norm; the published 0.75 is too short a way in so narrow a stream.
 
 Interrupted, it goes on from its last checkpoint in DIR; when it ends, DIR is an ordinary checkpoint with `recipe.json`,
 which says what the model knows.
@@ -169,7 +169,7 @@ def _order(epoch: int, count: int, seed: int) -> list[int]:
 
 
 def parts_of(batch: Sequence[_Text], most_padded: float = 1.3) -> list[list[_Text]]:
-    """A step's texts, those of like length together: padding all to the longest more than doubles the time."""
+    """A step's texts, those of like length together: padding all to the longest takes far longer."""
     parts: list[list[_Text]] = []
     for text in sorted(batch, key=lambda text: len(text.ids)):
         if not parts or len(text.ids) > most_padded * len(parts[-1][0].ids) + 4:

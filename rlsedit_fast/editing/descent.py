@@ -111,7 +111,7 @@ class ConstrainedDescent:
     delta = 0 the KL term is at its minimum, and what matters is how high it is where the target is reached. Where the
     published loss weighs target against KL, here the target is wanted in full and the KL term gets all that is left,
     so `kl_factor` matters only by being 0 or not, and `weight_decay` not at all.
-    Fewer steps than the descents on the sum, at a fraction of their KL (`bench/search.py`).
+    About half the steps of the descents on the sum that keep as much (`bench/results/search.json`).
 
     Args:
         rate: longest step towards the target, relative to the hidden state's norm.

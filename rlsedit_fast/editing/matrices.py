@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.files import written_whole
+from rlsedit_fast.files import damaged, open_tensors, write_tensors
 from rlsedit_fast.models.fingerprint import digest
+
+_AGAIN = "collect it anew"
 
 
 def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: dict[str, Any]) -> None:
@@ -19,12 +20,8 @@ def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: di
 
     The file takes its name once it lies whole on the disk: whatever was there is kept until then.
     """
-    from safetensors.torch import save_file
-
     held = {str(layer): matrix.contiguous() for layer, matrix in matrices.items()}
-    sums = {layer: digest(matrix) for layer, matrix in held.items()}
-    with written_whole(path) as (fresh,):
-        save_file(held, fresh, metadata={"kind": kind, "about": json.dumps(about), "sums": json.dumps(sums)})
+    write_tensors(path, kind, held, about=about, sums={layer: digest(matrix) for layer, matrix in held.items()})
 
 
 def read_matrices(
@@ -35,25 +32,16 @@ def read_matrices(
     Raises:
         InputError: the file is not there, is damaged, is of another kind, or lacks a layer.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("kind") != kind:
-                raise InputError(f"{str(path)!r} is a safetensors file, but none of {kind!r}; name the right one")
-            sums = json.loads(metadata["sums"])
-            wanted = list(sums) if layers is None else [str(layer) for layer in layers]
-            if lacking := [layer for layer in wanted if layer not in sums]:
-                raise InputError(
-                    f"{str(path)!r} has the layers {', '.join(sums)} and lacks {', '.join(lacking)}; collect them anew"
-                )
-            held = {layer: file.get_tensor(layer) for layer in wanted}
-    except FileNotFoundError as error:
-        raise InputError(f"{str(path)!r} is not there; name a file of {kind!r}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{str(path)!r} is damaged, or no file of {kind!r} ({error}); collect it anew") from error
+    with open_tensors(path, kind, _AGAIN) as found:
+        wanted = list(found.sums) if layers is None else [str(layer) for layer in layers]
+        if lacking := [layer for layer in wanted if layer not in found.sums]:
+            raise InputError(
+                f"{str(path)!r} has the layers {', '.join(found.sums)} and lacks {', '.join(lacking)}; {_AGAIN}"
+            )
+        if missing := sorted({*wanted} - {*found.file.keys()}):
+            raise damaged(path, f"it lacks layer {', '.join(missing)}", _AGAIN)
+        held = {layer: found.file.get_tensor(layer) for layer in wanted}
     for layer, matrix in held.items():
-        if digest(matrix) != sums[layer]:
-            raise InputError(f"{str(path)!r} is damaged: layer {layer} is not what was written; collect it anew")
-    return {int(layer): matrix for layer, matrix in held.items()}, json.loads(metadata["about"])
+        if digest(matrix) != found.sums[layer]:
+            raise damaged(path, f"layer {layer} is not what was written", _AGAIN)
+    return {int(layer): matrix for layer, matrix in held.items()}, found.about

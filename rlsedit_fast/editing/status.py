@@ -18,8 +18,7 @@ from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.prior import chunks
 
 DEFAULT_BUDGET = 0.25
-"""Of the outputs on the anchors, or of the weights where there are none. The demo's thousand edits take 0.14 of their
-anchors' outputs, and nearly all other answers stay."""
+"""Of the outputs on the anchors, or of the weights where there are none."""
 
 RECENT = 100
 """Edits that count as recent."""

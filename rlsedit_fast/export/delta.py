@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, linear_weight
-from rlsedit_fast.files import written_whole
+from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
 from rlsedit_fast.models.fingerprint import digest, fingerprint
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 KIND = "rlsedit-fast delta 1"
 """What a file of `write_delta` says that it is; the number counts versions of the format."""
 
+_AGAIN = "copy or write it again"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,8 +86,6 @@ def write_delta(
         InputError: nothing to write, the same module twice, several dtypes, one that is not supported, or a path that
             cannot be written.
     """
-    from safetensors.torch import save_file
-
     dtype = _dtype_of(changes)
     if not base_fingerprint:
         raise InputError("base_fingerprint is empty; give models.fingerprint.fingerprint(model) of the unedited model")
@@ -104,9 +101,7 @@ def write_delta(
         sums[change.name] = digest(change.stored)
         modules.append(_module(change.name, change.original, change.stored, len(index)))
     about = {"base_fingerprint": base_fingerprint, "dtype": dtype, "edits": edits, "version": __version__}
-    place = Path(path)
-    with written_whole(place) as (fresh,):
-        save_file(tensors, fresh, metadata={"kind": KIND, "about": json.dumps(about), "sums": json.dumps(sums)})
+    write_tensors(Path(path), KIND, tensors, about=about, sums=sums)
     return DeltaReport(str(path), base_fingerprint, dtype, edits, __version__, tuple(modules))
 
 
@@ -121,8 +116,9 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
             changed.
         ModelError: the model lacks a module of the file. Nothing was changed.
     """
-    with _opened(Path(path)) as file:
-        about, sums = _described(Path(path), file)
+    with open_tensors(Path(path), KIND, _AGAIN) as opened:
+        about = opened.about
+        _check_whole(path, opened)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
                 f"{str(path)!r} is added to the model {about['base_fingerprint']}, this model is {found}: its weights, "
@@ -130,9 +126,9 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
             )
         results: list[tuple[Tensor, Tensor]] = []
         modules = []
-        for name, wanted in sums.items():
+        for name, wanted in opened.sums.items():
             weight = _weight(model, name, _DTYPES[about["dtype"]])
-            new, by_value = _sum(Path(path), file, name, weight)
+            new, by_value = _sum(Path(path), opened.file, name, weight)
             if digest(new) != wanted:
                 raise _damaged(path, f"what it gives for {name} is not what was written")
             modules.append(_module(name, weight, new, by_value))
@@ -180,35 +176,12 @@ def _module(name: str, original: Tensor, new: Tensor, by_value: int) -> ModuleDe
     return ModuleDelta(name, (new.shape[0], new.shape[1]), changed, by_value, norm)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); name a file of write_delta") from error
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _described(path: Path, file: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the file says about itself, and the digests of the weights that it leads to."""
-    metadata = file.metadata() or {}
-    if metadata.get("kind") != KIND:
-        raise InputError(
-            f"{str(path)!r} is a safetensors file that calls itself {metadata.get('kind', 'nothing')!r}, not {KIND!r}; "
-            "name a file of write_delta, of this version's format"
-        )
-    try:
-        about, sums = json.loads(metadata["about"]), json.loads(metadata["sums"])
-        fitting = about["dtype"] in _DTYPES and {"base_fingerprint", "edits", "version"} <= about.keys() and bool(sums)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, f"its description cannot be read ({error})") from error
-    if not fitting:
+def _check_whole(path: str | Path, opened: Described) -> None:
+    about = opened.about
+    if about.get("dtype") not in _DTYPES or not {"base_fingerprint", "edits", "version"} <= about.keys():
         raise _damaged(path, "its description is not whole")
-    return about, sums
+    if not opened.sums:
+        raise _damaged(path, "it names no module")
 
 
 def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Tensor:
@@ -244,4 +217,4 @@ def _sum(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]
 
 
 def _damaged(path: str | Path, why: str) -> InputError:
-    return InputError(f"{str(path)!r} is damaged: {why}; copy or write it again")
+    return damaged(path, why, _AGAIN)

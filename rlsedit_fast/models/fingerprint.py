@@ -114,7 +114,7 @@ def _block_weights(device: torch.device) -> Tensor:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration's `to_dict()` a forward pass reads, written alike by transformers 4.56 to 5.23.
+    """What of a configuration's `to_dict()` a forward pass reads, written alike by transformers 4.56 to 5.24.
 
     Left out are names and paths, generation and training settings, and whatever is off (None, false, 0, empty), for
     versions differ in what they list. Rotary settings are brought into the form of version 5.

@@ -18,10 +18,10 @@ GAIN = 4.0
 ill-conditioned precision merely storing C in float32 leaves a residual over the limit."""
 
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""The residual from which on a refresh is advised. In measured streams the relative error of C was at most 1.3 times
-the residual (errors in a few directions, after removals of strong edits) and otherwise a part of it that shrinks with
-the condition of S: a third at 1e2, a sixteenth at 1e4. So 1e-3 stands for a drift of 6e-5 at condition 1e4, where
-float32 is to stay within 1e-4; a better conditioned state drifts less."""
+"""The residual from which on a refresh is advised. In measured streams (bench/results/solver-accuracy.json) the
+relative error of C was a part of the residual that shrinks with the condition of S: under a half at 1e2, a sixteenth at
+1e4. So 1e-3 stands for a drift of 6e-5 at condition 1e4, where float32 is to stay within 1e-4; a better conditioned
+state drifts less."""
 
 
 @dataclass(frozen=True)

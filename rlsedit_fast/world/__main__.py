@@ -13,7 +13,7 @@ from rlsedit_fast.world.train import Recipe, train
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlsedit_fast.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train the demo model from the seed (20 to 40 minutes on two cores)")
+    training = commands.add_parser("train", help="train the demo model from the seed (about 40 minutes on two cores)")
     training.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and recipe.json")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
