@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 from rlsedit_fast.cli import DONE, INTERRUPTED, LEFT_OUT, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
+from rlsedit_fast.cli.interrupts import Interrupts, interrupts
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
 from rlsedit_fast.editing import Edit, Editor, EditRecord
@@ -65,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
+    from rlsedit_fast.evaluation.outcome import next_tokens, outcome
+
     facts = sift(editor, facts, options)
     facts, known = _not_yet_made(editor, facts)
     layers = describe_layers(editor)
@@ -99,17 +100,26 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     results["anchors"] = "the store's" if taken_up else setup.anchor(editor, options)
     if protected:
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
+    before: dict[str, int] | None = None
+    if not options.no_evaluation:
+        before = next_tokens(editor.model, editor.tokenizer, facts.edits)
+        results["before"] = asdict(outcome(editor.model, editor.tokenizer, facts.edits, before, now=before))
     with _warnings_left_to_the_summary():
-        interrupted, error = _edit(editor, facts, options, results)
-    written = write_exports(editor, options) if _any_active(editor) else Written()
-    results |= written.told
-    with written.attempt():
-        emit(results, _summary(results), options.json)
+        priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
+    results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
+    with _warnings_left_to_the_summary(), interrupts() as presses:
+        made, error = _edit(editor, facts, presses, results)
+        if made and before is not None:
+            error = _ask(editor, made, before, presses, results) or error
+        written = write_exports(editor, options) if _any_active(editor) else Written()
+        results |= written.told
+        with written.attempt():
+            emit(results, _summary(results), options.json)
     if error is not None:
         say(*written.failures)
         raise error
     written.raise_failures()
-    return INTERRUPTED if interrupted else LEFT_OUT if facts.left_out or results["skipped"] else DONE
+    return INTERRUPTED if presses.seen else LEFT_OUT if facts.left_out or results["skipped"] else DONE
 
 
 class _Finished(Exception):
@@ -117,24 +127,17 @@ class _Finished(Exception):
 
 
 def _edit(
-    editor: Editor, facts: Facts, options: argparse.Namespace, results: dict[str, Any]
-) -> tuple[bool, Exception | None]:
-    """Makes the edits, batch by batch, and enters what became of them into `results`."""
-    from rlsedit_fast.evaluation.outcome import next_tokens, outcome
-
-    model, tokenizer = editor.model, editor.tokenizer
-    before = {} if options.no_evaluation else next_tokens(model, tokenizer, facts.edits)
-    start = None if options.no_evaluation else outcome(model, tokenizer, facts.edits, before, now=before)
+    editor: Editor, facts: Facts, presses: Interrupts, results: dict[str, Any]
+) -> tuple[list[Edit], Exception | None]:
+    """Makes the edits, batch by batch, and enters what became of them into `results`; those that were made."""
     first = len(editor.history())
-    priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
-    results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     error: Exception | None = None
     began = time.perf_counter()
-    with _interrupts() as interrupted, progress(len(facts.edits), "editing", "edit") as bar:
+    with presses.patient(1), progress(len(facts.edits), "editing", "edit") as bar:
 
         def written(made: list[EditRecord]) -> None:
             bar.update(len(made))
-            if interrupted:
+            if presses.seen:
                 raise _Finished
 
         try:
@@ -153,14 +156,24 @@ def _edit(
     results["not_converged"] = [places[r.id] for r in records if not r.converged and r.state == "active"]
     results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    made: list[Edit] = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
-    if made and start is not None:
+    made = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
+    return made, error
+
+
+def _ask(
+    editor: Editor, made: list[Edit], before: dict[str, int], presses: Interrupts, results: dict[str, Any]
+) -> Exception | None:
+    """Asks the model about the edits that were made; Ctrl-C ends that, and the rest is written without."""
+    from rlsedit_fast.evaluation.outcome import outcome
+
+    with presses.patient(0):
         try:
-            results["before"] = asdict(start)
-            results["after"] = asdict(outcome(model, tokenizer, made, before))
+            results["after"] = asdict(outcome(editor.model, editor.tokenizer, made, before))
         except Exception as trouble:
-            error = error or trouble
-    return bool(interrupted), error
+            return trouble
+    if "after" not in results:
+        say("interrupted: the model is not asked about the edits; writing what was made")
+    return None
 
 
 def _any_active(editor: Editor) -> bool:
@@ -220,32 +233,6 @@ def _warnings_left_to_the_summary() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C enters the list that is yielded; the second one gives up the batch under way.
-
-    Where Ctrl-C is ignored (a job in the background) or is not for this thread to see, it stays so.
-    """
-    seen: list[int] = []
-    main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield seen
-        return
-
-    def once(number: int, _frame: object) -> None:
-        seen.append(number)
-        say("interrupted: finishing this batch; once more to give it up")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old = signal.signal(signal.SIGINT, once)
-    try:
-        yield seen
-    except KeyboardInterrupt:  # the batch under way is rolled back, and those before it stay
-        pass
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def _prompts(path: Path) -> list[str]:

@@ -187,6 +187,60 @@ def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
     assert report["after"]["efficacy"] == {"count": 4, "of": 4}
 
 
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_at_the_end_costs_nothing_that_was_made(edit, desk, monkeypatch, capsys, presses):
+    from rlsedit_fast.editing import Editor
+    from rlsedit_fast.evaluation import outcome
+
+    asked, saved, calls = outcome.outcome, Editor.save_pretrained, []
+
+    def pressed_asking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return asked(*args, **kwargs)
+
+    def pressed_saving(*args):
+        for _ in range(presses - 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return saved(*args)
+
+    monkeypatch.setattr(outcome, "outcome", pressed_asking)
+    monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
+    assert edit("--no-anchors", "--limit", "4", "--out", "out", "--delta", "delta", "--json", "report.json") == 130
+    report = read(desk / "report.json")
+    assert report["made"] == 4
+    assert "after" not in report
+    assert report["files"] == ["checkpoint: out", "delta: delta"]
+    assert (desk / "delta").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "the model is not asked about the edits" in capsys.readouterr().err
+
+
+def test_ctrl_c_pressed_again_and_again_leaves_what_was_made(edit, desk, monkeypatch):
+    from rlsedit_fast.editing import Editor, finding
+
+    real, saved, calls = finding.search_within_memory, Editor.save_pretrained, []
+
+    def pressed(*args):
+        calls.append(1)
+        found = real(*args)
+        if len(calls) == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    def pressed_saving(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return saved(*args)
+
+    monkeypatch.setattr(finding, "search_within_memory", pressed)
+    monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
+    assert read(desk / "report.json")["files"] == ["checkpoint: out"]
+    assert (desk / "out" / "tokenizer.json").exists()
+
+
 def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
     from rlsedit_fast.editing import finding
     from rlsedit_fast.errors import UpdateError
