@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 
 from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.cli.setup import add_model, add_settings, add_tokens, gather, make_editor, make_source, show_warnings
 from rlsedit_fast.editing import cache
+from rlsedit_fast.editing.statistics import STATISTICS
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import open_tensors
 
 HELP = "collect what the edited layers do on running text, for edits to hold on to"
 
@@ -31,6 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it; interrupted, it goes on from where it was when called again."""
     show_warnings()
+    check_places(options, files=("out", "json"))
+    if options.out is not None:
+        _check_replaceable(options.out)
     editor = make_editor(options)
     source = make_source(editor, options)
     out = options.out or cache.place(editor.fingerprint(), editor.layers, source.name, options.tokens)
@@ -50,3 +57,16 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{found.tokens} tokens, layers {', '.join(map(str, editor.layers))}: {out}"]
     emit(results, lines, options.json)
     return 0
+
+
+def _check_replaceable(out: Path) -> None:
+    """Statistics may be collected anew into their file; whatever else is there stays."""
+    if not out.exists():
+        return
+    try:
+        with open_tensors(out, STATISTICS, ""):
+            pass
+    except InputError as error:
+        raise InputError(
+            f"--out {out} exists already and is no file of key statistics; name another, or remove it"
+        ) from error

@@ -413,6 +413,25 @@ def test_statistics_are_resumed_cached_and_shared_by_no_other_model(base, desk, 
     assert json.loads(capsys.readouterr().out)["anchors"] == "none"
 
 
+def test_statistics_replace_statistics_and_nothing_else(base, desk, capsys):
+    command = ["statistics", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "600", "--out"]
+    before = {name: (desk / name).read_bytes() for name in ("facts.jsonl", "text.txt")}
+    for out, message in (
+        ("text.txt", "--out text.txt is what --text reads"),
+        ("facts.jsonl", "exists already and is no file of key statistics"),
+        (str(base / "model.safetensors"), "exists already and is no file of key statistics"),
+        ("text.txt/new", "cannot be written"),
+        ("cache.json", "are the same place"),
+    ):
+        assert main([*command, out, "--json", "cache.json"]) == 2
+        assert message in capsys.readouterr().err
+    assert {name: (desk / name).read_bytes() for name in before} == before
+    assert main([*command, "new.safetensors"]) == 0
+    first = load_file(desk / "new.safetensors")
+    assert main([*command, "new.safetensors", "--tokens", "900"]) == 0
+    assert not torch.equal(first["0"], load_file(desk / "new.safetensors")["0"])
+
+
 def test_calibrate_tells_what_an_adherence_means(base, desk, capsys):
     command = ["calibrate", "--model", str(base), "--edits", "facts.jsonl", "--layers", "0", "--text", "text.txt"]
     assert main([*command, "--tokens", "2000", "--adherences", "0.8", "0.95", "--json"]) == 0
