@@ -323,8 +323,7 @@ class Editor:
         """
         if not 0 < weight < float("inf"):
             raise InputError(f"weight={weight}: expected a finite number above 0")
-        if self._layers:
-            self._layers.check_attached()
+        self._check_attached()
         with quiet(self.model):
             keys = text_keys(self._decoder, self.tokenizer, self._projections, prompts, longest=self._longest)
             if self._layers is None:
@@ -596,11 +595,13 @@ class Editor:
 
         Raises:
             InputError: a budget that is not above 0, or a rule that has no objective to tell of.
+            ModelError: an edited weight is not where it was, or what it was, after the last batch.
         """
         if self.config.rule != RECURSIVE:
             raise InputError(
                 f"status(): rule={self.config.rule!r} minimises no objective over all edits; see history()"
             )
+        self._check_attached()
         layers = []
         for (projection, state), norms in zip(self._edited, self._norms, strict=True):
             health = state.monitor()
@@ -631,7 +632,12 @@ class Editor:
         return self._ledger.records
 
     def deviation(self) -> list[LayerDeviation]:
-        """How far each edited layer has gone, and the bound on it; nothing before the first edit."""
+        """How far each edited layer has gone, and the bound on it; nothing before the first edit.
+
+        Raises:
+            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+        """
+        self._check_attached()
         return [
             LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
             for projection, state in self._edited
@@ -639,12 +645,22 @@ class Editor:
         ]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the edited model and its tokenizer as an ordinary checkpoint."""
+        """Writes the edited model and its tokenizer as an ordinary checkpoint.
+
+        Raises:
+            ModelError: see `changes`; nothing is written.
+        """
+        self._check_attached()
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def changes(self) -> list[WeightChange]:
-        """What became of each edited weight; nothing before the first edit."""
+        """What became of each edited weight; nothing before the first edit.
+
+        Raises:
+            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+        """
+        self._check_attached()
         return [
             WeightChange(
                 name=projection.name,
@@ -657,12 +673,20 @@ class Editor:
         ]
 
     def save_delta(self, path: str | Path) -> DeltaReport:
-        """Writes the change alone, for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`."""
+        """Writes the change alone, for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
+
+        Raises:
+            ModelError: see `changes`; nothing is written.
+        """
         active = sum(record.state == "active" for record in self.history())
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
     def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
-        """Writes the change as a LoRA adapter that `peft` loads; see `export.write_adapter`."""
+        """Writes the change as a LoRA adapter that `peft` loads; see `export.write_adapter`.
+
+        Raises:
+            ModelError: see `changes`; nothing is written.
+        """
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
@@ -671,6 +695,11 @@ class Editor:
     def _edited(self) -> list[tuple[Projection, LayerState]]:
         """The projections with their states; nothing before calibration or the first edit."""
         return list(zip(self._projections, self._layers.states, strict=True)) if self._layers else []
+
+    def _check_attached(self) -> None:
+        """Raises ModelError where an edited weight is not what the states say."""
+        if self._layers:
+            self._layers.check_attached()
 
     def _collect(self, source: Source, **options: Any) -> KeyStatistics:
         return collect(self._decoder, self.tokenizer, self._projections, source, longest=self._longest, **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.errors import InputError, RequestError
+from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
     rf.Edit(prompt, subject, target)
@@ -140,3 +140,30 @@ def test_edits_may_come_one_by_one(editor):
 
     with pytest.raises(InputError, match="first 1 of 1 edits are made"):
         editor.edit((edit for edit in EDITS[2:3]), on_batch=told)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_weight_that_something_else_wrote_to_is_neither_measured_nor_saved(edited, tmp_path):
+    """Its deviation may be beyond the bound, and what is exported is not what the history says."""
+    reads = {
+        "deviation": edited.deviation,
+        "status": edited.status,
+        "changes": edited.changes,
+        "delta": lambda: edited.save_delta(tmp_path / "delta.safetensors"),
+        "adapter": lambda: edited.save_adapter(tmp_path / "adapter"),
+        "checkpoint": lambda: edited.save_pretrained(tmp_path / "model"),
+    }
+    for read in reads.values():
+        read()
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 3
+    for one in (*tmp_path.glob("*/*"), *tmp_path.glob("*.*")):
+        one.unlink()
+    weight = edited.projections[0].weight
+    kept = weight.clone()
+    weight.add_(0.01)
+    for read in reads.values():
+        with pytest.raises(ModelError, match="make a new editor"):
+            read()
+    assert not [*tmp_path.glob("*/*"), *tmp_path.glob("*.*")]
+    weight.copy_(kept)
