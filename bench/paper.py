@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from report import write
+from report_runs import taken
 
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_ground
-from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of, value
+from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of
 from rlsedit_fast.evaluation.stream import Plan
 
 HERE = Path(__file__).resolve().parent
@@ -115,14 +116,10 @@ def tuning(
 
 
 def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) -> dict[str, Contender]:
-    """Of each rule the settings with the highest strict score; a stream that broke off has none. Of equal ones the one
-    that lies nearest to the middle of the grid.
-    """
+    """Of each rule the settings that its runs of the grid speak for; see `report_runs.taken`."""
     best = {rule: Contender(rule, grid[0]) for rule, grid in grids.items()}
     for rule, tried in jobs.items():
-        scores = [value(run_of(job), "score", "strict") if run_of(job)["failed"] is None else None for job in tried]
-        middle = (len(tried) - 1) / 2
-        at = max(range(len(tried)), key=lambda i: (-1.0 if scores[i] is None else scores[i], -abs(i - middle)))
+        at = taken([run_of(job) for job in tried])
         best[rule] = Contender(rule, grids[rule][at])
         print(f"{rule}: {best[rule].changes}")
     return best

@@ -86,6 +86,15 @@ def points_of(groups: dict[str, list[Run]]) -> dict[str, tuple[float, float]]:
     }
 
 
+def taken(tried: Sequence[Run]) -> int:
+    """Which of the runs of a rule's grid, in its order, has the settings that are taken: the highest strict score (a
+    stream that broke off has none), and of equal ones the one nearest to the middle of the grid.
+    """
+    scores = [None if run["failed"] else value(run, "score", "strict") for run in tried]
+    middle = (len(tried) - 1) / 2
+    return max(range(len(tried)), key=lambda i: (-1.0 if scores[i] is None else scores[i], -abs(i - middle)))
+
+
 _FACTORS = re.compile(r"mu x([\d.]+) lam x([\d.]+)")
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from charts import Series, lines, scatter
 from report_page import Section, Table
@@ -21,6 +22,7 @@ from report_runs import (
     spread_of,
     strict,
     strict_heads,
+    taken,
     whole,
 )
 
@@ -91,13 +93,21 @@ def rules(runs: list[Run]) -> Section:
             " Multi-hop: share of chains of facts of which any wording of the question is answered right, as MQuAKE "
             "counts them."
         )
-    seeds = sorted({run["plan"]["seed"] for run in runs})
+    seeds, on_demo = sorted({run["plan"]["seed"] for run in runs}), runs[0]["ground"] == DEMO
     intro = (
         f"{plan['edits']} edits in batches of {plan['config']['batch_size']}, after the last of them; mean ± deviation "
-        f"over seeds {', '.join(map(str, seeds))} (other cases and anchors each); {plan['judged'] or plan['edits']} "
-        "cases asked. Values, keys, masters and prior are shared, so that rows differ in the rule and its "
-        "settings alone."
+        f"over seeds {', '.join(map(str, seeds))}; {plan['judged'] or plan['edits']} cases asked. Every seed draws its "
+        f"edits from the same {'people' if on_demo else 'records'}, so that streams share many subjects and their "
+        "deviation says less than that of independent samples; "
+        + ("the anchors are others. " if on_demo else "the anchors are the same. ")
+        + "The search of values, the reading of keys and the masters are shared; the settings of the prior are each "
+        "rule's own, as tuned."
     )
+    if any("protecting" in label for label in groups):
+        intro += (
+            " Protecting: prompts of other neighbours, none of which is asked here, are held before the first edit, "
+            "beside the anchors; rules that remember keys can be told to."
+        )
     what = (
         "Up and to the right is better. Bars are deviations over seeds; the line joins those that nobody beats in both."
     )
@@ -380,34 +390,31 @@ def _writes_apart(run: Run) -> bool:
 
 def tuning(runs: list[Run]) -> Section:
     """What each rule was tried with, and what was taken."""
-    rows = []
-    best: dict[str, tuple[float, str]] = {}
-    for run in runs:
-        rule, config = run["plan"]["config"]["rule"], run["plan"]["config"]
-        score = value(run, "score", "strict") if run["failed"] is None else None
-        key = run["plan"]["label"]
-        if score is not None and score > best.get(rule, (-1.0, ""))[0]:
-            best[rule] = (score, key)
-        chosen = {k: v for k, v in config["rule_options"].items()}
-        chosen |= {"lam": config["lam"]} if config["lam"] is not None else {}
-        chosen |= {"adherence": config["adherence"]} if config["lam"] is not None else {"moment ridge": config["ridge"]}
-        rows.append((rule, key, ", ".join(f"{k} {v:g}" for k, v in chosen.items()), run, score))
-    shown = []
-    for rule, key, settings, run, score in sorted(rows, key=lambda row: (row[0], row[1])):
-        mark = " ←" if best.get(rule, (0, ""))[1] == key else ""
-        shown.append(
-            [rule, settings + mark, *strict([run], score=False), "broke off" if score is None else f"{score:.3f}"]
-        )
+    by_rule: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: int(run["plan"]["label"].rpartition("_")[2])):
+        by_rule[run["plan"]["config"]["rule"]].append(run)
+    shown, ends = [], []
+    for rule, tried in sorted(by_rule.items()):
+        best, settings = taken(tried), [_settings(run["plan"]["config"]) for run in tried]
+        for at, run in enumerate(tried):
+            said = ", ".join(f"{name} {number:g}" for name, number in settings[at].items())
+            shown.append([rule, said + (" ←" if at == best else ""), *strict([run], score=False), _score(run)])
+        for name, number in settings[best].items():
+            span = sorted({one[name] for one in settings})
+            if len(span) > 1 and number in (span[0], span[-1]):
+                ends.append(f"{rule} {name} {number:g}")
     plan = runs[0]["plan"]
-    note = f"{plan['edits']} edits of seed {plan['seed']}, which is not reported elsewhere; ← the one that was taken."
+    batches = -(-plan["edits"] // plan["config"]["batch_size"])
+    note = (
+        f"{plan['edits']} edits in {batches} batches, of seed {plan['seed']}, whose stream is not reported elsewhere; "
+        "← the one that was taken, of equal ones the one nearest to the middle."
+    )
+    if ends:
+        note += f" Taken at an end of what was tried, so that more might be found beyond: {', '.join(ends)}."
     intro = (
-        "The other rules are tuned on this grid by the strict score. `adherence` finds the moment weight "
-        "mu² by a rule's "
-        "own scale, lam is 0 as published; a published number that goes with the scale of another model's "
-        "keys (AlphaEdit's "
-        "threshold and ridge, UltraEdit's rate, fine-tuning's bound) is looked for over some decades; a "
-        "rule that is not "
-        "listed has nothing to set, or was taken as published. The recursive rule is not tuned: "
+        "The other rules are tuned on this grid by the strict score. `adherence` finds the moment weight mu² by a "
+        "rule's own scale, lam is 0 as published; the adherence of the recursive rule is among those that are tried. A "
+        "rule that is not listed has nothing to set. The recursive rule is not tuned: "
     )
     if runs[0]["ground"] == DEMO:
         intro += "it has the demo's adherence, which was chosen before the other rules were there, on seed 0's stream."
@@ -415,6 +422,17 @@ def tuning(runs: list[Run]) -> Section:
         intro += "it has the default adherence."
     head = ["rule", "settings", *strict_heads()]
     return Section("How the other rules were set", [intro, Table(head, shown, note)])
+
+
+def _settings(config: dict[str, Any]) -> dict[str, float]:
+    """What of a rule's settings a grid goes over."""
+    if config["lam"] is None:
+        return config["rule_options"] | {"moment ridge": config["ridge"]}
+    return config["rule_options"] | {"lam": config["lam"], "adherence": config["adherence"]}
+
+
+def _score(run: Run) -> str:
+    return "broke off" if run["failed"] else figure([run], "score", "strict")
 
 
 def how(experiments: dict[str, list[Run]], lacking: Sequence[str]) -> Section:

@@ -30,7 +30,7 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
                 else f"is beaten in both by {', '.join(above)}; the front is {', '.join(front)}."
             )
         )
-        scores = {name: spread_of(runs, "score", "strict") for name, runs in groups.items() if whole(runs)}
+        scores = {name: spread_of(runs, "score", "strict") for name, runs in groups.items() if name in points}
         ranked = sorted(((s.mean, name) for name, s in scores.items() if s), reverse=True)
         place = next(at for at, (_, name) in enumerate(ranked, 1) if name == OURS)
         told.append(
@@ -44,14 +44,15 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
     if OURS in known:
         best = max(known, key=lambda name: known[name].mean)
         gap = known[best].mean - known[OURS].mean
+        alike = [name for name in known if name != OURS and known[name].mean == known[OURS].mean]
         allowed = max(d for d in (known[best].deviation, known[OURS].deviation, 0.0) if not math.isnan(d))
         told.append(
-            f"**Retention of the first hundred edits**: `{OURS}` {known[OURS]}, the best is {best} with "
-            f"{known[best]}: "
+            f"**Retention of the first hundred edits**: `{OURS}` {known[OURS]}, "
             + (
-                "the best."
-                if best == OURS
-                else f"{'within' if gap <= allowed else 'not within'} one deviation of it ({allowed:.3f})."
+                "the best" + (f", with {', '.join(alike)}." if alike else ".")
+                if known[OURS].mean == known[best].mean
+                else f"the best is {best} with {known[best]}: "
+                f"{'within' if gap <= allowed else 'not within'} one deviation of it ({allowed:.3f})."
             )
         )
     if experiments.get("sweep"):
