@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -40,7 +41,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="keep the edits there, or go on with those that are there: they outlive a crash and can be taken back. "
-        "Edits of the file that the store has already are left as they are",
+        "Edits of the file that the store has already are left as they are, undone and replaced ones among them",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="tell edits anew that the store has as undone, replaced or skipped"
     )
     add_exports(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not ask the model about the edits at the end")
@@ -53,6 +57,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it. Interrupted, it finishes the batch, writes what was made until then, and says how much that is."""
     setup.show_warnings()
+    if options.again and options.store is None:
+        raise InputError("--again is about the edits of a store; name --store DIR, or leave it out")
     if not options.dry_run:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
@@ -67,7 +73,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     from rlsedit_fast.evaluation.outcome import next_tokens, outcome
 
     facts = sift(editor, facts, options)
-    facts, known = _not_yet_made(editor, facts)
+    facts, known, past = _not_yet_made(editor, facts, again=options.again)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
     results: dict[str, Any] = {
@@ -75,22 +81,24 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         "edits": len(facts.edits),
         "left_out": facts.left_out,
         "in_store_already": known,
+        "left_as_they_became": past,
         "conflicts": facts.conflicts,
         "unread_fields": facts.unread,
         "layers": layers,
         "config": asdict(editor.config),
     }
     if options.dry_run:
-        emit(results, [f"{len(facts.edits)} edits would be made; nothing was changed"], options.json)
-        return LEFT_OUT if facts.left_out else DONE
+        lines = [f"{len(facts.edits)} edits would be made; nothing was changed", *_past_lines(past)]
+        emit(results, lines, options.json)
+        return LEFT_OUT if facts.left_out or past else DONE
     if not facts.edits:
         written = write_exports(editor, options) if _any_active(editor) else Written()
         results |= written.told
-        lines = [f"all {len(known)} edits are in the store already; the model was told nothing", *written.files]
+        lines = [f"all {len(known) + len(past)} edits are in the store already; the model was told nothing"]
         with written.attempt():
-            emit(results, lines, options.json)
+            emit(results, lines + _past_lines(past) + written.files, options.json)
         written.raise_failures()
-        return LEFT_OUT if facts.left_out else DONE
+        return LEFT_OUT if facts.left_out or past else DONE
     taken_up = bool(editor.priors)
     if taken_up and (options.statistics or options.text or options.self_generate or options.no_anchors):
         raise InputError(
@@ -119,7 +127,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         say(*written.failures)
         raise error
     written.raise_failures()
-    return INTERRUPTED if presses.seen else LEFT_OUT if facts.left_out or results["skipped"] else DONE
+    return INTERRUPTED if presses.seen else LEFT_OUT if facts.left_out or past or results["skipped"] else DONE
 
 
 class _Finished(Exception):
@@ -181,20 +189,44 @@ def _any_active(editor: Editor) -> bool:
     return any(record.state == "active" for record in editor.history())
 
 
-def _not_yet_made(editor: Editor, facts: Facts) -> tuple[Facts, list[str]]:
-    """The facts without those that are active edits already, and where these stand: a run that was cut off goes on."""
-    active = {(r.prompt, r.subject, r.target, r.weight) for r in editor.history() if r.state == "active"}
-    known = {
-        place
-        for place, edit in zip(facts.places, facts.edits, strict=True)
-        if (edit.prompt, edit.subject, edit.target, edit.weight) in active
-    }
-    if not known:
-        return facts, []
-    say(f"{len(known)} of {len(facts.edits)} edits are in the store already, and stay as they are")
-    pairs = [pair for pair in zip(facts.places, facts.edits, strict=True) if pair[0] not in known]
-    kept = replace(facts, places=[place for place, _ in pairs], edits=[edit for _, edit in pairs])
-    return kept, sorted(known, key=facts.places.index)
+def _not_yet_made(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, list[str], list[dict[str, str]]]:
+    """The facts that the history does not have: a run that was cut off goes on, and what was taken back stays so.
+
+    Args:
+        editor: of a new store or one that has edits.
+        facts: of the file.
+        again: only active edits are left out.
+
+    Returns:
+        The facts that are left; where those stand that are active; and `{place, state}` of those that are not.
+    """
+    states: dict[tuple[str, str, str, float], str] = {}
+    for r in editor.history():
+        asked = (r.prompt, r.subject, r.target, r.weight)
+        if states.get(asked) != "active":
+            states[asked] = r.state
+    found = [states.get((edit.prompt, edit.subject, edit.target, edit.weight)) for edit in facts.edits]
+    if again:
+        found = [state if state == "active" else None for state in found]
+    known = [place for place, state in zip(facts.places, found, strict=True) if state == "active"]
+    past = [
+        {"place": place, "state": state}
+        for place, state in zip(facts.places, found, strict=True)
+        if state not in (None, "active")
+    ]
+    if known:
+        say(f"{len(known)} of {len(facts.edits)} edits are in the store already, and stay as they are")
+    left = [at for at, state in enumerate(found) if state is None]
+    kept = replace(facts, places=[facts.places[at] for at in left], edits=[facts.edits[at] for at in left])
+    return kept, known, past
+
+
+def _past_lines(past: list[dict[str, str]]) -> list[str]:
+    counts = Counter(entry["state"] for entry in past)
+    told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    return [f"{len(past)} edits stay what the store's history has them as ({told}); --again tells them anew"] * bool(
+        past
+    )
 
 
 def _summary(results: dict[str, Any]) -> list[str]:
@@ -208,6 +240,7 @@ def _summary(results: dict[str, Any]) -> list[str]:
     ):
         if count:
             lines.append(f"{count} {what}")
+    lines += _past_lines(results["left_as_they_became"])
     if "after" in results:
         lines.append(f"{'':44}{'before':>8}{'after':>8}")
         for name, what in (

@@ -324,6 +324,7 @@ def test_other_commands_try_their_places_first(base, desk, capsys):
         (("--out", "facts.jsonl"), "exists already"),
         (("--out", "BASE"), "is the model itself"),
         (("--out", "out", "--rank", "4"), "name --adapter"),
+        (("--out", "out", "--again"), "name --store"),
         (("--adapter", "out", "--rank", "0"), "--rank 0: expected at least 1"),
         (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
         (("--out", "facts.jsonl/out"), "cannot be written (Not a directory)"),

@@ -118,6 +118,34 @@ def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, 
     assert [r["state"] for r in history(capsys)] == states
 
 
+def test_what_was_undone_or_replaced_stays_so_when_the_file_is_told_again(edit, desk, capsys):
+    assert edit("facts.jsonl", *NEW) == 0
+    assert main(["undo", "--store", "edits", "2", "5"]) == 0
+    told = lines_of(0, 6)
+    other = next(value for value in RELATIONS[2].values if value != told[2]["target"])
+    assert main(["replace", "--store", "edits", "3", "--target", other]) == 0
+    states = [r["state"] for r in history(capsys)]
+
+    assert edit("facts.jsonl", "--store", "edits", "--out", "out", "--json", "report.json") == 1
+    assert "3 edits stay what the store's history has them as (1 replaced, 2 undone)" in capsys.readouterr().out
+    report = json.loads((desk / "report.json").read_text())
+    assert report["in_store_already"] == [f"facts.jsonl:{line}" for line in (1, 4, 6)]
+    assert report["left_as_they_became"] == [
+        {"place": f"facts.jsonl:{line}", "state": state}
+        for line, state in ((2, "undone"), (3, "replaced"), (5, "undone"))
+    ]
+    assert [r["state"] for r in history(capsys)] == states
+    assert edit("more.jsonl", "--store", "edits") == 1
+    assert "1 replaced, 2 undone" in capsys.readouterr().out
+    assert [r["state"] for r in history(capsys)] == [*states, "active", "active", "active"]
+
+    assert edit("facts.jsonl", "--store", "edits", "--again") == 0
+    now = history(capsys)
+    assert {r["subject"]: r["target"] for r in now if r["state"] == "active"} == {
+        line["subject"]: line["target"] for line in lines_of(0, 9)
+    }
+
+
 def test_exports_are_written_also_where_the_store_has_all_edits_already(base, one_edit, desk, capsys):
     shutil.copytree(one_edit, desk / "edits")
     (desk / "told.jsonl").write_text(
