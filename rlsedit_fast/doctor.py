@@ -144,5 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     elif options.json == "-":
         print(json.dumps(facts, indent=2))
     else:
-        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
+        try:
+            Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            parser.error(f"--json {options.json}: cannot be written ({error.strerror}); name a file that can")
     return 0

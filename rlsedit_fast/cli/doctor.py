@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.output import add_json
+from rlsedit_fast.cli import DONE
+from rlsedit_fast.cli.output import add_json, emit
 
 HELP = "versions, backends, and why one is missing"
 
@@ -18,4 +19,6 @@ def run(options: argparse.Namespace) -> int:
     """Runs it."""
     from rlsedit_fast import doctor
 
-    return doctor.main([] if options.json is None else ["--json", options.json])
+    facts = doctor.report()
+    emit(facts, [doctor.render(facts)], options.json)
+    return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,20 +22,35 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], to: str | None) -> None:
     """Prints `lines`, or `results` as JSON in their place (`to` is "-"), or prints and writes the file `to`.
 
+    Numbers that are not finite become null.
+
     Raises:
         InputError: the file cannot be written.
     """
     if to == "-":
-        print(json.dumps(results, indent=2, default=str))
+        print(_json(results))
         return
     try:
         if to is not None:
             Path(to).parent.mkdir(parents=True, exist_ok=True)
-            Path(to).write_text(json.dumps(results, indent=2, default=str) + "\n")
+            Path(to).write_text(_json(results) + "\n")
     except OSError as error:
         raise InputError(f"--json {to}: cannot be written ({error.strerror}); name a file that can") from error
     finally:
         print("\n".join(lines))
+
+
+def _json(results: Any) -> str:
+    return json.dumps(_finite(results), indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """With null for infinities and NaN, which are no JSON: a bound that does not hold, a figure of nothing."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(text: str) -> str:

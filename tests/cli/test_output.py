@@ -1,0 +1,38 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from rlsedit_fast import doctor
+from rlsedit_fast.cli import main
+from rlsedit_fast.cli.output import emit
+
+
+@pytest.mark.parametrize("to", ["-", "report.json"])
+def test_json_has_null_for_what_is_not_finite(tmp_path, monkeypatch, capsys, to):
+    monkeypatch.chdir(tmp_path)
+    emit({"bound": math.inf, "of": (1.5, math.nan, {"deeper": [-math.inf]}), "text": "nan"}, ["lines"], to)
+    text = capsys.readouterr().out if to == "-" else (tmp_path / to).read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse) == {
+        "bound": None,
+        "of": [1.5, None, {"deeper": [None]}],
+        "text": "nan",
+    }
+
+
+def test_doctor_tells_where_its_report_cannot_go(tmp_path, capsys):
+    assert main(["doctor", "--json", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "cannot be written (Is a directory)" in told.err
+    assert "Versions" in told.out
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--json", str(tmp_path)])
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
