@@ -18,7 +18,7 @@ from torch import Tensor
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.batches import batches_of, unrelated
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
+from rlsedit_fast.editing.edits import Edit, EditRecord, EditState, weight_trouble
 from rlsedit_fast.editing.finding import Finder
 from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.keys import request_keys, text_keys
@@ -319,10 +319,10 @@ class Editor:
 
         Raises:
             InputError: prompts that are not several texts, one without tokens or too long for the model, or a weight
-                that is not positive.
+                that an edit may not have.
         """
-        if not 0 < weight < float("inf"):
-            raise InputError(f"weight={weight}: expected a finite number above 0")
+        if trouble := weight_trouble(weight):
+            raise InputError(trouble)
         self._check_attached()
         with quiet(self.model):
             keys = text_keys(self._decoder, self.tokenizer, self._projections, prompts, longest=self._longest)

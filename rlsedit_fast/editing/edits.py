@@ -9,6 +9,18 @@ from typing import Literal
 EditState = Literal["active", "undone", "replaced", "skipped"]
 
 
+WEIGHT_WITHIN = 1e-30, 1e30
+"""Bounds of a weight. It is written in float32, which must hold it, its inverse and their products with keys."""
+
+
+def weight_trouble(weight: object) -> str | None:
+    """What is the matter with a weight; None where nothing is."""
+    least, most = WEIGHT_WITHIN
+    if isinstance(weight, int | float) and not isinstance(weight, bool) and least <= weight <= most:
+        return None
+    return f"weight={weight!r:.60}: expected a number from {least:g} to {most:g}; 1 is the ordinary weight"
+
+
 @dataclass(frozen=True)
 class Edit:
     """One fact to be told to a model.
@@ -17,7 +29,8 @@ class Edit:
         prompt: a text that the target continues, with `{}` where the subject stands.
         subject: what the fact is about.
         target: what the model is to say next.
-        weight: how firmly this edit is held against the others and the anchors; 1 is the ordinary weight.
+        weight: how firmly this edit is held against the others and the anchors, within `WEIGHT_WITHIN`; 1 is the
+            ordinary weight.
         name: what you call this edit in your own files, for reports and the history.
         span: characters `[start, stop)` of the prompt with its subject filled in: the last token that covers any of
             them is where the model is edited. Wins over `EditConfig.fact_token`.

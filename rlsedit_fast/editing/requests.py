@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
-from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.editing.edits import Edit, weight_trouble
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import Row, encode, fill
 
@@ -98,8 +97,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
             raise RequestError(f"{field}={getattr(edit, field)!r} holds half a character (a lone surrogate); mend it")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
-    if not 0 < edit.weight < math.inf:
-        raise RequestError(f"weight={edit.weight}: expected a finite number above 0")
+    if trouble := weight_trouble(edit.weight):
+        raise RequestError(trouble)
     contexts = tuple(
         encode(
             tokenizer,

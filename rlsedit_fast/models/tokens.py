@@ -110,24 +110,31 @@ def encode(
             them is the lookup, whatever `fact_token` says.
 
     Raises:
-        RequestError: see `fill`, `locate` and `target_ids`; or a span that is empty or not within the prompt.
+        RequestError: see `fill`, `locate` and `target_ids`; or a span that is no two whole numbers, is empty or not
+            within the prompt.
     """
     filled, start = fill(prompt, subject)
     stop = start + len(subject.strip())
     text = _without_blanks(filled)
     if span is not None:
-        start, stop = span
-        if not 0 <= start < stop <= len(text):
+        if not _is_pair(span) or not 0 <= span[0] < span[1] <= len(text):
             raise RequestError(
-                f"span {span} of {text!r}: expected [start, stop) with 0 <= start < stop <= {len(text)}, characters of "
-                "the prompt with its subject filled in"
+                f"span {span!r} of {text!r}: expected two whole numbers, [start, stop) with 0 <= start < stop <= "
+                f"{len(text)}, characters of the prompt with its subject filled in"
             )
+        start, stop = span
     before = f"{prefix} " if prefix else ""
     ids, inside = locate(tokenizer, before + text, start + len(before), stop + len(before))
     lookup = {"subject_last": inside[-1], "subject_first": inside[0], "last": len(ids) - 1}[
         fact_token if span is None else "subject_last"
     ]
     return Row(ids + _continuation(tokenizer, before + text, ids, target), lookup, len(ids))
+
+
+def _is_pair(span: object) -> bool:
+    if not isinstance(span, tuple | list) or len(span) != 2:
+        return False
+    return all(isinstance(at, int) and not isinstance(at, bool) for at in span)
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:

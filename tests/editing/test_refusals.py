@@ -1,5 +1,6 @@
 """What is given as what it is not is refused in words before anything is done, and changes nothing."""
 
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.editing.edits import WEIGHT_WITHIN
 from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
@@ -167,3 +169,26 @@ def test_a_weight_that_something_else_wrote_to_is_neither_measured_nor_saved(edi
             read()
     assert not [*tmp_path.glob("*/*"), *tmp_path.glob("*.*")]
     weight.copy_(kept)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("weight", [1e39, 1e300, 10**400, 1e-45, float("inf"), -1.0, "1", None, True])
+def test_a_weight_that_float32_cannot_work_with_is_refused_before_the_first_edit(editor, weight):
+    wrong = replace(EDITS[1], weight=weight)
+    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: weight=.*from 1e-30 to 1e\+30"):
+        editor.edit([EDITS[0], wrong])
+    assert list(editor.check([EDITS[0], wrong])) == [1]
+    with pytest.raises(InputError, match=r"weight=.*from 1e-30 to 1e\+30"):
+        editor.protect(["Lado speaks ."], weight=weight)
+
+
+@pytest.mark.parametrize("weight", WEIGHT_WITHIN)
+def test_the_outermost_weights_can_be_written(editor, weight):
+    assert len(editor.edit([replace(EDITS[0], weight=weight), EDITS[1]])) == 2
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("span", ["ab", (1,), (0, 1, 2), (0.0, 4.0), (False, True), 3, {0: 1}, ("0", "4"), (4, 4)])
+def test_a_span_that_is_no_pair_of_places_is_refused_before_the_first_edit(editor, span):
+    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: span "):
+        editor.edit([EDITS[0], replace(EDITS[1], span=span)])
