@@ -120,8 +120,8 @@ class Editor:
 
         Raises:
             ModelError: the layers or their projections are not there, or cannot be edited (together).
-            InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, or `config`
-                changes what holds for all edits of the store.
+            InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, `config`
+                changes what holds for all edits of the store, or asks for what its rule cannot do.
             StoreError: the store is another model's, is damaged, of a newer version, or being written by another
                 editor; nothing was changed.
         """
@@ -173,6 +173,11 @@ class Editor:
             self._site = find_site(self._decoder, self._projections)
         if not self._site.direct and len(self._projections) > 1:
             self._settle_on_one_layer()
+        if config.rule != RECURSIVE and config.share == "joint" and len(self._projections) > 1:
+            raise InputError(
+                f"share='joint' over the layers {self.layers} is worked out for rule={RECURSIVE!r} alone, not for "
+                f"{config.rule!r}; take share='memit' or one layer"
+            )
         self._sample_contexts()
         self._finder = Finder(self._site, self.config)
         self._moments: list[Tensor] | None = None

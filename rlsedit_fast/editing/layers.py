@@ -16,7 +16,7 @@ from rlsedit_fast.editing.config import Keys, Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rounding import rounded
-from rlsedit_fast.errors import InputError, ModelError, RemovalError, RLSEditError, UpdateError
+from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved, Step
@@ -152,15 +152,8 @@ class EditedLayers:
         Returns:
             What was told, and what is left over of the changes, `[n, d_v]`. `update` with the same rows, at the same
             states, does the same bit for bit.
-
-        Raises:
-            InputError: several layers are to share a change jointly under a rule that has no such share.
         """
-        other = isinstance(self.states[0], RuleLayer)
-        if other and share == "joint" and len(self.states) > 1:
-            raise InputError(
-                f"share='joint' over {len(self.states)} layers is worked out for rule='rls' alone; take share='memit'"
-            )
+        other = isinstance(self.states[0], RuleLayer)  # one layer, or share='memit': the editor sees to it
         rows = self._jointly if share == "joint" and not other else self._in_turn
         keys, values, left = rows(requests, residual, weights, start)
         told = [

@@ -94,9 +94,9 @@ class Decoder:
         residual stream, where these lie side by side in one module.
 
         Raises:
-            ModelError: a layer that the model does not have; a block whose projection is not to be told, or is none
-                that can be edited (routed experts, quantised, behind an adapter, on the meta device, or sharing its
-                weight with another block).
+            ModelError: a layer that the model does not have; a block whose projection is not to be told, is not as wide
+                as the residual stream, or is none that can be edited (routed experts, quantised, behind an adapter, on
+                the meta device, or sharing its weight with another block).
         """
         count = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < count]
@@ -117,6 +117,11 @@ class Decoder:
                 f"projection_module={inner!r}: the model has no module {name!r}; name one within the block"
             )
         _refuse_unfit(name, module)
+        if (width := _output_width(module)) != (wanted := _residual_width(self.model)):
+            raise ModelError(
+                f"projection_module={inner!r}: {name} has outputs of width {width}, the residual stream is {wanted} "
+                "wide; name the MLP's output projection, whose output is added to the stream"
+            )
         return Projection(layer, name, module, _is_conv1d(module))  # by type, not by shape: square weights exist
 
     def _refuse_shared(self, projection: Projection) -> None:

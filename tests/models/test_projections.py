@@ -48,6 +48,12 @@ def test_unknown_names_are_refused_with_what_was_given(make_model):
         find_decoder(model).select([4])
 
 
+@pytest.mark.parametrize(("name", "inner"), [("llama", "mlp.up_proj"), ("gpt2", "attn.c_attn")])
+def test_a_projection_that_does_not_end_in_the_residual_stream_is_refused(make_model, name, inner):
+    with pytest.raises(ModelError, match=rf"{inner} has outputs of width \d+, the residual stream is 64 wide"):
+        find_decoder(make_model(name), projection_module=inner).select([1])
+
+
 def test_overrides_name_the_parts(make_model):
     found = find_decoder(make_model("llama"), layer_module="model.layers", projection_module="self_attn.o_proj")
     assert found.blocks_name == "model.layers"
