@@ -475,7 +475,12 @@ class Editor:
         since: datetime | None = None,
         until: datetime | None = None,
     ) -> list[EditRecord]:
-        """Takes edits back exactly: the weights become those of a model that was never told them.
+        """Takes edits back exactly: the weights become those that the rows of the edits that stay give by themselves.
+
+        A row is an edit's keys and values in a layer as they were found when it was told. Those of later edits were
+        found in a model that held the undone ones too, and stay as they are: the weights are those of the remaining
+        rows, not of a fresh stream of the remaining edits, whose search may find other values. With no edit left, and
+        nothing protected, they are the original ones.
 
         All of them go in one exact removal a layer. Active edits that shared a value with one of them are told anew
         without it, and keep their ids.
@@ -529,6 +534,9 @@ class Editor:
         until: datetime | None = None,
     ) -> EditRecord | list[EditRecord]:
         """Tells the model another target for facts: the old edits are taken back exactly and the new ones made.
+
+        What stays are the other edits' rows, as in `undo`: later edits keep the values that were found beside the old
+        ones. The new edits' are searched in the model without the old ones.
 
         Args:
             ids: which, as in `select`, like the rest.
