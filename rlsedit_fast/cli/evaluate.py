@@ -32,26 +32,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     group = parser.add_argument_group("what is edited")
     group.add_argument("--model", default="demo", help="demo (the default), or what from_pretrained takes")
-    group.add_argument("--dtype", default="float32", help="to load it in (default float32)")
-    group.add_argument("--device", default="cpu", help="to load it onto (default cpu)")
+    group.add_argument("--dtype", help="to load it in (default float32)")
+    group.add_argument("--device", help="to load it onto (default cpu)")
     group.add_argument("--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE; the demo has facts of its own")
-    group.add_argument("--among", type=int, metavar="N", help="only the first N records of it")
+    group.add_argument("--among", type=setup.at_least_one, metavar="N", help="only the first N records of it")
     group.add_argument("--text", metavar="FILE", help="running text: three quarters are anchors, the rest is probed")
     group.add_argument("--statistics", metavar="FILE", help="anchors from `rlsedit statistics` instead")
     group.add_argument(
         "--references", metavar="FILE", help="texts about subjects, as ROME's attribute_snippets.json, for consistency"
     )
     group.add_argument("--tasks", metavar="DIR", help="GLUE and MMLU as NAME.jsonl, answered by likelihood")
-    group.add_argument("--items", type=int, default=500, help="of each task, at most (default 500)")
+    group.add_argument("--items", type=setup.at_least_one, metavar="N", help="of each task, at most (default 500)")
     group = parser.add_argument_group("streams")
     group.add_argument("--rules", nargs="+", choices=RULES, default=[RECURSIVE], metavar="RULE", help=", ".join(RULES))
     group.add_argument(
         "--rule-settings", type=Path, metavar="FILE", help="a JSON object: by rule, EditConfig's fields that it changes"
     )
     group.add_argument("--stream", default="plain", help="plain; on the demo also conflicting and related")
-    group.add_argument("--edits", type=int, default=1000)
+    group.add_argument("--edits", type=setup.at_least_one, default=1000)
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    group.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+    group.add_argument("--jobs", type=setup.at_least_one, default=1, help="processes, each on one thread")
     group.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="folder of the results (default evaluation)"
     )
@@ -68,9 +68,13 @@ def run(options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.stream import Plan
 
     setup.show_warnings()
+    _check(options, demo=options.model == DEMO)
     check_places(options, folders=("out",))
-    spec = GroundSpec(**{name: getattr(options, name) for name in GroundSpec.__dataclass_fields__})
+    given = {name: getattr(options, name) for name in GroundSpec.__dataclass_fields__}
+    spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
+    if base.rule != RECURSIVE:
+        raise InputError(f"--config {options.config}: rule={base.rule!r} is for --rules to say; leave it out")
     if options.model == DEMO and options.config is None:
         given = {name: value for name, value in asdict(base).items() if value != asdict(EditConfig())[name]}
         base = replace(CONFIG, **given)
@@ -100,6 +104,36 @@ def run(options: argparse.Namespace) -> int:
     results["failed"] = failed
     emit(results, [*lines, *(f"broke off: {line}" for line in failed), f"results: {options.out}"], options.json)
     return LEFT_OUT if failed else DONE
+
+
+_ITS_OWN = ("data", "among", "text", "statistics", "dtype", "device")
+"""What is the demo's own, and options say of another model."""
+
+
+def _check(options: argparse.Namespace, *, demo: bool) -> None:
+    """Raises InputError for what would be ignored, or cannot be meant."""
+    from rlsedit_fast.evaluation.grounds import layout_of
+
+    if options.rule is not None:
+        raise InputError(f"--rule {options.rule}: streams run under each of --rules; say it there")
+    for name in ("seeds", "rules"):
+        given = getattr(options, name)
+        if twice := sorted({str(one) for one in given if given.count(one) > 1}):
+            raise InputError(f"--{name}: {', '.join(twice)} more than once, which is one stream; name it once")
+    if options.items is not None and options.tasks is None:
+        raise InputError("--items is of tasks; name their folder with --tasks DIR, or leave it out")
+    if demo:
+        if ignored := [f"--{name}" for name in _ITS_OWN if getattr(options, name) is not None]:
+            raise InputError(
+                f"{', '.join(ignored)}: the demo model has facts, text and anchors of its own and runs in float32 on "
+                "the CPU; name your model with --model, or leave these out"
+            )
+        return
+    for name, what in (("data", "CounterFact, zsRE or MQuAKE"), ("text", "running text, on which drift is measured")):
+        if getattr(options, name) is None:
+            raise InputError(f"--model {options.model} needs --{name} FILE: {what}")
+    if options.among is not None and layout_of(Path(options.data)) == "zsre":
+        raise InputError("--among is of CounterFact and MQuAKE; of zsRE all records are drawn from, leave it out")
 
 
 def _changes(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -94,6 +94,17 @@ def add_tokens(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of self-generated text (default 0)")
 
 
+def at_least_one(text: str) -> int:
+    """How many of something, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number, or below 1.
+    """
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+    return int(text)
+
+
 def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer, from local files alone where `path` is a folder.
 
