@@ -17,6 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from rlsedit_fast.cli.words import spoken
 from rlsedit_fast.errors import RLSEditError
 
 DONE, LEFT_OUT, REFUSED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where it is seen that nobody reads, and not at the interpreter's end
     except RLSEditError as error:
-        print(f"{told}: {error}", file=sys.stderr)
+        print(f"{told}: {spoken(error)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print(f"{told}: interrupted", file=sys.stderr)

@@ -16,7 +16,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     setup.add_model(parser)
     add_facts(parser)
-    parser.add_argument("--pilot", type=int, default=100, help="how many of the edits to look at (default 100)")
+    parser.add_argument(
+        "--pilot",
+        type=setup.at_least_one,
+        metavar="N",
+        default=100,
+        help="how many of the edits to look at (default 100)",
+    )
     parser.add_argument(
         "--adherences",
         type=float,

@@ -14,6 +14,7 @@ import torch
 from rlsedit_fast.cli import DONE, setup, unforeseen
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.cli.words import spoken
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError, RLSEditError
 from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
@@ -34,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
     if not (options.delta or options.adapter):
-        raise InputError("export: name what is to be written, --delta FILE or --adapter DIR")
+        raise InputError("name what is to be written, --delta FILE or --adapter DIR")
     _check_new(options)
     check_places(options, folders=("adapter",), files=("delta", "json"))
     base, _ = setup.load_model(options)
@@ -80,7 +81,7 @@ class Written:
         try:
             yield
         except RLSEditError as error:
-            self.failures.append(f"{what}: {error}" if what else str(error))
+            self.failures.append(f"{what}: {spoken(error)}" if what else spoken(error))
         except Exception as error:
             if not what:
                 raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rlsedit_fast.cli.output import say
+from rlsedit_fast.cli.setup import at_least_one
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.editing.conflicts import Conflicts, resolve
 from rlsedit_fast.editing.formats import FORMATS, ZsreTarget, read_edits
@@ -41,7 +42,7 @@ def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument("--edits", type=Path, metavar="FILE", required=required, help="JSON Lines or a known data set")
     group.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="default: by the fields")
     group.add_argument("--zsre-target", choices=get_args(ZsreTarget), default="alt", help="what zsRE edits teach")
-    group.add_argument("--limit", type=int, help="take only the first so many")
+    group.add_argument("--limit", type=at_least_one, metavar="N", help="take only the first so many")
     group.add_argument(
         "--conflicts", choices=get_args(Conflicts), default="later", help="which of two edits that ask the same stays"
     )

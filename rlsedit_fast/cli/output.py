@@ -16,7 +16,16 @@ from rlsedit_fast.errors import InputError
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option `--json [FILE]`."""
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="results as JSON, to FILE or to stdout")
+    parser.add_argument(
+        "--json", nargs="?", const="-", type=_file, metavar="FILE", help="results as JSON, to FILE or to stdout"
+    )
+
+
+def _file(text: str) -> str:
+    """A file's name, which an id that stands behind `--json` is not."""
+    if text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} would be the file; put ids before --json, or name it ./{text}")
+    return text
 
 
 def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], to: str | None) -> None:

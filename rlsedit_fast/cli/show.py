@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     one = (options.prompt, options.subject, options.target)
     if any(one) and (not all(one) or options.edits):
-        raise InputError("show: give --prompt, --subject and --target together, or --edits FILE, or neither")
+        raise InputError("give --prompt, --subject and --target together, or --edits FILE, or neither")
     facts = read_facts(options) if options.edits else None
     editor = setup.make_editor(options)
     if facts:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import rlsedit_fast
 from rlsedit_fast.cli import history, main
+from rlsedit_fast.cli.words import OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,39 @@ def test_a_reader_that_goes_away_is_no_news():
         told = process.stderr.read().decode()
         assert process.wait() == 141
     assert "Error" not in told
+
+
+def test_what_is_put_into_options_is_what_the_package_says():
+    home = Path(rlsedit_fast.__file__).parent
+    source = "".join(path.read_text() for path in home.rglob("*.py") if path.parent != home / "cli")
+    whole = re.sub(r'"\n\s*f?"', "", source)
+    assert [python for python in OPTIONS if python not in whole] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["show", "--model", "m", "--prompt", "{} is"], "rlsedit show: give --prompt"),
+        (["export", "--model", "m", "--edited", "n"], "rlsedit export: name what is to be written"),
+        (["show", "--model", "m", "--edits", "bad.jsonl"], "or pass --skip-bad to leave them out"),
+    ],
+)
+def test_errors_speak_of_options(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "{} is"}\n')
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["undo", "--store", "edits", "--json", "3"], "put ids before --json, or name it ./3"),
+        (["show", "--model", "m", "--edits", "facts", "--limit", "-1"], "expected a whole number, at least 1"),
+        (["calibrate", "--model", "m", "--edits", "facts", "--pilot", "0"], "expected a whole number, at least 1"),
+    ],
+)
+def test_arguments_that_would_mean_something_else_are_refused(capsys, command, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert message in capsys.readouterr().err

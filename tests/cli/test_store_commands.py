@@ -165,12 +165,15 @@ def test_exports_are_written_also_where_the_store_has_all_edits_already(base, on
     [
         (["history", "--store", "none"], "is no store"),
         (["undo", "--store", "edits"], "which edits"),
-        (["undo", "--store", "edits", "77"], "are not those of active edits"),
+        (["undo", "--store", "edits", "77"], "are not those of active edits; see `rlsedit history`"),
         (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit fits"),
         (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "exists already"),
         (["replace", "--store", "edits", "1", "--target", " "], "is empty"),
         (["status", "--store", "edits", "--budget", "0"], "budget=0"),
-        (["edit", "--edits", "more.jsonl", "--store", "edits", "--layers", "1"], "hold for all edits of a store"),
+        (
+            ["edit", "--edits", "more.jsonl", "--store", "edits", "--layers", "1"],
+            "Leave out --config and the options of settings",
+        ),
         (["edit", "--edits", "more.jsonl", "--store", "edits", "--no-anchors"], "has its anchors already"),
         (["edit", "--edits", "more.jsonl", "--store", "edits", "--preset", "generic"], "--preset generic"),
     ],
