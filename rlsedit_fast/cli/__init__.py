@@ -17,6 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.cli.words import spoken
 from rlsedit_fast.errors import RLSEditError
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
                 module.add(commands.add_parser(name, help=module.HELP, description=module.HELP))
             options = parser.parse_args(argv)
             told = f"rlsedit {options.command}"
+            check_places(options)
             code: int = modules[options.command].run(options)
             return code
         finally:

@@ -92,7 +92,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         emit(results, lines, options.json)
         return LEFT_OUT if facts.left_out or past else DONE
     if not facts.edits:
-        written = write_exports(editor, options) if _any_active(editor) else Written()
+        written = _write(editor, options)
         results |= written.told
         lines = [f"all {len(known) + len(past)} edits are in the store already; the model was told nothing"]
         with written.attempt():
@@ -119,7 +119,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         made, error = _edit(editor, facts, presses, results)
         if made and before is not None:
             error = _ask(editor, made, before, presses, results) or error
-        written = write_exports(editor, options) if _any_active(editor) else Written()
+        written = _write(editor, options)
         results |= written.told
         with written.attempt():
             emit(results, _summary(results), options.json)
@@ -184,9 +184,13 @@ def _ask(
     return None
 
 
-def _any_active(editor: Editor) -> bool:
-    """Whether there is a change to write: a store may have edits though this run made none."""
-    return any(record.state == "active" for record in editor.history())
+def _write(editor: Editor, options: argparse.Namespace) -> Written:
+    """Writes the exports, where there is a change to write: a store may have edits though this run made none."""
+    if any(record.state == "active" for record in editor.history()):
+        return write_exports(editor, options)
+    if options.out or options.delta or options.adapter:
+        say("no edit is active: there is no change to write, and nothing was written")
+    return Written()
 
 
 def _not_yet_made(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, list[str], list[dict[str, str]]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rlsedit_fast.errors import InputError
 
-_INPUTS = ("edits", "protect", "text", "statistics", "config", "data", "references", "rule_settings")
+_INPUTS = ("edits", "protect", "text", "statistics", "config", "data", "references", "rule_settings", "delta")
+"""Options that name a file to read; --delta of `apply` alone."""
 
 
 def check_places(options: argparse.Namespace, *, folders: Sequence[str] = (), files: Sequence[str] = ("json",)) -> None:
@@ -37,9 +38,9 @@ def check_places(options: argparse.Namespace, *, folders: Sequence[str] = (), fi
             raise InputError(f"{other} {second} lies within {one} {path}, which becomes a file; name another place")
     for option, path in made.items():
         for name in _INPUTS:
-            read = _path(options, name)
-            if read is not None and _resolved(read) == _resolved(path):
-                raise InputError(f"{option} {path} is what --{name.replace('_', '-')} reads; name another file")
+            other_file = _path(options, name)
+            if name not in files and other_file is not None and _resolved(other_file) == _resolved(path):
+                raise InputError(f"{option} {path} is the file of --{name.replace('_', '-')} too; name another")
     for option, path in outputs.items():
         try:
             _try(path, folder=option not in made)

@@ -287,6 +287,13 @@ def test_a_report_that_cannot_be_written_costs_neither_summary_nor_exports(edit,
     assert (desk / "out" / "model.safetensors").exists()
 
 
+def test_the_demo_asks_for_its_plot_before_the_work(desk, monkeypatch, capsys):
+    monkeypatch.setattr("rlsedit_fast.cli.demo.find_spec", lambda _name: None)
+    assert main(["demo", "--out", "demo"]) == 2
+    assert "the plot needs matplotlib" in capsys.readouterr().err
+    assert not (desk / "demo").exists()
+
+
 def test_an_error_of_any_kind_keeps_the_batches_before_it(edit, desk, monkeypatch, capsys):
     from rlsedit_fast.editing import finding
 
@@ -307,6 +314,14 @@ def test_an_error_of_any_kind_keeps_the_batches_before_it(edit, desk, monkeypatc
 
 def test_other_commands_try_their_places_first(base, desk, capsys):
     (desk / "file").write_text("")
+    facts = ["--model", str(base), "--edits", "facts.jsonl", "--json", "facts.jsonl"]
+    before = (desk / "facts.jsonl").read_bytes()
+    for name in ("show", "calibrate", "edit"):
+        assert main([name, *facts, *["--dry-run"] * (name == "edit")]) == 2
+        assert "--json facts.jsonl is the file of --edits too" in capsys.readouterr().err
+    assert main(["apply", "--model", str(base), "--delta", "file", "--out", "out", "--json", "file"]) == 2
+    assert "--json file is the file of --delta too" in capsys.readouterr().err
+    assert (desk / "facts.jsonl").read_bytes() == before
     for command in (
         ["apply", "--model", str(base), "--delta", "none", "--out", "file/out"],
         ["demo", "--out", "file/out"],
@@ -337,7 +352,7 @@ def test_other_commands_try_their_places_first(base, desk, capsys):
         (("--out", "out", "--delta", "new/../out"), "are the same place"),
         (("--out", "out", "--store", "out"), "are the same place"),
         (("--delta", "new", "--out", "new/out"), "lies within --delta new, which becomes a file"),
-        (("--out", "out", "--json", "settings.json"), "is what --config reads"),
+        (("--out", "out", "--json", "settings.json"), "is the file of --config too"),
         (("--out", "out", "--layers", "x"), "expected block indices"),
         (("--out", "out", "--layers", "9"), "layers 0 to 3"),
         (("--out", "out", "--adherence", "2"), "adherence=2"),
@@ -418,7 +433,7 @@ def test_statistics_replace_statistics_and_nothing_else(base, desk, capsys):
     command = ["statistics", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "600", "--out"]
     before = {name: (desk / name).read_bytes() for name in ("facts.jsonl", "text.txt")}
     for out, message in (
-        ("text.txt", "--out text.txt is what --text reads"),
+        ("text.txt", "--out text.txt is the file of --text too"),
         ("facts.jsonl", "exists already and is no file of key statistics"),
         (str(base / "model.safetensors"), "exists already and is no file of key statistics"),
         ("text.txt/new", "cannot be written"),

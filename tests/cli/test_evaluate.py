@@ -33,7 +33,7 @@ def test_a_stream_that_contradicts_itself_finishes_under_a_rule_that_takes_nothi
         (["--model", "own"], "needs --data FILE"),
         (["--model", "own", "--data", "zsre.json"], "needs --text FILE"),
         (["--model", "own", "--data", "zsre.json", "--text", "text.txt", "--among", "5"], "of zsRE all records"),
-        (["--json", "rule.json", "--config", "rule.json"], "is what --config reads"),
+        (["--json", "rule.json", "--config", "rule.json"], "is the file of --config too"),
     ],
 )
 def test_what_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, options, message):

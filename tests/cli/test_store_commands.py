@@ -139,7 +139,11 @@ def test_what_was_undone_or_replaced_stays_so_when_the_file_is_told_again(edit, 
     assert "1 replaced, 2 undone" in capsys.readouterr().out
     assert [r["state"] for r in history(capsys)] == [*states, "active", "active", "active"]
 
-    assert edit("facts.jsonl", "--store", "edits", "--again") == 0
+    assert main(["undo", "--store", "edits", "--until", "2999-01-01"]) == 0
+    assert edit("facts.jsonl", "--store", "edits", "--out", "nothing") == 1
+    assert "no edit is active" in capsys.readouterr().err
+    assert not (desk / "nothing").exists()
+    assert edit("more.jsonl", "--store", "edits", "--again") == 0
     now = history(capsys)
     assert {r["subject"]: r["target"] for r in now if r["state"] == "active"} == {
         line["subject"]: line["target"] for line in lines_of(0, 9)
