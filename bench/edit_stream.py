@@ -32,6 +32,7 @@ from tqdm import tqdm
 from rlsedit_fast import Edit, EditConfig, Editor
 from rlsedit_fast.editing import finding, layers
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
+from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls.state import RLSState
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import build_tokenizer
@@ -189,7 +190,8 @@ def main() -> None:
     shown = ("edits", "seconds", "edits_per_second", "share_by_part", "flat", "not_converged", "mean_steps")
     for name in shown:
         print(f"{name}: {result[name]}")
-    record(options.json, "a stream of edits, end to end", device=options.device, seed=SEED, **result)
+    about = {"device": options.device, "backend": dispatch.requested(None), "seed": SEED}
+    record(options.json, "a stream of edits, end to end", **about, **result)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
 """Times every operation on a CUDA device, on each backend that runs it; `reference` is torch's own kernels.
 
-CUDA events round a row of calls, the backends in turn, medians of the rows; the memory touched is larger than the
-last cache for the default widths. Beside the milliseconds stands the floor, what moving the operation's bytes once
-takes at the rate of a large copy on this device, as a share of the time. Many rows are bound by arithmetic instead
-(from n of 32 or 64 on, and `moment_`), and single small layers by the time a launch takes, which a graph does without.
+CUDA events round a row of calls, the backends in turn, medians of the rows. Rows whose operands fit into the last cache
+twice over are marked `cached`: their times are no memory's. Beside the milliseconds stands the floor, what moving the
+operation's bytes once takes at the rate of a large copy on this device, as a share of the time. Many rows are bound by
+arithmetic instead (from n of 32 or 64 on, and `moment_`), and single small layers by the time a launch takes, which a
+graph does without.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from recording import add_json, record
 
 from rlsedit_fast import ops
-from rlsedit_fast.doctor import context
 from rlsedit_fast.ops import dispatch
 
-CALLS = 10  # in a row between two events
+CALLS = 10  # in a row between two events, or fewer
+LONG = 100.0  # milliseconds of such a row, about, at most
 D_V = 4096
 TOKENS = 4096  # rows of `moment_`
 COPIED = 1 << 30  # bytes, for the rate of a copy
@@ -94,26 +94,28 @@ def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
     return ways
 
 
-def milliseconds(run: Callable[[], object]) -> float:
+def milliseconds(run: Callable[[], object], calls: int = CALLS) -> float:
     """The time of one call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(CALLS):
+    for _ in range(calls):
         run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / CALLS
+    return begin.elapsed_time(end) / calls
 
 
 def measure(op: str, d: int, n: int, layers: int, repeats: int, rate: float) -> dict[str, object]:
     """Median milliseconds by backend, the floor in bytes, and its share of them at `rate` bytes a millisecond."""
     ways = runs(op, operands(op, d, n, layers))
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 2):
+    calls: dict[str, int] = {}
+    for name, run in ways.items():
+        milliseconds(run, 1)  # compiles
+        calls[name] = max(1, min(CALLS, int(LONG / milliseconds(run, 1))))
+    for _ in range(repeats):
         for name, run in ways.items():
-            time = milliseconds(run)
-            if repeat >= 2:  # the first rows compile and warm up
-                times[name].append(time)
+            times[name].append(milliseconds(run, calls[name]))
     medians = {name: statistics.median(row) for name, row in times.items()}
     least = {
         name: least_bytes("panel by the triangle" if name == "triton triangle" else op, d, n, layers) for name in ways
@@ -122,6 +124,7 @@ def measure(op: str, d: int, n: int, layers: int, repeats: int, rate: float) -> 
         **{"op": op, "d": d, "n": TOKENS if op == "moment_" else n, "layers": layers},
         "ms": {name: round(time, 4) for name, time in medians.items()},
         "least_bytes": least,
+        "cached": min(least.values()) < 2 * torch.cuda.get_device_properties(0).L2_cache_size,
         "share_of_floor": {name: round(least[name] / rate / time, 3) for name, time in medians.items()},
     }
 
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[1, 16, 64, 100])
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    add_json(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "torch sees no CUDA device\n")
@@ -145,12 +148,9 @@ def main() -> None:
             row = measure(op, d, n, layers, options.repeats, rate)
             results.append(row)
             found = "  ".join(f"{k} {v:.3f} ({row['share_of_floor'][k]:.0%})" for k, v in row["ms"].items())
-            print(f"{op:<14} {d:6} {n:4} {layers:6}  {found}", flush=True)
-    if options.json:
-        about = {"what": "operations on a GPU", "repeats": options.repeats, "copy_bytes_per_ms": round(rate)}
-        record = {**about, **context(), "results": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+            print(f"{op:<14} {d:6} {n:4} {layers:6}  {found}{'  (cached)' if row['cached'] else ''}", flush=True)
+            about = {"repeats": options.repeats, "copy_bytes_per_ms": round(rate)}
+            record(options.json, "operations on a GPU", **about, results=results)
 
 
 if __name__ == "__main__":

@@ -267,8 +267,6 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         for name in ("one_by_one", "equal_steps", "nll_stop", "key_pass"):
             clock.weigh(name, runs[name])
     equal, stopped = found["equal_steps"], found["nll_stop"]
-    if bool((equal.steps < published.search_steps).any()):
-        raise SystemExit("a request reached an NLL of 0 and stopped: the steps are not equal")
     truth = torch.stack(found["one_by_one"])
     errors = (equal.delta[some] - truth).norm(dim=1) / truth.norm(dim=1)
     shares = {"one_by_one": few, "one_by_one_stop": few, "converging": len(converging)}
@@ -288,7 +286,8 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "nll_stop_ratio": each["one_by_one"] / each["nll_stop"],
         "same_stop_ratio": each["one_by_one_stop"] / each["nll_stop"],
         "converging_ratio": each["one_by_one"] / each["converging"] if converging else None,
-        "max_delta_error": float(errors.max()),
+        "max_delta_error": float(errors.max()),  # in bfloat16 the rounding of that many steps
+        "stopped_before_the_last_step": int((equal.steps < published.search_steps).sum()),  # 0, or steps are not equal
         "converged": int(stopped.converged.sum()),
         "mean_steps_to_stop": float(stopped.steps.double().mean()),
         "key_pass_s": clock.median("key_pass"),
@@ -315,8 +314,8 @@ def main() -> None:
             rows.append(row)
             shown = {name: f"{row[name]:.3g}" if isinstance(row[name], float) else row[name] for name in SHOWN}
             print("  ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
-    about = {"device": options.device, "seed": SEED, "repeats": options.repeats}
-    record(options.json, "value search against one request at a time", **about, rows=rows)
+            about = {"device": options.device, "seed": SEED, "repeats": options.repeats}
+            record(options.json, "value search against one request at a time", **about, rows=rows)
 
 
 if __name__ == "__main__":
