@@ -56,7 +56,23 @@ def test_a_damaged_file_is_refused_by_name(held, tmp_path):
 def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"4": torch.zeros(6, 6)}, path)
-    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file, but none of"):
+    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file that calls itself 'nothing', not"):
         KeyStatistics.load(path)
     with pytest.raises(InputError, match=r"none\.safetensors' is not there"):
         KeyStatistics.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("told", [{}, {"about": "{}"}, {"about": "{}", "sums": "[1]"}, {"about": "{", "sums": "{}"}])
+def test_a_file_that_does_not_say_what_is_in_it_is_refused_by_name(tmp_path, told):
+    path = tmp_path / "s.safetensors"
+    save_file({"4": torch.zeros(6, 6)}, path, metadata={"kind": "rlsedit-fast key statistics 1", **told})
+    with pytest.raises(InputError, match=r"s\.safetensors' is damaged: its description cannot be read"):
+        KeyStatistics.load(path)
+
+
+def test_a_file_that_lacks_a_matrix_it_names_is_refused_by_name(tmp_path):
+    path = tmp_path / "s.safetensors"
+    told = {"kind": "rlsedit-fast key statistics 1", "about": "{}", "sums": '{"4": "ab", "5": "cd"}'}
+    save_file({"4": torch.zeros(6, 6)}, path, metadata=told)
+    with pytest.raises(InputError, match="it lacks layer 5"):
+        KeyStatistics.load(path)
