@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlsedit_fast import ops
-from rlsedit_fast.ops import cpu, cuda, dispatch, reference
+from rlsedit_fast.ops import cpu, cuda, cuda_launch, dispatch, reference
 
 U = 2.0**-24
 WIDTHS = (1, 3, 17, 64, 100, 257)
@@ -402,6 +402,26 @@ def test_triton_in_every_precision_and_variant_on_a_gpu(precision):
     truth = base.double() - (pending * signs[..., None]).double().mT @ pending.double()
     magnitude = base.double().abs() + pending.double().abs().mT @ pending.double().abs()
     assert ((got - truth).abs() <= bound(10, magnitude, "triton")).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [5, 150])
+def test_kernels_compiled_at_run_time_do_what_the_library_does(n, monkeypatch):
+    needs("cuda", "factor")
+    keys, innovation, ones = torch.randn(2, n, 260), torch.randn(2, n, 70), torch.ones(2, n)
+    given = [tensor.cuda() for tensor in (keys @ symmetric(260), keys, innovation, ones)]
+    base = symmetric(260).repeat(2, 1, 1).cuda()
+
+    def both():
+        u, a, *_ = ops.factor(*given, 1, backend="cuda")
+        ops.downdate_(left := base.clone(), u, given[3], backend="cuda")
+        return u, a, left
+
+    expected = both()
+    compiled = cuda_launch.Compiled()
+    monkeypatch.setattr(cuda_launch, "launcher", lambda: compiled)
+    for one, other in zip(both(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("backend", "device"), [value for value in BACKENDS if value.values[1] == "cuda"])
