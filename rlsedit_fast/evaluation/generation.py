@@ -88,7 +88,7 @@ def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
 
     An exact match under a natural stop, one of the two measures of The Mirage of Model Editing (Yang et al. 2025, arXiv
     2502.11177), by whose other one, a model as the judge, teacher-forced figures of 97 % become 39 %. Blanks around the
-    answer do not count; letter case does, which the release's exact match leaves out. A full stop within a word or a
+    answer do not count; letter case does, which the release's exact match leaves out. A full stop within a
     number, as in 3.5, ends nothing; what it abbreviates, as in "St. Petersburg" for "St", is not seen.
     """
     said, wanted = text.strip(), answer.strip()
@@ -96,7 +96,7 @@ def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
         return False
     rest = said[len(wanted) :].lstrip(" ")
     ends = [stop for stop in stops if rest.startswith(stop)]
-    return not rest or any(stop != "." or not rest[1:2].strip() for stop in ends)
+    return not rest or any(stop != "." or not rest[1:2].isdecimal() for stop in ends)
 
 
 def free_accuracy(

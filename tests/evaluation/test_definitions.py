@@ -138,6 +138,7 @@ def test_the_beginning_of_text_token_is_not_part_of_an_answer_but_was_graded_as_
         (" Lyon , France", "Lyon", False),
         (" 3.5 million", "3", False),
         (" 3. Five", "3", True),
+        (" Lyon.anish", "Lyon", True),
     ],
 )
 def test_a_free_answer_is_the_answer_and_then_its_natural_end(text, answer, right):
