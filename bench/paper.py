@@ -133,15 +133,15 @@ RECURSIVE = (
 CLOSEST = ("rls", "memit-history", "memit", "alphaedit")
 
 
-def protecting(one: Contender) -> Contender:
-    """The same with prompts protected that nobody asks; for rules that remember keys."""
-    return replace(one, label=f"{one.label} protecting", protected=0.01)
+def protecting(best: Mapping[str, Contender]) -> list[Contender]:
+    """The recursive rule, and the closest one that remembers keys too, with prompts protected that nobody asks."""
+    remembering = [RECURSIVE[0], *(best[rule] for rule in ("memit-history",) if rule in best)]
+    return [replace(one, label=f"{one.label} protecting", protected=0.01) for one in remembering]
 
 
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
     """All contenders in batches of 10, for scores, ages, bounds and capability; two also in batches of 1 and 100."""
-    both = (protecting(RECURSIVE[0]), protecting(best["memit-history"]))
-    for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values(), *both)):
+    for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values(), *protecting(best))):
         yield _job(out / "rules", contender, edits, seed, **ALONG)
     for size, seed in itertools.product((1, 100), seeds[:1]):
         for contender in (RECURSIVE[0], best["memit"]):
@@ -254,17 +254,12 @@ def model(options: argparse.Namespace) -> None:
     jobs = [
         _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
-        for one in (RECURSIVE[0], *best.values(), *map(protecting, (RECURSIVE[0], *_remembering(best))))
+        for one in (RECURSIVE[0], *best.values(), *protecting(best))
     ]
     # Those that matter most go first, so that a report can be made of what there is at any time.
     make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
     make(jobs, processes=options.jobs)
     print(*write(out))
-
-
-def _remembering(best: Mapping[str, Contender]) -> list[Contender]:
-    """The closest rule that can protect prompts too, where it is among them."""
-    return [best[rule] for rule in ("memit-history",) if rule in best]
 
 
 def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpec:

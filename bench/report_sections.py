@@ -315,6 +315,10 @@ def capability(runs: list[Run]) -> Section:
         note += " Consistency: cosine of TF-IDF vectors of what is written about subjects and of reference texts."
     if len(_layers(runs)) > 1:
         note += " ‖W − W0‖: of all edited layers together."
+    for form, what in (("cut", "prompts without their beginning"), ("left out", "items left out")):
+        counts = {task: max(value(run, task, form, of="task") or 0.0 for run in runs) for task in tasks}
+        if told := ", ".join(f"{task} {count:.0f}" for task, count in counts.items() if count):
+            note += f" Too long for the model, {what}: {told}."
     if not tasks:
         note += " GLUE and MMLU were not asked."
         if runs[0]["ground"] == DEMO:

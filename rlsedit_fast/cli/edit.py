@@ -226,11 +226,11 @@ def _not_yet_made(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, 
 
 
 def _past_lines(past: list[dict[str, str]]) -> list[str]:
+    if not past:
+        return []
     counts = Counter(entry["state"] for entry in past)
     told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return [f"{len(past)} edits stay what the store's history has them as ({told}); --again tells them anew"] * bool(
-        past
-    )
+    return [f"{len(past)} edits stay what the store's history has them as ({told}); --again tells them anew"]
 
 
 def _summary(results: dict[str, Any]) -> list[str]:

@@ -241,19 +241,25 @@ def test_ctrl_c_pressed_again_and_again_leaves_what_was_made(edit, desk, monkeyp
     assert (desk / "out" / "tokenizer.json").exists()
 
 
-def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
+def fail_at(batch, error, monkeypatch):
+    """Raises where the values of the batch of that number are searched."""
     from rlsedit_fast.editing import finding
-    from rlsedit_fast.errors import UpdateError
 
     real, calls = finding.search_within_memory, []
 
     def fails(*args):
         calls.append(1)
-        if len(calls) == 3:
-            raise UpdateError("made to fail")
+        if len(calls) == batch:
+            raise error
         return real(*args)
 
     monkeypatch.setattr(finding, "search_within_memory", fails)
+
+
+def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
+    from rlsedit_fast.errors import UpdateError
+
+    fail_at(3, UpdateError("made to fail"), monkeypatch)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
     assert read(desk / "report.json")["made"] == 8
     assert "made to fail" in capsys.readouterr().err
@@ -295,17 +301,7 @@ def test_the_demo_asks_for_its_plot_before_the_work(desk, monkeypatch, capsys):
 
 
 def test_an_error_of_any_kind_keeps_the_batches_before_it(edit, desk, monkeypatch, capsys):
-    from rlsedit_fast.editing import finding
-
-    real, calls = finding.search_within_memory, []
-
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("made to fail")
-        return real(*args)
-
-    monkeypatch.setattr(finding, "search_within_memory", fails)
+    fail_at(2, RuntimeError("made to fail"), monkeypatch)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
     assert read(desk / "report.json")["made"] == 4
     assert (desk / "out" / "model.safetensors").exists()

@@ -98,6 +98,15 @@ def test_consistency_is_shown_where_it_was_measured(folder):
     assert "Consistency: cosine" in table.note
 
 
+def test_what_a_task_had_to_leave_out_is_told(folder):
+    runs = [run("rls", 1)]
+    for form, number in (("accuracy", 0.5), ("error", 0.1), ("cut", 3), ("left out", 0)):
+        runs[0]["rows"].append({"edits": 200, "of": "task", "metric": "mmlu", "form": form, "value": number, "n": 25})
+    _, text = said(folder(rules=runs))
+    assert "Too long for the model, prompts without their beginning: mmlu 3." in text
+    assert "items left out" not in text, "none was"
+
+
 def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
     runs = [run("rls", 1, first=(0.9, 0.45)), run("memit", 1, efficacy=0.95, neighbors=0.95, first=(0.9, 0.9))]
     _, text = said(folder(rules=runs))
