@@ -130,7 +130,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         out = self.out()
         out.mkdir(parents=True, exist_ok=True)
-        for stale in (*out.glob("_cpu.*"), out / CUDA_LIBRARY):
+        for stale in (*out.glob("_cpu.*"), out / CUDA_LIBRARY, out / "_build.json"):  # or a failure leaves its claims
             stale.unlink(missing_ok=True)
         facts = {part: self.build_part(*PARTS[part], out) for part in PARTS}
         (out / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -148,6 +148,7 @@ def test_a_native_part_that_cannot_be_built_is_left_out_in_words(trouble, source
     done = run(*build, cwd=source, **environment, RLSEDIT_BUILD_CPU="1")
     assert done.returncode != 0
     assert "required by RLSEDIT_BUILD_CPU=1" in done.stdout
+    assert not (tmp_path / "out/rlsedit_fast/ops/_build.json").exists(), "what it says of the build before is no more"
     assert told in done.stdout
 
 
