@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for owner, name, part in WATCHED:
             watching.enter_context(split.watched(owner, name, part))
         editor.calibrate(edits[:100])
-        for state in editor._layers.states:
+        for state in editor._teller.layers.states:
             watching.enter_context(split.watched(state._master, "correct", "write"))
         bar = watching.enter_context(tqdm(total=len(edits), unit="edit"))
         for at in range(0, len(edits), options.batch_size):

@@ -86,7 +86,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
     began = time.perf_counter()
     opened = Editor.open(place, *load_demo_model())
     opening = time.perf_counter() - began
-    same = torch.equal(opened._layers.states[0].weight, editors[0]._layers.states[0].weight)
+    same = torch.equal(opened._teller.layers.states[0].weight, editors[0]._teller.layers.states[0].weight)
     return {
         "edits": len(edits),
         "batch_size": batch_size,
@@ -163,7 +163,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         found[f"open_seconds_{name}"] = time.perf_counter() - began
         found[f"edits_{name}"] = len(opened.history())
         opened.close()
-    same = torch.equal(opened._layers.states[0].weight, editor._layers.states[0].weight)
+    same = torch.equal(opened._teller.layers.states[0].weight, editor._teller.layers.states[0].weight)
     with Store(worst, write=False) as kept:
         replayed = kept.last - (kept.newest_snapshot().seq if kept.newest_snapshot() else 0)
     return {
@@ -193,8 +193,8 @@ def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
     report = evaluate(model, tokenizer, cases, before)
     gone = random.Random(0).sample(range(1, count + 1), count // 2)
     editor.undo(gone)
-    (state,) = editor._layers.states
-    told = editor._ledger.told(editor._ledger.active)
+    (state,) = editor._teller.layers.states
+    told = editor._teller.ledger.told(editor._teller.ledger.active)
     only = RLSState(state.original, state.prior)
     only.update(torch.stack([row.keys[0] for row in told]), torch.stack([row.values[0] for row in told]))
     return {

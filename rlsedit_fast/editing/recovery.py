@@ -17,6 +17,7 @@ from rlsedit_fast.editing.ledger import Ledger, Telling
 from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
+from rlsedit_fast.editing.surroundings import Surroundings
 from rlsedit_fast.editing.written import (
     FIXED,
     PROTECT,
@@ -29,8 +30,6 @@ from rlsedit_fast.editing.written import (
     telling_of,
 )
 from rlsedit_fast.errors import StoreError
-from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, Saved
 from rlsedit_fast.store import Entry, Store
 
@@ -113,9 +112,7 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
         )
 
 
-def recover(
-    store: Store, config: EditConfig, site: Site, projections: Sequence[Projection], ledger: Ledger, progress: Progress
-) -> EditedLayers | None:
+def recover(store: Store, around: Surroundings, ledger: Ledger, progress: Progress) -> EditedLayers | None:
     """Brings layers, ledger and progress to where the store is: the newest whole snapshot, and what came after it.
 
     The model's edited weights are the original ones, and are so again if this raises.
@@ -129,27 +126,19 @@ def recover(
     entries = _needed(store.entries)
     if not entries:
         return None
-    originals = [projection.weight.clone() for projection in projections]
+    originals = [projection.weight.clone() for projection in around.projections]
     try:
-        return _Recovery(store, config, site, projections, ledger, progress).run(entries)
+        return _Recovery(store, around, ledger, progress).run(entries)
     except BaseException:
-        for projection, original in zip(projections, originals, strict=True):
+        for projection, original in zip(around.projections, originals, strict=True):
             projection.write(original)
         raise
 
 
 class _Recovery:
-    def __init__(
-        self,
-        store: Store,
-        config: EditConfig,
-        site: Site,
-        projections: Sequence[Projection],
-        ledger: Ledger,
-        progress: Progress,
-    ) -> None:
-        self._store, self._config, self._ledger, self._progress = store, config, ledger, progress
-        self._site, self._projections = site, projections
+    def __init__(self, store: Store, around: Surroundings, ledger: Ledger, progress: Progress) -> None:
+        self._store, self._config, self._ledger, self._progress = store, around.config, ledger, progress
+        self._site, self._projections = around.site, around.projections
 
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
         snapshot, held = next(self._store.snapshots(), (None, {}))

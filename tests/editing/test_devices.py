@@ -322,8 +322,8 @@ def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
         by_claim(model, device_map("llama", A, B))
         editor = work(model, tokenizer, anchors=collected)
         active = [record.id for record in editor.history() if record.state == "active"]
-        rows = editor._ledger.told(active) + editor._layers._protected
-        for layer, (state, device) in enumerate(zip(editor._layers.states, (A, B), strict=True)):
+        rows = editor._teller.ledger.told(active) + editor._teller.layers._protected
+        for layer, (state, device) in enumerate(zip(editor._teller.layers.states, (A, B), strict=True)):
             kept = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
             kept += [*state._master.tensors, state._sketch.probe, state._sketch.image, state.prior.anchor_moment]
             kept += [row.keys[layer] for row in rows] + [row.values[layer] for row in rows]

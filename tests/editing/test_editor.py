@@ -7,8 +7,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast import ops
-from rlsedit_fast.editing import editor as editor_module
-from rlsedit_fast.editing import finding
+from rlsedit_fast.editing import finding, surroundings
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
@@ -86,15 +85,15 @@ def test_undo_leaves_the_state_of_a_model_never_told(make_model, tokenizer, shar
     editor = make_editor(model, tokenizer, share=share)
     records = editor.edit(EDITS)
     editor.undo([records[1].id, records[4].id])
-    kept = editor._ledger.told([r.id for r in editor.history() if r.state == "active"])
-    for layer, state in enumerate(editor._layers.states):
+    kept = editor._teller.ledger.told([r.id for r in editor.history() if r.state == "active"])
+    for layer, state in enumerate(editor._teller.layers.states):
         keys = torch.stack([told.keys[layer] for told in kept])
         values = torch.stack([told.values[layer] for told in kept])
         importance = torch.tensor([r.weight for r in editor.history() if r.state == "active"])
         weight, _, _ = solve_all(state.original, state.prior, keys, values, importance)
         error = (state.weight.double() - weight).norm() / weight.norm()
         assert float(error) < 1e-4
-        projection = editor._projections[layer]
+        projection = editor.projections[layer]
         assert torch.equal(projection.weight, state.weight)
 
 
@@ -169,17 +168,17 @@ def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model,
     editor = make_editor(model, tokenizer, share=share)
     editor.edit(EDITS[:2])
     start = weights(model)
-    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._layers.states]
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._teller.layers.states]
 
     def fails(*_args):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor._layers.states[-1], "update_projected", fails)
+    monkeypatch.setattr(editor._teller.layers.states[-1], "update_projected", fails)
     with pytest.raises(UpdateError, match="made to fail"):
         editor.edit(EDITS[2:4])
     monkeypatch.undo()
     assert_same(start, model)
-    for state, (weight, inverse, objective, edits) in zip(editor._layers.states, states, strict=True):
+    for state, (weight, inverse, objective, edits) in zip(editor._teller.layers.states, states, strict=True):
         assert torch.equal(state.weight, weight)
         assert torch.equal(state.precision_inverse(), inverse)
         assert (state.objective, state.edits) == (objective, edits)
@@ -360,7 +359,7 @@ def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
     model = make_model("llama", torch.bfloat16)
     editor = make_editor(model, tokenizer, batch_size=1)
     editor.edit(EDITS)
-    for projection, state in zip(editor._projections, editor._layers.states, strict=True):
+    for projection, state in zip(editor.projections, editor._teller.layers.states, strict=True):
         assert state.weight.dtype == torch.float32
         assert torch.equal(projection.weight, ops.split(state.weight)[0])  # whose halves round as the masters do
         assert not torch.equal(projection.weight.float(), state.weight)
@@ -397,8 +396,8 @@ def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
     if prompts and after:
         editor.protect(prompts, weight=weight)
     editor.edit(EDITS)
-    (layer, _) = editor._layers.states
-    keys = editor_module.text_keys(editor._decoder, tokenizer, editor._projections, PROTECTED, longest=64)[0]
+    (layer, _) = editor._teller.layers.states
+    keys = editor._around.text_keys(PROTECTED)[0]
     return float((layer.outputs(keys) - keys @ layer.original.T).norm()), editor
 
 
@@ -424,9 +423,9 @@ def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
     free, _ = protected_change(make_model, tokenizer, [])
     held, editor = protected_change(make_model, tokenizer, PROTECTED, weight=100.0, after=after)
     assert held < 0.3 * free
-    start = [state.original for state in editor._layers.states]
+    start = [state.original for state in editor._teller.layers.states]
     editor.undo([record.id for record in editor.history()])
-    for state, weight in zip(editor._layers.states, start, strict=True):
+    for state, weight in zip(editor._teller.layers.states, start, strict=True):
         assert (state.weight - weight).norm() <= 1e-5 * weight.norm()
         assert state.edits > 10, "the protected rows outlive the edits"
 
@@ -470,7 +469,7 @@ def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, toke
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS[:2])
     start = weights(model)
-    state = editor._layers.states[0]
+    state = editor._teller.layers.states[0]
     real = state.update_projected
 
     def overflowing(panel, innovation):
@@ -485,7 +484,7 @@ def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, toke
 def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer):
     editor = make_editor(make_model("llama", torch.bfloat16), tokenizer)
     editor.edit(EDITS[:2])
-    for projection, state in zip(editor._projections, editor._layers.states, strict=True):
+    for projection, state in zip(editor.projections, editor._teller.layers.states, strict=True):
         assert state._master.extra == 2 * projection.weight.numel()
         assert state._master.tensors[0].data_ptr() == projection.weight.data_ptr()
 
@@ -515,7 +514,7 @@ def test_repeated_and_blank_contexts_are_left_out_and_told(make_model, tokenizer
     from rlsedit_fast.models.generation import Sample
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
-    monkeypatch.setattr(editor_module, "sample", lambda *_args, **_options: drawn)
+    monkeypatch.setattr(surroundings, "sample", lambda *_args, **_options: drawn)
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(context_samples=3))
     assert len(editor.config.context_prefixes) == 3
     assert "of 3 sampled context prefixes 1 are left" in caplog.text
@@ -557,14 +556,14 @@ def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog)
     editor = rf.Editor(model, tokenizer, config=config)
     edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
     waiting: list[int] = []
-    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(editor._layers.states[0]._count))
+    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(editor._teller.layers.states[0]._count))
     assert max(waiting) <= 8
     assert waiting.count(0) >= 2
 
     def fails(*_args):
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(editor._layers.states[0], "_downdate", fails)
+    monkeypatch.setattr(editor._teller.layers.states[0], "_downdate", fails)
     assert len(editor.edit(edits[30:])) == 10
     assert "wait on: no more memory" in caplog.text
-    assert editor._layers.states[0]._count == 10
+    assert editor._teller.layers.states[0]._count == 10

@@ -101,7 +101,7 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
     for at in (2, 0, 3, 1):
         editor.undo([record.id for record in records[5 * at : 5 * at + 5]])
     now = model.state_dict()
-    edited = [f"{projection.name}.weight" for projection in editor._projections]
+    edited = [f"{projection.name}.weight" for projection in editor.projections]
     for name, value in start.items():
         if name not in edited:
             assert torch.equal(now[name], value), f"{name} is not one of the edited weights"

@@ -99,9 +99,9 @@ def test_editor_keeps_the_scale_of_what_it_made_and_flags_what_fell_short(demo):
     records = editor.edit([case.edit for case in CASES])
     assert {record.converged for record in records} == {True, False}, "some take at the first step, most do not"
     assert all(record.rank > 1 for record in records if record.nll > 3)
-    held = editor._progress.scale.squares
+    held = editor._teller.progress.scale.squares
     assert float(held.sum()) == pytest.approx(12, rel=1e-4)
-    editor._layers._site.decoder.model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
+    editor._teller.layers._site.decoder.model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(rf.errors.RLSEditError):
         editor.edit([case.edit for case in world_cases(World.generate(), 13, 1)[12:]])
-    assert torch.equal(editor._progress.scale.squares, held)
+    assert torch.equal(editor._teller.progress.scale.squares, held)

@@ -22,7 +22,7 @@ def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
     plan = editor.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
-    for layer, state in zip(plan, editor._layers.states, strict=True):
+    for layer, state in zip(plan, editor._teller.layers.states, strict=True):
         assert layer.state == state.memory_bytes()
         assert layer.anchors == 0
         assert layer.per_edit == 4 * (64 + 96)
@@ -45,7 +45,7 @@ def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, token
     editor.anchor(["Toze Lado lives in Port Alder ."])
     plan = editor.memory()
     editor.edit([EDIT, rf.Edit("{} lives in", "Lado Toze", "Port Alder")])
-    for layer, state in zip(plan, editor._layers.states, strict=True):
+    for layer, state in zip(plan, editor._teller.layers.states, strict=True):
         kept = [state.original, *remembered(state._memory)]
         taken = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if name == "alphaedit" and not options:  # by a threshold its basis may be anything up to the whole

@@ -105,7 +105,7 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
     editor = rf.Editor(model.to(torch.bfloat16), tokenizer, config=replace(CONFIG, rule="memit"))
     editor.anchor(anchor_texts(WORLD, 0)[:1000])
     editor.edit(EDITS)
-    (state,) = editor._layers.states
+    (state,) = editor._teller.layers.states
     stored = editor.projections[0].weight
     assert state.weight.dtype == torch.float32
     assert not torch.equal(state.weight, stored.float()), "the master has the lower bits"
@@ -114,13 +114,13 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
 
 def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
     editor = make_editor(norm_anchor=True)
-    first = editor._finder.find(editor.requests(EDITS[:6]), editor._progress)
-    later = editor._finder.find(editor.requests(EDITS[6:]), editor._progress)
+    first = editor._teller._finder.find(editor.requests(EDITS[:6]), editor._teller.progress)
+    later = editor._teller._finder.find(editor.requests(EDITS[6:]), editor._teller.progress)
     norms = (first.start + first.delta).norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
     assert torch.allclose((later.start + later.delta).norm(dim=1), norms.mean(), rtol=1e-5)
     other = make_editor()
-    plain = other._finder.find(editor.requests(EDITS[:6]), other._progress)
+    plain = other._teller._finder.find(editor.requests(EDITS[:6]), other._teller.progress)
     assert float(norms.mean()) == pytest.approx(float((plain.start + plain.delta).norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert said(editor) >= 10

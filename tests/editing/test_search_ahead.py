@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import editor as editor_module
 from rlsedit_fast.editing import finding
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
@@ -88,7 +88,7 @@ def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(
 
 def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
     editor = make_editor(search_ahead=24)
-    real, count = editor_module.EditedLayers.write, []
+    real, count = EditedLayers.write, []
 
     def write(self, *args, **kwargs):
         count.append(0)
@@ -96,7 +96,7 @@ def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
             raise UpdateError("no")
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(editor_module.EditedLayers, "write", write)
+    monkeypatch.setattr(EditedLayers, "write", write)
     with pytest.raises(UpdateError, match="first 12 of 24"):
         editor.edit(EDITS)
     assert len(editor.history()) == 12
@@ -112,10 +112,10 @@ def test_edits_that_fall_short_are_skipped_in_their_own_batch():
 def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
     whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
     requests = whole.requests(EDITS)
-    each = 10**9 / fitting(whole._site, requests, 10**9)
+    each = 10**9 / fitting(whole._around.site, requests, 10**9)
     tight = make_editor(batch_size=24, search_memory=int(8.5 * each))
-    assert fitting(tight._site, requests, tight.config.search_memory) == 8
-    assert fitting(tight._site, requests, 1) == 1
+    assert fitting(tight._around.site, requests, tight.config.search_memory) == 8
+    assert fitting(tight._around.site, requests, 1) == 1
     whole.edit(EDITS)
     tight.edit(EDITS)
     torch.testing.assert_close(weight(tight), weight(whole), rtol=1e-4, atol=1e-4)
@@ -125,4 +125,5 @@ def test_what_is_measured_grows_with_the_rows(searches):
     few = make_editor()
     many = make_editor(context_prefixes=("", "People speak .", "Lado speaks", "Veta plays the organ"))
     budget = 10**9
-    assert fitting(few._site, few.requests(EDITS), budget) > 1.8 * fitting(many._site, many.requests(EDITS), budget)
+    fit = {editor: fitting(editor._around.site, editor.requests(EDITS), budget) for editor in (few, many)}
+    assert fit[few] > 1.8 * fit[many]

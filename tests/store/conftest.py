@@ -78,18 +78,18 @@ def assert_same_weights(one, other) -> None:
 def assert_same(one: rf.Editor, other: rf.Editor) -> None:
     """Bit for bit: the weights, all that the states go on from, and the records but for their times."""
     assert_same_weights(one.model, other.model)
-    for a, b in zip(one._layers.states, other._layers.states, strict=True):
+    for a, b in zip(one._teller.layers.states, other._teller.layers.states, strict=True):
         first, second = a.saved(), b.saved()
         for name in ("weight", "base", "pending", "signs", "image"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert (first.floor, first.objective, first.edits) == (second.floor, second.objective, second.edits)
     assert said(one) == said(other)
-    ids = one._ledger.active
-    assert ids == other._ledger.active
-    for a, b in zip(one._ledger.told(ids), other._ledger.told(ids), strict=True):
+    ids = one._teller.ledger.active
+    assert ids == other._teller.ledger.active
+    for a, b in zip(one._teller.ledger.told(ids), other._teller.ledger.told(ids), strict=True):
         assert a.weight == b.weight
         assert all(map(torch.equal, (*a.keys, *a.values), (*b.keys, *b.values)))
-    assert len(one._layers.protected) == len(other._layers.protected)
+    assert len(one._teller.layers.protected) == len(other._teller.layers.protected)
 
 
 def said(editor: rf.Editor) -> list[tuple]:

@@ -57,10 +57,10 @@ def test_a_random_half_undone_leaves_a_model_that_only_saw_the_other(stream):
     for at in range(60, 250, 38):
         editor.undo(order[at : at + 38])
 
-    kept = editor._ledger.active
+    kept = editor._teller.ledger.active
     assert kept == [i for i in range(1, 501) if i not in set(gone)]
-    (state,) = editor._layers.states
-    told = editor._ledger.told(kept)
+    (state,) = editor._teller.layers.states
+    told = editor._teller.ledger.told(kept)
     only = rf.RLSState(state.original, state.prior)
     for at in range(0, 250, 50):
         part = told[at : at + 50]
@@ -126,7 +126,7 @@ def test_one_removal_a_layer_takes_them_all_and_one_alone_leaves_its_batch(tiny,
     editor.anchor(ANCHORS)
     editor.edit(make_edits(8))
     counts = []
-    for state in editor._layers.states:
+    for state in editor._teller.layers.states:
         real = state.remove
         monkeypatch.setattr(state, "remove", lambda k, v, w, real=real: counts.append(len(k)) or real(k, v, w))
     editor.undo([2, 5, 6])
@@ -172,11 +172,11 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
         editor.edit(make_edits(14))
         editor.undo([1, 2, 3, 8])
         editor.protect(["Veta plays the organ ."])
-        before = [state.weight.clone() for state in editor._layers.states]
+        before = [state.weight.clone() for state in editor._teller.layers.states]
         size = sum(editor.status().sizes.values())
         assert editor.consolidate() > 0
         assert sum(editor.status().sizes.values()) < size
-        for state, weight in zip(editor._layers.states, before, strict=True):
+        for state, weight in zip(editor._teller.layers.states, before, strict=True):
             assert float((state.weight - weight).norm() / weight.norm()) < 1e-5
             assert state._count == 0, "no row is pending"
     assert len(list((tmp_path / "changes").iterdir())) == 2
@@ -198,11 +198,11 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
         one.edit(make_edits(3, start=30))
         one.undo([5, 16])
     assert_same(opened, one)
-    opened.undo(opened._ledger.active)
+    opened.undo(opened._teller.ledger.active)
     opened.consolidate()
     opened.close()
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
-    assert [state.edits for state in opened._layers.states] == [len(opened._layers.protected)] * 2
+    assert [state.edits for state in opened._teller.layers.states] == [len(opened._teller.layers.protected)] * 2
     assert {record.state for record in opened.history()} == {"undone"}
     with pytest.raises(InputError, match="nothing has been edited"):
         rf.Editor(tiny(), tokenizer, config=config).consolidate()
@@ -218,7 +218,7 @@ def test_status_counts_bounds_and_foretells(tiny, tokenizer, tmp_path):
         editor.undo(3)
         status = editor.status(budget=5.0)
         assert status.edits == {"active": 11, "undone": 1, "replaced": 0, "skipped": 0}
-        for layer, state in zip(status.layers, editor._layers.states, strict=True):
+        for layer, state in zip(status.layers, editor._teller.layers.states, strict=True):
             moment, original = state.prior.anchor_moment, state.original
             delta = state.weight - original
             moved, whole = (float(((w @ moment) * w).sum()) ** 0.5 for w in (delta, original))
@@ -268,7 +268,7 @@ def test_drift_is_told_with_what_to_do_about_it(tiny, tokenizer, monkeypatch):
     editor.edit(make_edits(6))
     assert not [w for w in editor.status().warnings if "drifted" in w]
     with torch.no_grad():
-        editor._layers.states[0]._base.mul_(1.01)
+        editor._teller.layers.states[0]._base.mul_(1.01)
     (warning,) = [w for w in editor.status().warnings if "drifted" in w]
     assert warning.startswith("layer 0: C has drifted")
     assert "consolidate" in warning

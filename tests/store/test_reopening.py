@@ -22,7 +22,7 @@ def at_work(editor: rf.Editor, part: int) -> None:
         editor.edit(make_edits(5, start=9))
     elif part == 2:
         editor.replace(4, target="mason")
-        editor.undo(editor._ledger.active[3])
+        editor.undo(editor._teller.ledger.active[3])
     else:
         editor.edit(make_edits(3, start=30))
 
@@ -101,7 +101,7 @@ def test_a_snapshot_saves_the_replay_and_changes_nothing(tiny, tokenizer, tmp_pa
     for one in (opened, whole):
         one.edit(make_edits(4, start=40))
     assert_same_weights(opened.model, whole.model)
-    assert torch.equal(opened._layers.states[0].saved().base, whole._layers.states[0].saved().base)
+    assert torch.equal(opened._teller.layers.states[0].saved().base, whole._teller.layers.states[0].saved().base)
 
 
 def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokenizer, tmp_path, monkeypatch):
@@ -140,10 +140,10 @@ def test_halves_are_half_and_taking_back_is_as_exact(tiny, tokenizer, tmp_path):
         editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path / keys)
         editor.edit(make_edits(12))
         sizes.append(sum(path.stat().st_size for path in (tmp_path / keys / "changes").iterdir()))
-        start = [state.original for state in editor._layers.states]
+        start = [state.original for state in editor._teller.layers.states]
         editor.undo(list(range(1, 12)))
-        kept = editor._ledger.told([12])[0]
-        for layer, (state, weight) in enumerate(zip(editor._layers.states, start, strict=True)):
+        kept = editor._teller.ledger.told([12])[0]
+        for layer, (state, weight) in enumerate(zip(editor._teller.layers.states, start, strict=True)):
             fresh = rf.RLSState(weight, state.prior)
             fresh.update(kept.keys[layer][None], kept.values[layer][None], torch.tensor([kept.weight]))
             errors.append(float((state.weight - fresh.weight).norm() / weight.norm()))

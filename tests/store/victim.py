@@ -96,7 +96,7 @@ def make_editor(model, tokenizer, store=None) -> rf.Editor:
 
 def digest(editor: rf.Editor) -> bytes:
     found = hashlib.sha256()
-    for state in editor._layers.states if editor._layers else ():
+    for state in editor._teller.layers.states if editor._teller.layers else ():
         saved = state.saved()
         for tensor in (saved.weight, saved.base, saved.pending, saved.signs, saved.image):
             found.update(tensor.contiguous().numpy().tobytes())

@@ -1,0 +1,274 @@
+"""Edits told and taken back: layers, store and ledger change together, or none of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast.editing.batches import batches_of, unrelated
+from rlsedit_fast.editing.edits import EditRecord, EditState
+from rlsedit_fast.editing.finding import Finder
+from rlsedit_fast.editing.interrupts import held_back
+from rlsedit_fast.editing.layers import EditedLayers, Told
+from rlsedit_fast.editing.ledger import Ledger, Written
+from rlsedit_fast.editing.progress import Point, Progress
+from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.surroundings import Surroundings
+from rlsedit_fast.editing.values import Values
+from rlsedit_fast.errors import RequestError, ResourceError
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a change is brought to its end, once all is written and found fit to stay.
+
+    Attributes:
+        before: called before the commit, and may still refuse: what prepares the change in the store.
+        after: called after it, and cannot fail: what enters it in memory.
+    """
+
+    before: list[Callable[[], object]]
+    after: list[Callable[[], object]]
+
+
+class Teller:
+    """Tells a model's layers edits, a batch at a time, and keeps account of it.
+
+    Args:
+        around: the model.
+        recorder: what writes into the store; None without one.
+
+    Attributes:
+        ledger: the edits.
+        progress: what else goes on from batch to batch.
+        layers: the edited layers; None until somebody has set their priors.
+    """
+
+    def __init__(self, around: Surroundings, recorder: Recorder | None) -> None:
+        self.ledger = Ledger(around.config, around.prepare)
+        self.progress = Progress()
+        self.layers: EditedLayers | None = None
+        self._config = around.config
+        self._finder = Finder(around.site, around.config)
+        self._recorder = recorder
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[EditRecord]]:
+        """Tells edits batch by batch, and gives each batch's records once it is written."""
+        for batch, found in self._searched_ahead(requests):
+            yield self.tell(batch, found=found)
+
+    def tell(
+        self, requests: Sequence[Request], *, replaced: Sequence[int] = (), found: Values | None = None
+    ) -> list[EditRecord]:
+        """One batch, with what becomes of the edits that it replaces or shares a subject with.
+
+        Args:
+            requests: the batch.
+            replaced: ids of edits that it replaces, whatever they ask.
+            found: its values, where they were searched ahead.
+        """
+        gone, again = set(replaced), list[int]()
+        if self._config.same_subject == "joint":
+            gone.update(self.ledger.asking(requests))
+            again = [i for i in self.ledger.about(requests) if i not in gone]
+            self.check_kept("tell another edit about the subject of", sorted({*gone, *again}))
+        return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again, found=found)
+
+    def undo(self, gone: Sequence[int]) -> None:
+        """Takes edits back; those that shared a value with one of them are told anew without it."""
+        self.check_kept("undo", gone)
+        partners = {partner for record in self.ledger.get(gone) for partner in record.joint_with}
+        self._tell([], gone=gone, outcome="undone", again=sorted(partners - set(gone)))
+
+    def protect(self, keys: Sequence[Tensor], weight: float) -> None:
+        """Holds what the layers do on keys, `[n, d_k]` each."""
+        assert self.layers is not None
+        with self._change() as ending:
+            rows = self.layers.protect(keys, weight)
+            if self._recorder:
+                ending.before.append(partial(self._recorder.protect, rows))
+
+    def rebuild(self) -> None:
+        """Makes every layer afresh in float64 from its prior and the active edits."""
+        assert self.layers is not None
+        active = self.ledger.active
+        self.check_kept("rebuild the layers from", active)
+        with self._change() as ending:
+            self.layers.rebuild(self.ledger.told(active))
+            progress = replace(self.progress, writes=self.progress.writes + 1)
+            objective = tuple(state.objective for state in self.layers.states)
+            if self._recorder:
+                recorded = partial(self._recorder.rebuild, self.ledger, self.layers.protected, progress, objective)
+                ending.before.append(recorded)
+            ending.after.append(partial(self._go_on_from, progress, Point(len(active), objective)))
+
+    def check_kept(self, what: str, ids: Sequence[int]) -> None:
+        """Raises RequestError where active edits are to be taken out and their rows are not kept."""
+        if self._config.keys is None and ids:
+            some = ", ".join(map(str, ids[:5])) + (" and others" if len(ids) > 5 else "")
+            raise RequestError(
+                f"cannot {what} edits {some}: their keys and values are not kept (keys=None), so they cannot be taken "
+                "back; nothing was changed. Make an editor with keys='full' or 'fp16' for edits that are to be undone"
+            )
+
+    @contextmanager
+    def _change(self) -> Iterator[_Ending]:
+        """A transaction of layers, store and ledger: the block's changes are in all of them, or in none if it raises.
+
+        From the commit on until the ledger has it, Ctrl-C waits.
+        """
+        assert self.layers is not None
+        ending = _Ending([], [])
+        with ExitStack() as uninterrupted:
+            try:
+                with self.layers.transaction() as last:
+                    yield ending
+                    last += ending.before
+                    last.append(lambda: uninterrupted.enter_context(held_back()))
+                    if self._recorder:
+                        last.append(self._recorder.commit)
+            except BaseException:
+                if self._recorder:
+                    self._recorder.abort()
+                raise
+            for action in ending.after:
+                action()
+
+    def _go_on_from(self, progress: Progress, point: Point) -> None:
+        self.progress = progress
+        progress.reached(point)
+
+    def _searched_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
+        """Batches in order, with their values where these are found for several at once."""
+        window: list[list[Request]] = []
+        for batch in batches_of(requests, self._config.batch_size, apart=self._config.same_subject == "joint"):
+            held = sum(map(len, window))
+            if window and held + len(batch) > (self._config.search_ahead or 0):
+                yield from self._with_values(window)
+                window = []
+            window.append(batch)
+        yield from self._with_values(window)
+
+    def _with_values(self, batches: Sequence[list[Request]]) -> Iterator[tuple[list[Request], Values | None]]:
+        """A batch that bears upon active edits or on another of the batches has its values found when it comes."""
+        alone = range(len(batches)) if self._config.same_subject == "separate" else unrelated(batches, self.ledger)
+        found: dict[int, Values] = {}
+        if len(batches) > 1 and len(alone) > 1:
+            values = self._finder.find([request for at in alone for request in batches[at]], self.progress)
+            first = 0
+            for at in alone:
+                found[at] = values.taken(range(first, first + len(batches[at])))
+                first += len(batches[at])
+        for at, batch in enumerate(batches):
+            yield batch, found.get(at)
+
+    def _tell(
+        self,
+        requests: Sequence[Request],
+        *,
+        gone: Sequence[int],
+        outcome: EditState,
+        again: Sequence[int],
+        found: Values | None = None,
+    ) -> list[EditRecord]:
+        """Takes out edits, tells new ones, and some that were there anew; all of it or nothing.
+
+        Args:
+            requests: to be told.
+            gone: ids of active edits to take out.
+            outcome: what becomes of those.
+            again: ids of active edits to take out and to tell anew together with `requests`; they keep their ids.
+            found: the values of `requests`, searched before the last batches were written; only with no `again`.
+
+        Returns:
+            The records of the new edits.
+        """
+        assert self.layers is not None
+        everything = [*requests, *self.ledger.requests(again)]
+        written = Written({}, [], [])
+        stay: list[int] = []
+        rebuilt: tuple[bool, ...] = ()
+        before, scale = self.progress, self.progress.scale
+        try:
+            with self._change() as ending:
+                if gone or again:
+                    out = {*gone, *again}
+                    rebuilt = self.layers.remove(self.ledger.told([*gone, *again]), self.ledger.but(out))
+                if everything:
+                    values, short = self._finder.reached(everything, len(requests), found, self.progress)
+                    asked = {everything[at].asks for at in short}
+                    if stay := [i for i in gone if self.ledger.asked(i) in asked]:
+                        self.layers.update(self.ledger.told(stay))
+                    written = self._write(everything, values, short, since_then=found is not None)
+                telling = self.ledger.telling(
+                    requests,
+                    written,
+                    again=again,
+                    time=self.progress.now() if requests else self.progress.time,
+                    batch=self.progress.batches + 1,
+                    gone=tuple(gone),
+                    outcome=outcome,
+                    stay=tuple(stay),
+                    rebuilt=rebuilt,
+                )
+                progress = replace(
+                    self.progress,
+                    batches=self.progress.batches + bool(requests),
+                    writes=self.progress.writes + bool(gone or again) + bool(everything),
+                )
+                objective = tuple(state.objective for state in self.layers.states)
+                active = len(self.ledger.active) + sum(r.state == "active" for r in telling.records)
+                active -= len(gone) - len(stay)
+                if self._recorder:
+                    ending.before.append(partial(self._recorder.tell, telling, progress, objective, active))
+                ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
+                ending.after.append(partial(self.ledger.enter, telling))
+        except BaseException as error:
+            if self.progress is not before:  # it was made; somebody pressed Ctrl-C in the meantime
+                raise
+            before.scale = scale
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ResourceError(
+                f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
+                f"or take fewer context_prefixes. ({error})"
+            ) from error
+        if self._recorder:
+            self._recorder.snapshot_if_due(self.layers, self.progress)
+        return self.ledger.get([record.id for record in telling.records])
+
+    def _write(
+        self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool
+    ) -> Written:
+        """Writes a batch into the layers, but for the requests at the places `short`.
+
+        Args:
+            requests: the batch.
+            values: of all of it.
+            short: places in it.
+            since_then: whether something was written after the values were found.
+        """
+        assert self.layers is not None
+        chosen = [at for at in range(len(requests)) if at not in short]
+        realised, told = torch.zeros(len(requests)), dict[int, Told]()
+        if chosen:
+            wanted = values.delta[chosen]
+            weights = torch.tensor([float(requests[at].edit.weight) for at in chosen])
+            start = values.start[chosen] if since_then else None
+            rows, left = self.layers.write(
+                [requests[at] for at in chosen], wanted, weights, self._config.share, start=start
+            )
+            share = 1 - left.norm(dim=1) / wanted.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
+            realised[chosen] = share.cpu()
+            told = dict(zip(chosen, rows, strict=True))
+        columns = (values.converged, values.nll, values.rank, values.steps, realised)
+        names = ("converged", "nll", "rank", "steps", "realised")
+        said = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        groups = self._finder.groups([requests[at] for at in chosen])
+        return Written(told, said, [[chosen[at] for at in group] for group in groups])
