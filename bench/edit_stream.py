@@ -46,8 +46,8 @@ WATCHED = (
     (RLSState, "update_projected", "solve"),
     (RLSState, "outputs", "solve"),
 )
-DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25, lam=1.0)
-"""Of the random models: five layers and the default contexts, KL prompt and stop; nothing there is worth anchoring."""
+DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25)
+"""Of the random models: five layers and the default contexts, KL prompt and stop."""
 
 
 class Split:
@@ -105,25 +105,29 @@ def stream(count: int) -> list[Edit]:
     return edits
 
 
-def make_editor(name: str, device: str, options: argparse.Namespace) -> Editor:
-    if name == "demo":
+def make_model(options: argparse.Namespace) -> tuple[Any, Any, EditConfig]:
+    """Model, tokenizer and settings."""
+    if options.model == "demo":
         model, tokenizer = load_demo_model()
-        editor = Editor(model.to(device), tokenizer, config=replace(CONFIG, batch_size=options.batch_size))
-        editor.anchor(anchor_texts(World.generate(), SEED))
-        return editor
+        return model.to(options.device), tokenizer, replace(CONFIG, batch_size=options.batch_size)
     config = replace(DEEP, batch_size=options.batch_size, search_memory=options.search_memory)
-    if name == "random":
+    if options.model == "random":
         config = replace(config, layers=(1, 2, 3))
-    return Editor(random_llama(name, device), build_tokenizer(), config=config)
+    return random_llama(options.model, options.device), build_tokenizer(), config
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    editor = make_editor(options.model, options.device, options)
-    edits = stream(options.edits)
     cuda = torch.device(options.device).type == "cuda"
+    if options.memory_cap:
+        whole = torch.cuda.get_device_properties(options.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_cap / whole, options.device)
+    model, tokenizer, config = make_model(options)
+    model_bytes = torch.cuda.memory_allocated() if cuda else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    model_bytes = torch.cuda.memory_allocated() if cuda else None
+    editor = Editor(model, tokenizer, config=config)
+    editor.anchor(anchor_texts(World.generate(), SEED))
+    edits = stream(options.edits)
     split = Split(options.device)
     rows, before = [], dict[str, float]()
     short = 0
@@ -170,6 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "flat": flat,
         "not_converged": short,
         "mean_steps": statistics.mean(record.steps for record in editor.history()),
+        "memory_cap": options.memory_cap,
         "state_bytes": sum(layer.state for layer in editor.memory()),
         **memory,
         "batches": rows,
@@ -184,8 +189,11 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--search-memory", type=int, help="bytes that a search may take, see EditConfig")
+    parser.add_argument("--memory-cap", type=int, help="bytes that this process may take of the CUDA device")
     add_json(parser)
     options = parser.parse_args()
+    if options.memory_cap and torch.device(options.device).type != "cuda":
+        parser.error("--memory-cap caps a CUDA device's memory; expected with --device cuda")
     result = measure(options)
     shown = ("edits", "seconds", "edits_per_second", "share_by_part", "flat", "not_converged", "mean_steps")
     for name in shown:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
 #   bench/gpu.sh DIR [PART...]     result files and logs go to DIR; all parts without names; PYTHON names the interpreter
-# Parts: tests gpu step solves values stream memcheck racecheck initcheck triton. The build always comes first. Each has
+# Parts: tests gpu step solves states values stream memcheck racecheck initcheck triton. The build always comes first. Each has
 # its time, and one that fails or runs over it does not keep the others from running; `summary` says how they ended.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 shift
 python=${PYTHON:-python3}
-parts=${*:-tests gpu step solves values stream memcheck racecheck initcheck triton}
+parts=${*:-tests gpu step solves states values stream memcheck racecheck initcheck triton}
 failed=0
 # Tools of the build that lie beside the interpreter or in CUDA's usual place; without them it would leave kernels out.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
@@ -45,6 +45,7 @@ for name in $parts; do
             part solves 120 "$python" bench/step.py --device cuda --d 14336 --n 16 100 --rounds 3 \
                 --json "$out/step-solves-cuda.json"
             ;;
+        states) part states 120 "$python" bench/state_build.py --device cuda --d 14336 --json "$out/state-build-cuda.json" ;;
         values) part values 400 "$python" bench/values.py --device cuda --json "$out/values-cuda.json" ;;
         stream)
             part stream 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 1000 \

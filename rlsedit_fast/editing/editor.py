@@ -222,7 +222,8 @@ class Editor:
         else:
             # They are not kept, so nobody will ask whose they are; a fingerprint would read all of the weights.
             found = self._around.collect(GivenTexts(what), identity="")
-        self._moments = [found.moments[p.layer].to(p.weight.device) for p in self.projections]
+        # Read only when a state is made, and then a chunk at a time; beside the model they would crowd it.
+        self._moments = [found.moments[layer].cpu() for layer in self.layers]
         return found.tokens
 
     def statistics(

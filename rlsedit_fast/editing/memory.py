@@ -11,6 +11,7 @@ import torch
 
 from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rls.prior import CHUNK
 from rlsedit_fast.rules import Rule
 
 _FLOAT, _DOUBLE = 4, 8
@@ -26,7 +27,7 @@ class LayerMemory:
         device: where it lies, and so where this is taken.
         state: for as long as the editor lives: C and pending rows, or what another rule remembers, at most; W0; the
             part of the master that the model has not.
-        anchors: the anchor moment, for as long as the editor lives.
+        anchors: the anchor moment, for as long as the editor lives, in the host's memory.
         building: more, for the moment in which the state is made or rebuilt in float64; other rules compute each batch
             so.
         per_edit: of the rows that an edit leaves behind, by which it can be taken back.
@@ -53,8 +54,8 @@ def plan(
         kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
         if rule is None:
             kept += _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k
-            # W0, and of S0, its factor and the inverse two in float64 at a time, one of them copied
-            building = 3 * d_k * d_k + d_v * d_k
+            # S0 and its factor, or the factor and C, which is told above, with chunks of both; W is in the master
+            building = 2 * d_k * d_k + 2 * CHUNK * d_k
         else:
             kept += _DOUBLE * rule.kept(d_v, d_k)
             # W, its change and the sum; what it remembers, with the batch, its factor and a copy

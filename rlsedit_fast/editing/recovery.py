@@ -170,9 +170,7 @@ class _Recovery:
     def _begun(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
         priors = [
-            Prior(**prior, anchor_moment=moment.to(projection.weight.device) if moment is not None else None)
-            for at, (prior, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))
-            for moment in (tensors.get(f"moment.{at}"),)
+            Prior(**prior, anchor_moment=tensors.get(f"moment.{at}")) for at, prior in enumerate(entry.about["priors"])
         ]
         layers = EditedLayers(
             self._site, self._projections, priors, delay=self._config.delay, keys=self._config.keys, saved=saved

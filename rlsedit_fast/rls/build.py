@@ -14,6 +14,10 @@ from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.prior import CHUNK, Prior
 
+LEAST_BLOCK = 256
+"""Columns of the inverse at a time, and at least a sixteenth of them: few enough to take no second float64 matrix, and
+as fast as one (bench/results/state-build.json)."""
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -44,7 +48,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
     """The minimiser and its precision inverse by the normal equations in delta form, in float64.
 
     `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, by one Cholesky.
-    Memory: two matrices `[d_k, d_k]` in float64, and chunks of rows.
+    Memory: two matrices `[d_k, d_k]` in float64 for the factor; behind it one, C and chunks of rows.
 
     Args:
         original: `W0 [d_v, d_k]`.
@@ -56,9 +60,11 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
     Raises:
         PriorError: `S` is not positive definite in float64, or its inverse does not fit `dtype`.
     """
-    start = original.double()
-    precision = prior.precision(start.shape[1], start.device)
-    pull = prior.pull(start)
+    precision = prior.precision(original.shape[1], original.device)
+    weight, objective, pull = original.to(dtype), 0.0, None
+    if prior.custom or edits is not None:
+        start = original.double()
+        pull = prior.pull(start)
     if edits is not None:
         pull = torch.zeros_like(start) if pull is None else pull
         for keys, values, weights in edits.chunks():
@@ -67,20 +73,20 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
     sketch = Sketch.of(precision)
     lower = _factor(precision, prior, name)
     del precision
-    weight, objective = start, 0.0
     if pull is not None:
-        delta = torch.cholesky_solve(pull.T, lower).T
-        weight = start + delta
-        objective = prior.energy(start, delta) + _misfit(weight, edits)
-    inverse = torch.cholesky_inverse(lower).to(dtype).contiguous()
+        half = torch.linalg.solve_triangular(lower, pull.T, upper=False)
+        delta = torch.linalg.solve_triangular(lower.T, half, upper=True).T
+        total = start + delta
+        objective, weight = prior.energy(start, delta) + _misfit(total, edits), total.to(dtype)
+    inverse = _inverse_(lower, dtype)
     try:
-        checks.finite(precision_inverse=inverse, weight=weight.to(dtype))
+        checks.finite(precision_inverse=inverse, weight=weight)
     except InputError as error:
         raise PriorError(
             f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight beyond the "
             f"range of {dtype}; raise lam or mu, or use float64."
         ) from error
-    return Built(inverse, weight.to(dtype), objective, sketch.settled(inverse))
+    return Built(inverse, weight, objective, sketch.settled(inverse))
 
 
 def _misfit(weight: Tensor, edits: Edits | None) -> float:
@@ -110,6 +116,32 @@ def _factor(precision: Tensor, prior: Prior, name: str) -> Tensor:
         f"{pivot:g} at feature {index}. The anchors do not hold every direction: raise lam"
         f"{' above 0' if prior.lam == 0 else ''}, or pass more anchors."
     )
+
+
+def _inverse_(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(L L^T)^-1` in `dtype`, exactly symmetric, computed in float64; `lower` becomes `L^-1`.
+
+    By blocks, of which only those of the triangle are computed: `X = L^-1` in place, from the last columns to the
+    first, then `X^T X`.
+    """
+    size = lower.shape[0]
+    width = max(LEAST_BLOCK, -(-size // 16))
+    blocks = [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    for at, j in reversed(list(enumerate(blocks))):
+        unit = torch.eye(j.stop - j.start, dtype=lower.dtype, device=lower.device)
+        diagonal = torch.linalg.solve_triangular(lower[j, j], unit, upper=False)
+        below = lower[j.stop :, j] @ diagonal
+        for i in blocks[at + 1 :]:
+            lower[i, j] = -(lower[i, j.stop : i.stop] @ below[: i.stop - j.stop])
+        lower[j, j] = diagonal
+    inverse = lower.new_empty(size, size, dtype=dtype)
+    for at, j in enumerate(blocks):
+        for i in blocks[at:]:
+            part = lower[i.start :, i].T @ lower[i.start :, j]
+            part = 0.5 * (part + part.T) if i is j else part  # a product of two views need not be symmetric to the bit
+            inverse[i, j] = part
+            inverse[j, i] = part.T
+    return inverse
 
 
 def _failed_pivot(precision: Tensor, index: int) -> float:

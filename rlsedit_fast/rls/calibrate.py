@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError, PriorError
 from rlsedit_fast.rls import checks
+from rlsedit_fast.rls.prior import symmetric
 
 MU_SPAN = 1e12
 """How far from the pilot's own scale mu is looked for, either way."""
@@ -45,8 +46,8 @@ def choose(moments: Sequence[Tensor], pilot_keys: Sequence[Tensor], adherence: f
     mu = 1 over `mu^2`: one Cholesky per layer, one eigendecomposition of their sum, and bisection on its spectrum.
 
     Args:
-        moments: `K0^T K0 [d_k, d_k]` per layer, as in `Prior.anchor_moment`.
-        pilot_keys: `K [n, d_k]` per layer, of the same n edits.
+        moments: `K0^T K0 [d_k, d_k]` per layer, as in `Prior.anchor_moment`, on any device.
+        pilot_keys: `K [n, d_k]` per layer, of the same n edits, where the work is to be done.
         adherence: between 0 and 1, exclusive.
         ridge: positive (0 only if every moment is of full rank).
 
@@ -104,10 +105,10 @@ class _Pilot:
     def __init__(self, moments: Sequence[Tensor], pilot_keys: Sequence[Tensor], ridges: Sequence[float]) -> None:
         grams, self._leaks = [], []
         for index, (moment, keys, ridge) in enumerate(zip(moments, pilot_keys, ridges, strict=True)):
-            projected, gram = _project(moment, keys.to(moment.device, torch.float64), ridge, index)
-            grams.append(gram.to(moments[0].device))
+            projected, gram = _project(moment, keys.double(), ridge, index)
+            grams.append(gram.to(pilot_keys[0].device))
             # C M C = C - ridge C^2 at mu = 1, so the moment itself is not needed again.
-            self._leaks.append((gram - ridge * (projected @ projected.T)).to(moments[0].device))
+            self._leaks.append((gram - ridge * (projected @ projected.T)).to(pilot_keys[0].device))
         spectrum, self._vectors = torch.linalg.eigh(sum(grams[1:], grams[0]))
         rounding = len(spectrum) * torch.finfo(torch.float64).eps * float(spectrum[-1])
         self._spectrum = torch.where(spectrum > rounding, spectrum, 0.0)  # else an edit no mu realises would seem to be
@@ -128,9 +129,8 @@ class _Pilot:
 
 
 def _project(moment: Tensor, keys: Tensor, ridge: float, index: int) -> tuple[Tensor, Tensor]:
-    """`F = K C` and `G = F K^T` for `C = (M + ridge I)^-1`, in float64."""
-    precision = moment.double()
-    precision = 0.5 * (precision + precision.T)
+    """`F = K C` and `G = F K^T` for `C = (M + ridge I)^-1`, in float64 where the keys are."""
+    precision = symmetric(moment, keys.device)
     precision.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(precision)
     if int(info):
@@ -148,4 +148,5 @@ def _check_layers(moments: Sequence[Tensor], pilot_keys: Sequence[Tensor]) -> No
         checks.matrix(f"pilot_keys[{index}]", keys, rows=pilot_keys[0].shape[0], columns=moment.shape[0])
         if keys.shape[0] == 0:
             raise InputError(f"pilot_keys[{index}] has no rows; pass the keys of at least one edit.")
-        checks.finite(**{f"moments[{index}]": moment, f"pilot_keys[{index}]": keys})
+        checks.finite(**{f"moments[{index}]": moment})  # on its own: it may lie elsewhere
+        checks.finite(**{f"pilot_keys[{index}]": keys})

@@ -72,6 +72,12 @@ def test_step(result, tmp_path):
     assert [row["delay"] for row in rows] == [4, 8]
 
 
+def test_state_build(result):
+    (row,) = result("state_build", "--d", 300, "--rounds", 1)["rows"]
+    assert row["blocks residual"] < 1e-3
+    assert row["ratio"] > 0
+
+
 def test_masters(result):
     found = result("masters", "--d-v", 8, "--d-k", 16, "--updates", 3)
     assert [row["kept as"] for row in found["rows"]][:2] == ["float32", "two halves"]

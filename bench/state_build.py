@@ -1,0 +1,89 @@
+"""The inverse of a precision by blocks of the triangle, which takes no second float64 matrix, against the library's.
+
+Each run starts from a factor of its own and gives C in float32; medians of runs in turn. On CUDA also the most memory
+that each takes beside the factor.
+
+    python bench/state_build.py --json bench/results/state-build.json
+    python bench/state_build.py --device cuda --d 14336 28672 --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from recording import add_json, record
+from torch import Tensor
+
+from rlsedit_fast.rls.build import _inverse_
+
+CONDITION = 1e4
+
+
+def library(lower: Tensor) -> Tensor:
+    """What torch has."""
+    return torch.cholesky_inverse(lower).float().contiguous()
+
+
+def blocks(lower: Tensor) -> Tensor:
+    """What a state is made by; overwrites the factor."""
+    return _inverse_(lower, torch.float32)
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {"library": library, "blocks": blocks}
+
+
+def measure(d: int, device: str, rounds: int) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(0)
+    scale = torch.logspace(0, -2, d, dtype=torch.float64, device=device)
+    rows = torch.randn(d + 64, d, dtype=torch.float64, device=device, generator=generator) * scale
+    precision = (rows.T @ rows).div_(d)
+    del rows
+    precision.diagonal().add_(1 / CONDITION)
+    factor = torch.linalg.cholesky(precision)
+    cuda = factor.device.type == "cuda"
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    row: dict[str, Any] = {"d": d}
+    for _ in range(rounds + 1):
+        for way, run in WAYS.items():
+            lower = factor.clone(memory_format=torch.preserve_format)
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            began = time.perf_counter()
+            inverse = run(lower)
+            if cuda:
+                torch.cuda.synchronize()
+                row[f"{way} bytes"] = torch.cuda.max_memory_allocated() - before
+            times[way].append(time.perf_counter() - began)
+            probe = torch.ones(d, 1, dtype=torch.float64, device=device)
+            back = torch.cat([part.double() @ (precision @ probe) for part in inverse.split(512)])
+            row[f"{way} residual"] = float((back - probe).norm() / probe.norm())
+            del inverse, lower
+    for way, found in times.items():
+        row[f"{way} seconds"] = statistics.median(found[1:])  # the first touches the memory
+    row["ratio"] = row["library seconds"] / row["blocks seconds"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+    add_json(parser)
+    options = parser.parse_args()
+    rows = []
+    for d in options.d:
+        rows.append(measure(d, options.device, options.rounds))
+        print("  ".join(f"{name}: {value:.4g}" for name, value in rows[-1].items()), flush=True)
+    record(options.json, "the inverse of a precision, by blocks and by the library", device=options.device, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a state starts from is computed by blocks, which must not show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlsedit_fast.rls import Prior, build
+from rlsedit_fast.rls.prior import symmetric
+
+
+@pytest.mark.parametrize("d", [1, 16, 17, 203])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_by_blocks_is_the_inverse(monkeypatch, d, dtype) -> None:
+    monkeypatch.setattr(build, "LEAST_BLOCK", 16)
+    generator = torch.Generator().manual_seed(d)
+    scale = torch.logspace(0, -3, d, dtype=torch.float64)
+    rows = torch.randn(2 * d, d, dtype=torch.float64, generator=generator) * scale
+    precision = rows.T @ rows + 1e-4 * torch.eye(d, dtype=torch.float64)
+    found = build._inverse_(torch.linalg.cholesky(precision), dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, found.T)
+    # Between the features' own scales; float64 loses the condition of what is left of them, float32 its rounding.
+    size = precision.diagonal().sqrt()
+    scaled = size[:, None] * found.double() * size
+    truth = torch.linalg.inv(precision / (size[:, None] * size))
+    condition = float(torch.linalg.cond(precision / (size[:, None] * size)))
+    allowed = torch.finfo(dtype).eps + 4 * d * torch.finfo(torch.float64).eps * condition
+    assert float((scaled - truth).norm() / truth.norm()) <= allowed
+
+
+def test_a_moment_is_made_symmetric_by_chunks(monkeypatch) -> None:
+    monkeypatch.setattr("rlsedit_fast.rls.prior.CHUNK", 5)
+    moment = torch.randn(13, 13, generator=torch.Generator().manual_seed(0))
+    exact = (moment.double() + moment.double().T) / 2
+    assert torch.equal(symmetric(moment, moment.device), exact)
+    lopsided = exact.clone()
+    lopsided[12, 3] += 1
+    with pytest.raises(ValueError, match="not symmetric: it differs from its transpose by up to 1,"):
+        Prior(lam=1.0, mu=1.0, anchor_moment=lopsided)
