@@ -1,7 +1,7 @@
-"""The inverse of a precision by blocks of the triangle, which takes no second float64 matrix, against the library's.
+"""What a state is made by, factor and inverse in place by blocks of the triangle, against the library's two calls.
 
-Each run starts from a factor of its own and gives C in float32; medians of runs in turn. On CUDA also the most memory
-that each takes beside the factor.
+Each run starts from a precision of its own in float64 and gives C in float32; medians of runs in turn. On CUDA also the
+most memory that each takes beside the precision, C included.
 
     python bench/state_build.py --json bench/results/state-build.json
     python bench/state_build.py --device cuda --d 14336 28672 --json FILE
@@ -19,19 +19,20 @@ import torch
 from recording import add_json, record
 from torch import Tensor
 
-from rlsedit_fast.rls.build import _inverse_
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls.build import _factor_, _inverse_
 
 CONDITION = 1e4
 
 
-def library(lower: Tensor) -> Tensor:
+def library(precision: Tensor) -> Tensor:
     """What torch has."""
-    return torch.cholesky_inverse(lower).float().contiguous()
+    return torch.cholesky_inverse(torch.linalg.cholesky(precision)).float().contiguous()
 
 
-def blocks(lower: Tensor) -> Tensor:
-    """What a state is made by; overwrites the factor."""
-    return _inverse_(lower, torch.float32)
+def blocks(precision: Tensor) -> Tensor:
+    """What a state is made by; overwrites the precision."""
+    return _inverse_(_factor_(precision, Prior(lam=1.0), "layer"), torch.float32)
 
 
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {"library": library, "blocks": blocks}
@@ -44,19 +45,18 @@ def measure(d: int, device: str, rounds: int) -> dict[str, Any]:
     precision = (rows.T @ rows).div_(d)
     del rows
     precision.diagonal().add_(1 / CONDITION)
-    factor = torch.linalg.cholesky(precision)
-    cuda = factor.device.type == "cuda"
+    cuda = precision.device.type == "cuda"
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     row: dict[str, Any] = {"d": d}
     for _ in range(rounds + 1):
         for way, run in WAYS.items():
-            lower = factor.clone(memory_format=torch.preserve_format)
+            own = precision.clone()
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             began = time.perf_counter()
-            inverse = run(lower)
+            inverse = run(own)
             if cuda:
                 torch.cuda.synchronize()
                 row[f"{way} bytes"] = torch.cuda.max_memory_allocated() - before
@@ -64,7 +64,7 @@ def measure(d: int, device: str, rounds: int) -> dict[str, Any]:
             probe = torch.ones(d, 1, dtype=torch.float64, device=device)
             back = torch.cat([part.double() @ (precision @ probe) for part in inverse.split(512)])
             row[f"{way} residual"] = float((back - probe).norm() / probe.norm())
-            del inverse, lower
+            del inverse, own
     for way, found in times.items():
         row[f"{way} seconds"] = statistics.median(found[1:])  # the first touches the memory
     row["ratio"] = row["library seconds"] / row["blocks seconds"]
@@ -82,7 +82,7 @@ def main() -> None:
     for d in options.d:
         rows.append(measure(d, options.device, options.rounds))
         print("  ".join(f"{name}: {value:.4g}" for name, value in rows[-1].items()), flush=True)
-    record(options.json, "the inverse of a precision, by blocks and by the library", device=options.device, rows=rows)
+    record(options.json, "a state's factor and inverse, by blocks and by the library", device=options.device, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C waits while what is on the disk and what is in memory are being brought to say the same."""
+"""Ctrl-C waits while what belongs together is being written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Within it a Ctrl-C is only noted; whoever handles it is called behind it.
+def held_back(most: int | None = None) -> Iterator[None]:
+    """Within it a Ctrl-C is only noted, or the first `most` of them are; whoever handles it is called behind it.
 
     Only the main thread can see to that, and only it is interrupted.
     """
@@ -19,7 +19,13 @@ def held_back() -> Iterator[None]:
         yield
         return
     seen: list[tuple[int, object]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
+
+    def note(number: int, frame: object) -> None:
+        seen.append((number, frame))
+        if len(seen) == most:
+            signal.signal(signal.SIGINT, handler)
+
+    signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:

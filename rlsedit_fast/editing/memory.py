@@ -54,8 +54,8 @@ def plan(
         kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
         if rule is None:
             kept += _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k
-            # S0 and its factor, or the factor and C, which is told above, with chunks of both; W is in the master
-            building = 2 * d_k * d_k + 2 * CHUNK * d_k
+            # S0, which its factor replaces, and chunks; C and W are told above
+            building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
         else:
             kept += _DOUBLE * rule.kept(d_v, d_k)
             # W, its change and the sum; what it remembers, with the batch, its factor and a copy

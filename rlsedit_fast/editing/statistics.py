@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast import ops
+from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.matrices import read_matrices, write_matrices
 from rlsedit_fast.editing.sources import Source
 from rlsedit_fast.errors import InputError
@@ -242,7 +240,7 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
     found, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
     seen = mask.bool()
     place = state.place
-    with _interrupt_held():
+    with held_back(1):  # a second one does not wait
         state.whole = False
         for projection in projections:
             total = state.sums[projection.layer]
@@ -253,29 +251,6 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
                 )
         state.place = replace(place, passes=place.passes + 1, tokens=place.tokens + sum(len(row.ids) for row in rows))
         state.whole = True
-
-
-@contextmanager
-def _interrupt_held() -> Iterator[None]:
-    """An interrupt (Ctrl-C) within it waits until its end; a second one does not."""
-    held: list[int] = []
-    previous = signal.getsignal(signal.SIGINT)
-    # Only the main thread is ever interrupted, and a handler that Python did not set could not be put back.
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def hold(number: int, _frame: Any) -> None:
-        held.append(number)
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if held:
-        signal.raise_signal(signal.SIGINT)
 
 
 class _Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.prior import CHUNK, Prior
 
 LEAST_BLOCK = 256
-"""Columns of the inverse at a time, and at least a sixteenth of them: few enough to take no second float64 matrix, and
-as fast as one (bench/results/state-build.json)."""
+"""Columns of the factor and the inverse at a time, and at least a sixteenth of them: few enough to take no second
+float64 matrix, and as fast as one (bench/results/state-build.json)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
     """The minimiser and its precision inverse by the normal equations in delta form, in float64.
 
     `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, by one Cholesky.
-    Memory: two matrices `[d_k, d_k]` in float64 for the factor; behind it one, C and chunks of rows.
+    Memory: one matrix `[d_k, d_k]` in float64, C, and chunks of rows.
 
     Args:
         original: `W0 [d_v, d_k]`.
@@ -71,8 +72,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
             moment_(precision, keys * weights.sqrt()[:, None], backend="auto")
             pull.addmm_(((values - keys @ start.T) * weights[:, None]).T, keys)
     sketch = Sketch.of(precision)
-    lower = _factor(precision, prior, name)
-    del precision
+    lower = _factor_(precision, prior, name)
     if pull is not None:
         half = torch.linalg.solve_triangular(lower, pull.T, upper=False)
         delta = torch.linalg.solve_triangular(lower.T, half, upper=True).T
@@ -96,21 +96,36 @@ def _misfit(weight: Tensor, edits: Edits | None) -> float:
     return sum(float(((v - k @ weight.T).square().sum(1) * w).sum()) for k, v, w in edits.chunks())
 
 
-def _factor(precision: Tensor, prior: Prior, name: str) -> Tensor:
-    """The Cholesky factor of `S` in float64; a pivot that is rounding and nothing else counts as not positive."""
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(precision)
-    failed = int(info)
-    if failed:
-        index, pivot = failed - 1, _failed_pivot(precision, failed - 1)
+def _blocks(size: int) -> list[slice]:
+    width = max(LEAST_BLOCK, -(-size // 16))
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
+    """The Cholesky factor of `S` in float64, in place of its lower triangle; above the blocks `S` is left as it was.
+
+    By columns of blocks, each less what those before it explain. A pivot that is rounding and nothing else counts as
+    not positive.
+    """
+    diagonal = precision.diagonal().clone()
+    index, pivot, floor = 0, math.inf, 0.0
+    for j in _blocks(precision.shape[0]):
+        precision[j.start :, j] -= precision[j.start :, : j.start] @ precision[j, : j.start].T
+        lower, info = torch.linalg.cholesky_ex(precision[j, j])
+        if failed := int(info):
+            index, pivot, floor = j.start + failed - 1, _failed_pivot(precision[j, j], failed - 1), math.inf
+            break
+        precision[j, j] = lower
+        below = precision[j.stop :, j]
+        precision[j.stop :, j] = torch.linalg.solve_triangular(lower.T, below, upper=True, left=False)
     else:
         # Cholesky's rounding is relative to each diagonal entry, whatever the scales of the features.
-        pivots = lower.diagonal().square()
-        index = int((pivots / precision.diagonal()).argmin())
+        pivots = precision.diagonal().square()
+        index = int((pivots / diagonal).argmin())
         pivot = float(pivots[index])
-        floor = precision.shape[0] * torch.finfo(torch.float64).eps * float(precision[index, index])
-        if pivot > floor:
-            return lower
+        floor = precision.shape[0] * torch.finfo(torch.float64).eps * float(diagonal[index])
+    if pivot > floor:
+        return precision
     raise PriorError(
         f"the precision of {name} is not positive definite: lam={prior.lam:g}, mu={prior.mu:g}, smallest pivot "
         f"{pivot:g} at feature {index}. The anchors do not hold every direction: raise lam"
@@ -121,12 +136,10 @@ def _factor(precision: Tensor, prior: Prior, name: str) -> Tensor:
 def _inverse_(lower: Tensor, dtype: torch.dtype) -> Tensor:
     """`(L L^T)^-1` in `dtype`, exactly symmetric, computed in float64; `lower` becomes `L^-1`.
 
-    By blocks, of which only those of the triangle are computed: `X = L^-1` in place, from the last columns to the
-    first, then `X^T X`.
+    By blocks, of which only those of the triangle are read and computed: `X = L^-1` in place, from the last columns to
+    the first, then `X^T X`.
     """
-    size = lower.shape[0]
-    width = max(LEAST_BLOCK, -(-size // 16))
-    blocks = [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    size, blocks = lower.shape[0], _blocks(lower.shape[0])
     for at, j in reversed(list(enumerate(blocks))):
         unit = torch.eye(j.stop - j.start, dtype=lower.dtype, device=lower.device)
         diagonal = torch.linalg.solve_triangular(lower[j, j], unit, upper=False)

@@ -5,19 +5,51 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlsedit_fast.errors import PriorError
 from rlsedit_fast.rls import Prior, build
 from rlsedit_fast.rls.prior import symmetric
+
+PRIOR = Prior(lam=1.0)
+
+
+def made(d: int) -> torch.Tensor:
+    """A precision over features of three decades."""
+    generator = torch.Generator().manual_seed(d)
+    scale = torch.logspace(0, -3, d, dtype=torch.float64)
+    rows = torch.randn(2 * d, d, dtype=torch.float64, generator=generator) * scale
+    return rows.T @ rows + 1e-4 * torch.eye(d, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch) -> None:
+    monkeypatch.setattr(build, "LEAST_BLOCK", 16)
+
+
+@pytest.mark.parametrize("d", [1, 16, 17, 203])
+def test_the_factor_by_blocks_is_the_factor(d) -> None:
+    precision = made(d)
+    found = build._factor_(precision.clone(), PRIOR, "layer").tril()
+    size = precision.diagonal().sqrt()
+    eps = torch.finfo(torch.float64).eps
+    assert float(((found @ found.T - precision) / (size[:, None] * size)).abs().max()) <= 2 * d * eps
+
+
+@pytest.mark.parametrize("index", [0, 15, 16, 40, 202])
+def test_a_pivot_that_fails_in_any_block_is_named(index) -> None:
+    lower = torch.linalg.cholesky(made(203))
+    lower[index, index] = 0
+    precision = lower @ lower.T
+    precision[index, index] -= 0.25 * precision.diagonal().max()
+    pivot = -0.25 * float((lower @ lower.T).diagonal().max())
+    with pytest.raises(PriorError, match=rf"smallest pivot {pivot:g} at feature {index}\."):
+        build._factor_(precision, PRIOR, "layer")
 
 
 @pytest.mark.parametrize("d", [1, 16, 17, 203])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_inverse_by_blocks_is_the_inverse(monkeypatch, d, dtype) -> None:
-    monkeypatch.setattr(build, "LEAST_BLOCK", 16)
-    generator = torch.Generator().manual_seed(d)
-    scale = torch.logspace(0, -3, d, dtype=torch.float64)
-    rows = torch.randn(2 * d, d, dtype=torch.float64, generator=generator) * scale
-    precision = rows.T @ rows + 1e-4 * torch.eye(d, dtype=torch.float64)
-    found = build._inverse_(torch.linalg.cholesky(precision), dtype)
+def test_the_inverse_by_blocks_is_the_inverse(d, dtype) -> None:
+    precision = made(d)
+    found = build._inverse_(build._factor_(precision.clone(), PRIOR, "layer"), dtype)
     assert found.dtype == dtype
     assert torch.equal(found, found.T)
     # Between the features' own scales; float64 loses the condition of what is left of them, float32 its rounding.
