@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.rls.monitor import Sketch
+from rlsedit_fast.rls.pending import Pending
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,7 @@ class Snapshot:
     """A point to restore a state to; only the weight is copied. While it is alive the state flushes nothing into C."""
 
     base: Tensor
-    pending: Tensor
-    signs: Tensor
+    pending: Pending
     count: int
     weight: tuple[Tensor, ...]
     sketch: Sketch

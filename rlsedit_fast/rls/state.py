@@ -15,10 +15,11 @@ from torch import Tensor
 from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError, RemovalError, UpdateError
 from rlsedit_fast.rls import checks
-from rlsedit_fast.rls.build import Edits, build
+from rlsedit_fast.rls.build import Built, Edits, build
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
+from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realised
 
@@ -73,6 +74,11 @@ class RLSState(Layer):
         PriorError: the prior's precision is not positive definite.
     """
 
+    _base: Tensor  # C but for what is pending
+    _pending: Pending
+    _sketch: Sketch
+    _objective: float
+
     @torch.no_grad()
     def __init__(
         self,
@@ -103,12 +109,10 @@ class RLSState(Layer):
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
-        self._count = 0
         if built:
             if prior.custom:
                 self._master.write(built.weight)
-            self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
-            self._empty_buffer()
+            self._begin_with(built)
         elif saved:
             self._take_up(saved)
         self._version = next(_versions)
@@ -123,7 +127,7 @@ class RLSState(Layer):
     def precision_inverse(self) -> Tensor:
         """`C [d_k, d_k]` with all pending rows applied, symmetric, as a new tensor."""
         result = self._base.clone()
-        if self._count:
+        if self._pending:
             self._downdate(result)
         return torch.add(result, result.T).mul_(0.5)
 
@@ -138,15 +142,13 @@ class RLSState(Layer):
 
     def memory_bytes(self) -> int:
         """Bytes of the tensors that the state keeps, without the anchors of its prior and a weight kept in place."""
-        kept = [self._base, self._pending, self._signs, self._original]
-        kept += [self._sketch.probe, self._sketch.image]
-        return self._master.extra + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        kept = [self._base, self._original, self._sketch.probe, self._sketch.image]
+        return self._master.extra + self._pending.nbytes + sum(tensor.nbytes for tensor in kept)
 
     @torch.no_grad()
     def monitor(self) -> Monitor:
         """How far C has drifted, without the stored keys: `S x` is kept in float64 beside the state."""
-        pending, signs = self._pending[: self._count], self._signs[: self._count]
-        return inspect(self._sketch, self._base, pending, signs)
+        return inspect(self._sketch, self._base, self._pending.rows, self._pending.signs)
 
     @torch.no_grad()
     def project(self, keys: Tensor, weights: Tensor | None = None) -> Panel:
@@ -265,30 +267,29 @@ class RLSState(Layer):
         held = Edits(keys, values, weights) if keys.shape[0] else None
         built = build(self._original, self._prior, held, dtype=self._dtype, name=self._name)
         self._master.write(built.weight)
-        self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
+        self._begin_with(built)
         self._edits = keys.shape[0]
-        self._empty_buffer()
         self._version = next(_versions)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Writes the pending rows into C now (into a copy of it while a snapshot is alive)."""
-        if not self._count:
+        if not self._pending:
             return
         if self._snapshots:
             self._base = self._base.clone()
         # A backend that fails here has left the rows pending, and the state what it was.
         self._downdate(self._base)
         if self._snapshots:
-            self._empty_buffer()
-        self._count = 0
+            self._pending = Pending(self._base, self._delay)
+        self._pending.cut(0)
 
     def settle(self) -> None:
         """Flushes if more than `delay` rows wait and no snapshot is alive: to be called behind a transaction.
 
         Steps outside of transactions do so themselves.
         """
-        if self._count > self._delay and not self._snapshots:
+        if len(self._pending) > self._delay and not self._snapshots:
             self.flush()
 
     def saved(self) -> Saved:
@@ -299,8 +300,8 @@ class RLSState(Layer):
         return Saved(
             weight=self.weight,
             base=self._base,
-            pending=self._pending[: self._count],
-            signs=self._signs[: self._count],
+            pending=self._pending.rows,
+            signs=self._pending.signs,
             image=self._sketch.image,
             floor=self._sketch.floor,
             objective=self._objective,
@@ -316,8 +317,7 @@ class RLSState(Layer):
         taken = Snapshot(
             base=self._base,
             pending=self._pending,
-            signs=self._signs,
-            count=self._count,
+            count=len(self._pending),
             weight=tuple(tensor.clone() for tensor in self._master.tensors),
             sketch=self._sketch,
             objective=self._objective,
@@ -342,8 +342,9 @@ class RLSState(Layer):
             )
         for later in [other for other in self._snapshots if other.order > snapshot.order]:
             self._snapshots.discard(later)
-        self._base, self._pending, self._signs = snapshot.base, snapshot.pending, snapshot.signs
-        self._count, self._sketch, self._objective = snapshot.count, snapshot.sketch, snapshot.objective
+        self._base, self._pending = snapshot.base, snapshot.pending
+        self._pending.cut(snapshot.count)
+        self._sketch, self._objective = snapshot.sketch, snapshot.objective
         self._edits, self._version = snapshot.edits, snapshot.version
         self._put_back(snapshot.weight)
 
@@ -391,8 +392,8 @@ class RLSState(Layer):
             raise InputError(f"keys has {count} rows, but {self._name} holds {self._edits}; pass edits that went in.")
 
     def _panel(self, keys: Tensor, weights: Tensor) -> Panel:
-        pending, signs = self._pending[: self._count], self._signs[: self._count]
-        projected = ops.panel(self._base, keys, pending, signs, backend=self._backend)
+        pending = self._pending
+        projected = ops.panel(self._base, keys, pending.rows, pending.signs, backend=self._backend)
         gram = projected @ keys.T
         return Panel(keys, 1 / weights, projected, 0.5 * (gram + gram.T), self._version)
 
@@ -448,12 +449,16 @@ class RLSState(Layer):
         prepared = self._prepare(panel, innovation, sign)
         self._make_room(prepared.rows.shape[0])
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
-        self._append(prepared.rows, sign)
+        self._pending.append(prepared.rows, sign)
         self._sketch, self._objective = prepared.sketch, prepared.step.objective
         self._edits += sign * panel.keys.shape[0]
         self._version = next(_versions)
         self.settle()  # a batch may be too large to wait
         return prepared.step
+
+    def _begin_with(self, built: Built) -> None:
+        self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
+        self._pending = Pending(self._base, self._delay)
 
     def _take_up(self, saved: Saved) -> None:
         """Goes on from what another state has left.
@@ -468,11 +473,8 @@ class RLSState(Layer):
         self._base = saved.base.to(device, self._dtype, copy=True)
         self._sketch = Sketch(probe(d_k, device), saved.image.to(device, copy=True), saved.floor)
         self._objective, self._edits = saved.objective, saved.edits
-        self._empty_buffer()
-        self._grow(len(saved.pending))
-        self._count = len(saved.pending)
-        self._pending[: self._count] = saved.pending.to(self._pending)
-        self._signs[: self._count] = saved.signs.to(self._signs)
+        self._pending = Pending(self._base, self._delay)
+        self._pending.append(saved.pending, saved.signs)
         self._master.write(saved.weight.to(device, self._dtype))
 
     def _put_back(self, tensors: Sequence[Tensor]) -> None:
@@ -492,34 +494,13 @@ class RLSState(Layer):
         ops.downdate_(self._base, rows, one, backend=self._backend)
 
     def _downdate(self, base: Tensor) -> None:
-        ops.downdate_(base, self._pending[: self._count], self._signs[: self._count], backend=self._backend)
+        ops.downdate_(base, self._pending.rows, self._pending.signs, backend=self._backend)
 
     def _make_room(self, rows: int) -> None:
         """Makes the buffer hold `rows` more: by a flush where that is allowed and needed, else by growing."""
-        if self._count + rows > self._delay and not self._snapshots:
+        if len(self._pending) + rows > self._delay and not self._snapshots:
             self.flush()
-        self._grow(self._count + rows)
-
-    def _append(self, rows: Tensor, sign: int) -> None:
-        end = self._count + rows.shape[0]
-        self._pending[self._count : end] = rows
-        self._signs[self._count : end] = sign
-        self._count = end
-
-    def _empty_buffer(self) -> None:
-        self._pending = self._base.new_empty(self._delay, self._original.shape[1])
-        self._signs = self._base.new_empty(self._delay)
-        self._count = 0
-
-    def _grow(self, needed: int) -> None:
-        if needed <= self._pending.shape[0]:
-            return
-        size = max(needed, 2 * self._pending.shape[0])  # doubling keeps the copies of many small steps linear
-        pending = self._pending.new_empty(size, self._pending.shape[1])
-        signs = self._signs.new_empty(size)
-        pending[: self._count] = self._pending[: self._count]
-        signs[: self._count] = self._signs[: self._count]
-        self._pending, self._signs = pending, signs
+        self._pending.reserve(rows)
 
     def _not_finite(self, panel: Panel) -> str:
         return (

@@ -556,7 +556,7 @@ def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog)
     editor = rf.Editor(model, tokenizer, config=config)
     edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
     waiting: list[int] = []
-    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(editor._teller.layers.states[0]._count))
+    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(len(editor._teller.layers.states[0]._pending)))
     assert max(waiting) <= 8
     assert waiting.count(0) >= 2
 
@@ -566,4 +566,4 @@ def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog)
     monkeypatch.setattr(editor._teller.layers.states[0], "_downdate", fails)
     assert len(editor.edit(edits[30:])) == 10
     assert "wait on: no more memory" in caplog.text
-    assert editor._teller.layers.states[0]._count == 10
+    assert len(editor._teller.layers.states[0]._pending) == 10

@@ -177,8 +177,8 @@ def contents(state: RLSState) -> dict[str, object]:
     """Everything that a state holds, copied: what must not change where nothing may."""
     return {
         "base": state._base.clone(),
-        "pending": state._pending[: state._count].clone(),
-        "signs": state._signs[: state._count].clone(),
+        "pending": state._pending.rows.clone(),
+        "signs": state._pending.signs.clone(),
         "weight": state.weight.clone(),
         "original": state._original.clone(),
         "image": state._sketch.image.clone(),
