@@ -6,6 +6,8 @@ model, the state and the store as they were.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RLSEditError(Exception):
     """Base of all errors of this package."""
@@ -45,3 +47,10 @@ class ResourceError(RLSEditError, MemoryError):
 
 class StoreError(RLSEditError):
     """A store cannot be opened, read or written, or does not belong to this model."""
+
+
+def listed(lines: Iterable[object], most: int = 10, *, where: str = "") -> list[str]:
+    """What a message says of many: the first `most` of them, how many more there are, and where these are told."""
+    every = [str(line) for line in lines]
+    rest = len(every) - most
+    return [*every[:most], f"and {rest} more{where}"] if rest > 0 else every

@@ -12,9 +12,7 @@ from rlsedit_fast.cli.setup import at_least_one
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.editing.conflicts import Conflicts, resolve
 from rlsedit_fast.editing.formats import FORMATS, ZsreTarget, read_edits
-from rlsedit_fast.errors import RequestError
-
-_MOST_SHOWN = 10
+from rlsedit_fast.errors import RequestError, listed
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,10 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
         return facts
     left_out = [{"place": facts.places[i], "reason": f"{facts.places[i]}: {reason}"} for i, reason in bad.items()]
     if not options.skip_bad:
-        shown = [entry["reason"] for entry in left_out[:_MOST_SHOWN]]
-        rest = [f"and {len(left_out) - _MOST_SHOWN} more"] if len(left_out) > _MOST_SHOWN else []
+        shown = listed(entry["reason"] for entry in left_out)
         raise RequestError(
             f"{len(bad)} of {len(facts.edits)} edits cannot be made, nothing was changed; correct them or pass "
-            "--skip-bad:\n" + "\n".join(shown + rest)
+            "--skip-bad:\n" + "\n".join(shown)
         )
     _report(left_out)
     keep = [i for i in range(len(facts.edits)) if i not in bad]
@@ -104,6 +101,5 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
 
 def _report(left_out: list[dict[str, str]]) -> None:
     if left_out:
-        say(f"{len(left_out)} records left out:", *(f"  {entry['reason']}" for entry in left_out[:_MOST_SHOWN]))
-        if len(left_out) > _MOST_SHOWN:
-            say(f"  and {len(left_out) - _MOST_SHOWN} more (all of them with --json)")
+        lines = listed((one["reason"] for one in left_out), where=" (all of them with --json)")
+        say(f"{len(left_out)} records left out:", *(f"  {line}" for line in lines))

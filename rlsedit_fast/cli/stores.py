@@ -15,7 +15,7 @@ from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, w
 from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.written import record_text
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
 
@@ -149,8 +149,7 @@ def answer_lines(records: Sequence[EditRecord], before: Sequence[str], after: Se
         f"{record.id:>6}  {plain(fill(record.prompt, record.subject)[0])}  {was!r} -> {now!r}"
         for record, was, now in zip(records, before, after, strict=True)
     ]
-    rest = len(lines) - SHOWN
-    return [*lines[:SHOWN], f"and {rest} more (all of them with --json)"] if rest > 0 else lines
+    return listed(lines, SHOWN, where=" (all of them with --json)")
 
 
 def _time(text: str) -> datetime:

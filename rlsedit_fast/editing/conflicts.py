@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rlsedit_fast.editing.edits import Edit
-from rlsedit_fast.errors import InputError, RequestError
+from rlsedit_fast.errors import InputError, RequestError, listed
 from rlsedit_fast.models.tokens import fill
 
 Conflicts = Literal["later", "first", "keep", "error"]
-
-_MOST_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Resolved:
         ]
         contradictions = [self._contradiction(first, second) for first, second in self.contradictions]
         shared = [
-            f"{self.given[group[0]].subject!r}: {', '.join(_capped([self.places[index] for index in group]))}"
+            f"{self.given[group[0]].subject!r}: {', '.join(listed(self.places[index] for index in group))}"
             for group in self.same_subject
         ]
         lines: list[str] = []
@@ -62,7 +60,7 @@ class Resolved:
             (len(shared), "subjects with several edits", shared),
         ):
             if count:
-                lines += [f"{what}: {count}", *(f"  {line}" for line in _capped(details))]
+                lines += [f"{what}: {count}", *(f"  {line}" for line in listed(details))]
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
         raise RequestError(
             f"{len(contradictions)} of {len(edits)} edits contradict another one with the same prompt, so none "
             "is to be made; take one of each out, or choose which is to stay with conflicts='later' or 'first':\n"
-            + "\n".join(_capped(told))
+            + "\n".join(listed(told))
         )
     gone = {index for index, _ in duplicates}
     if conflicts != "keep":
@@ -184,9 +182,3 @@ def _target(edit: Edit) -> str:
 def composed(text: str) -> str:
     """The text in Unicode's composed forms, its white space single blanks: equal for texts that read the same."""
     return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _capped(lines: Iterable[str]) -> list[str]:
-    listed = list(lines)
-    rest = len(listed) - _MOST_SHOWN
-    return [*listed[:_MOST_SHOWN], f"and {rest} more"] if rest > 0 else listed

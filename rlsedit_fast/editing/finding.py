@@ -12,7 +12,7 @@ from rlsedit_fast.editing.parts import fitting
 from rlsedit_fast.editing.progress import Progress
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.values import Values, search_within_memory
-from rlsedit_fast.errors import ResourceError, UpdateError
+from rlsedit_fast.errors import ResourceError, UpdateError, listed
 from rlsedit_fast.models.sites import Site
 
 
@@ -62,7 +62,7 @@ class Finder:
             ]
             raise UpdateError(
                 f"{len(short)} of {new} edits did not reach their target in {self._config.search_steps} steps, so "
-                f"their batch is not made: {', '.join(named[:5])}{' and others' if len(named) > 5 else ''}. Raise "
+                f"their batch is not made: {', '.join(listed(named, 5))}. Raise "
                 "search_steps or clamp, or let unconverged='keep' or 'skip' them"
             )
         # Edits that shared a value with one that is left out are searched again without it.

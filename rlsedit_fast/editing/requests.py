@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, weight_trouble
-from rlsedit_fast.errors import RequestError
+from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.models.tokens import Row, encode, fill
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def prepare(
     if not (count := len(requests) + len(refused)):
         raise RequestError("no edits were given; give at least one")
     if refused:
-        lines = [f"edit {place}: {reason}" for place, reason in refused.items()]
-        shown = lines[:10] + ([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])
-        raise RequestError(f"{len(refused)} of {count} edits cannot be made, nothing was changed:\n" + "\n".join(shown))
+        lines = listed((f"edit {place}: {reason}" for place, reason in refused.items()))
+        raise RequestError(f"{len(refused)} of {count} edits cannot be made, nothing was changed:\n" + "\n".join(lines))
     return requests
 
 

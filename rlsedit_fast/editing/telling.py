@@ -21,7 +21,7 @@ from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.surroundings import Surroundings
 from rlsedit_fast.editing.values import Values
-from rlsedit_fast.errors import RequestError, ResourceError
+from rlsedit_fast.errors import RequestError, ResourceError, listed
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Teller:
     def check_kept(self, what: str, ids: Sequence[int]) -> None:
         """Raises RequestError where active edits are to be taken out and their rows are not kept."""
         if self._config.keys is None and ids:
-            some = ", ".join(map(str, ids[:5])) + (" and others" if len(ids) > 5 else "")
+            some = ", ".join(listed(ids, 5))
             raise RequestError(
                 f"cannot {what} edits {some}: their keys and values are not kept (keys=None), so they cannot be taken "
                 "back; nothing was changed. Make an editor with keys='full' or 'fp16' for edits that are to be undone"

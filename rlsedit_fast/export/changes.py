@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlsedit_fast.errors import InputError, ModelError
+from rlsedit_fast.errors import InputError, ModelError, listed
 from rlsedit_fast.models.fingerprint import settings
 
 if TYPE_CHECKING:
@@ -84,20 +84,22 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
         raise InputError(f"the models differ in the settings {', '.join(other)}; give two of one architecture")
     base, edited = _tensors(base_model), _tensors(edited_model)
     if lone := sorted(base.keys() ^ edited.keys()):
-        raise InputError(f"only one of the models has {_some(lone)}; give two of one architecture, loaded alike")
+        raise InputError(
+            f"only one of the models has {', '.join(listed(lone, 5))}; give two of one architecture, loaded alike"
+        )
     unlike = [
         f"{name} ({list(base[name].shape)} {base[name].dtype} and {list(tensor.shape)} {tensor.dtype})"
         for name, tensor in edited.items()
         if (base[name].shape, base[name].dtype) != (tensor.shape, tensor.dtype)
     ]
     if unlike:
-        raise InputError(f"the models differ in shape or dtype in {_some(unlike)}; load both alike")
+        raise InputError(f"the models differ in shape or dtype in {', '.join(listed(unlike, 5))}; load both alike")
     changed = [name for name, tensor in edited.items() if not same_bits(base[name].to(tensor.device), tensor)]
     found = {name: linear_weight(edited_model, name.removesuffix(".weight")) for name in changed}
     if foreign := [name for name, weight in found.items() if weight is None]:
         raise InputError(
-            f"the models differ in {_some(foreign)}, which no linear module has as its weight; only changes of "
-            "nn.Linear and Conv1D weights can be exported: save the whole model instead"
+            f"the models differ in {', '.join(listed(foreign, 5))}, which no linear module has as its weight; only "
+            "changes of nn.Linear and Conv1D weights can be exported: save the whole model instead"
         )
     return [_change(name, base[name], weight) for name, weight in found.items() if weight is not None]
 
@@ -144,8 +146,3 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + rest

@@ -11,9 +11,7 @@ from rlsedit_fast.editing.edits import Edit
 from rlsedit_fast.editing.formats.fields import unread
 from rlsedit_fast.editing.formats.layouts import FORMATS, Format, ZsreTarget, layout, recognise
 from rlsedit_fast.editing.formats.source import load
-from rlsedit_fast.errors import InputError, RequestError
-
-_MOST_SHOWN = 10
+from rlsedit_fast.errors import InputError, RequestError, listed
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def read_edits(
         told = f", the format told from its fields (others: {', '.join(FORMATS)})" if format == "auto" else ""
         raise RequestError(
             f"{path}, read as {found!r}{told}: {len(skipped)} of {len(skipped) + len(edits)} edits cannot be read, and "
-            "none was taken; correct them, or pass strict=False to leave them out:\n" + _listed(skipped)
+            "none was taken; correct them, or pass strict=False to leave them out:\n" + "\n".join(listed(skipped))
         )
     left = set[str]().union(*(unread(value.content, taken) for value in values)) if found != "edits" else set()
     return EditFile(edits, skipped, places, found, sorted(left))
@@ -122,10 +120,3 @@ def read_edits(
 def _skip(place: str, troubles: Sequence[tuple[str, str]]) -> Skipped:
     (field, reason), *more = troubles
     return Skipped(place, field or None, "; ".join([reason, *(f"{name}: {why}" for name, why in more)]))
-
-
-def _listed(skipped: Sequence[Skipped]) -> str:
-    shown = [str(one) for one in skipped[:_MOST_SHOWN]]
-    if len(skipped) > _MOST_SHOWN:
-        shown.append(f"and {len(skipped) - _MOST_SHOWN} more")
-    return "\n".join(shown)
