@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 128  # protected rows that go in together
 
 @dataclass(frozen=True)
 class Told:
-    """A row of every layer's problem: what removal and a rebuild need of an edit.
+    """A row of every layer's problem: what removal and a rebuild need of an edit, in the host's memory.
 
     Attributes:
         keys: per layer `[d_k]`.
@@ -156,10 +156,7 @@ class EditedLayers:
         other = isinstance(self.states[0], RuleLayer)  # one layer, or share='memit': the editor sees to it
         rows = self._jointly if share == "joint" and not other else self._in_turn
         keys, values, left = rows(requests, residual, weights, start)
-        told = [
-            Told(*row) for row in zip(zip(*keys, strict=True), zip(*values, strict=True), weights.tolist(), strict=True)
-        ]
-        return told, left
+        return _told(keys, values, weights.tolist()), left
 
     def remove(
         self, gone: Sequence[Told], kept: Sequence[Told], rebuilt: Sequence[bool] | None = None
@@ -219,9 +216,8 @@ class EditedLayers:
             for state, layer_keys in zip(self.states, keys, strict=True):
                 some = layer_keys[part].to(state.original.device, torch.float32)
                 held.append((some, state.outputs(some)))  # of the very rows that go in: nothing is left over to write
-            every_key = zip(*(some for some, _ in held), strict=True)
-            every_value = zip(*(values for _, values in held), strict=True)
-            rows += [Told(k, v, weight) for k, v in zip(every_key, every_value, strict=True)]
+            here, outputs = zip(*held, strict=True)
+            rows += _told(here, outputs, [weight] * len(here[0]))
         self.hold(rows)
         return rows
 
@@ -308,16 +304,21 @@ def _mark(projection: Projection) -> tuple[object, ...]:
     return weight.data_ptr(), weight.device, weight.dtype, weight._version
 
 
+def _told(keys: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[float]) -> list[Told]:
+    """A batch's rows, `[n, d_k]` and `[n, d_v]` of each layer."""
+    sides = [list(zip(*(layer.cpu() for layer in side), strict=True)) for side in (keys, values)]
+    return [Told(*row) for row in zip(*sides, weights, strict=True)]
+
+
 def _rows(told: Sequence[Told], layer: int, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and weights of edits in one layer."""
-    d_v, d_k = state.original.shape
+    """Keys, values and weights of edits in one layer, where it is."""
+    (d_v, d_k), device = state.original.shape, state.original.device
     keys = [what.keys[layer] for what in told]
     values = [what.values[layer] for what in told]
-    empty = torch.zeros(0, device=state.original.device)
     return (
-        torch.stack(keys) if keys else empty.new_zeros(0, d_k),
-        torch.stack(values) if values else empty.new_zeros(0, d_v),
-        empty.new_tensor([what.weight for what in told]),
+        (torch.stack(keys) if keys else torch.zeros(0, d_k)).to(device),
+        (torch.stack(values) if values else torch.zeros(0, d_v)).to(device),
+        torch.tensor([what.weight for what in told], dtype=torch.float32, device=device),
     )
 
 

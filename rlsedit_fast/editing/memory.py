@@ -30,7 +30,7 @@ class LayerMemory:
         anchors: the anchor moment, for as long as the editor lives, in the host's memory.
         building: more, for the moment in which the state is made or rebuilt in float64; other rules compute each batch
             so.
-        per_edit: of the rows that an edit leaves behind, by which it can be taken back.
+        per_edit: of the rows that an edit leaves behind, by which it can be taken back, in the host's memory.
     """
 
     layer: int

@@ -89,7 +89,7 @@ def tensors_of(rows: Sequence[Told], prefix: str, *, halved: bool = False) -> di
 def rows_of(
     tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float], projections: Sequence[Projection]
 ) -> list[Told]:
-    """What `tensors_of` was given, on the projections' devices."""
+    """What `tensors_of` was given."""
     if not weights:
         return []
     sides = []
@@ -97,9 +97,9 @@ def rows_of(
         each = []
         for at, projection in enumerate(projections):
             name = f"{prefix}{side}.{at}"
-            rows = tensors[name].to(projection.weight.device)
+            rows = tensors[name]
             if f"{name}.exponents" in tensors:
-                rows = unpacked(rows, tensors[f"{name}.exponents"].to(rows.device), dtype_of(projection.weight))
+                rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
             each.append(rows)
         sides.append(list(zip(*each, strict=True)))
     return [Told(k, v, weight) for k, v, weight in zip(*sides, weights, strict=True)]
