@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
 #   bench/gpu.sh DIR [PART...]     result files and logs go to DIR; all parts without names; PYTHON names the interpreter
-# Parts: tests gpu step solves states values stream memcheck racecheck initcheck triton. The build always comes first. Each has
+# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always comes first. Each has
 # its time, and one that fails or runs over it does not keep the others from running; `summary` says how they ended.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 shift
 python=${PYTHON:-python3}
-parts=${*:-tests gpu step solves states values stream memcheck racecheck initcheck triton}
+parts=${*:-tests gpu step solves states values stream capped memcheck racecheck initcheck triton}
 failed=0
 # Tools of the build that lie beside the interpreter or in CUDA's usual place; without them it would leave kernels out.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
@@ -50,6 +50,10 @@ for name in $parts; do
         stream)
             part stream 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 1000 \
                 --search-memory 20000000000 --json "$out/edit-stream-cuda.json"
+            ;;
+        capped) # as on a card of 24 GB
+            part capped 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 500 \
+                --search-memory 2000000000 --memory-cap 24000000000 --json "$out/edit-stream-24gb.json"
             ;;
         memcheck) sanitize memcheck cuda --tool memcheck --report-api-errors no ;;
         racecheck) sanitize racecheck cuda --tool racecheck ;;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, mo
     with pytest.raises(ResourceError, match="fewer context_prefixes"):
         editor.edit([rf.Edit("{} speaks", "Lado Toze", "Kubeish")])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
+    weight = torch.empty(4096, 14_336, dtype=torch.bfloat16, device="meta")
+    layers = [SimpleNamespace(layer=layer, name="down_proj", weight=weight) for layer in range(4, 9)]
+    plan = memory.plan(layers, delay=rf.EditConfig().delay, anchored=True)
+    told = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
+    told += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("anchors", "per_edit")]
+    assert told == ["5.43 GB", "2.11 GB", "4.11 GB", "369 kB"], "as README has them"
 
 
 def test_sizes_are_told_in_units_a_person_reads():
