@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from rlsedit_fast.evaluation.figures import Spread, retention, spread
+from rlsedit_fast.evaluation.figures import Spread, by_age, retention, spread
 from rlsedit_fast.evaluation.runs import value
 
 OURS = "rls"
@@ -70,6 +70,12 @@ def first_hundred(runs: Sequence[Run]) -> Spread | None:
     """Retention of the oldest edits."""
     kept = [retention(run) for run in runs]
     return spread([next(iter(one.values())) if one else None for one in kept])
+
+
+def oldest_said(runs: Sequence[Run]) -> tuple[Spread | None, Spread | None]:
+    """Strict efficacy of the oldest edits when they were made, and at the end."""
+    pairs = [next(iter(by_age(run).values()), (None, None)) for run in runs]
+    return spread([was for was, _ in pairs]), spread([now for _, now in pairs])
 
 
 def whole(runs: Sequence[Run]) -> bool:

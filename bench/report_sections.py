@@ -18,6 +18,7 @@ from report_runs import (
     by_stream,
     figure,
     mean,
+    oldest_said,
     points_of,
     spread_of,
     strict,
@@ -29,13 +30,15 @@ from report_runs import (
 from rlsedit_fast.evaluation.ages import AGE
 from rlsedit_fast.evaluation.figures import pareto, retention, spread
 from rlsedit_fast.evaluation.grounds import DEMO
+from rlsedit_fast.evaluation.metrics import harmonic_mean
 from rlsedit_fast.evaluation.runs import value
 
 SHOWN_IN_LINES = ("rls", "memit", "memit-history", "alphaedit", "rome", "emmet")
 """Whose lines are drawn where a line for everyone would hide everyone."""
 
 FAR = 0.25
-"""From the best in either direction: a rule beyond is told in words, or it would press all others together."""
+"""In either direction below the rule with the highest harmonic mean of both: who is further off is told in words, or
+would press all others together."""
 
 
 def rules(runs: list[Run]) -> Section:
@@ -45,9 +48,9 @@ def rules(runs: list[Run]) -> Section:
     points = points_of(groups)
     front = pareto(points)
     series, outside = [], []
-    corner = [max(point[axis] for point in points.values()) for axis in (0, 1)] if points else []
+    middle = max(points.values(), key=lambda point: harmonic_mean(point) or 0.0, default=(0.0, 0.0))
     for label, point in points.items():
-        if any(best - place > FAR for best, place in zip(corner, point, strict=True)):
+        if any(best - place > FAR for best, place in zip(middle, point, strict=True)):
             outside.append(f"{label} ({point[0]:.2f}, {point[1]:.2f})")
             continue
         x, y = (spread_of(groups[label], metric, "strict") for metric in ("efficacy", "neighbors"))
@@ -55,9 +58,8 @@ def rules(runs: list[Run]) -> Section:
         assert y is not None
         colour = "ours" if label == OURS else "near" if label in front else "other"
         series.append(Series(label, [(x.mean, y.mean, y.deviation)], colour, x_deviations=(x.deviation,)))
-    chart = scatter(
-        series, x="efficacy, strict", y="specificity: neighbours unchanged", front=[points[name] for name in front]
-    )
+    shown = [points[one.name] for one in series if one.name in front]
+    chart = scatter(series, x="efficacy, strict", y="specificity: neighbours unchanged", front=shown)
     columns = [
         ("efficacy", "efficacy", "strict"),
         ("forced", "efficacy", "forced"),
@@ -131,13 +133,15 @@ def ages(runs: list[Run]) -> Section:
             series.append(Series(label, sorted(points), _colour(label)))
         known = [s for s in found.values() if s is not None]
         if known:
-            rows.append([label, str(known[0]), str(known[len(known) // 2]), str(known[-1])])
+            said = [str(share or "–") for share in oldest_said(group)]
+            rows.append([label, *said, str(known[0]), str(known[len(known) // 2]), str(known[-1])])
     chart = lines(series, x="number of the edit", y="retained: at the end / when made")
-    note = "Share of strict efficacy at the end against when the edits were made; the last hundred have no later ones."
-    return Section(
-        "Early edits",
-        [(chart, "Retention by age."), Table(["rule", "first hundred", "middle", "last hundred"], rows, note)],
+    head = ["rule", "first hundred: said when made", "said at the end", "retained", "middle retained", "last retained"]
+    note = (
+        "Said: strict efficacy. Retained: the share at the end of what was said when the edits were made; the last "
+        "hundred have no later ones."
     )
+    return Section("Early edits", [(chart, "Retention by age."), Table(head, rows, note)])
 
 
 def _middle(age: str) -> float:

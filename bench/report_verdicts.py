@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 
 from report_page import Section
-from report_runs import OURS, Run, best_of_sweep, by_label, by_stream, first_hundred, points_of, spread_of, whole
+from report_runs import (
+    OURS,
+    Run,
+    best_of_sweep,
+    by_label,
+    by_stream,
+    first_hundred,
+    oldest_said,
+    points_of,
+    spread_of,
+    whole,
+)
 
 from rlsedit_fast.evaluation.figures import pareto
 from rlsedit_fast.evaluation.runs import value
@@ -54,6 +65,16 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
                 else f"the best is {best} with {known[best]}: "
                 f"{'within' if gap <= allowed else 'not within'} one deviation of it ({allowed:.3f})."
             )
+        )
+        said = {name: oldest_said(groups[name]) for name in known}
+        most = max(said, key=lambda name: now.mean if (now := said[name][1]) else 0.0)
+        both = [
+            f"`{name}` says {said[name][1]} at the end and said {said[name][0]} when they were made"
+            for name in dict.fromkeys((OURS, best))
+        ]
+        told.append(
+            f"**Of the first hundred edits** {'; '.join(both)}. Retention counts only what was said when it was made; "
+            f"of all of them `{most}` says the most at the end."
         )
     if experiments.get("sweep"):
         for stream, swept in by_stream(experiments["sweep"]).items():

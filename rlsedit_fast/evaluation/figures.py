@@ -44,18 +44,23 @@ def over_seeds(results: Sequence[Mapping[str, Any]], metric: str, form: str, *, 
     return spread([value(dict(result), metric, form, of=of) for result in results])
 
 
-def retention(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, float]:
-    """By age of edit, `first-last`: what holds at the end over what held when it was made; above 1 it has grown.
-
-    Ages of which nothing held when made are left out.
-    """
+def by_age(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, tuple[float, float]]:
+    """By age of edit, `first-last`: what held when it was made, and what holds at the end."""
     made, end = {}, {}
     for row in result["rows"]:
         if row["metric"] == metric and row["form"] == f"made:{form}":
             made[row["of"]] = row["value"]
         elif row["metric"] == metric and row["form"] == f"end:{form}":
             end[row["of"]] = row["value"]
-    return {age: end[age] / was for age, was in made.items() if was and age in end}
+    return {age: (was, end[age]) for age, was in made.items() if age in end}
+
+
+def retention(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, float]:
+    """By age of edit: what holds at the end over what held when it was made; above 1 it has grown.
+
+    Ages of which nothing held when made are left out.
+    """
+    return {age: end / was for age, (was, end) in by_age(result, metric, form).items() if was}
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -112,6 +112,15 @@ def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(fold
     _, text = said(folder(rules=runs))
     assert "is beaten in both by memit; the front is memit" in text
     assert "`rls` 0.500, the best is memit with 1.000: not within one deviation" in text
+    assert "`rls` says 0.450 at the end and said 0.900 when they were made; `memit` says 0.900" in text
+    assert "of all of them `memit` says the most at the end" in text
+
+
+def test_a_rule_that_hardly_edits_keeps_no_other_from_the_chart(folder):
+    runs = [run("rls", 1, efficacy=0.5, neighbors=0.4), run("prune", 1, efficacy=0.1, neighbors=0.9)]
+    page, _ = said(folder(rules=runs))
+    assert "Further off than the chart reaches: prune (0.11, 0.91)." in page
+    assert "<title>rls: 0.51, 0.41</title>" in page
 
 
 def test_a_stream_that_broke_off_is_on_no_front(folder):
