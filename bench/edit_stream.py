@@ -122,9 +122,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         whole = torch.cuda.get_device_properties(options.device).total_memory
         torch.cuda.set_per_process_memory_fraction(options.memory_cap / whole, options.device)
     model, tokenizer, config = make_model(options)
-    model_bytes = torch.cuda.memory_allocated() if cuda else None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    model_bytes = torch.cuda.memory_allocated() if cuda else None
     editor = Editor(model, tokenizer, config=config)
     editor.anchor(anchor_texts(World.generate(), SEED))
     edits = stream(options.edits)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
 #   bench/gpu.sh DIR [PART...]     result files and logs go to DIR; all parts without names; PYTHON names the interpreter
-# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always comes first. Each has
-# its time, and one that fails or runs over it does not keep the others from running; `summary` says how they ended.
+# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always comes
+# first. Each has its time, and one that fails or runs over it does not keep the others from running; `summary` says how
+# they ended.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2

@@ -20,6 +20,7 @@ from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateEr
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved, Step
+from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
 from rlsedit_fast.rules import RECURSIVE, LayerState, RuleLayer, layer_under
 
@@ -211,7 +212,7 @@ class EditedLayers:
             The rows; `hold` with them, at the same states, does the same bit for bit.
         """
         rows: list[Told] = []
-        for part in _parts(len(keys[0])):
+        for part in parts(len(keys[0]), _ROWS_AT_ONCE):
             held = []
             for state, layer_keys in zip(self.states, keys, strict=True):
                 some = layer_keys[part].to(state.original.device, torch.float32)
@@ -223,7 +224,7 @@ class EditedLayers:
 
     def hold(self, rows: Sequence[Told]) -> None:
         """Protects rows."""
-        for part in _parts(len(rows)):
+        for part in parts(len(rows), _ROWS_AT_ONCE):
             self.update(rows[part])
         self.count_as_protected(rows)
 
@@ -292,10 +293,6 @@ class EditedLayers:
             values = rounded(values)
         applied = values - now
         return values, state.update_projected(panel, applied), applied
-
-
-def _parts(count: int) -> list[slice]:
-    return [slice(at, at + _ROWS_AT_ONCE) for at in range(0, count, _ROWS_AT_ONCE)]
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:

@@ -28,8 +28,8 @@ class LayerMemory:
         state: for as long as the editor lives: C and pending rows, or what another rule remembers, at most; W0; the
             part of the master that the model has not.
         anchors: the anchor moment, for as long as the editor lives, in the host's memory.
-        building: more, for the moment in which the state is made or rebuilt in float64; other rules compute each batch
-            so.
+        building: more, for the moment in which the state is made in float64 (a rebuild takes some copies of W besides);
+            other rules compute each batch so.
         per_edit: of the rows that an edit leaves behind, by which it can be taken back, in the host's memory.
     """
 

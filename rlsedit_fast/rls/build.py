@@ -13,7 +13,7 @@ from rlsedit_fast.errors import InputError, PriorError
 from rlsedit_fast.ops import moment_
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.monitor import Sketch
-from rlsedit_fast.rls.prior import CHUNK, Prior
+from rlsedit_fast.rls.prior import CHUNK, Prior, parts
 
 LEAST_BLOCK = 256
 """Columns of the factor and the inverse at a time, and at least a sixteenth of them: few enough to take no second
@@ -30,8 +30,7 @@ class Edits:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and weights in float64, a chunk of rows at a time."""
-        for start in range(0, self.keys.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
+        for rows in parts(self.keys.shape[0], CHUNK):
             yield self.keys[rows].double(), self.values[rows].double(), self.weights[rows].double()
 
 
@@ -97,8 +96,7 @@ def _misfit(weight: Tensor, edits: Edits | None) -> float:
 
 
 def _blocks(size: int) -> list[slice]:
-    width = max(LEAST_BLOCK, -(-size // 16))
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    return parts(size, max(LEAST_BLOCK, -(-size // 16)))
 
 
 def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
@@ -110,7 +108,7 @@ def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
     diagonal = precision.diagonal().clone()
     index, pivot, floor = 0, math.inf, 0.0
     for j in _blocks(precision.shape[0]):
-        precision[j.start :, j] -= precision[j.start :, : j.start] @ precision[j, : j.start].T
+        precision[j.start :, j].sub_(precision[j.start :, : j.start] @ precision[j, : j.start].T)
         lower, info = torch.linalg.cholesky_ex(precision[j, j])
         if failed := int(info):
             index, pivot, floor = j.start + failed - 1, _failed_pivot(precision[j, j], failed - 1), math.inf

@@ -20,19 +20,21 @@ ROUNDING_GROWTH = 1000
 """Roundings of up to a million accumulated rows grow as their square root: what a moment may be off by, in eps."""
 
 
+def parts(count: int, width: int) -> list[slice]:
+    """`count` rows in order, `width` at a time."""
+    return [slice(start, min(start + width, count)) for start in range(0, count, width)]
+
+
 def chunks(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
     """The rows in float64 on `device`, `CHUNK` at a time."""
-    for start in range(0, rows.shape[0], CHUNK):
-        yield rows[start : start + CHUNK].to(device, torch.float64)
+    return (rows[part].to(device, torch.float64) for part in parts(rows.shape[0], CHUNK))
 
 
 def symmetric(moment: Tensor, device: torch.device) -> Tensor:
     """`(M + M^T) / 2` in float64 on `device`, of a moment anywhere; one matrix and a chunk are all it takes there."""
     whole = torch.empty(moment.shape, dtype=torch.float64, device=device)
-    for start in range(0, moment.shape[0], CHUNK):
-        rows = slice(start, start + CHUNK)
-        whole[rows] = moment[rows].to(device, torch.float64)
-        whole[rows] += moment[:, rows].to(device).T
+    for rows in parts(moment.shape[0], CHUNK):
+        torch.add(moment[rows].to(device, torch.float64), moment[:, rows].to(device).T, out=whole[rows])
     return whole.mul_(0.5)
 
 
@@ -203,10 +205,8 @@ class Prior:
         """`rows @ K0^T K0` in float64, the moment read a chunk at a time."""
         assert self.anchor_moment is not None
         result = torch.zeros_like(rows)
-        start = 0
-        for part in chunks(self.anchor_moment, rows.device):
-            result.addmm_(rows[:, start : start + part.shape[0]], part)
-            start += part.shape[0]
+        for part in parts(self.anchor_moment.shape[0], CHUNK):
+            result.addmm_(rows[:, part], self.anchor_moment[part].to(rows.device, torch.float64))
         return result
 
     def _anchor_rows(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,8 +224,7 @@ def _check_summed(name: str, value: Tensor) -> None:
 def _check_symmetric(moment: Tensor) -> None:
     """Refuses a moment that differs from its transpose by more than the rounding of its own dtype."""
     allowed = ROUNDING_GROWTH * torch.finfo(moment.dtype).eps * float(moment.abs().max())
-    parts = [slice(start, start + CHUNK) for start in range(0, moment.shape[0], CHUNK)]
-    gap = max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in parts)
+    gap = max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in parts(moment.shape[0], CHUNK))
     if gap > allowed:
         raise InputError(
             f"anchor_moment is not symmetric: it differs from its transpose by up to {gap:g}, more than rounding in "

@@ -282,7 +282,8 @@ class RLSState(Layer):
         self._downdate(self._base)
         if self._snapshots:
             self._pending = Pending(self._base, self._delay)
-        self._pending.cut(0)
+        else:
+            self._pending.cut(0)
 
     def settle(self) -> None:
         """Flushes if more than `delay` rows wait and no snapshot is alive: to be called behind a transaction.
