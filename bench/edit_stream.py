@@ -119,8 +119,10 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, EditConfig]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     cuda = torch.device(options.device).type == "cuda"
     if options.memory_cap:
-        whole = torch.cuda.get_device_properties(options.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.memory_cap / whole, options.device)
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.memory_cap / whole)
+    if options.no_cudnn_attention:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model, tokenizer, config = make_model(options)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -175,6 +177,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "not_converged": short,
         "mean_steps": statistics.mean(record.steps for record in editor.history()),
         "memory_cap": options.memory_cap,
+        "prefixed": editor._around.site.decoder.prefixed,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled() if cuda else None,
         "state_bytes": sum(layer.state for layer in editor.memory()),
         **memory,
         "batches": rows,
@@ -189,6 +193,9 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--search-memory", type=int, help="bytes that a search may take, see EditConfig")
+    parser.add_argument(
+        "--no-cudnn-attention", action="store_true", help="without cuDNN's, which plans anew for each shape"
+    )
     parser.add_argument("--memory-cap", type=int, help="bytes that this process may take of the CUDA device")
     add_json(parser)
     options = parser.parse_args()

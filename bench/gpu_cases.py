@@ -10,7 +10,7 @@ from rlsedit_fast import ops
 from rlsedit_fast.ops import dispatch
 
 LAYERS, D, D_V = 2, 133, 40
-EDITS = (3, 150)  # one panel of the factor, and more than one
+EDITS = (3, 7, 150)  # either panel of few edits; one panel of the factor, and more than one
 
 
 def calls(n: int) -> dict[str, tuple[object, ...]]:
@@ -41,6 +41,12 @@ def main() -> None:
             if reason is None:
                 getattr(ops, op)(*given, backend=name)
                 ran += 1
+        if name == "triton":
+            from rlsedit_fast.kernels import panel
+
+            for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+                print(f"n={n} panel {variant}", flush=True)
+                panel.panel(*calls(n)["panel"], variant=variant)
     torch.cuda.synchronize()
     if not ran:
         parser.exit(1, f"backend {name!r} has run nothing here\n")

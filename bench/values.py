@@ -114,7 +114,8 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops:
         hidden = hidden_of(output)
         states.append(hidden.detach())
         every = torch.arange(len(hidden), device=hidden.device)
-        return with_hidden(output, hidden.index_put((every, lookup), delta.expand(len(hidden), -1), accumulate=True))
+        change = delta.to(hidden).expand(len(hidden), -1)
+        return with_hidden(output, hidden.index_put((every, lookup), change, accumulate=True))
 
     def log_probabilities() -> Tensor:
         logits = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -281,6 +282,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "tokens": statistics.mean(row.prompt_length for request in requests for row in request.contexts),
         "steps": published.search_steps,
         "alone": few,
+        "prefixed": decoder.prefixed,
         **{f"{name}_s": seconds for name, seconds in each.items()},
         "equal_steps_ratio": each["one_by_one"] / each["equal_steps"],
         "nll_stop_ratio": each["one_by_one"] / each["nll_stop"],

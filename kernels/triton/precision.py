@@ -16,7 +16,7 @@ DEFAULT = "tf32x3"
 PRECISIONS = {
     "tf32x3": "three tf32 products of operands in two parts: relative error of a product below 2^-20",
     "bf16x6": "six bf16 products of operands in three parts: below 2^-22",
-    "ieee": "float32 products on the ordinary cores: below 2^-24, and many times slower from some 16 rows on",
+    "ieee": "float32 products on the ordinary cores: below 2^-24, without the tensor cores",
 }
 
 REFUSED = {

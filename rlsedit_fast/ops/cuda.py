@@ -2,8 +2,7 @@
 
 No GPU has run these kernels yet: they are compiled for every target, and run on the host block by block in tests, so
 `auto` does not pick them. `panel` is for few edits, where matrix units would have nothing to do. `correct_` and
-`moment_` are products with a light epilogue and no triangle to solve; what CUDA C++ would add beside the Triton
-kernels is not worth a second version.
+`moment_` are products with a light epilogue and no triangle to solve, which the Triton kernels have already.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import BackendError, InputError
+from rlsedit_fast.ops.precision import full_float32
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     return module.missing() or module.refuses(op, tensors)
 
 
+@full_float32()
 def run(op: str, backend: str, layers: int | None, tensors: Sequence[Tensor], *scalars: int) -> Any:
     """Runs `op`.
 

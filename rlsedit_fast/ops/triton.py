@@ -8,8 +8,8 @@ not pick them. `factor` is not written: its Cholesky factorisation spills regist
 only allocations are results, a workspace for `panel` and copies of small operands whose rows are not contiguous. After
 a first call with the same sizes, which compiles, a call can be captured in a CUDA graph.
 
-The configurations are meant for widths that 16 divides, as models have them. With others all is right but slow: loads
-are narrow, and large tiles spill registers.
+The configurations are meant for widths that 16 divides, as models have them. With others all is right, but loads are
+narrow, and large tiles spill registers.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import rlsedit_fast as rf
 from rlsedit_fast import ops
 from rlsedit_fast.errors import BackendError, InputError
 from rlsedit_fast.ops import cpu, dispatch, reference
@@ -193,3 +194,50 @@ def test_importing_the_operations_imports_neither_triton_nor_transformers():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "rlsedit_fast.ops.reference" in loaded
     assert not {"triton", "transformers"} & set(loaded)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_float32_products_are_float32_whatever_the_model_may_do(allowed, monkeypatch):
+    """tf32 and bfloat16 cost C its positive definiteness; what a program has set for its model is put back."""
+    seen = []
+    matmul = torch.backends.cuda.matmul
+    real = reference.panel
+
+    def narrow():
+        return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+    def panel(*given):
+        seen.append(narrow())
+        return real(*given)
+
+    monkeypatch.setitem(reference.OPS, "panel", panel)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        state = rf.RLSState(torch.randn(3, 5), rf.Prior(lam=1.0), backend="reference")
+        state.update(torch.randn(2, 5), torch.randn(2, 3))
+        assert torch.get_float32_matmul_precision() == allowed
+        assert narrow() == (allowed != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_float32_under_tf32():
+    generator = torch.Generator().manual_seed(0)
+    weight, keys, values = (
+        torch.randn(*shape, generator=generator).cuda() for shape in ((64, 256), (32, 256), (32, 64))
+    )
+    states = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for allowed in ("highest", "high"):
+            torch.set_float32_matmul_precision(allowed)
+            states.append(rf.RLSState(weight, rf.Prior(lam=1.0), delay=0, backend="reference"))
+            states[-1].update(keys, values)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(states[0].weight, states[1].weight)
+    assert torch.equal(states[0].precision_inverse(), states[1].precision_inverse())

@@ -71,9 +71,9 @@ def launches():
                 yield Launch(kernel, "correct", n, precision, dict.fromkeys(columns, 1))
         for n in ends("moment"):
             yield Launch(moment.moment_kernel, "moment", n, precision, {"WIDEN": False})
-    for n in ends("moment"):
-        for dtype in ("*bf16", "*fp16"):
-            yield Launch(moment.moment_kernel, "moment", n, "ieee", {"WIDEN": False}, {"x": dtype})
+            for dtype in ("*bf16", "*fp16"):
+                narrow = {"WIDEN": False, "PRECISION": "ieee"}  # in the settings of whatever precision is chosen
+                yield Launch(moment.moment_kernel, "moment", n, precision, narrow, {"x": dtype})
 
 
 LAUNCHES = {str(launch): launch for launch in launches()}
