@@ -99,8 +99,9 @@ class EditConfig:
     """Settings of an `Editor`. Of several values a list is taken as a tuple.
 
     Attributes:
-        layers: blocks whose MLP output projection is edited; None takes those from an eighth to a quarter of the
-            depth, where the published settings for models without one of their own lie (4 to 8 of 32).
+        layers: blocks whose MLP output projection is edited; None takes the published ones for a
+            model whose shape is recognised (`presets`), for any other those from an eighth to a quarter of the depth
+            (4 to 8 of 32).
         layer_module: dotted name of the model's list of blocks, where it is not recognised.
         projection_module: dotted name of the projection within a block, where it is not recognised.
         batch_size: edits written at once.
@@ -152,10 +153,11 @@ class EditConfig:
             it all the same, `skip` leaves it out (its record's state is `skipped`, and an edit that it was to replace
             stays), `raise` refuses its batch.
         clamp: largest norm of the change of a hidden state, relative to that hidden state.
-        kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out.
+        kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out. The constrained descent weighs
+            nothing, so that for it any number above 0 is the same, but in the sum that `search_stop="loss"` looks at.
         kl_prompts: prompts about the subject (`{}`) whose next-token distribution is to stay. One whose present
             answer starts as the edited prompt's own does asks the edited question, and is left out for that edit.
-        weight_decay: weight of `||delta|| / ||h||^2`.
+        weight_decay: weight of `||delta|| / ||h||^2`; for the constrained descent only in that same sum.
         same_subject: edits of one subject have nearly one key. With `joint` those that are active share one value,
             searched for all of them whenever one comes or goes, and an edit that asks what an active one asks takes
             its place. With `separate` each is written as if it were alone, and they wear one another down.

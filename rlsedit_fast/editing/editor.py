@@ -15,12 +15,13 @@ from torch import Tensor
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, weight_trouble
+from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.sources import GivenTexts, Source
+from rlsedit_fast.editing.sources import GivenTexts, Source, each_text
 from rlsedit_fast.editing.statistics import KeyStatistics
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
 from rlsedit_fast.editing.surroundings import look_over
@@ -101,7 +102,7 @@ class Editor:
             self._around = look_over(model, tokenizer, given)
             self.model, self.tokenizer = model, tokenizer
             self._moments: list[Tensor] | None = None
-            self._to_protect: list[tuple[list[Tensor], float]] = []
+            self._to_protect: list[tuple[list[str], list[Tensor], float]] = []
             self._norms: list[Norms] = []
             if store is not None and (given.rule != RECURSIVE or given.norm_anchor):
                 raise InputError(
@@ -198,7 +199,7 @@ class Editor:
     def memory(self) -> list[memory.LayerMemory]:
         """What editing takes beside the model, layer by layer, before it is taken."""
         rule = check(self.config.rule, self.config.rule_options)
-        return memory.plan(self.projections, delay=self.config.delay, anchored=self._moments is not None, rule=rule)
+        return memory.plan(self.projections, delay=self.config.delay, rule=rule)
 
     def anchor(self, what: Iterable[str] | KeyStatistics) -> int:
         """Names what the model is to go on doing: the edited layers' outputs on every token of some text.
@@ -256,8 +257,8 @@ class Editor:
 
         Args:
             prompts: texts whose continuations are to stay.
-            weight: how firmly each token, against an edit of weight 1. Thousands of tokens at 1 leave little room for
-                edits; 0.01 is enough for them to stay (bench/results/paper/demo, "rls protecting").
+            weight: how firmly each token, against an edit of weight 1. The more tokens, the less room for edits: the
+                comparison protects its many neighbours at 0.01 (bench/results/paper/demo, "rls protecting").
 
         Returns:
             The number of tokens that are held.
@@ -269,13 +270,20 @@ class Editor:
         if trouble := weight_trouble(weight):
             raise InputError(trouble)
         self._check_attached()
+        texts = list(each_text(prompts))
         with quiet(self.model):
-            keys = self._around.text_keys(prompts)
+            keys = self._around.text_keys(texts)
             if self._teller.layers is None:
-                self._to_protect.append((keys, weight))
+                self._to_protect.append((texts, [key.cpu() for key in keys], weight))
             else:
-                self._teller.protect(keys, weight)
+                self._teller.protect(texts, keys, weight)
         return len(keys[0])
+
+    @property
+    def protected(self) -> list[str]:
+        """The prompts that are protected, in a store's editor also those of earlier ones."""
+        waiting = self._to_protect if self._teller.layers is None else []
+        return [*self._teller.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
     def calibrate(self, edits: Iterable[Edit]) -> list[Prior]:
         """Finds each layer's prior from a pilot batch, changing nothing of the model.
@@ -300,11 +308,12 @@ class Editor:
         with quiet(self.model):
             self._start(requests)
         if self._recorder:
-            try:
-                self._recorder.write_start()
-            except BaseException:
-                self._forget_start()
-                raise
+            with held_back():
+                try:
+                    self._recorder.write_start()
+                except BaseException:
+                    self._forget_start()
+                    raise
         return self.priors
 
     def assess(self, edits: Iterable[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
@@ -374,7 +383,7 @@ class Editor:
                     raise type(error)(f"{error}\nThe first {len(made)} of {len(requests)} edits are made.") from error
                 raise
         made = teller.ledger.get([record.id for record in made])
-        if short := sum(not record.converged for record in made):
+        if short := sum(not record.converged and record.state == "active" for record in made):
             logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
         return made
 
@@ -505,7 +514,7 @@ class Editor:
         forgets the rows of edits that are no longer active; the history keeps them.
 
         Returns:
-            The bytes by which the store became smaller.
+            The bytes by which the store became smaller; below 0 where the snapshot takes more than was forgotten.
 
         Raises:
             InputError: there are no edits.
@@ -515,14 +524,14 @@ class Editor:
         """
         if self._teller.layers is None:
             raise InputError("consolidate(): nothing has been edited yet")
+        before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
         self._teller.rebuild()
         if self._recorder is None:
             return 0
-        before = sum(self._recorder.store.sizes().values())
         try:
             self._recorder.store.compact()
             self._recorder.snapshot(self._teller.layers, self._teller.progress)
-        except StoreError as error:
+        except (StoreError, RuntimeError, MemoryError) as error:
             logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
         return before - sum(self._recorder.store.sizes().values())
 
@@ -659,23 +668,24 @@ class Editor:
             rule_options=self.config.rule_options,
         )
         held = []
-        for protected, weight in self._to_protect:
+        for _, keys_of, weight in self._to_protect:
             with layers.transaction():
-                held.append(layers.protect(protected, weight))
+                held.append(layers.protect(keys_of, weight))
+        prompts = self.protected
         self._norms = [Norms.of(state.original, state.prior) for state in layers.states]
         if self._recorder:
-            self._recorder.begin(priors, held, [asdict(norms) for norms in self._norms])
-        self._teller.layers = layers
+            self._recorder.begin(priors, held, prompts, [asdict(norms) for norms in self._norms])
+        self._teller.layers, self._teller.progress.protected = layers, prompts
 
     def _forget_start(self) -> None:
-        self._teller.layers, self._norms = None, []
+        self._teller.layers, self._norms, self._teller.progress.protected = None, [], []
         if self._recorder:
             self._recorder.forget_start()
 
 
 def _one_per_subject(requests: Sequence[Request]) -> list[Request]:
-    """Several of one subject have nearly one key, and would make a pilot look hard to realise."""
-    return list({request.about or i: request for i, request in enumerate(requests)}.values())
+    """Several of one subject, or of one prompt, have nearly one key, and would make a pilot look hard to realise."""
+    return list({request.about or request.asks: request for request in requests}.values())
 
 
 def _check_store(store: Store, model: PreTrainedModel, config: EditConfig | None) -> EditConfig:

@@ -16,12 +16,14 @@ from rlsedit_fast.editing.config import Keys, Share
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rounding import rounded
-from rlsedit_fast.errors import ModelError, RemovalError, RLSEditError, UpdateError
+from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import Prior, RLSState, Saved, Step
+from rlsedit_fast.rls import Prior, Saved, Step
+from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.rules import RECURSIVE, LayerState, RuleLayer, layer_under
 
 logger = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ class EditedLayers:
                     stack.enter_context(state.transaction())
                 yield last
                 for projection in self._projections:
-                    if not bool(projection.weight.isfinite().all()):
+                    if not all_finite(projection.weight):
                         raise UpdateError(
                             f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was "
                             "changed. Load the model in bfloat16 or float32"
@@ -121,15 +123,8 @@ class EditedLayers:
             raise
         finally:
             self._marks = [_mark(projection) for projection in self._projections]
-        self._settle()
-
-    def _settle(self) -> None:
-        """Folds in what has waited, now that it is sure to stay; where that fails it goes on waiting."""
         for state in self.states:
-            try:
-                state.settle()
-            except (RLSEditError, RuntimeError) as error:
-                logger.warning("%s: pending rows could not be folded in, and wait on: %s", state.name, error)
+            state.settle()
 
     def write(
         self,
@@ -196,10 +191,6 @@ class EditedLayers:
         for layer, state in enumerate(self.states):
             state.refresh(*_rows([*self._protected, *kept], layer, state))
 
-    def saved(self) -> list[Saved]:
-        """What each state can be taken up from again; under the recursive rule, the only one that is kept."""
-        return [state.saved() for state in self.states if isinstance(state, RLSState)]
-
     @property
     def protected(self) -> list[Told]:
         """The rows that are protected."""
@@ -215,7 +206,7 @@ class EditedLayers:
         for part in parts(len(keys[0]), _ROWS_AT_ONCE):
             held = []
             for state, layer_keys in zip(self.states, keys, strict=True):
-                some = layer_keys[part].to(state.original.device, torch.float32)
+                some = layer_keys[part].to(state.original.device, dtype_of(state.original))
                 held.append((some, state.outputs(some)))  # of the very rows that go in: nothing is left over to write
             here, outputs = zip(*held, strict=True)
             rows += _told(here, outputs, [weight] * len(here[0]))

@@ -22,10 +22,9 @@ class Telling:
     """What one transaction did: it is entered here, and journalled, whole.
 
     Attributes:
-        gone: ids of active edits that were taken out, those of `stay` among them.
-        outcome: what became of them, but for `stay`.
+        gone: ids of active edits that were taken out.
+        outcome: what became of them.
         again: ids of active edits that were taken out and told anew.
-        stay: ids of edits that were put back in as they were, since what was to replace them was left out.
         rebuilt: per layer, whether the taking out was a rebuild; empty where nothing was taken out.
         edits: the new ones, as asked for.
         records: the new edits' records, in the same order.
@@ -36,7 +35,6 @@ class Telling:
     gone: tuple[int, ...] = ()
     outcome: EditState = "undone"
     again: tuple[int, ...] = ()
-    stay: tuple[int, ...] = ()
     rebuilt: tuple[bool, ...] = ()
     edits: tuple[Edit, ...] = ()
     records: tuple[EditRecord, ...] = ()
@@ -178,10 +176,6 @@ class Ledger:
         subjects = {request.about for request in requests if request.about is not None}
         return sorted(set().union(*(self._about.get(subject, ()) for subject in subjects)))
 
-    def asked(self, identity: int) -> str:
-        """What an active edit asks."""
-        return asked(self._edits[identity])
-
     def get(self, ids: Sequence[int]) -> list[EditRecord]:
         """The records of these edits."""
         return [self._records[i - 1] for i in ids]
@@ -244,9 +238,8 @@ class Ledger:
         """Enters what a transaction did."""
         kept = telling.told or {}
         for i in telling.gone:
-            if i not in telling.stay:
-                self._records[i - 1] = replace(self._records[i - 1], state=telling.outcome, joint_with=())
-                self._forget(i)
+            self._records[i - 1] = replace(self._records[i - 1], state=telling.outcome, joint_with=())
+            self._forget(i)
         for edit, record in zip(telling.edits, telling.records, strict=True):
             self.enter_one(edit, record, kept.get(record.id))
         for record in telling.retold:

@@ -12,6 +12,7 @@ import torch
 from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.prior import CHUNK
+from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.rules import Rule
 
 _FLOAT, _DOUBLE = 4, 8
@@ -27,9 +28,10 @@ class LayerMemory:
         device: where it lies, and so where this is taken.
         state: for as long as the editor lives: C and pending rows, or what another rule remembers, at most; W0; the
             part of the master that the model has not.
-        anchors: the anchor moment, for as long as the editor lives, in the host's memory.
-        building: more, for the moment in which the state is made in float64 (a rebuild takes some copies of W besides);
-            other rules compute each batch so.
+        anchors: where there are any, their moment, for as long as the editor lives, in the host's memory.
+        writing: more, while a batch is written: a copy of the weight to go back to.
+        building: more, for the moment in which the state is made in float64; other rules compute each batch so. A
+            rebuild takes some copies of W besides, and keeps the old C of every layer until it is through.
         per_edit: of the rows that an edit leaves behind, by which it can be taken back, in the host's memory.
     """
 
@@ -38,22 +40,23 @@ class LayerMemory:
     device: str
     state: int
     anchors: int
+    writing: int
     building: int
     per_edit: int
 
 
-def plan(
-    projections: Sequence[Projection], *, delay: int, anchored: bool, rule: Rule | None = None
-) -> list[LayerMemory]:
+def plan(projections: Sequence[Projection], *, delay: int, rule: Rule | None = None) -> list[LayerMemory]:
     """What editing these projections takes, under the recursive rule or another; computed from shapes alone."""
     layers = []
     for projection in projections:
         weight = projection.weight
         d_v, d_k = weight.shape
+        item = dtype_of(weight).itemsize
         beside = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
         kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
         if rule is None:
-            kept += _FLOAT * (d_k * d_k + delay * (d_k + 1)) + 2 * _DOUBLE * d_k
+            # C; pending rows, whose buffer doubles once with batches that find it full; the monitor's sketch
+            kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
             # S0, which its factor replaces, and chunks; C and W are told above
             building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
         else:
@@ -66,9 +69,10 @@ def plan(
                 projection.name,
                 str(weight.device),
                 kept,
-                _FLOAT * d_k * d_k if anchored else 0,
+                _FLOAT * d_k * d_k,
+                item * weight.numel(),
                 _DOUBLE * building,
-                _FLOAT * (d_k + d_v),
+                item * (d_k + d_v),
             )
         )
     return layers
@@ -81,25 +85,32 @@ def check(layers: Sequence[LayerMemory]) -> None:
         ResourceError: there is too little, with the figures and what to do.
     """
     wanted: dict[str, int] = defaultdict(int)
-    peak: dict[str, int] = defaultdict(int)
+    writing: dict[str, int] = defaultdict(int)
+    building: dict[str, int] = defaultdict(int)
     for layer in layers:
         wanted[layer.device] += layer.state  # the anchors are there already
-        peak[layer.device] = max(peak[layer.device], layer.building)
+        writing[layer.device] += layer.writing
+        building[layer.device] = max(building[layer.device], layer.building)
     for device, bytes_wanted in wanted.items():
-        total, free = bytes_wanted + peak[device], available(torch.device(device))
+        more = max(writing[device], building[device])
+        total, free = bytes_wanted + more, available(torch.device(device))
         if free is not None and total > free:
             raise ResourceError(
-                f"editing takes {size(total)} on {device} ({size(bytes_wanted)} to stay, {size(peak[device])} while a "
-                f"state is made) and {size(free)} are free; nothing was changed. Edit fewer layers, or spread the "
-                "model over more devices with device_map"
+                f"editing takes {size(total)} on {device} ({size(bytes_wanted)} to stay, {size(more)} while states "
+                f"are made or written) and {size(free)} are free; nothing was changed. Edit fewer layers, or spread "
+                "the model over more devices with device_map"
             )
 
 
 def available(device: torch.device) -> int | None:
     """Free bytes on a device, None where that cannot be told; within a container, what its limit leaves."""
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
+        allocated = torch.cuda.memory_allocated(device)
+        free, whole = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - allocated
+        # A program may have been given a share of the device; torch before 2.8 does not tell.
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 1.0)(device)
+        return min(free, max(0, int(share * whole) - allocated))
     if device.type != "cpu":
         return None
     figures = [_meminfo(), _container()]

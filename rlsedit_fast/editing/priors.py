@@ -123,6 +123,11 @@ def _mu_beside(config: EditConfig, moments: Sequence[Tensor], pilot_keys: Sequen
     def excess(log_mu: float) -> float:
         return assess(moments, pilot_keys, lams, scale * math.exp(log_mu)).realised - config.adherence
 
+    if excess(_LOG_SPAN) > 0:
+        raise InputError(
+            f"lam={config.lam}: no mu beside it brings what the pilot realises down to adherence={config.adherence}, "
+            "as lam alone holds what no anchor reaches; raise lam or the adherence, leave lam open, or anchor more text"
+        )
     if excess(-_LOG_SPAN) < 0:
         raise InputError(
             f"lam={config.lam} alone leaves less than adherence={config.adherence} of the pilot realised; lower lam or "

@@ -39,6 +39,7 @@ class Progress:
         writes: batches and removals, each a rounding of the weights.
         scale: of the gradient values.
         trace: the objective's course.
+        protected: the prompts that are protected, as they were given.
         time: of the last record; time that runs backwards stands still here.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     writes: int = 0
     scale: GradientScale = field(default_factory=GradientScale)
     trace: list[Point] = field(default_factory=list)
+    protected: list[str] = field(default_factory=list)
     time: datetime = _BEGINNING
 
     def now(self) -> datetime:

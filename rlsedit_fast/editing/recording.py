@@ -16,7 +16,7 @@ from rlsedit_fast.editing.progress import Progress
 from rlsedit_fast.editing.written import PROTECT, REBUILD, START, TELL, asked_of, entered, record_text, tensors_of
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Store
 
@@ -49,12 +49,17 @@ class Recorder:
         self._about = about
 
     def begin(
-        self, priors: Sequence[Prior], protected: Sequence[Sequence[Told]], norms: Sequence[Mapping[str, Any]]
+        self,
+        priors: Sequence[Prior],
+        protected: Sequence[Sequence[Told]],
+        prompts: Sequence[str],
+        norms: Sequence[Mapping[str, Any]],
     ) -> None:
         """The first change is to be preceded by these; nothing is written yet."""
         about = {
             "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in priors],
             "protected": [[row.weight for row in rows] for rows in protected],
+            "prompts": list(prompts),
             "norms": list(norms),
         }
         held = {f"moment.{i}": p.anchor_moment for i, p in enumerate(priors) if p.anchor_moment is not None}
@@ -69,8 +74,12 @@ class Recorder:
     def write_start(self) -> None:
         """Writes that down now."""
         if self._start:
-            self._prepare([])
-            self.commit()
+            try:
+                self._prepare([])
+                self.commit()
+            except BaseException:
+                self.abort()
+                raise
 
     def tell(self, telling: Telling, progress: Progress, objective: Sequence[float], active: int) -> None:
         """Prepares a telling, with the progress and the objective that it leads to."""
@@ -79,7 +88,6 @@ class Recorder:
             "gone": telling.gone,
             "outcome": telling.outcome,
             "again": telling.again,
-            "stay": telling.stay,
             "rebuilt": telling.rebuilt,
             "made": [entered(*pair) for pair in zip(telling.edits, telling.records, strict=True)],
             "retold": [record_text(record) for record in telling.retold],
@@ -89,9 +97,10 @@ class Recorder:
         tensors = tensors_of(list(told.values()), "", halved=self._config.keys == "fp16") | _scale(progress)
         self._prepare([Change(TELL, about, tensors)])
 
-    def protect(self, rows: Sequence[Told]) -> None:
-        """Prepares the protection of rows."""
-        self._prepare([Change(PROTECT, {"weights": [row.weight for row in rows]}, tensors_of(rows, "protected."))])
+    def protect(self, rows: Sequence[Told], prompts: Sequence[str]) -> None:
+        """Prepares the protection of the rows of prompts."""
+        about = {"weights": [row.weight for row in rows], "prompts": list(prompts)}
+        self._prepare([Change(PROTECT, about, tensors_of(rows, "protected."))])
 
     def rebuild(
         self,
@@ -107,6 +116,7 @@ class Recorder:
             "history": [entered(edits.get(record.id) or asked_of(record), record) for record in ledger.records],
             "told": active,
             "weights": [row.weight for row in protected],
+            "prompts": progress.protected,
             "trace": [[point.edits, point.objective] for point in progress.trace],
             **_progress(progress, objective, len(active)),
         }
@@ -128,14 +138,15 @@ class Recorder:
         if self.store.snapshot_due(self._snapshot_bytes):
             try:
                 self.snapshot(layers, progress)
-            except StoreError as error:
+            except (StoreError, RuntimeError, MemoryError) as error:  # the edits stand, whatever it is
                 logger.warning("the edits are in the store, but no new snapshot is: %s", error)
 
     def snapshot(self, layers: EditedLayers, progress: Progress) -> None:
         """Writes a snapshot."""
         about, tensors = [], dict[str, Tensor]()
-        for at, (state, saved) in enumerate(zip(layers.states, layers.saved(), strict=True)):
-            health = state.monitor()
+        for at, state in enumerate(layers.states):
+            assert isinstance(state, RLSState)  # no other rule goes with a store
+            saved, health = state.saved(), state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does that", state.name, health.advice)
             about.append(
@@ -147,7 +158,7 @@ class Recorder:
                     "deviation": state.deviation(),
                 }
             )
-            tensors |= {f"{at}.{name}": getattr(saved, name) for name in _SAVED}
+            tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED}
         self.store.snapshot({"layers": about}, tensors | _scale(progress), drop_changes=self._config.keys is None)
 
     def _prepare(self, changes: list[Change]) -> None:

@@ -146,6 +146,8 @@ class _Recovery:
         saved = _saved(snapshot, held) if snapshot else None
         alive = _alive([entry for entry in entries if entry.seq <= reached])
         layers = self._begun(entries[0], saved)
+        _take_up_progress(self._progress, entries[0], {})
+        self._take_up_scale(entries[0], reached, held)
         for entry in entries[1:]:
             done = entry.seq <= reached
             wanted = not done or (self._config.keys is not None and self._has_needed(entry, alive))
@@ -162,10 +164,16 @@ class _Recovery:
             elif entry.kind == REBUILD:
                 self._rebuild(layers, entry, tensors, done)
             _take_up_progress(self._progress, entry, tensors)
-        squares = held.get("scale") if reached == entries[-1].seq else self._progress.scale.squares
+            self._take_up_scale(entry, reached, held)
+        squares = self._progress.scale.squares
         if squares is not None:
             self._progress.scale = GradientScale(squares.to(self._projections[-1].weight.device))
         return layers
+
+    def _take_up_scale(self, entry: Entry, reached: int, held: Mapping[str, Tensor]) -> None:
+        """From the snapshot, once that is where the replay has come to: changes before it may not have been read."""
+        if entry.seq == reached and "scale" in held:
+            self._progress.scale = GradientScale(held["scale"])
 
     def _begun(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
@@ -194,8 +202,6 @@ class _Recovery:
                 out = [*telling.gone, *telling.again]
                 if out:
                     layers.remove(ledger.told(out), ledger.but(set(out)), telling.rebuilt)
-                if telling.stay:
-                    layers.update(ledger.told(telling.stay))
                 if rows:
                     layers.update(rows)
         ledger.enter(telling)
@@ -243,7 +249,7 @@ def _alive(entries: Sequence[Entry]) -> set[int]:
         about = entry.about
         if entry.kind == TELL:
             alive |= set(about["told"])
-            alive -= set(about["gone"]) - set(about["stay"])
+            alive -= set(about["gone"])
         elif entry.kind == REBUILD:
             alive = set(about["told"])
     return alive
@@ -278,6 +284,10 @@ def _saved(entry: Entry, held: Mapping[str, Tensor]) -> list[Saved]:
 
 def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
     about = entry.about
+    if entry.kind == PROTECT:
+        progress.protected += about["prompts"]
+    elif entry.kind != TELL:
+        progress.protected = list(about["prompts"])
     if entry.kind not in (TELL, REBUILD):
         return
     progress.batches, progress.writes = about["batches"], about["writes"]

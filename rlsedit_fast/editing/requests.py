@@ -94,6 +94,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
             raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
         if any(0xD800 <= ord(character) < 0xE000 for character in getattr(edit, field)):
             raise RequestError(f"{field}={getattr(edit, field)!r} holds half a character (a lone surrogate); mend it")
+    if edit.name is not None and not isinstance(edit.name, str):
+        raise RequestError(f"name={edit.name!r}: expected a text, or None")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
     if trouble := weight_trouble(edit.weight):

@@ -22,6 +22,7 @@ from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
+from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rules import RECURSIVE
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def look_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {rows}; give the model's own"
         )
     for projection in projections:
-        if not bool(projection.weight.isfinite().all()):
+        if not all_finite(projection.weight):
             raise InputError(f"{projection.name}: the weight is not finite; load the model anew")
     with quiet(model):
         decoder = with_prefixes(decoder, longest=_longest(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,18 @@ class _Ending:
 
     before: list[Callable[[], object]]
     after: list[Callable[[], object]]
+
+
+class _FellShort(Exception):
+    """Requests fell short for whose sake edits were taken out: the batch is to be told again without them.
+
+    Attributes:
+        values: what was found for each of them, by its place in the batch.
+    """
+
+    def __init__(self, values: Mapping[int, Values]) -> None:
+        super().__init__()
+        self.values = values
 
 
 class Teller:
@@ -70,36 +82,66 @@ class Teller:
 
         Args:
             requests: the batch.
-            replaced: ids of edits that it replaces, whatever they ask.
+            replaced: ids of edits that it replaces, whatever they ask: of each request's own, or of none.
             found: its values, where they were searched ahead.
         """
-        gone, again = set(replaced), list[int]()
-        if self._config.same_subject == "joint":
-            gone.update(self.ledger.asking(requests))
-            again = [i for i in self.ledger.about(requests) if i not in gone]
-            self.check_kept("tell another edit about the subject of", sorted({*gone, *again}))
-        return self._tell(requests, gone=sorted(gone), outcome="replaced", again=again, found=found)
+        left_out: dict[int, Values] = {}
+        while True:  # again only with fewer requests
+            gone, again = self._bearing_upon(requests, replaced, left_out)
+            if self._config.same_subject == "joint":
+                self.check_kept("tell another edit about the subject of", sorted({*gone, *again}))
+            try:
+                return self._tell(
+                    requests,
+                    gone=gone,
+                    outcome="replaced",
+                    again=again,
+                    replaced=replaced,
+                    found=found,
+                    left_out=left_out,
+                )
+            except _FellShort as error:
+                left_out |= error.values
 
-    def undo(self, gone: Sequence[int]) -> None:
+    def _bearing_upon(
+        self, requests: Sequence[Request], replaced: Sequence[int], left_out: Collection[int]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of active edits that a batch takes the place of, and of those to be told anew with it.
+
+        Args:
+            requests: the batch.
+            replaced: see `tell`.
+            left_out: places in it of requests that are not to be told.
+        """
+        told = [request for at, request in enumerate(requests) if at not in left_out]
+        gone, again = {i for at, i in enumerate(replaced) if at not in left_out}, list[int]()
+        if self._config.same_subject == "joint":
+            gone.update(self.ledger.asking(told))
+            again = [i for i in self.ledger.about(told) if i not in gone]
+        return sorted(gone), again
+
+    def undo(self, gone: list[int]) -> None:
         """Takes edits back; those that shared a value with one of them are told anew without it."""
         self.check_kept("undo", gone)
         partners = {partner for record in self.ledger.get(gone) for partner in record.joint_with}
-        self._tell([], gone=gone, outcome="undone", again=sorted(partners - set(gone)))
+        again = sorted(partners.intersection(self.ledger.active).difference(gone))
+        self._tell([], gone=gone, outcome="undone", again=again)
 
-    def protect(self, keys: Sequence[Tensor], weight: float) -> None:
-        """Holds what the layers do on keys, `[n, d_k]` each."""
+    def protect(self, prompts: Sequence[str], keys: Sequence[Tensor], weight: float) -> None:
+        """Holds what the layers do on the keys of prompts, `[n, d_k]` each."""
         assert self.layers is not None
-        with self._change() as ending:
+        with self._change("rows were protected", "Protect fewer prompts, or edit fewer layers") as ending:
             rows = self.layers.protect(keys, weight)
             if self._recorder:
-                ending.before.append(partial(self._recorder.protect, rows))
+                ending.before.append(partial(self._recorder.protect, rows, prompts))
+            ending.after.append(partial(self.progress.protected.extend, prompts))
 
     def rebuild(self) -> None:
         """Makes every layer afresh in float64 from its prior and the active edits."""
         assert self.layers is not None
         active = self.ledger.active
         self.check_kept("rebuild the layers from", active)
-        with self._change() as ending:
+        with self._change("the layers were rebuilt", "Edit fewer layers") as ending:
             self.layers.rebuild(self.ledger.told(active))
             progress = replace(self.progress, writes=self.progress.writes + 1)
             objective = tuple(state.objective for state in self.layers.states)
@@ -118,10 +160,17 @@ class Teller:
             )
 
     @contextmanager
-    def _change(self) -> Iterator[_Ending]:
+    def _change(self, what: str, advice: str) -> Iterator[_Ending]:
         """A transaction of layers, store and ledger: the block's changes are in all of them, or in none if it raises.
 
         From the commit on until the ledger has it, Ctrl-C waits.
+
+        Args:
+            what: is done, for the error.
+            advice: what helps where memory runs out.
+
+        Raises:
+            ResourceError: memory ran out.
         """
         assert self.layers is not None
         ending = _Ending([], [])
@@ -133,10 +182,14 @@ class Teller:
                     last.append(lambda: uninterrupted.enter_context(held_back()))
                     if self._recorder:
                         last.append(self._recorder.commit)
-            except BaseException:
+            except BaseException as error:
                 if self._recorder:
                     self._recorder.abort()
-                raise
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ResourceError(
+                    f"memory ran out while {what}; nothing of it was changed. {advice}. ({error})"
+                ) from error
             for action in ending.after:
                 action()
 
@@ -172,39 +225,45 @@ class Teller:
         self,
         requests: Sequence[Request],
         *,
-        gone: Sequence[int],
-        outcome: EditState,
-        again: Sequence[int],
+        gone: list[int],
+        again: list[int],
+        outcome: EditState = "replaced",
+        replaced: Sequence[int] = (),
         found: Values | None = None,
+        left_out: Mapping[int, Values] | None = None,
     ) -> list[EditRecord]:
         """Takes out edits, tells new ones, and some that were there anew; all of it or nothing.
 
         Args:
             requests: to be told.
             gone: ids of active edits to take out.
-            outcome: what becomes of those.
             again: ids of active edits to take out and to tell anew together with `requests`; they keep their ids.
+            outcome: what becomes of `gone`.
+            replaced: see `tell`.
             found: the values of `requests`, searched before the last batches were written; only with no `again`.
+            left_out: what was found for requests that are to be left out, by place.
 
         Returns:
             The records of the new edits.
+
+        Raises:
+            _FellShort: with further requests left out, others would be taken out; nothing has changed.
         """
         assert self.layers is not None
         everything = [*requests, *self.ledger.requests(again)]
         written = Written({}, [], [])
-        stay: list[int] = []
         rebuilt: tuple[bool, ...] = ()
         before, scale = self.progress, self.progress.scale
         try:
-            with self._change() as ending:
+            doing = f"a batch of {len(everything)} edits was written"
+            with self._change(doing, "Lower batch_size or take fewer context_prefixes") as ending:
                 if gone or again:
                     out = {*gone, *again}
                     rebuilt = self.layers.remove(self.ledger.told([*gone, *again]), self.ledger.but(out))
                 if everything:
-                    values, short = self._finder.reached(everything, len(requests), found, self.progress)
-                    asked = {everything[at].asks for at in short}
-                    if stay := [i for i in gone if self.ledger.asked(i) in asked]:
-                        self.layers.update(self.ledger.told(stay))
+                    values, short = self._values(everything, len(requests), found, left_out or {})
+                    if requests and self._bearing_upon(requests, replaced, short) != (gone, again):
+                        raise _FellShort({at: values.taken([at]) for at in short})
                     written = self._write(everything, values, short, since_then=found is not None)
                 telling = self.ledger.telling(
                     requests,
@@ -214,7 +273,6 @@ class Teller:
                     batch=self.progress.batches + 1,
                     gone=tuple(gone),
                     outcome=outcome,
-                    stay=tuple(stay),
                     rebuilt=rebuilt,
                 )
                 progress = replace(
@@ -224,24 +282,41 @@ class Teller:
                 )
                 objective = tuple(state.objective for state in self.layers.states)
                 active = len(self.ledger.active) + sum(r.state == "active" for r in telling.records)
-                active -= len(gone) - len(stay)
+                active -= len(gone)
                 if self._recorder:
                     ending.before.append(partial(self._recorder.tell, telling, progress, objective, active))
                 ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
                 ending.after.append(partial(self.ledger.enter, telling))
-        except BaseException as error:
+        except BaseException:
             if self.progress is not before:  # it was made; somebody pressed Ctrl-C in the meantime
                 raise
             before.scale = scale
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ResourceError(
-                f"memory ran out in a batch of {len(everything)} edits; nothing of it was changed. Lower batch_size "
-                f"or take fewer context_prefixes. ({error})"
-            ) from error
+            raise
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers, self.progress)
         return self.ledger.get([record.id for record in telling.records])
+
+    def _values(
+        self, requests: Sequence[Request], new: int, found: Values | None, left_out: Mapping[int, Values]
+    ) -> tuple[Values, set[int]]:
+        """The values of a batch, and the places in it of those that are left out, be it now or before.
+
+        Args:
+            requests: the batch.
+            new: how many of them, the first ones, are not told yet.
+            found: their values, if these are known.
+            left_out: see `_tell`.
+        """
+        rest = [at for at in range(len(requests)) if at not in left_out]
+        parts, short = list(left_out.values()), set(left_out)
+        if rest:
+            values, fell = self._finder.reached(
+                [requests[at] for at in rest], new - len(left_out), found, self.progress
+            )
+            parts.append(values)
+            short.update(rest[at] for at in fell)
+        order = torch.tensor([*left_out, *rest]).argsort().tolist()
+        return Values.joined(parts).taken(order), short
 
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool

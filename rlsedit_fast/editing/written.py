@@ -113,7 +113,6 @@ def telling_of(entry: Entry) -> Telling:
         gone=tuple(about["gone"]),
         outcome=about["outcome"],
         again=tuple(about["again"]),
-        stay=tuple(about["stay"]),
         rebuilt=tuple(about["rebuilt"]),
         edits=tuple(edit for edit, _ in made),
         records=tuple(record for _, record in made),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlsedit_fast.errors import InputError, ModelError, listed
 from rlsedit_fast.models.fingerprint import settings
+from rlsedit_fast.rls.checks import all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ class WeightChange:
                 "two in the model's dtype, the third in that or in float32"
             )
         for role, tensor in (("original", original), ("stored", stored), ("current", current)):
-            if not bool(tensor.isfinite().all()):
+            if not all_finite(tensor):
                 raise InputError(f"{self.name}: {role} is not finite; put the model as it should be")
         limits = torch.finfo(dtype)
         apart = (current.to(_wide(dtype)) - stored.to(_wide(dtype))).abs()

@@ -31,14 +31,15 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, both put back afterwards."""
+    """Evaluation mode and no parameter gradients, both put back afterwards; whatever grad mode the caller is in."""
     was_training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

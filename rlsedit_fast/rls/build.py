@@ -36,7 +36,7 @@ class Edits:
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` gives: `C` and `W` in the solver's dtype, `J`, and the sketch of `S` for the monitor."""
+    """What `build` gives: `C` in the solver's dtype, `W`, `J`, and the sketch of `S` for the monitor."""
 
     precision_inverse: Tensor
     weight: Tensor
@@ -54,14 +54,14 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
         original: `W0 [d_v, d_k]`.
         prior: the prior of the layer.
         edits: the edits the state is to hold, or None for none.
-        dtype: of `C` and `W` in the result.
+        dtype: of `C` in the result, and of `W` unless that is the original itself.
         name: of the layer, for the errors.
 
     Raises:
         PriorError: `S` is not positive definite in float64, or its inverse does not fit `dtype`.
     """
     precision = prior.precision(original.shape[1], original.device)
-    weight, objective, pull = original.to(dtype), 0.0, None
+    weight, objective, pull = original, 0.0, None
     if prior.custom or edits is not None:
         start = original.double()
         pull = prior.pull(start)
@@ -78,6 +78,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
         total = start + delta
         objective, weight = prior.energy(start, delta) + _misfit(total, edits), total.to(dtype)
     inverse = _inverse_(lower, dtype)
+    del precision, lower  # one storage, the largest of all
     try:
         checks.finite(precision_inverse=inverse, weight=weight)
     except InputError as error:
@@ -159,6 +160,8 @@ def _failed_pivot(precision: Tensor, index: int) -> float:
     """The pivot at which the factorisation stopped, computed again (LAPACK leaves it undefined)."""
     if index == 0:
         return float(precision[0, 0])
-    lower = torch.linalg.cholesky(precision[:index, :index])
+    lower, info = torch.linalg.cholesky_ex(precision[:index, :index])
+    if int(info):  # by other blocks it stops earlier: a pivot there is rounding, of either sign
+        return 0.0
     column = torch.linalg.solve_triangular(lower, precision[:index, index : index + 1], upper=False)
     return float(precision[index, index] - column.square().sum())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast import ops
+from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.ops.split import SPLIT_CHUNK
 
 
@@ -69,6 +70,7 @@ class Dense:
         self._weight.copy_(weight)
         self.settle()
 
+    @full_float32()
     def times(self, keys: Tensor) -> Tensor:
         """See `Master`."""
         return keys @ self._weight.T
@@ -114,6 +116,7 @@ class Split:
         for half, new in zip(self.tensors, ops.split(weight.float()), strict=True):
             half.copy_(new)
 
+    @full_float32()
     def times(self, keys: Tensor) -> Tensor:
         """See `Master`."""
         result = keys.new_empty(keys.shape[0], self._high.shape[0])

@@ -53,6 +53,12 @@ class Pending:
         self._signs[self._count : end] = signs
         self._count = end
 
+    def clear(self, room: int) -> None:
+        """Forgets all rows; a buffer that has grown far beyond `room` is let go."""
+        self._count = 0
+        if len(self._rows) > 2 * room:
+            self._rows, self._signs = self._rows.new_empty(room, self._rows.shape[1]), self._signs.new_empty(room)
+
     def cut(self, count: int) -> None:
         """Forgets all rows behind the first `count`."""
         self._count = count

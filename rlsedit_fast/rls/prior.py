@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -69,9 +70,11 @@ class Prior:
     anchor_energy: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("lam", self.lam), ("mu", self.mu)):
-            if not (math.isfinite(value) and value >= 0 and math.isfinite(value * value)):
-                raise InputError(f"{name} is {value}; a finite number of at least 0 is expected.")
+        given: tuple[tuple[str, object], ...] = (("lam", self.lam), ("mu", self.mu))
+        for name, value in given:
+            number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+            if not (math.isfinite(number) and number >= 0 and math.isfinite(number * number)):
+                raise InputError(f"{name} is {value!r}; a finite number of at least 0 is expected.")
         self._check_combination()
         self._check_tensors()
 

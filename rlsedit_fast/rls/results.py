@@ -88,14 +88,17 @@ class Saved:
     edits: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Snapshot:
-    """A point to restore a state to; only the weight is copied. While it is alive the state flushes nothing into C."""
+    """A point to restore a state to. While it is alive the state flushes nothing into C.
+
+    Only the weight is copied, once it is about to be written.
+    """
 
     base: Tensor
     pending: Pending
     count: int
-    weight: tuple[Tensor, ...]
+    weight: tuple[Tensor, ...] | None
     sketch: Sketch
     objective: float
     edits: int

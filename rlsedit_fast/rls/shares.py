@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.results import Panel
 
@@ -34,6 +34,7 @@ def joint_innovations(panels: Sequence[Panel], residual: Tensor) -> list[Tensor]
 
     Raises:
         InputError: no panels, panels of different edits or weights, or a wrong residual.
+        UpdateError: the batch could not be factored.
     """
     if not panels:
         raise InputError("panels is empty; pass the panel of at least one layer.")
@@ -46,6 +47,11 @@ def joint_innovations(panels: Sequence[Panel], residual: Tensor) -> list[Tensor]
             raise InputError(f"panels[{index}] has other edits or weights than panels[0]; project the same ones.")
     grams = [panel.gram.to(device, torch.float64) for panel in panels]
     noisy = torch.diag(noise)
-    lower = torch.linalg.cholesky(noisy + sum(grams[1:], grams[0]))
+    lower, info = torch.linalg.cholesky_ex(noisy + sum(grams[1:], grams[0]))
+    if failed := int(info):
+        raise UpdateError(
+            f"the batch of {noise.shape[0]} rows could not be factored: pivot {failed} is not positive. "
+            "Nothing was changed; C may have drifted, or weights as these are beyond what its dtype can tell apart."
+        )
     shared = torch.cholesky_solve(residual.to(device, torch.float64), lower)
     return [((noisy + gram) @ shared).to(panel.gram) for gram, panel in zip(grams, panels, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError, RemovalError, UpdateError
+from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Built, Edits, build
 from rlsedit_fast.rls.layer import Layer
@@ -23,6 +25,8 @@ from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realised
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_DELAY = 512
 """Pending rows before C is written: enough for the flush to be bound by arithmetic, few beside d_k when it is read.
 Between 128 and 1024 it hardly matters (bench/results/step-delay-cpu.json)."""
@@ -31,7 +35,7 @@ REMOVAL_PIVOT_POWER = 0.25
 """A removal's pivots, relative to the noise, must exceed `eps` to this power. With an edit in, C has in its direction
 only a fraction p (the pivot) of the variance c that it had, and an error of about `eps c` from the subtraction. Taking
 the edit out multiplies the variance by `1/p` and the error by `1/p^2`. The relative error of what comes back is then
-`eps / p^2` (so measured), and is allowed to be `sqrt(eps)`: half the digits."""
+`eps / p^2`, and is allowed to be `sqrt(eps)`: half the digits."""
 
 _versions = itertools.count(1)  # one for all states, so that no panel fits a state it was not taken from
 _orders = itertools.count(1)
@@ -109,14 +113,17 @@ class RLSState(Layer):
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
+        start = None
         if built:
-            if prior.custom:
-                self._master.write(built.weight)
-            self._begin_with(built)
+            self._begin_with(built, write=False)
+            start = built.weight if prior.custom else None
         elif saved:
             self._take_up(saved)
+            start = saved.weight.to(self._original.device, self._dtype)
         self._version = next(_versions)
         self._rehearse()
+        if start is not None:
+            self._master.write(start)
 
     @property
     def objective(self) -> float:
@@ -219,6 +226,7 @@ class RLSState(Layer):
         return self._apply(panel, self._innovation(panel, values), -1)
 
     @torch.no_grad()
+    @full_float32()
     def replace(self, keys: Tensor, old_values: Tensor, new_values: Tensor, weights: Tensor | None = None) -> Step:
         """Gives edits that the state holds new values: `W += (w (V_new - V_old))^T K C`, and C stays as it is.
 
@@ -245,6 +253,7 @@ class RLSState(Layer):
         gained, size = torch.stack((energy, change)).tolist()
         if not (math.isfinite(gained) and size < torch.finfo(self._dtype).max):
             raise UpdateError(self._not_finite(panel))
+        self._keep_weight()
         self._master.correct(weighted, panel.projected, 1, self._backend)
         self._objective = max(self._objective + gained, 0.0)
         self._version = next(_versions)
@@ -266,8 +275,7 @@ class RLSState(Layer):
         keys, weights, (values,) = self._batch(keys, weights, least=0, values=values)
         held = Edits(keys, values, weights) if keys.shape[0] else None
         built = build(self._original, self._prior, held, dtype=self._dtype, name=self._name)
-        self._master.write(built.weight)
-        self._begin_with(built)
+        self._begin_with(built, write=True)
         self._edits = keys.shape[0]
         self._version = next(_versions)
 
@@ -276,22 +284,25 @@ class RLSState(Layer):
         """Writes the pending rows into C now (into a copy of it while a snapshot is alive)."""
         if not self._pending:
             return
-        if self._snapshots:
-            self._base = self._base.clone()
         # A backend that fails here has left the rows pending, and the state what it was.
-        self._downdate(self._base)
         if self._snapshots:
-            self._pending = Pending(self._base, self._delay)
+            base, pending = self._base.clone(), Pending(self._base, self._delay)
+            self._downdate(base)
+            self._base, self._pending = base, pending
         else:
-            self._pending.cut(0)
+            self._downdate(self._base)
+            self._pending.clear(self._delay)
 
     def settle(self) -> None:
         """Flushes if more than `delay` rows wait and no snapshot is alive: to be called behind a transaction.
 
-        Steps outside of transactions do so themselves.
+        Steps outside of transactions do so themselves. Where the flush fails, a warning says so and the rows wait on.
         """
         if len(self._pending) > self._delay and not self._snapshots:
-            self.flush()
+            try:
+                self.flush()
+            except Exception as error:  # the steps are made and stay
+                logger.warning("%s: pending rows could not be folded in, and wait on: %s", self._name, error)
 
     def saved(self) -> Saved:
         """All that the state is beside its original weight and its prior, to be written down at once.
@@ -311,7 +322,7 @@ class RLSState(Layer):
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        """A point to come back to, at the cost of a copy of W; C is not copied.
+        """A point to come back to, at the cost of a copy of W with the first step behind it; C is not copied.
 
         As long as the snapshot is referred to, pending rows are kept and not flushed. Drop it to let go of it.
         """
@@ -319,7 +330,7 @@ class RLSState(Layer):
             base=self._base,
             pending=self._pending,
             count=len(self._pending),
-            weight=tuple(tensor.clone() for tensor in self._master.tensors),
+            weight=None,
             sketch=self._sketch,
             objective=self._objective,
             edits=self._edits,
@@ -347,7 +358,8 @@ class RLSState(Layer):
         self._pending.cut(snapshot.count)
         self._sketch, self._objective = snapshot.sketch, snapshot.objective
         self._edits, self._version = snapshot.edits, snapshot.version
-        self._put_back(snapshot.weight)
+        if snapshot.weight is not None:
+            self._put_back(snapshot.weight)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -392,6 +404,7 @@ class RLSState(Layer):
         if count > self._edits:
             raise InputError(f"keys has {count} rows, but {self._name} holds {self._edits}; pass edits that went in.")
 
+    @full_float32()
     def _panel(self, keys: Tensor, weights: Tensor) -> Panel:
         pending = self._pending
         projected = ops.panel(self._base, keys, pending.rows, pending.signs, backend=self._backend)
@@ -449,6 +462,7 @@ class RLSState(Layer):
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)
         self._make_room(prepared.rows.shape[0])
+        self._keep_weight()
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
         self._pending.append(prepared.rows, sign)
         self._sketch, self._objective = prepared.sketch, prepared.step.objective
@@ -457,12 +471,16 @@ class RLSState(Layer):
         self.settle()  # a batch may be too large to wait
         return prepared.step
 
-    def _begin_with(self, built: Built) -> None:
+    def _begin_with(self, built: Built, *, write: bool) -> None:
+        pending = Pending(built.precision_inverse, self._delay)  # what may find no memory comes first
+        if write:
+            self._keep_weight()
+            self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
-        self._pending = Pending(self._base, self._delay)
+        self._pending = pending
 
     def _take_up(self, saved: Saved) -> None:
-        """Goes on from what another state has left.
+        """Goes on from what another state has left, but for the weight.
 
         Raises:
             InputError: it is of a state of other sizes.
@@ -476,7 +494,14 @@ class RLSState(Layer):
         self._objective, self._edits = saved.objective, saved.edits
         self._pending = Pending(self._base, self._delay)
         self._pending.append(saved.pending, saved.signs)
-        self._master.write(saved.weight.to(device, self._dtype))
+
+    def _keep_weight(self) -> None:
+        """Copies the weight, which is about to be written, for the snapshots that were taken since it last was."""
+        lacking = [snapshot for snapshot in self._snapshots if snapshot.weight is None]
+        if lacking:
+            kept = tuple(tensor.clone() for tensor in self._master.tensors)
+            for snapshot in lacking:
+                snapshot.weight = kept
 
     def _put_back(self, tensors: Sequence[Tensor]) -> None:
         for tensor, kept in zip(self._master.tensors, tensors, strict=True):

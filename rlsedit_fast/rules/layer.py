@@ -169,7 +169,7 @@ class RuleLayer(Layer):
         keys, before = panel.keys.double(), self.weight.double()
         change, memory = self._rule.change(Batch(keys, wanted, panel.weights.double()), before, self._memory)
         after = before + change
-        if not bool(after.to(self._dtype).isfinite().all()):
+        if not checks.all_finite(after.to(self._dtype)):
             raise UpdateError(
                 f"rule {self._rule.name!r} on {self._name}: the weight left the range of {self._dtype}; nothing was "
                 "changed. Hold it more firmly (lam, mu, or the rule's own settings)"

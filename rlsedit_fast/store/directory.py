@@ -57,8 +57,9 @@ class Store:
             self._journal = Journal(self.directory / _JOURNAL, write=write)
             try:
                 self._about = self._journal.about
+                noted = self._noted()  # first: whoever writes meanwhile only adds to the entries
                 self._entries = self._journal.entries()
-                self._check_head()
+                self._check_end(noted)
                 if write:
                     self._clear()
             except BaseException:
@@ -187,10 +188,17 @@ class Store:
         self._write_head()
 
     def abort(self) -> None:
-        """Takes out what was prepared; nothing if nothing was. Where the disk refuses that, opening takes it out."""
+        """Takes out what was prepared; nothing if nothing was. Where the disk refuses that, opening takes it out.
+
+        What an exception from outside, such as a signal handler's, has kept from being counted behind its commit is in
+        the store: it then takes nothing more until it is opened again.
+        """
         if self._prepared and not self._in_doubt:
             with suppress(StoreError):
                 self._journal.abort()
+                if self._journal.last()[0] >= self._prepared[-1].seq:
+                    self._in_doubt = True
+                    return
             self._remove(self._prepared)
             self._prepared = []
 
@@ -308,8 +316,8 @@ class Store:
         with suppress(OSError):
             (self.directory / _HEAD).write_text(f"{text} {zlib.crc32(text.encode()):08x}\n")
 
-    def _check_head(self) -> None:
-        """Refuses a journal that has lost its end: SQLite itself takes a damaged log for a shorter one."""
+    def _noted(self) -> int:
+        """The last change that is known to have been committed, by what is noted beside the journal's entries."""
         path, noted = self.directory / _HEAD, 0
         try:
             text, found = path.read_text().split()
@@ -323,7 +331,10 @@ class Store:
                 logger.warning(
                     "%s is damaged (%s): whether the journal has lost its end cannot be told by it", path, error
                 )
-        noted = max([noted, *(entry.seq for entry in self._journal.snapshots())])
+        return max([noted, *(entry.seq for entry in self._journal.snapshots())])
+
+    def _check_end(self, noted: int) -> None:
+        """Refuses a journal that has lost its end: SQLite itself takes a damaged log for a shorter one."""
         if noted > self.last:
             raise StoreError(
                 f"the journal {str(self.directory / _JOURNAL)!r} is damaged: it ends with change {self.last}, and "

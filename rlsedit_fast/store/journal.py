@@ -18,7 +18,7 @@ from torch import Tensor
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store.tensors import File
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the tables and of what is kept in them; a journal of a newer one is refused."""
 
 _APPLICATION = 0x524C5345  # "RLSE", by which SQLite files are told apart
@@ -170,8 +170,8 @@ class Journal:
 
     def commit(self) -> None:
         """Commits what is prepared."""
-        rows = self._base.execute("SELECT seq, sum FROM changes WHERE mark IS NULL").fetchall()
         with self._written():
+            rows = self._base.execute("SELECT seq, sum FROM changes WHERE mark IS NULL").fetchall()
             for seq, found in rows:
                 self._base.execute("UPDATE changes SET mark = ? WHERE seq = ?", (_digest("committed", found), seq))
 

@@ -1,6 +1,7 @@
 """Edits take, can be taken back, and are wholly there or not at all."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -567,3 +568,52 @@ def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog)
     assert len(editor.edit(edits[30:])) == 10
     assert "wait on: no more memory" in caplog.text
     assert len(editor._teller.layers.states[0]._pending) == 10
+
+
+def test_a_float64_model_is_protected_and_edited_in_float64(make_model, tokenizer):
+    editor = rf.Editor(make_model("llama", torch.float64), tokenizer, config=config())
+    editor.protect(["Veta plays the organ ."])
+    editor.edit([rf.Edit("{} lives in", "Toze Lado", "Port Alder")])
+    editor.protect(["Lado speaks Kubeish ."])
+    rows = editor._teller.layers.protected
+    assert {tensor.dtype for row in rows for tensor in (*row.keys, *row.values)} == {torch.float64}
+    editor.consolidate()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("values", ["search", "gradient"])
+def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode, values):
+    edits = [rf.Edit("{} lives in", "Toze Lado", "Port Alder")]
+    settings = config(values=values, lam=1.0)
+    plain, within = (rf.Editor(make_model("llama"), tokenizer, config=settings) for _ in range(2))
+    plain.edit(edits)
+    with mode():
+        within.edit(edits)
+    for one, other in zip(plain.model.parameters(), within.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_pilot_counts_a_prompt_once_whatever_token_is_edited(make_model, tokenizer):
+    """Of one prompt told twice the second takes the first one's place: the pilot is of what will be told."""
+    edit = rf.Edit("{} lives in", "Toze Lado", "Port Alder")
+    priors = []
+    for edits in ([edit], [edit, replace(edit, target="New Briar")]):
+        editor = rf.Editor(make_model("llama"), tokenizer, config=config())
+        priors.append([prior.lam for prior in editor.calibrate(edits)])
+    assert priors[0] == priors[1]
+
+
+def test_memory_that_runs_out_in_a_rebuild_is_an_error_of_the_package(make_model, tokenizer, monkeypatch):
+    from rlsedit_fast.rls import state
+
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config())
+    editor.edit([rf.Edit("{} lives in", "Toze Lado", "Port Alder")])
+    before = [one.weight.clone() for one in editor._teller.layers.states]
+
+    def fails(*_arguments, **_options):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(state, "build", fails)
+    with pytest.raises(rf.errors.ResourceError, match="while the layers were rebuilt; nothing of it was changed"):
+        editor.consolidate()
+    assert all(map(torch.equal, before, [one.weight for one in editor._teller.layers.states]))

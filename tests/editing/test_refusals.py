@@ -9,6 +9,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.edits import WEIGHT_WITHIN
+from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
@@ -192,3 +193,16 @@ def test_the_outermost_weights_can_be_written(editor, weight):
 def test_a_span_that_is_no_pair_of_places_is_refused_before_the_first_edit(editor, span):
     with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: span "):
         editor.edit([EDITS[0], replace(EDITS[1], span=span)])
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_searched(editor):
+    with pytest.raises(RequestError, match=r"name=.*7.*: expected a text, or None"):
+        editor.edit([replace(EDITS[0], name=np.int64(7))])
+    assert editor.history() == []
+
+
+def test_a_lam_beside_which_no_mu_is_firm_enough_is_refused_in_words():
+    """The pilot's key lies where no anchor does, and this lam lets go of all of it."""
+    moment, keys = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    with pytest.raises(InputError, match=r"no mu beside it brings what the pilot realises down to adherence=0\.5"):
+        choose_priors(config(lam=0.1, adherence=0.5), [moment], [keys])

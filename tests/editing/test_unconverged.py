@@ -129,3 +129,29 @@ def test_refused_batches_change_nothing_and_name_the_edits():
     with pytest.raises(UpdateError, match="first 2 of 3"):
         editor.edit([fact(PEOPLE[0]), fact(PEOPLE[1]), hopeless(PEOPLE[2])])
     assert [r.state for r in editor.history()] == ["active", "active"]
+
+
+def test_a_skipped_replacement_leaves_the_others_of_the_subject_as_they_were():
+    editor = make_editor("skip")
+    one, other = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
+    editor.edit([one, other])
+    before, partners = weight(editor), [r.joint_with for r in editor.history()]
+    assert partners == [(2,), (1,)]
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 0)])] == ["skipped"]
+    assert torch.equal(weight(editor), before)
+    assert [r.joint_with for r in editor.history()] == [*partners, ()]
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 2), fact(PEOPLE[3])])] == ["skipped", "active"]
+    assert [r.joint_with for r in editor.history()][:2] == partners
+    assert says(editor, one)
+    assert says(editor, other)
+    editor.undo(2)
+    editor.undo(1)
+    assert [r.state for r in editor.history()] == ["undone", "undone", "skipped", "skipped", "active"]
+    assert editor.history()[3].steps == 40, "what is told of it is what its search came to"
+
+
+def test_only_edits_that_were_made_are_told_as_short(caplog):
+    make_editor("skip").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    assert "fell short" not in caplog.text
+    make_editor("keep").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    assert "1 of 2 edits were made though their search fell short" in caplog.text

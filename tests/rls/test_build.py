@@ -70,3 +70,8 @@ def test_a_moment_is_made_symmetric_by_chunks(monkeypatch) -> None:
     lopsided[12, 3] += 1
     with pytest.raises(ValueError, match="not symmetric: it differs from its transpose by up to 1,"):
         Prior(lam=1.0, mu=1.0, anchor_moment=lopsided)
+
+
+def test_a_failure_that_other_blocks_would_meet_earlier_is_named_all_the_same() -> None:
+    """Where rounding decides over the pivots before the one that failed."""
+    assert build._failed_pivot(torch.diag(torch.tensor([1.0, -1e-20, -1.0], dtype=torch.float64)), 2) == 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlsedit_fast import Prior, RLSState, ops
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import BackendError, InputError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -96,3 +96,15 @@ def test_the_upper_half_alone_loses_what_both_halves_keep(problem: Callable) -> 
     assert float((ops.join(high, low) - single).norm() / single.norm()) <= 1e-6
     assert error(ops.join(high, low)) <= 2 * error(single) + 1e-12
     assert error(plain) > 100 * error(single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_refuses_leaves_a_weight_in_place_as_it_was(dtype) -> None:
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before, keys = weight.clone(), torch.eye(6)
+    prior = Prior(lam=1.0, mu=1.0, anchor_keys=keys, anchor_values=torch.ones(6, 4))
+    with pytest.raises(BackendError):
+        RLSState(weight, prior, in_place=True, backend="cuda")
+    assert torch.equal(weight, before)
+    RLSState(weight, prior, in_place=True)
+    assert not torch.equal(weight, before), "these anchors are told to do something else"

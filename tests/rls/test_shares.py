@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import joint_innovations, memit_share
 
 
@@ -74,3 +75,10 @@ def test_bad_panels_and_residuals_are_refused(problem: Callable) -> None:
     residual[2, 0] = torch.nan
     with pytest.raises(InputError, match="residual is not finite in row 2"):
         joint_innovations([panel, other], residual)
+
+
+def test_a_batch_that_cannot_be_factored_over_its_layers_is_an_error_of_the_package(problem: Callable) -> None:
+    panel = problem(sizes=[2]).state().project(problem(sizes=[2]).keys)
+    flawed = replace(panel, gram=-2 * panel.noise.diag())
+    with pytest.raises(UpdateError, match="pivot 1 is not positive"):
+        joint_innovations([flawed], torch.ones(2, 3, dtype=torch.float64))

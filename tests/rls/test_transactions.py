@@ -242,3 +242,55 @@ def test_rows_that_waited_through_a_transaction_are_folded_in_behind_it(problem:
         sizes.append(state.memory_bytes())
     assert len(set(sizes[len(sizes) // 2 :])) == 1
     case.check(state, case.all())
+
+
+def test_a_snapshot_copies_the_weight_only_once_it_is_written(
+    problem: Callable, record: Callable, same: Callable
+) -> None:
+    case = problem()
+    state = case.state()
+    first, second, *_ = case.batches()
+    early = state.snapshot()
+    twin = state.snapshot()
+    before = record(state)
+    assert early.weight is None
+    state.update(*first)
+    assert early.weight is twin.weight, "one copy for all"
+    between, late = record(state), state.snapshot()
+    state.replace(*first[:2], first[1] + 1, first[2])
+    state.update(*second)
+    state.restore(late)
+    assert same(record(state), between)
+    state.update(*second)
+    state.restore(late)
+    assert same(record(state), between)
+    state.restore(early)
+    assert same(record(state), before)
+
+
+def test_a_buffer_that_a_large_transaction_has_left_is_let_go(problem: Callable) -> None:
+    case = problem(sizes=[3] * 12)
+    state = case.state(delay=4)
+    usual = state.memory_bytes()
+    with state.transaction():
+        for batch in case.batches():
+            state.update(*batch)
+    assert state.memory_bytes() > usual
+    state.settle()
+    assert state.memory_bytes() == usual
+    case.check(state, case.all())
+
+
+def test_rows_that_cannot_be_folded_in_wait_on(problem: Callable, monkeypatch, caplog) -> None:
+    case = problem(sizes=[3, 3])
+    state = case.state(delay=2)
+
+    def refuses(_base: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(state, "_downdate", refuses)
+    state.update(*case.batches()[0])
+    assert "wait on: no more" in caplog.text
+    monkeypatch.undo()
+    state.update(*case.batches()[1])
+    case.check(state, case.all())

@@ -90,6 +90,7 @@ def assert_same(one: rf.Editor, other: rf.Editor) -> None:
         assert a.weight == b.weight
         assert all(map(torch.equal, (*a.keys, *a.values), (*b.keys, *b.values)))
     assert len(one._teller.layers.protected) == len(other._teller.layers.protected)
+    assert one.protected == other.protected
 
 
 def said(editor: rf.Editor) -> list[tuple]:

@@ -351,7 +351,7 @@ def test_a_journal_of_a_newer_version_is_refused(tiny, tokenizer, used):
     base.close()
     model = tiny()
     for open_it in (lambda: rf.Editor.open(place, model, tokenizer), lambda: read_history(place)):
-        with pytest.raises(StoreError, match="schema 7, this version of rlsedit_fast reads 1"):
+        with pytest.raises(StoreError, match="schema 7, this version of rlsedit_fast reads 2"):
             open_it()
     assert_same_weights(model, tiny())
 
@@ -502,3 +502,83 @@ def test_what_no_model_can_read_is_refused_in_words(tiny, tokenizer, tmp_path, e
     editor.edit(make_edits(2))
     with unchanged(editor), pytest.raises(RequestError, match="nothing was changed"):
         editor.edit([*make_edits(2, start=2), edit])
+
+
+def test_a_reader_meets_a_writer_in_the_middle_of_its_commit(tmp_path, monkeypatch):
+    """Between the reading of the entries and whatever is compared with them, another change comes in."""
+    writer, real = Store.create(tmp_path / "store", {}), Journal.entries
+    writer.prepare([Change("one", {}, {})])
+    writer.commit()
+
+    def entries(journal):
+        found = real(journal)
+        writer.prepare([Change("two", {}, {})])
+        writer.commit()
+        return found
+
+    monkeypatch.setattr(Journal, "entries", entries)
+    with Store(tmp_path / "store", write=False) as reader:
+        assert [entry.kind for entry in reader.entries] == ["one"]
+    writer.close()
+
+
+def test_an_exception_from_outside_behind_the_commit_loses_nothing(tiny, tokenizer, tmp_path, monkeypatch):
+    """A signal handler that raises, say, when the change is on the disk and the store has not noticed yet."""
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(4))
+    real = Journal.commit
+
+    def commit(journal):
+        real(journal)
+        raise SystemExit
+
+    monkeypatch.setattr(Journal, "commit", commit)
+    with unchanged(editor), pytest.raises(SystemExit):
+        editor.edit(make_edits(2, start=4))
+    monkeypatch.undo()
+    with unchanged(editor), pytest.raises(StoreError, match="Open it again"):
+        editor.edit(make_edits(2, start=4))
+    editor.close()
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert [record.state for record in opened.history()] == ["active"] * 6
+
+
+@pytest.mark.parametrize("from_outside", [False, True])
+def test_calibration_is_interrupted_before_or_behind_its_commit(tiny, tokenizer, tmp_path, monkeypatch, from_outside):
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    real = Journal.commit
+
+    def commit(journal):
+        real(journal)
+        if from_outside:
+            raise SystemExit
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "commit", commit)
+    with pytest.raises(SystemExit if from_outside else KeyboardInterrupt):
+        editor.calibrate(make_edits(4))
+    monkeypatch.undo()
+    assert bool(editor.priors) is not from_outside
+    if from_outside:
+        with pytest.raises(StoreError, match="Open it again"):
+            editor.edit(make_edits(4))
+    else:
+        editor.edit(make_edits(4))
+    editor.close()
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert len(opened.priors) == 2
+    assert len(opened.history()) == (0 if from_outside else 4)
+
+
+def test_a_snapshot_without_memory_is_told_and_the_batch_is_made(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+    from rlsedit_fast.store import directory
+
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 1)
+
+    def snapshot(*_arguments, **_options):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(Store, "snapshot", snapshot)
+    assert len(editor.edit(make_edits(4))) == 4
+    assert "no new snapshot is: no more" in caplog.text

@@ -220,3 +220,15 @@ def test_from_pretrained_takes_a_store(tiny, tokenizer, tmp_path):
     with pytest.raises(StoreError, match="is no store"):
         rf.Editor.open(tmp_path / "none", tiny(), tokenizer)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_scale_of_gradient_values_is_the_snapshots(tiny, tokenizer, tmp_path):
+    """Where the last batch before it was undone, nothing of that batch is read again."""
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient", lam=0.5), store=tmp_path) as editor:
+        editor.edit(make_edits(4))
+        editor.edit(make_edits(2, start=40))
+        editor.undo([5, 6])
+        editor._recorder.snapshot(editor._teller.layers, editor._teller.progress)
+        editor.protect(["Lado speaks Kubeish ."])
+    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    assert torch.equal(opened._teller.progress.scale.squares, editor._teller.progress.scale.squares)
