@@ -11,7 +11,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
+INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test soak lint clean
 .DELETE_ON_ERROR:

@@ -286,7 +286,7 @@ def main() -> None:
         one.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
         one.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
     on_model.add_argument("--model", required=True)
-    on_model.add_argument("--data", required=True, help="CounterFact or zsRE")
+    on_model.add_argument("--data", required=True, help="CounterFact, zsRE or MQuAKE")
     on_model.add_argument("--text", required=True, help="running text")
     on_model.add_argument("--statistics", help="key statistics of `rlsedit statistics`, in place of the text's")
     on_model.add_argument(

@@ -1,7 +1,7 @@
 """Every error that the package raises on purpose.
 
 Each message says what was given, what is expected and what to do. Whatever raises one of these has left the
-model, the state and the store as they were.
+model, the state and the store as they were, or as the last batch that was acknowledged left them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RequestError(RLSEditError, ValueError):
 
 
 class ModelError(RLSEditError, ValueError):
-    """The model has no editable projection where one was looked for."""
+    """The model has no editable projection where one was looked for, or something else has touched a weight."""
 
 
 class ResourceError(RLSEditError, MemoryError):

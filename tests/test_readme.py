@@ -90,12 +90,10 @@ def test_the_solver_example_runs():
 
     torch.manual_seed(0)
     weight, K0 = torch.randn(6, 20), torch.randn(50, 20)
-    keys, old_values, new_values = torch.randn(3, 20), torch.randn(3, 6), torch.randn(3, 6)
-    names = {"rf": rf, "weight": weight, "K0": K0, "keys": keys, "values": old_values}
-    names |= {"old_values": old_values, "new_values": new_values, "all_keys": keys, "all_values": new_values}
-    code = block("The solver alone")
-    # The example removes what it put in; put it in again for the lines that follow.
-    exec(code.replace("state.replace(", "state.update(keys, values)\nstate.replace("), names)
+    keys, values, new_values = torch.randn(3, 20), torch.randn(3, 6), torch.randn(3, 6)
+    names = {"rf": rf, "weight": weight, "K0": K0, "keys": keys, "values": values, "new_values": new_values}
+    names |= {"all_keys": keys, "all_values": new_values}
+    exec(block("The solver alone"), names)
     once = rf.RLSState(weight, names["state"].prior)
     once.update(keys, new_values)
     torch.testing.assert_close(names["state"].weight, once.weight, rtol=1e-4, atol=1e-4)

@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
     setup.show_warnings()
+    setup.settle_text(options)
     facts = read_facts(options)
     editor = setup.make_editor(options)
     facts = sift(editor, facts, options)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_places(options, folders=("out",))
     if find_spec("matplotlib") is None:
-        raise InputError("the plot needs matplotlib; pip install 'rlsedit-fast[demo]'")
+        raise InputError("the plot needs matplotlib; pip install matplotlib")
     results = demo.run(edits=options.edits, batch_size=options.batch_size, seed=options.seed, out=options.out)
     picture, numbers = options.out / "retention.png", options.json or str(options.out / "demo.json")
     lines = [

@@ -34,7 +34,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     setup.add_settings(parser)
     setup.add_anchors(parser)
     parser.add_argument(
-        "--protect", type=Path, metavar="FILE", help="prompts, one a line, whose continuations are to stay"
+        "--protect",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line, whose continuations are to stay; a store's own are passed over",
     )
     parser.add_argument(
         "--store",
@@ -57,6 +60,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it. Interrupted, it finishes the batch, writes what was made until then, and says how much that is."""
     setup.show_warnings()
+    setup.settle_text(options)
     if options.again and options.store is None:
         raise InputError("--again is about the edits of a store; name --store DIR, or leave it out")
     if not options.dry_run:
@@ -106,6 +110,9 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
             "--statistics, --text, --self-generate and --no-anchors, or make another store"
         )
     results["anchors"] = "the store's" if taken_up else setup.anchor(editor, options)
+    if known_prompts := set(editor.protected).intersection(protected):
+        say(f"{len(known_prompts)} of {len(protected)} prompts are protected already, and stay so")
+        protected = [prompt for prompt in protected if prompt not in known_prompts]
     if protected:
         say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
     before: dict[str, int] | None = None

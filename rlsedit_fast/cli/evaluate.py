@@ -31,7 +31,11 @@ _WHERE_THERE = (("multihop", "strict"), ("multihop", "free"), ("consistency", "c
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     group = parser.add_argument_group("what is edited")
-    group.add_argument("--model", default="demo", help="demo (the default), or what from_pretrained takes")
+    group.add_argument(
+        "--model",
+        default="demo",
+        help="demo (the default, in its own settings unless --config is given), or what from_pretrained takes",
+    )
     group.add_argument("--dtype", help="to load it in (default float32)")
     group.add_argument("--device", help="to load it onto (default cpu)")
     group.add_argument("--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE; the demo has facts of its own")

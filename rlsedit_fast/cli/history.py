@@ -6,6 +6,7 @@ import argparse
 
 from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.cli.stores import add_store
+from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.models.tokens import fill
@@ -23,11 +24,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
-    records = [
-        record
-        for record in read_history(options.store)
-        if options.state in (None, record.state) and options.subject in (None, record.subject)
-    ]
+    records = [record for record in read_history(options.store) if options.state in (None, record.state)]
+    if options.subject is not None:
+        records = [record for record in records if composed(record.subject) == composed(options.subject)]
     lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'took':>4}  {'rank':>4}  {'NLL':>5}  edit"]
     lines += [
         f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realised:4.2f}  {r.rank:>4}  "

@@ -40,20 +40,26 @@ def add_model(parser: argparse.ArgumentParser, *, name: str = "--model", require
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Options that make an `EditConfig`."""
+def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options that say which projections are edited, all that a command needs which edits none."""
     group = parser.add_argument_group("settings (those not given are EditConfig's defaults)")
     group.add_argument(
         "--preset",
         choices=("auto", GENERIC, *PRESETS),
         default="auto",
         help="auto: the layers published for a model of this shape where there are any, else by depth; generic: by "
-        "depth; a name: all the settings published for that model",
+        "depth; a name: all the settings published for that model but its context prefixes",
     )
     group.add_argument("--config", type=Path, metavar="FILE", help="a JSON object of EditConfig's fields")
     group.add_argument(
         "--layers", metavar="L,L,...", help="blocks whose MLP output projections are edited: 4,5,6 or 4-8"
     )
+    return group
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Options that make an `EditConfig`."""
+    group = add_choice(parser)
     group.add_argument("--batch-size", type=int, help="edits written at once")
     group.add_argument("--adherence", type=float, help="share of each edit to realise, such as 0.95")
     group.add_argument("--lam", type=float, help="how firmly the weight is held; wins over --adherence")
@@ -87,11 +93,23 @@ def add_anchors(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokens(parser: argparse._ActionsContainer) -> None:
-    """How much text to read, and the seed of what the model writes itself."""
-    parser.add_argument(
-        "--tokens", type=int, default=DEFAULT_TOKENS, help=f"tokens of text to read (default {DEFAULT_TOKENS})"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of self-generated text (default 0)")
+    """How much text to read, and the seed of what the model writes itself; see `settle_text`."""
+    parser.add_argument("--tokens", type=int, help=f"tokens of text to read (default {DEFAULT_TOKENS})")
+    parser.add_argument("--seed", type=int, help="of self-generated text (default 0)")
+
+
+def settle_text(options: argparse.Namespace) -> None:
+    """Puts in what is not given of `add_tokens`.
+
+    Raises:
+        InputError: one is given, and no text that it is about.
+    """
+    if options.tokens is not None and options.text is None and not options.self_generate:
+        raise InputError("--tokens is how much of a text to read; name one with --text or --self-generate")
+    if options.seed is not None and not options.self_generate:
+        raise InputError("--seed is of the text that the model writes itself; add --self-generate, or leave it out")
+    options.tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
+    options.seed = 0 if options.seed is None else options.seed
 
 
 def at_least_one(text: str) -> int:
@@ -134,7 +152,7 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
     for name in ("batch_size", "adherence", "lam", "mu", "rule", "share", "fact_token", "values", "search_ahead"):
-        if (value := getattr(options, name)) is not None:
+        if (value := getattr(options, name, None)) is not None:
             changes[name] = value
     if options.layers is not None:
         changes["layers"] = _layers(options.layers)

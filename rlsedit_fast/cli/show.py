@@ -72,10 +72,12 @@ def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
     """The same for a terminal."""
     lines = [
         f"  {layer['name']}  {layer['shape']} {layer['dtype']} on {layer['device']}: "
-        f"{size(layer['state'] + layer['anchors'])} beside the model, {size(layer['building'])} more while it is made"
+        f"{size(layer['state'])} beside the model, {size(layer['building'])} more while it is made"
         for layer in layers
     ]
-    return [*lines, f"  {size(sum(layer['per_edit'] for layer in layers))} for each edit that can be taken back"]
+    anchors, per_edit = (size(sum(layer[what] for layer in layers)) for what in ("anchors", "per_edit"))
+    lines.append(f"  in the host's memory: {anchors} of anchors, and {per_edit} for each edit that can be taken back")
+    return lines
 
 
 def _tokens(editor: Editor, request: Request) -> dict[str, Any]:

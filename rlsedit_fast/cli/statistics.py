@@ -7,7 +7,16 @@ from pathlib import Path
 
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
-from rlsedit_fast.cli.setup import add_model, add_settings, add_tokens, gather, make_editor, make_source, show_warnings
+from rlsedit_fast.cli.setup import (
+    add_choice,
+    add_model,
+    add_tokens,
+    gather,
+    make_editor,
+    make_source,
+    settle_text,
+    show_warnings,
+)
 from rlsedit_fast.editing import cache
 from rlsedit_fast.editing.statistics import STATISTICS
 from rlsedit_fast.errors import InputError
@@ -28,13 +37,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to (default: the cache, by the model's fingerprint)"
     )
-    add_settings(parser)
+    add_choice(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; interrupted, it goes on from where it was when called again."""
     show_warnings()
+    settle_text(options)
     check_places(options, files=("out", "json"))
     if options.out is not None:
         _check_replaceable(options.out)

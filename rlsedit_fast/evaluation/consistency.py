@@ -51,9 +51,7 @@ class Likeness:
         try:
             from sklearn.feature_extraction.text import TfidfVectorizer
         except ImportError as error:
-            raise InputError(
-                "references: consistency needs scikit-learn; pip install 'rlsedit-fast[evaluate]'"
-            ) from error
+            raise InputError("references: consistency needs scikit-learn; pip install scikit-learn") from error
         self._vectors = TfidfVectorizer()
         try:
             self._vectors.fit(texts)

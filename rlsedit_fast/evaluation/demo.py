@@ -275,7 +275,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("the plot needs matplotlib; pip install 'rlsedit-fast[demo]'") from error
+        raise InputError("the plot needs matplotlib; pip install matplotlib") from error
     ages = results["ages"]
     middle = [(age["first"] + age["last"]) / 2 for age in ages]
     figure = Figure(figsize=(7, 3.6), layout="constrained")

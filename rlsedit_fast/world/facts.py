@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from rlsedit_fast.errors import InputError
+
 T = TypeVar("T")
 
 _SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
@@ -144,11 +146,11 @@ class World:
         """The world of `seed`: `people` persons with distinct names and independently drawn facts.
 
         Raises:
-            ValueError: more people than there are names.
+            InputError: more people than there are names.
         """
         limit = len(_FIRST) * len(_MIDDLE) * len(_LAST)
         if not 1 <= people <= limit:
-            raise ValueError(f"people={people}: expected 1 to {limit}, the number of distinct names")
+            raise InputError(f"people={people}: expected 1 to {limit}, the number of distinct names")
         rng = random.Random(seed)
         made: dict[str, Person] = {}
         while len(made) < people:

@@ -516,3 +516,16 @@ def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
     assert report["after"]["efficacy"] == {"count": 3, "of": 3}
     assert [record["state"] for record in report["records"]] == ["active", "active", "skipped", "active"]
     assert "1 skipped, since" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tokens", "3000"], "--tokens is how much of a text to read"),
+        (["--statistics", "statistics.safetensors", "--tokens", "3000"], "--tokens is how much of a text to read"),
+        (["--text", "text.txt", "--seed", "1"], "--seed is of the text that the model writes itself"),
+    ],
+)
+def test_what_no_text_would_read_is_refused(desk, base, capsys, options, said):
+    assert main(["edit", "--model", str(base), "--edits", "facts.jsonl", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -230,3 +230,37 @@ def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, caps
     with pytest.raises(SystemExit):
         main(["undo", "--store", "edits", "--since", "yesterday"])
     assert "is no time" in capsys.readouterr().err
+
+
+def test_a_replacement_that_falls_short_is_told_apart(edit, base, desk, capsys):
+    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
+    assert edit("facts.jsonl", *NEW) == 0
+    capsys.readouterr()
+    assert main(["replace", "--store", "edits", "2", "--target", "<pad> <pad> <pad>", "--json", "told.json"]) == 1
+    assert "0 edits replaced" in (shown := capsys.readouterr().out)
+    assert "1 left as they were, since the search for the new target fell short: 2" in shown
+    told = json.loads((desk / "told.json").read_text())
+    assert (told["replaced"], [entry["replaces"] for entry in told["skipped"]]) == ([], [2])
+    assert [r["state"] for r in history(capsys)] == ["active"] * 6 + ["skipped"]
+
+
+def test_the_history_of_a_subject_is_found_as_undo_finds_it(edit, base, desk, capsys):
+    assert edit("facts.jsonl", *NEW) == 0
+    assert [r["id"] for r in history(capsys, "--subject", PEOPLE[1].name.replace(" ", "  "))] == [2]
+
+
+def test_prompts_are_protected_once_however_often_the_command_is_run(edit, base, desk, capsys):
+    (desk / "protect.txt").write_text(f"{PEOPLE[20].name} lives in\n{PEOPLE[21].name} lives in\n")
+    assert edit("facts.jsonl", *NEW, "--protect", "protect.txt") == 0
+    first = capsys.readouterr().err
+    assert "tokens of 2 prompts are protected" in first
+    with (desk / "protect.txt").open("a") as more:
+        more.write(f"{PEOPLE[22].name} lives in\n")
+    assert edit("more.jsonl", "--store", "edits", "--protect", "protect.txt") == 0
+    again = capsys.readouterr().err
+    assert "2 of 3 prompts are protected already, and stay so" in again
+    assert "tokens of 1 prompts are protected" in again
+    with rf.Editor.open("edits", *load_demo_model()) as editor:
+        editor.consolidate()
+    with rf.Editor.open("edits", *load_demo_model()) as editor:
+        assert editor.protected == (desk / "protect.txt").read_text().splitlines()

@@ -134,7 +134,7 @@ def test_a_file_in_another_form_or_without_a_word_is_refused(write):
 
 def test_without_scikit_learn_it_says_what_to_install(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
-    with pytest.raises(InputError, match=r"needs scikit-learn; pip install 'rlsedit-fast\[evaluate\]'"):
+    with pytest.raises(InputError, match=r"needs scikit-learn; pip install scikit-learn"):
         make_ground(GroundSpec(references=str(write("snippets.json", SNIPPETS))))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from rlsedit_fast.evaluation.answers import answers
 from rlsedit_fast.evaluation.cases import Case, Question, related_cases, told_twice, world_cases
 from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.generation import continuations, fluency, free_accuracy, n_gram_entropy, says
-from rlsedit_fast.evaluation.legacy import token_accuracy_with_bos
 from rlsedit_fast.evaluation.metrics import evaluate, harmonic_mean, judge, score_before, summarize
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.stability import TextProbe
@@ -103,24 +101,14 @@ def test_of_tokens_that_tie_one_is_ranked_first_and_no_answer_is_likelier(tokeni
     assert first[("Port", "Old").index(lower)].exact
 
 
-def test_the_beginning_of_text_token_is_not_part_of_an_answer_but_was_graded_as_one(tokenizer):
-    """What depresses published zsRE figures on tokenizers that begin every text with such a token."""
-    bos, prompt = tokenizer.bos_token_id, tuple(tokenizer("Lado lives in")["input_ids"])
+def test_the_beginning_of_text_token_is_not_part_of_an_answer(tokenizer):
+    """Graded as its first token, it depresses figures with tokenizers that begin every text with one."""
     port, alder = tokenizer.convert_tokens_to_ids(["Port", "Alder"])
-    says = {
-        "Lado lives in": {"Port": 1.0},
-        "Lado lives in Port": {"Alder": 1.0},
-        (*prompt, bos): {"Port": 1.0},
-        (*prompt, bos, port): {"Alder": 1.0},
-    }
+    says = {"Lado lives in": {"Port": 1.0}, "Lado lives in Port": {"Alder": 1.0}}
     model, asked = Parrot(tokenizer, says), [("Lado lives in", "Port Alder")]
     (right,) = score(model, tokenizer, asked)
     assert right.predicted == (port, alder)
     assert right.right == 1.0
-    assert token_accuracy_with_bos(model, tokenizer, asked) == [pytest.approx(2 / 3)]
-    without = SimpleNamespace(bos_token_id=None)
-    with pytest.raises(InputError, match="no beginning-of-text token"):
-        token_accuracy_with_bos(model, without, asked)
 
 
 @pytest.mark.parametrize(
