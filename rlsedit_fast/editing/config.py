@@ -151,7 +151,7 @@ class EditConfig:
         unconverged: what becomes of an edit that has not reached the stopping rule after `search_steps` (under `loss`:
             and whose target's tokens are not ranked first): `keep` makes
             it all the same, `skip` leaves it out (its record's state is `skipped`, and an edit that it was to replace
-            stays), `raise` refuses its batch.
+            stays; of several that share a value the worst is left out first), `raise` refuses its batch.
         clamp: largest norm of the change of a hidden state, relative to that hidden state.
         kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out. The constrained descent weighs
             nothing, so that for it any number above 0 is the same, but in the sum that `search_stop="loss"` looks at.

@@ -53,8 +53,10 @@ class Finder:
             ResourceError: there is too little memory for a single subject.
         """
         values = self.find(requests, progress) if found is None else found
-        short = {at for at in range(new) if not values.converged[at]} if self._config.unconverged != "keep" else set()
-        if short and self._config.unconverged == "raise":
+        short = {at for at in range(new) if not values.converged[at]}
+        if self._config.unconverged == "keep" or not short:
+            return values, set()
+        if self._config.unconverged == "raise":
             named = [
                 f"{requests[at].edit.subject!r} -> {requests[at].edit.target!r} (rank {int(values.rank[at])}, NLL "
                 f"{float(values.nll[at]):.2f})"
@@ -65,14 +67,28 @@ class Finder:
                 f"their batch is not made: {', '.join(listed(named, 5))}. Raise "
                 "search_steps or clamp, or let unconverged='keep' or 'skip' them"
             )
-        # Edits that shared a value with one that is left out are searched again without it.
-        again = [at for group in self.groups(requests) if short.intersection(group) for at in group if at not in short]
-        if again:
-            others = [at for at in range(len(requests)) if at not in again]
-            anew = self.find([requests[at] for at in again], progress)
-            order = torch.tensor([*others, *again]).argsort().tolist()
-            values = Values.joined([values.taken(others), anew]).taken(order)
-        return values, short
+        return self._without_the_worst(requests, new, values, progress)
+
+    def _without_the_worst(
+        self, requests: Sequence[Request], new: int, values: Values, progress: Progress
+    ) -> tuple[Values, set[int]]:
+        """Leaves out as few as can be: of those that share a value the worst first; the others are searched anew."""
+        left_out: set[int] = set()
+        while True:
+            worst, again = set[int](), list[int]()
+            for group in self.groups(requests):
+                rest = [at for at in group if at not in left_out]
+                if short := [at for at in rest if at < new and not values.converged[at]]:
+                    worst.add(max(short, key=lambda at: float(values.nll[at])))
+                    again += [at for at in rest if at not in worst]
+            if not worst:
+                return values, left_out
+            left_out |= worst
+            if again:
+                others = [at for at in range(len(requests)) if at not in again]
+                anew = self.find([requests[at] for at in again], progress)
+                order = torch.tensor([*others, *again]).argsort().tolist()
+                values = Values.joined([values.taken(others), anew]).taken(order)
 
     def find(self, requests: Sequence[Request], progress: Progress) -> Values:
         """The values of some requests, whether or not they reached their targets.

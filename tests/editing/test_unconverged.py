@@ -150,6 +150,18 @@ def test_a_skipped_replacement_leaves_the_others_of_the_subject_as_they_were():
     assert editor.history()[3].steps == 40, "what is told of it is what its search came to"
 
 
+def test_of_a_subjects_edits_only_those_are_left_out_that_must_be():
+    """In one batch, and beside an old edit that one of them was to replace: it stays, and shares the others' value."""
+    editor = make_editor("skip")
+    one, new = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 1), one])] == ["skipped", "active"]
+    assert says(editor, one)
+    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 0), new])] == ["skipped", "active"]
+    assert [r.joint_with for r in editor.history()] == [(), (4,), (), (2,)]
+    assert says(editor, one)
+    assert says(editor, new)
+
+
 def test_only_edits_that_were_made_are_told_as_short(caplog):
     make_editor("skip").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
     assert "fell short" not in caplog.text
