@@ -11,7 +11,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
+INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
+	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
 .PHONY: demo test soak lint clean
 .DELETE_ON_ERROR:
@@ -33,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 $(STAMP): $(INPUTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
 	$(BIN)/pip install $(PIP_FLAGS) -e ".[test,lint,demo]"
 	touch $@

@@ -48,9 +48,16 @@ def find_compiler() -> list[str]:
     raise CannotBuild("no C++ compiler was found: install one (on Debian: apt install g++), or name it in CXX")
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], **environment: str) -> str:
     """Runs `command` and returns what it printed."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | environment,
+    )
     print(shlex.join(command), done.stdout, sep="\n", flush=True)
     if done.returncode:
         raise CannotBuild(f"`{command[0]}` failed with status {done.returncode}:\n{done.stdout[-LOG_TAIL:].strip()}")
@@ -74,15 +81,13 @@ def build_cpu(out: Path) -> dict[str, str]:
             cmake,
             *("-S", str(ROOT), "-B", folder),
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_CXX_COMPILER={shutil.which(compiler[0])}",
-            f"-DCMAKE_CXX_FLAGS={shlex.join(compiler[1:])}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
-        log = run(configure)
+        log = run(configure, CXX=shlex.join(compiler))
         run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
     return {"compiler": shlex.join(compiler), "openmp": "yes" if "rlsedit OpenMP: TRUE" in log else "no, one thread"}
 

@@ -25,7 +25,7 @@ from report_runs import taken
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.demo import CONFIG
-from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_ground
+from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground
 from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of
 from rlsedit_fast.evaluation.stream import Plan
 
@@ -251,10 +251,15 @@ def model(options: argparse.Namespace) -> None:
     tried = tuning(out, grids, options.tuning_edits, spec, base)
     make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
     best = tuned(grids, tried)
+    contenders = [RECURSIVE[0], *best.values()]
+    if any(case.spare for case in make_cases(spec, "plain", options.edits, options.seeds[0])[0]):
+        contenders += protecting(best)
+    else:
+        print("the data have no prompts to spare, so none are protected")
     jobs = [
         _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
-        for one in (RECURSIVE[0], *best.values(), *protecting(best))
+        for one in contenders
     ]
     # Those that matter most go first, so that a report can be made of what there is at any time.
     make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
@@ -263,8 +268,15 @@ def model(options: argparse.Namespace) -> None:
 
 
 def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpec:
-    """With the anchors' key statistics in a file, so that no run has to collect them again."""
-    path = out / "statistics.safetensors"
+    """With the anchors' key statistics in a file, so that no run has to collect them again.
+
+    Raises:
+        SystemExit: there are some of another text.
+    """
+    path, told = out / "statistics.safetensors", out / "statistics-of.txt"
+    text = str(spec.made_of["text"])
+    if path.exists() and told.exists() and told.read_text(encoding="utf-8").strip() != text:
+        raise SystemExit(f"{path} is of {told.read_text(encoding='utf-8').strip()}, not {text}; name another --out")
     if not path.exists():
         print("collecting key statistics", flush=True)
         ground = make_ground(spec)
@@ -272,6 +284,7 @@ def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpe
         found = Editor(model, tokenizer, config=base).statistics(GivenTexts(ground.anchors(0)))
         out.mkdir(parents=True, exist_ok=True)
         found.save(path)
+        told.write_text(f"{text}\n", encoding="utf-8")
     return replace(spec, statistics=str(path))
 
 
@@ -293,7 +306,9 @@ def main() -> None:
         "--references", help="texts about subjects for consistency, as ROME's attribute_snippets.json"
     )
     on_model.add_argument("--tasks", help="folder with GLUE and MMLU as NAME.jsonl")
-    on_model.add_argument("--rules", nargs="+", help="beside rls; all by default")
+    on_model.add_argument(
+        "--rules", nargs="+", choices=sorted(GRIDS), metavar="RULE", help="beside rls; all by default"
+    )
     on_model.add_argument("--layers", type=int, nargs="+")
     on_model.add_argument("--batch-size", type=int, default=100)
     on_model.add_argument("--clamp", type=float, help="as in EditConfig")

@@ -27,6 +27,11 @@ def load(folder: Path) -> dict[str, list[Run]]:
         run = json.loads(path.read_text(encoding="utf-8"))
         if "rows" in run and "plan" in run:
             found[path.parent.name].append(run)
+    for name, runs in found.items():
+        longest = max(run["plan"]["edits"] for run in runs)
+        if shorter := len(runs) - len(whole := [run for run in runs if run["plan"]["edits"] == longest]):
+            print(f"{folder / name}: {shorter} of {len(runs)} runs have fewer than {longest} edits and are left out")
+            found[name] = whole
     return found
 
 

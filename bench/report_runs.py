@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from rlsedit_fast.evaluation.figures import Spread, by_age, retention, spread
+from rlsedit_fast.evaluation.figures import Spread, by_age, spread
 from rlsedit_fast.evaluation.runs import value
 
 OURS = "rls"
@@ -66,10 +66,16 @@ def strict_heads(*, score: bool = True) -> list[str]:
     return [name for metric, name in STRICT.items() if score or metric != "score"]
 
 
-def first_hundred(runs: Sequence[Run]) -> Spread | None:
-    """Retention of the oldest edits."""
-    kept = [retention(run) for run in runs]
-    return spread([next(iter(one.values())) if one else None for one in kept])
+def oldest(runs: Sequence[Run]) -> str:
+    """What the oldest edits are called, as "first hundred"."""
+    ages = [age for run in runs for age in list(by_age(run))[:1]]
+    last = int(ages[0].split("-")[1]) if ages else 100
+    return "first hundred" if last == 100 else f"first {last}"
+
+
+def oldest_retained(runs: Sequence[Run]) -> Spread | None:
+    """Retention of the oldest edits; of runs of which none of them held when it was made, nothing."""
+    return spread([now / was if was else None for run in runs for was, now in list(by_age(run).values())[:1]])
 
 
 def oldest_said(runs: Sequence[Run]) -> tuple[Spread | None, Spread | None]:

@@ -18,6 +18,7 @@ from report_runs import (
     by_stream,
     figure,
     mean,
+    oldest,
     oldest_said,
     points_of,
     spread_of,
@@ -77,11 +78,11 @@ def rules(runs: list[Run]) -> Section:
         ("score", "score", "strict"),
     ]
     columns = [column for column in columns if any(spread_of(g, *column[1:]) for g in groups.values())]
-    rows = [
-        [label + ("" if whole(group) else " (broke off)")]
-        + [figure(group, metric, form) for _, metric, form in columns]
-        for label, group in groups.items()
-    ]
+    rows = []
+    for label, group in groups.items():
+        through = [run for run in group if run["failed"] is None]
+        told = "" if through == group else f" ({len(group) - len(through)} of {len(group)} broke off)"
+        rows.append([label + told, *(figure(through or group, metric, form) for _, metric, form in columns)])
     note = (
         "Strict: every token of the answer ranked first; unchanged: the prediction is the one before any edit. Forced: "
         "by comparing the NLL of the new and the old answer. Free: the greedy continuation is the answer "
@@ -136,7 +137,14 @@ def ages(runs: list[Run]) -> Section:
             said = [str(share or "–") for share in oldest_said(group)]
             rows.append([label, *said, str(known[0]), str(known[len(known) // 2]), str(known[-1])])
     chart = lines(series, x="number of the edit", y="retained: at the end / when made")
-    head = ["rule", "first hundred: said when made", "said at the end", "retained", "middle retained", "last retained"]
+    head = [
+        "rule",
+        f"{oldest(runs)}: said when made",
+        "said at the end",
+        "retained",
+        "middle retained",
+        "last retained",
+    ]
     note = (
         "Said: strict efficacy. Retained: the share at the end of what was said when the edits were made; the last "
         "hundred have no later ones."
@@ -311,8 +319,9 @@ def capability(runs: list[Run]) -> Section:
             ]
         )
     chart = lines(series, x="edits", y="KL to the base model, nats per token", least=0.0)
+    what = "sentences about people who are not edited" if runs[0]["ground"] == DEMO else "lines of text"
     note = (
-        "On text that is about no edit and not among the anchors. Fluency: weighted 2- and 3-gram entropy, bits. "
+        f"On {what}, none of them among the anchors. Fluency: weighted 2- and 3-gram entropy, bits. "
         "Tasks: accuracy by likelihood, with its standard error."
     )
     if consistent:
@@ -328,7 +337,7 @@ def capability(runs: list[Run]) -> Section:
         if runs[0]["ground"] == DEMO:
             note += " The model's vocabulary has no words for them."
     head = ["rule", "KL, nats", "perplexity", "fluency", *(["consistency"] if consistent else []), "‖W − W0‖", *tasks]
-    return Section("Capability", [(chart, "How far predictions on unrelated text move."), Table(head, rows, note)])
+    return Section("Capability", [(chart, "How far predictions on that text move."), Table(head, rows, note)])
 
 
 def _moved(run: Run) -> float | None:

@@ -11,7 +11,8 @@ from report_runs import (
     best_of_sweep,
     by_label,
     by_stream,
-    first_hundred,
+    oldest,
+    oldest_retained,
     oldest_said,
     points_of,
     spread_of,
@@ -49,7 +50,7 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
             + ", ".join(f"{name} {score:.3f}" for score, name in ranked[:5])
             + (f"; `{OURS}` is number {place} of {len(ranked)}." if place > 5 else ".")
         )
-    kept = {name: first_hundred(runs) for name, runs in groups.items()}
+    kept = {name: oldest_retained(runs) for name, runs in groups.items()}
     rules_alone = {name: found for name, found in kept.items() if name in RULES and whole(groups[name])}
     known = {name: found for name, found in rules_alone.items() if found is not None}
     if OURS in known:
@@ -58,7 +59,7 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
         alike = [name for name in known if name != OURS and known[name].mean == known[OURS].mean]
         allowed = max(d for d in (known[best].deviation, known[OURS].deviation, 0.0) if not math.isnan(d))
         told.append(
-            f"**Retention of the first hundred edits**: `{OURS}` {known[OURS]}, "
+            f"**Retention of the {oldest(groups[OURS])} edits**: `{OURS}` {known[OURS]}, "
             + (
                 "the best" + (f", with {', '.join(alike)}." if alike else ".")
                 if known[OURS].mean == known[best].mean
@@ -73,8 +74,8 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
             for name in dict.fromkeys((OURS, best))
         ]
         told.append(
-            f"**Of the first hundred edits** {'; '.join(both)}. Retention counts only what was said when it was made; "
-            f"of all of them `{most}` says the most at the end."
+            f"**Of the {oldest(groups[OURS])} edits** {'; '.join(both)}. Retention counts only what was said when it "
+            f"was made; of all of them `{most}` says the most at the end."
         )
     if experiments.get("sweep"):
         for stream, swept in by_stream(experiments["sweep"]).items():

@@ -17,6 +17,7 @@ def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dic
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + WARM_UP):
         for name, run in contenders.items():
+            time.sleep(0.1)  # threads of another library's pool spin on for a while, and would be in this one's way
             flush.fill_(repeat)
             began = time.perf_counter()
             run()

@@ -14,6 +14,11 @@ PYBIND11_MODULE(_cpu, m) {
         .value("portable", rlsedit::Isa::portable)
         .value("avx2", rlsedit::Isa::avx2)
         .value("avx512", rlsedit::Isa::avx512);
+#ifdef _OPENMP
+    m.attr("openmp") = true;
+#else
+    m.attr("openmp") = false;
+#endif
     m.def("runs", &rlsedit::runs, py::arg("isa"));
     m.def("panel_workspace", &rlsedit::panel_workspace, py::arg("d"), py::arg("n"), py::arg("threads"));
     m.def(

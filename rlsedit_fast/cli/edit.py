@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, INTERRUPTED, LEFT_OUT, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
@@ -23,6 +23,9 @@ from rlsedit_fast.editing.editor import PILOT
 from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.store import Store
+
+if TYPE_CHECKING:
+    from rlsedit_fast.evaluation.outcome import Said
 
 HELP = "edit facts from a file into a model"
 
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
-    from rlsedit_fast.evaluation.outcome import next_tokens, outcome
+    from rlsedit_fast.evaluation.outcome import ask, outcome
 
     facts = sift(editor, facts, options)
     facts, known, past = _not_yet_made(editor, facts, again=options.again)
@@ -95,7 +98,11 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         lines = [f"{len(facts.edits)} edits would be made; nothing was changed", *_past_lines(past)]
         emit(results, lines, options.json)
         return LEFT_OUT if facts.left_out or past else DONE
+    if known_prompts := set(editor.protected).intersection(protected):
+        say(f"{len(known_prompts)} of {len(protected)} prompts are protected already, and stay so")
+        protected = [prompt for prompt in protected if prompt not in known_prompts]
     if not facts.edits:
+        _protect(editor, protected)
         written = _write(editor, options)
         results |= written.told
         lines = [f"all {len(known) + len(past)} edits are in the store already; the model was told nothing"]
@@ -110,15 +117,11 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
             "--statistics, --text, --self-generate and --no-anchors, or make another store"
         )
     results["anchors"] = "the store's" if taken_up else setup.anchor(editor, options)
-    if known_prompts := set(editor.protected).intersection(protected):
-        say(f"{len(known_prompts)} of {len(protected)} prompts are protected already, and stay so")
-        protected = [prompt for prompt in protected if prompt not in known_prompts]
-    if protected:
-        say(f"{editor.protect(protected)} tokens of {len(protected)} prompts are protected")
-    before: dict[str, int] | None = None
+    _protect(editor, protected)
+    before: Said | None = None
     if not options.no_evaluation:
-        before = next_tokens(editor.model, editor.tokenizer, facts.edits)
-        results["before"] = asdict(outcome(editor.model, editor.tokenizer, facts.edits, before, now=before))
+        before = ask(editor.model, editor.tokenizer, facts.edits)
+        results["before"] = asdict(outcome(facts.edits, before, before))
     with _warnings_left_to_the_summary():
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
@@ -135,6 +138,11 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         raise error
     written.raise_failures()
     return INTERRUPTED if presses.seen else LEFT_OUT if facts.left_out or past or results["skipped"] else DONE
+
+
+def _protect(editor: Editor, prompts: list[str]) -> None:
+    if prompts:
+        say(f"{editor.protect(prompts)} tokens of {len(prompts)} prompts are protected")
 
 
 class _Finished(Exception):
@@ -176,14 +184,16 @@ def _edit(
 
 
 def _ask(
-    editor: Editor, made: list[Edit], before: dict[str, int], presses: Interrupts, results: dict[str, Any]
+    editor: Editor, made: list[Edit], before: Said, presses: Interrupts, results: dict[str, Any]
 ) -> Exception | None:
     """Asks the model about the edits that were made; Ctrl-C ends that, and the rest is written without."""
-    from rlsedit_fast.evaluation.outcome import outcome
+    from rlsedit_fast.evaluation.outcome import ask, outcome
 
     with presses.patient(0):
         try:
-            results["after"] = asdict(outcome(editor.model, editor.tokenizer, made, before))
+            after = ask(editor.model, editor.tokenizer, made)
+            # Of the same edits, where not all of them were made.
+            results |= {"before": asdict(outcome(made, before, before)), "after": asdict(outcome(made, after, before))}
         except Exception as trouble:
             return trouble
     if "after" not in results:
@@ -281,7 +291,8 @@ def _warnings_left_to_the_summary() -> Iterator[None]:
 
 def _prompts(path: Path) -> list[str]:
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): texts may hold U+2028 and its like
+        prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--protect {path}: cannot be read as UTF-8 text ({error})") from error
     if not prompts:

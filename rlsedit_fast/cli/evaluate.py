@@ -12,6 +12,7 @@ from rlsedit_fast.cli import DONE, LEFT_OUT, setup
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
+from rlsedit_fast.editing.presets import GENERIC
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rules import RECURSIVE, RULES
 
@@ -77,12 +78,17 @@ def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in GroundSpec.__dataclass_fields__}
     spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
+    if options.preset == GENERIC and options.model != DEMO:
+        raise InputError("--preset generic: the layers go with the model's depth; name them with --layers")
     if base.rule != RECURSIVE:
         raise InputError(f"--config {options.config}: rule={base.rule!r} is for --rules to say; leave it out")
-    if options.model == DEMO and options.config is None:
-        given = {name: value for name, value in asdict(base).items() if value != asdict(EditConfig())[name]}
-        base = replace(CONFIG, **given)
+    if options.model == DEMO and options.config is None and options.preset in ("auto", GENERIC):
+        base = replace(CONFIG, **setup.settings_given(options))
     changes = _changes(options.rule_settings)
+    if unused := sorted(set(changes) - set(options.rules)):
+        raise InputError(
+            f"--rule-settings {options.rule_settings}: {', '.join(unused)} are not among --rules; name them there"
+        )
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
         config = base.under(rule, **changes.get(rule, {}))
@@ -98,15 +104,23 @@ def run(options: argparse.Namespace) -> int:
     results: dict[str, Any] = {"model": spec.name, "edits": options.edits, "seeds": options.seeds, "rules": {}}
     failed = []
     for rule, runs in found.items():
-        told = {f"{metric} {form}": over_seeds(runs, metric, form) for metric, form in shown}
+        whole = [run for run in runs if not run["failed"]]  # of as many edits as the others
+        told = {f"{metric} {form}": over_seeds(whole, metric, form) for metric, form in shown}
         lines.append(f"{rule:14}" + " ".join(f"{'-' if s is None else str(s):>22}" for s in told.values()))
-        failed += [f"{rule}: {run['failed']['reason']}" for run in runs if run["failed"]]
+        failed += [
+            f"{rule}, seed {run['plan']['seed']}, after {run['failed']['after']} edits: {run['failed']['reason']}"
+            for run in runs
+            if run["failed"]
+        ]
         results["rules"][rule] = {
             "figures": {name: None if s is None else asdict(s) for name, s in told.items()},
             "files": [str(job.path) for job in jobs[rule]],
         }
     results["failed"] = failed
-    emit(results, [*lines, *(f"broke off: {line}" for line in failed), f"results: {options.out}"], options.json)
+    lines += [f"broke off, and not in the figures: {line}" for line in failed]
+    if len(options.rules) > 1 and options.rule_settings is None:
+        lines.append("rules run under settings of their own where --rule-settings has none, tuned for no model")
+    emit(results, [*lines, f"results: {options.out}"], options.json)
     return LEFT_OUT if failed else DONE
 
 
@@ -144,7 +158,7 @@ def _changes(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"--rule-settings {path}: cannot be read as JSON ({error})") from error
     known = set(EditConfig.__dataclass_fields__)

@@ -142,17 +142,20 @@ def check_checkpoint(out: Path, model: str) -> None:
 
 
 def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
-    """Writes what was named."""
+    """Writes what was named; of a model that no edit is active in, a checkpoint alone."""
     written = Written()
+    active = any(record.state == "active" for record in editor.history())
+    if not active and (options.delta or options.adapter):
+        say("no edit is active: there is no change to write, and no delta or adapter was written")
     if options.out is not None:
         with written.attempt(f"--out {options.out}"):
             editor.save_pretrained(options.out)
             written.files.append(f"checkpoint: {options.out}")
-    if options.delta is not None:
+    if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):
             editor.save_delta(options.delta)
             written.files.append(f"delta: {options.delta}")
-    if options.adapter is not None:
+    if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
             written.files += adapter_lines(editor.save_adapter(options.adapter, rank=options.rank), options.adapter)
     if written.failures and options.store:

@@ -59,12 +59,12 @@ def read_facts(options: argparse.Namespace) -> Facts:
         options.edits, format=options.format, strict=not options.skip_bad, zsre_target=options.zsre_target
     )
     edits, places = file.edits[: options.limit], file.places[: options.limit]
+    left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
+    _report(left_out)
     if not edits:
         raise RequestError(f"{options.edits}: no record is left to edit; see the reasons above or drop --skip-bad")
     resolved = resolve(edits, conflicts=options.conflicts, places=places)
     say(f"{options.edits}: {len(edits)} edits ({file.format})", *resolved.describe())
-    left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
-    _report(left_out)
     if file.unread:
         say(f"fields that are not read: {', '.join(file.unread)}")
     kept = [places[i] for i in resolved.kept]

@@ -13,10 +13,11 @@ from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
 from rlsedit_fast.editing.config import Share, Values
-from rlsedit_fast.editing.presets import GENERIC, PRESETS
+from rlsedit_fast.editing.presets import GENERIC, PRESETS, recognise
 from rlsedit_fast.editing.recovery import given_settings
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rules import RULES
 
@@ -124,28 +125,17 @@ def at_least_one(text: str) -> int:
 
 
 def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, from local files alone where `path` is a folder.
-
-    Raises:
-        InputError: transformers cannot load it; with its reason.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = options.model if path is None else path
-    remote = {"trust_remote_code": True} if options.trust_remote_code else {}
-    where = {"device_map": options.device} if options.device == "auto" else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype, **where, **remote)
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-        if options.device and options.device != "auto":
-            model = model.to(options.device)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"model {path!r} cannot be loaded: {error}") from error
-    return model.eval(), tokenizer
+    """The model that the options name, or another one in its place; see `models.loading`."""
+    return loading.load_model(
+        options.model if path is None else path,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
-def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:
-    """The settings that the options say; where a store has some, those, with what the options change.
+def settings_given(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `EditConfig` that the options say.
 
     Raises:
         InputError: a setting that does not exist or cannot be meant.
@@ -156,6 +146,16 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
             changes[name] = value
     if options.layers is not None:
         changes["layers"] = _layers(options.layers)
+    return changes
+
+
+def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:
+    """The settings that the options say; where a store has some, those, with what the options change.
+
+    Raises:
+        InputError: a setting that does not exist or cannot be meant.
+    """
+    changes = settings_given(options)
     if stored is not None:
         if options.preset != "auto":
             raise InputError(
@@ -174,7 +174,7 @@ def make_editor(options: argparse.Namespace) -> Editor:
     stored = given_settings(place) if place is not None else None
     config = make_config(options, stored)
     model, tokenizer = load_model(options)
-    if options.preset == GENERIC and config.layers is None:
+    if options.preset == GENERIC and config.layers is None and recognise(model.config) is not None:
         config = replace(config, layers=config.layers_of(model.config.get_text_config().num_hidden_layers))
     return Editor(model, tokenizer, config=config, store=place)
 
@@ -224,7 +224,7 @@ def show_warnings() -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: cannot be read as JSON ({error})") from error
     known = {field.name for field in fields(EditConfig)}

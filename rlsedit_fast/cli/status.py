@@ -11,6 +11,7 @@ from rlsedit_fast.cli.stores import add_model, add_store, open_editor
 from rlsedit_fast.editing.memory import size
 from rlsedit_fast.editing.recovery import read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
+from rlsedit_fast.errors import InputError
 
 HELP = "bounds, objective and health of a store's edits, and how many more there is room for"
 
@@ -37,6 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
     setup.show_warnings()
+    if options.model is not None and not options.measure:
+        raise InputError("--model is loaded to measure; add --measure, or leave it out")
     if options.measure:
         with open_editor(options) as editor:
             status = editor.status(budget=options.budget)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
-from rlsedit_fast.cli.output import add_json, emit, plain
+from rlsedit_fast.cli.output import add_json, emit, plain, say
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.errors import InputError, listed
@@ -121,7 +121,11 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
         old = [record for record in editor.history() if record.id in chosen]
         before = ask(editor, old)
         records = make(editor, [record.id for record in old])
-        return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
+        try:
+            return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
+        except KeyboardInterrupt:
+            say("interrupted: the change is made, and in the store; files may be missing or not whole")
+            raise
 
 
 def tell(results: dict[str, Any], lines: Sequence[str], done: Changed, options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 OPTIONS = {
     "pass strict=False to leave": "pass --skip-bad to leave",
+    "conflicts='later'": "--conflicts later",
     "see history()": "see `rlsedit history`",
     "Leave config out to go on": "Leave out --config and the options of settings to go on",
     "name them with Editor.anchor(texts)": "name them with --text, --statistics or --self-generate",

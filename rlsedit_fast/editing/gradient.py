@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def gradient_values(
             fit = fit_of(forward, facts, delta, len(start))
         found.append((delta, start, fit.worst, fit.rank))
     delta, start, worst, rank = (torch.cat(parts) for parts in zip(*found, strict=True))
-    stop = Stop(config, len(rank), rank.device)
+    stop = Stop(replace(config, search_stop_steps=1), len(rank), rank.device)  # there is one look
     met = stop.met(rank, worst, worst + config.weight_decay * delta.norm(dim=1) / start.norm(dim=1).square())
     values = Values(delta, start, worst, rank, stop.reached(met, rank), torch.ones_like(rank))
     return values.taken(torch.tensor(order).argsort().tolist()), at_once, scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,10 +11,15 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, weight_trouble
 from rlsedit_fast.errors import RequestError, listed
-from rlsedit_fast.models.tokens import Row, encode, fill
+from rlsedit_fast.models.tokens import Row, encode, encode_plain, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+_SPECIAL = 8
+"""Tokens that a tokenizer may put round a text, at most."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,16 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     for field in ("prompt", "subject", "target"):
         if not isinstance(getattr(edit, field), str):
             raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
-        if any(0xD800 <= ord(character) < 0xE000 for character in getattr(edit, field)):
-            raise RequestError(f"{field}={getattr(edit, field)!r} holds half a character (a lone surrogate); mend it")
+        _check_whole(field, getattr(edit, field))
     if edit.name is not None and not isinstance(edit.name, str):
         raise RequestError(f"name={edit.name!r}: expected a text, or None")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
     if trouble := weight_trouble(edit.weight):
         raise RequestError(trouble)
+    for field in ("paraphrases", "neighborhood"):
+        for text in getattr(edit, field):
+            _check_asked(tokenizer, field, text, edit.target, longest)
     contexts = tuple(
         encode(
             tokenizer,
@@ -118,6 +126,25 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
     if longest is not None and widest > longest:
         raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
     return Request(edit, contexts, kl, asked(edit), shared_subject(edit, config))
+
+
+def _check_whole(field: str, text: str) -> None:
+    if _HALF.search(text):
+        raise RequestError(f"{field}={text!r:.80} holds half a character (a lone surrogate); mend it")
+
+
+def _check_asked(
+    tokenizer: PreTrainedTokenizerBase, field: str, text: object, target: str, longest: int | None
+) -> None:
+    """What is asked in the evaluation alone must be a text that the model can read, with the target behind it."""
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"{field}: {text!r:.80}: expected texts that are not blank")
+    _check_whole(field, text)
+    # A token is a byte at least, so that most texts need not be tokenised to be found short enough.
+    if longest is not None and len(text.encode()) + len(target.encode()) > longest - _SPECIAL:
+        tokens = len(encode_plain(tokenizer, text, target).ids)
+        if tokens > longest:
+            raise RequestError(f"{field}: {text[:60]!r}: {tokens} tokens with the target: the model takes {longest}")
 
 
 def asked(edit: Edit) -> str:

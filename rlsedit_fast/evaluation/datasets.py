@@ -114,7 +114,7 @@ def counterfact_record(record: Any) -> dict[str, Any]:
     try:
         if "requested_rewrite" in record:
             rewrite = record["requested_rewrite"]
-            prompt, subject = rewrite["prompt"].format(rewrite["subject"]), rewrite["subject"]
+            prompt, subject = rewrite["prompt"].replace("{}", rewrite["subject"]), rewrite["subject"]
             new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
             paraphrases = list(record["paraphrase_prompts"])
             neighborhood = [(text, old) for text in record["neighborhood_prompts"]]

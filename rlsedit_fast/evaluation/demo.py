@@ -211,7 +211,7 @@ def _results(
         "namesakes_unchanged": report.namesakes.strict,
         "same_subject_unchanged": report.same_subject.strict,
         "same_subject_unchanged_without_kl": bare.report.same_subject.strict,
-        "retention_first_100": first.retained,
+        "retention_oldest": first.retained,
         "edits_per_second": edits / stream.seconds,
         "deviation": max(layer.weight for layer in deviation),
         "deviation_bound": max(layer.weight_bound for layer in deviation),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from rlsedit_fast.editing import Editor, KeyStatistics
 from rlsedit_fast.editing.sources import GivenTexts
@@ -21,11 +21,9 @@ from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
+from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.world import World, load_demo_model
 from rlsedit_fast.world.facts import shuffled
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
 """The name of the shipped model, in place of a path."""
@@ -34,7 +32,10 @@ Kind = Literal["plain", "conflicting", "related"]
 """Streams: different subjects; each fact told twice with different targets; all the facts of a few subjects."""
 
 PROBE_SEED = 20_262
-"""Of the demo's running text: sentences that are not those of the anchors of any seed that is used."""
+"""Of the demo's running text."""
+
+_PROBED = 300
+"""Sentences of it that are probed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +79,12 @@ class GroundSpec:
         """
         usual, files = GroundSpec(), {"model", "data", "text", "statistics", "tasks", "references"}
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "device"}
-        return {
+        told = {
             name: _named(Path(value)) if name in files else value
             for name, value in given.items()
             if value != getattr(usual, name)
         }
+        return told | ({"probed": "what is about nobody who is edited"} if self.model == DEMO else {})
 
 
 _SAMPLE = 65_536
@@ -120,16 +122,16 @@ def make_ground(spec: GroundSpec) -> Ground:
     tasks = _tasks(spec)
     alike = None if spec.references is None else likeness(Path(spec.references))
     if spec.model == DEMO:
-        texts = anchor_texts(_world(), PROBE_SEED)[:300]
-        return Ground(spec.name, load_demo_model, _demo_statistics, texts, tasks, alike, spec.made_of)
+        return Ground(spec.name, load_demo_model, _demo_statistics, _demo_texts, tasks, alike, spec.made_of)
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
+    load = partial(load_model, spec.model, dtype=spec.dtype, device=spec.device)
     lines = _lines(Path(spec.text))
     cut = len(lines) * 3 // 4
     held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
-    return Ground(spec.name, lambda: _load(spec), lambda _seed: held, probed, tasks, alike, spec.made_of)
+    return Ground(spec.name, load, lambda _seed: held, lambda *_: probed, tasks, alike, spec.made_of)
 
 
 @lru_cache(maxsize=4)
@@ -138,6 +140,13 @@ def _demo_statistics(seed: int) -> KeyStatistics:
     model, tokenizer = load_demo_model()
     every = replace(CONFIG, layers=tuple(range(model.config.num_hidden_layers)))
     return Editor(model, tokenizer, config=every).statistics(GivenTexts(anchor_texts(_world(), seed)))
+
+
+def _demo_texts(seed: int, subjects: Collection[str]) -> list[str]:
+    """Sentences that are none of a seed's anchors, those about other people than the subjects first."""
+    held = set(anchor_texts(_world(), seed))
+    others = [text for text in dict.fromkeys(anchor_texts(_world(), PROBE_SEED)) if text not in held]
+    return sorted(others, key=lambda text: any(subject in text for subject in subjects))[:_PROBED]
 
 
 def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 0) -> tuple[list[Case], list[Case]]:
@@ -162,6 +171,8 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
         if kind == "related":
             cases = [_trimmed(case) for case in related_cases(_world(), edits, seed)]
         elif kind == "conflicting":
+            if edits % 2:
+                raise InputError(f"edits={edits}: a conflicting stream tells every fact twice; take an even number")
             superseded = [_trimmed(case) for case in world_cases(_world(), edits // 2, seed)]
             cases = superseded + told_twice(superseded, seed)
         else:
@@ -212,9 +223,13 @@ def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
     return "zsre" if '"src"' in head else "counterfact"
 
 
-def _lines(path: Path) -> Sequence[str]:
+def _lines(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        raise InputError(
+            f"{path}: expected running text, a paragraph a line, not JSON Lines; write its texts into a file"
+        )
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     found = [line for line in lines if len(line.split()) >= 8]  # no headings
@@ -231,14 +246,3 @@ def _tasks(spec: GroundSpec) -> dict[str, list[Item]]:
     if not found:
         raise InputError(f"{spec.tasks}: none of {', '.join(path.name for path in there.values())} is there")
     return found
-
-
-def _load(spec: GroundSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(spec.model, dtype=spec.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {spec.model!r} cannot be loaded: {error}") from error
-    return model.to(spec.device).eval(), tokenizer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.editing import Edit
-from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.evaluation.scoring import Score, score
 from rlsedit_fast.models.tokens import fill
 
 if TYPE_CHECKING:
@@ -39,37 +39,51 @@ class Outcome:
     nll: float
 
 
-def next_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> dict[str, int]:
-    """The token ranked first after every neighbourhood prompt of the edits; to be taken before the first edit."""
+@dataclass(frozen=True)
+class Said:
+    """What a model says to all that some edits ask.
+
+    Attributes:
+        scores: by prompt, subject included, and target: of the edited prompts and of their paraphrases.
+        following: the token ranked first after every neighbourhood prompt.
+    """
+
+    scores: Mapping[tuple[str, str], Score]
+    following: Mapping[str, int]
+
+
+def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> Said:
+    """Asks a model about edits, at least one."""
+    pairs = list(dict.fromkeys(pair for edit in edits for pair in (_edited(edit), *_others(edit))))
     prompts = list(dict.fromkeys(prompt for edit in edits for prompt in edit.neighborhood))
     # Whatever is asked for, the first prediction is what follows the prompt.
-    scores = score(model, tokenizer, [(prompt, "a") for prompt in prompts])
-    return {prompt: said.predicted[0] for prompt, said in zip(prompts, scores, strict=True)}
+    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)])
+    following = {prompt: said.predicted[0] for prompt, said in zip(prompts, found[len(pairs) :], strict=True)}
+    return Said(dict(zip(pairs, found, strict=False)), following)
 
 
-def outcome(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    before: dict[str, int],
-    *,
-    now: dict[str, int] | None = None,
-) -> Outcome:
-    """Asks a model about edits.
+def outcome(edits: Sequence[Edit], said: Said, before: Said) -> Outcome:
+    """What a model that says this has of some edits.
 
     Args:
-        model: as it is now.
-        tokenizer: its tokenizer.
         edits: at least one.
-        before: `next_tokens` of the unedited model, for these edits at least.
-        now: `next_tokens` of the model as it is; by default it is asked.
+        said: to these edits at least.
+        before: what the unedited model said to them.
     """
-    asked = score(model, tokenizer, [(fill(edit.prompt, edit.subject)[0], edit.target) for edit in edits])
-    other = score(model, tokenizer, [(prompt, edit.target) for edit in edits for prompt in edit.paraphrases])
-    now = next_tokens(model, tokenizer, edits) if now is None else now
+    asked = [said.scores[_edited(edit)] for edit in edits]
+    other = [said.scores[pair] for edit in edits for pair in _others(edit)]
+    prompts = {prompt for edit in edits for prompt in edit.neighborhood}
     return Outcome(
-        Share(sum(said.exact for said in asked), len(asked)),
-        Share(sum(said.exact for said in other), len(other)),
-        Share(sum(before[prompt] == token for prompt, token in now.items()), len(now)),
-        sum(said.nll for said in asked) / len(asked),
+        Share(sum(one.exact for one in asked), len(asked)),
+        Share(sum(one.exact for one in other), len(other)),
+        Share(sum(before.following[prompt] == said.following[prompt] for prompt in prompts), len(prompts)),
+        sum(one.nll for one in asked) / len(asked),
     )
+
+
+def _edited(edit: Edit) -> tuple[str, str]:
+    return fill(edit.prompt, edit.subject)[0], edit.target
+
+
+def _others(edit: Edit) -> list[tuple[str, str]]:
+    return [(prompt, edit.target) for prompt in edit.paraphrases]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,10 +53,14 @@ def make(jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] 
     else:
         # Not forked: the threads of a process that has computed do not survive it.
         pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_alone)
-        with pool:
+        with pool, _one_thread_each():
             under_way = {pool.submit(_make_one, job): job for job in todo}
-            for at, future in enumerate(as_completed(under_way), 1):
-                say(_line(at, len(todo), under_way[future], future.result()))
+            try:
+                for at, future in enumerate(as_completed(under_way), 1):
+                    say(_line(at, len(todo), under_way[future], future.result()))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and no other begins
+                raise
     return [run_of(job) for job in jobs]
 
 
@@ -68,7 +74,7 @@ def run_of(job: Job) -> dict[str, Any]:
 def value(result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None) -> float | None:
     """One figure of a run, at the end of what was made or after some edits; None where it is not there."""
     at = result["made"] if edits is None else edits
-    for row in result["rows"]:
+    for row in reversed(result["rows"]):  # a stream that breaks off behind a look is looked at again in its place
         if (row["edits"], row["of"], row["metric"], row["form"]) == (at, of, metric, form):
             return float(row["value"])
     return None
@@ -83,6 +89,21 @@ def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """For the processes that start within it: BLAS counts its threads when it is loaded, before `_alone`."""
+    name = "OPENBLAS_NUM_THREADS"  # of scipy's, which goes by no setting of torch's
+    given = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = given
 
 
 def _alone() -> None:

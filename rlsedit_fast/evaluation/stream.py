@@ -53,7 +53,7 @@ class Ground:
         name: of it, in results.
         load: the unedited model, anew each time, and its tokenizer.
         anchors: texts, or key statistics, that the model is to go on doing, as `Editor.anchor` takes them; of a seed.
-        texts: running text on which perplexity and KL are measured.
+        texts: running text on which perplexity and KL are measured; of a seed, and of the subjects that are edited.
         tasks: items by task; may be empty.
         likeness: of texts, where there are reference texts; consistency is measured with it.
         made_of: names of its files and what else tells it from another one of its name; in results.
@@ -62,7 +62,7 @@ class Ground:
     name: str
     load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
     anchors: Callable[[int], Any]
-    texts: Sequence[str]
+    texts: Callable[[int, Collection[str]], Sequence[str]]
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     likeness: Likeness | None = None
     made_of: Mapping[str, Any] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def run(
         torch.cuda.reset_peak_memory_stats()
     replaced = {id(case) for case in superseded}
     before = score_before(model, tokenizer, cases) if before is None else before
-    probe = TextProbe(model, tokenizer, ground.texts)
+    probe = TextProbe(model, tokenizer, ground.texts(plan.seed, {case.edit.subject for case in cases}))
     rows: list[dict[str, Any]] = []
 
     def enter(edits: int, of: str, metric: str, form: str, value: float | None, n: int) -> None:

@@ -86,12 +86,18 @@ def read_task(name: str, path: Path, *, items: int | None = None, seed: int = 0)
         raise InputError(f"task {name!r}: expected one of {', '.join(TASKS)}")
     try:
         # Not splitlines(): JSON texts may contain U+2028 and its like.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        found = [Item(*TASKS[name](json.loads(line))) for line in lines]
+        lines = [(at, line) for at, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+        found = [Item(*TASKS[name](json.loads(line))) for _, line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as records of {name!r}, a JSON object a line ({error})") from error
     if not found:
         raise InputError(f"{path}: no record in it")
+    for (at, _), item in zip(lines, found, strict=True):
+        if not 0 <= item.right < len(item.choices) or not all(choice.strip() for choice in item.choices):
+            raise InputError(
+                f"{path}:{at}: label {item.right} of {len(item.choices)} choices: expected the place of the right one, "
+                "from 0, and no blank choice; files without labels cannot be graded"
+            )
     random.Random(seed).shuffle(found)
     return found[:items]
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's: at 256 torch takes 1.1 to 1.3 times as long on an AMD
-# machine (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, an earlier version was at
-# 1.14 times at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and ahead to 128 on one
-# (panel-crossover-cpu.json).
-NATIVE_PANEL_EDITS = range(1, 257)
+# Numbers of edits at which the native panel beats torch's: at 128 torch takes 1.1 to 1.3 times as long on an AMD
+# machine, and at 256 too (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, it took
+# about as long from 64 to 128, and 0.7 times at 256 (panel-cpu-intel.json, panel-crossover-cpu.json, earlier versions).
+NATIVE_PANEL_EDITS = range(1, 129)
+
+_SMALL = 1 << 20  # floats, whose reading is nothing
 
 # Edits in a block of the substitution.
 SUBSTITUTED_EDITS = 32
@@ -59,7 +60,7 @@ def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
     keys = keys.contiguous()
     projected = torch.empty_like(keys)
     threads = torch.get_num_threads()
-    workspace = torch.empty(_native.panel_workspace(d, n, threads), dtype=torch.float32)
+    workspace = torch.empty(_native.panel_workspace(d, n, threads), dtype=torch.float32, device="cpu")
     _native.panel(
         base=base.data_ptr(),
         stride=base.stride(0),
@@ -76,7 +77,9 @@ def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
     """`reference.panel` in float32, reading the lower triangle of `base` where the native kernel is faster."""
-    if keys.shape[0] not in NATIVE_PANEL_EDITS:
+    n, d = keys.shape
+    # Every thread has a sum of its own: with very many they would be read and written like C itself.
+    if n not in NATIVE_PANEL_EDITS or 2 * _native.panel_workspace(d, n, torch.get_num_threads()) > max(d * d, _SMALL):
         return reference.panel(base, keys, pending, signs)
     projected = native_panel(base, keys)
     if pending.shape[0]:
@@ -106,7 +109,7 @@ def substituted(lower: Tensor, rows: Tensor) -> Tensor:
         here, diagonal = solved[block], lower[block, block]
         if start:
             here.addmm_(lower[block, :start], solved[:start], alpha=-1)
-        inverse = torch.linalg.solve_triangular(diagonal, torch.eye(len(diagonal)).to(diagonal), upper=False)
+        inverse = torch.linalg.solve_triangular(diagonal, diagonal.new_ones(len(diagonal)).diag(), upper=False)
         here.copy_(inverse @ here)
     return solved
 
@@ -119,10 +122,13 @@ def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
         pending: `U_p [r, d]`.
         signs: `[r]`, each +1 or -1.
     """
+    each = []
     for sign in (1, -1):
         those = signs == sign
         # Nearly always all are edits, and a choice among them would be a copy.
-        _syrk_(base, pending if those.all() else pending[those], -float(sign))
+        each.append((pending if those.all() else pending[those]).contiguous())
+    for sign, rows in zip((1, -1), each, strict=True):  # what may find no memory lies before the first write
+        _syrk_(base, rows, -float(sign))
     _mirror_(base)
 
 
@@ -170,7 +176,7 @@ def correct_split_(
         high, low, whitened, rows = high.T, low.T, rows, whitened
     threads = torch.get_num_threads()
     whitened, rows = whitened.contiguous(), rows.contiguous()
-    workspace = torch.empty(threads * _native.correct_split_workspace_per_thread, dtype=torch.float32)
+    workspace = torch.empty(threads * _native.correct_split_workspace_per_thread, dtype=torch.float32, device="cpu")
     _native.correct_split(
         high=high.data_ptr(),
         low=low.data_ptr(),
@@ -217,7 +223,9 @@ BATCHED = frozenset[str]()
 
 
 def missing() -> str | None:
-    """Why the extension cannot be used, or None."""
+    """Why the extension cannot be used, or is not worth using, or None."""
+    if _problem is None and not getattr(_native, "openmp", True) and torch.get_num_threads() > 1:
+        return f"it was built without OpenMP, for one thread, and PyTorch has {torch.get_num_threads()}"
     return _problem
 
 

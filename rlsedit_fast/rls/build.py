@@ -16,8 +16,8 @@ from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.prior import CHUNK, Prior, parts
 
 LEAST_BLOCK = 256
-"""Columns of the factor and the inverse at a time, and at least a sixteenth of them: few enough to take no second
-float64 matrix, and as fast as one (bench/results/state-build.json)."""
+"""Columns of the factor and the inverse at a time, and at least a sixteenth of them. No second float64 matrix is taken,
+at 0.7 times the speed of the library's two calls at d 512 and 1.25 times at 4,096 (bench/results/state-build.json)."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Monitor:
 def probe(d_k: int, device: torch.device) -> Tensor:
     """The fixed random `x [d_k]`, float64."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    return torch.randn(d_k, dtype=torch.float64, generator=generator).to(device)
+    return torch.randn(d_k, device="cpu", dtype=torch.float64, generator=generator).to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -529,3 +529,39 @@ def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
 def test_what_no_text_would_read_is_refused(desk, base, capsys, options, said):
     assert main(["edit", "--model", str(base), "--edits", "facts.jsonl", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_before_and_after_are_of_the_same_edits(edit, desk, monkeypatch):
+    """Of a run that ends early, what was not made counts in neither."""
+    fail_at(2, RuntimeError("made to fail"), monkeypatch)
+    assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
+    report = read(desk / "report.json")
+    for kind in ("efficacy", "generalization", "specificity"):
+        assert report["before"][kind]["of"] == report["after"][kind]["of"] == 4
+
+
+def test_what_is_left_out_is_told_where_nothing_is_left(edit, desk, capsys):
+    (desk / "bad.jsonl").write_text('{"prompt": "no place", "subject": "S", "target": "t"}\n')
+    assert edit("--no-anchors", "--skip-bad", "--out", "out", facts="bad.jsonl") == 2
+    told = capsys.readouterr().err
+    assert "bad.jsonl:1" in told
+    assert "no record is left to edit" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "said"),
+    [
+        ("paraphrases", "so " * 400, "tokens with the target: the model takes"),
+        ("neighborhood", "\ud83d speaks", "holds half a character"),
+        ("neighborhood", " ", "expected texts that are not blank"),
+    ],
+)
+def test_what_the_evaluation_could_not_ask_is_found_before_the_work(edit, desk, capsys, field, text, said):
+    lines = records(2)
+    lines[1][field] = [text]
+    write_lines(desk / "odd.jsonl", lines)
+    assert edit("--no-anchors", "--out", "out", facts="odd.jsonl") == 2
+    told = capsys.readouterr().err
+    assert "odd.jsonl:2" in told
+    assert said in told
+    assert edit("--no-anchors", "--skip-bad", "--out", "out", facts="odd.jsonl") == 1

@@ -7,6 +7,10 @@ import json
 import pytest
 
 from rlsedit_fast.cli import main
+from rlsedit_fast.editing import EditConfig
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.demo import CONFIG
+from rlsedit_fast.evaluation.grounds import GroundSpec, make_ground
 
 
 def test_a_stream_that_contradicts_itself_finishes_under_a_rule_that_takes_nothing_back(tmp_path):
@@ -50,3 +54,37 @@ def test_counts_below_one_are_refused(capsys, options):
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", *options])
     assert f"argument {options[0]}: '{options[1]}': expected a whole number, at least 1" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_given_counts_even_where_it_is_the_usual_one(tmp_path):
+    """The demo's own adherence is another than EditConfig's."""
+    command = ["evaluate", "--edits", "2", "--seeds", "1", "--adherence", "0.95", "--out", str(tmp_path)]
+    assert main(command) == 0
+    (run,) = tmp_path.glob("*.json")
+    config = json.loads(run.read_text())["plan"]["config"]
+    assert config["adherence"] == EditConfig().adherence == 0.95 != CONFIG.adherence
+    assert config["search_stop_nll"] == CONFIG.search_stop_nll, "and the others are the demo's"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model", "own", "--data", "cf.json", "--text", "text.txt", "--preset", "generic"],
+            "name them with --layers",
+        ),
+        (["--rule-settings", "settings.json"], "rome not among --rules|rome are not among --rules"),
+    ],
+)
+def test_what_would_not_be_read_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.json").write_text('{"rome": {"lam": 1.0}}')
+    assert main(["evaluate", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_in_json_lines_is_not_taken_for_running_text(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n' * 20)
+    with pytest.raises(InputError, match="not JSON Lines"):
+        make_ground(GroundSpec(model="somewhere", text=str(text)))

@@ -264,3 +264,38 @@ def test_prompts_are_protected_once_however_often_the_command_is_run(edit, base,
         editor.consolidate()
     with rf.Editor.open("edits", *load_demo_model()) as editor:
         assert editor.protected == (desk / "protect.txt").read_text().splitlines()
+
+
+def test_prompts_to_protect_are_held_where_every_edit_is_there_already(edit, base, desk, capsys):
+    assert edit("facts.jsonl", *NEW) == 0
+    prompt = f"{PEOPLE[20].name} lives in"
+    (desk / "protect.txt").write_bytes(b"\xef\xbb\xbf" + f"{prompt}\n{prompt}\r\n".encode())
+    assert edit("facts.jsonl", "--store", "edits", "--protect", "protect.txt") == 0
+    assert "tokens of 1 prompts are protected" in capsys.readouterr().err
+    with rf.Editor.open("edits", *load_demo_model()) as editor:
+        assert editor.protected == [prompt]
+
+
+def test_with_nothing_left_to_take_back_a_checkpoint_is_written_and_no_adapter(one_edit, base, desk, capsys):
+    shutil.copytree(one_edit, "edits")
+    assert main(["undo", "--store", "edits", "1", "--out", "out", "--adapter", "adapter"]) == 0
+    assert "no delta or adapter was written" in capsys.readouterr().err
+    assert (desk / "out" / "model.safetensors").exists()
+    assert not (desk / "adapter").exists()
+
+
+def test_an_undo_that_is_interrupted_behind_its_change_says_that_it_is_made(one_edit, base, desk, capsys, monkeypatch):
+    shutil.copytree(one_edit, "edits")
+
+    def pressed(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlsedit_fast.cli.stores.write_exports", pressed)
+    assert main(["undo", "--store", "edits", "1"]) == 130
+    assert "the change is made, and in the store" in capsys.readouterr().err
+    assert [r["state"] for r in history(capsys)] == ["undone"]
+
+
+def test_a_model_that_status_would_not_load_is_refused(one_edit, base, desk, capsys):
+    assert main(["status", "--store", str(one_edit), "--model", str(base)]) == 2
+    assert "add --measure" in capsys.readouterr().err

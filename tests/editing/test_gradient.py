@@ -105,3 +105,12 @@ def test_editor_keeps_the_scale_of_what_it_made_and_flags_what_fell_short(demo):
     with pytest.raises(rf.errors.RLSEditError):
         editor.edit([case.edit for case in world_cases(World.generate(), 13, 1)[12:]])
     assert torch.equal(editor._teller.progress.scale.squares, held)
+
+
+def test_where_there_is_one_look_a_target_need_be_first_at_one(demo):
+    """`search_stop="rank"` asks for several looks in a row, of which there is one here."""
+    model, tokenizer = demo
+    config = replace(CONFIG, search_stop="rank", unconverged="skip")
+    records = rf.Editor(model, tokenizer, config=config).edit([case.edit for case in CASES])
+    assert [record.converged for record in records] == [record.rank == 1 for record in records]
+    assert any(record.converged for record in records)

@@ -379,3 +379,17 @@ def test_streams_of_conflicts_and_of_related_facts():
     assert not any(case.same_subject for case in related)
     with pytest.raises(InputError, match="1 to 8000"):
         related_cases(world, 8001, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("sst2", {"sentence": "good", "label": -1}),  # GLUE's test files
+        ("mmlu", {"question": "1 + 1?", "choices": ["1", "2"], "answer": 2}),
+        ("mmlu", {"question": "1 + 1?", "choices": ["1", " "], "answer": 0}),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(tmp_path, name, record):
+    (tmp_path / f"{name}.jsonl").write_text("\n" + json.dumps(record))
+    with pytest.raises(InputError, match=rf"{name}\.jsonl:2: label .* of 2 choices"):
+        read_task(name, tmp_path / f"{name}.jsonl")

@@ -169,3 +169,33 @@ def test_the_grid_says_what_was_taken(folder):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no result files"):
         report.write(tmp_path)
+
+
+def test_what_broke_off_is_not_averaged_with_what_went_through(folder):
+    runs = [
+        run("rls", 1),
+        run("memit", 1, efficacy=0.8),
+        run("memit", 2, efficacy=0.1, failed={"after": 50, "reason": "x"}),
+    ]
+    _, text = said(folder(rules=runs))
+    assert "| memit (1 of 2 broke off) | 0.810 |" in text
+
+
+def test_runs_of_fewer_edits_are_left_out_and_told(folder, capsys):
+    short = run("rls", 2, efficacy=0.1)
+    short["plan"]["edits"] = 100
+    _, text = said(folder(rules=[run("rls", 1), short]))
+    assert "| rls | 0.910 |" in text
+    assert "1 of 2 runs have fewer than 200 edits and are left out" in capsys.readouterr().out
+
+
+def test_the_oldest_edits_are_called_what_they_are(folder):
+    runs = [run("rls", 1), run("memit", 1, first=(0.0, 0.5))]
+    for one in runs:
+        for row in one["rows"]:
+            row["of"] = {"1-100": "1-20", "101-200": "21-200"}.get(row["of"], row["of"])
+    _, text = said(folder(rules=runs))
+    assert "first 20: said when made" in text
+    assert "Retention of the first 20 edits**: `rls` 0.889, the best." in text, (
+        "of memit nothing held that could be kept"
+    )

@@ -1,13 +1,14 @@
 """Runs over streams: what a result file holds, that one is made once, and what becomes of a stream that breaks off."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from rlsedit_fast.cli import main
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation import runs, stream
+from rlsedit_fast.evaluation import grounds, runs, stream
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
@@ -264,3 +265,63 @@ def test_several_processes_make_the_same_files(made, tmp_path):
     for label, one in zip(("rls", "memit"), found, strict=True):
         assert value(one, "efficacy", "strict") == value(results[label], "efficacy", "strict")
     assert run_of(elsewhere[0]) == found[0]
+
+
+def test_what_is_probed_is_about_nobody_who_is_edited_and_not_among_the_anchors(monkeypatch, tmp_path):
+    probed = []
+    real = stream.TextProbe
+    monkeypatch.setattr(
+        stream, "TextProbe", lambda model, tokenizer, texts: probed.extend(texts) or real(model, tokenizer, texts)
+    )
+    cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
+    stream.run(make_ground(GroundSpec()), plan(checkpoints=()), cases, tmp_path / "run.json")
+    assert len(probed) == 300
+    assert not {text for text in probed if any(case.edit.subject in text for case in cases)}
+    assert not set(probed) & set(grounds.anchor_texts(grounds._world(), 1))
+
+
+def test_everybody_may_be_edited_and_there_is_text_all_the_same():
+    people = [person.name for person in grounds._world().people]
+    assert len(grounds._demo_texts(1, people)) == 300
+
+
+def test_a_stream_that_tells_every_fact_twice_is_of_an_even_number():
+    with pytest.raises(InputError, match="edits=5: a conflicting stream tells every fact twice"):
+        make_cases(GroundSpec(), "conflicting", 5, 1)
+
+
+def test_what_was_looked_at_last_is_what_a_stream_that_broke_off_came_to():
+    row = {"edits": 10, "of": "all", "metric": "efficacy", "form": "strict", "n": 5}
+    assert value({"made": 10, "rows": [row | {"value": 0.5}, row | {"value": 0.7}]}, "efficacy", "strict") == 0.7
+
+
+def test_a_run_that_fails_lets_no_other_begin(monkeypatch, tmp_path):
+    jobs = [Job(GroundSpec(), plan(str(at), seed=at), tmp_path / f"{at}.json") for at in range(4)]
+    begun = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, processes, **_options):
+            super().__init__(1)
+
+    def fails(job):
+        begun.append(job.plan.label)
+        raise InputError("a file that is not there")
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "_make_one", fails)
+    with pytest.raises(InputError, match="not there"):
+        runs.make(jobs, processes=2, say=lambda line: None)
+    assert len(begun) < 4
+
+
+def test_a_model_that_cannot_be_put_where_it_is_wanted_is_told_in_words(monkeypatch):
+    from rlsedit_fast.models import loading
+
+    class Refuses:
+        @classmethod
+        def from_pretrained(cls, *_given, **_options):
+            raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Refuses)
+    with pytest.raises(InputError, match="model 'somewhere' cannot be loaded: Torch not compiled"):
+        loading.load_model("somewhere", dtype="auto", device="cuda")

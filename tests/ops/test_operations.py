@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from rlsedit_fast import ops
+from rlsedit_fast import doctor, ops
 from rlsedit_fast.ops import cpu, cuda, cuda_launch, dispatch, reference
 
 U = 2.0**-24
@@ -33,8 +33,12 @@ def needs(backend, op):
     module = dispatch.load(backend)
     if op not in module.OPS:
         pytest.skip(f"{backend} does not implement {op}")
-    if module.missing():
-        pytest.skip(module.missing())
+    if (reason := module.missing()) is None:
+        return
+    build = doctor.report()["build"].get("cpu", {})
+    if backend == "cpu" and "OpenMP" not in reason and (build.get("built") or "failed" in build.get("reason", "")):
+        pytest.fail(f"a compiler is here, but {reason}: {build}")
+    pytest.skip(reason)
 
 
 def bound(terms, magnitude, backend="reference"):
@@ -113,23 +117,37 @@ def test_native_panel_reads_one_triangle_and_rows_of_any_stride():
     assert torch.equal(cpu.native_panel(wide[:, :100], keys), cpu.native_panel(base, keys))
 
 
-def test_native_panel_is_the_same_every_time():
-    needs("cpu", "panel")
-    base, keys, _, _ = operands(300, 20, 0)
-    first = cpu.native_panel(base, keys)
-    assert all(torch.equal(cpu.native_panel(base, keys), first) for _ in range(5))
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_native_panel_with_any_number_of_threads(threads):
-    needs("cpu", "panel")
-    given = operands(257, 17, 0)
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check_panel(cpu.native_panel(*given[:2]), *given)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# Of few edits and of many, whole vectors of them and such with a rest.
+@pytest.mark.parametrize("n", [3, 17, 48, 49])
+@pytest.mark.parametrize("d", [257, 1100])
+@pytest.mark.usefixtures("threads")
+def test_native_panel_with_any_number_of_threads_is_right_and_the_same_every_time(d, n):
+    needs("cpu", "panel")
+    given = operands(d, n, 0)
+    first = cpu.native_panel(*given[:2])
+    check_panel(first, *given)
+    assert all(torch.equal(cpu.native_panel(*given[:2]), first) for _ in range(4))
+
+
+def test_with_very_many_threads_the_panel_is_torchs(monkeypatch):
+    """Every thread's own sum would be as much memory as C."""
+    needs("cpu", "panel")
+    base, keys, pending, signs = operands(1100, 100, 3)
+    native, asked = cpu.native_panel, []
+    monkeypatch.setattr(cpu, "native_panel", lambda *given: asked.append(1) or native(*given))
+    for threads, expected in ((2, 1), (64, 0)):
+        asked.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        check_panel(cpu.panel(base, keys, pending, signs), base, keys, pending, signs)
+        assert len(asked) == expected
 
 
 def check_factor(outputs, projected, keys, innovation, noise, sign):
@@ -192,6 +210,7 @@ def test_factor_of_keys_that_are_all_but_parallel(backend, device, scale):
 
 
 @pytest.mark.parametrize("d", [1, 64, 65, 255, 256, 257, 513, 1000])
+@pytest.mark.usefixtures("threads")
 def test_the_mirror_completes_a_lower_triangle(d):
     needs("cpu", "downdate_")
     matrix = torch.randn(d, d, generator=torch.Generator().manual_seed(d))

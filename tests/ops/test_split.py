@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsedit_fast import ops
@@ -15,6 +15,7 @@ def tensor(bits):
     return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_every_number_comes_back_bit_for_bit(bits):
     given_bits = tensor(EDGES + bits)
