@@ -128,7 +128,7 @@ def test_a_stream_that_broke_off_is_on_no_front(folder):
     _, text = said(folder(rules=[run("rls", 1), broken]))
     assert "nobody beats in both (rls)" in text
     assert "broke off, and so are on no front: rome" in text
-    assert "| rome (broke off) |" in text
+    assert "| rome (1 of 1 broke off) |" in text
 
 
 def test_an_exceeded_bound_is_not_passed_over(folder):
