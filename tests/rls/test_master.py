@@ -108,3 +108,19 @@ def test_a_backend_that_refuses_leaves_a_weight_in_place_as_it_was(dtype) -> Non
     assert torch.equal(weight, before)
     RLSState(weight, prior, in_place=True)
     assert not torch.equal(weight, before), "these anchors are told to do something else"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_torch_makes_tensors_on_by_default_does_not_matter(dtype) -> None:
+    """A program may have set it to its GPU, and keep a weight elsewhere."""
+    stream_of = stream(4)
+    plain, other = (RLSState(layer(dtype), Prior(lam=2.0), delay=2, in_place=True) for _ in range(2))
+    for keys, values in stream_of:
+        plain.update(keys, values)
+    with torch.device("meta"):
+        other.refresh(*stream_of[0])
+        other.remove(*stream_of[0])
+        for keys, values in stream_of:
+            other.update(keys, values)
+        assert other.monitor().residual < 1e-4
+    torch.testing.assert_close(other.weight, plain.weight, rtol=1e-5, atol=1e-5)
