@@ -91,7 +91,7 @@ class Editor:
             ModelError: the layers or their projections are not there, or cannot be edited (together).
             InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, `config`
                 changes what holds for all edits of the store, or asks for what its rule cannot do.
-            StoreError: the store is another model's, is damaged, of a newer version, or being written by another
+            StoreError: the store is another model's, is damaged, of another version, or being written by another
                 editor; nothing was changed.
         """
         given = config or EditConfig()

@@ -42,7 +42,7 @@ class Store:
         write: False reads alone, also while another process writes.
 
     Raises:
-        StoreError: it is none, is damaged, of a newer version, or is being written by somebody else.
+        StoreError: it is none, is damaged, of another version, or is being written by somebody else.
     """
 
     def __init__(self, directory: str | Path, *, write: bool = True) -> None:

@@ -19,7 +19,7 @@ from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store.tensors import File
 
 SCHEMA = 2
-"""Of the tables and of what is kept in them; a journal of a newer one is refused."""
+"""Of the tables and of what is kept in them; a journal of another one is refused."""
 
 _APPLICATION = 0x524C5345  # "RLSE", by which SQLite files are told apart
 _TABLES = """
@@ -72,7 +72,7 @@ class Journal:
         write: whether it is to be written; only one process may at a time, see `Lock`.
 
     Raises:
-        StoreError: there is none, it is damaged, something else, or of a newer version.
+        StoreError: there is none, it is damaged, something else, or of another version.
     """
 
     def __init__(self, path: Path, *, write: bool) -> None:
@@ -266,9 +266,10 @@ class Journal:
         if application != _APPLICATION:
             raise StoreError(f"{str(self._path)!r} is damaged, or the database of something else; name a store")
         if version != SCHEMA:
+            which = "the version that wrote it" + (", or a newer one" if version > SCHEMA else "")
             raise StoreError(
                 f"{str(self._path)!r} has schema {version}, this version of rlsedit_fast reads {SCHEMA}; nothing was "
-                "changed. Use the version that wrote it, or a newer one"
+                f"changed. Use {which}"
             )
         found = [row[0] for row in self._base.execute("PRAGMA quick_check(3)")]
         if found != ["ok"]:
