@@ -12,7 +12,7 @@ from rlsedit_fast.cli.setup import at_least_one
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.editing.conflicts import Conflicts, resolve
 from rlsedit_fast.editing.formats import FORMATS, ZsreTarget, read_edits
-from rlsedit_fast.errors import RequestError, listed
+from rlsedit_fast.errors import InputError, RequestError, listed
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Facts:
     left_out: list[dict[str, str]]
     conflicts: dict[str, Any]
     unread: list[str]
+
+
+FILE_OPTIONS = {"format": "auto", "zsre_target": "alt", "limit": None, "conflicts": "later", "skip_bad": False}
+"""What is read of a file's edits, by what each is where it is not given."""
 
 
 def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -54,10 +58,13 @@ def read_facts(options: argparse.Namespace) -> Facts:
 
     Raises:
         RequestError: a record that cannot be read, without --skip-bad; or no edit at all.
+        InputError: an option is of another format.
     """
     file = read_edits(
         options.edits, format=options.format, strict=not options.skip_bad, zsre_target=options.zsre_target
     )
+    if options.zsre_target != "alt" and file.format != "zsre":
+        raise InputError(f"--zsre-target is of zsRE, and {options.edits} is {file.format}; leave it out")
     edits, places = file.edits[: options.limit], file.places[: options.limit]
     left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
     _report(left_out)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rlsedit_fast.cli import DONE, LEFT_OUT, setup
-from rlsedit_fast.cli.facts import add_facts, read_facts, sift
+from rlsedit_fast.cli.facts import FILE_OPTIONS, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.editing.memory import size
@@ -36,6 +36,10 @@ def run(options: argparse.Namespace) -> int:
     one = (options.prompt, options.subject, options.target)
     if any(one) and (not all(one) or options.edits):
         raise InputError("give --prompt, --subject and --target together, or --edits FILE, or neither")
+    ignored = [] if options.edits else [name for name, usual in FILE_OPTIONS.items() if getattr(options, name) != usual]
+    if ignored:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise InputError(f"{named}: of a file of edits; name one with --edits FILE, or leave it out")
     facts = read_facts(options) if options.edits else None
     editor = setup.make_editor(options)
     if facts:

@@ -565,3 +565,18 @@ def test_what_the_evaluation_could_not_ask_is_found_before_the_work(edit, desk, 
     assert "odd.jsonl:2" in told
     assert said in told
     assert edit("--no-anchors", "--skip-bad", "--out", "out", facts="odd.jsonl") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["show", "--limit", "3", "--skip-bad"], "--limit, --skip-bad: of a file of edits"),
+        (
+            ["show", "--edits", "facts.jsonl", "--zsre-target", "answers"],
+            "--zsre-target is of zsRE, and facts.jsonl is edits",
+        ),
+    ],
+)
+def test_options_of_what_is_not_there_are_refused(desk, base, capsys, command, said):
+    assert main([*command, "--model", str(base)]) == 2
+    assert said in capsys.readouterr().err
