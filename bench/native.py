@@ -4,7 +4,8 @@
 mirror pass against torch's product. `correct_split_`, a step of a bfloat16 weight with exact lower halves, d/4 by d:
 the native kernel against torch's passes, with a plain float32 weight's `addmm_` beside them.
 
-    python bench/native.py downdate_ --json bench/results/downdate-cpu.json
+    python bench/native.py downdate_ --rows 128 256 512 1024 --d 1024 2048 3072 4096 8192 \
+        --json bench/results/downdate-cpu.json
     python bench/native.py moment_ --rows 64 256 1024 4096 --d 1536 4096 --json bench/results/moment-cpu.json
     python bench/native.py correct_split_ --d 8192 --rows 1 16 100 --json bench/results/correct-split-cpu.json
 

@@ -28,11 +28,11 @@ _SMALL = 1 << 20  # floats, whose reading is nothing
 # Edits in a block of the substitution.
 SUBSTITUTED_EDITS = 32
 
-# Rank from which SSYRK and the mirror pass beat torch's product at every width measured: 1.5 to 2 times at 256. At 128
-# they are between 0.85 (d = 2048) and 1.5 times (4096), below mostly behind (bench/results/downdate-cpu.json).
+# Rank, and work d^2 r, from which SSYRK and the mirror pass beat torch's product, by 1.3 to 2 times. At two thirds of
+# that work they are about even, at less behind: BLAS's threads have to be woken (bench/results/downdate-cpu.json,
+# moment-cpu.json).
 SYRK_RANK = 256
-# The same for the rows of a moment: ahead by 1.7 to 1.9 from here on (bench/results/moment-cpu.json).
-SYRK_TOKENS = 1024
+SYRK_WORK = 3e9
 
 _native: Any = None
 _problem: str | None = None
@@ -134,10 +134,10 @@ def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
     """`reference.downdate_` in float32, by the faster of SSYRK and torch's product."""
-    if pending.shape[0] < SYRK_RANK or not base.is_contiguous():
-        reference.downdate_(base, pending, signs)
-    else:
+    if _is_for_syrk(base, pending):
         syrk_downdate_(base, pending, signs)
+    else:
+        reference.downdate_(base, pending, signs)
 
 
 def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
@@ -153,10 +153,10 @@ def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
 
 def moment_(moment: Tensor, rows: Tensor) -> None:
     """`reference.moment_` in float32, by the faster of SSYRK and torch's product."""
-    if rows.shape[0] < SYRK_TOKENS or not moment.is_contiguous():
-        reference.moment_(moment, rows)
-    else:
+    if _is_for_syrk(moment, rows):
         syrk_moment_(moment, rows)
+    else:
+        reference.moment_(moment, rows)
 
 
 def correct_split_(
@@ -191,6 +191,10 @@ def correct_split_(
         threads=threads,
         isa=getattr(_native.Isa, isa),
     )
+
+
+def _is_for_syrk(matrix: Tensor, rows: Tensor) -> bool:
+    return len(rows) >= SYRK_RANK and rows.numel() * len(matrix) >= SYRK_WORK and matrix.is_contiguous()
 
 
 def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:

@@ -231,8 +231,9 @@ def test_factor_names_the_pivot_that_is_not_positive(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("d", WIDTHS)
-def test_downdate(backend, device, d):
+def test_downdate(backend, device, d, monkeypatch):
     needs(backend, "downdate_")
+    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     for r in (*PENDING, 33, cpu.SYRK_RANK + 2):
         base, _, pending, signs = operands(d, 1, r)
         got, *rest = (t.to(device, copy=True) for t in (base, pending, signs))
@@ -328,9 +329,10 @@ def test_native_correct_split_in_every_instruction_set(isa, transposed):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [50, cpu.SYRK_TOKENS + 3])
-def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tokens):
+@pytest.mark.parametrize("tokens", [50, 4 * cpu.SYRK_RANK + 3])
+def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tokens, monkeypatch):
     needs(backend, "moment_")
+    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     if backend == "cpu" and accumulator == torch.float64:
         pytest.skip("the cpu backend is float32")
     if backend == "triton" and accumulator == torch.float64:
@@ -342,8 +344,13 @@ def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tok
     magnitude = moment.double().abs() + rows.double().abs().T @ rows.double().abs()
     assert got.dtype == accumulator
     assert ((got.double().cpu() - truth).abs() <= bound(tokens + 2, magnitude, backend)).all()
-    if backend == "triton" or (backend == "cpu" and tokens >= cpu.SYRK_TOKENS):
+    if backend == "triton" or (backend == "cpu" and tokens >= cpu.SYRK_RANK):
         assert torch.equal(got, got.T)
+
+
+@pytest.mark.parametrize(("d", "r", "by_syrk"), [(4096, 256, True), (4096, 255, False), (2048, 512, False)])
+def test_ssyrk_is_for_many_rows_of_wide_matrices(d, r, by_syrk):
+    assert cpu._is_for_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
 
 
 def batch_of(op, device):
