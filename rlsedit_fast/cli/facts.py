@@ -42,15 +42,14 @@ def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     """Options that name a file of facts."""
     group = parser.add_argument_group("facts")
     group.add_argument("--edits", type=Path, metavar="FILE", required=required, help="JSON Lines or a known data set")
-    group.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="default: by the fields")
-    group.add_argument("--zsre-target", choices=get_args(ZsreTarget), default="alt", help="what zsRE edits teach")
+    group.add_argument("--format", choices=("auto", *FORMATS), help="default: by the fields")
+    group.add_argument("--zsre-target", choices=get_args(ZsreTarget), help="what zsRE edits teach")
     group.add_argument("--limit", type=at_least_one, metavar="N", help="take only the first so many")
-    group.add_argument(
-        "--conflicts", choices=get_args(Conflicts), default="later", help="which of two edits that ask the same stays"
-    )
+    group.add_argument("--conflicts", choices=get_args(Conflicts), help="which of two edits that ask the same stays")
     group.add_argument(
         "--skip-bad", action="store_true", help="leave out records that cannot be edited, and report them"
     )
+    parser.set_defaults(**FILE_OPTIONS)
 
 
 def read_facts(options: argparse.Namespace) -> Facts:
@@ -63,7 +62,7 @@ def read_facts(options: argparse.Namespace) -> Facts:
     file = read_edits(
         options.edits, format=options.format, strict=not options.skip_bad, zsre_target=options.zsre_target
     )
-    if options.zsre_target != "alt" and file.format != "zsre":
+    if options.zsre_target != FILE_OPTIONS["zsre_target"] and file.format != "zsre":
         raise InputError(f"--zsre-target is of zsRE, and {options.edits} is {file.format}; leave it out")
     edits, places = file.edits[: options.limit], file.places[: options.limit]
     left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]

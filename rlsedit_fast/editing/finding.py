@@ -87,8 +87,7 @@ class Finder:
             if again:
                 others = [at for at in range(len(requests)) if at not in again]
                 anew = self.find([requests[at] for at in again], progress)
-                order = torch.tensor([*others, *again]).argsort().tolist()
-                values = Values.joined([values.taken(others), anew]).taken(order)
+                values = Values.joined([values.taken(others), anew], [*others, *again])
 
     def find(self, requests: Sequence[Request], progress: Progress) -> Values:
         """The values of some requests, whether or not they reached their targets.

@@ -95,7 +95,7 @@ def gradient_values(
     stop = Stop(replace(config, search_stop_steps=1), len(rank), rank.device)  # there is one look
     met = stop.met(rank, worst, worst + config.weight_decay * delta.norm(dim=1) / start.norm(dim=1).square())
     values = Values(delta, start, worst, rank, stop.reached(met, rank), torch.ones_like(rank))
-    return values.taken(torch.tensor(order).argsort().tolist()), at_once, scale
+    return Values.joined([values], order), at_once, scale
 
 
 def _unit(rows: Tensor) -> Tensor:

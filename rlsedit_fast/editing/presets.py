@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 GENERIC = "generic"
-"""The settings for a model that has none of its own: `EditConfig`'s, with layers that go with the depth."""
+"""`EditConfig`'s settings; a command that is given it takes layers by the depth, of a model that is recognised too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def recognise(model_config: PretrainedConfig) -> Preset | None:
 
 
 def preset(name: str, **changes: Any) -> EditConfig:
-    """Settings by name: `published`'s, or for `generic` `EditConfig`'s defaults, whose layers go with the depth.
+    """Settings by name: `published`'s, or for `generic` `EditConfig`'s defaults.
 
     Raises:
         InputError: no such preset or setting, or a value that cannot be meant.

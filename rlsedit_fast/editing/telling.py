@@ -227,7 +227,7 @@ class Teller:
         *,
         gone: list[int],
         again: list[int],
-        outcome: EditState = "replaced",
+        outcome: EditState,
         replaced: Sequence[int] = (),
         found: Values | None = None,
         left_out: Mapping[int, Values] | None = None,
@@ -315,8 +315,7 @@ class Teller:
             )
             parts.append(values)
             short.update(rest[at] for at in fell)
-        order = torch.tensor([*left_out, *rest]).argsort().tolist()
-        return Values.joined(parts).taken(order), short
+        return Values.joined(parts, [*left_out, *rest]), short
 
     def _write(
         self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool

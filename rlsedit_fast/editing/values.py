@@ -57,11 +57,12 @@ class Values:
         return replace(self, delta=wanted * (norm / length) - self.start)
 
     @staticmethod
-    def joined(parts: Sequence[Values]) -> Values:
-        """Those of several searches, one after the other."""
-        return Values(
+    def joined(parts: Sequence[Values], places: Sequence[int]) -> Values:
+        """Those of several searches in one, each at its place: `places` are those of all, one part after the other."""
+        whole = Values(
             **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Values)}
         )
+        return whole.taken(torch.tensor(places).argsort().tolist())
 
 
 def search_values(
@@ -157,7 +158,7 @@ def search_within_memory(
     found, order, at_once = in_parts(
         site, groups, at_once, lambda part, local: search_values(site, [requests[i] for i in part], config, local)
     )
-    return Values.joined(found).taken(torch.tensor(order).argsort().tolist()), at_once
+    return Values.joined(found, order), at_once
 
 
 def _descent(config: EditConfig, delta: Tensor, norm: Tensor, nll: float) -> Descent:
