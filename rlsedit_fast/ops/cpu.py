@@ -18,9 +18,10 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's: at 128 torch takes 1.1 to 1.3 times as long on an AMD
-# machine, and at 256 too (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, it took
-# about as long from 64 to 128, and 0.7 times at 256 (panel-cpu-intel.json, panel-crossover-cpu.json, earlier versions).
+# Numbers of edits at which the native panel beats torch's: on an AMD machine torch takes 1.5 times as long at 128, 1.1
+# to 1.3 times at 256 (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, earlier
+# versions were at 1.14 times at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and at 1.35 times at 128 and
+# 0.71 at 256 on one (panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(1, 129)
 
 _SMALL = 1 << 20  # floats, whose reading is nothing
