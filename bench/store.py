@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import finding, layers, surroundings
+from rlsedit_fast.editing import finding, inspection, layers
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.evaluation.cases import world_cases
@@ -134,7 +134,7 @@ def copied(source: str, target: str) -> None:
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
     """A stream of drawn keys and values, and its store opened at the worst moment."""
     with (
-        mock.patch.object(surroundings, "request_keys", drawn_keys),
+        mock.patch.object(inspection, "request_keys", drawn_keys),
         mock.patch.object(layers, "request_keys", drawn_keys),
         mock.patch.object(finding, "search_within_memory", drawn_values),
     ):

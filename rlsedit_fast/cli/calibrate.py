@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> int:
     anchors = setup.anchor(editor, options)
     rows = editor.assess(facts.edits[: options.pilot], options.adherences)
     lines = [f"layers {', '.join(map(str, editor.layers))}; anchors: {anchors}"]
-    lines.append(f"{'adherence':>9}  {'realised':>8}  {'mu':>10}  {'lam':>22}  leakage per layer")
+    lines.append(f"{'adherence':>9}  {'realized':>8}  {'mu':>10}  {'lam':>22}  leakage per layer")
     for row in rows:
         lam = f"{min(row.lam):.4g}" if len(set(row.lam)) == 1 else f"{min(row.lam):.4g} to {max(row.lam):.4g}"
         leaks = " ".join(f"{leak:.3g}" for leak in row.leakage)
-        lines.append(f"{row.adherence:9.3f}  {row.realised:8.3f}  {row.mu[0]:10.4g}  {lam:>22}  {leaks}")
+        lines.append(f"{row.adherence:9.3f}  {row.realized:8.3f}  {row.mu[0]:10.4g}  {lam:>22}  {leaks}")
     results = {"layers": list(editor.layers), "anchors": anchors, "rows": [asdict(row) for row in rows]}
     emit({**results, "left_out": facts.left_out}, lines, options.json)
     return LEFT_OUT if facts.left_out else DONE

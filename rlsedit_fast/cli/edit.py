@@ -176,7 +176,7 @@ def _edit(
     results["made"] = len(records) - len(skipped)
     results["skipped"] = [places[i] for i in sorted(skipped)]
     results["not_made"] = facts.places[len(records) :]
-    results["not_converged"] = [places[r.id] for r in records if not r.converged and r.state == "active"]
+    results["not_converged"] = [places[r.id] for r in records if not r.search_converged and r.state == "active"]
     results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
     made = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]

@@ -53,10 +53,11 @@ def status_lines(status: Status) -> list[str]:
     """For a terminal."""
     counts = ", ".join(f"{count} {state}" for state, count in status.edits.items() if count or state == "active")
     lines = [f"edits: {counts}; {status.batches} batches"]
-    if status.realised is not None:
+    if status.realized is not None and status.success is not None:
         asked = f", {status.adherence:g} asked for" if status.adherence else ""
         lines.append(
-            f"recent edits: {status.realised:.3f} realised{asked}; {status.converged:.0%} reached their target"
+            f"recent edits: {status.realized:.3f} of the wanted change arrived{asked}; the model stated "
+            f"{status.success:.0%} of them after the write"
         )
     for layer in status.layers:
         parts = [f"objective {layer.objective:.4g}"]

@@ -34,7 +34,7 @@ def unrelated(batches: Sequence[Sequence[Request]], ledger: Ledger) -> list[int]
     return [
         at
         for at, batch in enumerate(batches)
-        if not ledger.asking(batch)
-        and not ledger.about(batch)
+        if not ledger.ids_by_prompt(batch)
+        and not ledger.ids_by_subject(batch)
         and all(met[mark] == 1 for request in batch for mark in (request.about, request.asks) if mark)
     ]

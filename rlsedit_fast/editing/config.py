@@ -12,7 +12,8 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
-Share = Literal["joint", "memit"]
+Share = Literal["grouped", "memit"]
+KeyRows = Literal["contexts", "mean"]
 Values = Literal["search", "gradient"]
 Descent = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
@@ -22,9 +23,6 @@ Keys = Literal["full", "fp16"]
 
 DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 GRADIENT_RATE = 0.6
-
-APART: Mapping[str, Any] = {"share": "memit", "same_subject": "separate"}
-"""How rules that take no edit back go through several layers, and through edits of one subject."""
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
@@ -64,7 +62,8 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("layer_module projection_module", _or_none(_text), "a dotted name, or None"),
     _one_of("fact_token", FactToken),
-    _one_of("share", Share),
+    ("share", _or_none(lambda value: value in get_args(Share)), f"one of {', '.join(get_args(Share))}, or None"),
+    ("key_rows", _or_none(lambda value: value in get_args(KeyRows)), f"one of {', '.join(get_args(KeyRows))}, or None"),
     _one_of("values", Values),
     _one_of("search_descent", Descent),
     _one_of("search_stop", Stop),
@@ -76,6 +75,7 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("batch_size search_steps search_stop_steps context_tokens", _COUNT, "a whole number of at least 1"),
     ("search_ahead search_at_once search_memory", _or_none(_COUNT), "a whole number of at least 1, or None"),
     ("context_samples delay", _whole(0), "a whole number of at least 0"),
+    ("refine", _or_none(_whole(0)), "a whole number of at least 0, or None"),
     ("context_seed", lambda value: _whole(0)(value) and value < 2**64, "a whole number of at least 0, below 2^64"),
     ("ridge kl_factor weight_decay search_stop_nll search_stop_loss", _FROM_0, "a finite number of at least 0"),
     ("clamp", _ABOVE_0, "a finite number above 0"),
@@ -108,20 +108,29 @@ class EditConfig:
         fact_token: the token at which the model is edited.
         rule: how a batch becomes a change of the weights: `rls`, or one of the rules that it is compared with, see
             `rlsedit_fast.rules`. They are given the same keys, values and priors (of which `mu^2` is the field's moment
-            weight); they take no edit back, and with several layers they take `share="memit"`.
+            weight); they take no edit back.
         rule_options: settings of the rule by name, where it has any.
         norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
             values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
-        share: how the change is divided among the layers: `joint` (closed form over all layers) or `memit`
-            (`R / (m - i + 1)` at the i-th, keys read again after each layer is written).
+        share: how the edited layers share a change. `grouped` writes all layers but the last jointly, reads the model
+            again, and writes what is still missing into the last one, whose output is the edited state itself.
+            `memit` writes layer by layer, `R / (m - i + 1)` at the i-th, and reads the model before each. None is
+            `grouped` for `rls` and `memit` for other rules, which know no other.
+        key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
+            with its own key and weight `w / contexts`, so that the edit holds in every one of them; `mean` gives it one
+            row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
+        refine: after a batch is written, edits whose target is not ranked first at every token of the bare prompt are
+            taken out, searched again in the written model, and written again, at most this many times. Needs `rls` and
+            stored keys. None is 1 where these are there, else 0.
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
-        adherence: share of each wanted change that is to be realised; finds mu and lam from the first batch.
+        adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu
+            and lam from the first edits; later batches ask for more where a crowded layer would realize less.
         lam: how firmly the weight itself is held; a number wins over `adherence`.
         mu: how firmly the anchors are held; a number wins over `adherence`.
         ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
         delay: pending rows of each layer's state before they are folded into it.
-        context_prefixes: texts put before a prompt while its value is searched; keys are averaged over them.
+        context_prefixes: texts put before a prompt while its value is searched and written; see `key_rows`.
         context_samples: how many more prefixes the model itself writes when the editor is made, which then stand among
             `Editor.config.context_prefixes`. The published settings sample twenty.
         context_tokens: most tokens of such a prefix.
@@ -176,7 +185,9 @@ class EditConfig:
     rule: str = rules.RECURSIVE
     rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     norm_anchor: bool = False
-    share: Share = "joint"
+    share: Share | None = None
+    key_rows: KeyRows | None = None
+    refine: int | None = None
     values: Values = "search"
     adherence: float = 0.95
     lam: float | None = None
@@ -219,10 +230,41 @@ class EditConfig:
                 if not fits(given := getattr(self, name)):
                     raise InputError(f"{name}={given!r}: expected {expected}")
         rules.check(self.rule, self.rule_options)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raises InputError for settings that exclude one another."""
+        if self.rule != rules.RECURSIVE:
+            for name, needed in (("share", "memit"), ("key_rows", "mean"), ("refine", 0)):
+                if (given := getattr(self, name)) not in (None, needed):
+                    raise InputError(
+                        f"{name}={given!r} needs rule={rules.RECURSIVE!r}, got rule={self.rule!r}; leave {name} out"
+                    )
+        if self.refine and self.keys is None:
+            raise InputError(
+                f"refine={self.refine} takes edits out again, and keys=None keeps no rows; set one of them"
+            )
+
+    @property
+    def effective_share(self) -> Share:
+        """`share`, or what None stands for."""
+        return self.share or ("grouped" if self.rule == rules.RECURSIVE else "memit")
+
+    @property
+    def effective_key_rows(self) -> KeyRows:
+        """`key_rows`, or what None stands for."""
+        return self.key_rows or ("contexts" if self.rule == rules.RECURSIVE else "mean")
+
+    @property
+    def effective_refine(self) -> int:
+        """`refine`, or what None stands for."""
+        if self.refine is not None:
+            return self.refine
+        return 1 if self.rule == rules.RECURSIVE and self.keys is not None else 0
 
     def under(self, rule: str, **changes: Any) -> EditConfig:
-        """These settings for a rule, with what it cannot do otherwise, and what else is to change."""
-        apart = {} if rule == rules.RECURSIVE else APART
+        """These settings for a rule: other rules cannot share a value between edits of one subject."""
+        apart = {} if rule == rules.RECURSIVE else {"same_subject": "separate"}
         return replace(self, rule=rule, **{**apart, **changes})
 
     def layers_of(self, depth: int) -> tuple[int, ...]:

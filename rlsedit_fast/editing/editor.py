@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor
 
 from rlsedit_fast.editing import memory
+from rlsedit_fast.editing.calibration import Pilot, Tradeoff, choose_priors, needs_pilot, tabulate
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord, weight_trouble
+from rlsedit_fast.editing.inspection import inspect_model
 from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.priors import Tradeoff, choose_priors, tabulate
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.sources import GivenTexts, Source, each_text
 from rlsedit_fast.editing.statistics import KeyStatistics
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
-from rlsedit_fast.editing.surroundings import look_over
-from rlsedit_fast.editing.telling import Teller
 from rlsedit_fast.editing.written import describe, settings_of
 from rlsedit_fast.errors import InputError, RLSEditError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
@@ -99,7 +99,7 @@ class Editor:
         try:
             if held:
                 given = _check_store(held, model, config)
-            self._around = look_over(model, tokenizer, given)
+            self._context = inspect_model(model, tokenizer, given)
             self.model, self.tokenizer = model, tokenizer
             self._moments: list[Tensor] | None = None
             self._to_protect: list[tuple[list[str], list[Tensor], float]] = []
@@ -114,7 +114,7 @@ class Editor:
                 path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
                 held = Store.create(store, describe(self.config, given, self.projections, fingerprint(model), path))
             self._recorder = Recorder(held, self.config, self.projections) if held else None
-            self._teller = Teller(self._around, self._recorder)
+            self._session = EditSession(self._context, self._recorder)
             if self._recorder:
                 self._take_up(self._recorder, config)
         except BaseException:
@@ -129,7 +129,7 @@ class Editor:
         if config is not None and about["config"] != (now := asdict(self.config)):
             recorder.describe(about | {"config": now})
         with quiet(self.model):
-            self._teller.layers = recover(store, self._around, self._teller.ledger, self._teller.progress)
+            self._session.layers = recover(store, self._context, self._session.ledger, self._session.progress)
         self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     @classmethod
@@ -179,17 +179,17 @@ class Editor:
     @property
     def config(self) -> EditConfig:
         """The settings, with the context prefixes that the model wrote."""
-        return self._around.config
+        return self._context.config
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The blocks that are edited, ascending."""
-        return self._around.layers
+        return self._context.layers
 
     @property
     def projections(self) -> list[Projection]:
         """What is edited in them."""
-        return list(self._around.projections)
+        return list(self._context.projections)
 
     @property
     def priors(self) -> list[Prior]:
@@ -215,14 +215,14 @@ class Editor:
             InputError: the priors are set already, by `calibrate` or the first edit; no texts were given; or the
                 statistics are of another model or lack a layer.
         """
-        if self._teller.layers:
+        if self._session.layers:
             raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
         if isinstance(what, KeyStatistics):
             what.check(self.fingerprint(), self.layers)
             found = what
         else:
             # They are not kept, so nobody will ask whose they are; a fingerprint would read all of the weights.
-            found = self._around.collect(GivenTexts(what), identity="")
+            found = self._context.collect(GivenTexts(what), identity="")
         # Read only when a state is made, and then a chunk at a time; beside the model they would crowd it.
         self._moments = [found.moments[layer].cpu() for layer in self.layers]
         return found.tokens
@@ -240,9 +240,9 @@ class Editor:
         Raises:
             InputError: there are edits already; or as `collect` says.
         """
-        if len(self._teller.ledger):
+        if len(self._session.ledger):
             raise InputError("statistics(): the model is edited already; collect them from the unedited one")
-        return self._around.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
+        return self._context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
 
     def fingerprint(self) -> str:
         """Of the model as it was before any edit; one read of its weights. See `models.fingerprint`."""
@@ -272,18 +272,18 @@ class Editor:
         self._check_attached()
         texts = list(each_text(prompts))
         with quiet(self.model):
-            keys = self._around.text_keys(texts)
-            if self._teller.layers is None:
+            keys = self._context.text_keys(texts)
+            if self._session.layers is None:
                 self._to_protect.append((texts, [key.cpu() for key in keys], weight))
             else:
-                self._teller.protect(texts, keys, weight)
+                self._session.protect(texts, keys, weight)
         return len(keys[0])
 
     @property
     def protected(self) -> list[str]:
         """The prompts that are protected, in a store's editor also those of earlier ones."""
-        waiting = self._to_protect if self._teller.layers is None else []
-        return [*self._teller.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
+        waiting = self._to_protect if self._session.layers is None else []
+        return [*self._session.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
     def calibrate(self, edits: Iterable[Edit]) -> list[Prior]:
         """Finds each layer's prior from a pilot batch, changing nothing of the model.
@@ -302,9 +302,9 @@ class Editor:
             RequestError: an edit of the pilot cannot be made.
             ResourceError: there is less memory than the states take.
         """
-        if self._teller.layers:
+        if self._session.layers:
             raise InputError("calibrate(): the priors are set already; make a new editor")
-        requests = self._around.prepare(edits)
+        requests = self._context.prepare(edits)
         with quiet(self.model):
             self._start(requests)
         if self._recorder:
@@ -319,17 +319,15 @@ class Editor:
     def assess(self, edits: Iterable[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
         """What `calibrate` would choose for each of some adherences, and what that would do to the pilot.
 
-        Nothing is set. The arguments and errors are those of `calibrate`; with `share="memit"` the measures are those
-        of each layer realising its own share.
+        Nothing is set. The arguments and errors are those of `calibrate`.
         """
-        pilot = _one_per_subject(self._around.prepare(edits))
         with quiet(self.model):
-            keys = self._around.request_keys(pilot)
-        return tabulate(self.config, self._moments, keys, adherences)
+            pilot = self._pilot(self._context.prepare(edits))
+            return tabulate(self.config, self._moments_held(), pilot, adherences)
 
     def check(self, edits: Iterable[Edit]) -> dict[int, str]:
         """Which edits cannot be made, by their place in `edits`, and why; `edit` would refuse the whole call."""
-        return self._around.troubles(edits)
+        return self._context.troubles(edits)
 
     def requests(self, edits: Iterable[Edit]) -> list[Request]:
         """Edits as tokens, with the token at which the model would be edited.
@@ -337,7 +335,7 @@ class Editor:
         Raises:
             RequestError: an edit that cannot be made as written.
         """
-        return self._around.prepare(edits)
+        return self._context.prepare(edits)
 
     def edit(
         self, edits: Iterable[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
@@ -355,7 +353,8 @@ class Editor:
             on_batch: called with the records of each batch when it has been written.
 
         Returns:
-            A record per edit, in order. Look at `converged`: an edit whose search fell short is made all the same.
+            A record per edit, in order, with what the model does after its batch. Look at `success`: an edit that the
+            model does not state is kept, unless `unconverged` says otherwise.
 
         Raises:
             RequestError: an edit that cannot be made as written; nothing was changed.
@@ -363,28 +362,33 @@ class Editor:
             ResourceError: there is less memory than the work takes.
             RLSEditError: a batch failed; it changed nothing.
         """
-        requests = self._around.prepare(edits)
+        requests = self._context.prepare(edits)
         made: list[EditRecord] = []
-        teller, fresh = self._teller, self._teller.layers is None
+        session, fresh = self._session, self._session.layers is None
         with quiet(self.model):
             if fresh:
                 self._start(requests[:PILOT])
-            before = teller.progress.writes
+            before = session.progress.writes
             try:
-                for records in teller.stream(requests):
+                for records in session.stream(requests):
                     made += records
                     if on_batch is not None:
                         on_batch(records)
             except BaseException as error:
-                if teller.progress.writes == before:
+                if session.progress.writes == before:
                     if fresh:
                         self._forget_start()
                 elif isinstance(error, RLSEditError):
                     raise type(error)(f"{error}\nThe first {len(made)} of {len(requests)} edits are made.") from error
                 raise
-        made = teller.ledger.get([record.id for record in made])
-        if short := sum(not record.converged and record.state == "active" for record in made):
-            logger.warning("%d of %d edits were made though their search fell short; see `converged`", short, len(made))
+        made = session.ledger.get([record.id for record in made])
+        if failed := sum(not record.success and record.state == "active" for record in made):
+            logger.warning(
+                "%d of %d edits were written and the model does not state them; see `success`, and `search_converged` "
+                "for whether their search had found a value",
+                failed,
+                len(made),
+            )
         return made
 
     def select(
@@ -412,7 +416,7 @@ class Editor:
             InputError: nothing is given, something is given as what it is not, an id is not that of an active edit, or
                 no active edit fits.
         """
-        return self._teller.ledger.select(ids, subject=subject, last=last, since=since, until=until)
+        return self._session.ledger.select(ids, subject=subject, last=last, since=since, until=until)
 
     def undo(
         self,
@@ -451,8 +455,8 @@ class Editor:
         """
         gone = self.select(ids, subject=subject, last=last, since=since, until=until)
         with quiet(self.model):
-            self._teller.undo(gone)
-        return self._teller.ledger.get(gone)
+            self._session.undo(gone)
+        return self._session.ledger.get(gone)
 
     @overload
     def replace(self, ids: int, *, target: str) -> EditRecord: ...
@@ -501,10 +505,10 @@ class Editor:
             StoreError: the store cannot be written; nothing was changed.
         """
         gone = self.select(ids, subject=subject, last=last, since=since, until=until)
-        self._teller.check_kept("replace", gone)
-        requests = self._around.prepare([replace(edit, target=target) for edit in self._teller.ledger.edits(gone)])
+        self._session.check_kept("replace", gone)
+        requests = self._context.prepare([replace(edit, target=target) for edit in self._session.ledger.edits(gone)])
         with quiet(self.model):
-            records = self._teller.tell(requests, replaced=gone)
+            records = self._session.apply_batch(requests, replaced=gone)
         return records[0] if isinstance(ids, Integral) else records
 
     def consolidate(self) -> int:
@@ -522,15 +526,15 @@ class Editor:
             PriorError: a precision is not positive definite in float64.
             StoreError: the store cannot be written; nothing was changed.
         """
-        if self._teller.layers is None:
+        if self._session.layers is None:
             raise InputError("consolidate(): nothing has been edited yet")
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
-        self._teller.rebuild()
+        self._session.rebuild()
         if self._recorder is None:
             return 0
         try:
             self._recorder.store.compact()
-            self._recorder.snapshot(self._teller.layers, self._teller.progress)
+            self._recorder.snapshot(self._session.layers, self._session.progress)
         except (StoreError, RuntimeError, MemoryError) as error:
             logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
         return before - sum(self._recorder.store.sizes().values())
@@ -568,9 +572,9 @@ class Editor:
             )
         return assess(
             self.history(),
-            self._teller.progress.trace,
+            self._session.progress.trace,
             layers,
-            batches=self._teller.progress.batches,
+            batches=self._session.progress.batches,
             adherence=adherence_asked(self.config, anchored=any(prior.mu for prior in self.priors)),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
@@ -578,7 +582,7 @@ class Editor:
 
     def history(self) -> list[EditRecord]:
         """Every edit that was made, oldest first, with what became of it."""
-        return self._teller.ledger.records
+        return self._session.ledger.records
 
     def deviation(self) -> list[LayerDeviation]:
         """How far each edited layer has gone, and the bound on it; nothing before the first edit.
@@ -637,30 +641,33 @@ class Editor:
             ModelError: see `changes`; nothing is written.
         """
         base = str(getattr(self.model.config, "_name_or_path", ""))
-        writes = max(1, self._teller.progress.writes)
+        writes = max(1, self._session.progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
 
     @property
     def _edited(self) -> list[tuple[Projection, LayerState]]:
         """The projections with their states; nothing before calibration or the first edit."""
-        layers = self._teller.layers
-        return list(zip(self._around.projections, layers.states, strict=True)) if layers else []
+        layers = self._session.layers
+        return list(zip(self._context.projections, layers.states, strict=True)) if layers else []
 
     def _check_attached(self) -> None:
         """Raises ModelError where an edited weight is not what the states say."""
-        if self._teller.layers:
-            self._teller.layers.check_attached()
+        if self._session.layers:
+            self._session.layers.check_attached()
 
     def _start(self, pilot: Sequence[Request]) -> None:
         """Fresh states under priors chosen on the pilot."""
         memory.check(self.memory())
-        keys = self._around.request_keys(_one_per_subject(pilot))
-        if self._moments is None:
+        moments = self._moments_held()
+        if moments is None:
             logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
-        priors = choose_priors(self.config, self._moments, keys)
+        needed = needs_pilot(self.config, anchored=moments is not None)
+        tried = self._pilot(pilot) if needed else None
+        priors = choose_priors(self.config, self._moments, len(self.layers), tried)
+        del tried  # the factors that it holds would crowd the states
         layers = EditedLayers(
-            self._around.site,
-            self._around.projections,
+            self._context.site,
+            self._context.projections,
             priors,
             delay=self.config.delay,
             keys=self.config.keys,
@@ -675,10 +682,19 @@ class Editor:
         self._norms = [Norms.of(state.original, state.prior) for state in layers.states]
         if self._recorder:
             self._recorder.begin(priors, held, prompts, [asdict(norms) for norms in self._norms])
-        self._teller.layers, self._teller.progress.protected = layers, prompts
+        self._session.layers, self._session.progress.protected = layers, prompts
+
+    def _moments_held(self) -> list[Tensor] | None:
+        """The anchors' moments, where they hold anything."""
+        return None if self.config.mu == 0 else self._moments
+
+    def _pilot(self, requests: Sequence[Request]) -> Pilot:
+        """A pilot of requests, with their values searched in the unedited model."""
+        pilot = _one_per_subject(requests)
+        return Pilot(self._context, self._moments_held(), pilot, self._session.search_pilot(pilot))
 
     def _forget_start(self) -> None:
-        self._teller.layers, self._norms, self._teller.progress.protected = None, [], []
+        self._session.layers, self._norms, self._session.progress.protected = None, [], []
         if self._recorder:
             self._recorder.forget_start()
 

@@ -1,4 +1,4 @@
-"""What is asked for, and what became of it."""
+"""Edits as they are requested, and records of what the model does after them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weight_trouble(weight: object) -> str | None:
 
 @dataclass(frozen=True)
 class Edit:
-    """One fact to be told to a model.
+    """One fact that a model is to state.
 
     Attributes:
         prompt: a text that the target continues, with `{}` where the subject stands.
@@ -61,12 +61,14 @@ class EditRecord:
         weight: as asked for.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: never made, since its search fell short.
         batch: which batch it was in, from 1.
-        converged: whether the value search reached its stopping rule: the target ranked first and its NLL low enough.
-        nll: mean negative log-likelihood of the target's tokens (nats) under the value found, before it was written.
-        rank: of the target's tokens under that value, the worst one's over all contexts; 1 is first.
-        steps: optimiser steps that the value search took.
-        realised: share of the wanted change at the edited layers that the write realised; the rest is the price of
-            what is held.
+        search_converged: whether the value search reached its stopping rule.
+        search_nll: mean NLL of the target's tokens under the value that the search found, nats, the worst context's.
+        search_rank: of the target's tokens under that value, the worst one's over all contexts; 1 is first.
+        search_steps: optimizer steps of the search.
+        realized: share of the wanted change that arrived at the edited state, measured in the model after the write:
+            `1 - ||arrived - wanted|| / ||wanted||` at the bare prompt. 0 for a skipped edit.
+        nll: mean NLL of the target's tokens behind the bare prompt after the write, nats.
+        rank: of the target's tokens behind the bare prompt after the write, the worst one's; 1 is first.
         name: as asked for.
         joint_with: ids of the other active edits of the same subject, with which it shares one value.
     """
@@ -79,10 +81,17 @@ class EditRecord:
     weight: float
     state: EditState
     batch: int
-    converged: bool
+    search_converged: bool
+    search_nll: float
+    search_rank: int
+    search_steps: int
+    realized: float
     nll: float
     rank: int
-    steps: int
-    realised: float
     name: str | None = None
     joint_with: tuple[int, ...] = ()
+
+    @property
+    def success(self) -> bool:
+        """Whether the model stated the target after the write: each of its tokens ranked first (`rank == 1`)."""
+        return self.rank == 1

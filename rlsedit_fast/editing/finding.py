@@ -120,5 +120,5 @@ class Finder:
         if not self._config.norm_anchor:
             return values
         # The first values of an editor are searched on the unedited model.
-        self._norm = self._norm or float((values.start + values.delta).norm(dim=1).mean())
+        self._norm = self._norm or float(values.goal[:, 0].norm(dim=1).mean())
         return values.scaled_to(self._norm)

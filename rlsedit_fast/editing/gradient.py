@@ -72,7 +72,7 @@ def gradient_values(
     def look(part: list[int], local: list[list[int]]) -> tuple[Rows, Tensor, Tensor, Tensor]:
         facts, _, start = gather(site, [requests[i] for i in part])
         group = group_of(local, start.device)
-        delta = torch.zeros(len(local), start.shape[1], device=start.device, requires_grad=True)
+        delta = torch.zeros(len(local), start.shape[-1], device=start.device, requires_grad=True)
         with site.resumed() as forward:
             fit = fit_of(forward, facts, delta[group], len(part))
             (gradient,) = torch.autograd.grad(fit.nll.sum(), delta)
@@ -86,14 +86,14 @@ def gradient_values(
     found = []
     for facts, start, group, gradient in looks:
         here, rest = rest.split([len(gradient), len(rest) - len(gradient)])
-        norm = mean_by(group, start.norm(dim=1), len(here))
+        norm = mean_by(group, start[:, 0].norm(dim=1), len(here))
         delta = (rate * norm[:, None] * here)[group]
         with site.resumed() as forward, torch.no_grad():
             fit = fit_of(forward, facts, delta, len(start))
         found.append((delta, start, fit.worst, fit.rank))
     delta, start, worst, rank = (torch.cat(parts) for parts in zip(*found, strict=True))
     stop = Stop(replace(config, search_stop_steps=1), len(rank), rank.device)  # there is one look
-    met = stop.met(rank, worst, worst + config.weight_decay * delta.norm(dim=1) / start.norm(dim=1).square())
+    met = stop.met(rank, worst, worst + config.weight_decay * delta.norm(dim=1) / start[:, 0].norm(dim=1).square())
     values = Values(delta, start, worst, rank, stop.reached(met, rank), torch.ones_like(rank))
     return Values.joined([values], order), at_once, scale
 

@@ -30,20 +30,20 @@ def request_keys(
     *,
     output_of: nn.Module | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Each request's keys, averaged over its contexts, for all layers at once.
+    """The keys of requests at their lookup tokens, in each of their contexts, for several layers in one pass.
 
-    What the requests' contexts begin with in common is run once, rows of like length share a pass, and no pass goes
-    further than it must.
+    Tokens that all requests' contexts begin with are run once, rows of similar length share a forward pass, and no
+    pass runs deeper than it must.
 
     Args:
         decoder: the model, in evaluation mode.
-        projections: the layers wanted.
-        requests: at least one.
-        output_of: a block, or the deepest of `projections`, whose output at the bare prompt's lookup token is wanted
-            too; nothing of the model lies between it and the deepest of them.
+        projections: the layers to read.
+        requests: at least one; all have the same number of contexts, the bare prompt first.
+        output_of: a block, or the deepest of `projections`, whose output at the lookup tokens is returned as well. No
+            module may run between it and the deepest projection.
 
     Returns:
-        `([K [n, d_k] per projection], output [n, d] or None)`, float32.
+        `([K [n, contexts, d_k] per projection], output [n, contexts, d] or None)`, float32.
     """
     contexts = len(requests[0].contexts)
     rows = [row for request in requests for row in request.contexts]
@@ -66,13 +66,12 @@ def request_keys(
         whole = torch.cat(list(parts))
         return whole[back.to(whole.device)].unflatten(0, (len(requests), contexts))
 
-    averaged = [by_request(parts).mean(1) for parts in zip(*keys, strict=True)]
     seen = [output.float() for output in outputs if output is not None]
-    return averaged, by_request(seen)[:, 0] if seen else None
+    return [by_request(parts) for parts in zip(*keys, strict=True)], by_request(seen) if seen else None
 
 
 def _shared_prefixes(requests: Sequence[Request]) -> list[int]:
-    """How many tokens of every context row, in order, all requests have in common there; 0 where that saves little."""
+    """For every context row, in order, how many leading tokens all requests share; 0 where sharing saves little."""
     cuts, saved, total = [], 0, 0
     for rows in zip(*(request.contexts for request in requests), strict=True):
         most = min(row.lookup for row in rows)

@@ -1,4 +1,4 @@
-"""What was told and what became of it: the records that a user sees, and the rows that removal needs."""
+"""The edits that were made and what became of them: the records that a user sees, and the rows that removal needs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
-from rlsedit_fast.editing.layers import Told
+from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.requests import Request, asked, shared_subject
 from rlsedit_fast.errors import InputError
 
 
 @dataclass(frozen=True)
-class Telling:
+class TransactionRecord:
     """What one transaction did: it is entered here, and journalled, whole.
 
     Attributes:
         gone: ids of active edits that were taken out.
         outcome: what became of them.
-        again: ids of active edits that were taken out and told anew.
+        again: ids of active edits that were taken out and written again.
         rebuilt: per layer, whether the taking out was a rebuild; empty where nothing was taken out.
         edits: the new ones, as asked for.
         records: the new edits' records, in the same order.
-        retold: the new records of `again`.
-        told: what was written, by id, in the order written; without the edits that were skipped.
+        rewritten: the new records of `again`.
+        rows: what was written, by id, in the order written; without the edits that were skipped.
     """
 
     gone: tuple[int, ...] = ()
@@ -38,22 +38,22 @@ class Telling:
     rebuilt: tuple[bool, ...] = ()
     edits: tuple[Edit, ...] = ()
     records: tuple[EditRecord, ...] = ()
-    retold: tuple[EditRecord, ...] = ()
-    told: Mapping[int, Told] | None = None
+    rewritten: tuple[EditRecord, ...] = ()
+    rows: Mapping[int, EditRows] | None = None
 
 
 @dataclass(frozen=True)
-class Written:
+class BatchResult:
     """What was written of a batch, by place in it.
 
     Attributes:
-        told: the rows of those that were written.
-        said: of each, in the fields of its record.
+        rows: the rows of those that were written.
+        figures: of each, fields of its record.
         groups: those that share a value.
     """
 
-    told: Mapping[int, Told]
-    said: Sequence[Mapping[str, Any]]
+    rows: Mapping[int, EditRows]
+    figures: Sequence[Mapping[str, Any]]
     groups: Sequence[Sequence[int]]
 
 
@@ -70,9 +70,9 @@ class Ledger:
         self._records: list[EditRecord] = []
         self._edits: dict[int, Edit] = {}  # the active ones, in the order of their ids
         self._requests: dict[int, Request] = {}  # of active edits that were asked for
-        self._told: dict[int, Told] = {}  # of active edits, unless nothing is kept
-        self._asking: dict[str, set[int]] = defaultdict(set)  # active edits by what they ask
-        self._about: dict[str, set[int]] = defaultdict(set)  # and by the subject whose change they share
+        self._rows: dict[int, EditRows] = {}  # of active edits, unless nothing is kept
+        self._by_prompt: dict[str, set[int]] = defaultdict(set)  # active edits by what they ask
+        self._by_subject: dict[str, set[int]] = defaultdict(set)  # and by the subject whose change they share
 
     def __len__(self) -> int:
         return len(self._records)
@@ -159,46 +159,46 @@ class Ledger:
             self._requests.update(zip(lacking, self._ready(self.edits(lacking)), strict=True))
         return [self._requests[i] for i in ids]
 
-    def told(self, ids: Sequence[int]) -> list[Told]:
+    def rows(self, ids: Sequence[int]) -> list[EditRows]:
         """The rows of active edits."""
-        return [self._told[i] for i in ids]
+        return [self._rows[i] for i in ids]
 
-    def but(self, ids: Collection[int]) -> list[Told]:
+    def rows_except(self, ids: Collection[int]) -> list[EditRows]:
         """The rows of all active edits but these."""
-        return [self._told[i] for i in self._edits if i not in ids]
+        return [self._rows[i] for i in self._edits if i not in ids]
 
-    def asking(self, requests: Sequence[Request]) -> list[int]:
+    def ids_by_prompt(self, requests: Sequence[Request]) -> list[int]:
         """Active edits that ask what one of the requests asks."""
-        return sorted(set().union(*(self._asking.get(request.asks, ()) for request in requests)))
+        return sorted(set().union(*(self._by_prompt.get(request.asks, ()) for request in requests)))
 
-    def about(self, requests: Sequence[Request]) -> list[int]:
+    def ids_by_subject(self, requests: Sequence[Request]) -> list[int]:
         """Active edits that share their subject's change with one of the requests, or would."""
         subjects = {request.about for request in requests if request.about is not None}
-        return sorted(set().union(*(self._about.get(subject, ()) for subject in subjects)))
+        return sorted(set().union(*(self._by_subject.get(subject, ()) for subject in subjects)))
 
     def get(self, ids: Sequence[int]) -> list[EditRecord]:
         """The records of these edits."""
         return [self._records[i - 1] for i in ids]
 
-    def telling(
+    def transaction(
         self,
         requests: Sequence[Request],
-        written: Written,
+        written: BatchResult,
         *,
         again: Sequence[int],
         time: datetime,
         batch: int,
         **taken_out: Any,
-    ) -> Telling:
+    ) -> TransactionRecord:
         """What was done, with the records that come of it; nothing is entered yet.
 
         Args:
             requests: the new edits.
             written: what was written of these and then of `again`.
-            again: ids of active edits that were told anew.
+            again: ids of active edits that were written again.
             time: of the new records.
             batch: number of the new edits' batch.
-            **taken_out: the fields of `Telling` that say what was taken out.
+            **taken_out: the fields of `TransactionRecord` that say what was taken out.
         """
         first = len(self) + 1
         ids = [*range(first, first + len(requests)), *again]
@@ -213,60 +213,60 @@ class Ledger:
                 subject=request.edit.subject,
                 target=request.edit.target,
                 weight=request.edit.weight,
-                state="active" if at in written.told else "skipped",
+                state="active" if at in written.rows else "skipped",
                 batch=batch,
                 name=request.edit.name,
                 joint_with=partners.get(at, ()),
-                **written.said[at],
+                **written.figures[at],
             )
             for at, request in enumerate(requests)
         ]
-        retold = [
-            replace(record, joint_with=partners[at], **written.said[at])
+        rewritten = [
+            replace(record, joint_with=partners[at], **written.figures[at])
             for at, record in enumerate(self.get(again), start=len(requests))
         ]
-        return Telling(
+        return TransactionRecord(
             again=tuple(again),
             edits=tuple(request.edit for request in requests),
             records=tuple(records),
-            retold=tuple(retold),
-            told={ids[at]: rows for at, rows in written.told.items()},
+            rewritten=tuple(rewritten),
+            rows={ids[at]: rows for at, rows in written.rows.items()},
             **taken_out,
         )
 
-    def enter(self, telling: Telling) -> None:
+    def enter(self, transaction: TransactionRecord) -> None:
         """Enters what a transaction did."""
-        kept = telling.told or {}
-        for i in telling.gone:
-            self._records[i - 1] = replace(self._records[i - 1], state=telling.outcome, joint_with=())
+        kept = transaction.rows or {}
+        for i in transaction.gone:
+            self._records[i - 1] = replace(self._records[i - 1], state=transaction.outcome, joint_with=())
             self._forget(i)
-        for edit, record in zip(telling.edits, telling.records, strict=True):
+        for edit, record in zip(transaction.edits, transaction.records, strict=True):
             self.enter_one(edit, record, kept.get(record.id))
-        for record in telling.retold:
+        for record in transaction.rewritten:
             self._records[record.id - 1] = record
             self._keep(record.id, kept.get(record.id))
 
-    def enter_one(self, edit: Edit, record: EditRecord, told: Told | None) -> None:
+    def enter_one(self, edit: Edit, record: EditRecord, rows: EditRows | None) -> None:
         """Enters an edit with what has become of it so far."""
         self._records.append(record)
         if record.state == "active":
             self._edits[record.id] = edit
-            self._asking[asked(edit)].add(record.id)
+            self._by_prompt[asked(edit)].add(record.id)
             if (subject := shared_subject(edit, self._config)) is not None:
-                self._about[subject].add(record.id)
-            self._keep(record.id, told)
+                self._by_subject[subject].add(record.id)
+            self._keep(record.id, rows)
 
-    def _keep(self, identity: int, told: Told | None) -> None:
-        if told is not None and self._config.keys is not None:
-            self._told[identity] = told
+    def _keep(self, identity: int, rows: EditRows | None) -> None:
+        if rows is not None and self._config.keys is not None:
+            self._rows[identity] = rows
 
     def _forget(self, identity: int) -> None:
         edit = self._edits.pop(identity)
-        self._told.pop(identity, None)
+        self._rows.pop(identity, None)
         self._requests.pop(identity, None)
-        self._asking[asked(edit)].discard(identity)
+        self._by_prompt[asked(edit)].discard(identity)
         if (subject := shared_subject(edit, self._config)) is not None:
-            self._about[subject].discard(identity)
+            self._by_subject[subject].discard(identity)
 
 
 def _is_whole(value: object) -> bool:

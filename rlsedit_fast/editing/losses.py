@@ -117,7 +117,7 @@ class Kept:
 
 
 def gather(site: Site, requests: Sequence[Request]) -> tuple[Rows, Rows, Tensor]:
-    """A batch's rows with targets, its KL prompts, and the state `[n, d]`, float32, at each bare prompt's lookup token.
+    """A batch's rows with targets, its KL prompts, and the states `[n, contexts, d]`, float32, at the lookup tokens.
 
     Rows with targets are in the requests' order, a bare prompt before its other contexts.
     """
@@ -140,9 +140,8 @@ def gather(site: Site, requests: Sequence[Request]) -> tuple[Rows, Rows, Tensor]
                 asked[at, row.prompt_length - 1 - cut : len(row.ids) - 1 - cut] = torch.tensor(row.target)
         parts.append((Rows(part, seen.below, owner.to(device), lookup.to(device), asked.to(device)), seen.state))
     (fact_rows, states), (kept_rows, _) = parts
-    bare = torch.tensor([at for at, (i, _) in enumerate(facts) if not at or facts[at - 1][0] != i])
-    bare = bare.to(states.device)
-    return fact_rows, kept_rows, states[bare, fact_rows.lookup[bare]].float()
+    every = torch.arange(len(facts), device=states.device)
+    return fact_rows, kept_rows, states[every, fact_rows.lookup].float().unflatten(0, (len(requests), -1))
 
 
 def fit_of(forward: Forward, facts: Rows, delta: Tensor, count: int) -> Fit:
@@ -156,19 +155,31 @@ def fit_of(forward: Forward, facts: Rows, delta: Tensor, count: int) -> Fit:
     """
     row, at = (facts.asked >= 0).nonzero(as_tuple=True)
     logits = forward(facts.batch, facts.below, facts.lookup, delta[facts.owner], row, at)
-    scores = logits.to(delta.device, torch.float32).log_softmax(-1)
-    wanted = facts.asked[row, at]
+    return fit_from(logits.to(delta.device), row, facts.asked[row, at], facts.owner, count)
+
+
+def fit_from(logits: Tensor, row: Tensor, wanted: Tensor, owner: Tensor, count: int) -> Fit:
+    """How well logits predict target tokens.
+
+    Args:
+        logits: `[m, vocabulary]`, at the tokens that predict target tokens; those of a row are adjacent.
+        row: the row of each, `[m]`.
+        wanted: the target token of each, `[m]`.
+        owner: the request of each row, `[rows]`.
+        count: of requests.
+    """
+    scores = logits.float().log_softmax(-1)
     token_nll = -scores.gather(1, wanted[:, None])[:, 0]
-    row_nll = mean_by(row, token_nll, len(facts.owner))
+    row_nll = mean_by(row, token_nll, len(owner))
     with torch.no_grad():
-        worst = row_nll.new_zeros(count).scatter_reduce(0, facts.owner, row_nll, "amax")
+        worst = row_nll.new_zeros(count).scatter_reduce(0, owner, row_nll, "amax")
         # Greedy decoding takes the first of equals.
         ahead = (scores > -token_nll[:, None]) | ((scores == -token_nll[:, None]) & _before(wanted, scores.shape[1]))
-        rank = torch.ones(count, dtype=torch.long, device=delta.device)
-        rank = rank.scatter_reduce(0, facts.owner[row], ahead.sum(-1) + 1, "amax")
-        first = torch.searchsorted(facts.owner[row], torch.arange(count, device=row.device)).clamp_max(len(row) - 1)
+        rank = torch.ones(count, dtype=torch.long, device=scores.device)
+        rank = rank.scatter_reduce(0, owner[row], ahead.sum(-1) + 1, "amax")
+        first = torch.searchsorted(owner[row], torch.arange(count, device=row.device)).clamp_max(len(row) - 1)
         said = scores[first].argmax(-1)
-    return Fit(mean_by(facts.owner, row_nll, count), worst, rank, said)
+    return Fit(mean_by(owner, row_nll, count), worst, rank, said)
 
 
 def _before(token: Tensor, vocabulary: int) -> Tensor:

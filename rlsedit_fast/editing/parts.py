@@ -74,7 +74,8 @@ def fitting(site: Site, requests: Sequence[Request], budget: int) -> int:
     Found by looking once at that one alone, and counting what is kept for going back.
     """
     longest = max(requests, key=lambda request: sum(len(row.ids) for row in (*request.contexts, *request.kl)))
-    facts, held, start = gather(site, [longest])
+    facts, held, states = gather(site, [longest])
+    start = states[:, 0]
     delta = torch.zeros_like(start, requires_grad=True)
     model = site.decoder.model
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -56,6 +56,8 @@ class Preset:
             batch_size=100,
             fact_token="subject_last",
             share="memit",
+            key_rows="mean",
+            refine=0,
             lam=0.0,
             mu=math.sqrt(self.moment_weight),
             search_descent="adam",

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.layers import EditedLayers, Told
-from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.progress import Progress
-from rlsedit_fast.editing.written import PROTECT, REBUILD, START, TELL, asked_of, entered, record_text, tensors_of
+from rlsedit_fast.editing.written import EDIT, PROTECT, REBUILD, START, asked_of, entered, record_text, tensors_of
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior, RLSState
@@ -51,7 +51,7 @@ class Recorder:
     def begin(
         self,
         priors: Sequence[Prior],
-        protected: Sequence[Sequence[Told]],
+        protected: Sequence[Sequence[EditRows]],
         prompts: Sequence[str],
         norms: Sequence[Mapping[str, Any]],
     ) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         self._start = Change(START, about, held)
 
     def forget_start(self) -> None:
-        """The layers that `begin` told of were not kept."""
+        """The layers that `begin` described were not kept."""
         self._start = None
 
     def write_start(self) -> None:
@@ -81,23 +81,26 @@ class Recorder:
                 self.abort()
                 raise
 
-    def tell(self, telling: Telling, progress: Progress, objective: Sequence[float], active: int) -> None:
-        """Prepares a telling, with the progress and the objective that it leads to."""
-        told = telling.told or {}
+    def record(
+        self, transaction: TransactionRecord, progress: Progress, objective: Sequence[float], active: int
+    ) -> None:
+        """Prepares a transaction, with the progress and the objective that it leads to."""
+        rows = transaction.rows or {}
         about = {
-            "gone": telling.gone,
-            "outcome": telling.outcome,
-            "again": telling.again,
-            "rebuilt": telling.rebuilt,
-            "made": [entered(*pair) for pair in zip(telling.edits, telling.records, strict=True)],
-            "retold": [record_text(record) for record in telling.retold],
-            "told": list(told),
+            "gone": transaction.gone,
+            "outcome": transaction.outcome,
+            "again": transaction.again,
+            "rebuilt": transaction.rebuilt,
+            "made": [entered(*pair) for pair in zip(transaction.edits, transaction.records, strict=True)],
+            "rewritten": [record_text(record) for record in transaction.rewritten],
+            "written": list(rows),
+            "rows": [len(one) for one in rows.values()],
             **_progress(progress, objective, active),
         }
-        tensors = tensors_of(list(told.values()), "", halved=self._config.keys == "fp16") | _scale(progress)
-        self._prepare([Change(TELL, about, tensors)])
+        tensors = tensors_of(list(rows.values()), "", halved=self._config.keys == "fp16") | _scale(progress)
+        self._prepare([Change(EDIT, about, tensors)])
 
-    def protect(self, rows: Sequence[Told], prompts: Sequence[str]) -> None:
+    def protect(self, rows: Sequence[EditRows], prompts: Sequence[str]) -> None:
         """Prepares the protection of the rows of prompts."""
         about = {"weights": [row.weight for row in rows], "prompts": list(prompts)}
         self._prepare([Change(PROTECT, about, tensors_of(rows, "protected."))])
@@ -105,7 +108,7 @@ class Recorder:
     def rebuild(
         self,
         ledger: Ledger,
-        protected: Sequence[Told],
+        protected: Sequence[EditRows],
         progress: Progress,
         objective: Sequence[float],
     ) -> None:
@@ -114,13 +117,14 @@ class Recorder:
         edits = dict(zip(active, ledger.edits(active), strict=True))
         about = {
             "history": [entered(edits.get(record.id) or asked_of(record), record) for record in ledger.records],
-            "told": active,
+            "written": active,
+            "rows": [len(one) for one in ledger.rows(active)],
             "weights": [row.weight for row in protected],
             "prompts": progress.protected,
             "trace": [[point.edits, point.objective] for point in progress.trace],
             **_progress(progress, objective, len(active)),
         }
-        tensors = tensors_of(ledger.told(active), "", halved=self._config.keys == "fp16")
+        tensors = tensors_of(ledger.rows(active), "", halved=self._config.keys == "fp16")
         tensors |= tensors_of(protected, "protected.") | _scale(progress)
         self._prepare([Change(REBUILD, about, tensors)])
 

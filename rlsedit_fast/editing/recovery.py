@@ -12,22 +12,22 @@ from torch import Tensor
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord
 from rlsedit_fast.editing.gradient import GradientScale
-from rlsedit_fast.editing.layers import EditedLayers, Told
-from rlsedit_fast.editing.ledger import Ledger, Telling
+from rlsedit_fast.editing.inspection import ModelContext
+from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
-from rlsedit_fast.editing.surroundings import Surroundings
 from rlsedit_fast.editing.written import (
+    EDIT,
     FIXED,
     PROTECT,
     REBUILD,
-    TELL,
     config_of,
     made_of,
     rows_of,
     settings_of,
-    telling_of,
+    transaction_of,
 )
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.rls import Prior, Saved
@@ -68,8 +68,8 @@ def read_ledger(store: Store) -> tuple[Ledger, Progress]:
     for entry in _needed(store.entries):
         if entry.kind == REBUILD:
             _enter_history(ledger, entry, {})
-        elif entry.kind == TELL:
-            ledger.enter(telling_of(entry))
+        elif entry.kind == EDIT:
+            ledger.enter(transaction_of(entry))
         _take_up_progress(progress, entry, {})
     return ledger, progress
 
@@ -112,7 +112,7 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
         )
 
 
-def recover(store: Store, around: Surroundings, ledger: Ledger, progress: Progress) -> EditedLayers | None:
+def recover(store: Store, around: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
     """Brings layers, ledger and progress to where the store is: the newest whole snapshot, and what came after it.
 
     The model's edited weights are the original ones, and are so again if this raises.
@@ -136,7 +136,7 @@ def recover(store: Store, around: Surroundings, ledger: Ledger, progress: Progre
 
 
 class _Recovery:
-    def __init__(self, store: Store, around: Surroundings, ledger: Ledger, progress: Progress) -> None:
+    def __init__(self, store: Store, around: ModelContext, ledger: Ledger, progress: Progress) -> None:
         self._store, self._config, self._ledger, self._progress = store, around.config, ledger, progress
         self._site, self._projections = around.site, around.projections
 
@@ -152,8 +152,8 @@ class _Recovery:
             done = entry.seq <= reached
             wanted = not done or (self._config.keys is not None and self._has_needed(entry, alive))
             tensors = self._read(entry, done) if wanted else {}
-            if entry.kind == TELL:
-                self._tell(layers, entry, tensors, done)
+            if entry.kind == EDIT:
+                self._edit(layers, entry, tensors, done)
             elif entry.kind == PROTECT and wanted:
                 rows = self._rows(tensors, "protected.", entry.about["weights"])
                 if done:
@@ -192,37 +192,41 @@ class _Recovery:
                     layers.hold(rows)
         return layers
 
-    def _tell(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
-        telling, ledger = telling_of(entry), self._ledger
-        weights = _weights(telling, ledger)
-        rows = self._rows(tensors, "", [weights[i] for i in entry.about["told"]]) if tensors else []
-        telling = replace(telling, told=dict(zip(entry.about["told"], rows, strict=True)) if rows else {})
+    def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+        transaction, ledger, ids = transaction_of(entry), self._ledger, entry.about["written"]
+        weights = _weights(transaction, ledger)
+        rows = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"]) if tensors else []
+        transaction = replace(transaction, rows=dict(zip(ids, rows, strict=True)) if rows else {})
         if not done:
             with layers.transaction():
-                out = [*telling.gone, *telling.again]
+                out = [*transaction.gone, *transaction.again]
                 if out:
-                    layers.remove(ledger.told(out), ledger.but(set(out)), telling.rebuilt)
+                    layers.remove(ledger.rows(out), ledger.rows_except(set(out)), transaction.rebuilt)
                 if rows:
                     layers.update(rows)
-        ledger.enter(telling)
+        ledger.enter(transaction)
 
     def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
         weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
-        told: dict[int, Told] = {}
+        rows: dict[int, EditRows] = {}
         if tensors:
-            ids = entry.about["told"]
-            told = dict(zip(ids, self._rows(tensors, "", [weights[i] for i in ids]), strict=True))
+            ids = entry.about["written"]
+            found = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"])
+            rows = dict(zip(ids, found, strict=True))
             layers.protect_only(self._rows(tensors, "protected.", entry.about["weights"]))
-        _enter_history(self._ledger, entry, told)
+        _enter_history(self._ledger, entry, rows)
         if not done:
             with layers.transaction():
-                layers.rebuild(self._ledger.told(self._ledger.active))
+                layers.rebuild(self._ledger.rows(self._ledger.active))
 
-    def _rows(self, tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float]) -> list[Told]:
-        return rows_of(tensors, prefix, weights, self._projections)
+    def _rows(
+        self, tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float], counts: Sequence[int] | None = None
+    ) -> list[EditRows]:
+        """Rows of edits, or protected ones, of which each stands alone."""
+        return rows_of(tensors, prefix, weights, [1] * len(weights) if counts is None else counts, self._projections)
 
     def _has_needed(self, entry: Entry, alive: set[int]) -> bool:
-        return entry.kind in (PROTECT, REBUILD) or bool(alive.intersection(entry.about["told"]))
+        return entry.kind in (PROTECT, REBUILD) or bool(alive.intersection(entry.about["written"]))
 
     def _read(self, entry: Entry, done: bool) -> dict[str, Tensor]:
         try:
@@ -247,23 +251,23 @@ def _alive(entries: Sequence[Entry]) -> set[int]:
     alive: set[int] = set()
     for entry in entries:
         about = entry.about
-        if entry.kind == TELL:
-            alive |= set(about["told"])
+        if entry.kind == EDIT:
+            alive |= set(about["written"])
             alive -= set(about["gone"])
         elif entry.kind == REBUILD:
-            alive = set(about["told"])
+            alive = set(about["written"])
     return alive
 
 
-def _weights(telling: Telling, ledger: Ledger) -> dict[int, float]:
-    weights = {record.id: record.weight for record in telling.records}
-    return weights | {i: ledger.edit(i).weight for i in telling.again}
+def _weights(transaction: TransactionRecord, ledger: Ledger) -> dict[int, float]:
+    weights = {record.id: record.weight for record in transaction.records}
+    return weights | {i: ledger.edit(i).weight for i in transaction.again}
 
 
-def _enter_history(ledger: Ledger, entry: Entry, told: Mapping[int, Told]) -> None:
+def _enter_history(ledger: Ledger, entry: Entry, rows: Mapping[int, EditRows]) -> None:
     for text in entry.about["history"]:
         edit, record = made_of(text)
-        ledger.enter_one(edit, record, told.get(record.id))
+        ledger.enter_one(edit, record, rows.get(record.id))
 
 
 def _saved(entry: Entry, held: Mapping[str, Tensor]) -> list[Saved]:
@@ -286,9 +290,9 @@ def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Te
     about = entry.about
     if entry.kind == PROTECT:
         progress.protected += about["prompts"]
-    elif entry.kind != TELL:
+    elif entry.kind != EDIT:
         progress.protected = list(about["prompts"])
-    if entry.kind not in (TELL, REBUILD):
+    if entry.kind not in (EDIT, REBUILD):
         return
     progress.batches, progress.writes = about["batches"], about["writes"]
     progress.time = datetime.fromisoformat(about["time"])

@@ -112,8 +112,10 @@ class Status:
         edits: how many edits are in each state.
         batches: how many were made.
         adherence: share of each edit that was to be realised; None where mu and lam were given instead.
-        realised: of the last `RECENT` active edits, the mean share that was; None without edits.
-        converged: of these, the share whose search reached its target.
+        realized: of the last `RECENT` active edits, the mean share of the wanted change that arrived at the edited
+            state, measured when each was written; None without edits.
+        success: of these, the share that the model stated after the write.
+        search_converged: of these, the share whose value search reached its stopping rule.
         layers: the edited ones.
         budget: the deviation that is allowed: of the outputs on the anchors, or of the weights where there are none.
         spent: the largest layer's share of it that its bound has reached.
@@ -126,8 +128,9 @@ class Status:
     edits: dict[str, int]
     batches: int
     adherence: float | None
-    realised: float | None
-    converged: float | None
+    realized: float | None
+    success: float | None
+    search_converged: float | None
     layers: list[LayerStatus]
     budget: float
     spent: float
@@ -164,8 +167,9 @@ def assess(
         raise InputError(f"budget={budget}: expected a finite number above 0, such as {DEFAULT_BUDGET}")
     counts = Counter(record.state for record in records)
     recent = [record for record in records if record.state == "active"][-RECENT:]
-    realised = sum(r.realised for r in recent) / len(recent) if recent else None
-    converged = sum(r.converged for r in recent) / len(recent) if recent else None
+    realized = sum(r.realized for r in recent) / len(recent) if recent else None
+    success = sum(r.success for r in recent) / len(recent) if recent else None
+    converged = sum(r.search_converged for r in recent) / len(recent) if recent else None
     spent = [_reached(layer) / budget for layer in layers]
     left = [edits_left(trace, at, layer, budget) for at, layer in enumerate(layers)]
     known = [count for count in left if count is not None]
@@ -173,8 +177,9 @@ def assess(
         edits={state: counts[state] for state in ("active", "undone", "replaced", "skipped")},
         batches=batches,
         adherence=adherence,
-        realised=realised,
-        converged=converged,
+        realized=realized,
+        success=success,
+        search_converged=converged,
         layers=list(layers),
         budget=budget,
         spent=max(spent, default=0.0),
@@ -238,14 +243,20 @@ def _warnings(status: Status) -> list[str]:
             f"about {status.edits_left} edits are left until the {what} can have moved by the budget of "
             f"{status.budget:g}: plan to train the facts in, or undo what is no longer needed"
         )
-    if status.adherence and status.realised is not None and status.realised < status.adherence - _FALLEN_SHORT:
+    if status.adherence and status.realized is not None and status.realized < status.adherence - _FALLEN_SHORT:
         told.append(
-            f"recent edits realise {status.realised:.2f} of what was wanted, {status.adherence:g} was asked for: the "
-            "layers are crowded with edits alike; undo what is no longer needed, or edit more layers in a new store"
+            f"of recent edits {status.realized:.2f} of the wanted change arrived, {status.adherence:g} was asked for: "
+            "the layers are full of similar edits; undo what is no longer needed, or edit more layers in a new store"
         )
-    if status.converged is not None and 1 - status.converged > _TOO_MANY_SHORT:
+    if status.search_converged is not None and 1 - status.search_converged > _TOO_MANY_SHORT:
         told.append(
-            f"the value search of {1 - status.converged:.0%} of recent edits fell short: raise search_steps or clamp"
+            f"the value search of {1 - status.search_converged:.0%} of recent edits fell short: raise search_steps or "
+            "clamp"
+        )
+    if status.success is not None and 1 - status.success > _TOO_MANY_SHORT:
+        told.append(
+            f"the model does not state {1 - status.success:.0%} of recent edits: see `success` in the history, and "
+            "apply these again, or raise the adherence in a new store"
         )
     if status.layers and what == "weights":
         told.append("no anchors: only the weights are held; name what the model is to go on doing in a new store")

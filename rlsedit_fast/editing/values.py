@@ -29,7 +29,7 @@ class Values:
 
     Attributes:
         delta: wanted change of the state at the site, `[n, d]`, float32; equal for requests of one group.
-        start: that state as it was, at the bare prompt's lookup token, `[n, d]`, float32.
+        start: that state before the change, in each context, `[n, contexts, d]`, float32; the bare prompt's is first.
         nll: mean NLL of each target under it, the worst context's, `[n]`, nats.
         rank: of each target's tokens under it, the worst one's of all contexts, `[n]`; 1 is first.
         converged: whether each reached the stopping rule together with its group, `[n]`, bool.
@@ -43,18 +43,23 @@ class Values:
     converged: Tensor
     steps: Tensor
 
+    @property
+    def goal(self) -> Tensor:
+        """The wanted states, `[n, contexts, d]`."""
+        return self.start + self.delta[:, None]
+
     def taken(self, requests: Sequence[int]) -> Values:
         """Those of some requests, in the order given."""
         return Values(**{field.name: getattr(self, field.name)[list(requests)] for field in fields(self)})
 
     def scaled_to(self, norm: float) -> Values:
-        """Those with every wanted state `start + delta` scaled to one norm (Liu et al. 2026, arXiv 2602.02543).
+        """Those with the bare prompt's wanted state scaled to one norm (Liu et al. 2026, arXiv 2602.02543).
 
         What they say of the search (`nll`, `rank`, `converged`) is from before the scaling.
         """
-        wanted = self.start + self.delta
+        wanted = self.goal[:, 0]
         length = wanted.norm(dim=1, keepdim=True).clamp_min(torch.finfo(wanted.dtype).tiny)
-        return replace(self, delta=wanted * (norm / length) - self.start)
+        return replace(self, delta=wanted * (norm / length) - self.start[:, 0])
 
     @staticmethod
     def joined(parts: Sequence[Values], places: Sequence[int]) -> Values:
@@ -83,13 +88,14 @@ def search_values(
     """
     groups = groups or [[i] for i in range(len(requests))]
     facts, held, start = gather(site, requests)
+    bare = start[:, 0]
     group = group_of(groups, start.device)
-    norm = mean_by(group, start.norm(dim=1), len(groups))
+    norm = mean_by(group, bare.norm(dim=1), len(groups))
     energy = norm.square().clamp_min(torch.finfo(norm.dtype).tiny)
-    delta = torch.zeros(len(groups), start.shape[1], device=start.device, requires_grad=True)
+    delta = torch.zeros(len(groups), start.shape[-1], device=start.device, requires_grad=True)
     stop = Stop(config, len(requests), start.device)
     descent = _descent(config, delta, norm, stop.nll)
-    found = torch.zeros_like(start)
+    found = torch.zeros_like(bare)
     nll = torch.full((len(requests),), torch.inf, device=start.device)
     steps, rank = torch.zeros_like(group), torch.zeros_like(group)
     active = torch.ones_like(norm, dtype=torch.bool)  # of groups

@@ -13,19 +13,19 @@ from torch import Tensor
 from rlsedit_fast._version import __version__
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.edits import Edit, EditRecord
-from rlsedit_fast.editing.layers import Told
-from rlsedit_fast.editing.ledger import Telling
+from rlsedit_fast.editing.layers import EditRows
+from rlsedit_fast.editing.ledger import TransactionRecord
 from rlsedit_fast.editing.rounding import packed, unpacked
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Entry
 
-START, TELL, PROTECT, REBUILD = "start", "tell", "protect", "rebuild"
+START, EDIT, PROTECT, REBUILD = "start", "edit", "protect", "rebuild"
 
 FIXED = (
     "layers layer_module projection_module fact_token adherence lam mu ridge delay context_prefixes context_samples "
-    "context_tokens context_seed same_subject keys"
+    "context_tokens context_seed same_subject keys key_rows"
 ).split()
 """Settings that a store's edits were made under, and that hold for all of them. The others may change in between."""
 
@@ -73,12 +73,12 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
     return replace(given, **{name: getattr(stored, name) for name in FIXED})
 
 
-def tensors_of(rows: Sequence[Told], prefix: str, *, halved: bool = False) -> dict[str, Tensor]:
-    """Rows as a tensor per layer and side."""
+def tensors_of(edits: Sequence[EditRows], prefix: str, *, halved: bool = False) -> dict[str, Tensor]:
+    """The rows of edits, one edit after the other, as a tensor per layer and side."""
     tensors: dict[str, Tensor] = {}
-    for side in ("keys", "values") if rows else ():
-        for at in range(len(rows[0].keys)):
-            name, whole = f"{prefix}{side}.{at}", torch.stack([getattr(row, side)[at] for row in rows])
+    for side in ("keys", "values") if edits else ():
+        for at in range(len(edits[0].keys)):
+            name, whole = f"{prefix}{side}.{at}", torch.cat([getattr(rows, side)[at] for rows in edits])
             if halved:
                 tensors[name], tensors[f"{name}.exponents"] = packed(whole)
             else:
@@ -87,9 +87,21 @@ def tensors_of(rows: Sequence[Told], prefix: str, *, halved: bool = False) -> di
 
 
 def rows_of(
-    tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float], projections: Sequence[Projection]
-) -> list[Told]:
-    """What `tensors_of` was given."""
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    weights: Sequence[float],
+    counts: Sequence[int],
+    projections: Sequence[Projection],
+) -> list[EditRows]:
+    """What `tensors_of` was given.
+
+    Args:
+        tensors: from it.
+        prefix: given to it.
+        weights: of the edits.
+        counts: rows of each edit.
+        projections: the edited ones.
+    """
     if not weights:
         return []
     sides = []
@@ -100,23 +112,23 @@ def rows_of(
             rows = tensors[name]
             if f"{name}.exponents" in tensors:
                 rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
-            each.append(rows)
+            each.append(rows.split(list(counts)))
         sides.append(list(zip(*each, strict=True)))
-    return [Told(k, v, weight) for k, v, weight in zip(*sides, weights, strict=True)]
+    return [EditRows(k, v, weight / len(k[0])) for k, v, weight in zip(*sides, weights, strict=True)]
 
 
-def telling_of(entry: Entry) -> Telling:
-    """A telling as it was journalled, without its rows."""
+def transaction_of(entry: Entry) -> TransactionRecord:
+    """A transaction as it was journalled, without its rows."""
     about = entry.about
     made = [made_of(text) for text in about["made"]]
-    return Telling(
+    return TransactionRecord(
         gone=tuple(about["gone"]),
         outcome=about["outcome"],
         again=tuple(about["again"]),
         rebuilt=tuple(about["rebuilt"]),
         edits=tuple(edit for edit, _ in made),
         records=tuple(record for _, record in made),
-        retold=tuple(record_of(text) for text in about["retold"]),
+        rewritten=tuple(record_of(text) for text in about["rewritten"]),
     )
 
 

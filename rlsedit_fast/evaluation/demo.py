@@ -215,7 +215,7 @@ def _results(
         "edits_per_second": edits / stream.seconds,
         "deviation": max(layer.weight for layer in deviation),
         "deviation_bound": max(layer.weight_bound for layer in deviation),
-        "not_converged": sum(not record.converged for record in stream.records),
+        "not_converged": sum(not record.search_converged for record in stream.records),
         "metrics": asdict(report),
         "metrics_without_kl": asdict(bare.report),
         "ages": [asdict(age) | {"retained": age.retained} for age in stream.ages],

@@ -201,7 +201,7 @@ def run(
             break
         batches += clock.laps
         made_count = stop
-        converged += sum(record.converged for record in records)
+        converged += sum(record.search_converged for record in records)
         here = [case for case in cases[start:stop] if id(case) not in replaced]
         if here and plan.checkpoints:
             found = summarize(judge(model, tokenizer, [_briefly(case) for case in here], before))

@@ -1,15 +1,14 @@
 """The solver: tensors in, an edited weight out; it knows nothing of language models."""
 
-from rlsedit_fast.rls.calibrate import Calibration
+from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
-from rlsedit_fast.rls.shares import joint_innovations, memit_share
+from rlsedit_fast.rls.shares import joint_innovations, memit_share, raised_innovation
 from rlsedit_fast.rls.state import RLSState
 
 __all__ = [
     "Bounds",
-    "Calibration",
     "Monitor",
     "Panel",
     "Prior",
@@ -17,6 +16,9 @@ __all__ = [
     "Saved",
     "Snapshot",
     "Step",
+    "TrialLayer",
+    "TrialPanel",
     "joint_innovations",
     "memit_share",
+    "raised_innovation",
 ]

@@ -1,4 +1,4 @@
-"""How several layers divide one residual among them."""
+"""How several layers share one residual, and how much the last of them must ask for."""
 
 from __future__ import annotations
 
@@ -55,3 +55,58 @@ def joint_innovations(panels: Sequence[Panel], residual: Tensor) -> list[Tensor]
         )
     shared = torch.cholesky_solve(residual.to(device, torch.float64), lower)
     return [((noisy + gram) @ shared).to(panel.gram) for gram, panel in zip(grams, panels, strict=True)]
+
+
+MOST_PASSES = 3
+"""Times that `raised_innovation` adds what would be left over; each multiplies what is left by `Sig^-1 / w`."""
+
+
+@torch.no_grad()
+def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
+    """An innovation large enough that, after the ridge's shrinkage, `share` of the wanted change arrives.
+
+    A step with innovation E leaves `diag(1/w) Sig^-1 E` over, which grows as a layer fills with edits. Asking for what
+    would be left over as well leaves `(diag(1/w) Sig^-1)^2 E`. Such terms are added, the last one in part, until the
+    mean over the judged rows of `1 - ||left_i|| / wanted_i` is `share`, at most `MOST_PASSES` of them.
+
+    Args:
+        panel: of the batch.
+        innovation: `E [n, d_v]`, what is to arrive.
+        wanted: norm of the change wanted of each judged row, `[m]`, of which E may be a part.
+        judged: indices of the judged rows, `[m]`.
+        share: between 0 and 1.
+
+    Returns:
+        `[n, d_v]`, in the dtype and on the device of `innovation`; E itself where `share` of it arrives anyway.
+
+    Raises:
+        UpdateError: the batch could not be factored.
+    """
+    device = panel.gram.device
+    gram, noise = panel.gram.double(), panel.noise.double()
+    lower, info = torch.linalg.cholesky_ex(torch.diag(noise) + gram)
+    if failed := int(info):
+        raise UpdateError(
+            f"the batch of {len(noise)} rows could not be factored: pivot {failed} is not positive. No state was "
+            "modified; C may have drifted"
+        )
+    norms = wanted.to(device, torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
+    judged = judged.to(device)
+
+    def arrived(left: Tensor) -> float:
+        return 1 - float((left[judged].norm(dim=1) / norms).mean())
+
+    asked = innovation.to(device, torch.float64)
+    left = noise[:, None] * torch.cholesky_solve(asked, lower)
+    for _ in range(MOST_PASSES):
+        if arrived(left) >= share:
+            break
+        further = noise[:, None] * torch.cholesky_solve(left, lower)
+        part = 1.0
+        if arrived(further) > share:
+            low, high = 0.0, 1.0
+            for _ in range(20):
+                part = 0.5 * (low + high)
+                low, high = (low, part) if arrived(left + part * (further - left)) > share else (part, high)
+        asked, left = asked + part * left, left + part * (further - left)
+    return asked.to(innovation)

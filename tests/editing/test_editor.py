@@ -8,7 +8,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast import ops
-from rlsedit_fast.editing import finding, surroundings
+from rlsedit_fast.editing import finding, inspection
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
@@ -515,7 +515,7 @@ def test_repeated_and_blank_contexts_are_left_out_and_told(make_model, tokenizer
     from rlsedit_fast.models.generation import Sample
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
-    monkeypatch.setattr(surroundings, "sample", lambda *_args, **_options: drawn)
+    monkeypatch.setattr(inspection, "sample", lambda *_args, **_options: drawn)
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(context_samples=3))
     assert len(editor.config.context_prefixes) == 3
     assert "of 3 sampled context prefixes 1 are left" in caplog.text

@@ -1,7 +1,8 @@
-"""Edits told and taken back: layers, store and ledger change together, or none of them does."""
+"""Edits applied and removed: layers, store and ledger change together, or none of them does."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,15 +14,19 @@ from torch import Tensor
 from rlsedit_fast.editing.batches import batches_of, unrelated
 from rlsedit_fast.editing.edits import EditRecord, EditState
 from rlsedit_fast.editing.finding import Finder
+from rlsedit_fast.editing.inspection import ModelContext
 from rlsedit_fast.editing.interrupts import held_back
-from rlsedit_fast.editing.layers import EditedLayers, Told
-from rlsedit_fast.editing.ledger import Ledger, Written
+from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.ledger import BatchResult, Ledger
+from rlsedit_fast.editing.measurement import measure
 from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.surroundings import Surroundings
+from rlsedit_fast.editing.status import adherence_asked
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.errors import RequestError, ResourceError, listed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class _Ending:
 
 
 class _FellShort(Exception):
-    """Requests fell short for whose sake edits were taken out: the batch is to be told again without them.
+    """Requests fell short for whose sake edits were taken out: the batch must be written again without them.
 
     Attributes:
         values: what was found for each of them, by its place in the batch.
@@ -49,36 +54,49 @@ class _FellShort(Exception):
         self.values = values
 
 
-class Teller:
-    """Tells a model's layers edits, a batch at a time, and keeps account of it.
+class _NoGain(Exception):
+    """Writing edits again did not help them."""
+
+
+class EditSession:
+    """Applies edits to a model's layers, a batch at a time, and keeps the ledger and the store in step.
 
     Args:
-        around: the model.
+        context: the model.
         recorder: what writes into the store; None without one.
 
     Attributes:
         ledger: the edits.
         progress: what else goes on from batch to batch.
-        layers: the edited layers; None until somebody has set their priors.
+        layers: the edited layers; None until their priors are set.
     """
 
-    def __init__(self, around: Surroundings, recorder: Recorder | None) -> None:
-        self.ledger = Ledger(around.config, around.prepare)
+    def __init__(self, context: ModelContext, recorder: Recorder | None) -> None:
+        self.ledger = Ledger(context.config, context.prepare)
         self.progress = Progress()
         self.layers: EditedLayers | None = None
-        self._config = around.config
-        self._finder = Finder(around.site, around.config)
+        self._config, self._site = context.config, context.site
+        self._finder = Finder(context.site, context.config)
+        self._pilot: tuple[list[Request], Values] | None = None
         self._recorder = recorder
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[list[EditRecord]]:
-        """Tells edits batch by batch, and gives each batch's records once it is written."""
-        for batch, found in self._searched_ahead(requests):
-            yield self.tell(batch, found=found)
+    def search_pilot(self, requests: Sequence[Request]) -> Values:
+        """The values of a pilot in the unedited model; its edits are not searched again if they come first."""
+        # What a gradient search goes on from counts the edits that are made, and a pilot's are not.
+        values = self._finder.find(requests, Progress())
+        if self._config.values == "search":
+            self._pilot = list(requests), values
+        return values
 
-    def tell(
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[EditRecord]]:
+        """Applies edits batch by batch, and yields each batch's records once it is written."""
+        for batch, found in self._searched_ahead(requests):
+            yield self.apply_batch(batch, found=found)
+
+    def apply_batch(
         self, requests: Sequence[Request], *, replaced: Sequence[int] = (), found: Values | None = None
     ) -> list[EditRecord]:
-        """One batch, with what becomes of the edits that it replaces or shares a subject with.
+        """Applies one batch, with what becomes of the edits that it replaces or shares a subject with.
 
         Args:
             requests: the batch.
@@ -87,45 +105,77 @@ class Teller:
         """
         left_out: dict[int, Values] = {}
         while True:  # again only with fewer requests
-            gone, again = self._bearing_upon(requests, replaced, left_out)
+            gone, again = self._affected(requests, replaced, left_out)
             if self._config.same_subject == "joint":
-                self.check_kept("tell another edit about the subject of", sorted({*gone, *again}))
+                self.check_kept("apply another edit about the subject of", sorted({*gone, *again}))
             try:
-                return self._tell(
+                records = self._transact(
                     requests,
                     gone=gone,
                     outcome="replaced",
                     again=again,
                     replaced=replaced,
-                    found=found,
+                    found=found if found is not None or again or gone else self._from_pilot(requests),
                     left_out=left_out,
                 )
             except _FellShort as error:
                 left_out |= error.values
+            else:
+                ids = [record.id for record in records]
+                self._refine([*ids, *again])
+                return self.ledger.get(ids)
 
-    def _bearing_upon(
+    def _from_pilot(self, requests: Sequence[Request]) -> Values | None:
+        """The values of a first batch whose requests all are in the pilot."""
+        if self._pilot is None or self.progress.writes or len(self._finder.groups(requests)) < len(requests):
+            return None
+        pilot, values = self._pilot
+        places = {_mark(request): at for at, request in enumerate(pilot)}
+        at = [places.get(_mark(request)) for request in requests]
+        self._pilot = None  # what is found for them does not hold for later batches
+        return None if None in at else values.taken([place for place in at if place is not None])
+
+    def _refine(self, ids: Sequence[int]) -> None:
+        """Searches and writes again the edits that the model does not state after the write, as the settings say."""
+        for attempt in range(self._config.effective_refine):
+            failed = [
+                record
+                for record in self.ledger.get(ids)
+                if record.state == "active" and not record.success and record.search_converged
+            ]
+            if not failed:
+                return
+            again = sorted({i for record in failed for i in (record.id, *record.joint_with)})
+            logger.info("round %d: %d edits are not stated after the write; written again", attempt + 2, len(failed))
+            try:
+                self._transact([], gone=[], outcome="replaced", again=again, gain=True)
+            except _NoGain:
+                return
+
+    def _affected(
         self, requests: Sequence[Request], replaced: Sequence[int], left_out: Collection[int]
     ) -> tuple[list[int], list[int]]:
-        """Ids of active edits that a batch takes the place of, and of those to be told anew with it.
+        """Ids of active edits that a batch takes the place of, and of those to be written again with it.
 
         Args:
             requests: the batch.
-            replaced: see `tell`.
-            left_out: places in it of requests that are not to be told.
+            replaced: see `apply_batch`.
+            left_out: places in it of requests that are left out.
         """
-        told = [request for at, request in enumerate(requests) if at not in left_out]
+        chosen = [request for at, request in enumerate(requests) if at not in left_out]
         gone, again = {i for at, i in enumerate(replaced) if at not in left_out}, list[int]()
         if self._config.same_subject == "joint":
-            gone.update(self.ledger.asking(told))
-            again = [i for i in self.ledger.about(told) if i not in gone]
+            gone.update(self.ledger.ids_by_prompt(chosen))
+            again = [i for i in self.ledger.ids_by_subject(chosen) if i not in gone]
         return sorted(gone), again
 
     def undo(self, gone: list[int]) -> None:
-        """Takes edits back; those that shared a value with one of them are told anew without it."""
+        """Removes edits; those that shared a value with one of them are written again without it."""
         self.check_kept("undo", gone)
         partners = {partner for record in self.ledger.get(gone) for partner in record.joint_with}
         again = sorted(partners.intersection(self.ledger.active).difference(gone))
-        self._tell([], gone=gone, outcome="undone", again=again)
+        self._transact([], gone=gone, outcome="undone", again=again)
+        self._refine(again)
 
     def protect(self, prompts: Sequence[str], keys: Sequence[Tensor], weight: float) -> None:
         """Holds what the layers do on the keys of prompts, `[n, d_k]` each."""
@@ -142,7 +192,7 @@ class Teller:
         active = self.ledger.active
         self.check_kept("rebuild the layers from", active)
         with self._change("the layers were rebuilt", "Edit fewer layers") as ending:
-            self.layers.rebuild(self.ledger.told(active))
+            self.layers.rebuild(self.ledger.rows(active))
             progress = replace(self.progress, writes=self.progress.writes + 1)
             objective = tuple(state.objective for state in self.layers.states)
             if self._recorder:
@@ -221,7 +271,7 @@ class Teller:
         for at, batch in enumerate(batches):
             yield batch, found.get(at)
 
-    def _tell(
+    def _transact(
         self,
         requests: Sequence[Request],
         *,
@@ -231,27 +281,30 @@ class Teller:
         replaced: Sequence[int] = (),
         found: Values | None = None,
         left_out: Mapping[int, Values] | None = None,
+        gain: bool = False,
     ) -> list[EditRecord]:
-        """Takes out edits, tells new ones, and some that were there anew; all of it or nothing.
+        """Removes edits, writes new ones, and writes some active ones again; all of it or nothing.
 
         Args:
-            requests: to be told.
-            gone: ids of active edits to take out.
-            again: ids of active edits to take out and to tell anew together with `requests`; they keep their ids.
+            requests: new edits.
+            gone: ids of active edits to remove.
+            again: ids of active edits to remove and to write again together with `requests`; they keep their ids.
             outcome: what becomes of `gone`.
-            replaced: see `tell`.
-            found: the values of `requests`, searched before the last batches were written; only with no `again`.
+            replaced: see `apply_batch`.
+            found: the values of `requests`, searched before; only with no `again`.
             left_out: what was found for requests that are to be left out, by place.
+            gain: whether `again` must be better off afterwards.
 
         Returns:
             The records of the new edits.
 
         Raises:
-            _FellShort: with further requests left out, others would be taken out; nothing has changed.
+            _FellShort: with further requests left out, others would be removed; nothing has changed.
+            _NoGain: none of `again` is stated that was not, and their mean NLL is no lower; nothing has changed.
         """
         assert self.layers is not None
         everything = [*requests, *self.ledger.requests(again)]
-        written = Written({}, [], [])
+        written = BatchResult({}, [], [])
         rebuilt: tuple[bool, ...] = ()
         before, scale = self.progress, self.progress.scale
         try:
@@ -259,13 +312,13 @@ class Teller:
             with self._change(doing, "Lower batch_size or take fewer context_prefixes") as ending:
                 if gone or again:
                     out = {*gone, *again}
-                    rebuilt = self.layers.remove(self.ledger.told([*gone, *again]), self.ledger.but(out))
+                    rebuilt = self.layers.remove(self.ledger.rows([*gone, *again]), self.ledger.rows_except(out))
                 if everything:
                     values, short = self._values(everything, len(requests), found, left_out or {})
-                    if requests and self._bearing_upon(requests, replaced, short) != (gone, again):
+                    if requests and self._affected(requests, replaced, short) != (gone, again):
                         raise _FellShort({at: values.taken([at]) for at in short})
-                    written = self._write(everything, values, short, since_then=found is not None)
-                telling = self.ledger.telling(
+                    written = self._write(everything, values, short)
+                transaction = self.ledger.transaction(
                     requests,
                     written,
                     again=again,
@@ -275,18 +328,20 @@ class Teller:
                     outcome=outcome,
                     rebuilt=rebuilt,
                 )
+                if gain and not _better(self.ledger.get(again), transaction.rewritten):
+                    raise _NoGain
                 progress = replace(
                     self.progress,
                     batches=self.progress.batches + bool(requests),
                     writes=self.progress.writes + bool(gone or again) + bool(everything),
                 )
                 objective = tuple(state.objective for state in self.layers.states)
-                active = len(self.ledger.active) + sum(r.state == "active" for r in telling.records)
+                active = len(self.ledger.active) + sum(r.state == "active" for r in transaction.records)
                 active -= len(gone)
                 if self._recorder:
-                    ending.before.append(partial(self._recorder.tell, telling, progress, objective, active))
+                    ending.before.append(partial(self._recorder.record, transaction, progress, objective, active))
                 ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
-                ending.after.append(partial(self.ledger.enter, telling))
+                ending.after.append(partial(self.ledger.enter, transaction))
         except BaseException:
             if self.progress is not before:  # it was made; somebody pressed Ctrl-C in the meantime
                 raise
@@ -294,18 +349,18 @@ class Teller:
             raise
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers, self.progress)
-        return self.ledger.get([record.id for record in telling.records])
+        return self.ledger.get([record.id for record in transaction.records])
 
     def _values(
         self, requests: Sequence[Request], new: int, found: Values | None, left_out: Mapping[int, Values]
     ) -> tuple[Values, set[int]]:
-        """The values of a batch, and the places in it of those that are left out, be it now or before.
+        """The values of a batch, and the places in it of those that are left out, now or before.
 
         Args:
             requests: the batch.
-            new: how many of them, the first ones, are not told yet.
+            new: how many of them, the first ones, are new.
             found: their values, if these are known.
-            left_out: see `_tell`.
+            left_out: see `_transact`.
         """
         rest = [at for at in range(len(requests)) if at not in left_out]
         parts, short = list(left_out.values()), set(left_out)
@@ -317,32 +372,46 @@ class Teller:
             short.update(rest[at] for at in fell)
         return Values.joined(parts, [*left_out, *rest]), short
 
-    def _write(
-        self, requests: Sequence[Request], values: Values, short: Collection[int], *, since_then: bool
-    ) -> Written:
-        """Writes a batch into the layers, but for the requests at the places `short`.
-
-        Args:
-            requests: the batch.
-            values: of all of it.
-            short: places in it.
-            since_then: whether something was written after the values were found.
-        """
+    def _write(self, requests: Sequence[Request], values: Values, short: Collection[int]) -> BatchResult:
+        """Writes a batch into the layers, without the requests at the places `short`, and measures all of it."""
         assert self.layers is not None
         chosen = [at for at in range(len(requests)) if at not in short]
-        realised, told = torch.zeros(len(requests)), dict[int, Told]()
+        rows = dict[int, EditRows]()
         if chosen:
-            wanted = values.delta[chosen]
-            weights = torch.tensor([float(requests[at].edit.weight) for at in chosen])
-            start = values.start[chosen] if since_then else None
-            rows, left = self.layers.write(
-                [requests[at] for at in chosen], wanted, weights, self._config.share, start=start
+            config = self._config
+            written = self.layers.write(
+                [requests[at] for at in chosen],
+                values.taken(chosen),
+                [requests[at].edit.weight for at in chosen],
+                config.effective_share,
+                config.effective_key_rows,
+                adherence=adherence_asked(config, anchored=any(state.prior.mu for state in self.layers.states)),
             )
-            share = 1 - left.norm(dim=1) / wanted.norm(dim=1).clamp_min(torch.finfo(left.dtype).tiny)
-            realised[chosen] = share.cpu()
-            told = dict(zip(chosen, rows, strict=True))
-        columns = (values.converged, values.nll, values.rank, values.steps, realised)
-        names = ("converged", "nll", "rank", "steps", "realised")
-        said = [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+            rows = dict(zip(chosen, written, strict=True))
+        now = measure(self._site, requests, values.goal[:, 0], values.delta.norm(dim=1))
+        now.realized[list(short)] = 0.0
+        columns = {
+            "search_converged": values.converged,
+            "search_nll": values.nll,
+            "search_rank": values.rank,
+            "search_steps": values.steps,
+            "realized": now.realized,
+            "nll": now.nll,
+            "rank": now.rank,
+        }
+        each = zip(*(column.tolist() for column in columns.values()), strict=True)
+        figures = [dict(zip(columns, row, strict=True)) for row in each]
         groups = self._finder.groups([requests[at] for at in chosen])
-        return Written(told, said, [[chosen[at] for at in group] for group in groups])
+        return BatchResult(rows, figures, [[chosen[at] for at in group] for group in groups])
+
+
+def _mark(request: Request) -> tuple[object, ...]:
+    """The same for requests whose values are the same."""
+    return tuple(tuple(row.ids) for row in (*request.contexts, *request.kl))
+
+
+def _better(before: Sequence[EditRecord], after: Sequence[EditRecord]) -> bool:
+    """Whether more edits are stated, or as many at a lower mean NLL."""
+    stated = [sum(record.success for record in records) for records in (before, after)]
+    nll = [sum(record.nll for record in records) for records in (before, after)]
+    return stated[1] > stated[0] or (stated[1] == stated[0] and nll[1] < nll[0])

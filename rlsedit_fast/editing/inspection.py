@@ -1,4 +1,4 @@
-"""What an editor finds in a model before it edits: the projections, the site of values, contexts of the model's own."""
+"""What an editor finds in a model before it edits: its projections, the edited state, contexts that it samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.rls.checks import all_finite
-from rlsedit_fast.rules import RECURSIVE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """A model, looked over by `look_over`.
+class ModelContext:
+    """A model and where it is edited, found by `inspect_model`.
 
     Attributes:
         model: the causal language model.
@@ -65,7 +64,7 @@ class Surroundings:
         return troubles(self.tokenizer, edits, self.config, longest=_longest(self.model))
 
     def request_keys(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Their keys in every edited layer; see `keys.request_keys`."""
+        """Their keys in every edited layer, `[n, contexts, d_k]` each; see `keys.request_keys`."""
         return request_keys(self.decoder, self.projections, requests)[0]
 
     def text_keys(self, texts: Iterable[str]) -> list[Tensor]:
@@ -78,7 +77,7 @@ class Surroundings:
         return collect(self.decoder, self.tokenizer, self.projections, source, longest=longest, **options)
 
 
-def look_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> Surroundings:
+def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> ModelContext:
     """Finds in a model what is to be edited, with a forward over two tokens and one for contexts of its own.
 
     Args:
@@ -88,8 +87,7 @@ def look_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
 
     Raises:
         ModelError: the layers or their projections are not there, or cannot be edited (together).
-        InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, or the rule
-            cannot do what the settings ask for.
+        InputError: a weight to be edited is not finite, or the tokenizer has more tokens than the model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
     known = recognise(model.config)
@@ -108,12 +106,7 @@ def look_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
         site = find_site(decoder, projections)
     if not site.direct and len(projections) > 1:
         projections = _one_layer(model, projections, config)
-    if config.rule != RECURSIVE and config.share == "joint" and len(projections) > 1:
-        raise InputError(
-            f"share='joint' over the layers {tuple(p.layer for p in projections)} is worked out for rule={RECURSIVE!r} "
-            f"alone, not for {config.rule!r}; take share='memit' or one layer"
-        )
-    return Surroundings(model, tokenizer, _with_contexts(model, tokenizer, config), decoder, projections, site)
+    return ModelContext(model, tokenizer, _with_contexts(model, tokenizer, config), decoder, projections, site)
 
 
 def _longest(model: PreTrainedModel) -> int | None:
