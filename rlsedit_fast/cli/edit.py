@@ -21,7 +21,7 @@ from rlsedit_fast.cli.show import describe_layers, layer_lines
 from rlsedit_fast.editing import Edit, Editor, EditRecord
 from rlsedit_fast.editing.editor import PILOT
 from rlsedit_fast.editing.written import record_text
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -137,7 +137,9 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         say(*written.failures)
         raise error
     written.raise_failures()
-    return INTERRUPTED if presses.seen else LEFT_OUT if facts.left_out or past or results["skipped"] else DONE
+    if presses.seen:
+        return INTERRUPTED
+    return LEFT_OUT if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
 
 
 def _protect(editor: Editor, prompts: list[str]) -> None:
@@ -151,8 +153,8 @@ class _Finished(Exception):
 
 def _edit(
     editor: Editor, facts: Facts, presses: Interrupts, results: dict[str, Any]
-) -> tuple[list[Edit], Exception | None]:
-    """Makes the edits, batch by batch, and enters what became of them into `results`; those that were made."""
+) -> tuple[dict[str, Edit], Exception | None]:
+    """Makes the edits, batch by batch, and enters what became of them into `results`; those made, by their place."""
     first = len(editor.history())
     error: Exception | None = None
     began = time.perf_counter()
@@ -176,24 +178,34 @@ def _edit(
     results["made"] = len(records) - len(skipped)
     results["skipped"] = [places[i] for i in sorted(skipped)]
     results["not_made"] = facts.places[len(records) :]
-    results["not_converged"] = [places[r.id] for r in records if not r.search_converged and r.state == "active"]
+    active = [record for record in records if record.state == "active"]
+    results["not_converged"] = [places[record.id] for record in active if not record.search_converged]
+    results["not_stated"] = [places[record.id] for record in active if not record.success]
     results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    made = [edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped]
+    made = {
+        places[record.id]: edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped
+    }
     return made, error
 
 
 def _ask(
-    editor: Editor, made: list[Edit], before: Said, presses: Interrupts, results: dict[str, Any]
+    editor: Editor, made: dict[str, Edit], before: Said, presses: Interrupts, results: dict[str, Any]
 ) -> Exception | None:
-    """Asks the model about the edits that were made; Ctrl-C ends that, and the rest is written without."""
-    from rlsedit_fast.evaluation.outcome import ask, outcome
+    """Asks the model about the edits that were made, by place; Ctrl-C ends that, and the rest is written without."""
+    from rlsedit_fast.evaluation.outcome import ask, outcome, stated
 
     with presses.patient(0):
         try:
-            after = ask(editor.model, editor.tokenizer, made)
+            edits = list(made.values())
+            after = ask(editor.model, editor.tokenizer, edits)
             # Of the same edits, where not all of them were made.
-            results |= {"before": asdict(outcome(made, before, before)), "after": asdict(outcome(made, after, before))}
+            results |= {
+                "before": asdict(outcome(edits, before, before)),
+                "after": asdict(outcome(edits, after, before)),
+            }
+            # Later batches may have changed what was measured when an edit was written.
+            results["not_stated"] = [place for place, edit in made.items() if not stated(edit, after)]
         except Exception as trouble:
             return trouble
     if "after" not in results:
@@ -256,11 +268,17 @@ def _summary(results: dict[str, Any]) -> list[str]:
     for what, count in (
         ("not made, since the run ended before them", len(results["not_made"])),
         ("skipped, since their value search had not converged", len(results["skipped"])),
-        ("made though their value search had not converged", len(results["not_converged"])),
+        ("made though their value search had found no value that states the target", len(results["not_converged"])),
         ("records left out of the file", len(results["left_out"])),
     ):
         if count:
             lines.append(f"{count} {what}")
+    if failed := results["not_stated"]:
+        lines.append(
+            f"{made - len(failed)} of {made} are stated by the model now, {len(failed)} are not: "
+            f"{', '.join(listed(map(str, failed), 10))}"
+        )
+        lines.append("to state more: a higher --adherence, more text for the anchors, or fewer edits of one kind")
     lines += _past_lines(results["left_as_they_became"])
     if "after" in results:
         lines.append(f"{'':44}{'before':>8}{'after':>8}")

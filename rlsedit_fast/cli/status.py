@@ -59,6 +59,11 @@ def status_lines(status: Status) -> list[str]:
             f"recent edits: {status.realized:.3f} of the wanted change arrived{asked}; the model stated "
             f"{status.success:.0%} of them after the write"
         )
+    if status.sample and status.sample.success is not None:
+        lines.append(f"asked again: the model states {status.sample.success:.0%} of {status.sample.edits} active edits")
+        if status.sample.key_shift:
+            shifts = ", ".join(f"{shift:.3f}" for shift in status.sample.key_shift)
+            lines.append(f"keys have moved since their edits were written, per layer (relative): {shifts}")
     for layer in status.layers:
         parts = [f"objective {layer.objective:.4g}"]
         if layer.anchors_bound is not None:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SAMPLED = 32
+"""Active edits that `status` asks the model about."""
+
 PILOT = 100
 """Edits that the priors are calibrated on where the user names no pilot: the first of the stream."""
 
@@ -321,6 +324,8 @@ class Editor:
 
         Nothing is set. The arguments and errors are those of `calibrate`.
         """
+        if self._session.layers:
+            raise InputError("assess(): the priors are set already; make a new editor")
         with quiet(self.model):
             pilot = self._pilot(self._context.prepare(edits))
             return tabulate(self.config, self._moments_held(), pilot, adherences)
@@ -512,10 +517,12 @@ class Editor:
         return records[0] if isinstance(ids, Integral) else records
 
     def consolidate(self) -> int:
-        """Makes every layer afresh in float64 from its prior and the active edits, and the store small again.
+        """Reads the keys of the active edits again, rebuilds every layer in float64, and makes the store small again.
 
-        To be done when `status` advises it: what rounding has added up over a long stream is gone then, and the store
-        forgets the rows of edits that are no longer active; the history keeps them.
+        Do it when `status` advises it. Later edits change what the deeper edited layers receive, so the keys that
+        earlier edits were written at age; they are read again in the present model, and the last layer is given what
+        is missing to the state that each edit wanted. Accumulated rounding is gone, and the store forgets the rows of
+        edits that are no longer active; the history keeps them.
 
         Returns:
             The bytes by which the store became smaller; below 0 where the snapshot takes more than was forgotten.
@@ -539,12 +546,13 @@ class Editor:
             logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
         return before - sum(self._recorder.store.sizes().values())
 
-    def status(self, *, budget: float = DEFAULT_BUDGET) -> Status:
+    def status(self, *, budget: float = DEFAULT_BUDGET, sample: int = SAMPLED) -> Status:
         """How the stream of edits is doing, and what to do about it; reads each layer's C once.
 
         Args:
             budget: how far the outputs on the anchors, or the weights where there are none, may move, as a share of
                 their norms.
+            sample: at most so many active edits are asked of the model again; 0 asks none.
 
         Raises:
             InputError: a budget that is not above 0, or a rule that has no objective to tell of.
@@ -555,6 +563,10 @@ class Editor:
                 f"status(): rule={self.config.rule!r} minimises no objective over all edits; see history()"
             )
         self._check_attached()
+        looked = None
+        if sample and self._session.layers:
+            with quiet(self.model):
+                looked = self._session.sample(sample)
         layers = []
         for (projection, state), norms in zip(self._edited, self._norms, strict=True):
             health = state.monitor()
@@ -578,6 +590,7 @@ class Editor:
             adherence=adherence_asked(self.config, anchored=any(prior.mu for prior in self.priors)),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
+            sample=looked,
         )
 
     def history(self) -> list[EditRecord]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -23,13 +23,14 @@ from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
-from rlsedit_fast.rls.shares import joint_innovations, memit_share, raised_innovation
+from rlsedit_fast.rls.shares import joint_innovations, memit_share, raised_innovation, raised_values
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.rules import RECURSIVE, LayerState, layer_under
 
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 128  # protected rows that go in together
+_EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class EditRows:
         keys: per layer `[rows, d_k]`.
         values: per layer `[rows, d_v]`.
         weight: of each row, the same in every layer.
+        goal: the edited state that was wanted, `[rows, d_v]`; what `reread` writes towards. None for protected rows.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     weight: float
+    goal: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -206,7 +209,47 @@ class EditedLayers:
                     innovation = raised_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
                 keys.append(panel.keys)
                 written.append(self._apply(state, panel, innovation))
-        return _edit_rows(keys, written, contexts, weights)
+        return _edit_rows(keys, written, contexts, weights, goals_of_contexts(goal, key_rows))
+
+    def raise_values(self, rows: Sequence[EditRows], values: Values, share: float) -> list[EditRows]:
+        """Moves the edited states of edits that the layers hold further, by new values of their rows in the last layer.
+
+        The rows keep their keys and weights, so C does not change, and nothing is removed. The last layer's keys are
+        those that its rows have, as long as no layer before it was written since.
+
+        Args:
+            rows: of the edits.
+            values: the changes that are still wanted, found in the present model.
+            share: of them that is to arrive.
+
+        Returns:
+            The rows that the layers hold now, in the same order.
+        """
+        state, last = self.states[-1], len(self.states) - 1
+        assert isinstance(state, RLSState)
+        keys, held, weights = _rows(rows, last, state)
+        counts = [len(one) for one in rows]
+        bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
+        change = values.delta.repeat_interleave(torch.tensor(counts, device=values.delta.device), dim=0).to(keys)
+        panel = state.project(keys, weights)
+        fresh = held + raised_values(panel, change, values.delta.norm(dim=1), bare, share).to(held)
+        if self._halved:
+            fresh = rounded(fresh)
+        goal = goals_of_contexts(values.goal, "contexts" if counts[0] > 1 else "mean")
+        goals = goal.cpu().split(counts)
+        raised = [
+            replace(one, values=(*one.values[:last], value), goal=wanted)
+            for one, value, wanted in zip(rows, fresh.cpu().split(counts), goals, strict=True)
+        ]
+        self.exchange(rows, raised)
+        return raised
+
+    def exchange(self, held: Sequence[EditRows], fresh: Sequence[EditRows]) -> None:
+        """Gives rows that the layers hold the last layer's values of `fresh`."""
+        state, last = self.states[-1], len(self.states) - 1
+        assert isinstance(state, RLSState)
+        keys, old, weights = _rows(held, last, state)
+        state.replace(keys, old, _rows(fresh, last, state)[1], weights)
 
     def remove(
         self, gone: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
@@ -244,6 +287,69 @@ class EditedLayers:
         """Makes every layer afresh in float64 from its prior, the protected rows and these."""
         for layer, state in enumerate(self.states):
             state.refresh(*_rows([*self._protected, *kept], layer, state))
+
+    def reread(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[EditRows]:
+        """Reads the keys of edits again in the present model, and rebuilds every layer from them.
+
+        Later edits change what the deeper edited layers receive, so an edit's stored keys age. Every layer but the
+        last is rebuilt to give its stored values at the new keys. Then the model is read once more, and the last layer
+        is given what is missing to each edit's goal.
+
+        Args:
+            requests: all active edits.
+            rows: theirs.
+            key_rows: as in `write`.
+
+        Returns:
+            The rows that the layers hold now, in the same order.
+        """
+        last = len(self.states) - 1
+        keys = [self._read_in_parts(requests, range(last), key_rows)[0]] if last else []
+        fresh = [
+            replace(one, keys=(*(layer[at] for layer in keys[0]), one.keys[last])) if last else one
+            for at, one in enumerate(rows)
+        ]
+        for layer in range(last):
+            self.states[layer].refresh(*_rows([*self._protected, *fresh], layer, self.states[layer]))
+        (deepest,), now = self._read_in_parts(requests, range(last, last + 1), key_rows)
+        state = self.states[last]
+        found = []
+        for one, key, reached in zip(fresh, deepest, now, strict=True):
+            assert one.goal is not None
+            missing = (one.goal - reached).to(state.original.device)
+            values = state.outputs(key.to(missing.device, dtype_of(state.original))) + missing
+            values = (rounded(values) if self._halved else values).cpu()
+            found.append(replace(one, keys=(*one.keys[:last], key), values=(*one.values[:last], values)))
+        state.refresh(*_rows([*self._protected, *found], last, state))
+        return found
+
+    def key_shift(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[float]:
+        """How far keys have moved since edits were written: the median of `||now - then|| / ||then||`, per layer."""
+        keys, _ = self._read_in_parts(requests, range(len(self.states)), key_rows)
+        return [
+            float(torch.cat([(now - then).norm(dim=1) / then.norm(dim=1) for now, then in pairs]).median())
+            for pairs in (
+                [(now, one.keys[layer]) for now, one in zip(found, rows, strict=True)]
+                for layer, found in enumerate(keys)
+            )
+        ]
+
+    def _read_in_parts(
+        self, requests: Sequence[Request], places: range, key_rows: KeyRows
+    ) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Keys of edits in some layers, per layer and edit, and states at the site per edit, in host memory."""
+        keys: list[list[Tensor]] = [[] for _ in places]
+        states: list[Tensor] = []
+        projections = [self._projections[i] for i in places]
+        for part in parts(len(requests), _EDITS_AT_ONCE):
+            some = requests[part]
+            read, now = request_keys(self._decoder, projections, some, output_of=self._site.module)
+            assert now is not None
+            for kept, layer, i in zip(keys, read, places, strict=True):
+                rows = rows_of_contexts(layer, key_rows).to(dtype_of(self._projections[i].weight))
+                kept += (rounded(rows) if self._halved else rows).cpu().unflatten(0, (len(some), -1))
+            states += goals_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
+        return keys, states
 
     @property
     def protected(self) -> list[EditRows]:
@@ -306,12 +412,15 @@ def _mark(projection: Projection) -> tuple[object, ...]:
     return weight.data_ptr(), weight.device, weight.dtype, weight._version
 
 
-def _edit_rows(keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float]) -> list[EditRows]:
+def _edit_rows(
+    keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float], goal: Tensor | None = None
+) -> list[EditRows]:
     """A batch's rows, `[n each, d_k]` and `[n each, d_v]` per layer, `each` of them an edit's; weights are edits'."""
     sides = [
         list(zip(*(layer.cpu().unflatten(0, (-1, each)) for layer in side), strict=True)) for side in (keys, values)
     ]
-    return [EditRows(k, v, float(weight) / each) for k, v, weight in zip(*sides, weights, strict=True)]
+    goals = repeat(None, len(weights)) if goal is None else goal.cpu().unflatten(0, (-1, each))
+    return [EditRows(k, v, float(weight) / each, g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
 
 
 def _rows(edits: Sequence[EditRows], layer: int, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,8 @@ from datetime import datetime
 from numbers import Integral
 from typing import Any
 
+from torch import Tensor
+
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
@@ -50,11 +52,13 @@ class BatchResult:
         rows: the rows of those that were written.
         figures: of each, fields of its record.
         groups: those that share a value.
+        starts: of each, the state at its bare prompt before, `[d]`.
     """
 
     rows: Mapping[int, EditRows]
     figures: Sequence[Mapping[str, Any]]
     groups: Sequence[Sequence[int]]
+    starts: Sequence[Tensor]
 
 
 class Ledger:
@@ -245,6 +249,17 @@ class Ledger:
         for record in transaction.rewritten:
             self._records[record.id - 1] = record
             self._keep(record.id, kept.get(record.id))
+
+    def revise(self, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
+        """Replaces the records and rows of active edits."""
+        for record in records:
+            self._records[record.id - 1] = record
+        self.set_rows(rows)
+
+    def set_rows(self, rows: Mapping[int, EditRows]) -> None:
+        """Replaces the rows of active edits."""
+        for identity, one in rows.items():
+            self._keep(identity, one)
 
     def enter_one(self, edit: Edit, record: EditRecord, rows: EditRows | None) -> None:
         """Enters an edit with what has become of it so far."""

@@ -41,7 +41,7 @@ def measure(site: Site, requests: Sequence[Request], goal: Tensor, wanted: Tenso
     Args:
         site: the edited state.
         requests: at least one.
-        goal: state that was wanted at each bare prompt's lookup token, `[n, d]`.
+        goal: state that was wanted at each bare prompt's lookup token, `[n, d]`; of width 1 where it is not asked.
         wanted: norm of each wanted change, `[n]`.
     """
     rows = [replace(row, ids=row.ids[:-1]) for row in (request.contexts[0] for request in requests)]

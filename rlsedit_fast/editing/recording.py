@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.edits import EditRecord
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.progress import Progress
-from rlsedit_fast.editing.written import EDIT, PROTECT, REBUILD, START, asked_of, entered, record_text, tensors_of
+from rlsedit_fast.editing.written import (
+    EDIT,
+    PROTECT,
+    REBUILD,
+    REVISE,
+    START,
+    asked_of,
+    entered,
+    record_text,
+    tensors_of,
+)
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior, RLSState
@@ -100,6 +111,25 @@ class Recorder:
         tensors = tensors_of(list(rows.values()), "", halved=self._config.keys == "fp16") | _scale(progress)
         self._prepare([Change(EDIT, about, tensors)])
 
+    def revise(
+        self,
+        records: Sequence[EditRecord],
+        rows: Sequence[EditRows],
+        progress: Progress,
+        objective: Sequence[float],
+        active: int,
+    ) -> None:
+        """Prepares new records and new values in the last layer of active edits."""
+        about = {
+            "revised": [record.id for record in records],
+            "rewritten": [record_text(record) for record in records],
+            "rows": [len(one) for one in rows],
+            **_progress(progress, objective, active),
+        }
+        halved = self._config.keys == "fp16"
+        tensors = tensors_of([replace(one, keys=(), values=one.values[-1:]) for one in rows], "", halved=halved)
+        self._prepare([Change(REVISE, about, tensors)])
+
     def protect(self, rows: Sequence[EditRows], prompts: Sequence[str]) -> None:
         """Prepares the protection of the rows of prompts."""
         about = {"weights": [row.weight for row in rows], "prompts": list(prompts)}
@@ -108,23 +138,24 @@ class Recorder:
     def rebuild(
         self,
         ledger: Ledger,
+        rows: Sequence[EditRows],
         protected: Sequence[EditRows],
         progress: Progress,
         objective: Sequence[float],
     ) -> None:
-        """Prepares a rebuild, which says all that the changes before it said."""
+        """Prepares a rebuild from the rows of the active edits; it replaces all changes before it."""
         active = ledger.active
         edits = dict(zip(active, ledger.edits(active), strict=True))
         about = {
             "history": [entered(edits.get(record.id) or asked_of(record), record) for record in ledger.records],
             "written": active,
-            "rows": [len(one) for one in ledger.rows(active)],
+            "rows": [len(one) for one in rows],
             "weights": [row.weight for row in protected],
             "prompts": progress.protected,
             "trace": [[point.edits, point.objective] for point in progress.trace],
             **_progress(progress, objective, len(active)),
         }
-        tensors = tensors_of(ledger.rows(active), "", halved=self._config.keys == "fp16")
+        tensors = tensors_of(rows, "", halved=self._config.keys == "fp16")
         tensors |= tensors_of(protected, "protected.") | _scale(progress)
         self._prepare([Change(REBUILD, about, tensors)])
 

@@ -23,8 +23,11 @@ from rlsedit_fast.editing.written import (
     FIXED,
     PROTECT,
     REBUILD,
+    REVISE,
     config_of,
     made_of,
+    record_of,
+    revised,
     rows_of,
     settings_of,
     transaction_of,
@@ -70,6 +73,8 @@ def read_ledger(store: Store) -> tuple[Ledger, Progress]:
             _enter_history(ledger, entry, {})
         elif entry.kind == EDIT:
             ledger.enter(transaction_of(entry))
+        elif entry.kind == REVISE:
+            ledger.revise([record_of(text) for text in entry.about["rewritten"]], {})
         _take_up_progress(progress, entry, {})
     return ledger, progress
 
@@ -154,6 +159,8 @@ class _Recovery:
             tensors = self._read(entry, done) if wanted else {}
             if entry.kind == EDIT:
                 self._edit(layers, entry, tensors, done)
+            elif entry.kind == REVISE:
+                self._revise(layers, entry, tensors, done)
             elif entry.kind == PROTECT and wanted:
                 rows = self._rows(tensors, "protected.", entry.about["weights"])
                 if done:
@@ -206,6 +213,17 @@ class _Recovery:
                     layers.update(rows)
         ledger.enter(transaction)
 
+    def _revise(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+        ledger, ids = self._ledger, entry.about["revised"]
+        fresh = dict[int, EditRows]()
+        if tensors:
+            held = ledger.rows(ids)
+            fresh = dict(zip(ids, revised(tensors, held, self._projections), strict=True))
+            if not done:
+                with layers.transaction():
+                    layers.exchange(held, list(fresh.values()))
+        ledger.revise([record_of(text) for text in entry.about["rewritten"]], fresh)
+
     def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
         weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
         rows: dict[int, EditRows] = {}
@@ -226,7 +244,9 @@ class _Recovery:
         return rows_of(tensors, prefix, weights, [1] * len(weights) if counts is None else counts, self._projections)
 
     def _has_needed(self, entry: Entry, alive: set[int]) -> bool:
-        return entry.kind in (PROTECT, REBUILD) or bool(alive.intersection(entry.about["written"]))
+        if entry.kind in (PROTECT, REBUILD):
+            return True
+        return bool(alive.intersection(entry.about["revised" if entry.kind == REVISE else "written"]))
 
     def _read(self, entry: Entry, done: bool) -> dict[str, Tensor]:
         try:
@@ -290,9 +310,9 @@ def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Te
     about = entry.about
     if entry.kind == PROTECT:
         progress.protected += about["prompts"]
-    elif entry.kind != EDIT:
+    elif entry.kind not in (EDIT, REVISE):
         progress.protected = list(about["prompts"])
-    if entry.kind not in (EDIT, REBUILD):
+    if entry.kind not in (EDIT, REVISE, REBUILD):
         return
     progress.batches, progress.writes = about["batches"], about["writes"]
     progress.time = datetime.fromisoformat(about["time"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,17 @@ from rlsedit_fast.editing.inspection import ModelContext
 from rlsedit_fast.editing.interrupts import held_back
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
-from rlsedit_fast.editing.measurement import measure
+from rlsedit_fast.editing.measurement import Measured, measure
 from rlsedit_fast.editing.progress import Point, Progress
 from rlsedit_fast.editing.recording import Recorder
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import adherence_asked
+from rlsedit_fast.editing.status import Sample, adherence_asked
 from rlsedit_fast.editing.values import Values
-from rlsedit_fast.errors import RequestError, ResourceError, listed
+from rlsedit_fast.errors import RequestError, ResourceError, RLSEditError, listed
 
 logger = logging.getLogger(__name__)
+
+_REFINED_SHARE = 0.99  # of the change that a second search asks for
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class _FellShort(Exception):
 
 
 class _NoGain(Exception):
-    """Writing edits again did not help them."""
+    """Refining edits did not help them."""
 
 
 class EditSession:
@@ -77,6 +80,7 @@ class EditSession:
         self.layers: EditedLayers | None = None
         self._config, self._site = context.config, context.site
         self._finder = Finder(context.site, context.config)
+        self._starts: dict[int, Tensor] = {}  # of the last batch: states at the bare prompts before it
         self._pilot: tuple[list[Request], Values] | None = None
         self._recorder = recorder
 
@@ -136,7 +140,7 @@ class EditSession:
         return None if None in at else values.taken([place for place in at if place is not None])
 
     def _refine(self, ids: Sequence[int]) -> None:
-        """Searches and writes again the edits that the model does not state after the write, as the settings say."""
+        """Moves the values of edits further that the model does not state after the write, as the settings say."""
         for attempt in range(self._config.effective_refine):
             failed = [
                 record
@@ -146,11 +150,41 @@ class EditSession:
             if not failed:
                 return
             again = sorted({i for record in failed for i in (record.id, *record.joint_with)})
-            logger.info("round %d: %d edits are not stated after the write; written again", attempt + 2, len(failed))
+            logger.info("refine %d: %d edits are not stated after the write", attempt + 1, len(failed))
             try:
-                self._transact([], gone=[], outcome="replaced", again=again, gain=True)
+                self._raise_values(again)
             except _NoGain:
                 return
+            except RLSEditError as error:  # the edits are made, and stay as they are
+                logger.warning(
+                    "%d edits are not stated after the write and could not be refined: %s", len(failed), error
+                )
+                return
+
+    def _raise_values(self, ids: list[int]) -> None:
+        """Searches active edits once more in the written model and adds what is missing to their values.
+
+        Raises:
+            _NoGain: no more of them are stated than before, and their mean NLL is no lower; nothing has changed.
+        """
+        assert self.layers is not None
+        requests, held = self.ledger.requests(ids), self.ledger.rows(ids)
+        with self._change(f"{len(ids)} edits were refined", "Lower batch_size") as ending:
+            values = self._finder.find(requests, Progress())
+            rows = self.layers.raise_values(held, values, _REFINED_SHARE)
+            starts = torch.stack([self._starts[i] for i in ids])
+            goal = values.goal[:, 0].cpu()
+            figures = _figures(values, measure(self._site, requests, goal, (goal - starts).norm(dim=1)))
+            records = [replace(r, **one) for r, one in zip(self.ledger.get(ids), figures, strict=True)]
+            if not _better(self.ledger.get(ids), records):
+                raise _NoGain
+            progress = replace(self.progress, writes=self.progress.writes + 1)
+            objective = tuple(state.objective for state in self.layers.states)
+            active = len(self.ledger.active)
+            if self._recorder:
+                ending.before.append(partial(self._recorder.revise, records, rows, progress, objective, active))
+            ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
+            ending.after.append(partial(self.ledger.revise, records, dict(zip(ids, rows, strict=True))))
 
     def _affected(
         self, requests: Sequence[Request], replaced: Sequence[int], left_out: Collection[int]
@@ -187,18 +221,40 @@ class EditSession:
             ending.after.append(partial(self.progress.protected.extend, prompts))
 
     def rebuild(self) -> None:
-        """Makes every layer afresh in float64 from its prior and the active edits."""
+        """Reads the keys of the active edits again and rebuilds every layer in float64; see `EditedLayers.reread`."""
         assert self.layers is not None
         active = self.ledger.active
         self.check_kept("rebuild the layers from", active)
         with self._change("the layers were rebuilt", "Edit fewer layers") as ending:
-            self.layers.rebuild(self.ledger.rows(active))
+            rows = self.ledger.rows(active)
+            if active:
+                requests = self.ledger.requests(active)
+                rows = self.layers.reread(requests, rows, self._config.effective_key_rows)
+            else:
+                self.layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
             objective = tuple(state.objective for state in self.layers.states)
             if self._recorder:
-                recorded = partial(self._recorder.rebuild, self.ledger, self.layers.protected, progress, objective)
+                recorded = partial(
+                    self._recorder.rebuild, self.ledger, rows, self.layers.protected, progress, objective
+                )
                 ending.before.append(recorded)
+            ending.after.append(partial(self.ledger.set_rows, dict(zip(active, rows, strict=True))))
             ending.after.append(partial(self._go_on_from, progress, Point(len(active), objective)))
+
+    def sample(self, most: int) -> Sample:
+        """Reads the model again at some active edits, evenly spaced over the stream."""
+        active = self.ledger.active
+        ids = [active[at * len(active) // min(most, len(active))] for at in range(min(most, len(active)))]
+        if not ids or self.layers is None:
+            return Sample(0, None, None)
+        requests = self.ledger.requests(ids)
+        shift = None
+        if self._config.keys is not None:
+            shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_key_rows)
+        bare = torch.zeros(len(ids), 1)
+        now = measure(self._site, requests, bare, bare[:, 0])
+        return Sample(len(ids), float((now.rank == 1).float().mean()), shift)
 
     def check_kept(self, what: str, ids: Sequence[int]) -> None:
         """Raises RequestError where active edits are to be taken out and their rows are not kept."""
@@ -281,7 +337,6 @@ class EditSession:
         replaced: Sequence[int] = (),
         found: Values | None = None,
         left_out: Mapping[int, Values] | None = None,
-        gain: bool = False,
     ) -> list[EditRecord]:
         """Removes edits, writes new ones, and writes some active ones again; all of it or nothing.
 
@@ -293,18 +348,16 @@ class EditSession:
             replaced: see `apply_batch`.
             found: the values of `requests`, searched before; only with no `again`.
             left_out: what was found for requests that are to be left out, by place.
-            gain: whether `again` must be better off afterwards.
 
         Returns:
             The records of the new edits.
 
         Raises:
             _FellShort: with further requests left out, others would be removed; nothing has changed.
-            _NoGain: none of `again` is stated that was not, and their mean NLL is no lower; nothing has changed.
         """
         assert self.layers is not None
         everything = [*requests, *self.ledger.requests(again)]
-        written = BatchResult({}, [], [])
+        written = BatchResult({}, [], [], [])
         rebuilt: tuple[bool, ...] = ()
         before, scale = self.progress, self.progress.scale
         try:
@@ -328,8 +381,6 @@ class EditSession:
                     outcome=outcome,
                     rebuilt=rebuilt,
                 )
-                if gain and not _better(self.ledger.get(again), transaction.rewritten):
-                    raise _NoGain
                 progress = replace(
                     self.progress,
                     batches=self.progress.batches + bool(requests),
@@ -349,7 +400,9 @@ class EditSession:
             raise
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers, self.progress)
-        return self.ledger.get([record.id for record in transaction.records])
+        ids = [record.id for record in transaction.records]
+        self._starts = dict(zip([*ids, *again], written.starts, strict=True))
+        return self.ledger.get(ids)
 
     def _values(
         self, requests: Sequence[Request], new: int, found: Values | None, left_out: Mapping[int, Values]
@@ -390,19 +443,28 @@ class EditSession:
             rows = dict(zip(chosen, written, strict=True))
         now = measure(self._site, requests, values.goal[:, 0], values.delta.norm(dim=1))
         now.realized[list(short)] = 0.0
-        columns = {
-            "search_converged": values.converged,
-            "search_nll": values.nll,
-            "search_rank": values.rank,
-            "search_steps": values.steps,
-            "realized": now.realized,
-            "nll": now.nll,
-            "rank": now.rank,
-        }
-        each = zip(*(column.tolist() for column in columns.values()), strict=True)
-        figures = [dict(zip(columns, row, strict=True)) for row in each]
         groups = self._finder.groups([requests[at] for at in chosen])
-        return BatchResult(rows, figures, [[chosen[at] for at in group] for group in groups])
+        return BatchResult(
+            rows,
+            _figures(values, now),
+            [[chosen[at] for at in group] for group in groups],
+            list(values.start[:, 0].cpu()),
+        )
+
+
+def _figures(values: Values, now: Measured) -> list[dict[str, Any]]:
+    """Of each edit, the fields of its record that the search and the model after the write give."""
+    columns = {
+        "search_converged": values.converged,
+        "search_nll": values.nll,
+        "search_rank": values.rank,
+        "search_steps": values.steps,
+        "realized": now.realized,
+        "nll": now.nll,
+        "rank": now.rank,
+    }
+    each = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in each]
 
 
 def _mark(request: Request) -> tuple[object, ...]:

@@ -27,6 +27,7 @@ _FITTED_POINTS = 100
 _FEW_LEFT = 0.1  # of the edits so far
 _FALLEN_SHORT = 0.1  # of adherence, below what was asked for
 _TOO_MANY_SHORT = 0.2  # of recent edits whose search did not converge
+_SHIFTED = 0.1  # of a key's norm
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,22 @@ class Norms:
                 start += len(rows)
             anchors = math.sqrt(max(energy, 0.0))
         return cls(float(torch.linalg.vector_norm(weight)), anchors)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model does now at some of the active edits.
+
+    Attributes:
+        edits: how many were looked at.
+        success: of these, the share whose target is ranked first at every token; None where none was looked at.
+        key_shift: per layer the median of `||now - then|| / ||then||` over their keys, since they were written; None
+            where keys are not kept.
+    """
+
+    edits: int
+    success: float | None
+    key_shift: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class Status:
         spent: the largest layer's share of it that its bound has reached.
         edits_left: how many edits more until the first layer's bound reaches the budget, by a line fitted to the
             objective's recent course; None where there is no course yet or it does not rise.
+        sample: what the model does now at some of the edits; None where it was not asked.
         sizes: bytes of the store, by part; empty without one.
         warnings: what is amiss, and what to do about it.
     """
@@ -135,6 +153,7 @@ class Status:
     budget: float
     spent: float
     edits_left: int | None
+    sample: Sample | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -148,6 +167,7 @@ def assess(
     adherence: float | None,
     budget: float,
     sizes: dict[str, int],
+    sample: Sample | None = None,
 ) -> Status:
     """Puts a status together.
 
@@ -159,6 +179,7 @@ def assess(
         adherence: that was asked for.
         budget: above 0.
         sizes: of the store.
+        sample: what the model does now, where it was asked.
 
     Raises:
         InputError: a budget that is not above 0.
@@ -184,6 +205,7 @@ def assess(
         budget=budget,
         spent=max(spent, default=0.0),
         edits_left=min(known) if known else None,
+        sample=sample,
         sizes=sizes,
     )
     status.warnings.extend(_warnings(status))
@@ -257,6 +279,11 @@ def _warnings(status: Status) -> list[str]:
         told.append(
             f"the model does not state {1 - status.success:.0%} of recent edits: see `success` in the history, and "
             "apply these again, or raise the adherence in a new store"
+        )
+    if status.sample and status.sample.key_shift and max(status.sample.key_shift) > _SHIFTED:
+        told.append(
+            f"the keys of the edits have moved by {max(status.sample.key_shift):.0%} since they were written, as later "
+            "edits changed the layers before: `consolidate` reads them again"
         )
     if status.layers and what == "weights":
         told.append("no anchors: only the weights are held; name what the model is to go on doing in a new store")

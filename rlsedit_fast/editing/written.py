@@ -21,7 +21,7 @@ from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Entry
 
-START, EDIT, PROTECT, REBUILD = "start", "edit", "protect", "rebuild"
+START, EDIT, REVISE, PROTECT, REBUILD = "start", "edit", "revise", "protect", "rebuild"
 
 FIXED = (
     "layers layer_module projection_module fact_token adherence lam mu ridge delay context_prefixes context_samples "
@@ -74,10 +74,11 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
 
 
 def tensors_of(edits: Sequence[EditRows], prefix: str, *, halved: bool = False) -> dict[str, Tensor]:
-    """The rows of edits, one edit after the other, as a tensor per layer and side."""
-    tensors: dict[str, Tensor] = {}
+    """The rows of edits, one edit after the other, as a tensor per layer and side, and their goals."""
+    goals = [rows.goal for rows in edits if rows.goal is not None]
+    tensors: dict[str, Tensor] = {f"{prefix}goals": torch.cat(goals)} if goals else {}
     for side in ("keys", "values") if edits else ():
-        for at in range(len(edits[0].keys)):
+        for at in range(len(getattr(edits[0], side))):
             name, whole = f"{prefix}{side}.{at}", torch.cat([getattr(rows, side)[at] for rows in edits])
             if halved:
                 tensors[name], tensors[f"{name}.exponents"] = packed(whole)
@@ -114,7 +115,20 @@ def rows_of(
                 rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
             each.append(rows.split(list(counts)))
         sides.append(list(zip(*each, strict=True)))
-    return [EditRows(k, v, weight / len(k[0])) for k, v, weight in zip(*sides, weights, strict=True)]
+    goals = tensors[f"{prefix}goals"].split(list(counts)) if f"{prefix}goals" in tensors else [None] * len(weights)
+    return [EditRows(k, v, weight / len(k[0]), g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
+
+
+def revised(
+    tensors: Mapping[str, Tensor], held: Sequence[EditRows], projections: Sequence[Projection]
+) -> list[EditRows]:
+    """Rows with the values in the last layer and the goals that a revision gave them."""
+    counts = [len(one) for one in held]
+    values = tensors["values.0"]
+    if "values.0.exponents" in tensors:
+        values = unpacked(values, tensors["values.0.exponents"], dtype_of(projections[-1].weight))
+    fresh = zip(held, values.split(counts), tensors["goals"].split(counts), strict=True)
+    return [replace(one, values=(*one.values[:-1], value), goal=goal) for one, value, goal in fresh]
 
 
 def transaction_of(entry: Entry) -> TransactionRecord:

@@ -81,6 +81,11 @@ def outcome(edits: Sequence[Edit], said: Said, before: Said) -> Outcome:
     )
 
 
+def stated(edit: Edit, said: Said) -> bool:
+    """Whether a model that says this states an edit: every token of its target is ranked first."""
+    return said.scores[_edited(edit)].exact
+
+
 def _edited(edit: Edit) -> tuple[str, str]:
     return fill(edit.prompt, edit.subject)[0], edit.target
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,16 +58,16 @@ def joint_innovations(panels: Sequence[Panel], residual: Tensor) -> list[Tensor]
 
 
 MOST_PASSES = 3
-"""Times that `raised_innovation` adds what would be left over; each multiplies what is left by `Sig^-1 / w`."""
+"""Times that what would be left over is asked for as well."""
 
 
 @torch.no_grad()
 def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
-    """An innovation large enough that, after the ridge's shrinkage, `share` of the wanted change arrives.
+    """An innovation of `update_projected` large enough that `share` of the wanted change arrives.
 
-    A step with innovation E leaves `diag(1/w) Sig^-1 E` over, which grows as a layer fills with edits. Asking for what
-    would be left over as well leaves `(diag(1/w) Sig^-1)^2 E`. Such terms are added, the last one in part, until the
-    mean over the judged rows of `1 - ||left_i|| / wanted_i` is `share`, at most `MOST_PASSES` of them.
+    A step with innovation E leaves `P E` over, `P = diag(1/w) Sig^-1`, which grows as a layer fills with edits. Asking
+    for what would be left over as well, `E + P E`, leaves `P^2 E`. Such terms are added, the last one in part, until
+    the mean over the judged rows of `1 - ||left_i|| / wanted_i` is `share`, at most `MOST_PASSES` of them.
 
     Args:
         panel: of the batch.
@@ -82,7 +82,6 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
     Raises:
         UpdateError: the batch could not be factored.
     """
-    device = panel.gram.device
     gram, noise = panel.gram.double(), panel.noise.double()
     lower, info = torch.linalg.cholesky_ex(torch.diag(noise) + gram)
     if failed := int(info):
@@ -90,18 +89,39 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
             f"the batch of {len(noise)} rows could not be factored: pivot {failed} is not positive. No state was "
             "modified; C may have drifted"
         )
+    return _raised(
+        innovation, wanted, judged, share, lambda asked: noise[:, None] * torch.cholesky_solve(asked, lower), panel
+    )
+
+
+@torch.no_grad()
+def raised_values(panel: Panel, change: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
+    """A change of the values of rows that a state holds, large enough that `share` of a change of outputs arrives.
+
+    With `RLSState.replace` outputs move by `G w` times the change of the values, `G` from the present state; what is
+    left over is `P = I - G w` of what was asked. Otherwise as `raised_innovation`; the same arguments.
+    """
+    gram, weights = panel.gram.double(), 1 / panel.noise.double()
+    return _raised(change, wanted, judged, share, lambda asked: asked - gram @ (weights[:, None] * asked), panel)
+
+
+def _raised(
+    change: Tensor, wanted: Tensor, judged: Tensor, share: float, left_of: Callable[[Tensor], Tensor], panel: Panel
+) -> Tensor:
+    """Asks for what `left_of` says would be left over as well, until `share` arrives."""
+    device = panel.gram.device
     norms = wanted.to(device, torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
     judged = judged.to(device)
 
     def arrived(left: Tensor) -> float:
         return 1 - float((left[judged].norm(dim=1) / norms).mean())
 
-    asked = innovation.to(device, torch.float64)
-    left = noise[:, None] * torch.cholesky_solve(asked, lower)
+    asked = change.to(device, torch.float64)
+    left = left_of(asked)
     for _ in range(MOST_PASSES):
         if arrived(left) >= share:
             break
-        further = noise[:, None] * torch.cholesky_solve(left, lower)
+        further = left_of(left)
         part = 1.0
         if arrived(further) > share:
             low, high = 0.0, 1.0
@@ -109,4 +129,4 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
                 part = 0.5 * (low + high)
                 low, high = (low, part) if arrived(left + part * (further - left)) > share else (part, high)
         asked, left = asked + part * left, left + part * (further - left)
-    return asked.to(innovation)
+    return asked.to(change)
