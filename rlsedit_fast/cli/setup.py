@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
-from rlsedit_fast.editing.config import Share, Values
+from rlsedit_fast.editing.config import Values
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, recognise
 from rlsedit_fast.editing.recovery import given_settings
 from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
@@ -68,7 +68,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rule", choices=RULES, help="what a batch is written by (its own settings: rule_options in --config)"
     )
-    group.add_argument("--share", choices=get_args(Share), help="how the layers divide a change")
     group.add_argument("--fact-token", choices=get_args(FactToken), help="the token at which the model is edited")
     group.add_argument(
         "--values",
@@ -141,7 +140,7 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
         InputError: a setting that does not exist or cannot be meant.
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
-    for name in ("batch_size", "adherence", "lam", "mu", "rule", "share", "fact_token", "values", "search_ahead"):
+    for name in ("batch_size", "adherence", "lam", "mu", "rule", "fact_token", "values", "search_ahead"):
         if (value := getattr(options, name, None)) is not None:
             changes[name] = value
     if options.layers is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.inspection import ModelContext
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.layers import goals_of_contexts, groups_of, rows_of_contexts
+from rlsedit_fast.editing.layers import goals_of_contexts, rows_of_contexts
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.errors import InputError
@@ -45,7 +45,8 @@ class Tradeoff:
         lam: per layer.
         mu: per layer; 0 without anchors.
         realized: share of the pilot's wanted changes that arrives at the site, measured on the pilot written on trial:
-            mean over the edits of `1 - ||arrived - wanted|| / ||wanted||` at the bare prompt.
+            mean over the edits of `1 - ||arrived - wanted|| / ||wanted||` at the bare prompt, or at the mean key where
+            an edit has one row.
         leakage: per layer `||K0 dW^T||_F / ||R||_F`, what the pilot does to the anchors; `||dW||_F / ||R||_F` without
             anchors.
     """
@@ -135,15 +136,16 @@ class Pilot:
         config = context.config
         self.layers = context.projections
         self._context, self._requests = context, requests
-        self._share, self._key_rows = config.effective_share, config.effective_key_rows
+        self._key_rows = config.effective_key_rows
         self._ridge = config.ridge if moments is not None else 0.0
         self._moments = moments or [torch.eye(p.weight.shape[1], device=p.weight.device) for p in self.layers]
         self._norms = values.delta.norm(dim=1)
         self._goal = values.goal
-        self._keys, self._now = self._read(range(len(self.layers)))
+        self._keys, now = request_keys(context.decoder, self.layers, requests, output_of=context.site.module)
+        assert now is not None
+        self._now = now
         self._rows = values.start.shape[1] if self._key_rows == "contexts" else 1
         self._fitted: tuple[list[float], list[TrialLayer]] | None = None
-        self._changed = False
 
     def mu_for(self, adherence: float) -> float:
         """The mu at which the pilot shows an adherence, at the ridge of the settings; says so where none does.
@@ -180,28 +182,22 @@ class Pilot:
             ridges: `(lam / mu)^2` per layer; by default those of the settings.
         """
         layers, noise = self._under(ridges), mu * mu * self._rows
-        leakage, left = [0.0] * len(self.layers), torch.zeros(0)
+        leakage, left = [], torch.zeros(0)
         total = float(self._norms.norm())
         with self._restored():
-            for group in groups_of(len(self.layers), self._share):
-                keys, now = ([self._keys[i] for i in group], self._now) if not self._changed else self._read(group)
+            for at, layer in enumerate(layers):
+                keys, now = (self._keys[0], self._now) if at == 0 else self._read(at)
                 missing = goals_of_contexts(self._goal.to(now) - now, self._key_rows).double()
-                wanted = memit_share(missing, group[0] + 1, len(self.layers)) if self._share == "memit" else missing
-                panels = [
-                    layers[i].project(rows_of_contexts(key, self._key_rows)) for i, key in zip(group, keys, strict=True)
-                ]
-                shared = _solved([panel.gram for panel in panels], wanted, noise)
-                for i, panel, key in zip(group, panels, keys, strict=True):
-                    here = shared.to(panel.gram.device)
-                    change = panel.change(here)
-                    leakage[i] = panel.leakage(here) / total
-                    self._add(i, change)
-                    # The last layer's output at the lookup token is the site's own.
-                    bare = key[:, 0].double()
-                    left = (self._goal.to(now) - now)[:, 0].double() - (bare @ change.T).to(now.device)
-        realized = 1 - float(
-            (left.norm(dim=1) / self._norms.to(left).clamp_min(torch.finfo(torch.float32).tiny)).mean()
-        )
+                panel = layer.project(rows_of_contexts(keys, self._key_rows))
+                shared = _solved(panel.gram, memit_share(missing, at + 1, len(layers)).to(panel.gram), noise)
+                change = panel.change(shared)
+                leakage.append(panel.leakage(shared) / total)
+                self.layers[at].write(self.layers[at].weight.double() + change)
+                # The last layer's output at the lookup token is the site's own.
+                judged = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
+                left = missing[:: self._rows] - (judged @ change.T).to(missing)
+        norms = self._norms.to(left).clamp_min(torch.finfo(torch.float32).tiny)
+        realized = 1 - float((left.norm(dim=1) / norms).mean())
         return Trial(realized, leakage)
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
@@ -254,18 +250,14 @@ class Pilot:
             self._fitted = wanted, made
         return self._fitted[1]
 
-    def _read(self, group: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys in a layer and states at the site, in the model as it is now."""
         context = self._context
-        keys, now = request_keys(
-            context.decoder, [self.layers[i] for i in group], self._requests, output_of=context.site.module
+        (keys,), now = request_keys(
+            context.decoder, [self.layers[layer]], self._requests, output_of=context.site.module
         )
         assert now is not None
         return keys, now
-
-    def _add(self, layer: int, change: Tensor) -> None:
-        projection = self.layers[layer]
-        self._changed = True
-        projection.write(projection.weight.double() + change)
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -276,7 +268,6 @@ class Pilot:
         finally:
             for projection, original in zip(self.layers, originals, strict=True):
                 projection.write(original)
-            self._changed = False
 
 
 def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:
@@ -284,9 +275,9 @@ def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:
     return [ridge * float(moment.diagonal().double().mean()) for moment in moments]
 
 
-def _solved(grams: Sequence[Tensor], wanted: Tensor, noise: float) -> Tensor:
-    """`(noise I + sum G)^-1 wanted`."""
-    total = sum(gram.to(wanted.device) for gram in grams[1:]) + grams[0].to(wanted.device)
+def _solved(gram: Tensor, wanted: Tensor, noise: float) -> Tensor:
+    """`(G + noise I)^-1 wanted`."""
+    total = gram.clone()
     total.diagonal().add_(noise)
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(total))
 

@@ -12,7 +12,6 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
-Share = Literal["grouped", "memit"]
 KeyRows = Literal["contexts", "mean"]
 Values = Literal["search", "gradient"]
 Descent = Literal["constrained", "normalized", "adam"]
@@ -62,7 +61,6 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("layer_module projection_module", _or_none(_text), "a dotted name, or None"),
     _one_of("fact_token", FactToken),
-    ("share", _or_none(lambda value: value in get_args(Share)), f"one of {', '.join(get_args(Share))}, or None"),
     ("key_rows", _or_none(lambda value: value in get_args(KeyRows)), f"one of {', '.join(get_args(KeyRows))}, or None"),
     _one_of("values", Values),
     _one_of("search_descent", Descent),
@@ -112,10 +110,6 @@ class EditConfig:
         rule_options: settings of the rule by name, where it has any.
         norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
             values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
-        share: how the edited layers share a change. `grouped` writes all layers but the last jointly, reads the model
-            again, and writes what is still missing into the last one, whose output is the edited state itself.
-            `memit` writes layer by layer, `R / (m - i + 1)` at the i-th, and reads the model before each. None is
-            `grouped` for `rls` and `memit` for other rules, which know no other.
         key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
             with its own key and weight `w / contexts`, so that the edit holds in every one of them; `mean` gives it one
             row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
@@ -185,7 +179,6 @@ class EditConfig:
     rule: str = rules.RECURSIVE
     rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     norm_anchor: bool = False
-    share: Share | None = None
     key_rows: KeyRows | None = None
     refine: int | None = None
     values: Values = "search"
@@ -235,7 +228,7 @@ class EditConfig:
     def _check_combinations(self) -> None:
         """Raises InputError for settings that exclude one another."""
         if self.rule != rules.RECURSIVE:
-            for name, needed in (("share", "memit"), ("key_rows", "mean"), ("refine", 0)):
+            for name, needed in (("key_rows", "mean"), ("refine", 0)):
                 if (given := getattr(self, name)) not in (None, needed):
                     raise InputError(
                         f"{name}={given!r} needs rule={rules.RECURSIVE!r}, got rule={self.rule!r}; leave {name} out"
@@ -244,11 +237,6 @@ class EditConfig:
             raise InputError(
                 f"refine={self.refine} takes edits out again, and keys=None keeps no rows; set one of them"
             )
-
-    @property
-    def effective_share(self) -> Share:
-        """`share`, or what None stands for."""
-        return self.share or ("grouped" if self.rule == rules.RECURSIVE else "memit")
 
     @property
     def effective_key_rows(self) -> KeyRows:

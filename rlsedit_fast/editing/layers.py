@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.config import KeyRows, Keys, Share
+from rlsedit_fast.editing.config import KeyRows, Keys
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rounding import rounded
@@ -23,7 +23,7 @@ from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
-from rlsedit_fast.rls.shares import joint_innovations, memit_share, raised_innovation, raised_values
+from rlsedit_fast.rls.shares import memit_share, raised_innovation, raised_values
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.rules import RECURSIVE, LayerState, layer_under
 
@@ -52,22 +52,6 @@ class EditRows:
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.keys[0])
-
-
-def groups_of(layers: int, share: Share) -> list[range]:
-    """Which layers are written together, by their places: every group reads keys and state after the one before it.
-
-    With `grouped` all layers but the last are one group and the last is another. What a layer adds reaches the site
-    through the blocks in between, which change it; only the last layer's output is the site's, so the group of that
-    layer alone writes exactly what is still missing there. With `memit` every layer is a group.
-
-    Args:
-        layers: how many are edited.
-        share: how they share a change.
-    """
-    if share == "memit":
-        return [range(i, i + 1) for i in range(layers)]
-    return [range(layers - 1), range(layers - 1, layers)] if layers > 1 else [range(1)]
 
 
 def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
@@ -144,12 +128,7 @@ class EditedLayers:
                 for state in self.states:
                     stack.enter_context(state.transaction())
                 yield last
-                for projection in self._projections:
-                    if not all_finite(projection.weight):
-                        raise UpdateError(
-                            f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was "
-                            "changed. Load the model in bfloat16 or float32"
-                        )
+                _check_finite(self._projections)
                 for action in last:
                     action()
         except BaseException:
@@ -165,18 +144,20 @@ class EditedLayers:
         requests: Sequence[Request],
         values: Values,
         weights: Sequence[float],
-        share: Share,
         key_rows: KeyRows,
         *,
         adherence: float | None = None,
     ) -> list[EditRows]:
-        """Writes a batch, group by group (`groups_of`).
+        """Writes a batch, layer by layer; the model is read again before each.
+
+        What a layer adds reaches the site through the blocks in between, which change it, so every layer takes its
+        share (`memit_share`) of what is still missing at the site. The last layer's output is the site's own, and
+        takes all of the rest.
 
         Args:
             requests: the batch.
             values: of each request, the wanted states.
             weights: of each request.
-            share: how the layers share the change.
             key_rows: rows per request.
             adherence: share of the wanted change that is to arrive at the site. Where a layer full of edits would
                 shrink it below that, the last layer asks for more (`raised_innovation`). None asks for the change.
@@ -188,27 +169,18 @@ class EditedLayers:
         row_weights = torch.tensor([float(weight) / contexts for weight in weights]).repeat_interleave(contexts)
         goal = values.goal
         keys, written = list[Tensor](), list[Tensor]()
-        for group in groups_of(len(self.states), share):
-            states = [self.states[i] for i in group]
-            projections = [self._projections[i] for i in group]
-            read, now = request_keys(self._decoder, projections, requests, output_of=self._site.module)
+        for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
+            (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
             assert now is not None
+            panel = self._panel(state, rows_of_contexts(read, key_rows), row_weights)
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
-            if share == "memit":
-                missing = memit_share(missing, group[0] + 1, len(self.states))
-            panels = [
-                self._panel(state, rows_of_contexts(key, key_rows), row_weights)
-                for state, key in zip(states, read, strict=True)
-            ]
-            innovations = joint_innovations(panels, missing) if len(group) > 1 else [missing]
-            last = group[-1] + 1 == len(self.states)
-            for state, panel, innovation in zip(states, panels, innovations, strict=True):
-                innovation = innovation.to(panel.keys)
-                if last and adherence is not None and isinstance(state, RLSState):
-                    bare = torch.arange(0, len(innovation), contexts)
-                    innovation = raised_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
-                keys.append(panel.keys)
-                written.append(self._apply(state, panel, innovation))
+            innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
+            if at == len(self.states) and adherence is not None and isinstance(state, RLSState):
+                bare = torch.arange(0, len(innovation), contexts)
+                innovation = raised_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
+            keys.append(panel.keys)
+            written.append(self._apply(state, panel, innovation))
+            _check_finite([projection])  # the next layer reads the model
         return _edit_rows(keys, written, contexts, weights, goals_of_contexts(goal, key_rows))
 
     def raise_values(self, rows: Sequence[EditRows], values: Values, share: float) -> list[EditRows]:
@@ -404,6 +376,16 @@ class EditedLayers:
             values = rounded(values)
         state.update_projected(panel, values - now)
         return values
+
+
+def _check_finite(projections: Sequence[Projection]) -> None:
+    """Raises UpdateError where a written weight is not finite in the model's dtype."""
+    for projection in projections:
+        if not all_finite(projection.weight):
+            raise UpdateError(
+                f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was changed. Load "
+                "the model in bfloat16 or float32"
+            )
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:

@@ -55,7 +55,6 @@ class Preset:
             layers=self.layers,
             batch_size=100,
             fact_token="subject_last",
-            share="memit",
             key_rows="mean",
             refine=0,
             lam=0.0,

@@ -436,7 +436,6 @@ class EditSession:
                 [requests[at] for at in chosen],
                 values.taken(chosen),
                 [requests[at].edit.weight for at in chosen],
-                config.effective_share,
                 config.effective_key_rows,
                 adherence=adherence_asked(config, anchored=any(state.prior.mu for state in self.layers.states)),
             )

@@ -22,7 +22,7 @@ class NSE(Rule):
     `D = E^T K' (C0' + Kp'^T Kp' + K'^T K')^-1` in their columns, and 0 in the others.
 
     Left out, as it belongs to the values and not to the write: values are searched on the original weights, and edits
-    that did not take are made again. Left to the editor's `share="memit"`: its going through the layers. (The released
+    that did not take are made again. Left to the editor: its going through the layers. (The released
     code stops a neuron short of the share, and so mostly takes one fewer.)
 
     Attributes:
