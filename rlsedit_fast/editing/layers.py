@@ -41,7 +41,8 @@ class EditRows:
         keys: per layer `[rows, d_k]`.
         values: per layer `[rows, d_v]`.
         weight: of each row, the same in every layer.
-        goal: the edited state that was wanted, `[rows, d_v]`; what `reread` writes towards. None for protected rows.
+        goal: the edited state that the rows ask for, `[rows, d_v]`: the wanted one, and what was asked beyond it for
+            the adherence or by a refinement. `reread` writes towards it. None for protected rows.
     """
 
     keys: tuple[Tensor, ...]
@@ -167,7 +168,7 @@ class EditedLayers:
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
         row_weights = torch.tensor([float(weight) / contexts for weight in weights]).repeat_interleave(contexts)
-        goal = values.goal
+        goal, asked = values.goal, torch.zeros(0)
         keys, written = list[Tensor](), list[Tensor]()
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
@@ -179,9 +180,11 @@ class EditedLayers:
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = raised_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             keys.append(panel.keys)
-            written.append(self._apply(state, panel, innovation))
+            value, applied = self._apply(state, panel, innovation)
+            written.append(value)
+            asked = goals_of_contexts(now, key_rows) + applied.to(now)
             _check_finite([projection])  # the next layer reads the model
-        return _edit_rows(keys, written, contexts, weights, goals_of_contexts(goal, key_rows))
+        return _edit_rows(keys, written, contexts, weights, asked)
 
     def raise_values(self, rows: Sequence[EditRows], values: Values, share: float) -> list[EditRows]:
         """Moves the edited states of edits that the layers hold further, by new values of their rows in the last layer.
@@ -207,11 +210,11 @@ class EditedLayers:
         fresh = held + raised_values(panel, change, values.delta.norm(dim=1), bare, share).to(held)
         if self._halved:
             fresh = rounded(fresh)
-        goal = goals_of_contexts(values.goal, "contexts" if counts[0] > 1 else "mean")
-        goals = goal.cpu().split(counts)
         raised = [
-            replace(one, values=(*one.values[:last], value), goal=wanted)
-            for one, value, wanted in zip(rows, fresh.cpu().split(counts), goals, strict=True)
+            replace(one, values=(*one.values[:last], value), goal=None if one.goal is None else one.goal + more)
+            for one, value, more in zip(
+                rows, fresh.cpu().split(counts), (fresh - held).cpu().split(counts), strict=True
+            )
         ]
         self.exchange(rows, raised)
         return raised
@@ -364,8 +367,8 @@ class EditedLayers:
         keys = rounded(keys) if self._halved else keys.clone(memory_format=torch.contiguous_format)
         return state.project(keys, weights.to(keys.device))
 
-    def _apply(self, state: LayerState, panel: Any, innovation: Tensor) -> Tensor:
-        """Writes one layer's part and returns the values.
+    def _apply(self, state: LayerState, panel: Any, innovation: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one layer's part; returns the values, and the innovation that they are.
 
         Values are rounded before they are written: what is kept of an edit is what was written, so that removing it
         and writing it again are exact.
@@ -374,8 +377,9 @@ class EditedLayers:
         values = now + innovation
         if self._halved:
             values = rounded(values)
-        state.update_projected(panel, values - now)
-        return values
+        applied = values - now
+        state.update_projected(panel, applied)
+        return values, applied
 
 
 def _check_finite(projections: Sequence[Projection]) -> None:

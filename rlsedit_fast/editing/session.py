@@ -175,7 +175,11 @@ class EditSession:
             starts = torch.stack([self._starts[i] for i in ids])
             goal = values.goal[:, 0].cpu()
             figures = _figures(values, measure(self._site, requests, goal, (goal - starts).norm(dim=1)))
-            records = [replace(r, **one) for r, one in zip(self.ledger.get(ids), figures, strict=True)]
+            measured = ("realized", "nll", "rank")  # what the search says is of the first one
+            records = [
+                replace(record, **{name: one[name] for name in measured})
+                for record, one in zip(self.ledger.get(ids), figures, strict=True)
+            ]
             if not _better(self.ledger.get(ids), records):
                 raise _NoGain
             progress = replace(self.progress, writes=self.progress.writes + 1)
