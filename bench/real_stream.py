@@ -1,0 +1,183 @@
+"""A stream of CounterFact edits into a real pre-trained model, with the figures along the way.
+
+    python bench/real_stream.py smollm2 --edits 1000 --data counterfact-10k.json --text DIR --out bench/results/real
+
+DIR holds `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt` (perplexity). The edits are kept in a
+store beside the results' name in `--work`: a run that was interrupted goes on where it was. `--set` changes a setting,
+such as `--set adherence=0.9`.
+
+Figures at 100, 300, 1,000, 3,000 and 10,000 edits, of at most `--asked` edits, evenly spaced: efficacy and
+generalization (the new target likelier than the true one; strict: each of its tokens ranked first), specificity (the
+true answer likelier than the new target behind the neighborhood prompt, before and after), what is stated now of the
+first, middle and last hundred edits, perplexity before and after, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_models import checkpoint
+from recording import record
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rlsedit_fast as rf
+from rlsedit_fast.doctor import context
+from rlsedit_fast.editing.sources import GivenTexts
+from rlsedit_fast.evaluation.scoring import score
+
+MARKS = (40, 100, 300, 1000, 3000, 10_000)
+ANCHOR_TOKENS = 50_000
+WINDOW = 512
+
+
+def facts(path: Path, count: int) -> list[dict[str, str]]:
+    """The first `count` records of CounterFact, in EasyEdit's fields, of different subjects that occur once."""
+    chosen: dict[str, dict[str, str]] = {}
+    for one in json.loads(path.read_text(encoding="utf-8")):
+        if one["prompt"].count(one["subject"]) == 1:
+            chosen.setdefault(one["subject"], one)
+    if len(chosen) < count:
+        raise SystemExit(f"{path}: {len(chosen)} usable records, {count} were asked for")
+    return list(chosen.values())[:count]
+
+
+def edit_of(one: dict[str, str]) -> rf.Edit:
+    return rf.Edit(one["prompt"].replace(one["subject"], "{}"), one["subject"], one["target_new"])
+
+
+def paragraphs(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) > 8]
+
+
+def spread(some: list[Any], most: int) -> list[Any]:
+    return [some[at * len(some) // min(most, len(some))] for at in range(min(most, len(some)))]
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> float:
+    """Over windows of 512 tokens, each scored by itself."""
+    ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"][:tokens]
+    start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    total = count = 0.0
+    for at in range(0, len(ids) - WINDOW + 1, WINDOW):
+        window = torch.tensor([start + ids[at : at + WINDOW]])
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+        count += window.shape[1] - 1
+    return math.exp(total / count)
+
+
+def asked(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> dict[str, float]:
+    """The figures of some facts under a model."""
+    pairs = []
+    for one in some:
+        for prompt in ("prompt", "rephrase_prompt"):
+            pairs += [(one[prompt], one["target_new"]), (one[prompt], one["ground_truth"])]
+        pairs += [(one["locality_prompt"], one["target_new"]), (one["locality_prompt"], one["locality_ground_truth"])]
+    found = score(model, tokenizer, pairs)
+    each = [found[at : at + 6] for at in range(0, len(found), 6)]
+    count = len(each)
+    return {
+        "efficacy": sum(new.nll < true.nll for new, true, *_ in each) / count,
+        "efficacy_strict": sum(new.exact for new, *_ in each) / count,
+        "generalization": sum(one[2].nll < one[3].nll for one in each) / count,
+        "generalization_strict": sum(one[2].exact for one in each) / count,
+        "specificity": sum(one[5].nll < one[4].nll for one in each) / count,
+    }
+
+
+def stated(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> float:
+    found = score(model, tokenizer, [(one["prompt"], one["target_new"]) for one in some])
+    return sum(one.exact for one in found) / len(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("smollm2", "gemma3-270m"))
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/real"), metavar="DIR")
+    parser.add_argument("--work", type=Path, default=Path("build/real"), metavar="DIR")
+    parser.add_argument("--asked", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=20_480, help="of the text whose perplexity is measured")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of EditConfig")
+    parser.add_argument("--label", default="default", help="of the settings, in the name of the result file")
+    options = parser.parse_args()
+    changes = {name: ast.literal_eval(value) for name, value in (one.split("=", 1) for one in options.set)}
+
+    name = f"{options.model}-{options.label}-{options.edits}"
+    if options.batch_size != 100:
+        name += f"-batch{options.batch_size}"
+    results_path = options.out / f"{name}.json"
+    results = json.loads(results_path.read_text()) if results_path.exists() else {"at": {}}
+    path = checkpoint(options.model)
+    every = facts(options.data, options.edits)
+    test_text = paragraphs(options.text / "wikitext2-test.txt")
+    base = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if "perplexity_before" not in results:
+        results["perplexity_before"] = perplexity(base, tokenizer, test_text, options.tokens)
+    config = rf.EditConfig(batch_size=options.batch_size, **changes)
+    editor = rf.Editor.from_pretrained(path, store=options.work / name, config=config)
+    if not editor.priors:
+        valid = GivenTexts(paragraphs(options.text / "wikitext2-valid.txt"))
+        editor.anchor(editor.statistics(valid, tokens=ANCHOR_TOKENS))
+    seconds = results.get("seconds_editing", 0.0)
+
+    def written(records: list[rf.EditRecord]) -> None:
+        good = sum(one.success for one in records)
+        share = sum(one.realized for one in records) / len(records)
+        print(f"{records[-1].id} edits: {good} of {len(records)} stated, {share:.3f} of the change arrived", flush=True)
+
+    for mark in sorted({*(one for one in MARKS if one < options.edits), options.edits}):
+        done = len(editor.history())
+        if done < mark:
+            began = time.perf_counter()
+            editor.edit([edit_of(one) for one in every[done:mark]], on_batch=written)
+            seconds += time.perf_counter() - began
+        if str(mark) in results["at"] or done > mark:
+            continue
+        some, records = every[:mark], editor.history()
+        sample = spread(some, options.asked)
+        middle = max(0, mark // 2 - 50)
+        ages = {"first": some[:100], "middle": some[middle : middle + 100], "last": some[-100:]}
+        results["at"][str(mark)] = {
+            "asked": len(sample),
+            "before": asked(base, tokenizer, sample),
+            "after": asked(editor.model, tokenizer, sample),
+            "stated_when_written": sum(one.success for one in records) / mark,
+            "realized_when_written": sum(one.realized for one in records) / mark,
+            "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
+            "perplexity": perplexity(editor.model, tokenizer, test_text, options.tokens),
+            "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
+            "seconds_editing": round(seconds, 1),
+        }
+        results["seconds_editing"] = seconds
+        figures = {key: value for key, value in results.items() if key not in {"what", *context()}}
+        record(
+            results_path,
+            "A stream of CounterFact edits into a real model",
+            **figures
+            | {
+                "model": options.model,
+                "layers": list(editor.layers),
+                "settings": changes,
+                "batch_size": options.batch_size,
+                "threads": torch.get_num_threads(),
+                "mu": [prior.mu for prior in editor.priors],
+            },
+        )
+        print(json.dumps(results["at"][str(mark)], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
