@@ -28,6 +28,13 @@ _SHOWN = (
 _WHERE_THERE = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
 """Shown only where the data set has what they are measured on."""
 
+_ITEMS = _FREE = 100
+
+
+def _error(count: int) -> str:
+    """The largest standard error that a share of so many can have."""
+    return f"{0.5 / count**0.5:.2f}"
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
@@ -42,12 +49,27 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE; the demo has facts of its own")
     group.add_argument("--among", type=setup.at_least_one, metavar="N", help="only the first N records of it")
     group.add_argument("--text", metavar="FILE", help="running text: three quarters are anchors, the rest is probed")
-    group.add_argument("--statistics", metavar="FILE", help="anchors from `rlsedit statistics` instead")
+    group.add_argument(
+        "--tokens",
+        type=setup.at_least_one,
+        metavar="N",
+        help=f"tokens of --text to read as anchors, at most (default {setup.DEFAULT_TOKENS})",
+    )
+    group.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="anchors from `rlsedit statistics` instead, which need not be collected anew for each command",
+    )
     group.add_argument(
         "--references", metavar="FILE", help="texts about subjects, as ROME's attribute_snippets.json, for consistency"
     )
     group.add_argument("--tasks", metavar="DIR", help="GLUE and MMLU as NAME.jsonl, answered by likelihood")
-    group.add_argument("--items", type=setup.at_least_one, metavar="N", help="of each task, at most (default 500)")
+    group.add_argument(
+        "--items",
+        type=setup.at_least_one,
+        metavar="N",
+        help=f"of each task, at most (default {_ITEMS}: a standard error of {_error(_ITEMS)} at most)",
+    )
     group = parser.add_argument_group("streams")
     group.add_argument("--rules", nargs="+", choices=RULES, default=[RECURSIVE], metavar="RULE", help=", ".join(RULES))
     group.add_argument(
@@ -56,7 +78,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stream", default="plain", help="plain; on the demo also conflicting and related")
     group.add_argument("--edits", type=setup.at_least_one, default=1000)
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    group.add_argument("--jobs", type=setup.at_least_one, default=1, help="processes, each on one thread")
+    group.add_argument(
+        "--free",
+        type=setup.at_least_one,
+        metavar="N",
+        default=_FREE,
+        help="edits whose prompts are answered freely, by greedy generation, at the end, at most "
+        f"(default {_FREE}: a standard error of {_error(_FREE)} at most)",
+    )
+    group.add_argument(
+        "--jobs",
+        type=setup.at_least_one,
+        default=1,
+        help="runs made at the same time, which share the cores; one run uses all of them (default 1)",
+    )
     group.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="folder of the results (default evaluation)"
     )
@@ -76,6 +111,10 @@ def run(options: argparse.Namespace) -> int:
     _check(options, demo=options.model == DEMO)
     check_places(options, folders=("out",))
     given = {name: getattr(options, name) for name in GroundSpec.__dataclass_fields__}
+    if options.tasks is not None and options.items is None:
+        given["items"] = _ITEMS
+    if options.model != DEMO and options.statistics is None and options.tokens is None:
+        given["tokens"] = setup.DEFAULT_TOKENS
     spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
     if options.preset == GENERIC and options.model != DEMO:
@@ -93,9 +132,11 @@ def run(options: argparse.Namespace) -> int:
     for rule in options.rules:
         config = base.under(rule, **changes.get(rule, {}))
         for seed in options.seeds:
-            plan = Plan(label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config)
+            plan = Plan(
+                label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config, free=options.free
+            )
             jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
-    made = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say))
+    made = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say, show=True))
     found = {rule: [next(made) for _ in each] for rule, each in jobs.items()}
     every = [result for each in found.values() for result in each]
     shown = (*_SHOWN, *(figure for figure in _WHERE_THERE if over_seeds(every, *figure) is not None))
@@ -124,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
     return LEFT_OUT if failed else DONE
 
 
-_ITS_OWN = ("data", "among", "text", "statistics", "dtype", "device")
+_ITS_OWN = ("data", "among", "text", "tokens", "statistics", "dtype", "device")
 """What is the demo's own, and options say of another model."""
 
 
@@ -140,6 +181,8 @@ def _check(options: argparse.Namespace, *, demo: bool) -> None:
             raise InputError(f"--{name}: {', '.join(twice)} more than once, which is one stream; name it once")
     if options.items is not None and options.tasks is None:
         raise InputError("--items is of tasks; name their folder with --tasks DIR, or leave it out")
+    if options.tokens is not None and options.statistics is not None:
+        raise InputError("--tokens is how much of --text to read as anchors; with --statistics leave it out")
     if demo:
         if ignored := [f"--{name}" for name in _ITS_OWN if getattr(options, name) is not None]:
             raise InputError(

@@ -25,7 +25,7 @@ from rlsedit_fast.editing.values import Values
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.calibrate import TrialLayer
-from rlsedit_fast.rls.shares import memit_share
+from rlsedit_fast.rls.shares import arrived_share, memit_share
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class Pilot:
         self._key_rows = config.effective_key_rows
         self._ridge = config.ridge if moments is not None else 0.0
         self._moments = moments or [torch.eye(p.weight.shape[1], device=p.weight.device) for p in self.layers]
+        values = replace(values, delta=_changes(values.delta))
         self._norms = values.delta.norm(dim=1)
         self._goal = values.goal
         self._keys, now = request_keys(context.decoder, self.layers, requests, output_of=context.site.module)
@@ -196,8 +197,7 @@ class Pilot:
                 # The last layer's output at the lookup token is the site's own.
                 judged = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
                 left = missing[:: self._rows] - (judged @ change.T).to(missing)
-        norms = self._norms.to(left).clamp_min(torch.finfo(torch.float32).tiny)
-        realized = 1 - float((left.norm(dim=1) / norms).mean())
+        realized = float(arrived_share(left, self._norms.to(left)).mean())
         return Trial(realized, leakage)
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
@@ -215,12 +215,12 @@ class Pilot:
         if not scale > 0:
             raise InputError("the keys of the pilot edits are all zero; check the model's weights and the prompts")
         missing = goals_of_contexts(self._goal - self._now.to(self._goal), self._key_rows).to(device, torch.float64)
-        turned, norms = vectors.T @ missing, self._norms.to(device, torch.float64).clamp_min(1e-30)
+        turned, norms = vectors.T @ missing, self._norms.to(device, torch.float64)
 
         def realized(log_mu: float) -> float:
             noise = math.exp(2 * log_mu) * self._rows
             left = vectors[:: self._rows] @ ((noise / (noise + spectrum))[:, None] * turned)
-            return 1 - float((left.norm(dim=1) / norms).mean())
+            return float(arrived_share(left, norms).mean())
 
         low, high = (math.log(scale) + side * _WIDE_LOG_SPAN for side in (-1, 1))
         most = realized(low)
@@ -268,6 +268,18 @@ class Pilot:
         finally:
             for projection, original in zip(self.layers, originals, strict=True):
                 projection.write(original)
+
+
+def _changes(delta: Tensor) -> Tensor:
+    """Wanted changes `[n, d]`, with a random one of the others' mean length for an edit that wants none.
+
+    How its keys crowd the layers counts all the same.
+    """
+    norms = delta.norm(dim=1)
+    some = norms > 0
+    length = float(norms[some].mean()) if bool(some.any()) else 1.0
+    drawn = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0)).to(delta)
+    return torch.where(some[:, None], delta, length * drawn / drawn.norm(dim=1, keepdim=True))
 
 
 def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:

@@ -113,9 +113,9 @@ class EditConfig:
         key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
             with its own key and weight `w / contexts`, so that the edit holds in every one of them; `mean` gives it one
             row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
-        refine: after a batch is written, edits whose target is not ranked first at every token of the bare prompt are
-            taken out, searched again in the written model, and written again, at most this many times. Needs `rls` and
-            stored keys. None is 1 where these are there, else 0.
+        refine: after a batch, and after the last batch of a call, edits whose target is not ranked first at every token
+            of the bare prompt are searched again in the written model, and their values are moved by what is missing,
+            at most this many times. Needs `rls` and stored keys. None is 1 where these are there, else 0.
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu

@@ -202,7 +202,8 @@ class Editor:
     def memory(self) -> list[memory.LayerMemory]:
         """What editing takes beside the model, layer by layer, before it is taken."""
         rule = check(self.config.rule, self.config.rule_options)
-        return memory.plan(self.projections, delay=self.config.delay, rule=rule)
+        rows = len(self.config.context_prefixes) if self.config.effective_key_rows == "contexts" else 1
+        return memory.plan(self.projections, delay=self.config.delay, rows=rows, rule=rule)
 
     def anchor(self, what: Iterable[str] | KeyStatistics) -> int:
         """Names what the model is to go on doing: the edited layers' outputs on every token of some text.
@@ -350,8 +351,9 @@ class Editor:
         All edits are checked before the first is made. A batch is written whole or not at all; an error in one
         leaves the batches before it in place, and says how many they are.
 
-        An edit that asks what an active one asks takes its place, and active edits of the same subject are told anew
-        with it, sharing one value (`EditConfig.same_subject`).
+        An edit that asks what an active one asks takes its place, and active edits of the same subject are written
+        again with it, sharing one value (`EditConfig.same_subject`). Edits that the model does not state after their
+        batch, or after the last batch of the call, are refined (`EditConfig.refine`).
 
         Args:
             edits: at least one.
@@ -379,6 +381,8 @@ class Editor:
                     made += records
                     if on_batch is not None:
                         on_batch(records)
+                if len(made) > self.config.batch_size:  # later batches may have taken back what earlier ones stated
+                    session.refine([record.id for record in made])
             except BaseException as error:
                 if session.progress.writes == before:
                     if fresh:
@@ -521,8 +525,8 @@ class Editor:
 
         Do it when `status` advises it. Later edits change what the deeper edited layers receive, so the keys that
         earlier edits were written at age; they are read again in the present model, and the last layer is given what
-        is missing to the state that each edit wanted. Accumulated rounding is gone, and the store forgets the rows of
-        edits that are no longer active; the history keeps them.
+        is missing to the state that each edit wanted. Edits that the model does not state then are refined. Accumulated
+        rounding is gone, and the store forgets the rows of edits that are no longer active; the history keeps them.
 
         Returns:
             The bytes by which the store became smaller; below 0 where the snapshot takes more than was forgotten.
@@ -536,7 +540,9 @@ class Editor:
         if self._session.layers is None:
             raise InputError("consolidate(): nothing has been edited yet")
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
-        self._session.rebuild()
+        with quiet(self.model):
+            self._session.rebuild()
+            self._session.refine(self._session.ledger.active)
         if self._recorder is None:
             return 0
         try:

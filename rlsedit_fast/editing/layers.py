@@ -186,16 +186,19 @@ class EditedLayers:
             _check_finite([projection])  # the next layer reads the model
         return _edit_rows(keys, written, contexts, weights, asked)
 
-    def raise_values(self, rows: Sequence[EditRows], values: Values, share: float) -> list[EditRows]:
+    def raise_values(
+        self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, share: float
+    ) -> list[EditRows]:
         """Moves the edited states of edits that the layers hold further, by new values of their rows in the last layer.
 
-        The rows keep their keys and weights, so C does not change, and nothing is removed. The last layer's keys are
-        those that its rows have, as long as no layer before it was written since.
+        The rows keep their keys and weights, so C does not change, and nothing is removed.
 
         Args:
-            rows: of the edits.
+            requests: the edits.
+            rows: theirs.
             values: the changes that are still wanted, found in the present model.
-            share: of them that is to arrive.
+            key_rows: as in `write`.
+            share: of the changes that is to arrive, at the keys that the last layer receives now.
 
         Returns:
             The rows that the layers hold now, in the same order.
@@ -206,18 +209,20 @@ class EditedLayers:
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
         change = values.delta.repeat_interleave(torch.tensor(counts, device=values.delta.device), dim=0).to(keys)
-        panel = state.project(keys, weights)
-        fresh = held + raised_values(panel, change, values.delta.norm(dim=1), bare, share).to(held)
+        (read,), _ = request_keys(self._decoder, self._projections[last:], requests)
+        now = rows_of_contexts(read, key_rows).to(keys)
+        raised = raised_values(state.project(keys, weights), now, change, values.delta.norm(dim=1), bare, share)
+        fresh = held + raised.to(held)
         if self._halved:
             fresh = rounded(fresh)
-        raised = [
+        revised = [
             replace(one, values=(*one.values[:last], value), goal=None if one.goal is None else one.goal + more)
             for one, value, more in zip(
-                rows, fresh.cpu().split(counts), (fresh - held).cpu().split(counts), strict=True
+                rows, *(side.cpu().split(counts) for side in (fresh, fresh - held)), strict=True
             )
         ]
-        self.exchange(rows, raised)
-        return raised
+        self.exchange(rows, revised)
+        return revised
 
     def exchange(self, held: Sequence[EditRows], fresh: Sequence[EditRows]) -> None:
         """Gives rows that the layers hold the last layer's values of `fresh`."""

@@ -9,8 +9,6 @@ from datetime import datetime
 from numbers import Integral
 from typing import Any
 
-from torch import Tensor
-
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.conflicts import composed
 from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
@@ -52,13 +50,11 @@ class BatchResult:
         rows: the rows of those that were written.
         figures: of each, fields of its record.
         groups: those that share a value.
-        starts: of each, the state at its bare prompt before, `[d]`.
     """
 
     rows: Mapping[int, EditRows]
     figures: Sequence[Mapping[str, Any]]
     groups: Sequence[Sequence[int]]
-    starts: Sequence[Tensor]
 
 
 class Ledger:

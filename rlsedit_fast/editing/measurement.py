@@ -15,6 +15,7 @@ from rlsedit_fast.models.passes import hidden_of
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.models.tokens import alike
+from rlsedit_fast.rls import arrived_share
 
 _ROWS_AT_ONCE = 128  # bounds the memory of one pass
 
@@ -24,7 +25,7 @@ class Measured:
     """A batch as the model has it now, at the bare prompts.
 
     Attributes:
-        realized: `1 - ||state - goal|| / ||wanted change||`, `[n]`.
+        realized: `1 - ||state - goal|| / ||wanted change||`, `[n]`; 1 where no change was wanted.
         nll: mean NLL of each target's tokens, nats, `[n]`.
         rank: of each target's tokens, the worst one's, `[n]`; 1 is first.
     """
@@ -64,8 +65,7 @@ def measure(site: Site, requests: Sequence[Request], goal: Tensor, wanted: Tenso
         found.append((state.float().cpu(), fit.nll.cpu(), fit.rank.cpu()))
     back = torch.tensor(order).argsort()
     states, nll, rank = (torch.cat(column)[back] for column in zip(*found, strict=True))
-    missing = (goal.cpu() - states).norm(dim=1)
-    return Measured(1 - missing / wanted.cpu().clamp_min(torch.finfo(torch.float32).tiny), nll, rank)
+    return Measured(arrived_share(goal.cpu() - states, wanted.cpu()), nll, rank)
 
 
 @contextmanager

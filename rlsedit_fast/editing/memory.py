@@ -32,7 +32,8 @@ class LayerMemory:
         writing: more, while a batch is written: a copy of the weight to go back to.
         building: more, for the moment in which the state is made in float64; other rules compute each batch so. A
             rebuild takes some copies of W besides, and keeps the old C of every layer until it is through.
-        per_edit: of the rows that an edit leaves behind, by which it can be taken back, in the host's memory.
+        per_edit: of the rows of an edit, by which it can be taken back, in host memory; in the last layer with the
+            states that they ask for.
     """
 
     layer: int
@@ -45,8 +46,17 @@ class LayerMemory:
     per_edit: int
 
 
-def plan(projections: Sequence[Projection], *, delay: int, rule: Rule | None = None) -> list[LayerMemory]:
-    """What editing these projections takes, under the recursive rule or another; computed from shapes alone."""
+def plan(
+    projections: Sequence[Projection], *, delay: int, rows: int = 1, rule: Rule | None = None
+) -> list[LayerMemory]:
+    """What editing these projections takes, computed from shapes alone.
+
+    Args:
+        projections: the edited ones.
+        delay: as in `RLSState`.
+        rows: of an edit in each layer.
+        rule: None for the recursive one.
+    """
     layers = []
     for projection in projections:
         weight = projection.weight
@@ -72,7 +82,7 @@ def plan(projections: Sequence[Projection], *, delay: int, rule: Rule | None = N
                 _FLOAT * d_k * d_k,
                 item * weight.numel(),
                 _DOUBLE * building,
-                item * (d_k + d_v),
+                rows * (item * (d_k + d_v) + (_FLOAT * d_v if projection is projections[-1] else 0)),
             )
         )
     return layers

@@ -80,7 +80,6 @@ class EditSession:
         self.layers: EditedLayers | None = None
         self._config, self._site = context.config, context.site
         self._finder = Finder(context.site, context.config)
-        self._starts: dict[int, Tensor] = {}  # of the last batch: states at the bare prompts before it
         self._pilot: tuple[list[Request], Values] | None = None
         self._recorder = recorder
 
@@ -126,7 +125,7 @@ class EditSession:
                 left_out |= error.values
             else:
                 ids = [record.id for record in records]
-                self._refine([*ids, *again])
+                self.refine([*ids, *again], measured=True)
                 return self.ledger.get(ids)
 
     def _from_pilot(self, requests: Sequence[Request]) -> Values | None:
@@ -139,27 +138,43 @@ class EditSession:
         self._pilot = None  # what is found for them does not hold for later batches
         return None if None in at else values.taken([place for place in at if place is not None])
 
-    def _refine(self, ids: Sequence[int]) -> None:
-        """Moves the values of edits further that the model does not state after the write, as the settings say."""
-        for attempt in range(self._config.effective_refine):
-            failed = [
-                record
-                for record in self.ledger.get(ids)
-                if record.state == "active" and not record.success and record.search_converged
-            ]
-            if not failed:
+    def refine(self, ids: Sequence[int], *, measured: bool = False) -> None:
+        """Moves the values of edits further that the model does not state now, as often as the settings say.
+
+        Edits whose search had found no value are left as they are. Where it does not help, nothing changes.
+
+        Args:
+            ids: of the edits.
+            measured: whether their records were measured in the present model.
+        """
+        records = [one for one in self.ledger.get(ids) if one.state == "active" and one.search_converged]
+        ids = [record.id for record in records]
+        for attempt in range(self._config.effective_refine if ids else 0):
+            if measured and not attempt:
+                ids = [record.id for record in records if not record.success]
+            else:
+                ranks = self._measure(self.ledger.requests(ids)).rank.tolist()
+                ids = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1]
+            if not ids:
                 return
-            again = sorted({i for record in failed for i in (record.id, *record.joint_with)})
-            logger.info("refine %d: %d edits are not stated after the write", attempt + 1, len(failed))
-            try:
-                self._raise_values(again)
-            except _NoGain:
-                return
-            except RLSEditError as error:  # the edits are made, and stay as they are
-                logger.warning(
-                    "%d edits are not stated after the write and could not be refined: %s", len(failed), error
-                )
-                return
+            logger.info("%d edits are not stated after the write; they are searched again", len(ids))
+            partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
+            again = sorted(partners.union(ids))
+            size = max(self._config.batch_size, 1)
+            groups = self._finder.groups(self.ledger.requests(again))
+            for part in _packed(groups, size):
+                try:
+                    self._raise_values([again[at] for at in part])
+                except _NoGain:
+                    continue
+                except RLSEditError as error:  # the edits are made, and stay as they are
+                    logger.warning("%d edits are not stated and could not be refined: %s", len(ids), error)
+                    return
+
+    def _measure(self, requests: Sequence[Request]) -> Measured:
+        """What the model says at requests now; how much of a change arrived is not asked."""
+        nothing = torch.zeros(len(requests), 1)
+        return measure(self._site, requests, nothing, nothing[:, 0])
 
     def _raise_values(self, ids: list[int]) -> None:
         """Searches active edits once more in the written model and adds what is missing to their values.
@@ -168,20 +183,18 @@ class EditSession:
             _NoGain: no more of them are stated than before, and their mean NLL is no lower; nothing has changed.
         """
         assert self.layers is not None
-        requests, held = self.ledger.requests(ids), self.ledger.rows(ids)
+        requests, held, config = self.ledger.requests(ids), self.ledger.rows(ids), self._config
+        before = self._measure(requests)
         with self._change(f"{len(ids)} edits were refined", "Lower batch_size") as ending:
             values = self._finder.find(requests, Progress())
-            rows = self.layers.raise_values(held, values, _REFINED_SHARE)
-            starts = torch.stack([self._starts[i] for i in ids])
-            goal = values.goal[:, 0].cpu()
-            figures = _figures(values, measure(self._site, requests, goal, (goal - starts).norm(dim=1)))
-            measured = ("realized", "nll", "rank")  # what the search says is of the first one
-            records = [
-                replace(record, **{name: one[name] for name in measured})
-                for record, one in zip(self.ledger.get(ids), figures, strict=True)
-            ]
-            if not _better(self.ledger.get(ids), records):
+            rows = self.layers.raise_values(requests, held, values, config.effective_key_rows, _REFINED_SHARE)
+            after = self._measure(requests)
+            if not _better(before, after):
                 raise _NoGain
+            records = [
+                replace(record, nll=nll, rank=rank)
+                for record, nll, rank in zip(self.ledger.get(ids), after.nll.tolist(), after.rank.tolist(), strict=True)
+            ]
             progress = replace(self.progress, writes=self.progress.writes + 1)
             objective = tuple(state.objective for state in self.layers.states)
             active = len(self.ledger.active)
@@ -213,7 +226,7 @@ class EditSession:
         partners = {partner for record in self.ledger.get(gone) for partner in record.joint_with}
         again = sorted(partners.intersection(self.ledger.active).difference(gone))
         self._transact([], gone=gone, outcome="undone", again=again)
-        self._refine(again)
+        self.refine(again, measured=True)
 
     def protect(self, prompts: Sequence[str], keys: Sequence[Tensor], weight: float) -> None:
         """Holds what the layers do on the keys of prompts, `[n, d_k]` each."""
@@ -256,8 +269,7 @@ class EditSession:
         shift = None
         if self._config.keys is not None:
             shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_key_rows)
-        bare = torch.zeros(len(ids), 1)
-        now = measure(self._site, requests, bare, bare[:, 0])
+        now = self._measure(requests)
         return Sample(len(ids), float((now.rank == 1).float().mean()), shift)
 
     def check_kept(self, what: str, ids: Sequence[int]) -> None:
@@ -361,7 +373,7 @@ class EditSession:
         """
         assert self.layers is not None
         everything = [*requests, *self.ledger.requests(again)]
-        written = BatchResult({}, [], [], [])
+        written = BatchResult({}, [], [])
         rebuilt: tuple[bool, ...] = ()
         before, scale = self.progress, self.progress.scale
         try:
@@ -404,9 +416,7 @@ class EditSession:
             raise
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers, self.progress)
-        ids = [record.id for record in transaction.records]
-        self._starts = dict(zip([*ids, *again], written.starts, strict=True))
-        return self.ledger.get(ids)
+        return self.ledger.get([record.id for record in transaction.records])
 
     def _values(
         self, requests: Sequence[Request], new: int, found: Values | None, left_out: Mapping[int, Values]
@@ -451,7 +461,6 @@ class EditSession:
             rows,
             _figures(values, now),
             [[chosen[at] for at in group] for group in groups],
-            list(values.start[:, 0].cpu()),
         )
 
 
@@ -475,8 +484,18 @@ def _mark(request: Request) -> tuple[object, ...]:
     return tuple(tuple(row.ids) for row in (*request.contexts, *request.kl))
 
 
-def _better(before: Sequence[EditRecord], after: Sequence[EditRecord]) -> bool:
+def _better(before: Measured, after: Measured) -> bool:
     """Whether more edits are stated, or as many at a lower mean NLL."""
-    stated = [sum(record.success for record in records) for records in (before, after)]
-    nll = [sum(record.nll for record in records) for records in (before, after)]
-    return stated[1] > stated[0] or (stated[1] == stated[0] and nll[1] < nll[0])
+    stated = [int((one.rank == 1).sum()) for one in (before, after)]
+    return stated[1] > stated[0] or (stated[1] == stated[0] and float(after.nll.mean()) < float(before.nll.mean()))
+
+
+def _packed(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Groups together, about `size` members at a time."""
+    part: list[int] = []
+    for group in groups:
+        if part and len(part) + len(group) > size:
+            yield part
+            part = []
+        part += group
+    yield part

@@ -12,6 +12,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.datasets import Texts, read_records
 from rlsedit_fast.evaluation.generation import continuations
+from rlsedit_fast.evaluation.scoring import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +83,7 @@ def consistency(
     *,
     tokens: int = 100,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> float:
     """Mean likeness, over cases, of what a model writes behind a case's `generation` prompts and its `references`.
 
@@ -96,8 +98,9 @@ def consistency(
         alike: by all the reference texts there are, so that a word of every text counts little.
         tokens: most new tokens of a text.
         seed: of the sampling.
+        progress: called after each batch with the texts done so far.
     """
     prompts = [prompt for case in cases for prompt in case.generation]
-    texts = iter(continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed))
+    texts = iter(continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed, progress=progress))
     said = [" ".join(f"{prompt} {next(texts)}" for prompt in case.generation) for case in cases]
     return sum(alike(text, " ".join(case.references)) for text, case in zip(said, cases, strict=True)) / len(cases)

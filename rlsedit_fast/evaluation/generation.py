@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ import torch
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import MultiHop
-from rlsedit_fast.models.generation import end_tokens, greedy
+from rlsedit_fast.evaluation.scoring import Progress
+from rlsedit_fast.models.generation import batches, end_tokens, greedy
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.prefixes import pad_left
 from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import encode_plain
 
@@ -36,12 +38,13 @@ def continuations(
     tokens: int,
     top_k: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[str]:
     """What follows each prompt: greedily, or sampled from the `top_k` likeliest tokens.
 
     Greedily it is the likeliest token at each step, whatever the model's own generation settings are; what is sampled
-    obeys them, as `generate()` does. Prompts of equal length go through together, so none is padded. No other random
-    number generator is touched.
+    obeys them, as `generate()` does. Prompts of several lengths go through together, padded on the left, where the
+    model bears that. No other random number generator is touched.
 
     Args:
         model: a causal language model.
@@ -50,14 +53,12 @@ def continuations(
         tokens: most new tokens.
         top_k: sample from this many; None is greedy.
         seed: of the sampling.
+        progress: called after each batch with the prompts done so far.
     """
     rows = [encode_plain(tokenizer, prompt).ids for prompt in prompts]
     if top_k is None:
-        made = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer))
+        made = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer), progress=progress)
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
-    lengths: dict[int, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        lengths[len(row)].append(i)
     device = input_device(model)
     generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -65,21 +66,20 @@ def continuations(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), quiet(model), torch.inference_mode():
         torch.manual_seed(seed)
-        for length, members in sorted(lengths.items()):
-            for at in range(0, len(members), _AT_ONCE):
-                part = members[at : at + _AT_ONCE]
-                ids = torch.tensor([rows[i] for i in part], device=device)
-                mask = torch.ones_like(ids)
-                sampled = generator.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=tokens,
-                    pad_token_id=padding,
-                    do_sample=True,
-                    top_k=top_k,
-                )
-                for i, row in zip(part, sampled[:, length:].tolist(), strict=True):
-                    said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+        for _, part in batches(model, [len(row) for row in rows], _AT_ONCE):
+            ids, mask = pad_left([rows[i] for i in part], device)
+            sampled = generator.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                pad_token_id=padding,
+                do_sample=True,
+                top_k=top_k,
+            )
+            for i, row in zip(part, sampled[:, ids.shape[1] :].tolist(), strict=True):
+                said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+            if progress is not None:
+                progress(len(said), len(rows))
     return [said[i] for i in range(len(rows))]
 
 
@@ -105,20 +105,28 @@ def free_accuracy(
     asked: Sequence[tuple[str, str]],
     *,
     stops: Sequence[str] = STOPS,
+    progress: Progress | None = None,
 ) -> list[bool]:
     """For each (prompt, answer), whether the model's own greedy continuation says the answer; see `says`."""
     longest = max(len(encode_plain(tokenizer, prompt, answer).target) for prompt, answer in asked)
-    texts = continuations(model, tokenizer, [prompt for prompt, _ in asked], tokens=longest + _BEYOND)
+    prompts = [prompt for prompt, _ in asked]
+    texts = continuations(model, tokenizer, prompts, tokens=longest + _BEYOND, progress=progress)
     return [says(text, answer, stops) for text, (_, answer) in zip(texts, asked, strict=True)]
 
 
-def free_multihop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chains: Sequence[MultiHop]) -> list[bool]:
+def free_multihop(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chains: Sequence[MultiHop],
+    *,
+    progress: Progress | None = None,
+) -> list[bool]:
     """For each chain of facts, whether any wording of its question is continued, greedily, by a right answer and its
     end; see `says`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by free generation.
     """
     prompts = [prompt for chain in chains for prompt in chain.prompts]
     longest = max(len(encode_plain(tokenizer, c.prompts[0], answer).target) for c in chains for answer in c.right)
-    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + _BEYOND))
+    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + _BEYOND, progress=progress))
     said = [[next(texts) for _ in chain.prompts] for chain in chains]
     return [
         any(says(text, answer) for text in wordings for answer in chain.right)
@@ -155,12 +163,13 @@ def fluency(
     *,
     tokens: int = 100,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> float:
     """Mean `n_gram_entropy` of texts sampled behind `prompts`, the prompt included, from the five likeliest tokens.
 
     A text that ends before it has three words counts as 0, as one that says nothing. ROME's release counts the prompt
     among its 100 tokens and shows 100 times the figure.
     """
-    texts = continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed)
+    texts = continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed, progress=progress)
     whole = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]
     return sum(n_gram_entropy(text) if len(_WORD.findall(text)) >= 3 else 0.0 for text in whole) / len(whole)

@@ -47,6 +47,7 @@ class GroundSpec:
         data: file of CounterFact, zsRE or MQuAKE (told apart by its fields), for any model but the demo's.
         text: file of running text: the first part is what the model is to go on doing, the rest is probed.
         statistics: key statistics in place of that first part.
+        tokens: of that first part, at most; None takes all.
         tasks: folder with `NAME.jsonl` of GLUE and MMLU.
         items: of each task, at most.
         device: to load the model onto.
@@ -60,6 +61,7 @@ class GroundSpec:
     data: str | None = None
     text: str | None = None
     statistics: str | None = None
+    tokens: int | None = None
     tasks: str | None = None
     items: int = 500
     device: str = "cpu"
@@ -122,7 +124,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     tasks = _tasks(spec)
     alike = None if spec.references is None else likeness(Path(spec.references))
     if spec.model == DEMO:
-        return Ground(spec.name, load_demo_model, _demo_statistics, _demo_texts, tasks, alike, spec.made_of)
+        return Ground(spec.name, load_demo_model, _demo_statistics, _demo_texts, tasks, alike, made_of=spec.made_of)
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
     load = partial(load_model, spec.model, dtype=spec.dtype, device=spec.device)
@@ -131,7 +133,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
-    return Ground(spec.name, load, lambda _seed: held, lambda *_: probed, tasks, alike, spec.made_of)
+    return Ground(spec.name, load, lambda _seed: held, lambda *_: probed, tasks, alike, spec.tokens, spec.made_of)
 
 
 @lru_cache(maxsize=4)

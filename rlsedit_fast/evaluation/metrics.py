@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question
-from rlsedit_fast.evaluation.scoring import Score, score
+from rlsedit_fast.evaluation.scoring import Progress, Score, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +99,9 @@ Judged = dict[str, tuple[Verdict, ...]]
 Before = dict[Question, Score]
 """Each question about what is to stay, with its score before any edit."""
 
+Known = dict[tuple[str, str], Score]
+"""Scores of a model in one state, by prompt and answer."""
+
 _TOLD = {"efficacy": "asked", "generalization": "paraphrases"}
 _KEPT = ("neighbors", "namesakes", "same_subject", "rebuilt")
 
@@ -111,22 +114,57 @@ def harmonic_mean(shares: Sequence[float | None]) -> float | None:
     return 0.0 if min(known) <= 0 else len(known) / sum(1 / share for share in known)
 
 
-def score_before(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> Before:
-    """Scores, before the first edit, everything that edits are to leave alone."""
-    questions = list(dict.fromkeys(q for case in cases for group in _KEPT for q in getattr(case, group)))
-    return dict(zip(questions, score(model, tokenizer, [(q.prompt, q.answer) for q in questions]), strict=True))
+def score_before(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    *,
+    known: Before | None = None,
+    progress: Progress | None = None,
+) -> Before:
+    """Scores, before the first edit, everything that edits are to leave alone.
+
+    Args:
+        model: the unedited model.
+        tokenizer: its tokenizer.
+        cases: in any number.
+        known: scores of this model that are known already; the others are added to it.
+        progress: called after each batch with the questions done so far.
+    """
+    known = {} if known is None else known
+    questions = dict.fromkeys(q for case in cases for group in _KEPT for q in getattr(case, group))
+    new = [question for question in questions if question not in known]
+    found = score(model, tokenizer, [(q.prompt, q.answer) for q in new], progress=progress)
+    known.update(zip(new, found, strict=True))
+    return known
 
 
 def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], before: Before
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[Case],
+    before: Before,
+    *,
+    known: Known | None = None,
+    progress: Progress | None = None,
 ) -> list[Judged]:
-    """Every prompt of every case on an edited model, in the order of the cases."""
+    """Every prompt of every case on an edited model, in the order of the cases.
+
+    Args:
+        model: the edited model.
+        tokenizer: its tokenizer.
+        cases: in any number.
+        before: the scores of the unedited model.
+        known: scores of the model as it is now that are known already; the others are added to it.
+        progress: called after each batch with the prompts done so far, each answer counted.
+    """
+    known = {} if known is None else known
     flat = [(case, q) for case in cases for group in (*_TOLD.values(), *_KEPT) for q in _questions(case, group)]
     chains = [chain for case in cases for chain in case.multihop]
     asked = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
     asked += [(prompt, answer) for c in chains for prompt in c.prompts for answer in (c.answer, *c.right)]
-    unique = list(dict.fromkeys(asked))
-    known = dict(zip(unique, score(model, tokenizer, unique), strict=True))
+    new = [pair for pair in dict.fromkeys(asked) if pair not in known]
+    known.update(zip(new, score(model, tokenizer, new, progress=progress), strict=True))
 
     def told(case: Case, q: Question) -> Verdict:
         new, old = known[q.prompt, case.edit.target], known[q.prompt, q.answer]

@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
-from rlsedit_fast.evaluation.metrics import Before, score_before
-from rlsedit_fast.evaluation.stream import Ground, Plan, finished, run
+from rlsedit_fast.evaluation.stream import Ground, Plan, Unedited, finished, run
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,37 @@ def path_of(folder: Path, plan: Plan) -> Path:
     return folder / name.replace("/", "_").replace(" ", "_")
 
 
-def make(jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def make(
+    jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] = print, show: bool = False
+) -> list[dict[str, Any]]:
     """Makes the runs that have no file yet; the results of all, in the order of the jobs.
 
-    With several processes each computes on one thread. An interrupt leaves the files of the runs that ended.
+    One process uses all of PyTorch's threads, several divide them. An interrupt leaves the files of the runs that
+    ended.
+
+    Args:
+        jobs: in any number.
+        processes: at most.
+        say: told what is going on.
+        show: bars on stderr: of each phase of a run, or, with several processes, of the runs.
     """
     todo = [job for job in jobs if not job.done]
     say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there, {len(todo)} to make")
-    if processes == 1 or len(todo) < 2:
+    processes = min(processes, len(todo))
+    if processes < 2:
         for at, job in enumerate(todo, 1):
-            say(_line(at, len(todo), job, _make_one(job)))
+            say(_line(at, len(todo), job, _make_one(job, show=show)))
     else:
+        threads = max(1, torch.get_num_threads() // processes)
         # Not forked: the threads of a process that has computed do not survive it.
-        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_alone)
-        with pool, _one_thread_each():
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,))
+        with pool, _threads_each(threads), tqdm(total=len(todo), desc="runs", unit="run", disable=not show) as bar:
             under_way = {pool.submit(_make_one, job): job for job in todo}
             try:
                 for at, future in enumerate(as_completed(under_way), 1):
                     say(_line(at, len(todo), under_way[future], future.result()))
+                    bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and no other begins
                 raise
@@ -92,11 +107,11 @@ def _tell(line: str) -> None:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """For the processes that start within it: BLAS counts its threads when it is loaded, before `_alone`."""
+def _threads_each(threads: int) -> Iterator[None]:
+    """For the processes that start within it: BLAS counts its threads when it is loaded, before the initializer."""
     name = "OPENBLAS_NUM_THREADS"  # of scipy's, which goes by no setting of torch's
     given = os.environ.get(name)
-    os.environ[name] = "1"
+    os.environ[name] = str(threads)
     try:
         yield
     finally:
@@ -106,31 +121,18 @@ def _one_thread_each() -> Iterator[None]:
             os.environ[name] = given
 
 
-def _alone() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _make_one(job: Job) -> dict[str, Any]:
+def _make_one(job: Job, *, show: bool = False) -> dict[str, Any]:
     cases, superseded = _cases(job.spec, job.plan.stream, job.plan.edits, job.plan.seed, job.plan.order)
-    ground = _ground(job.spec)
-    before = _before(job.spec, job.plan.stream, job.plan.edits, job.plan.seed)
+    ground, unedited = _ground(job.spec)
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    return run(ground, job.plan, cases, job.path, superseded=superseded, before=before, say=_tell)
+    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, say=_tell, show=show)
 
 
 @lru_cache(maxsize=2)
-def _ground(spec: GroundSpec) -> Ground:
-    return make_ground(spec)
+def _ground(spec: GroundSpec) -> tuple[Ground, Unedited]:
+    return make_ground(spec), Unedited()
 
 
 @lru_cache(maxsize=4)
 def _cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int) -> tuple[list[Case], list[Case]]:
     return make_cases(spec, kind, edits, seed, order)
-
-
-@lru_cache(maxsize=4)
-def _before(spec: GroundSpec, kind: str, edits: int, seed: int) -> Before:
-    model, tokenizer = _ground(spec).load()
-    return score_before(model, tokenizer, _cases(spec, kind, edits, seed, 0)[0])

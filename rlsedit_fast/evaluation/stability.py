@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.evaluation.scoring import Progress
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import Row, encode_plain, pad
@@ -18,7 +19,7 @@ from rlsedit_fast.models.tokens import Row, encode_plain, pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_AT_ONCE = 16
+_LOGITS_AT_ONCE = 2**26  # numbers of a pass, 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class TextProbe:
         texts: running text; each is cut to `length` tokens.
         tokens: most tokens in all, as the predictions of each, over the whole vocabulary, are kept in float16.
         length: most tokens of one text.
+        progress: called after each text with the tokens done so far.
+
+    Attributes:
+        unedited: what comes of the model before any edit.
 
     Raises:
         InputError: no text has two tokens.
@@ -60,6 +65,7 @@ class TextProbe:
         *,
         tokens: int = 2000,
         length: int = 128,
+        progress: Progress | None = None,
     ) -> None:
         self._rows: list[list[int]] = []
         left = tokens
@@ -70,18 +76,36 @@ class TextProbe:
                 left -= len(ids) - 1
         if not self._rows:
             raise InputError("texts: expected at least one of two tokens or more")
-        self._base = [found.half().cpu() for found, _ in self._passes(model)]
+        self._rows.sort(key=len)  # those of like length share a pass
+        width = model.get_input_embeddings().get_parameter("weight").shape[0]
+        self._at_once = max(1, _LOGITS_AT_ONCE // (width * len(self._rows[-1])))
+        self._base: list[Tensor] = []
 
-    def __call__(self, model: PreTrainedModel) -> Stability:
+        def keep(found: Tensor) -> Tensor:
+            self._base.append(found.half().cpu())
+            return self._base[-1]
+
+        self.unedited = self._compare(model, keep, progress)
+
+    def __call__(self, model: PreTrainedModel, *, progress: Progress | None = None) -> Stability:
         """The model as it is now."""
+        base = iter(self._base)
+        return self._compare(model, lambda _found: next(base), progress)
+
+    def _compare(
+        self, model: PreTrainedModel, base: Callable[[Tensor], Tensor], progress: Progress | None
+    ) -> Stability:
+        """The model's predictions, and those that `base` gives beside them."""
         nll = kl = 0.0
         same = count = 0
-        for base, (found, following) in zip(self._base, self._passes(model), strict=True):
-            before = base.to(found.device).float()
-            nll -= float(found.gather(1, following[:, None]).double().sum())
-            kl += float((before.exp() * (before - found)).double().sum())
+        for found, following in self._passes(model):
+            before = base(found).to(found.device).float()
+            nll -= float(found.gather(1, following[:, None]).sum(dtype=torch.float64))
+            kl += float((before.exp() * (before - found)).sum(dtype=torch.float64))
             same += int((before.argmax(1) == found.argmax(1)).sum())
             count += len(following)
+            if progress is not None:
+                progress(count, sum(len(row) - 1 for row in self._rows))
         mean = nll / count
         return Stability(math.exp(mean) if mean < 700 else math.inf, max(kl / count, 0.0), same / count, count)
 
@@ -89,8 +113,8 @@ class TextProbe:
         """Of each text in turn: log-probabilities `[t - 1, vocabulary]`, and the tokens that follow."""
         device = input_device(model)
         with quiet(model), torch.inference_mode():
-            for at in range(0, len(self._rows), _AT_ONCE):
-                part = self._rows[at : at + _AT_ONCE]
+            for at in range(0, len(self._rows), self._at_once):
+                part = self._rows[at : at + self._at_once]
                 ids, mask = pad([Row(row, -1, len(row)) for row in part], device)
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 for row, found in zip(part, logits, strict=True):

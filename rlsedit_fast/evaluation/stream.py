@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rlsedit_fast import doctor
-from rlsedit_fast.editing import EditConfig, Editor, EditRecord
+from rlsedit_fast.editing import EditConfig, Editor, EditRecord, KeyStatistics
+from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.errors import PriorError, UpdateError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.consistency import Likeness, consistency
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
-from rlsedit_fast.evaluation.metrics import Before, Judged, Metric, Report, judge, score_before, summarize
-from rlsedit_fast.evaluation.stability import TextProbe
-from rlsedit_fast.evaluation.tasks import Item, answer
+from rlsedit_fast.evaluation.metrics import Before, Judged, Known, Metric, Report, judge, score_before, summarize
+from rlsedit_fast.evaluation.phases import Phases
+from rlsedit_fast.evaluation.stability import Stability, TextProbe
+from rlsedit_fast.evaluation.tasks import Item, TaskResult, answer
 from rlsedit_fast.files import written_whole
 
 if TYPE_CHECKING:
@@ -41,7 +44,6 @@ FORMAT = 2
 ALONG = 150
 """Most cases that are asked at a checkpoint, evenly spaced, of those told by then."""
 
-_FREE = 300  # prompts that are answered freely, at most: each takes several passes
 _FLUENT = 24  # texts whose fluency is measured, and cases whose consistency is
 
 
@@ -56,6 +58,7 @@ class Ground:
         texts: running text on which perplexity and KL are measured; of a seed, and of the subjects that are edited.
         tasks: items by task; may be empty.
         likeness: of texts, where there are reference texts; consistency is measured with it.
+        tokens: of anchors that are texts, at most; None takes all.
         made_of: names of its files and what else tells it from another one of its name; in results.
     """
 
@@ -65,7 +68,23 @@ class Ground:
     texts: Callable[[int, Collection[str]], Sequence[str]]
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
     likeness: Likeness | None = None
+    tokens: int | None = None
     made_of: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Unedited:
+    """What runs of one ground need to know of its unedited model, each filled in by the first run that needs it.
+
+    Attributes:
+        scores: of questions.
+        tasks: results by task.
+        statistics: the anchors that were given as texts, and their key statistics.
+    """
+
+    scores: Before = field(default_factory=dict)
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    statistics: tuple[Any, KeyStatistics] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +105,8 @@ class Plan:
         checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
             there are none, edits are not looked at when they are made either.
         judged: most cases that are asked at the end, evenly spaced; None asks all. Along the way it is `ALONG` of them.
+        free: most cases whose prompts are answered freely at the end, evenly spaced. The standard error of a share is
+            `0.5 / sqrt(free)` at most.
     """
 
     label: str
@@ -98,6 +119,7 @@ class Plan:
     forgetting: float = 1.0
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
+    free: int = 300
 
     def told(self) -> dict[str, Any]:
         """As a result file has it."""
@@ -140,15 +162,17 @@ def run(
     path: Path,
     *,
     superseded: Sequence[Case] = (),
-    before: Before | None = None,
+    unedited: Unedited | None = None,
     say: Callable[[str], None] = lambda line: None,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Makes a run and writes its file, or reads the file of one that was made already.
 
-    The file is a JSON object with the settings, the machine and the versions, and `rows`, each a figure: `edits` made
-    by then, `of` (which edits it is about: `all` up to then, or `first-last`), `metric`, `form`, `value`, `n`.
-    A rule that fails along the way (a singular solve, a weight beyond its range) ends its stream there: `failed` says
-    after how many edits and why, and what there is by then is measured. Any other error is raised, and leaves no file.
+    The file is a JSON object with the settings, the machine and the versions, the seconds of each phase, and `rows`,
+    each a figure: `edits` made by then, `of` (which edits it is about: `all` up to then, or `first-last`), `metric`,
+    `form`, `value`, `n`. A rule that fails along the way (a singular solve, a weight beyond its range) ends its stream
+    there: `failed` says after how many edits and why, and what there is by then is measured. Any other error is raised,
+    and leaves no file.
 
     Args:
         ground: what it runs on.
@@ -156,30 +180,36 @@ def run(
         cases: in the order in which they are told.
         path: of the result file.
         superseded: cases whose targets later ones replace: they should no longer be said.
-        before: `score_before` of these cases, where it is known already.
+        unedited: what other runs of this ground have found out about its model; what is lacking is added.
         say: told what is going on.
+        show: whether each phase has a bar on stderr.
     """
     known = finished(path, ground.name, plan, ground.made_of)
     if known is not None:
         return known
     began = time.perf_counter()
-    model, tokenizer = ground.load()
+    phases = Phases(shown=show, label=f"{plan.label}, seed {plan.seed}: ")
+    unedited = Unedited() if unedited is None else unedited
+    with phases("loading", "model") as progress:
+        model, tokenizer = ground.load()
+        progress(1, 1)
     cuda = next(model.parameters()).is_cuda
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     replaced = {id(case) for case in superseded}
-    before = score_before(model, tokenizer, cases) if before is None else before
-    probe = TextProbe(model, tokenizer, ground.texts(plan.seed, {case.edit.subject for case in cases}))
-    rows: list[dict[str, Any]] = []
-
-    def enter(edits: int, of: str, metric: str, form: str, value: float | None, n: int) -> None:
-        if value is not None:
-            rows.append({"edits": edits, "of": of, "metric": metric, "form": form, "value": value, "n": n})
-
-    _look_whole(enter, 0, model, tokenizer, probe, ground)
+    with phases("scores before", "prompt") as progress:
+        before = score_before(model, tokenizer, cases, known=unedited.scores, progress=progress)
+    with phases("text", "token") as progress:
+        texts = ground.texts(plan.seed, {case.edit.subject for case in cases})
+        probe = TextProbe(model, tokenizer, texts, progress=progress)
+    look = _Look(model, tokenizer, probe, ground.tasks, before, phases)
+    _enter_text(look.enter, 0, probe.unedited)
+    for task in ground.tasks:
+        if task not in unedited.tasks:
+            unedited.tasks[task] = look.task(task)
+        _enter_task(look.enter, 0, task, unedited.tasks[task])
     editor = Editor(model, tokenizer, config=plan.config)
-    if (anchors := ground.anchors(plan.seed)) is not None:
-        editor.anchor(anchors)
+    _anchor(editor, ground, plan.seed, unedited, phases)
     if plan.protected:
         editor.protect(_never_asked(cases), weight=plan.protected)
     weights = _weights(plan, len(cases))
@@ -188,61 +218,55 @@ def run(
     batches: list[float] = []
     converged = made_count = 0
     failed: dict[str, Any] | None = None
-    for start, stop in groups:
-        told = [replace(case.edit, weight=w) for case, w in zip(cases[start:stop], weights[start:stop], strict=True)]
-        clock = _Clock(cuda)
-        try:
-            records = editor.edit(told, on_batch=clock.lap)
-        except (UpdateError, PriorError) as error:
-            failed = {"after": made_count + clock.edits, "reason": str(error)}
-            say(f"{plan.label}: stopped after {failed['after']} edits: {error}")
-            made_count = failed["after"]
+    with phases("edits", "edit") as progress:
+        for start, stop in groups:
+            told = [
+                replace(case.edit, weight=w) for case, w in zip(cases[start:stop], weights[start:stop], strict=True)
+            ]
+            clock = _Clock(cuda, partial(progress, total=len(cases)), start)
+            look.anew()
+            try:
+                records = editor.edit(told, on_batch=clock.lap)
+            except (UpdateError, PriorError) as error:
+                failed = {"after": made_count + clock.edits, "reason": str(error)}
+                say(f"{plan.label}: stopped after {failed['after']} edits: {error}")
+                made_count = failed["after"]
+                batches += clock.laps
+                break
             batches += clock.laps
-            break
-        batches += clock.laps
-        made_count = stop
-        converged += sum(record.search_converged for record in records)
-        here = [case for case in cases[start:stop] if id(case) not in replaced]
-        if here and plan.checkpoints:
-            found = summarize(judge(model, tokenizer, [_briefly(case) for case in here], before))
-            _enter_report(enter, stop, f"{start + 1}-{stop}", found, "made")
-        if stop in marks and stop < len(cases):
-            so_far = _spread([case for case in cases[:stop] if id(case) not in replaced], ALONG)
-            if so_far:
-                _enter_report(enter, stop, "all", summarize(judge(model, tokenizer, so_far, before)))
-            _look_whole(enter, stop, model, tokenizer, probe, ground)
-            _enter_weights(enter, stop, editor)
+            made_count = stop
+            converged += sum(record.search_converged for record in records)
+            here = [case for case in cases[start:stop] if id(case) not in replaced]
+            if here and plan.checkpoints:
+                found = summarize(look.judge([_briefly(case) for case in here]))
+                _enter_report(look.enter, stop, f"{start + 1}-{stop}", found, "made")
+            if stop in marks and stop < len(cases):
+                so_far = _spread([case for case in cases[:stop] if id(case) not in replaced], ALONG)
+                if so_far:
+                    _enter_report(look.enter, stop, "all", summarize(look.judge(so_far)))
+                look.whole(stop)
+                _enter_weights(look.enter, stop, editor)
     lasting = _spread([case for case in cases[:made_count] if id(case) not in replaced], plan.judged)
-    judged = judge(model, tokenizer, lasting, before)
+    judged = look.judge(lasting)
     if plan.checkpoints:
-        asked = partial(judge, model, tokenizer, before=before)
-        _enter_ages(enter, made_count, groups, cases, replaced, asked)
-    _enter_report(enter, made_count, "all", summarize(judged))
-    some = _spread(lasting, _FREE)
-    free = (
-        ("efficacy", [(case.asked.prompt, case.edit.target) for case in some]),
-        ("generalization", [(case.paraphrases[0].prompt, case.edit.target) for case in some if case.paraphrases]),
-    )
-    for metric, pairs in free:
-        if pairs:
-            said = free_accuracy(model, tokenizer, pairs)
-            enter(made_count, "all", metric, "free", sum(said) / len(said), len(said))
-    chains = [chain for case in some for chain in case.multihop]
-    if chains:
-        followed = free_multihop(model, tokenizer, chains)
-        enter(made_count, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
+        _enter_ages(look, made_count, groups, cases, replaced)
+    _enter_report(look.enter, made_count, "all", summarize(judged))
+    _enter_free(look, made_count, _spread(lasting, plan.free))
     if superseded:
-        old = [verdict for one in judge(model, tokenizer, superseded, before) for verdict in one["efficacy"]]
-        enter(made_count, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
-    _look_whole(enter, made_count, model, tokenizer, probe, ground)
+        old = [verdict for one in look.judge(superseded) for verdict in one["efficacy"]]
+        look.enter(made_count, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
+    look.whole(made_count)
     prompts = [case.asked.prompt for case in _spread(lasting, _FLUENT)]
     if prompts:
-        enter(made_count, "all", "fluency", "entropy", fluency(model, tokenizer, prompts, tokens=50), len(prompts))
+        with phases("fluency", "text") as progress:
+            entropy = fluency(model, tokenizer, prompts, tokens=50, progress=progress)
+        look.enter(made_count, "all", "fluency", "entropy", entropy, len(prompts))
     referred = _spread([case for case in lasting if case.references], _FLUENT)
     if ground.likeness is not None and referred:
-        like = consistency(model, tokenizer, referred, ground.likeness)
-        enter(made_count, "all", "consistency", "cosine", like, len(referred))
-    _enter_weights(enter, made_count, editor)
+        with phases("consistency", "text") as progress:
+            like = consistency(model, tokenizer, referred, ground.likeness, progress=progress)
+        look.enter(made_count, "all", "consistency", "cosine", like, len(referred))
+    _enter_weights(look.enter, made_count, editor)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {
         "format": FORMAT,
@@ -256,22 +280,84 @@ def run(
         "not_converged": made_count - converged if failed is None else None,
         "seconds_editing": sum(batches),
         "seconds_run": time.perf_counter() - began,
+        "seconds_by_phase": {name: round(seconds, 3) for name, seconds in phases.seconds.items()},
         "seconds_per_batch": [round(lap, 6) for lap in batches],
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else usage,
-        "rows": rows,
+        "rows": look.rows,
     }
     with written_whole(path) as (fresh,):
         Path(fresh).write_text(json.dumps(result, default=str) + "\n", encoding="utf-8")
-    del editor, model
+    del editor, model, look
     gc.collect()
     return result
+
+
+Enter = Callable[[int, str, str, str, "float | None", int], None]
+
+
+@dataclass
+class _Look:
+    """Looks at a model whose edits go on, and the figures that come of them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    probe: TextProbe
+    tasks: Mapping[str, Sequence[Item]]
+    before: Before
+    phases: Phases
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    known: Known = field(default_factory=dict)
+    """Of the model as it is now: looks at one state ask much the same."""
+
+    def enter(self, edits: int, of: str, metric: str, form: str, value: float | None, n: int) -> None:
+        """A figure, if there is one."""
+        if value is not None:
+            self.rows.append({"edits": edits, "of": of, "metric": metric, "form": form, "value": value, "n": n})
+
+    def anew(self) -> None:
+        """The model is about to change."""
+        self.known.clear()
+
+    def judge(self, cases: Sequence[Case]) -> list[Judged]:
+        """Every prompt of the cases."""
+        with self.phases("judging", "prompt") as progress:
+            return judge(self.model, self.tokenizer, cases, self.before, known=self.known, progress=progress)
+
+    def task(self, name: str) -> TaskResult:
+        """A task's items."""
+        with self.phases(f"task {name}", "answer") as progress:
+            return answer(self.model, self.tokenizer, self.tasks[name], progress=progress)
+
+    def whole(self, edits: int) -> None:
+        """The model beside its edits: text and tasks."""
+        with self.phases("text", "token") as progress:
+            _enter_text(self.enter, edits, self.probe(self.model, progress=progress))
+        for name in self.tasks:
+            _enter_task(self.enter, edits, name, self.task(name))
+
+
+def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phases: Phases) -> None:
+    """Gives the editor the ground's anchors; of texts, the statistics are collected once for all runs."""
+    anchors = ground.anchors(seed)
+    if anchors is None:
+        return
+    if not isinstance(anchors, KeyStatistics):
+        texts, found = unedited.statistics or (None, None)
+        if found is None or texts is not anchors or not set(editor.layers) <= set(found.moments):
+            with phases("key statistics", "token") as progress:
+                found = editor.statistics(GivenTexts(anchors), tokens=ground.tokens, progress=progress)
+            unedited.statistics = anchors, found
+        anchors = found
+    editor.anchor(anchors)
 
 
 class _Clock:
     """Seconds of each batch of a call; what the call does before its first batch counts to that one."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, cuda: bool, progress: Callable[[int], None], start: int) -> None:
         self._cuda = cuda
+        self._progress = progress
+        self._start = start
         self._since = time.perf_counter()
         self.laps: list[float] = []
         self.edits = 0
@@ -283,9 +369,7 @@ class _Clock:
         self.laps.append(now - self._since)
         self._since = now
         self.edits += len(made)
-
-
-Enter = Callable[[int, str, str, str, "float | None", int], None]
+        self._progress(self._start + self.edits)
 
 
 def _marks(groups: Sequence[tuple[int, int]], shares: Sequence[float]) -> set[int]:
@@ -336,32 +420,43 @@ def _enter_report(enter: Enter, edits: int, of: str, report: Report, when: str =
 
 
 def _enter_ages(
-    enter: Enter,
-    edits: int,
-    groups: Sequence[tuple[int, int]],
-    cases: Sequence[Case],
-    replaced: Collection[int],
-    judged: Callable[[Sequence[Case]], list[Judged]],
+    look: _Look, edits: int, groups: Sequence[tuple[int, int]], cases: Sequence[Case], replaced: Collection[int]
 ) -> None:
     """At the end, by the age of the edit, what was asked when it was made: of all cases, the same prompts."""
     for start, stop in groups:
         here = [_briefly(case) for case in cases[start:stop] if id(case) not in replaced]
         if here and stop <= edits:
-            _enter_report(enter, edits, f"{start + 1}-{stop}", summarize(judged(here)), "end")
+            _enter_report(look.enter, edits, f"{start + 1}-{stop}", summarize(look.judge(here)), "end")
 
 
-def _look_whole(
-    enter: Enter, edits: int, model: PreTrainedModel, tokenizer: Any, probe: TextProbe, ground: Ground
-) -> None:
-    found = probe(model)
+def _enter_free(look: _Look, edits: int, cases: Sequence[Case]) -> None:
+    """What the model says by itself to the edited prompts, to a paraphrase of each, and to multi-hop questions."""
+    free = (
+        ("efficacy", [(case.asked.prompt, case.edit.target) for case in cases]),
+        ("generalization", [(case.paraphrases[0].prompt, case.edit.target) for case in cases if case.paraphrases]),
+    )
+    for metric, pairs in free:
+        if pairs:
+            with look.phases("free answers", "prompt") as progress:
+                said = free_accuracy(look.model, look.tokenizer, pairs, progress=progress)
+            look.enter(edits, "all", metric, "free", sum(said) / len(said), len(said))
+    chains = [chain for case in cases for chain in case.multihop]
+    if chains:
+        with look.phases("free answers", "prompt") as progress:
+            followed = free_multihop(look.model, look.tokenizer, chains, progress=progress)
+        look.enter(edits, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
+
+
+def _enter_text(enter: Enter, edits: int, found: Stability) -> None:
     for name in ("perplexity", "kl", "top"):
         enter(edits, "text", name, "text", getattr(found, name), found.tokens)
-    for task, items in ground.tasks.items():
-        told = answer(model, tokenizer, items)
-        enter(edits, "task", task, "accuracy", told.accuracy, told.items)
-        enter(edits, "task", task, "error", told.error, told.items)
-        enter(edits, "task", task, "cut", told.cut, told.items)
-        enter(edits, "task", task, "left out", told.left_out, told.items)
+
+
+def _enter_task(enter: Enter, edits: int, task: str, told: TaskResult) -> None:
+    enter(edits, "task", task, "accuracy", told.accuracy, told.items)
+    enter(edits, "task", task, "error", told.error, told.items)
+    enter(edits, "task", task, "cut", told.cut, told.items)
+    enter(edits, "task", task, "left out", told.left_out, told.items)
 
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
@@ -370,7 +465,7 @@ def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
         moved = change.current.double() - change.original.double()
         of = f"layer {deviation.layer}"
         enter(edits, of, "weight", "norm", float(change.current.double().norm()), moved.numel())
-        enter(edits, of, "weight", "spectral", float(torch.linalg.matrix_norm(change.current.double(), 2)), 1)
+        enter(edits, of, "weight", "spectral", _spectral(change.current.double()), 1)
         enter(edits, of, "weight", "before", float(change.original.double().norm()), moved.numel())
         enter(edits, of, "deviation", "measured", deviation.weight, moved.numel())
         if math.isfinite(deviation.weight_bound):
@@ -381,3 +476,9 @@ def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
             enter(edits, of, "anchors", "measured", drift, len(moment))
             if math.isfinite(deviation.anchor_bound):
                 enter(edits, of, "anchors", "bound", deviation.anchor_bound, len(moment))
+
+
+def _spectral(matrix: Tensor) -> float:
+    """The largest singular value, by the smaller of the two Gram matrices: far cheaper than all singular values."""
+    smaller = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return float(torch.linalg.eigvalsh(smaller @ smaller.T)[-1].clamp_min(0).sqrt())

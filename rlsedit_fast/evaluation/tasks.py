@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation.scoring import score_rows
+from rlsedit_fast.evaluation.scoring import Progress, score_rows
 from rlsedit_fast.models.tokens import Row, encode_plain
 
 if TYPE_CHECKING:
@@ -102,7 +102,13 @@ def read_task(name: str, path: Path, *, items: int | None = None, seed: int = 0)
     return found[:items]
 
 
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> TaskResult:
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    *,
+    progress: Progress | None = None,
+) -> TaskResult:
     """Answers each item with the choice of the lowest mean NLL per token, as likelihood scoring does (Brown et al.
     2020, arXiv 2005.14165, sec. 2.4; `lm-eval` calls it `acc_norm`, by bytes there).
 
@@ -123,7 +129,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Se
         rows += [_shortened(row, over, tokenizer.bos_token_id) for row in made]
     if not asked:
         raise InputError(f"the answers of all {len(items)} items are longer than the model's {longest} tokens")
-    scores = iter(score_rows(model, rows))
+    scores = iter(score_rows(model, rows, progress=progress))
     right = 0
     for item in asked:
         nll = [next(scores).nll for _ in item.choices]

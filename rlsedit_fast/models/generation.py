@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import cache_argument, cache_of, quiet
-from rlsedit_fast.models.projections import input_device
+from rlsedit_fast.models.prefixes import pad_left, reading, runner
+from rlsedit_fast.models.projections import Decoder, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,46 +91,69 @@ def sample(
 
 
 def greedy(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], counts: Sequence[int], *, ends: Collection[int] = ()
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    *,
+    ends: Collection[int] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues each row by the likeliest token at every step, and nothing else.
 
     Not the model's `generate()`: that obeys the settings the model came with, such as a repetition penalty or a least
-    length, and then says something else. Rows of equal length go through together, so none is padded.
+    length, and then says something else.
 
     Args:
         model: a causal language model.
         rows: token ids, at least one a row.
         counts: most new tokens of each row.
         ends: tokens before which a continuation ends.
+        progress: called after each batch with the rows done so far, and their number.
 
     Returns:
         The new tokens of each row, in order.
     """
-    device = input_device(model)
-    stops = torch.tensor(sorted(ends), dtype=torch.long, device=device)
-    lengths: dict[int, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        lengths[len(row)].append(i)
     said: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
-        name = cache_argument(model)
-        for length, members in sorted(lengths.items()):
-            for at in range(0, len(members), _ROWS_AT_ONCE):
-                part = members[at : at + _ROWS_AT_ONCE]
-                ids, cache = torch.tensor([list(rows[i]) for i in part], device=device), None
-                for _ in range(max(counts[i] for i in part)):
-                    earlier: dict[str, Any] = {name: cache}
-                    fed = ids if cache is None else ids[:, -1:]
-                    out = model(input_ids=fed, attention_mask=torch.ones_like(ids), use_cache=True, **earlier)
-                    cache = cache_of(out)
-                    ids = torch.cat([ids, out.logits[:, -1:].argmax(-1).to(device)], dim=1)
-                    if bool(torch.isin(ids[:, length:], stops).any(1).all()):
-                        break
-                for i, new in zip(part, ids[:, length:].tolist(), strict=True):
-                    wanted = new[: counts[i]]
-                    said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+        for decoder, part in batches(model, [len(row) for row in rows], _ROWS_AT_ONCE):
+            made = _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part), ends)
+            for i, new in zip(part, made, strict=True):
+                wanted = new[: counts[i]]
+                said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+            if progress is not None:
+                progress(len(said), len(rows))
     return [said[i] for i in range(len(rows))]
+
+
+def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[tuple[Decoder, list[int]]]:
+    """What is continued together, as indices into `lengths`, at most so many: rows of any length, to be padded on the
+    left, or, where the model does not bear that, of one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    decoder = runner(model, try_prefixes=len(set(lengths)) > 1)
+    groups = [order] if decoder.prefixed else [list(same) for _, same in groupby(order, key=lambda i: lengths[i])]
+    return [(decoder, group[at : at + most]) for group in groups for at in range(0, len(group), most)]
+
+
+def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]) -> list[list[int]]:
+    """The likeliest `count` tokens behind each row, or until every row has come to an end."""
+    ids, mask = pad_left(rows, decoder.device)
+    start, stops = ids.shape[1], torch.tensor(sorted(ends), dtype=torch.long, device=decoder.device)
+    every = torch.arange(len(rows), device=decoder.device)
+    name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any]()
+    for _ in range(count):
+        if decoder.prefixed:  # others count positions themselves, and right, as no row is padded
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
+        last = torch.full_like(every, fed.shape[1] - 1)
+        with reading(decoder, every, last) as read_off:
+            out = decoder.model(input_ids=fed, attention_mask=mask, use_cache=True, **inputs)
+            fed = read_off(out).argmax(-1, keepdim=True).to(ids.device)
+        inputs = {name: cache_of(out)}
+        ids, mask = torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1)
+        if bool(torch.isin(ids[:, start:], stops).any(1).all()):
+            break
+    new: list[list[int]] = ids[:, start:].tolist()
+    return new
 
 
 def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from rlsedit_fast.models.passes import cache_argument, cache_of, end_at
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row, pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,19 @@ class Prefixed:
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
 
 
+def runner(model: PreTrainedModel, *, try_prefixes: bool = False) -> Decoder:
+    """A model for whole passes, of whose blocks none is asked for.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        try_prefixes: find out whether it bears prefixes, see `with_prefixes`; otherwise it is taken to bear none.
+    """
+    decoder = Decoder(model, (), "")
+    if not try_prefixes:
+        return decoder
+    return with_prefixes(decoder, longest=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+
+
 def with_prefixes(decoder: Decoder, *, longest: int | None = None) -> Decoder:
     """The decoder, told whether a model run on prefixes and then on the rest says what it says on whole rows.
 
@@ -168,16 +184,21 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
         handle.remove()
 
 
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `[rows, longest]` of rows that end at the same column."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
 def _left_padded(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> Prefixed:
     """Rows that end at the same column, to be run from their beginning."""
-    width = max(len(prefix) for prefix in prefixes)
-    ids = torch.zeros(len(prefixes), width, dtype=torch.long)
-    for i, prefix in enumerate(prefixes):
-        ids[i, width - len(prefix) :] = torch.tensor(prefix, dtype=torch.long)
-    columns = torch.arange(width) - torch.tensor([[width - len(prefix)] for prefix in prefixes])
-    mask, positions = (columns >= 0).long(), columns.clamp_min(0)
-    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
-    return Prefixed(ids, mask, positions, torch.zeros_like(ids[:, 0]), None)
+    ids, mask = pad_left(prefixes, device)
+    return Prefixed(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), torch.zeros_like(ids[:, 0]), None)
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:

@@ -4,7 +4,7 @@ from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
-from rlsedit_fast.rls.shares import joint_innovations, memit_share, raised_innovation, raised_values
+from rlsedit_fast.rls.shares import arrived_share, memit_share, raised_innovation, raised_values
 from rlsedit_fast.rls.state import RLSState
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "Step",
     "TrialLayer",
     "TrialPanel",
-    "joint_innovations",
+    "arrived_share",
     "memit_share",
     "raised_innovation",
     "raised_values",

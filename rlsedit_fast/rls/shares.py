@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast.errors import InputError, UpdateError
-from rlsedit_fast.rls import checks
+from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.rls.results import Panel
 
 
@@ -17,44 +16,15 @@ def memit_share(residual: Tensor, index: int, count: int) -> Tensor:
     return residual / (count - index + 1)
 
 
-@torch.no_grad()
-def joint_innovations(panels: Sequence[Panel], residual: Tensor) -> list[Tensor]:
-    """The innovation of each layer that together minimise what is left of the residual and what the layers pay.
-
-    With `X = (diag(1/w) + sum_l G_l)^-1 R` the steps `dW_l = X^T F_l` minimise
-    `sum_i w_i ||(sum_l K_l dW_l^T - R)_i||^2 + sum_l tr(dW_l S_l dW_l^T)`; layer l makes that step when its innovation
-    is `E_l = (diag(1/w) + G_l) X`. The `n x n` solve is in float64.
+def arrived_share(left: Tensor, wanted: Tensor) -> Tensor:
+    """`1 - ||left_i|| / wanted_i [n]`, the share of each wanted change that arrived; 1 where none was wanted.
 
     Args:
-        panels: one per layer, of the same n edits with the same weights, in any order.
-        residual: `R [n, d_v]`, what the layers are to add up to.
-
-    Returns:
-        `E_l [n, d_v]` per panel, in the panel's dtype and on its device.
-
-    Raises:
-        InputError: no panels, panels of different edits or weights, or a wrong residual.
-        UpdateError: the batch could not be factored.
+        left: what is missing of each, `[n, d]`.
+        wanted: norm of each wanted change, `[n]`.
     """
-    if not panels:
-        raise InputError("panels is empty; pass the panel of at least one layer.")
-    device = panels[0].gram.device
-    noise = panels[0].noise.to(device, torch.float64)
-    checks.matrix("residual", residual, rows=noise.shape[0])
-    checks.finite(residual=residual)
-    for index, panel in enumerate(panels):
-        if panel.noise.shape != noise.shape or not torch.equal(panel.noise.to(device, torch.float64), noise):
-            raise InputError(f"panels[{index}] has other edits or weights than panels[0]; project the same ones.")
-    grams = [panel.gram.to(device, torch.float64) for panel in panels]
-    noisy = torch.diag(noise)
-    lower, info = torch.linalg.cholesky_ex(noisy + sum(grams[1:], grams[0]))
-    if failed := int(info):
-        raise UpdateError(
-            f"the batch of {noise.shape[0]} rows could not be factored: pivot {failed} is not positive. "
-            "Nothing was changed; C may have drifted, or weights as these are beyond what its dtype can tell apart."
-        )
-    shared = torch.cholesky_solve(residual.to(device, torch.float64), lower)
-    return [((noisy + gram) @ shared).to(panel.gram) for gram, panel in zip(grams, panels, strict=True)]
+    some = wanted > 0
+    return torch.where(some, 1 - left.norm(dim=1) / torch.where(some, wanted, 1.0), 1.0)
 
 
 MOST_PASSES = 3
@@ -95,13 +65,21 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
 
 
 @torch.no_grad()
-def raised_values(panel: Panel, change: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
+def raised_values(panel: Panel, keys: Tensor, change: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
     """A change of the values of rows that a state holds, large enough that `share` of a change of outputs arrives.
 
-    With `RLSState.replace` outputs move by `G w` times the change of the values, `G` from the present state; what is
-    left over is `P = I - G w` of what was asked. Otherwise as `raised_innovation`; the same arguments.
+    With `RLSState.replace` the outputs at keys K' move by `K' C K^T w` times the change of the values; what is left
+    over is `P = I - K' C K^T w` of what was asked. Otherwise as `raised_innovation`, with the same arguments.
+
+    Args:
+        panel: of the rows, in the present state.
+        keys: `K' [n, d_k]`, where the outputs are to change: the rows' keys as the model has them now.
+        change: `[n, d_v]`, what is to arrive.
+        wanted: see `raised_innovation`.
+        judged: see there.
+        share: see there.
     """
-    gram, weights = panel.gram.double(), 1 / panel.noise.double()
+    gram, weights = keys.double() @ panel.projected.double().T, 1 / panel.noise.double()
     return _raised(change, wanted, judged, share, lambda asked: asked - gram @ (weights[:, None] * asked), panel)
 
 
@@ -110,11 +88,10 @@ def _raised(
 ) -> Tensor:
     """Asks for what `left_of` says would be left over as well, until `share` arrives."""
     device = panel.gram.device
-    norms = wanted.to(device, torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-    judged = judged.to(device)
+    norms, judged = wanted.to(device, torch.float64), judged.to(device)
 
     def arrived(left: Tensor) -> float:
-        return 1 - float((left[judged].norm(dim=1) / norms).mean())
+        return float(arrived_share(left[judged], norms).mean())
 
     asked = change.to(device, torch.float64)
     left = left_of(asked)
