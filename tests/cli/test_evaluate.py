@@ -34,6 +34,8 @@ def test_a_stream_that_contradicts_itself_finishes_under_a_rule_that_takes_nothi
         (["--seeds", "1", "2", "1"], "--seeds: 1 more than once"),
         (["--rules", "rls", "rls"], "--rules: rls more than once"),
         (["--items", "5"], "--tasks DIR"),
+        (["--tokens", "5"], "--tokens: the demo model has"),
+        (["--model", "own", "--data", "a", "--text", "b", "--statistics", "c", "--tokens", "5"], "with --statistics"),
         (["--model", "own"], "needs --data FILE"),
         (["--model", "own", "--data", "zsre.json"], "needs --text FILE"),
         (["--model", "own", "--data", "zsre.json", "--text", "text.txt", "--among", "5"], "of zsRE all records"),
@@ -88,3 +90,18 @@ def test_text_in_json_lines_is_not_taken_for_running_text(tmp_path):
     text.write_text('{"text": "a"}\n' * 20)
     with pytest.raises(InputError, match="not JSON Lines"):
         make_ground(GroundSpec(model="somewhere", text=str(text)))
+
+
+def test_how_much_is_asked_by_default_is_in_the_result(tmp_path, capsys):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "sst2.jsonl").write_text('{"sentence": "good", "label": 1}\n')
+    command = ["evaluate", "--edits", "2", "--seeds", "1", "--tasks", str(tasks), "--out", str(tmp_path / "runs")]
+    assert main(command) == 0
+    (run,) = (tmp_path / "runs").glob("*.json")
+    found = json.loads(run.read_text())
+    assert (found["plan"]["free"], found["made_of"]["items"]) == (100, 100)
+    assert "edits: 100%" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    assert " ".join(capsys.readouterr().out.split()).count("default 100: a standard error of 0.05 at most") == 2

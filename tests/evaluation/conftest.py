@@ -26,6 +26,9 @@ class Parrot(torch.nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
+    def get_output_embeddings(self):
+        return None
+
     def forward(self, input_ids, attention_mask, use_cache):
         logits = torch.full((*input_ids.shape, self.embedding.num_embeddings), math.log(1e-9))
         for row, ids in enumerate(input_ids.tolist()):

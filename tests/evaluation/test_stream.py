@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlsedit_fast.cli import main
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation import grounds, runs, stream
+from rlsedit_fast.evaluation import grounds, phases, runs, stream
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
@@ -272,7 +273,9 @@ def test_what_is_probed_is_about_nobody_who_is_edited_and_not_among_the_anchors(
     probed = []
     real = stream.TextProbe
     monkeypatch.setattr(
-        stream, "TextProbe", lambda model, tokenizer, texts: probed.extend(texts) or real(model, tokenizer, texts)
+        stream,
+        "TextProbe",
+        lambda model, tokenizer, texts, **rest: probed.extend(texts) or real(model, tokenizer, texts, **rest),
     )
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
     stream.run(make_ground(GroundSpec()), plan(checkpoints=()), cases, tmp_path / "run.json")
@@ -326,3 +329,74 @@ def test_a_model_that_cannot_be_put_where_it_is_wanted_is_told_in_words(monkeypa
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Refuses)
     with pytest.raises(InputError, match="model 'somewhere' cannot be loaded: Torch not compiled"):
         loading.load_model("somewhere", dtype="auto", device="cuda")
+
+
+def test_seconds_are_told_by_phase_and_add_up(made):
+    _, results = made
+    for found in results.values():
+        seconds = found["seconds_by_phase"]
+        assert {"loading", "scores before", "text", "edits", "judging", "free answers", "fluency"} <= set(seconds)
+        assert sum(seconds.values()) <= found["seconds_run"]
+        assert seconds["edits"] >= found["seconds_editing"] - 0.01
+
+
+def test_time_within_a_phase_counts_to_the_innermost_one(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 15.0])  # made, outer begins, inner begins, inner ends, outer ends
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(now))
+    clock = phases.Phases()
+    with clock("outer", "step"), clock("inner", "step"):
+        pass
+    assert clock.seconds == {"outer": 2.0 + 8.0, "inner": 4.0}
+
+
+def test_every_phase_has_a_bar_with_its_number(tmp_path, capsys):
+    runs._ground.cache_clear()  # nothing is known of the model yet
+    job = Job(GroundSpec(), plan(), tmp_path / "run.json")
+    runs.make([job], say=lambda line: None, show=True)
+    shown = capsys.readouterr().err
+    for phase in ("scores before", "text", "edits", "judging", "free answers", "fluency"):
+        assert f"rls, seed 1: {phase}: 100%" in shown
+    assert "20/20" in shown
+
+
+def test_what_is_known_of_the_unedited_model_is_found_out_once(made, monkeypatch, tmp_path):
+    """Key statistics and tasks too; with the figures of a run by itself."""
+    ground = replace(
+        make_ground(GroundSpec()),
+        anchors=lambda _seed: texts,
+        tokens=2000,
+        tasks={"sst2": [Item("Review : good", ("organ", "violin"), 0)]},
+    )
+    texts = grounds.anchor_texts(grounds._world(), 1)
+    cases, _ = make_cases(GroundSpec(), "plain", 10, 1)
+    collected, answered = [], []
+    real_statistics, real_answer = stream.Editor.statistics, stream.answer
+    monkeypatch.setattr(
+        stream.Editor,
+        "statistics",
+        lambda editor, *given, **options: collected.append(1) or real_statistics(editor, *given, **options),
+    )
+    monkeypatch.setattr(
+        stream, "answer", lambda *given, **options: answered.append(1) or real_answer(*given, **options)
+    )
+    known = stream.Unedited()
+    settings = plan(edits=10, checkpoints=())
+    first = stream.run(ground, settings, cases, tmp_path / "first.json", unedited=known)
+    second = stream.run(ground, settings, cases, tmp_path / "second.json", unedited=known)
+    assert (len(collected), len(answered)) == (1, 3), "tasks before any edit, and at both ends"
+    assert known.statistics[1].tokens == 2000
+    assert first["rows"] == second["rows"]
+
+
+def test_no_more_prompts_are_answered_freely_than_are_asked_for(tmp_path):
+    (found,) = runs.make(
+        [Job(GroundSpec(), plan(free=7, checkpoints=()), tmp_path / "run.json")], say=lambda line: None
+    )
+    (row,) = [row for row in found["rows"] if (row["metric"], row["form"]) == ("efficacy", "free")]
+    assert (row["n"], found["plan"]["free"]) == (7, 7)
+
+
+def test_the_spectral_norm_is_the_largest_singular_value():
+    matrix = torch.randn(30, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for one in (matrix, matrix.T):
+        assert stream._spectral(one) == pytest.approx(float(torch.linalg.matrix_norm(one, 2)), rel=1e-12)

@@ -1,4 +1,4 @@
-"""Facts that the default settings edit into SmolLM2 are what the plain model then says."""
+"""What the default settings write into real models is what the plain models then state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 import rlsedit_fast as rf
 
-pytestmark = pytest.mark.smollm2
+pytestmark = pytest.mark.smollm2  # what is marked `real` as well runs in `make real` alone
 
 FACTS = {
     "subject first": rf.Edit("{} plays the", "Miles Davis", "piano"),
@@ -29,8 +29,8 @@ def fill(edit: rf.Edit) -> str:
     return edit.prompt.replace("{}", edit.subject)
 
 
-def edited(path, anchor_texts, edits):
-    editor = rf.Editor.from_pretrained(path, config=rf.EditConfig())
+def edited(path, anchor_texts, edits, **changes):
+    editor = rf.Editor.from_pretrained(path, config=rf.EditConfig(**changes))
     editor.anchor(anchor_texts)
     return editor, editor.edit(edits)
 
@@ -52,17 +52,60 @@ def test_the_plain_model_says_the_fact(shape, facts):
     assert after.first, f"{fill(FACTS[shape])!r}: ranks {after.ranks}, NLLs {after.nlls}"
 
 
-@pytest.mark.slow
-def test_a_batch_of_100_keeps_what_the_search_found(smollm2, anchor_texts, counterfact, scores):
+@pytest.fixture(scope="module")
+def batch(smollm2, anchor_texts, counterfact):
+    """100 CounterFact facts, edited in one batch by the default settings but without refinement."""
     facts = counterfact(100)
-    editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts])
+    editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts], refine=0)
+    return facts, editor, records
+
+
+@pytest.mark.slow
+def test_a_batch_of_100_keeps_what_the_search_found(batch, scores):
+    facts, editor, records = batch
     assert [record.prompt for record in records] == [fact.edit.prompt for fact in facts]
     assert {record.batch for record in records} == {1}
     after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
     true = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.true) for fact in facts])
-    found = [record.rank == 1 for record in records]
+    found = [record.search_rank == 1 for record in records]
     lost = [fact.prompt for fact, one, score in zip(facts, found, after, strict=True) if one and not score.first]
     preferred = sum(new.nll < old.nll for new, old in zip(after, true, strict=True))
     assert sum(found) >= 90
     assert len(lost) <= MOST_LOST, f"{len(lost)} of {sum(found)} lost: {lost}"
     assert preferred >= 95
+
+
+@pytest.mark.slow
+def test_records_have_what_the_plain_model_does(batch, scores):
+    facts, editor, records = batch
+    after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
+    assert [record.success for record in records] == [score.first for score in after]
+    for record, score in zip(records, after, strict=True):
+        assert record.nll == pytest.approx(score.nll, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_share_that_arrives_is_the_adherence(batch):
+    _, editor, records = batch
+    arrived = sum(record.realized for record in records) / len(records)
+    assert arrived == pytest.approx(editor.config.adherence, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adherence", [0.8, 0.95])
+def test_the_share_that_arrives_in_one_layer_is_the_adherence(smollm2, anchor_texts, counterfact, adherence):
+    edits = [fact.edit for fact in counterfact(12, 100)]
+    _, records = edited(smollm2, anchor_texts, edits, layers=(5,), adherence=adherence, refine=0)
+    assert sum(record.realized for record in records) / len(records) == pytest.approx(adherence, abs=0.02)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"layers": (4,)}])
+def test_gemma_states_what_it_is_edited_to_state(gemma, anchor_texts, counterfact, scores, changes):
+    facts = counterfact(40)
+    editor, records = edited(gemma, anchor_texts, [fact.edit for fact in facts], **changes)
+    after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
+    assert sum(score.first for score in after) >= 38
+    arrived = sum(record.realized for record in records) / len(records)
+    assert arrived == pytest.approx(editor.config.adherence, abs=0.02)
