@@ -1,0 +1,58 @@
+"""README's examples, run as printed on SmolLM2, end with a model that states the targets."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TARGETS = [("The capital of France is", "Lyon"), ("Miles Davis plays the", "piano")]
+
+
+def block(heading: str, language: str) -> str:
+    """The first block of a language below a heading."""
+    _, _, rest = README.partition(f"\n## {heading}\n")
+    found = re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)
+    assert found, heading
+    return found.group(1)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, anchor_texts):
+    (tmp_path / "text.txt").write_text("\n\n".join(anchor_texts), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_commands(desk, smollm2, load, scores):
+    from rlsedit_fast.cli import main
+
+    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"), encoding="utf-8")
+    for line in block("Edit your own model", "bash").splitlines():
+        _, *arguments = shlex.split(line.partition("#")[0].replace("path/to/checkpoint", str(smollm2)))
+        assert main(arguments) == 0, line
+    report = json.loads((desk / "report.json").read_text(encoding="utf-8"))
+    assert (report["made"], report["not_stated"]) == (2, [])
+    for score in scores(*load(desk / "edited"), TARGETS):
+        assert score.first, score
+
+
+def test_the_editor(desk, smollm2, scores):
+    code = block("Edit from Python", "python").replace("path/to/checkpoint", str(smollm2))
+    until, rest = code.split("editor.model.generate(...)")
+    names: dict = {}
+    exec(until, names)
+    assert [record.success for record in names["records"]] == [True, True]
+    editor = names["editor"]
+    for score in scores(editor.model, editor.tokenizer, TARGETS):
+        assert score.first, score
+    exec("editor.model" + rest, names)
+    (nice,) = scores(editor.model, editor.tokenizer, [("The capital of France is", "Nice")])
+    assert nice.first
