@@ -1,4 +1,4 @@
-"""A stream of CounterFact edits into a real pre-trained model, with the figures along the way.
+"""A stream of CounterFact edits into a real pre-trained model, and what became of the model.
 
     python bench/real_stream.py smollm2 --edits 1000 --data counterfact-10k.json --text DIR --out bench/results/real
 
@@ -6,10 +6,10 @@ DIR holds `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt
 store beside the results' name in `--work`: a run that was interrupted goes on where it was. `--set` changes a setting,
 such as `--set adherence=0.9`.
 
-Figures at 100, 300, 1,000, 3,000 and 10,000 edits, of at most `--asked` edits, evenly spaced: efficacy and
-generalization (the new target likelier than the true one; strict: each of its tokens ranked first), specificity (the
-true answer likelier than the new target behind the neighborhood prompt, before and after), what is stated now of the
-first, middle and last hundred edits, perplexity before and after, seconds.
+Figures at the end, of at most `--asked` edits, evenly spaced: efficacy and generalization (the new target likelier than
+the true one; strict: each of its tokens ranked first), specificity (the true answer likelier than the new target behind
+the neighborhood prompt), all of them before and after; what is stated now of the first, middle and last hundred edits;
+perplexity before and after; seconds. `--consolidate` consolidates then, and measures again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from recording import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlsedit_fast as rf
-from rlsedit_fast.doctor import context
 from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.scoring import score
 
-MARKS = (40, 100, 300, 1000, 3000, 10_000)
 ANCHOR_TOKENS = 50_000
 WINDOW = 512
 
@@ -110,6 +108,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=20_480, help="of the text whose perplexity is measured")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of EditConfig")
+    parser.add_argument("--consolidate", action="store_true")
     parser.add_argument("--label", default="default", help="of the settings, in the name of the result file")
     options = parser.parse_args()
     changes = {name: ast.literal_eval(value) for name, value in (one.split("=", 1) for one in options.set)}
@@ -118,7 +117,7 @@ def main() -> None:
     if options.batch_size != 100:
         name += f"-batch{options.batch_size}"
     results_path = options.out / f"{name}.json"
-    results = json.loads(results_path.read_text()) if results_path.exists() else {"at": {}}
+    results = json.loads(results_path.read_text()) if results_path.exists() else {"after": {}}
     path = checkpoint(options.model)
     every = facts(options.data, options.edits)
     test_text = paragraphs(options.text / "wikitext2-test.txt")
@@ -138,45 +137,48 @@ def main() -> None:
         share = sum(one.realized for one in records) / len(records)
         print(f"{records[-1].id} edits: {good} of {len(records)} stated, {share:.3f} of the change arrived", flush=True)
 
-    for mark in sorted({*(one for one in MARKS if one < options.edits), options.edits}):
-        done = len(editor.history())
-        if done < mark:
-            began = time.perf_counter()
-            editor.edit([edit_of(one) for one in every[done:mark]], on_batch=written)
-            seconds += time.perf_counter() - began
-        if str(mark) in results["at"] or done > mark:
+    if len(editor.history()) < options.edits:
+        began = time.perf_counter()
+        editor.edit([edit_of(one) for one in every[len(editor.history()) :]], on_batch=written)
+        seconds += time.perf_counter() - began
+    stages = ["edited", *(["consolidated"] if options.consolidate else [])]
+    for stage in stages:
+        if stage in results["after"]:
             continue
-        some, records = every[:mark], editor.history()
-        sample = spread(some, options.asked)
-        middle = max(0, mark // 2 - 50)
-        ages = {"first": some[:100], "middle": some[middle : middle + 100], "last": some[-100:]}
-        results["at"][str(mark)] = {
+        if stage == "consolidated":
+            began = time.perf_counter()
+            editor.consolidate()
+            seconds += time.perf_counter() - began
+        records = editor.history()
+        sample = spread(every, options.asked)
+        middle = max(0, options.edits // 2 - 50)
+        ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
+        results["after"][stage] = {
             "asked": len(sample),
             "before": asked(base, tokenizer, sample),
             "after": asked(editor.model, tokenizer, sample),
-            "stated_when_written": sum(one.success for one in records) / mark,
-            "realized_when_written": sum(one.realized for one in records) / mark,
+            "stated_in_records": sum(one.success for one in records) / len(records),
+            "realized_when_written": sum(one.realized for one in records) / len(records),
             "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
             "perplexity": perplexity(editor.model, tokenizer, test_text, options.tokens),
             "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
             "seconds_editing": round(seconds, 1),
         }
         results["seconds_editing"] = seconds
-        figures = {key: value for key, value in results.items() if key not in {"what", *context()}}
         record(
             results_path,
             "A stream of CounterFact edits into a real model",
-            **figures
-            | {
-                "model": options.model,
-                "layers": list(editor.layers),
-                "settings": changes,
-                "batch_size": options.batch_size,
-                "threads": torch.get_num_threads(),
-                "mu": [prior.mu for prior in editor.priors],
-            },
+            **{key: results[key] for key in ("perplexity_before", "seconds_editing", "after")},
+            model=options.model,
+            edits=options.edits,
+            layers=list(editor.layers),
+            settings=changes,
+            adherence=editor.config.adherence,
+            batch_size=options.batch_size,
+            threads=torch.get_num_threads(),
+            mu=[prior.mu for prior in editor.priors],
         )
-        print(json.dumps(results["at"][str(mark)], indent=1), flush=True)
+        print(json.dumps(results["after"][stage], indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ class EditConfig:
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu
-            and lam from the first edits; later batches ask for more where a crowded layer would realize less.
+            and lam from the first edits; later batches ask for more where a crowded layer would realize less. The
+            search leaves a margin, so that most edits are stated with part of their change; those that are not are
+            refined. More than 0.8 moved text and neighbors more on real models and stated no more edits.
         lam: how firmly the weight itself is held; a number wins over `adherence`.
         mu: how firmly the anchors are held; a number wins over `adherence`.
         ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
@@ -182,7 +184,7 @@ class EditConfig:
     key_rows: KeyRows | None = None
     refine: int | None = None
     values: Values = "search"
-    adherence: float = 0.95
+    adherence: float = 0.8
     lam: float | None = None
     mu: float | None = None
     ridge: float = 0.01

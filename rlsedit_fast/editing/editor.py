@@ -357,7 +357,8 @@ class Editor:
 
         Args:
             edits: at least one.
-            on_batch: called with the records of each batch when it has been written.
+            on_batch: called with the records of each batch when it has been written. Refinement after the last batch
+                may change `rank` and `nll` of records that it was given; the returned records are up to date.
 
         Returns:
             A record per edit, in order, with what the model does after its batch. Look at `success`: an edit that the

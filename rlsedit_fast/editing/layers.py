@@ -42,7 +42,8 @@ class EditRows:
         values: per layer `[rows, d_v]`.
         weight: of each row, the same in every layer.
         goal: the edited state that the rows ask for, `[rows, d_v]`: the wanted one, and what was asked beyond it for
-            the adherence or by a refinement. `reread` writes towards it. None for protected rows.
+            the adherence or by a refinement. With a mean key it is the mean over contexts. `reread` writes towards it.
+            None for protected rows.
     """
 
     keys: tuple[Tensor, ...]
@@ -182,7 +183,7 @@ class EditedLayers:
             keys.append(panel.keys)
             value, applied = self._apply(state, panel, innovation)
             written.append(value)
-            asked = goals_of_contexts(now, key_rows) + applied.to(now)
+            asked = rows_of_contexts(now, key_rows) + applied.to(now)
             _check_finite([projection])  # the next layer reads the model
         return _edit_rows(keys, written, contexts, weights, asked)
 
@@ -328,7 +329,7 @@ class EditedLayers:
             for kept, layer, i in zip(keys, read, places, strict=True):
                 rows = rows_of_contexts(layer, key_rows).to(dtype_of(self._projections[i].weight))
                 kept += (rounded(rows) if self._halved else rows).cpu().unflatten(0, (len(some), -1))
-            states += goals_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
+            states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
         return keys, states
 
     @property

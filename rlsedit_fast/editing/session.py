@@ -162,14 +162,19 @@ class EditSession:
             again = sorted(partners.union(ids))
             size = max(self._config.batch_size, 1)
             groups = self._finder.groups(self.ledger.requests(again))
+            helped = set[int]()
             for part in _packed(groups, size):
                 try:
                     self._raise_values([again[at] for at in part])
+                    helped.update(again[at] for at in part)
                 except _NoGain:
                     continue
                 except RLSEditError as error:  # the edits are made, and stay as they are
                     logger.warning("%d edits are not stated and could not be refined: %s", len(ids), error)
                     return
+            ids = [i for i in ids if i in helped]
+            if not ids:
+                return
 
     def _measure(self, requests: Sequence[Request]) -> Measured:
         """What the model says at requests now; how much of a change arrived is not asked."""

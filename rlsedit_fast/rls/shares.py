@@ -17,14 +17,16 @@ def memit_share(residual: Tensor, index: int, count: int) -> Tensor:
 
 
 def arrived_share(left: Tensor, wanted: Tensor) -> Tensor:
-    """`1 - ||left_i|| / wanted_i [n]`, the share of each wanted change that arrived; 1 where none was wanted.
+    """The share of each wanted change that arrived, `1 - ||left_i|| / wanted_i [n]`; 1 where none was wanted.
+
+    It is at least 0: other edits may move the state of a small change by many times its length.
 
     Args:
         left: what is missing of each, `[n, d]`.
         wanted: norm of each wanted change, `[n]`.
     """
     some = wanted > 0
-    return torch.where(some, 1 - left.norm(dim=1) / torch.where(some, wanted, 1.0), 1.0)
+    return torch.where(some, 1 - left.norm(dim=1) / torch.where(some, wanted, 1.0), 1.0).clamp_min(0.0)
 
 
 MOST_PASSES = 3
