@@ -4,8 +4,8 @@
         --settings "adherence=0.95" "adherence=0.8" "adherence=0.95, key_rows='mean'"
 
 The values of 100 CounterFact edits are searched once, in the unedited model. Each setting then writes them in one
-batch, without refinement. Text is the first 1,536 tokens of WikiText-2's test set; anchors are 50,000 tokens of its validation
-set. KL is KL(before || after) of the next token, nats.
+batch, without refinement. Text is the first 1,536 tokens of WikiText-2's test set; anchors are 50,000 tokens of its
+validation set. KL is KL(before || after) of the next token, nats.
 """
 
 from __future__ import annotations
