@@ -141,13 +141,14 @@ class EditSession:
     def refine(self, ids: Sequence[int], *, measured: bool = False) -> None:
         """Moves the values of edits further that the model does not state now, as often as the settings say.
 
-        Edits whose search had found no value are left as they are. Where it does not help, nothing changes.
+        Edits whose search found no value that states the target are left as they are. Where refining does not help,
+        nothing changes.
 
         Args:
             ids: of the edits.
             measured: whether their records were measured in the present model.
         """
-        records = [one for one in self.ledger.get(ids) if one.state == "active" and one.search_converged]
+        records = [one for one in self.ledger.get(ids) if one.state == "active" and one.search_rank == 1]
         ids = [record.id for record in records]
         for attempt in range(self._config.effective_refine if ids else 0):
             if measured and not attempt:
@@ -160,10 +161,9 @@ class EditSession:
             logger.info("%d edits are not stated after the write; they are searched again", len(ids))
             partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
             again = sorted(partners.union(ids))
-            size = max(self._config.batch_size, 1)
             groups = self._finder.groups(self.ledger.requests(again))
             helped = set[int]()
-            for part in _packed(groups, size):
+            for part in _packed(groups, self._config.batch_size):
                 try:
                     self._raise_values([again[at] for at in part])
                     helped.update(again[at] for at in part)
