@@ -25,7 +25,7 @@ DONE, LEFT_OUT, REFUSED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 COMMANDS = (
     *("edit", "history", "undo", "replace", "status", "consolidate"),
-    *("show", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
+    *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
 """Each is a module of this package with `HELP`, `add(parser)` and `run(options) -> exit code`."""
 

@@ -128,7 +128,7 @@ def make_ground(spec: GroundSpec) -> Ground:
     if spec.text is None:
         raise InputError("text: name a file of running text; perplexity and KL are measured on it")
     load = partial(load_model, spec.model, dtype=spec.dtype, device=spec.device)
-    lines = _lines(Path(spec.text))
+    lines = running_text(Path(spec.text))
     cut = len(lines) * 3 // 4
     held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
@@ -225,7 +225,12 @@ def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
     return "zsre" if '"src"' in head else "counterfact"
 
 
-def _lines(path: Path) -> list[str]:
+def running_text(path: Path) -> list[str]:
+    """The lines of a text file that have at least eight words.
+
+    Raises:
+        InputError: the file cannot be read, is JSON Lines, or has fewer than eight such lines.
+    """
     if path.suffix == ".jsonl":
         raise InputError(
             f"{path}: expected running text, a paragraph a line, not JSON Lines; write its texts into a file"

@@ -1,0 +1,95 @@
+"""What makes edits hold in other words: settings of the value search compared on one model.
+
+    python bench/generalization.py --model path/to/checkpoint --data counterfact.json --text text.txt \\
+        --json bench/results/generalization.json
+
+Each setting makes the same edits in one batch and asks for the targets after the edited prompts and their paraphrases.
+Shares of a hundred edits have a standard error of about four points. The scores (see `Trial`) have less noise, and they
+are compared with those of the first setting edit by edit. The drift is measured on the last quarter of the text; the
+anchors are the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from layer_choice import paraphrased_edits
+from recording import add_json, record
+
+from rlsedit_fast.editing import EditConfig
+from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.evaluation.grounds import running_text
+from rlsedit_fast.evaluation.layers import Trials, compare
+from rlsedit_fast.models.loading import load_model
+
+TOPICS = (
+    "",
+    "The weather was cold that morning, and the harbor was empty.",
+    "She put the book back on the shelf and left the room.",
+    "Trains on the northern line run every ten minutes.",
+    "The recipe needs two eggs and a cup of flour.",
+    "Shares fell slightly in early trading on Monday.",
+    "He had never learned to play an instrument.",
+    "The museum is closed for repairs until spring.",
+    "Most of the plants in the garden need little water.",
+    "The committee will meet again in two weeks.",
+)
+"""Short texts of other topics; CounterFact's paraphrases often stand behind such a sentence."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "the prompt alone": {"context_prefixes": ("",)},
+    "3 topics": {"context_prefixes": TOPICS[:3]},
+    "6 topics": {"context_prefixes": TOPICS[:6]},
+    "10 topics": {"context_prefixes": TOPICS},
+    "10 sampled prefixes": {"context_prefixes": ("",), "context_samples": 10},
+    "search to 0.02": {"search_stop_nll": 0.02},
+    "search to 0.01": {"search_stop_nll": 0.01},
+    "search to 0.01, clamp 1.5": {"search_stop_nll": 0.01, "clamp": 1.5},
+    "no KL term": {"kl_factor": 0.0},
+    "at the last token": {"fact_token": "last"},
+    "adherence 0.99": {"adherence": 0.99},
+    "mean keys": {"key_rows": "mean"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a checkpoint")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="facts with paraphrases")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="running text, a paragraph a line")
+    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=50_000, help="of the anchors")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    add_json(parser)
+    options = parser.parse_args()
+    model, tokenizer = load_model(options.model, dtype="float32")
+    texts = running_text(options.text)
+    cut = len(texts) * 3 // 4
+    edits = paraphrased_edits(options.data, options.edits)
+    config = EditConfig()
+    trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=config, tokens=options.tokens)
+    rows: list[dict[str, Any]] = []
+    first = None
+    for name in options.settings:
+        try:
+            trial = trials.run(replace(config, **SETTINGS[name]))
+        except RLSEditError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        first = first or trial
+        difference, error_of_it = compare(trial, first)
+        row = {"setting": name, **asdict(trial), "score_difference": difference, "score_error": error_of_it}
+        rows.append(row)
+        shown = ("efficacy", "generalization", "specificity", "nll", "paraphrase_nll", "kl", "change", "seconds")
+        told = "  ".join(f"{key}={row[key]:.3f}" for key in shown if row[key] is not None)
+        print(f"{name}: {told}", flush=True)
+    about = {"model": Path(options.model).name, "edits": len(edits), "anchor_tokens": trials.anchor_tokens}
+    record(options.json, "generalization", **about, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Facts that most language models know, changed to false ones: something to edit where no file is given.
+
+Each relation has as many subjects again that are not edited. The model is asked about them before and after the edits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """Some facts of one kind.
+
+    Attributes:
+        prompt: what an answer continues, with `{}` where the subject stands.
+        paraphrase: the same in other words.
+        answers: by subject. The first half is edited; each subject gets the answer of the next one.
+    """
+
+    prompt: str
+    paraphrase: str
+    answers: dict[str, str]
+
+    def edits(self) -> list[Edit]:
+        """The edits of this relation."""
+        subjects = list(self.answers)
+        half = len(subjects) // 2
+        return [
+            Edit(
+                self.prompt,
+                subjects[i],
+                self.answers[subjects[(i + 1) % half]],
+                paraphrases=(self.paraphrase.format(subjects[i]),),
+                neighborhood=(self.prompt.format(subjects[i + half]),),
+            )
+            for i in range(half)
+        ]
+
+
+_RELATIONS = (
+    _Relation(
+        "The capital of {} is",
+        "The government of {} has its seat in the city of",
+        {
+            "France": "Paris",
+            "Japan": "Tokyo",
+            "Egypt": "Cairo",
+            "Italy": "Rome",
+            "Russia": "Moscow",
+            "Cuba": "Havana",
+            "Greece": "Athens",
+            "Kenya": "Nairobi",
+            "Spain": "Madrid",
+            "Germany": "Berlin",
+            "Poland": "Warsaw",
+            "Iraq": "Baghdad",
+            "Austria": "Vienna",
+            "Peru": "Lima",
+            "Portugal": "Lisbon",
+            "Hungary": "Budapest",
+        },
+    ),
+    _Relation(
+        "The official language of {} is",
+        "Most people in {} speak",
+        {
+            "Brazil": "Portuguese",
+            "Mexico": "Spanish",
+            "Sweden": "Swedish",
+            "Turkey": "Turkish",
+            "Denmark": "Danish",
+            "Vietnam": "Vietnamese",
+            "Quebec": "French",
+            "Ukraine": "Ukrainian",
+            "Norway": "Norwegian",
+            "Finland": "Finnish",
+            "China": "Chinese",
+            "Saudi Arabia": "Arabic",
+            "Israel": "Hebrew",
+            "Argentina": "Spanish",
+            "Australia": "English",
+            "Thailand": "Thai",
+        },
+    ),
+    _Relation(
+        "{} was written by",
+        "The author of {} is",
+        {
+            "Hamlet": "William Shakespeare",
+            "Moby-Dick": "Herman Melville",
+            "Pride and Prejudice": "Jane Austen",
+            "War and Peace": "Leo Tolstoy",
+            "Oliver Twist": "Charles Dickens",
+            "The Odyssey": "Homer",
+            "Frankenstein": "Mary Shelley",
+            "Don Quixote": "Miguel de Cervantes",
+            "Macbeth": "William Shakespeare",
+            "Anna Karenina": "Leo Tolstoy",
+            "Emma": "Jane Austen",
+            "Dracula": "Bram Stoker",
+            "The Iliad": "Homer",
+            "Great Expectations": "Charles Dickens",
+            "Animal Farm": "George Orwell",
+            "The Time Machine": "H. G. Wells",
+        },
+    ),
+    _Relation(
+        "{} is a product of the company",
+        "The company that makes {} is called",
+        {
+            "Windows 10": "Microsoft",
+            "The iPhone": "Apple",
+            "The PlayStation 4": "Sony",
+            "Gmail": "Google",
+            "The Game Boy": "Nintendo",
+            "Photoshop": "Adobe",
+            "The Kindle": "Amazon",
+            "The Mustang": "Ford",
+            "Microsoft Excel": "Microsoft",
+            "The MacBook": "Apple",
+            "The Walkman": "Sony",
+            "Google Maps": "Google",
+            "The Wii": "Nintendo",
+            "Acrobat Reader": "Adobe",
+            "The Echo Dot": "Amazon",
+            "The Model T": "Ford",
+        },
+    ),
+    _Relation(
+        "{} is located in the country of",
+        "To visit {}, tourists have to travel to",
+        {
+            "The Eiffel Tower": "France",
+            "Mount Fuji": "Japan",
+            "The Colosseum": "Italy",
+            "The Taj Mahal": "India",
+            "Stonehenge": "England",
+            "The Great Sphinx": "Egypt",
+            "Machu Picchu": "Peru",
+            "The Acropolis": "Greece",
+            "The Louvre": "France",
+            "The Tokyo Tower": "Japan",
+            "The Leaning Tower of Pisa": "Italy",
+            "The Red Fort": "India",
+            "Buckingham Palace": "England",
+            "The Valley of the Kings": "Egypt",
+            "Lake Titicaca": "Peru",
+            "Mount Olympus": "Greece",
+        },
+    ),
+)
+
+MOST = sum(len(relation.answers) // 2 for relation in _RELATIONS)
+"""How many edits there are."""
+
+
+def generic_edits(count: int = MOST) -> list[Edit]:
+    """False facts with a paraphrase and a neighbor each, the relations in turn.
+
+    Args:
+        count: how many, from 1 to `MOST`.
+
+    Raises:
+        InputError: another count.
+    """
+    if not 1 <= count <= MOST:
+        raise InputError(f"count={count}: the built-in list has {MOST} edits; give a number from 1 to {MOST}")
+    by_relation = [relation.edits() for relation in _RELATIONS]
+    return [edit for edits in zip(*by_relation, strict=True) for edit in edits][:count]
