@@ -42,10 +42,17 @@ for at in range(0, count, 100):
     records += editor.edit(edits[at : at + 100])
 seconds = time.perf_counter() - began
 report = evaluate(model, tokenizer, cases, before)
+
+
+def of_search(record, name):  # the records of earlier versions have the figures of the search without "search_"
+    now = f"search_{name}"
+    return getattr(record, now if hasattr(record, now) else name)
+
+
 print(json.dumps({
     "edits_per_second": count / seconds,
-    "mean_steps": sum(record.steps for record in records) / count,
-    "not_converged": sum(not record.converged for record in records),
+    "mean_steps": sum(of_search(record, "steps") for record in records) / count,
+    "not_converged": sum(not of_search(record, "converged") for record in records),
     "efficacy": report.efficacy.strict,
     "generalization": report.generalization.strict,
     "neighbors": report.neighbors.strict,

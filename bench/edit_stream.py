@@ -7,8 +7,9 @@ them does not matter to what an edit costs.
     python bench/edit_stream.py --model llama-3-8b --device cuda --json FILE
 
 Every batch's seconds are divided into `values` (the search), `keys` (the passes that read them), `solve` (panel,
-factor, flush), `write` (the correction of the weights), `store` (none is used: see store.py) and `other`. On CUDA each
-part is waited for, which costs a little. `flat` is the median batch of the last tenth over that of the first, by part.
+factor, flush), `write` (the correction of the weights), `measure` (the pass that measures what arrived), `store` (none
+is used: see store.py) and `other`. On CUDA each part is waited for, which costs a little. `flat` is the median batch of
+the last tenth over that of the first, by part.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from recording import add_json, record
 from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import finding, layers
+from rlsedit_fast.editing import finding, layers, session
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls.state import RLSState
@@ -38,13 +39,17 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import build_tokenizer
 
 SEED = 0
-PARTS = ("values", "keys", "solve", "write", "store", "other")
+PARTS = ("values", "keys", "solve", "write", "measure", "store", "other")
 WATCHED = (
     (finding, "search_within_memory", "values"),
     (layers, "request_keys", "keys"),
     (RLSState, "project", "solve"),
     (RLSState, "update_projected", "solve"),
+    (RLSState, "replace", "solve"),
     (RLSState, "outputs", "solve"),
+    (layers, "raised_innovation", "solve"),
+    (layers, "raised_values", "solve"),
+    (session, "measure", "measure"),
 )
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25)
 """Of the random models: five layers and the default contexts, KL prompt and stop."""
@@ -137,7 +142,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for owner, name, part in WATCHED:
             watching.enter_context(split.watched(owner, name, part))
         editor.calibrate(edits[:100])
-        for state in editor._teller.layers.states:
+        for state in editor._session.layers.states:
             watching.enter_context(split.watched(state._master, "correct", "write"))
         bar = watching.enter_context(tqdm(total=len(edits), unit="edit"))
         for at in range(0, len(edits), options.batch_size):
@@ -146,7 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             split.leave()
             rows.append({part: split.seconds[part] - before.get(part, 0.0) for part in PARTS})
             before = dict(split.seconds)
-            short += sum(not record.converged for record in records)
+            short += sum(not record.search_converged for record in records)
             bar.update(len(records))
     tenth = max(1, len(rows) // 10)
     total = {part: sum(row[part] for row in rows) for part in PARTS}
@@ -175,9 +180,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "share_by_part": {part: seconds / sum(batch) for part, seconds in total.items()},
         "flat": flat,
         "not_converged": short,
-        "mean_steps": statistics.mean(record.steps for record in editor.history()),
+        "mean_steps": statistics.mean(record.search_steps for record in editor.history()),
         "memory_cap": options.memory_cap,
-        "prefixed": editor._around.site.decoder.prefixed,
+        "prefixed": editor._context.site.decoder.prefixed,
         "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled() if cuda else None,
         "state_bytes": sum(layer.state for layer in editor.memory()),
         **memory,

@@ -49,8 +49,8 @@ def measure(name: str, changes: dict[str, Any], edits: int, batch_size: int, see
     report = evaluate(model, tokenizer, cases, before)
     return {
         "setting": name,
-        "mean_steps": sum(r.steps for r in records) / edits,
-        "not_converged": sum(not r.converged for r in records),
+        "mean_steps": sum(r.search_steps for r in records) / edits,
+        "not_converged": sum(not r.search_converged for r in records),
         "efficacy_strict": report.efficacy.strict,
         "generalization_strict": report.generalization.strict,
         "neighbors_unchanged": report.neighbors.strict,

@@ -60,7 +60,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
 
         return timed
 
-    timed = {name: counted(getattr(Recorder, name)) for name in ("tell", "commit", "snapshot_if_due")}
+    timed = {name: counted(getattr(Recorder, name)) for name in ("record", "revise", "commit", "snapshot_if_due")}
     editors = []
     for store in (None, place):
         model, tokenizer = load_demo_model()
@@ -80,12 +80,12 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
                 seconds[which].append(time.perf_counter() - began)
                 if which:
                     within.append(inside[0])
-    sizes, per_edit = editors[1].status().sizes, bytes_per_edit(editors[1], len(edits))
+    sizes, per_edit = editors[1].status(sample=0).sizes, bytes_per_edit(editors[1], len(edits))
     editors[1].close()
     began = time.perf_counter()
     opened = Editor.open(place, *load_demo_model())
     opening = time.perf_counter() - began
-    same = torch.equal(opened._teller.layers.states[0].weight, editors[0]._teller.layers.states[0].weight)
+    same = torch.equal(opened._session.layers.states[0].weight, editors[0]._session.layers.states[0].weight)
     return {
         "edits": len(edits),
         "batch_size": batch_size,
@@ -117,13 +117,13 @@ def wide_model() -> Any:
 
 
 def drawn_keys(_decoder: Any, projections: Any, requests: Any, *, output_of: Any = None) -> Any:
-    return [torch.randn(len(requests), D_K) for _ in projections], None
+    return [torch.randn(len(requests), 1, D_K) for _ in projections], torch.zeros(len(requests), 1, D_V)
 
 
 def drawn_values(_site: Any, requests: Any, _config: Any, _groups: Any, at_once: int) -> Any:
     count = len(requests)
     done = torch.ones(count, dtype=torch.bool)
-    return Values(torch.randn(count, D_V), torch.zeros(count, D_V), *torch.zeros(2, count), done, done), at_once
+    return Values(torch.randn(count, D_V), torch.zeros(count, 1, D_V), *torch.zeros(2, count), done, done), at_once
 
 
 def copied(source: str, target: str) -> None:
@@ -139,7 +139,8 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         mock.patch.object(finding, "search_within_memory", drawn_values),
     ):
         model, tokenizer = wide_model()
-        config = EditConfig(layers=(0,), context_prefixes=("",), lam=30.0, batch_size=batch_size, keys=keys)
+        settings: dict[str, Any] = {"layers": (0,), "context_prefixes": ("",), "lam": 30.0, "refine": 0}
+        config = EditConfig(**settings, batch_size=batch_size, keys=keys)
         worst, most = place / "worst", -1
         editor = Editor(model, tokenizer, config=config, store=place / "store")
         began = time.perf_counter()
@@ -152,7 +153,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
                 shutil.rmtree(worst, ignore_errors=True)
                 shutil.copytree(place / "store", worst, copy_function=copied)
         making = time.perf_counter() - began
-        sizes, per_edit = editor.status().sizes, bytes_per_edit(editor, len(edits))
+        sizes, per_edit = editor.status(sample=0).sizes, bytes_per_edit(editor, len(edits))
         editor.close()
     found = {}
     for name, folder in (("worst", worst), ("at_the_end", place / "store")):
@@ -162,7 +163,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         found[f"open_seconds_{name}"] = time.perf_counter() - began
         found[f"edits_{name}"] = len(opened.history())
         opened.close()
-    same = torch.equal(opened._teller.layers.states[0].weight, editor._teller.layers.states[0].weight)
+    same = torch.equal(opened._session.layers.states[0].weight, editor._session.layers.states[0].weight)
     with Store(worst, write=False) as kept:
         replayed = kept.last - (kept.newest_snapshot().seq if kept.newest_snapshot() else 0)
     return {
@@ -192,17 +193,17 @@ def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
     report = evaluate(model, tokenizer, cases, before)
     gone = random.Random(0).sample(range(1, count + 1), count // 2)
     editor.undo(gone)
-    (state,) = editor._teller.layers.states
-    told = editor._teller.ledger.told(editor._teller.ledger.active)
+    (state,) = editor._session.layers.states
+    kept = editor._session.ledger.rows(editor._session.ledger.active)
     only = RLSState(state.original, state.prior)
-    only.update(torch.stack([row.keys[0] for row in told]), torch.stack([row.values[0] for row in told]))
+    only.update(torch.cat([rows.keys[0] for rows in kept]), torch.cat([rows.values[0] for rows in kept]))
     return {
         "edits": count,
         "keys": keys,
         "efficacy": report.efficacy.strict,
         "generalization": report.generalization.strict,
         "neighbors": report.neighbors.strict,
-        "realised": statistics.mean(record.realised for record in records),
+        "realized": statistics.mean(record.realized for record in records),
         "undone": len(gone),
         "error_of_weight": float((state.weight - only.weight).norm() / only.weight.norm()),
     }

@@ -68,7 +68,7 @@ def test_gradient_values(benchmark, site, requests, count):
 @pytest.mark.parametrize("count", COUNTS)
 def test_key_pass(benchmark, site, requests, count):
     (keys,), _ = benchmark(request_keys, site.decoder, [site.projection], requests[:count])
-    assert keys.shape == (count, 1536)
+    assert keys.shape == (count, 1, 1536)
 
 
 @pytest.mark.parametrize("count", COUNTS)

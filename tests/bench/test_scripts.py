@@ -147,7 +147,7 @@ def test_store(result, few_anchors, monkeypatch):
         assert one["same_weights"]
         assert one["edits_worst"] == one["edits_at_the_end"] == 20
         assert one.keys() >= {"open_seconds_worst", "changes_replayed_worst", "sizes", "bytes_per_edit"}
-    assert all(one.keys() >= {"efficacy", "realised", "error_of_weight"} for one in found["rounding"])
+    assert all(one.keys() >= {"efficacy", "realized", "error_of_weight"} for one in found["rounding"])
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_edit_makes_every_export_and_tells_what_became_of_the_edits(edit, base, 
     assert report["after"]["specificity"]["count"] >= 10
     assert [r["name"] for r in report["records"]] == [f"fact {i}" for i in range(12)]
     assert report["records"][3]["place"] == "facts.jsonl:4"
-    assert report["left_out"] == report["not_made"] == []
+    assert report["left_out"] == report["not_made"] == report["not_stated"] == report["not_converged"] == []
     assert "12 of 12 edits made" in capsys.readouterr().out
 
     assert main(["apply", "--model", str(base), "--delta", "edits.delta", "--out", "applied"]) == 0
@@ -448,7 +448,7 @@ def test_calibrate_tells_what_an_adherence_means(base, desk, capsys):
     command = ["calibrate", "--model", str(base), "--edits", "facts.jsonl", "--layers", "0", "--text", "text.txt"]
     assert main([*command, "--tokens", "2000", "--adherences", "0.8", "0.95", "--json"]) == 0
     low, high = json.loads(capsys.readouterr().out)["rows"]
-    assert [round(row["realised"], 3) for row in (low, high)] == [0.8, 0.95]
+    assert [round(row["realized"], 3) for row in (low, high)] == [0.8, 0.95]
     assert low["mu"][0] > high["mu"][0]
     assert low["leakage"][0] < high["leakage"][0]
 
@@ -499,9 +499,9 @@ def test_a_preset_is_taken_by_shape_by_name_or_not_at_all(base, desk, capsys, mo
     edit += ["--text", "text.txt", "--tokens", "3000"]
     assert main(edit) == 2
     assert "raise lam above 0" in capsys.readouterr().err, "published settings hold by anchors alone, here too few"
-    assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 0
+    assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 1, "the published search does not reach these"
     config = read(desk / "report.json")["config"]
-    assert (config["mu"], config["search_descent"], config["share"]) == (10.0, "adam", "memit")
+    assert (config["mu"], config["search_descent"], config["key_rows"]) == (10.0, "adam", "mean")
 
 
 def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
@@ -516,6 +516,23 @@ def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
     assert report["after"]["efficacy"] == {"count": 3, "of": 3}
     assert [record["state"] for record in report["records"]] == ["active", "active", "skipped", "active"]
     assert "1 skipped, since" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("evaluation", [[], ["--no-evaluation"]])
+def test_edits_that_the_model_does_not_state_are_named_and_counted(edit, desk, capsys, evaluation):
+    """So low an adherence leaves edits short of their targets, and no second round is made."""
+    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"refine": 0, "adherence": 0.7}))
+    assert edit("--no-anchors", "--out", "out", "--json", "report.json", *evaluation) == 1
+    report, shown = read(desk / "report.json"), capsys.readouterr().out
+    failed = [record["place"] for record in report["records"] if record["rank"] > 1]
+    assert report["not_stated"] == failed
+    assert 0 < len(failed) < 12
+    assert report["made"] == 12
+    assert f"{12 - len(failed)} of 12 are stated by the model now, {len(failed)} are not: {failed[0]}" in shown
+    assert "a higher --adherence" in shown
+    assert "after" in report or evaluation
+    if not evaluation:
+        assert report["after"]["efficacy"] == {"count": 12 - len(failed), "of": 12}
 
 
 @pytest.mark.parametrize(

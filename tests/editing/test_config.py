@@ -34,7 +34,9 @@ WRONG = [
     ("rule_options", 3, "by name"),
     ("rule_options", None, "by name"),
     ("norm_anchor", "yes", "True or False"),
-    ("share", ["joint"], "one of joint, memit"),
+    ("key_rows", "each", "one of contexts, mean, or None"),
+    ("refine", -1, "at least 0, or None"),
+    ("refine", True, "at least 0, or None"),
     ("keys", 16, "one of full, fp16, or None"),
     ("adherence", None, "a share strictly between 0 and 1"),
     ("adherence", "0.9", "a share strictly between 0 and 1"),
@@ -69,3 +71,21 @@ def test_lists_as_a_file_of_settings_has_them_are_tuples():
 @pytest.mark.parametrize("name", [*PRESETS, "generic"])
 def test_whole_numbers_are_numbers(name):
     assert preset(name, lam=1, clamp=2, kl_factor=0, mu=3).clamp == 2
+
+
+def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
+    def effective(**changes):
+        config = EditConfig(**changes)
+        return config.effective_key_rows, config.effective_refine
+
+    assert effective() == ("contexts", 1)
+    assert effective(keys="fp16", refine=3) == ("contexts", 3)
+    assert effective(keys=None) == ("contexts", 0)
+    assert effective(key_rows="mean", refine=0) == ("mean", 0)
+    assert effective(rule="memit") == ("mean", 0)
+
+
+def test_to_refine_edits_whose_rows_are_not_kept_is_refused():
+    with pytest.raises(InputError, match=r"refine=1 .*keys=None keeps no rows"):
+        EditConfig(refine=1, keys=None)
+    assert EditConfig(refine=0, keys=None).effective_refine == 0

@@ -258,22 +258,22 @@ def test_claims_hold_operations_to_one_device():
 
 
 @pytest.mark.parametrize(
-    ("name", "share", "spread"),
+    ("name", "key_rows", "spread"),
     [
-        ("llama", "joint", by_claim),
-        ("llama", "memit", by_accelerate),
-        ("gpt2", "joint", by_accelerate),
-        ("gpt2", "memit", by_claim),
+        ("llama", "contexts", by_claim),
+        ("llama", "mean", by_accelerate),
+        ("gpt2", "contexts", by_accelerate),
+        ("gpt2", "mean", by_claim),
     ],
 )
 @claimed
-def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, share, spread):
+def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, key_rows, spread):
     plain, model = make_model(name), make_model(name)
-    alone = work(plain, tokenizer, share=share)
+    alone = work(plain, tokenizer, key_rows=key_rows)
     assert len(difference(plain, model)) == 2
     with CLAIMS:
         spread(model, device_map(name, A, B))
-        editor = work(model, tokenizer, share=share)
+        editor = work(model, tokenizer, key_rows=key_rows)
         assert editor.deviation() == alone.deviation()
     assert not difference(model, plain)
     for record, same in zip(editor.history(), alone.history(), strict=True):
@@ -307,7 +307,7 @@ def test_search_behind_a_normalisation_resumes_across_the_border(make_model, tok
     edits = [replace(EDITS[0], target=known), *EDITS[1:]]
     settings = {"edits": edits, "layers": (2,), "context_prefixes": ("",), "search_stop_nll": 20.0}
     alone = work(plain, tokenizer, **settings)
-    assert [record.steps for record in alone.history()[:2]] == [0, 4], "one leaves the batch before the other"
+    assert [record.search_steps for record in alone.history()[:2]] == [0, 4], "one leaves the batch before the other"
     with CLAIMS:
         by_claim(model, device_map("gemma2", A, B))
         work(model, tokenizer, **settings)
@@ -322,8 +322,8 @@ def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
         by_claim(model, device_map("llama", A, B))
         editor = work(model, tokenizer, anchors=collected)
         active = [record.id for record in editor.history() if record.state == "active"]
-        rows = editor._teller.ledger.told(active) + editor._teller.layers._protected
-        for layer, (state, device) in enumerate(zip(editor._teller.layers.states, (A, B), strict=True)):
+        rows = editor._session.ledger.rows(active) + editor._session.layers._protected
+        for layer, (state, device) in enumerate(zip(editor._session.layers.states, (A, B), strict=True)):
             kept = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
             kept += [*state._master.tensors, state._sketch.probe, state._sketch.image]
             assert {tensor.device for tensor in kept} == {device}
@@ -358,11 +358,11 @@ def test_checkpoint_of_a_spread_model_is_an_ordinary_one(make_model, tokenizer, 
     assert not difference(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("share", ["joint", "memit"])
+@pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, share):
+def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, key_rows):
     plain, model = make_model(name), make_model(name)
-    work(plain, tokenizer, share=share)
+    work(plain, tokenizer, key_rows=key_rows)
     by_accelerate(model, device_map(name, HOST, HOST))
 
     def hooks():
@@ -370,7 +370,7 @@ def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, 
 
     before = hooks()
     assert before.keys() >= device_map(name, HOST, HOST).keys()
-    work(model, tokenizer, share=share)
+    work(model, tokenizer, key_rows=key_rows)
     assert not difference(model, plain)
     assert hooks() == before
 

@@ -58,13 +58,13 @@ def target_nll(model, tokenizer, edits=EDITS):
     return [s.nll for s in score(model, tokenizer, [(e.prompt.replace("{}", e.subject), e.target) for e in edits])]
 
 
-@pytest.mark.parametrize("share", ["joint", "memit"])
+@pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name, dtype, share):
+def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name, dtype, key_rows):
     model = make_model(name, dtype)
     before, start = target_nll(model, tokenizer), weights(model)
-    editor = make_editor(model, tokenizer, share=share)
+    editor = make_editor(model, tokenizer, key_rows=key_rows)
     records = editor.edit(EDITS)
     assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
     assert [r.batch for r in records] == [1, 1, 2, 2, 3, 3]
@@ -77,42 +77,43 @@ def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name,
     assert_same(start, model)
 
 
-@pytest.mark.parametrize("share", ["joint", "memit"])
-def test_undo_leaves_the_state_of_a_model_never_told(make_model, tokenizer, share):
+@pytest.mark.parametrize("key_rows", ["contexts", "mean"])
+def test_undo_leaves_the_state_of_a_model_without_the_edits(make_model, tokenizer, key_rows):
     """The remaining edits' own keys and values, solved at once in float64, give the same weights."""
     from rlsedit_fast.rls.reference import solve_all
 
     model = make_model("llama")
-    editor = make_editor(model, tokenizer, share=share)
+    editor = make_editor(model, tokenizer, key_rows=key_rows)
     records = editor.edit(EDITS)
     editor.undo([records[1].id, records[4].id])
-    kept = editor._teller.ledger.told([r.id for r in editor.history() if r.state == "active"])
-    for layer, state in enumerate(editor._teller.layers.states):
-        keys = torch.stack([told.keys[layer] for told in kept])
-        values = torch.stack([told.values[layer] for told in kept])
-        importance = torch.tensor([r.weight for r in editor.history() if r.state == "active"])
-        weight, _, _ = solve_all(state.original, state.prior, keys, values, importance)
+    kept = editor._session.ledger.rows([r.id for r in editor.history() if r.state == "active"])
+    for layer, state in enumerate(editor._session.layers.states):
+        keys = torch.cat([rows.keys[layer] for rows in kept])
+        values = torch.cat([rows.values[layer] for rows in kept])
+        rows = 2 if key_rows == "contexts" else 1
+        importance = torch.tensor([r.weight / rows for r in editor.history() if r.state == "active"])
+        weight, _, _ = solve_all(state.original, state.prior, keys, values, importance.repeat_interleave(rows))
         error = (state.weight.double() - weight).norm() / weight.norm()
         assert float(error) < 1e-4
         projection = editor.projections[layer]
         assert torch.equal(projection.weight, state.weight)
 
 
-def test_joint_share_realises_what_the_pilot_promised(make_model, tokenizer):
+def test_the_first_batch_realizes_what_the_pilot_promised(make_model, tokenizer):
     model = make_model("llama")
     editor = make_editor(model, tokenizer, adherence=0.8, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
-    mean = sum(r.realised for r in records) / len(records)
+    mean = sum(r.realized for r in records) / len(records)
     assert abs(mean - 0.8) < 0.1
 
 
 def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
-    priors, realised = [], []
+    priors, realized = [], []
     for adherence in (0.5, 0.99):
         editor = make_editor(make_model("llama"), tokenizer, adherence=adherence, batch_size=6)
-        realised.append(sum(r.realised for r in editor.edit(EDITS)))
+        realized.append(sum(r.realized for r in editor.edit(EDITS)))
         priors.append(editor.priors[0])
-    assert realised[1] > realised[0] + 1
+    assert realized[1] > realized[0] + 1
     assert priors[1].mu < priors[0].mu
     assert priors[1].lam < priors[0].lam
 
@@ -130,7 +131,7 @@ def test_explicit_numbers_win(make_model, tokenizer):
 def test_open_mu_beside_a_given_lam_shows_the_adherence(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer, lam=0.01, adherence=0.8, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
-    assert abs(sum(r.realised for r in records) / len(records) - 0.8) < 0.1
+    assert abs(sum(r.realized for r in records) / len(records) - 0.8) < 0.1
 
 
 def test_without_anchors_the_weight_alone_is_held_and_said_so(make_model, tokenizer, caplog):
@@ -163,23 +164,23 @@ def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer
         editor.undo(1)
 
 
-@pytest.mark.parametrize("share", ["joint", "memit"])
-def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model, tokenizer, monkeypatch, share):
+@pytest.mark.parametrize("key_rows", ["contexts", "mean"])
+def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model, tokenizer, monkeypatch, key_rows):
     model = make_model("llama")
-    editor = make_editor(model, tokenizer, share=share)
+    editor = make_editor(model, tokenizer, key_rows=key_rows)
     editor.edit(EDITS[:2])
     start = weights(model)
-    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._teller.layers.states]
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._session.layers.states]
 
     def fails(*_args):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(editor._teller.layers.states[-1], "update_projected", fails)
+    monkeypatch.setattr(editor._session.layers.states[-1], "update_projected", fails)
     with pytest.raises(UpdateError, match="made to fail"):
         editor.edit(EDITS[2:4])
     monkeypatch.undo()
     assert_same(start, model)
-    for state, (weight, inverse, objective, edits) in zip(editor._teller.layers.states, states, strict=True):
+    for state, (weight, inverse, objective, edits) in zip(editor._session.layers.states, states, strict=True):
         assert torch.equal(state.weight, weight)
         assert torch.equal(state.precision_inverse(), inverse)
         assert (state.objective, state.edits) == (objective, edits)
@@ -295,7 +296,7 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
         ({"layers": ()}, "layers"),
         ({"layers": (1, 1)}, "twice"),
         ({"adherence": 1.0}, "adherence"),
-        ({"share": "equal"}, "share='equal'"),
+        ({"key_rows": "each"}, "key_rows='each'"),
         ({"values": "guess"}, "values='guess'"),
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
@@ -360,7 +361,7 @@ def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
     model = make_model("llama", torch.bfloat16)
     editor = make_editor(model, tokenizer, batch_size=1)
     editor.edit(EDITS)
-    for projection, state in zip(editor.projections, editor._teller.layers.states, strict=True):
+    for projection, state in zip(editor.projections, editor._session.layers.states, strict=True):
         assert state.weight.dtype == torch.float32
         assert torch.equal(projection.weight, ops.split(state.weight)[0])  # whose halves round as the masters do
         assert not torch.equal(projection.weight.float(), state.weight)
@@ -374,12 +375,12 @@ def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("share", ["joint", "memit"])
+@pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype, share):
+def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype, key_rows):
     model = make_model("llama", dtype).cuda()
     start, before = weights(model), target_nll(model, tokenizer)
-    editor = make_editor(model, tokenizer, share=share)
+    editor = make_editor(model, tokenizer, key_rows=key_rows)
     records = editor.edit(EDITS)
     assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
     assert all(layer.weight <= layer.weight_bound for layer in editor.deviation())
@@ -397,8 +398,8 @@ def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
     if prompts and after:
         editor.protect(prompts, weight=weight)
     editor.edit(EDITS)
-    (layer, _) = editor._teller.layers.states
-    keys = editor._around.text_keys(PROTECTED)[0]
+    (layer, _) = editor._session.layers.states
+    keys = editor._context.text_keys(PROTECTED)[0]
     return float((layer.outputs(keys) - keys @ layer.original.T).norm()), editor
 
 
@@ -424,9 +425,9 @@ def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
     free, _ = protected_change(make_model, tokenizer, [])
     held, editor = protected_change(make_model, tokenizer, PROTECTED, weight=100.0, after=after)
     assert held < 0.3 * free
-    start = [state.original for state in editor._teller.layers.states]
+    start = [state.original for state in editor._session.layers.states]
     editor.undo([record.id for record in editor.history()])
-    for state, weight in zip(editor._teller.layers.states, start, strict=True):
+    for state, weight in zip(editor._session.layers.states, start, strict=True):
         assert (state.weight - weight).norm() <= 1e-5 * weight.norm()
         assert state.edits > 10, "the protected rows outlive the edits"
 
@@ -465,12 +466,13 @@ def test_weights_that_something_else_touched_are_noticed(make_model, tokenizer, 
     assert len(editor.history()) == 2
 
 
-def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, tokenizer):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, tokenizer, layer):
     model = make_model("llama", torch.float16)
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS[:2])
     start = weights(model)
-    state = editor._teller.layers.states[0]
+    state = editor._session.layers.states[layer]
     real = state.update_projected
 
     def overflowing(panel, innovation):
@@ -485,7 +487,7 @@ def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, toke
 def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer):
     editor = make_editor(make_model("llama", torch.bfloat16), tokenizer)
     editor.edit(EDITS[:2])
-    for projection, state in zip(editor.projections, editor._teller.layers.states, strict=True):
+    for projection, state in zip(editor.projections, editor._session.layers.states, strict=True):
         assert state._master.extra == 2 * projection.weight.numel()
         assert state._master.tensors[0].data_ptr() == projection.weight.data_ptr()
 
@@ -511,7 +513,7 @@ def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_mode
     assert contexts("gpt2") != first
 
 
-def test_repeated_and_blank_contexts_are_left_out_and_told(make_model, tokenizer, caplog, monkeypatch):
+def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tokenizer, caplog, monkeypatch):
     from rlsedit_fast.models.generation import Sample
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
@@ -557,17 +559,17 @@ def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog)
     editor = rf.Editor(model, tokenizer, config=config)
     edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
     waiting: list[int] = []
-    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(len(editor._teller.layers.states[0]._pending)))
+    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(len(editor._session.layers.states[0]._pending)))
     assert max(waiting) <= 8
     assert waiting.count(0) >= 2
 
     def fails(*_args):
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr(editor._teller.layers.states[0], "_downdate", fails)
+    monkeypatch.setattr(editor._session.layers.states[0], "_downdate", fails)
     assert len(editor.edit(edits[30:])) == 10
     assert "wait on: no more memory" in caplog.text
-    assert len(editor._teller.layers.states[0]._pending) == 10
+    assert len(editor._session.layers.states[0]._pending) == 10
 
 
 def test_a_float64_model_is_protected_and_edited_in_float64(make_model, tokenizer):
@@ -575,7 +577,7 @@ def test_a_float64_model_is_protected_and_edited_in_float64(make_model, tokenize
     editor.protect(["Veta plays the organ ."])
     editor.edit([rf.Edit("{} lives in", "Toze Lado", "Port Alder")])
     editor.protect(["Lado speaks Kubeish ."])
-    rows = editor._teller.layers.protected
+    rows = editor._session.layers.protected
     assert {tensor.dtype for row in rows for tensor in (*row.keys, *row.values)} == {torch.float64}
     editor.consolidate()
 
@@ -594,10 +596,11 @@ def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode, valu
 
 
 def test_a_pilot_counts_a_prompt_once_whatever_token_is_edited(make_model, tokenizer):
-    """Of one prompt told twice the second takes the first one's place: the pilot is of what will be told."""
+    """Of two edits of one prompt the second takes the place of the first, in the pilot as in the model."""
     edit = rf.Edit("{} lives in", "Toze Lado", "Port Alder")
     priors = []
-    for edits in ([edit], [edit, replace(edit, target="New Briar")]):
+    later = replace(edit, target="New Briar")
+    for edits in ([later], [edit, later]):
         editor = rf.Editor(make_model("llama"), tokenizer, config=config())
         priors.append([prior.lam for prior in editor.calibrate(edits)])
     assert priors[0] == priors[1]
@@ -608,7 +611,7 @@ def test_memory_that_runs_out_in_a_rebuild_is_an_error_of_the_package(make_model
 
     editor = rf.Editor(make_model("llama"), tokenizer, config=config())
     editor.edit([rf.Edit("{} lives in", "Toze Lado", "Port Alder")])
-    before = [one.weight.clone() for one in editor._teller.layers.states]
+    before = [one.weight.clone() for one in editor._session.layers.states]
 
     def fails(*_arguments, **_options):
         raise torch.OutOfMemoryError("no more")
@@ -616,4 +619,4 @@ def test_memory_that_runs_out_in_a_rebuild_is_an_error_of_the_package(make_model
     monkeypatch.setattr(state, "build", fails)
     with pytest.raises(rf.errors.ResourceError, match="while the layers were rebuilt; nothing of it was changed"):
         editor.consolidate()
-    assert all(map(torch.equal, before, [one.weight for one in editor._teller.layers.states]))
+    assert all(map(torch.equal, before, [one.weight for one in editor._session.layers.states]))

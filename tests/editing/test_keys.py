@@ -13,7 +13,7 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder
 
 
-def test_keys_are_the_mean_over_contexts_at_the_lookup_token(model, tokenizer):
+def test_keys_are_read_in_each_context_at_the_lookup_token(model, tokenizer):
     decoder = find_decoder(model)
     config = EditConfig(layers=(1, 2), context_prefixes=("", "People speak .", "Lado speaks"))
     edits = [Edit("The home of {} is in", "Fado Veta", "Port Alder"), Edit("{} speaks", "Lado", "Kubeish")]
@@ -27,8 +27,9 @@ def test_keys_are_the_mean_over_contexts_at_the_lookup_token(model, tokenizer):
         ]
         for found, layer in zip(keys, (1, 2), strict=True):
             each = [seen[layer][0, row.lookup] for (seen, _), row in zip(alone, request.contexts, strict=True)]
-            torch.testing.assert_close(found[i], torch.stack(each).mean(0))
-        torch.testing.assert_close(hidden[i], alone[0][1][0, request.contexts[0].lookup])
+            torch.testing.assert_close(found[i], torch.stack(each))
+        states = [output[0, row.lookup] for (_, output), row in zip(alone, request.contexts, strict=True)]
+        torch.testing.assert_close(hidden[i], torch.stack(states))
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
@@ -60,7 +61,7 @@ def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model
         for row in request.contexts:
             seen, _ = read_keys(decoder, decoder.select((1,)), {"input_ids": torch.tensor([row.ids])})
             each.append(seen[1][0, row.lookup])
-        torch.testing.assert_close(keys[i], torch.stack(each).mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(keys[i], torch.stack(each), rtol=1e-4, atol=1e-4)
 
 
 def test_keys_of_texts_are_those_of_every_real_token(model, tokenizer):

@@ -14,7 +14,7 @@ from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.rules import OTHERS
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
-CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("",))
+CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -23,11 +23,15 @@ def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
     plan = editor.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
-    for layer, state in zip(plan, editor._teller.layers.states, strict=True):
+    for layer, state in zip(plan, editor._session.layers.states, strict=True):
         grown = 4 * editor.config.delay * (96 + 1)  # of the pending rows, when a batch finds their buffer full
         assert layer.state == state.memory_bytes() + grown
         assert layer.writing == sum(tensor.nbytes for tensor in state._master.tensors)
-        assert layer.per_edit == 4 * (64 + 96)
+    editor.edit([EDIT])
+    (kept,) = editor._session.ledger.rows([1])
+    for at, layer in enumerate(plan):
+        rows = [kept.keys[at], kept.values[at], *([kept.goal] if at == 1 else [])]
+        assert layer.per_edit == sum(tensor.nbytes for tensor in rows)
     anchored = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     anchored.anchor(["Toze Lado lives in Port Alder ."])
     assert [layer.anchors for layer in plan] == [moment.nbytes for moment in anchored._moments]
@@ -42,12 +46,12 @@ def remembered(value):
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OTHERS), ("alphaedit", {"null_share": 0.3})])
 def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
-    config = replace(CONFIG, rule=name, rule_options=options, share="memit", same_subject="separate")
+    config = replace(CONFIG, rule=name, rule_options=options, same_subject="separate")
     editor = rf.Editor(make_model("llama"), tokenizer, config=config)
     editor.anchor(["Toze Lado lives in Port Alder ."])
     plan = editor.memory()
     editor.edit([EDIT, rf.Edit("{} lives in", "Lado Toze", "Port Alder")])
-    for layer, state in zip(plan, editor._teller.layers.states, strict=True):
+    for layer, state in zip(plan, editor._session.layers.states, strict=True):
         kept = [state.original, *remembered(state._memory)]
         taken = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if name == "alphaedit" and not options:  # by a threshold its basis may be anything up to the whole
@@ -83,10 +87,11 @@ def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, mo
 def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     weight = torch.empty(4096, 14_336, dtype=torch.bfloat16, device="meta")
     layers = [SimpleNamespace(layer=layer, name="down_proj", weight=weight) for layer in range(4, 9)]
-    plan = memory.plan(layers, delay=rf.EditConfig().delay)
+    defaults = rf.EditConfig()
+    plan = memory.plan(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
     told = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
     told += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
-    assert told == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "369 kB"], "as README has them"
+    assert told == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as README has them"
 
 
 def test_sizes_are_told_in_units_a_person_reads():

@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import rlsedit_fast as rf
+from rlsedit_fast.editing.calibration import choose_priors
 from rlsedit_fast.editing.presets import PRESETS, preset, published, recognise
-from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.errors import InputError, PriorError
 
 
@@ -41,7 +41,8 @@ def test_a_published_model_gets_its_published_settings(name):
     assert config.mu**2 == pytest.approx(moment_weight)
     assert (config.lam, config.clamp, config.kl_factor, config.weight_decay) == (0.0, 0.75, 0.0625, 0.5)
     assert config.same_subject == "separate"
-    assert (config.share, config.kl_prompts, config.batch_size) == ("memit", ("{} is a",), 100)
+    assert (config.key_rows, config.refine) == ("mean", 0)
+    assert (config.kl_prompts, config.batch_size) == (("{} is a",), 100)
 
 
 def test_the_table_is_complete():
@@ -97,11 +98,11 @@ def test_lam_0_holds_by_a_full_moment_and_says_what_to_do_without_one():
     keys, weight = torch.randn(3, 8), torch.randn(4, 8)
     rows = torch.randn(50, 8)
     config = published("gpt2-xl")
-    (prior,) = choose_priors(config, [rows.T @ rows / 50], [keys])
+    (prior,) = choose_priors(config, [rows.T @ rows / 50], 1, None)
     assert (prior.lam, prior.mu**2) == (0.0, pytest.approx(20_000))
     state = rf.RLSState(weight, prior)
     assert state.update(keys, keys @ weight.T + 1).realised.isfinite().all()
     few = torch.randn(5, 8)
-    (short,) = choose_priors(config, [few.T @ few / 5], [keys])
+    (short,) = choose_priors(config, [few.T @ few / 5], 1, None)
     with pytest.raises(PriorError, match="raise lam above 0, or pass more anchors"):
         rf.RLSState(weight, short)

@@ -9,7 +9,6 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.edits import WEIGHT_WITHIN
-from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
@@ -201,8 +200,21 @@ def test_a_name_that_is_no_text_is_refused_before_anything_is_searched(editor):
     assert editor.history() == []
 
 
-def test_a_lam_beside_which_no_mu_is_firm_enough_is_refused_in_words():
-    """The pilot's key lies where no anchor does, and this lam lets go of all of it."""
-    moment, keys = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
-    with pytest.raises(InputError, match=r"no mu beside it brings what the pilot realises down to adherence=0\.5"):
-        choose_priors(config(lam=0.1, adherence=0.5), [moment], [keys])
+@pytest.mark.parametrize(
+    ("lam", "message"),
+    [
+        (1e-3, r"lam=0.001: no mu beside it brings what the pilot realizes down to adherence=0\.5"),
+        (1e6, r"lam=1000000\.0 alone leaves less than adherence=0\.5 of the pilot realized"),
+    ],
+)
+def test_a_lam_beside_which_no_mu_gives_the_adherence_is_refused(make_model, tokenizer, lam, message):
+    """The pilot's key lies where no anchor does, so that lam alone decides."""
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config(layers=(1,), lam=lam, adherence=0.5))
+    before = {name: value.clone() for name, value in editor.model.state_dict().items()}
+    key = editor._context.request_keys(editor.requests(EDITS[:1]))[0][0, 0]
+    key = key.double()  # the moment is then singular up to the rounding of float64
+    editor._moments = [torch.eye(len(key), dtype=key.dtype) - key[:, None] * key / key.square().sum()]
+    with pytest.raises(InputError, match=message):
+        editor.calibrate(EDITS[:1])
+    assert editor.priors == []
+    assert all(torch.equal(before[name], value) for name, value in editor.model.state_dict().items())

@@ -49,7 +49,7 @@ def test_every_rule_writes_into_the_model_and_the_edits_are_said(rule):
     assert (editor.deviation()[0].weight_bound < float("inf")) == (rule == "rls")
     if rule != "ultraedit":  # its first batches have next to nothing to normalise by
         assert said(editor) >= 10
-        assert all(record.realised > 0.5 for record in records)
+        assert all(record.realized > 0.5 for record in records)
 
 
 def test_history_aware_memit_with_lam_0_is_the_recursive_rule():
@@ -77,7 +77,7 @@ def test_what_a_rule_cannot_do_is_refused_and_changes_nothing(rule):
     editor.edit(EDITS[6:])  # and it goes on
 
 
-def test_a_subject_told_separately_needs_no_removal():
+def test_a_subject_edited_separately_needs_no_removal():
     editor = make_editor("memit", same_subject="separate")
     editor.edit(EDITS[:2])
     editor.edit([replace(EDITS[0], target=EDITS[1].target)])
@@ -85,7 +85,7 @@ def test_a_subject_told_separately_needs_no_removal():
 
 
 def test_several_layers_share_as_memit_does_under_another_rule():
-    both = make_editor("memit-history", layers=(0, 1), share="memit")
+    both = make_editor("memit-history", layers=(0, 1))
     start = weight(both, 1)
     both.edit(EDITS)
     assert said(both) >= 10
@@ -93,11 +93,15 @@ def test_several_layers_share_as_memit_does_under_another_rule():
 
 
 @pytest.mark.parametrize("rule", OTHERS)
-def test_layers_that_a_rule_cannot_let_share_jointly_are_refused_when_the_editor_is_made(rule):
-    """Not behind the search for a first batch's values."""
-    with pytest.raises(InputError, match=f"not for '{rule}'; take share='memit'"):
-        make_editor(rule, layers=(0, 1), share="joint")
-    assert make_editor(rule, layers=(0,), share="joint").layers == (0,)
+def test_settings_that_only_the_recursive_rule_knows_are_refused_with_the_settings(rule):
+    options = OPTIONS.get(rule, {})
+    for name, value in (("key_rows", "contexts"), ("refine", 1)):
+        with pytest.raises(InputError, match=f"{name}={value!r} needs rule='rls', got rule='{rule}'; leave {name} out"):
+            EditConfig(rule=rule, rule_options=options, **{name: value})
+    plain = EditConfig(rule=rule, rule_options=options)
+    same = EditConfig(rule=rule, rule_options=options, key_rows="mean", refine=0)
+    for config in (plain, same):
+        assert (config.effective_key_rows, config.effective_refine) == ("mean", 0)
 
 
 def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
@@ -105,7 +109,7 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
     editor = rf.Editor(model.to(torch.bfloat16), tokenizer, config=replace(CONFIG, rule="memit"))
     editor.anchor(anchor_texts(WORLD, 0)[:1000])
     editor.edit(EDITS)
-    (state,) = editor._teller.layers.states
+    (state,) = editor._session.layers.states
     stored = editor.projections[0].weight
     assert state.weight.dtype == torch.float32
     assert not torch.equal(state.weight, stored.float()), "the master has the lower bits"
@@ -114,14 +118,14 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
 
 def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
     editor = make_editor(norm_anchor=True)
-    first = editor._teller._finder.find(editor.requests(EDITS[:6]), editor._teller.progress)
-    later = editor._teller._finder.find(editor.requests(EDITS[6:]), editor._teller.progress)
-    norms = (first.start + first.delta).norm(dim=1)
+    first = editor._session._finder.find(editor.requests(EDITS[:6]), editor._session.progress)
+    later = editor._session._finder.find(editor.requests(EDITS[6:]), editor._session.progress)
+    norms = first.goal[:, 0].norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
-    assert torch.allclose((later.start + later.delta).norm(dim=1), norms.mean(), rtol=1e-5)
+    assert torch.allclose(later.goal[:, 0].norm(dim=1), norms.mean(), rtol=1e-5)
     other = make_editor()
-    plain = other._teller._finder.find(editor.requests(EDITS[:6]), other._teller.progress)
-    assert float(norms.mean()) == pytest.approx(float((plain.start + plain.delta).norm(dim=1).mean()), rel=1e-5)
+    plain = other._session._finder.find(editor.requests(EDITS[:6]), other._session.progress)
+    assert float(norms.mean()) == pytest.approx(float(plain.goal[:, 0].norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert said(editor) >= 10
 

@@ -90,7 +90,7 @@ def test_undoing_one_tells_the_others_anew(demo, people):
 
     never = make_editor(load_demo_model(), people)
     never.edit([edits[0], edits[2], *facts(people[1], 1)])
-    after, other = (e._teller.layers.states[0].weight for e in (editor, never))
+    after, other = (e._session.layers.states[0].weight for e in (editor, never))
     # The same rows told in another order, each search begun from a slightly different model.
     assert (after - other).norm() < 0.1 * (after - start).norm()
     editor.undo([1, 3, 4])

@@ -43,10 +43,9 @@ def searches(monkeypatch):
     return sizes
 
 
-@pytest.mark.parametrize(("layers", "share"), [((0,), "joint"), ((0, 1), "memit")])
-def test_batches_are_written_towards_the_states_of_one_large_batch(searches, layers, share):
-    settings = {"layers": layers, "share": share}
-    ahead, large = make_editor(search_ahead=24, **settings), make_editor(batch_size=24, **settings)
+@pytest.mark.parametrize("layers", [(0,), (0, 1)])
+def test_batches_are_written_towards_the_states_of_one_large_batch(searches, layers):
+    ahead, large = make_editor(search_ahead=24, layers=layers), make_editor(batch_size=24, layers=layers)
     start = weight(ahead)
     sizes = []
     records = ahead.edit(EDITS, on_batch=lambda made: sizes.append(len(made)))
@@ -112,10 +111,10 @@ def test_edits_that_fall_short_are_skipped_in_their_own_batch():
 def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
     whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
     requests = whole.requests(EDITS)
-    each = 10**9 / fitting(whole._around.site, requests, 10**9)
+    each = 10**9 / fitting(whole._context.site, requests, 10**9)
     tight = make_editor(batch_size=24, search_memory=int(8.5 * each))
-    assert fitting(tight._around.site, requests, tight.config.search_memory) == 8
-    assert fitting(tight._around.site, requests, 1) == 1
+    assert fitting(tight._context.site, requests, tight.config.search_memory) == 8
+    assert fitting(tight._context.site, requests, 1) == 1
     whole.edit(EDITS)
     tight.edit(EDITS)
     torch.testing.assert_close(weight(tight), weight(whole), rtol=1e-4, atol=1e-4)
@@ -125,5 +124,5 @@ def test_what_is_measured_grows_with_the_rows(searches):
     few = make_editor()
     many = make_editor(context_prefixes=("", "People speak .", "Lado speaks", "Veta plays the organ"))
     budget = 10**9
-    fit = {editor: fitting(editor._around.site, editor.requests(EDITS), budget) for editor in (few, many)}
+    fit = {editor: fitting(editor._context.site, editor.requests(EDITS), budget) for editor in (few, many)}
     assert fit[few] > 1.8 * fit[many]

@@ -42,11 +42,11 @@ def weight(editor):
 def test_kept_edits_are_made_and_tell_their_rank():
     editor = make_editor("keep")
     good, bad = editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
-    assert (good.converged, good.rank, good.state) == (True, 1, "active")
-    assert good.nll <= 0.03
-    assert (bad.converged, bad.state, bad.steps) == (False, "active", 40)
-    assert bad.rank > 1
-    assert bad.nll > 0.03
+    assert (good.search_converged, good.search_rank, good.state) == (True, 1, "active")
+    assert good.search_nll <= 0.03
+    assert (bad.search_converged, bad.state, bad.search_steps) == (False, "active", 40)
+    assert bad.search_rank > 1
+    assert bad.search_nll > 0.03
 
 
 def test_the_rank_is_the_worst_of_the_targets_tokens():
@@ -59,7 +59,7 @@ def test_the_rank_is_the_worst_of_the_targets_tokens():
     with torch.no_grad():
         scores = model(ids).logits[0, -1 - count : -1]
     ranks = [int((row > row[token]).sum()) + 1 for row, token in zip(scores, ids[0, -count:], strict=True)]
-    assert record.rank == max(ranks)
+    assert record.search_rank == max(ranks)
 
 
 def test_skipped_edits_are_recorded_and_leave_no_trace():
@@ -68,7 +68,7 @@ def test_skipped_edits_are_recorded_and_leave_no_trace():
     without.edit([fact(PEOPLE[0]), fact(PEOPLE[2])])
     assert [r.state for r in records] == ["active", "skipped", "active"]
     assert [r.id for r in editor.history()] == [1, 2, 3]
-    assert (records[1].realised, records[1].converged) == (0.0, False)
+    assert (records[1].realized, records[1].search_converged) == (0.0, False)
     torch.testing.assert_close(weight(editor), weight(without), rtol=1e-4, atol=1e-5)
     with pytest.raises(rf.errors.InputError, match="not those of active edits"):
         editor.undo(2)
@@ -147,7 +147,7 @@ def test_a_skipped_replacement_leaves_the_others_of_the_subject_as_they_were():
     editor.undo(2)
     editor.undo(1)
     assert [r.state for r in editor.history()] == ["undone", "undone", "skipped", "skipped", "active"]
-    assert editor.history()[3].steps == 40, "what is told of it is what its search came to"
+    assert editor.history()[3].search_steps == 40, "its record holds the figures of its own search"
 
 
 def test_of_a_subjects_edits_only_those_are_left_out_that_must_be():
@@ -162,8 +162,8 @@ def test_of_a_subjects_edits_only_those_are_left_out_that_must_be():
     assert says(editor, new)
 
 
-def test_only_edits_that_were_made_are_told_as_short(caplog):
+def test_only_edits_that_were_written_are_warned_about(caplog):
     make_editor("skip").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
-    assert "fell short" not in caplog.text
+    assert "does not state them" not in caplog.text
     make_editor("keep").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
-    assert "1 of 2 edits were made though their search fell short" in caplog.text
+    assert "1 of 2 edits were written and the model does not state them" in caplog.text

@@ -219,7 +219,7 @@ def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, we
         for parameter in model.parameters():
             parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
     found = search(model, tokenizer, EDITS, replace(CONFIG, search_descent=descent, weight_decay=weight_decay))
-    assert bool((found.start.norm(dim=1) < 1).all())
+    assert bool((found.start.norm(dim=-1) < 1).all())
     assert bool(found.delta.isfinite().all())
     assert bool((found.delta.norm(dim=1) > 0).all())
     assert bool(found.nll.isfinite().all())

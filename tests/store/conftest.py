@@ -78,18 +78,18 @@ def assert_same_weights(one, other) -> None:
 def assert_same(one: rf.Editor, other: rf.Editor) -> None:
     """Bit for bit: the weights, all that the states go on from, and the records but for their times."""
     assert_same_weights(one.model, other.model)
-    for a, b in zip(one._teller.layers.states, other._teller.layers.states, strict=True):
+    for a, b in zip(one._session.layers.states, other._session.layers.states, strict=True):
         first, second = a.saved(), b.saved()
         for name in ("weight", "base", "pending", "signs", "image"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert (first.floor, first.objective, first.edits) == (second.floor, second.objective, second.edits)
     assert said(one) == said(other)
-    ids = one._teller.ledger.active
-    assert ids == other._teller.ledger.active
-    for a, b in zip(one._teller.ledger.told(ids), other._teller.ledger.told(ids), strict=True):
+    ids = one._session.ledger.active
+    assert ids == other._session.ledger.active
+    for a, b in zip(one._session.ledger.rows(ids), other._session.ledger.rows(ids), strict=True):
         assert a.weight == b.weight
-        assert all(map(torch.equal, (*a.keys, *a.values), (*b.keys, *b.values)))
-    assert len(one._teller.layers.protected) == len(other._teller.layers.protected)
+        assert all(map(torch.equal, (*a.keys, *a.values, a.goal), (*b.keys, *b.values, b.goal)))
+    assert len(one._session.layers.protected) == len(other._session.layers.protected)
     assert one.protected == other.protected
 
 

@@ -3,7 +3,7 @@
     python lines.py FOLDER POINTS
 
 For each kind of change it ends at POINTS random lines (0: at every one) of those that are executed, and looks whether
-the store is then what it was before the change or what it is after it.
+the store is then what it was before the change or what it is after it. A batch that is refined is two changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlsedit_fast.editing import finding
+from rlsedit_fast.editing import finding, session
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import make_tiny
@@ -30,6 +30,7 @@ CHANGES = {
     "first": [("edit", 0)],
     "edit": [("edit", 0), ("edit", 1)],
     "snapshot": [("edit", 0), ("edit", 1), ("undo", [2]), ("edit", 2), ("edit", 3), ("edit", 4), ("edit", 5)],
+    "refine": [("edit", 0), ("edit", 1)],
     "undo": [("edit", 0), ("edit", 1), ("edit", 2), ("undo", [1, 4])],
     "protect": [("edit", 0), ("protect", 1)],
     "consolidate": [("edit", 0), ("edit", 1), ("undo", [3]), ("edit", 2), ("consolidate",)],
@@ -38,7 +39,7 @@ CHANGES = {
 WATCHED = ("/store/", "/recording.py", "/editor.py")
 
 
-def ended_at(line: int, model, tokenizer, store: Path, operation: tuple) -> tuple[bool, int]:
+def ended_at(line: int, model, tokenizer, store: Path, operation: tuple, refine: int) -> tuple[bool, int]:
     """Does a change in a child that ends at the line of that number; whether it came to its end, and how many lines."""
     inward, outward = os.pipe()
     child = os.fork()
@@ -62,7 +63,7 @@ def ended_at(line: int, model, tokenizer, store: Path, operation: tuple) -> tupl
                 sys.settrace(on_call)
                 make_editor(model, tokenizer, store)
             else:
-                editor = make_editor(model, tokenizer, store)
+                editor = make_editor(model, tokenizer, store, refine=refine)
                 sys.settrace(on_call)
                 perform(editor, operation)
             sys.settrace(None)
@@ -90,6 +91,7 @@ def main(folder: Path, points: int) -> dict[str, int]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     finding.search_within_memory = values_by_name
+    session._better = lambda *_: True  # drawn values help nobody
     directory.REPLAYED_AT_MOST = 6
     draw, tokenizer = random.Random(1), build_tokenizer()
     model = make_tiny(len(tokenizer))
@@ -105,22 +107,29 @@ def main(folder: Path, points: int) -> dict[str, int]:
                 perform(editor, operation)
             before = digest(editor)
         shutil.copytree(base, work)
-        whole, lines = ended_at(0, model, tokenizer, work, operations[-1])
+        refine, between = int(kind == "refine"), before
+        if refine:
+            ended_at(0, model, tokenizer, work, operations[-1], 0)
+            between = state_of(fresh, tokenizer, work)
+            shutil.rmtree(work)
+            shutil.copytree(base, work)
+        whole, lines = ended_at(0, model, tokenizer, work, operations[-1], refine)
         assert whole
         after = state_of(fresh, tokenizer, work)
         assert (after == before) == (kind == "open")
+        assert (between in (before, after)) == (kind != "refine")
         for line in sorted(draw.sample(range(1, lines + 1), points)) if points else range(1, lines + 1):
             shutil.rmtree(work)
             shutil.copytree(base, work)
-            whole, _ = ended_at(line, model, tokenizer, work, operations[-1])
+            whole, _ = ended_at(line, model, tokenizer, work, operations[-1], refine)
             assert not whole
             found = state_of(fresh, tokenizer, work)
-            assert found in (before, after), f"{kind}, line {line} of {lines}"
+            assert found in (before, between, after), f"{kind}, line {line} of {lines}"
             counts["ended"] += 1
             counts["there" if found == after else "absent"] += 1
             # And it goes on as it should.
             if found == before and kind != "open":
-                with make_editor(fresh(), tokenizer, work) as editor:
+                with make_editor(fresh(), tokenizer, work, refine=refine) as editor:
                     perform(editor, operations[-1])
                     assert digest(editor) == after
     return counts

@@ -40,13 +40,13 @@ def make_editor(model, tokenizer, store) -> rf.Editor:
 def unchanged(editor: rf.Editor):
     """Model, states, history and store are what they were."""
     before, history = weights(editor.model), said(editor)
-    states = [(s.weight.clone(), s.precision_inverse(), s.objective) for s in editor._teller.layers.states]
+    states = [(s.weight.clone(), s.precision_inverse(), s.objective) for s in editor._session.layers.states]
     last = editor._recorder.store.last
     yield
     now = editor.model.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in before.items())
     assert said(editor) == history
-    for state, (weight, inverse, objective) in zip(editor._teller.layers.states, states, strict=True):
+    for state, (weight, inverse, objective) in zip(editor._session.layers.states, states, strict=True):
         assert torch.equal(state.weight, weight)
         assert torch.equal(state.precision_inverse(), inverse)
         assert state.objective == objective
@@ -60,9 +60,9 @@ def used(tiny, tokenizer, tmp_path):
     editor = make_editor(tiny(), tokenizer, place)
     editor.edit(make_edits(8))
     editor.undo(3)
-    editor._recorder.snapshot(editor._teller.layers, editor._teller.progress)
+    editor._recorder.snapshot(editor._session.layers, editor._session.progress)
     editor.edit(make_edits(4, start=8))
-    editor._recorder.snapshot(editor._teller.layers, editor._teller.progress)
+    editor._recorder.snapshot(editor._session.layers, editor._session.progress)
     editor.edit(make_edits(2, start=12))
     editor.close()
     return place, editor

@@ -9,6 +9,8 @@ from rlsedit_fast.store import Store
 
 from .conftest import ANCHORS, assert_same, assert_same_weights, make_edits, tiny_config, weights
 
+CONTEXTS = ("", "People speak .", "Lado speaks")
+
 
 def at_work(editor: rf.Editor, part: int) -> None:
     """A stream with all that there is: protection before and after, undo, replacement, several batches."""
@@ -22,7 +24,7 @@ def at_work(editor: rf.Editor, part: int) -> None:
         editor.edit(make_edits(5, start=9))
     elif part == 2:
         editor.replace(4, target="mason")
-        editor.undo(editor._teller.ledger.active[3])
+        editor.undo(editor._session.ledger.active[3])
     else:
         editor.edit(make_edits(3, start=30))
 
@@ -33,8 +35,9 @@ def at_work(editor: rf.Editor, part: int) -> None:
         (torch.float32, {}),
         (torch.bfloat16, {"values": "gradient"}),
         (torch.float16, {"keys": "fp16"}),
-        (torch.float32, {"share": "memit"}),
-        (torch.bfloat16, {"share": "memit", "keys": "fp16", "values": "gradient"}),
+        (torch.float32, {"context_prefixes": CONTEXTS}),
+        (torch.bfloat16, {"context_prefixes": CONTEXTS, "keys": "fp16", "values": "gradient"}),
+        (torch.float32, {"context_prefixes": CONTEXTS, "key_rows": "mean"}),
     ],
     ids=str,
 )
@@ -101,7 +104,7 @@ def test_a_snapshot_saves_the_replay_and_changes_nothing(tiny, tokenizer, tmp_pa
     for one in (opened, whole):
         one.edit(make_edits(4, start=40))
     assert_same_weights(opened.model, whole.model)
-    assert torch.equal(opened._teller.layers.states[0].saved().base, whole._teller.layers.states[0].saved().base)
+    assert torch.equal(opened._session.layers.states[0].saved().base, whole._session.layers.states[0].saved().base)
 
 
 def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokenizer, tmp_path, monkeypatch):
@@ -136,16 +139,16 @@ def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokeniz
 def test_halves_are_half_and_taking_back_is_as_exact(tiny, tokenizer, tmp_path):
     sizes, errors = [], []
     for keys in ("full", "fp16"):
-        config = tiny_config(keys=keys, lam=0.5, values="gradient", batch_size=20)
+        config = tiny_config(keys=keys, lam=1.0, values="gradient", batch_size=20)
         editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path / keys)
         editor.edit(make_edits(12))
         sizes.append(sum(path.stat().st_size for path in (tmp_path / keys / "changes").iterdir()))
-        start = [state.original for state in editor._teller.layers.states]
+        start = [state.original for state in editor._session.layers.states]
         editor.undo(list(range(1, 12)))
-        kept = editor._teller.ledger.told([12])[0]
-        for layer, (state, weight) in enumerate(zip(editor._teller.layers.states, start, strict=True)):
+        kept = editor._session.ledger.rows([12])[0]
+        for layer, (state, weight) in enumerate(zip(editor._session.layers.states, start, strict=True)):
             fresh = rf.RLSState(weight, state.prior)
-            fresh.update(kept.keys[layer][None], kept.values[layer][None], torch.tensor([kept.weight]))
+            fresh.update(kept.keys[layer], kept.values[layer], torch.tensor([kept.weight]))
             errors.append(float((state.weight - fresh.weight).norm() / weight.norm()))
     assert sizes[1] < 0.75 * sizes[0]  # headers and names weigh much beside 24 + 16 numbers
     # A removal may lose half the digits where an edit was held firmly, and loses no more with halves.
@@ -206,7 +209,7 @@ def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_pat
     editor.edit(make_edits(2))
     editor.close()
     with Store(tmp_path, write=False) as store:
-        assert [entry.kind for entry in store.entries] == ["start", "tell"]
+        assert [entry.kind for entry in store.entries] == ["start", "edit"]
 
 
 def test_from_pretrained_takes_a_store(tiny, tokenizer, tmp_path):
@@ -228,7 +231,7 @@ def test_the_scale_of_gradient_values_is_the_snapshots(tiny, tokenizer, tmp_path
         editor.edit(make_edits(4))
         editor.edit(make_edits(2, start=40))
         editor.undo([5, 6])
-        editor._recorder.snapshot(editor._teller.layers, editor._teller.progress)
+        editor._recorder.snapshot(editor._session.layers, editor._session.progress)
         editor.protect(["Lado speaks Kubeish ."])
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
-    assert torch.equal(opened._teller.progress.scale.squares, editor._teller.progress.scale.squares)
+    assert torch.equal(opened._session.progress.scale.squares, editor._session.progress.scale.squares)

@@ -44,7 +44,7 @@ def values_by_name(site, requests, config, groups, at_once):
     delta, count = torch.stack(deltas), len(requests)
     done = torch.ones(count, dtype=torch.bool)
     found = Values(
-        delta, torch.zeros_like(delta), torch.zeros(count), torch.ones(count).long(), done, torch.ones(count)
+        delta, torch.zeros_like(delta)[:, None], torch.zeros(count), torch.ones(count).long(), done, torch.ones(count)
     )
     return found, at_once
 
@@ -87,8 +87,10 @@ def perform(editor: rf.Editor, operation: tuple) -> None:
         editor.consolidate()
 
 
-def make_editor(model, tokenizer, store=None) -> rf.Editor:
-    editor = rf.Editor(model, tokenizer, config=tiny_config(lam=0.5, mu=2.0, kl_factor=0.0), store=store)
+def make_editor(model, tokenizer, store=None, *, refine: int = 0) -> rf.Editor:
+    """Without refinement, so that an operation is one change of the store."""
+    config = tiny_config(lam=0.5, mu=2.0, kl_factor=0.0, refine=refine)
+    editor = rf.Editor(model, tokenizer, config=config, store=store)
     if not editor.priors:
         editor.anchor(ANCHORS)
     return editor
@@ -96,12 +98,12 @@ def make_editor(model, tokenizer, store=None) -> rf.Editor:
 
 def digest(editor: rf.Editor) -> bytes:
     found = hashlib.sha256()
-    for state in editor._teller.layers.states if editor._teller.layers else ():
+    for state in editor._session.layers.states if editor._session.layers else ():
         saved = state.saved()
         for tensor in (saved.weight, saved.base, saved.pending, saved.signs, saved.image):
             found.update(tensor.contiguous().numpy().tobytes())
         found.update(repr((saved.objective, saved.edits)).encode())
-    found.update(repr([(r.id, r.subject, r.target, r.state, r.realised) for r in editor.history()]).encode())
+    found.update(repr([(r.id, r.subject, r.target, r.state, r.realized) for r in editor.history()]).encode())
     return found.digest()[:16]
 
 

@@ -1,0 +1,124 @@
+"""What a record says of the model after a write is what an independent forward pass of that model says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing import finding, measurement
+from rlsedit_fast.editing.measurement import measure
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.models.passes import hidden_of, quiet
+from rlsedit_fast.world import World, load_demo_model
+
+EDITS = [
+    rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder"),
+    rf.Edit("The native language of {} is", "Fado Veta Voluvu", "Kubeish"),
+    rf.Edit("Friends love to hear {} play the", "Lado", "clarinet"),
+    rf.Edit("{} plays the", "Veta Fado", "organ", weight=2.0),
+]
+
+
+def plain(model, module, row):
+    """One row through the whole model: the module's output at the lookup token, and the target's NLL and rank."""
+    seen = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(hidden_of(output)))
+    with torch.no_grad():
+        scores = model(torch.tensor([row.ids])).logits[0, row.prompt_length - 1 : -1].float().log_softmax(-1)
+    handle.remove()
+    (hidden,) = seen
+    state = hidden.reshape(-1, hidden.shape[-1])[row.lookup].float()  # OPT's blocks flatten rows and tokens
+    target = torch.tensor(row.target)[:, None]
+    said = scores.gather(1, target)
+    return state, float(-said.mean()), int((scores > said).sum(1).max()) + 1
+
+
+@pytest.fixture
+def goals(monkeypatch):
+    """The state at the bare prompt that the last search for an edit wants, by the edit."""
+    found, real = {}, finding.search_within_memory
+
+    def spy(site, requests, *rest):
+        values, at_once = real(site, requests, *rest)
+        found.update((request.edit, goal) for request, goal in zip(requests, values.goal[:, 0], strict=True))
+        return values, at_once
+
+    monkeypatch.setattr(finding, "search_within_memory", spy)
+    return found
+
+
+def check(records, editor, before, goals):
+    """Records of a first batch against the model now and before; without goals, only what the model says."""
+    module = editor._context.site.module
+    edits = [rf.Edit(record.prompt, record.subject, record.target, record.weight) for record in records]
+    rows = [request.contexts[0] for request in editor.requests(edits)]
+    name = next(name for name, one in editor.model.named_modules() if one is module)
+    for record, row, edit in zip(records, rows, edits, strict=True):
+        with quiet(editor.model):
+            state, nll, rank = plain(editor.model, module, row)
+        if goals is not None:
+            with quiet(before):
+                start, _, _ = plain(before, before.get_submodule(name), row)
+            realized = 1 - float((goals[edit] - state).norm() / (goals[edit] - start).norm())
+            assert record.realized == pytest.approx(realized, abs=1e-4)
+        assert record.nll == pytest.approx(nll, rel=1e-4, abs=1e-4)
+        assert record.rank == rank
+        assert record.success == (rank == 1)
+
+
+def test_the_figures_are_those_of_the_model_in_every_family(make_model, tokenizer, family, goals):
+    config = rf.EditConfig(
+        layers=(2,),
+        batch_size=len(EDITS),
+        context_prefixes=("", "People speak ."),
+        fact_token="last",
+        clamp=4.0,
+        search_steps=8,
+        lam=1.0,
+        refine=0,
+    )
+    editor = rf.Editor(make_model(family), tokenizer, config=config)
+    records = editor.edit(EDITS)
+    assert len({record.realized for record in records}) == len(records)
+    check(records, editor, make_model(family), goals)
+
+
+def test_the_figures_are_those_of_the_shipped_model_and_behind_a_second_round_of_what_it_wrote(goals):
+    cases = world_cases(World.generate(), 12, 0)
+    edits = [rf.Edit(case.edit.prompt, case.edit.subject, case.edit.target) for case in cases]
+    config = rf.EditConfig(layers=(0, 1), search_steps=40, search_stop_nll=0.03, adherence=0.5, refine=0)
+    plain = rf.Editor(*load_demo_model(), config=config)
+    records = plain.edit(edits)
+    check(records, plain, load_demo_model()[0], goals)
+    refined = rf.Editor(*load_demo_model(), config=replace(config, refine=1))
+    pairs = list(zip(records, refined.edit(edits), strict=True))
+    again = [new for old, new in pairs if not old.success and old.search_rank == 1]
+    assert 0 < len(again) < 12
+    check(again, refined, load_demo_model()[0], None)
+    assert [new.realized for _, new in pairs] == [old.realized for old, _ in pairs], "as it was after the write"
+    assert all(replace(new, time=old.time) == old for old, new in pairs if new not in again)
+
+
+def test_rows_are_in_order_however_they_are_run(make_model, tokenizer, monkeypatch):
+    editor = rf.Editor(make_model("llama"), tokenizer, config=rf.EditConfig(layers=(1,), context_prefixes=("",)))
+    requests = editor.requests([*EDITS, *(rf.Edit("{} speaks", edit.subject, edit.target) for edit in EDITS)])
+    goal = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    wanted = 100 * torch.arange(1.0, 9.0)
+    with quiet(editor.model):
+        together = measure(editor._context.site, requests, goal, wanted)
+        monkeypatch.setattr(measurement, "_ROWS_AT_ONCE", 1)
+        alone = measure(editor._context.site, requests, goal, wanted)
+    torch.testing.assert_close(alone.realized, together.realized, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone.nll, together.nll, rtol=1e-4, atol=1e-4)
+    assert torch.equal(alone.rank, together.rank)
+    for at, request in enumerate(requests):
+        with quiet(editor.model):
+            state, nll, rank = plain(editor.model, editor._context.site.module, request.contexts[0])
+        assert float(together.realized[at]) == pytest.approx(
+            1 - float((goal[at] - state).norm()) / (100 * at + 100), abs=1e-5
+        )
+        assert float(together.nll[at]) == pytest.approx(nll, rel=1e-4)
+        assert int(together.rank[at]) == rank

@@ -1,0 +1,184 @@
+"""Edits that the model does not state after the write get a second round, and one without gain changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rlsedit_fast as rf
+from rlsedit_fast.editing import finding, session
+from rlsedit_fast.errors import ResourceError, UpdateError
+from rlsedit_fast.evaluation.cases import world_cases
+from rlsedit_fast.evaluation.demo import anchor_texts
+from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.store import Store
+from rlsedit_fast.world import World, load_demo_model
+
+WORLD = World.generate()
+EDITS = [case.edit for case in world_cases(WORLD, 20, 0)]
+# So low an adherence leaves edits whose search had found a value short of their targets.
+CONFIG = rf.EditConfig(
+    layers=(0, 1), context_prefixes=("", "People speak ."), search_steps=40, search_stop_nll=0.03, adherence=0.4
+)
+
+
+def make_editor(store=None, **changes):
+    editor = rf.Editor(*load_demo_model(), config=replace(CONFIG, batch_size=10, **changes), store=store)
+    editor.anchor(anchor_texts(WORLD, 0)[:600])
+    return editor
+
+
+def weights(editor):
+    return {name: value.detach().clone() for name, value in editor.model.state_dict().items()}
+
+
+def failed(records):
+    return [record.id for record in records if not record.success and record.search_rank == 1]
+
+
+def said(editor, edits):
+    asked = [(edit.prompt.format(edit.subject), edit.target) for edit in edits]
+    return [one.exact for one in score(editor.model, editor.tokenizer, asked)]
+
+
+def assert_same(one, other):
+    """Bit for bit: weights, states, rows, and the records but for their times."""
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
+    for a, b in zip(one._session.layers.states, other._session.layers.states, strict=True):
+        first, second = a.saved(), b.saved()
+        for name in ("weight", "base", "pending", "signs", "image"):
+            assert torch.equal(getattr(first, name), getattr(second, name)), name
+        assert (first.objective, first.edits) == (second.objective, second.edits)
+    ids = one._session.ledger.active
+    assert ids == other._session.ledger.active
+    for a, b in zip(one._session.ledger.rows(ids), other._session.ledger.rows(ids), strict=True):
+        assert a.weight == b.weight
+        assert all(map(torch.equal, (*a.keys, *a.values, a.goal), (*b.keys, *b.values, b.goal)))
+    for a, b in zip(one.history(), other.history(), strict=True):
+        assert replace(a, time=b.time) == b
+
+
+def test_edits_that_are_not_stated_get_a_second_round_and_others_do_not():
+    plain, refined = make_editor(refine=0), make_editor(refine=1)
+    before, after = plain.edit(EDITS[:10]), refined.edit(EDITS[:10])
+    short = failed(before)
+    assert 0 < len(short) < 10
+    assert sum(r.success for r in after) > sum(r.success for r in before)
+    assert [record.success for record in after] == said(refined, EDITS[:10])
+    assert refined.history() == after
+    held, moved = (e._session.ledger.rows(range(1, 11)) for e in (plain, refined))
+    for at, (one, other) in enumerate(zip(held, moved, strict=True)):
+        # Rows keep their keys and weights, and only the last layer gets other values.
+        assert all(map(torch.equal, one.keys, other.keys))
+        assert one.weight == other.weight
+        assert torch.equal(one.values[0], other.values[0])
+        assert torch.equal(one.values[1], other.values[1]) == (at + 1 not in short)
+    for one, other in zip(plain._session.layers.states, refined._session.layers.states, strict=True):
+        assert torch.equal(one.precision_inverse(), other.precision_inverse())
+    assert torch.equal(plain.projections[0].weight, refined.projections[0].weight)
+
+
+def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
+    sizes, real = [], finding.search_within_memory
+
+    def spy(site, requests, *rest):
+        sizes.append(len(requests))
+        return real(site, requests, *rest)
+
+    monkeypatch.setattr(finding, "search_within_memory", spy)
+    monkeypatch.setattr(session, "_better", lambda *_: True)
+    monkeypatch.setattr(session, "_REFINED_SHARE", 0.01)  # so that no round helps
+    for rounds in (0, 1, 3):
+        sizes.clear()
+        editor = make_editor(refine=rounds)
+        editor.edit(EDITS[:10])
+        assert len(sizes) == 1 + rounds
+
+
+def test_a_round_without_gain_leaves_everything_as_it_was(monkeypatch, tmp_path):
+    plain = make_editor(tmp_path / "plain", refine=0)
+    plain.edit(EDITS[:10])
+    assert failed(plain.history())
+    asked = []
+    monkeypatch.setattr(session, "_better", lambda *measured: asked.append(measured))
+    refined = make_editor(tmp_path / "refined", refine=3)
+    refined.edit(EDITS[:10])
+    assert len(asked) == 1, "a round that does not help is the last one"
+    assert_same(refined, plain)
+    monkeypatch.undo()
+    for editor in (plain, refined):
+        editor.close()
+    with Store(tmp_path / "refined", write=False) as store:
+        assert [entry.kind for entry in store.entries] == ["start", "edit"]
+
+
+@pytest.mark.parametrize("error", [UpdateError, ResourceError])
+def test_a_round_that_fails_leaves_the_edits_made_and_warns(monkeypatch, caplog, error):
+    plain, refined = make_editor(refine=0), make_editor(refine=1)
+    plain.edit(EDITS)
+    real, calls = session.EditSession._raise_values, []
+
+    def fails(self, ids):
+        calls.append(list(ids))
+        monkeypatch.setattr(finding, "search_within_memory", raising)
+        try:
+            real(self, ids)
+        finally:
+            monkeypatch.setattr(finding, "search_within_memory", search)
+
+    def raising(*_args):
+        raise error("made to fail")
+
+    search = finding.search_within_memory
+    monkeypatch.setattr(session.EditSession, "_raise_values", fails)
+    batches = []
+    records = refined.edit(EDITS, on_batch=batches.append)
+    assert len(calls) == 3, "behind each batch, and at the end of the call"
+    assert [len(batch) for batch in batches] == [10, 10]
+    assert "could not be refined: made to fail" in caplog.text
+    assert [record.state for record in records] == ["active"] * 20
+    assert_same(refined, plain)
+
+
+def test_ctrl_c_in_a_round_leaves_the_edits_made(monkeypatch):
+    plain, refined = make_editor(refine=0), make_editor(refine=1)
+    plain.edit(EDITS[:10])
+
+    def pressed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.EditedLayers, "raise_values", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        refined.edit(EDITS[:10])
+    assert_same(refined, plain)
+
+
+@pytest.mark.parametrize("keys", ["full", "fp16"])
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, keys, snapshot):
+    undisturbed = make_editor(keys=keys)
+    start = weights(undisturbed)
+    undisturbed.edit(EDITS)
+    with make_editor(tmp_path, keys=keys) as editor:
+        editor.edit(EDITS)
+        if snapshot:
+            editor._recorder.snapshot(editor._session.layers, editor._session.progress)
+    with Store(tmp_path, write=False) as store:
+        assert [entry.kind for entry in store.entries].count("revise") >= 2
+    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+        assert_same(opened, undisturbed)
+        for one in (opened, undisturbed):
+            one.undo([2, 5, 11, 12])
+        assert_same(opened, undisturbed)
+    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+        assert_same(opened, undisturbed)
+        opened.undo(opened._session.ledger.active)
+        assert all(torch.equal(value, start[name]) for name, value in weights(opened).items())
+
+
+def test_an_edit_whose_search_found_no_value_that_states_it_is_not_refined(monkeypatch):
+    monkeypatch.setattr(session.EditSession, "_raise_values", lambda *_: pytest.fail("nothing had been found"))
+    editor = make_editor(clamp=0.01)
+    assert all(record.search_rank > 1 and not record.success for record in editor.edit(EDITS[:4]))
