@@ -20,6 +20,7 @@ SETTINGS = {
     "kl_prompts": ["{} is a"],
     "search_steps": 40,
     "search_stop_nll": 0.03,
+    "adherence": 0.95,
 }
 
 

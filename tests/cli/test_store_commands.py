@@ -14,7 +14,13 @@ from rlsedit_fast.cli import main
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 PEOPLE = World.generate().people
-SETTINGS = {"context_prefixes": [""], "kl_prompts": ["{} is a"], "search_steps": 40, "search_stop_nll": 0.03}
+SETTINGS = {
+    "context_prefixes": [""],
+    "kl_prompts": ["{} is a"],
+    "search_steps": 40,
+    "search_stop_nll": 0.03,
+    "adherence": 0.95,
+}
 
 
 def lines_of(first, last):

@@ -221,7 +221,8 @@ def test_edits_that_the_model_states_already_neither_hinder_nor_count(make_edito
         rf.Edit(RELATIONS[0].phrasings[0], person.name, person.facts[RELATIONS[0].name]) for person in WORLD.people[-6:]
     ]
     edits = [*known, *FACTS[:others]]
-    editor = make_editor("demo", layers=(0, 1), search_stop_nll=2.0, adherence=0.9, batch_size=12, refine=0)
+    settings = {"context_prefixes": ("",), "search_stop_nll": 5.0, "batch_size": 12, "refine": 0}
+    editor = make_editor("demo", layers=(0, 1), adherence=0.9, **settings)
     (prior, _) = editor.calibrate(edits)
     assert 0 < prior.mu < math.inf
     records = editor.edit(edits)

@@ -174,7 +174,7 @@ def test_every_record_is_an_edit_or_is_accounted_for(records, any_tokenizer):
     assert editor.history() == made, "resolve left nothing that would replace another edit"
     assert {record.state for record in made} == {"active"}
     # Of each alone nothing is promised: in a random model subjects with one last token have nearly one key.
-    assert sum(record.realised for record in made) > 0.1 * len(made)
+    assert sum(record.realized for record in made) > 0.1 * len(made)
     together = {tuple(sorted((r.id, *r.joint_with))) for r in made if r.joint_with}
     places = {index: number for number, index in enumerate(resolved.kept, start=1)}
     assert together == {tuple(places[index] for index in group) for group in resolved.same_subject}
@@ -216,7 +216,7 @@ def test_the_command_line_accounts_for_every_record(byte_level_tokenizer, tmp_pa
         assert reason in told
         assert told in said
     assert [place.partition(" ")[2] for place in dropped] == ["(record 41)", "(record 31)"]
-    assert len(report["not_converged"]) == sum(not record["converged"] for record in report["records"]) > 0
+    assert len(report["not_converged"]) == sum(not record["search_converged"] for record in report["records"]) > 0
 
     base, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("base", "out"))
     assert [name for name, value in out.items() if not torch.equal(value, base[name])] == [

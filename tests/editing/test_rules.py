@@ -18,7 +18,9 @@ from rlsedit_fast.world import World, load_demo_model
 
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 12, 0)]
-CONFIG = EditConfig(layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, batch_size=6)
+CONFIG = EditConfig(
+    layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, batch_size=6, adherence=0.95
+)
 OPTIONS = {"alphaedit": {"null_share": 0.7, "ridge": 0.01}, "ultraedit": {"rate": 10.0}, "ft-bounded": {"bound": 0.02}}
 
 

@@ -19,7 +19,15 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 24, 0)]
-CONFIG = EditConfig(layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, lam=0.1, batch_size=6)
+CONFIG = EditConfig(
+    layers=(0,),
+    context_prefixes=("",),
+    search_steps=40,
+    search_stop_nll=0.03,
+    lam=0.1,
+    batch_size=6,
+    refine=0,  # whose searches would count among those that are looked at
+)
 
 
 def make_editor(**changes):
