@@ -559,7 +559,7 @@ class Editor:
         Args:
             budget: how far the outputs on the anchors, or the weights where there are none, may move, as a share of
                 their norms.
-            sample: at most so many active edits are asked of the model again; 0 asks none.
+            sample: most active edits that the model is run at again, evenly spaced; 0 runs none.
 
         Raises:
             InputError: a budget that is not above 0, or a rule that has no objective to tell of.

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class Report(Protocol):
-    """Is told how many are done so far, and of how many; None where that is not known."""
+    """Called with the number done so far and the total; None where the total is not known."""
 
     def __call__(self, done: int, total: int | None) -> None: ...
 

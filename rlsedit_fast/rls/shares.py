@@ -43,7 +43,7 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
 
     Args:
         panel: of the batch.
-        innovation: `E [n, d_v]`, what is to arrive.
+        innovation: `E [n, d_v]`, the change that must arrive.
         wanted: norm of the change wanted of each judged row, `[m]`, of which E may be a part.
         judged: indices of the judged rows, `[m]`.
         share: between 0 and 1.
@@ -76,7 +76,7 @@ def raised_values(panel: Panel, keys: Tensor, change: Tensor, wanted: Tensor, ju
     Args:
         panel: of the rows, in the present state.
         keys: `K' [n, d_k]`, where the outputs are to change: the rows' keys as the model has them now.
-        change: `[n, d_v]`, what is to arrive.
+        change: `[n, d_v]`, the change that must arrive.
         wanted: see `raised_innovation`.
         judged: see there.
         share: see there.
