@@ -32,7 +32,7 @@ _ITEMS = _FREE = 100
 
 
 def _error(count: int) -> str:
-    """The largest standard error that a share of so many can have."""
+    """The largest standard error of a share of this many."""
     return f"{0.5 / count**0.5:.2f}"
 
 

@@ -121,7 +121,7 @@ class EditConfig:
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu
             and lam from the first edits; later batches ask for more where a crowded layer would realize less. The
             search leaves a margin, so that most edits are stated with part of their change; those that are not are
-            refined. More than 0.8 moved text and neighbors more on real models and stated no more edits.
+            refined. On SmolLM2, 0.95 moves text twice as far as 0.8 (bench/results/real/writes-smollm2.json).
         lam: how firmly the weight itself is held; a number wins over `adherence`.
         mu: how firmly the anchors are held; a number wins over `adherence`.
         ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.

@@ -285,11 +285,8 @@ class EditedLayers:
             The rows that the layers hold now, in the same order.
         """
         last = len(self.states) - 1
-        keys = [self._read_in_parts(requests, range(last), key_rows)[0]] if last else []
-        fresh = [
-            replace(one, keys=(*(layer[at] for layer in keys[0]), one.keys[last])) if last else one
-            for at, one in enumerate(rows)
-        ]
+        below = self._read_in_parts(requests, range(last), key_rows)[0] if last else []
+        fresh = [replace(one, keys=(*(layer[at] for layer in below), one.keys[last])) for at, one in enumerate(rows)]
         for layer in range(last):
             self.states[layer].refresh(*_rows([*self._protected, *fresh], layer, self.states[layer]))
         (deepest,), now = self._read_in_parts(requests, range(last, last + 1), key_rows)

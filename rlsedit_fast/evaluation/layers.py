@@ -70,7 +70,7 @@ class Trial:
         score: mean of `scores`.
         scores: of each edit the mean of up to three figures: the probability of its target per token after the edited
             prompt, the same after its paraphrases, and the share of its neighborhood prompts that are unchanged. With
-            a few edits, probabilities tell settings apart better than shares do.
+            a few edits, probabilities separate settings better than shares do.
     """
 
     layers: tuple[int, ...]
@@ -143,7 +143,7 @@ def compare(trial: Trial, other: Trial) -> tuple[float, float]:
 def choose(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
     """The trial with the highest score, and the recommended one.
 
-    A few edits cannot tell apart layers that differ little. Of the trials whose score is within one standard error of
+    A few edits cannot separate layers that differ little. Of the trials whose score is within one standard error of
     the highest one, the trial with the least drift on running text is recommended.
 
     Args:

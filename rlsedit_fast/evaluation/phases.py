@@ -44,7 +44,7 @@ class Phases:
             unit: what it does many of.
 
         Yields:
-            What is to be told how far the phase is.
+            The function to call with the progress of the phase.
         """
         self._count()
         self._open.append(name)

@@ -181,7 +181,7 @@ def run(
         path: of the result file.
         superseded: cases whose targets later ones replace: they should no longer be said.
         unedited: what other runs of this ground have found out about its model; what is lacking is added.
-        say: told what is going on.
+        say: called with a line of progress.
         show: whether each phase has a bar on stderr.
     """
     known = finished(path, ground.name, plan, ground.made_of)
