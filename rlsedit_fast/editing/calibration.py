@@ -19,7 +19,7 @@ from torch import Tensor
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.inspection import ModelContext
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.layers import goals_of_contexts, rows_of_contexts
+from rlsedit_fast.editing.layers import goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.values import Values
 from rlsedit_fast.errors import InputError
@@ -146,6 +146,7 @@ class Pilot:
         assert now is not None
         self._now = now
         self._rows = values.start.shape[1] if self._key_rows == "contexts" else 1
+        self._weights = torch.tensor(row_weights(self._rows, config.bare_weight) * len(requests)).double()
         self._fitted: tuple[list[float], list[TrialLayer]] | None = None
 
     def mu_for(self, adherence: float) -> float:
@@ -182,7 +183,7 @@ class Pilot:
             mu: positive.
             ridges: `(lam / mu)^2` per layer; by default those of the settings.
         """
-        layers, noise = self._under(ridges), mu * mu * self._rows
+        layers, noise = self._under(ridges), mu * mu / self._weights
         leakage, left = [], torch.zeros(0)
         total = float(self._norms.norm())
         with self._restored():
@@ -208,18 +209,21 @@ class Pilot:
             for layer, key in zip(layers, self._keys, strict=True)
         ]
         device = grams[-1].device
-        spectrum, vectors = torch.linalg.eigh(sum(gram.to(device) for gram in grams[:-1]) + grams[-1])
+        scales = self._weights.to(device).sqrt()
+        total = sum(gram.to(device) for gram in grams[:-1]) + grams[-1]
+        spectrum, vectors = torch.linalg.eigh(scales[:, None] * total * scales)
         rounding = len(spectrum) * torch.finfo(torch.float64).eps * float(spectrum[-1])
         spectrum = torch.where(spectrum > rounding, spectrum, 0.0)
         scale = math.sqrt(float(spectrum.mean()))
         if not scale > 0:
             raise InputError("the keys of the pilot edits are all zero; check the model's weights and the prompts")
         missing = goals_of_contexts(self._goal - self._now.to(self._goal), self._key_rows).to(device, torch.float64)
-        turned, norms = vectors.T @ missing, self._norms.to(device, torch.float64)
+        turned, norms = vectors.T @ (scales[:, None] * missing), self._norms.to(device, torch.float64)
 
         def realized(log_mu: float) -> float:
-            noise = math.exp(2 * log_mu) * self._rows
-            left = vectors[:: self._rows] @ ((noise / (noise + spectrum))[:, None] * turned)
+            noise = math.exp(2 * log_mu)
+            bare = vectors[:: self._rows] / scales[:: self._rows, None]
+            left = bare @ ((noise / (noise + spectrum))[:, None] * turned)
             return float(arrived_share(left, norms).mean())
 
         low, high = (math.log(scale) + side * _WIDE_LOG_SPAN for side in (-1, 1))
@@ -287,10 +291,10 @@ def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:
     return [ridge * float(moment.diagonal().double().mean()) for moment in moments]
 
 
-def _solved(gram: Tensor, wanted: Tensor, noise: float) -> Tensor:
-    """`(G + noise I)^-1 wanted`."""
+def _solved(gram: Tensor, wanted: Tensor, noise: Tensor) -> Tensor:
+    """`(G + diag(noise))^-1 wanted`."""
     total = gram.clone()
-    total.diagonal().add_(noise)
+    total.diagonal().add_(noise.to(total))
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(total))
 
 

@@ -69,7 +69,7 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     _one_of("unconverged", Unconverged),
     ("keys", _or_none(lambda value: value in get_args(Keys)), f"one of {', '.join(get_args(Keys))}, or None"),
     ("norm_anchor", lambda value: isinstance(value, bool), "True or False"),
-    ("adherence", _number(lambda x: 0 < x < 1), "a share strictly between 0 and 1, such as 0.95"),
+    ("adherence bare_weight", _number(lambda x: 0 < x < 1), "a share strictly between 0 and 1, such as 0.8"),
     ("batch_size search_steps search_stop_steps context_tokens", _COUNT, "a whole number of at least 1"),
     ("search_ahead search_at_once search_memory", _or_none(_COUNT), "a whole number of at least 1, or None"),
     ("context_samples delay", _whole(0), "a whole number of at least 0"),
@@ -113,6 +113,8 @@ class EditConfig:
         key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
             with its own key and weight `w / contexts`, so that the edit holds in every one of them; `mean` gives it one
             row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
+        bare_weight: share of an edit's weight that the row of its bare prompt has; the other contexts have equal parts
+            of the rest.
         refine: after a batch, and after the last batch of a call, edits whose target is not ranked first at every token
             of the bare prompt are searched again in the written model, and their values are moved by what is missing,
             at most this many times. Needs `rls` and stored keys. None is 1 where these are there, else 0.
@@ -182,6 +184,7 @@ class EditConfig:
     rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     norm_anchor: bool = False
     key_rows: KeyRows | None = None
+    bare_weight: float = 0.5
     refine: int | None = None
     values: Values = "search"
     adherence: float = 0.8

@@ -690,6 +690,7 @@ class Editor:
             self._context.projections,
             priors,
             delay=self.config.delay,
+            bare_weight=self.config.bare_weight,
             keys=self.config.keys,
             rule=self.config.rule,
             rule_options=self.config.rule_options,

@@ -40,7 +40,7 @@ class EditRows:
     Attributes:
         keys: per layer `[rows, d_k]`.
         values: per layer `[rows, d_v]`.
-        weight: of each row, the same in every layer.
+        weight: of the edit; see `row_weights`.
         goal: the edited state that the rows ask for, `[rows, d_v]`: the wanted one, and what was asked beyond it for
             the adherence or by a refinement. With a mean key it is the mean over contexts. `reread` writes towards it.
             None for protected rows.
@@ -61,6 +61,11 @@ def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
     return per_context.flatten(0, 1) if key_rows == "contexts" else per_context.mean(1)
 
 
+def row_weights(rows: int, bare_weight: float) -> list[float]:
+    """Weights of an edit's rows, which sum to 1: the bare prompt's, and equal ones for the other contexts."""
+    return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
+
+
 def goals_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
     """States `[n, contexts, d]` beside `rows_of_contexts`; the bare prompt's stands for the mean key."""
     return per_context.flatten(0, 1) if key_rows == "contexts" else per_context[:, 0]
@@ -74,6 +79,7 @@ class EditedLayers:
         projections: the edited ones, ascending.
         priors: one each.
         delay: as in `RLSState`.
+        bare_weight: as in `EditConfig`.
         keys: as in `EditConfig`; what is told is rounded to it before it is written.
         saved: of each state, where they are to go on from there; the weights are then still the original ones.
         rule: what a batch is written by; see `rlsedit_fast.rules`.
@@ -87,13 +93,14 @@ class EditedLayers:
         priors: Sequence[Prior],
         *,
         delay: int,
+        bare_weight: float,
         keys: Keys | None = "full",
         saved: Sequence[Saved] | None = None,
         rule: str = RECURSIVE,
         rule_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
-        self._halved = keys == "fp16"
+        self._halved, self._bare_weight = keys == "fp16", bare_weight
         self.states: list[LayerState] = [
             layer_under(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
@@ -168,13 +175,14 @@ class EditedLayers:
             What was written of each request; `update` with the same rows at the same states writes the same bits.
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
-        row_weights = torch.tensor([float(weight) / contexts for weight in weights]).repeat_interleave(contexts)
+        each = row_weights(contexts, self._bare_weight)
+        scaled = torch.tensor([float(weight) * one for weight in weights for one in each])
         goal, asked = values.goal, torch.zeros(0)
         keys, written = list[Tensor](), list[Tensor]()
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
             assert now is not None
-            panel = self._panel(state, rows_of_contexts(read, key_rows), row_weights)
+            panel = self._panel(state, rows_of_contexts(read, key_rows), scaled)
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
             if at == len(self.states) and adherence is not None and isinstance(state, RLSState):
@@ -206,7 +214,7 @@ class EditedLayers:
         """
         state, last = self.states[-1], len(self.states) - 1
         assert isinstance(state, RLSState)
-        keys, held, weights = _rows(rows, last, state)
+        keys, held, weights = self._rows(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
         change = values.delta.repeat_interleave(torch.tensor(counts, device=values.delta.device), dim=0).to(keys)
@@ -229,8 +237,8 @@ class EditedLayers:
         """Gives rows that the layers hold the last layer's values of `fresh`."""
         state, last = self.states[-1], len(self.states) - 1
         assert isinstance(state, RLSState)
-        keys, old, weights = _rows(held, last, state)
-        state.replace(keys, old, _rows(fresh, last, state)[1], weights)
+        keys, old, weights = self._rows(held, last)
+        state.replace(keys, old, self._rows(fresh, last)[1], weights)
 
     def remove(
         self, gone: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
@@ -250,24 +258,24 @@ class EditedLayers:
             if rebuilt is not None:
                 reason = "it was so before" if rebuilt[layer] else None
                 if not reason:
-                    state.remove(*_rows(gone, layer, state))
+                    state.remove(*self._rows(gone, layer))
             else:
-                reason = "no edit remains" if not kept else _remove_accurately(state, _rows(gone, layer, state))
+                reason = "no edit remains" if not kept else _remove_accurately(state, self._rows(gone, layer))
             if reason:
                 logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
-                state.refresh(*_rows([*self._protected, *kept], layer, state))
+                state.refresh(*self._rows([*self._protected, *kept], layer))
             done.append(reason is not None)
         return tuple(done)
 
     def update(self, rows: Sequence[EditRows]) -> None:
         """Puts rows in, as they are."""
         for layer, state in enumerate(self.states):
-            state.update(*_rows(rows, layer, state))
+            state.update(*self._rows(rows, layer))
 
     def rebuild(self, kept: Sequence[EditRows]) -> None:
         """Makes every layer afresh in float64 from its prior, the protected rows and these."""
         for layer, state in enumerate(self.states):
-            state.refresh(*_rows([*self._protected, *kept], layer, state))
+            state.refresh(*self._rows([*self._protected, *kept], layer))
 
     def reread(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[EditRows]:
         """Reads the keys of edits again in the present model, and rebuilds every layer from them.
@@ -288,7 +296,7 @@ class EditedLayers:
         below = self._read_in_parts(requests, range(last), key_rows)[0] if last else []
         fresh = [replace(one, keys=(*(layer[at] for layer in below), one.keys[last])) for at, one in enumerate(rows)]
         for layer in range(last):
-            self.states[layer].refresh(*_rows([*self._protected, *fresh], layer, self.states[layer]))
+            self.states[layer].refresh(*self._rows([*self._protected, *fresh], layer))
         (deepest,), now = self._read_in_parts(requests, range(last, last + 1), key_rows)
         state = self.states[last]
         found = []
@@ -298,7 +306,7 @@ class EditedLayers:
             values = state.outputs(key.to(missing.device, dtype_of(state.original))) + missing
             values = (rounded(values) if self._halved else values).cpu()
             found.append(replace(one, keys=(*one.keys[:last], key), values=(*one.values[:last], values)))
-        state.refresh(*_rows([*self._protected, *found], last, state))
+        state.refresh(*self._rows([*self._protected, *found], last))
         return found
 
     def key_shift(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[float]:
@@ -370,6 +378,19 @@ class EditedLayers:
         keys = rounded(keys) if self._halved else keys.clone(memory_format=torch.contiguous_format)
         return state.project(keys, weights.to(keys.device))
 
+    def _rows(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and weights of edits in one layer, on its device."""
+        original = self.states[layer].original
+        (d_v, d_k), device = original.shape, original.device
+        keys = [rows.keys[layer] for rows in edits]
+        values = [rows.values[layer] for rows in edits]
+        weights = [rows.weight * one for rows in edits for one in row_weights(len(rows), self._bare_weight)]
+        return (
+            (torch.cat(keys) if keys else torch.zeros(0, d_k)).to(device),
+            (torch.cat(values) if values else torch.zeros(0, d_v)).to(device),
+            torch.tensor(weights, dtype=torch.float32, device=device),
+        )
+
     def _apply(self, state: LayerState, panel: Any, innovation: Tensor) -> tuple[Tensor, Tensor]:
         """Writes one layer's part; returns the values, and the innovation that they are.
 
@@ -409,20 +430,7 @@ def _edit_rows(
         list(zip(*(layer.cpu().unflatten(0, (-1, each)) for layer in side), strict=True)) for side in (keys, values)
     ]
     goals = repeat(None, len(weights)) if goal is None else goal.cpu().unflatten(0, (-1, each))
-    return [EditRows(k, v, float(weight) / each, g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
-
-
-def _rows(edits: Sequence[EditRows], layer: int, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and weights of edits in one layer, on its device."""
-    (d_v, d_k), device = state.original.shape, state.original.device
-    keys = [rows.keys[layer] for rows in edits]
-    values = [rows.values[layer] for rows in edits]
-    weights = [rows.weight for rows in edits for _ in range(len(rows))]
-    return (
-        (torch.cat(keys) if keys else torch.zeros(0, d_k)).to(device),
-        (torch.cat(values) if values else torch.zeros(0, d_v)).to(device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-    )
+    return [EditRows(k, v, float(weight), g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
 
 
 def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:

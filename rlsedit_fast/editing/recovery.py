@@ -188,7 +188,13 @@ class _Recovery:
             Prior(**prior, anchor_moment=tensors.get(f"moment.{at}")) for at, prior in enumerate(entry.about["priors"])
         ]
         layers = EditedLayers(
-            self._site, self._projections, priors, delay=self._config.delay, keys=self._config.keys, saved=saved
+            self._site,
+            self._projections,
+            priors,
+            delay=self._config.delay,
+            bare_weight=self._config.bare_weight,
+            keys=self._config.keys,
+            saved=saved,
         )
         for at, weights in enumerate(entry.about["protected"]):
             rows = self._rows(tensors, f"protected.{at}.", weights)

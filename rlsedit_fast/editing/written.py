@@ -25,7 +25,7 @@ START, EDIT, REVISE, PROTECT, REBUILD = "start", "edit", "revise", "protect", "r
 
 FIXED = (
     "layers layer_module projection_module fact_token adherence lam mu ridge delay context_prefixes context_samples "
-    "context_tokens context_seed same_subject keys key_rows"
+    "context_tokens context_seed same_subject keys key_rows bare_weight"
 ).split()
 """Settings that a store's edits were made under, and that hold for all of them. The others may change in between."""
 
@@ -116,7 +116,7 @@ def rows_of(
             each.append(rows.split(list(counts)))
         sides.append(list(zip(*each, strict=True)))
     goals = tensors[f"{prefix}goals"].split(list(counts)) if f"{prefix}goals" in tensors else [None] * len(weights)
-    return [EditRows(k, v, weight / len(k[0]), g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
+    return [EditRows(k, v, weight, g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
 
 
 def revised(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.layers import row_weights
 from rlsedit_fast.editing.rounding import rounded
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
@@ -63,8 +65,9 @@ def realized(editor, delta, start):
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1)])
 def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
-    mu = calibrated(layers=layers)
-    rows, mean = (make_editor(layers=layers, mu=mu, key_rows=key_rows) for key_rows in ("contexts", "mean"))
+    equal = {"layers": layers, "bare_weight": 1 / CONTEXTS}
+    equal["mu"] = calibrated(**equal)
+    rows, mean = (make_editor(**equal, key_rows=key_rows) for key_rows in ("contexts", "mean"))
     start, keys = states(rows)
     apart = (keys[:, 0] - keys[:, 1:].mean(1)).norm(dim=1) / keys[:, 0].norm(dim=1)
     assert float(apart.median()) > 0.2, "the bare prompt's key differs from the contexts', or this shows nothing"
@@ -80,17 +83,33 @@ def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
     assert float(shares[rows][0]) >= 0.9 - 0.02
 
 
-def test_each_context_is_a_row_of_an_equal_part_of_the_edits_weight():
-    editor = make_editor(mu=calibrated())
+def test_weight_of_the_bare_prompt_shifts_what_arrives_from_the_other_contexts_to_it():
+    shares = []
+    for bare_weight in (1 / CONTEXTS, 0.5, 0.9):
+        editor = make_editor(mu=30.0, bare_weight=bare_weight)
+        start, _ = states(editor)
+        editor.edit(EDITS)
+        wanted = torch.stack([held.goal[0] for held in editor._session.ledger.rows(range(1, 13))]) - start[:, 0]
+        shares.append(realized(editor, wanted, start).mean(0))
+    for lighter, heavier in pairwise(shares):
+        assert heavier[0] > lighter[0]
+        assert bool((heavier[1:] < lighter[1:]).all())
+
+
+@pytest.mark.parametrize("bare_weight", [0.5, 0.7])
+def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
+    editor = make_editor(mu=calibrated(), bare_weight=bare_weight)
     start, _ = states(editor)
     records = editor.edit(EDITS)
     for record, rows, first in zip(records, editor._session.ledger.rows(range(1, 13)), start, strict=True):
         assert len(rows) == CONTEXTS
-        assert rows.weight * CONTEXTS == record.weight
+        assert rows.weight == record.weight
         assert [key.shape[0] for key in rows.keys] == [value.shape[0] for value in rows.values] == [CONTEXTS] * 2
         delta = rows.goal - first
         torch.testing.assert_close(delta, delta[:1].expand_as(delta), rtol=0, atol=1e-4)
     assert [state.edits for state in editor._session.layers.states] == [12 * CONTEXTS] * 2
+    _, _, each = editor._session.layers._rows(editor._session.ledger.rows([2]), 0)
+    assert each.tolist() == pytest.approx([2 * bare_weight, *[2 * (1 - bare_weight) / 3] * 3])
     mean = make_editor(key_rows="mean")
     mean.edit(EDITS)
     assert {len(rows) for rows in mean._session.ledger.rows(range(1, 13))} == {1}
@@ -107,7 +126,7 @@ def test_undo_takes_back_all_rows_of_an_edit(keys):
     kept = editor._session.ledger.rows(editor._session.ledger.active)
     for layer, state in enumerate(editor._session.layers.states):
         sides = (torch.cat([getattr(rows, side)[layer] for rows in kept]) for side in ("keys", "values"))
-        each = torch.tensor([rows.weight for rows in kept]).repeat_interleave(CONTEXTS)
+        each = torch.tensor([rows.weight * one for rows in kept for one in row_weights(CONTEXTS, 0.5)])
         weight, _, _ = solve_all(state.original, state.prior, *sides, each)
         assert float((state.weight.double() - weight).norm() / weight.norm()) < 1e-4
     editor.undo(editor._session.ledger.active)
