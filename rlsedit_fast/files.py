@@ -54,7 +54,7 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
         for temporary, path in zip(temporaries, paths, strict=True):
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {', '.join(map(str, paths))} ({error}); choose a writable path") from error
+        raise InputError(f"{', '.join(map(str, paths))} cannot be written ({error}); choose a writable path") from error
     finally:
         for temporary in temporaries:
             with suppress(OSError):
