@@ -326,8 +326,7 @@ def main() -> None:
         if options.tuning_edits < 2 * options.batch_size:
             parser.error(
                 f"--tuning-edits {options.tuning_edits}: expected at least 2 batches of {options.batch_size}, since "
-                "rules "
-                "that use earlier edits differ only from the second batch on"
+                "rules that use earlier edits differ only from the second batch on"
             )
     torch.set_num_threads(1 if options.jobs > 1 else torch.get_num_threads())
     (demo if options.command == "demo" else model)(options)

@@ -85,9 +85,8 @@ def rules(runs: list[Run]) -> Section:
         rows.append([label + failures, *(figure(complete or group, metric, form) for _, metric, form in columns)])
     note = (
         "Strict: every token of the answer ranked first; unchanged: same prediction as before any edit. Forced: the "
-        "new "
-        "answer has a lower NLL than the old one (neighbors: the reverse). Free: the greedy continuation is the answer "
-        "and then ends. Score: harmonic mean of the three strict metrics."
+        "new answer has a lower NLL than the old one (neighbors: the reverse). Free: the greedy continuation is the "
+        "answer and then ends. Score: harmonic mean of the three strict metrics."
     )
     if any(column[1] == "rebuilt" for column in columns):
         note += " Rebuilt neighbors: unedited subjects of other records with the same question and answer."
@@ -100,9 +99,8 @@ def rules(runs: list[Run]) -> Section:
     intro = (
         f"{plan['edits']} edits in batches of {plan['config']['batch_size']}, evaluated after the last batch; mean ± "
         f"standard deviation over seeds {', '.join(map(str, seeds))}; {plan['judged'] or plan['edits']} cases "
-        "evaluated. "
-        f"All seeds sample from the same {'people' if on_demo else 'records'}, so that streams share many subjects and "
-        "are not independent samples; "
+        f"evaluated. All seeds sample from the same {'people' if on_demo else 'records'}, so that streams share many "
+        "subjects and are not independent samples; "
         + ("the anchors differ between seeds. " if on_demo else "the anchors are the same. ")
         + "Value search, keys and master weights are the same for all rules; the settings of the prior are tuned per "
         "rule."
@@ -261,8 +259,7 @@ def hard(runs: list[Run]) -> Section:
     """Edits that contradict earlier ones, and edits of related facts."""
     parts: list[str | Table | tuple[str, str]] = [
         "Only the recursive rule can undo an edit. In `rls`, an edit replaces an earlier edit with the same prompt, "
-        "and "
-        "the facts of one subject share a value; `separate` treats edits independently like all other rules. "
+        "and the facts of one subject share a value; `separate` treats edits independently like all other rules. "
         "`forgetting` gives each hundred edits 1/0.7 times the weight of the hundred before."
     ]
     for stream, what in _STREAMS.items():
@@ -433,9 +430,8 @@ def tuning(runs: list[Run]) -> Section:
         note += f" Selected at the end of the range, so that better settings may exist beyond it: {', '.join(ends)}."
     intro = (
         "The other rules are tuned on this grid by the strict score. `adherence` calibrates the moment weight mu² on "
-        "the "
-        "scale of the rule, lam is 0 as published; the grid contains the adherence of the recursive rule. Rules that "
-        "are not listed have no settings to tune. The recursive rule is not tuned: "
+        "the scale of the rule, lam is 0 as published; the grid contains the adherence of the recursive rule. Rules "
+        "that are not listed have no settings to tune. The recursive rule is not tuned: "
     )
     if runs[0]["ground"] == DEMO:
         intro += "it uses the adherence of the demo, chosen on the stream of seed 0 before the other rules were added."
@@ -460,8 +456,8 @@ def how(experiments: dict[str, list[Run]], missing: Sequence[str]) -> Section:
     """Machines, versions and dates of all runs, and missing experiments."""
     runs = [run for group in experiments.values() for run in group]
     text = [
-        f"{len(runs)} runs, {sum(run['seconds_run'] for run in runs) / 60:.0f} minutes on one thread of a "
-        f"shared machine."
+        f"{len(runs)} runs, {sum(run['seconds_run'] for run in runs) / 60:.0f} minutes on one thread of a shared "
+        "machine."
     ]
     for machine, versions, made in dict.fromkeys((_machine(run), _versions(run), run["date"]) for run in runs):
         text.append(f"{made}: {machine}; {versions}.")

@@ -106,7 +106,7 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
         except OSError as error:
             raise InputError(f"cannot read {str(path)!r} ({error}); expected a {kind!r} file") from error
         except SafetensorError as error:
-            raise damaged(path, f"it is not a readable {kind!r} file ({error})", advice) from error
+            raise InputError(f"{str(path)!r} is damaged or not a {kind!r} file ({error}); {advice}") from error
         if metadata.get("kind") != kind:
             raise InputError(
                 f"{str(path)!r} is a safetensors file of kind {metadata.get('kind')!r}, expected {kind!r}; pass a file "

@@ -114,8 +114,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     if resumed and (options.statistics or options.text or options.self_generate or options.no_anchors):
         raise InputError(
             f"the anchors of the store {str(options.store)!r} are fixed and apply to all of its edits; omit "
-            "--statistics, "
-            "--text, --self-generate and --no-anchors, or create another store"
+            "--statistics, --text, --self-generate and --no-anchors, or create another store"
         )
     results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)

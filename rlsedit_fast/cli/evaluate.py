@@ -43,8 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="demo",
         help="local folder or Hugging Face Hub name of the model, or demo, the bundled model with its own settings "
-        "unless "
-        "--config is given (default demo)",
+        "unless --config is given (default demo)",
     )
     group.add_argument("--dtype", help="dtype to load the model in (default float32)")
     group.add_argument("--device", help="device to load the model on (default cpu)")
@@ -155,8 +154,7 @@ def run(options: argparse.Namespace) -> int:
     if unused := sorted(set(changes) - set(options.rules)):
         raise InputError(
             f"--rule-settings {options.rule_settings}: {', '.join(unused)} not in --rules; add them to --rules or "
-            "remove "
-            "their settings"
+            "remove their settings"
         )
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
@@ -220,8 +218,7 @@ def _check(options: argparse.Namespace, *, demo: bool) -> None:
         if ignored := [f"--{name}" for name in _NOT_FOR_DEMO if getattr(options, name) is not None]:
             raise InputError(
                 f"{', '.join(ignored)}: not supported for the demo model, which has its own edits, text and anchors "
-                "and "
-                "runs in float32 on the CPU; pass --model or omit these options"
+                "and runs in float32 on the CPU; pass --model or omit these options"
             )
         return
     for name, what in (("data", "CounterFact, zsRE or MQuAKE"), ("text", "text on which drift is measured")):

@@ -113,8 +113,7 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
     if not (options.out or options.delta or options.adapter or options.store):
         raise InputError(
             "no output given; pass --out DIR (checkpoint), --delta FILE, --adapter DIR, or --store DIR (keeps the "
-            "edits "
-            "and allows undo), or check the edits with --dry-run"
+            "edits and allows undo), or check the edits with --dry-run"
         )
     if options.out is not None:
         check_checkpoint(options.out, model)

@@ -93,7 +93,7 @@ def read_facts(options: argparse.Namespace) -> Facts:
     if not edits:
         raise RequestError(f"{options.edits}: no valid record is left; see the reasons above")
     resolved = resolve(edits, conflicts=options.conflicts, places=places)
-    say(f"{options.edits}: {len(edits)} edits ({file.format})", *resolved.describe())
+    say(f"{options.edits}: {len(edits)} edits, format {file.format}", *resolved.describe())
     if file.unread:
         say(f"ignored fields: {', '.join(file.unread)}")
     kept = [places[i] for i in resolved.kept]

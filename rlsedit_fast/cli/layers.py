@@ -151,8 +151,7 @@ def _lines(found: LayerSearch) -> list[str]:
     lines += [f"layers {named(layers)} cannot be edited: {reason}" for layers, reason in found.failed.items()]
     lines.append(
         f"recommended: --layers {named(found.chosen)} (default: {named(found.default)}), the trial with the least "
-        "drift "
-        "within one standard error of the best score"
+        "drift within one standard error of the best score"
     )
     return lines
 

@@ -80,11 +80,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="A",
         help="fraction of the target change to realize, such as 0.95; lam and mu are calibrated to reach it",
     )
+    group.add_argument("--lam", type=float, help="strength of the penalty on the weight change; overrides --adherence")
     group.add_argument(
-        "--lam", type=float, help="weight of the ridge penalty on the weight change; overrides --adherence"
-    )
-    group.add_argument(
-        "--mu", type=float, help="weight of the penalty on changed outputs on the anchors; overrides --adherence"
+        "--mu", type=float, help="strength of the penalty on changed outputs on the anchors; overrides --adherence"
     )
     group.add_argument(
         "--rule", choices=RULES, help="editing method (its settings: rule_options in --config) (default rls)"
@@ -94,8 +92,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--values",
         choices=get_args(Values),
         help="how to find the target value: search optimizes it until the model generates the target; gradient takes "
-        "one "
-        "gradient step, much faster but less effective",
+        "one gradient step, which is much faster but less effective",
     )
     group.add_argument(
         "--search-ahead", type=int, metavar="N", help="search the values of N edits together, if more than a batch"
@@ -185,8 +182,7 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
         if options.preset != "auto":
             raise InputError(
                 f"--preset {options.preset}: the settings of an existing store apply to all of its edits; omit "
-                "--preset "
-                "or create another store"
+                "--preset or create another store"
             )
         return replace(stored, **changes)
     if options.preset == "auto":

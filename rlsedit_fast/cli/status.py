@@ -24,8 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_BUDGET,
         help="allowed relative change of the outputs on the anchors, or of the weights if there are no anchors; used "
-        "to "
-        f"estimate how many more edits fit (default {DEFAULT_BUDGET})",
+        f"to estimate how many more edits fit (default {DEFAULT_BUDGET})",
     )
     parser.add_argument(
         "--measure",

@@ -50,9 +50,8 @@ class WeightChange:
         dtype = original.dtype
         if not dtype.is_floating_point or stored.dtype != dtype or current.dtype not in (dtype, torch.float32):
             raise InputError(
-                f"{self.name}: original is {dtype}, stored is {stored.dtype} and current is {current.dtype}; "
-                "expected the "
-                "model's dtype for original and stored, and that or float32 for current"
+                f"{self.name}: original is {dtype}, stored is {stored.dtype} and current is {current.dtype}; expected "
+                "the model's dtype for original and stored, and that or float32 for current"
             )
         for role, tensor in (("original", original), ("stored", stored), ("current", current)):
             if not all_finite(tensor):
@@ -63,8 +62,7 @@ class WeightChange:
         if bool((difference > limits.eps / 2 * (stored.to(_wide(dtype)).abs() + limits.tiny)).any()):
             raise InputError(
                 f"{self.name}: stored differs from current by up to {difference.max():.3g}, more than rounding to "
-                f"{dtype}; "
-                "pass both from the same state"
+                f"{dtype}; pass both from the same state"
             )
 
     @property
@@ -97,8 +95,7 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
     if unmatched := sorted(base.keys() ^ edited.keys()):
         raise InputError(
             f"only one of the models has {', '.join(listed(unmatched, 5))}; pass models of the same architecture, "
-            "loaded the "
-            "same way"
+            "loaded the same way"
         )
     mismatched = [
         f"{name} ({list(base[name].shape)} {base[name].dtype} and {list(tensor.shape)} {tensor.dtype})"
@@ -111,9 +108,8 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
     found = {name: linear_weight(edited_model, name.removesuffix(".weight")) for name in changed}
     if other_tensors := [name for name, weight in found.items() if weight is None]:
         raise InputError(
-            f"the models differ in {', '.join(listed(other_tensors, 5))}; only changes of nn.Linear and Conv1D "
-            "weights can be "
-            "exported, so save the whole model instead"
+            f"the models differ in {', '.join(listed(other_tensors, 5))}; only changes of nn.Linear and Conv1D weights "
+            "can be exported, so save the whole model instead"
         )
     return [_change(name, base[name], weight) for name, weight in found.items() if weight is not None]
 

@@ -130,8 +130,8 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         _check_whole(path, opened)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
-                f"{str(path)!r} belongs to the base model {about['base_fingerprint']}, this model is {found}: weights, "
-                "dtype or config mismatch; the model was not modified. Load the unedited base model"
+                f"{str(path)!r} belongs to the base model {about['base_fingerprint'][:16]}, this model is {found[:16]} "
+                "(weights, dtype or config mismatch); the model was not modified. Load the unedited base model"
             )
         results: list[tuple[Tensor, Tensor]] = []
         modules = []

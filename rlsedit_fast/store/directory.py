@@ -184,8 +184,7 @@ class Store:
                 self._in_doubt = True
                 raise StoreError(
                     f"{error}. It is unknown whether the last change was committed, so the store is closed for "
-                    "writing; "
-                    "open it again, which keeps the last change completely or removes it completely"
+                    "writing; open it again, which keeps the last change completely or removes it completely"
                 ) from error
             self._remove(self._prepared)
             self._prepared = []

@@ -31,8 +31,7 @@ class Lock:
         except OSError as error:
             raise StoreError(
                 f"the lock file {str(path)!r} cannot be written ({error.strerror}); nothing was modified. Make the "
-                "folder of "
-                "the store writable or copy it to a writable location"
+                "folder of the store writable or copy it to a writable location"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,8 +41,7 @@ class Lock:
             self._file.close()
             raise StoreError(
                 f"the store {str(path.parent)!r} is locked by {holder}; nothing was modified. A store has one writer "
-                "at a "
-                "time: close the other editor first"
+                "at a time: close the other editor first"
             ) from error
         own = {
             "pid": os.getpid(),
