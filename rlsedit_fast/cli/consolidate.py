@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.status import status_lines
-from rlsedit_fast.cli.stores import add_model, add_store, open_editor
+from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.memory import size
 
 HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
@@ -17,7 +17,7 @@ HELP = "rebuild the edited layers in float64 from the active edits and compact t
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     add_store(parser)
-    add_model(parser)
+    setup.add_model(parser, required=False)
     add_json(parser)
 
 

@@ -311,9 +311,8 @@ def _warnings_deferred() -> Iterator[None]:
 
 def _prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines(): prompts may contain U+2028 and similar
+        # Not splitlines(): prompts may contain U+2028 and similar.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -231,16 +230,11 @@ def _check(options: argparse.Namespace, *, demo: bool) -> None:
 def _changes(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
-    try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--rule-settings {path}: cannot be read as JSON ({error}); "
-            'pass a JSON object such as {"rome": {"lam": 1}}'
-        ) from error
+    expected = 'a JSON object of objects such as {"rome": {"lam": 1}}'
+    given = setup.read_json("--rule-settings", path, expected)
     known = set(EditConfig.__dataclass_fields__)
     if not isinstance(given, dict) or not all(isinstance(fields, dict) for fields in given.values()):
-        raise InputError(f'--rule-settings {path}: expected a JSON object of objects such as {{"rome": {{"lam": 1}}}}')
+        raise InputError(f"--rule-settings {path}: expected {expected}")
     wrong = sorted({*given} - {*RULES} | {name for fields in given.values() for name in set(fields) - known})
     if wrong:
         raise InputError(f"--rule-settings {path}: unknown rules or fields of EditConfig: {', '.join(wrong)}")

@@ -29,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
     records = [record for record in read_history(options.store) if options.state in (None, record.state)]
     if options.subject is not None:
         records = [record for record in records if composed(record.subject) == composed(options.subject)]
-    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'real':>4}  {'rank':>4}  {'NLL':>5}  edit"]
+    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'realized':>8}  {'rank':>4}  {'NLL':>5}  edit"]
     lines += [
-        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:4.2f}  {r.rank:>4}  "
+        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:8.2f}  {r.rank:>4}  "
         f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
         for r in records
     ]

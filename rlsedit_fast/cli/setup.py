@@ -244,13 +244,20 @@ def show_warnings() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_json(option: str, path: Path, expected: str) -> Any:
+    """Reads a JSON file given by an option.
+
+    Raises:
+        InputError: the file cannot be read or is not valid JSON; the message states what is expected.
+    """
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config {path}: cannot be read as JSON ({error}); pass a JSON object with fields of EditConfig"
-        ) from error
+        raise InputError(f"{option} {path}: cannot be read as JSON ({error}); expected {expected}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    given = read_json("--config", path, "a JSON object with fields of EditConfig")
     known = {field.name for field in fields(EditConfig)}
     if not isinstance(given, dict) or (unknown := sorted(set(given) - known)):
         raise InputError(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
-from rlsedit_fast.cli.stores import add_model, add_store, open_editor
+from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.memory import size
 from rlsedit_fast.editing.recovery import read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
@@ -31,7 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load the model and measure the current deviation and drift (default: values of the last snapshot)",
     )
-    add_model(parser)
+    setup.add_model(parser, required=False)
     add_json(parser)
 
 

@@ -28,11 +28,6 @@ def add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="store folder")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that select the model; by default the one recorded in the store."""
-    setup.add_model(parser, required=False)
-
-
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Adds the options that select edits; an edit must match all of them."""
     group = parser.add_argument_group("selection of active edits (edits must match all options given)")
@@ -71,7 +66,7 @@ def add_change(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a command that changes edits of a store."""
     add_store(parser)
     add_selection(parser)
-    add_model(parser)
+    setup.add_model(parser, required=False)
     add_exports(parser)
     add_json(parser)
 
