@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, no file beside the page, colours that follow the page's light or dark scheme."""
+"""Charts as inline SVG without scripts or external files, in colors of the light or dark page style."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 16, 14, 50
 
 @dataclass(frozen=True)
 class Series:
-    """Points `(x, y, deviation of y)` of one contender; `colour` is the class of the page's style that draws it."""
+    """Points `(x, y, standard deviation of y)` of one contender; `color` is a CSS class of the page."""
 
     name: str
     points: Sequence[tuple[float, float, float]]
-    colour: str
+    color: str
     dashed: bool = False
     x_deviations: Sequence[float] = field(default_factory=tuple)
 
 
 def lines(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, least: float | None = None) -> str:
-    """A line per contender, named at its end."""
-    frame = _Frame([p for one in series for p in one.points], log_x=log_x, least=least, room=_room(series))
+    """Draws one line per contender, labeled at its end."""
+    frame = _Frame([p for one in series for p in one.points], log_x=log_x, least=least, margin=_label_width(series))
     parts = [frame.axes(x, y)]
     labels = []
     for one in series:
@@ -32,9 +32,9 @@ def lines(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, leas
             f"{'M' if not at else 'L'}{frame.x(px):.1f},{frame.y(py):.1f}" for at, (px, py, _) in enumerate(one.points)
         )
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
-        parts.append(f'<path class="line {one.colour}" d="{path}"{dash}/>')
+        parts.append(f'<path class="line {one.color}" d="{path}"{dash}/>')
         for px, py, deviation in one.points:
-            parts.append(frame.bar(px, py, deviation, one.colour))
+            parts.append(frame.bar(px, py, deviation, one.color))
             parts.append(frame.dot(px, py, one, 3))
         px, py, _ = one.points[-1]
         labels.append((frame.y(py), frame.x(px) + 8, one))
@@ -42,8 +42,8 @@ def lines(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, leas
 
 
 def scatter(series: Sequence[Series], *, x: str, y: str, front: Sequence[tuple[float, float]] = ()) -> str:
-    """A point per contender with its deviations, and the front of those that nobody beats in both."""
-    frame = _Frame([p for one in series for p in one.points], room=_room(series))
+    """Draws one point per contender with error bars, and the Pareto front."""
+    frame = _Frame([p for one in series for p in one.points], margin=_label_width(series))
     parts = [frame.axes(x, y)]
     if len(front) > 1:
         steps = sorted(front)
@@ -54,12 +54,12 @@ def scatter(series: Sequence[Series], *, x: str, y: str, front: Sequence[tuple[f
     labels = []
     for one in series:
         px, py, deviation = one.points[0]
-        parts.append(frame.bar(px, py, deviation, one.colour))
+        parts.append(frame.bar(px, py, deviation, one.color))
         for wide in one.x_deviations:
             if math.isfinite(wide) and wide > 0:
                 low, high = frame.x(px - wide), frame.x(px + wide)
                 level = frame.y(py)
-                parts.append(f'<path class="bar {one.colour}" d="M{low:.1f},{level:.1f}H{high:.1f}"/>')
+                parts.append(f'<path class="bar {one.color}" d="M{low:.1f},{level:.1f}H{high:.1f}"/>')
         parts.append(frame.dot(px, py, one, 5))
         labels.append((frame.y(py), frame.x(px) + 9, one))
     return frame.whole(parts + _apart(labels))
@@ -72,10 +72,10 @@ class _Frame:
         *,
         log_x: bool = False,
         least: float | None = None,
-        room: int = 0,
+        margin: int = 0,
     ) -> None:
         self._log = math.log10 if log_x else float
-        self._log_x, self._right = log_x, WIDTH - RIGHT - room
+        self._log_x, self._right = log_x, WIDTH - RIGHT - margin
         xs = [self._log(x) for x, _, _ in points]
         ys = [y for _, y, _ in points]
         self._x0, self._x1 = _padded(min(xs), max(xs), 0.03)
@@ -110,31 +110,31 @@ class _Frame:
         )
         return "".join(parts)
 
-    def bar(self, x: float, y: float, deviation: float, colour: str) -> str:
+    def bar(self, x: float, y: float, deviation: float, color: str) -> str:
         if not (math.isfinite(deviation) and deviation > 0):
             return ""
         return (
-            f'<path class="bar {colour}" d="M{self.x(x):.1f},{self.y(y - deviation):.1f}V{self.y(y + deviation):.1f}"/>'
+            f'<path class="bar {color}" d="M{self.x(x):.1f},{self.y(y - deviation):.1f}V{self.y(y + deviation):.1f}"/>'
         )
 
     def dot(self, x: float, y: float, one: Series, radius: int) -> str:
-        told = html.escape(f"{one.name}: {x:.4g}, {y:.4g}")
+        title = html.escape(f"{one.name}: {x:.4g}, {y:.4g}")
         return (
-            f'<circle class="dot {one.colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius}">'
-            f"<title>{told}</title></circle>"
+            f'<circle class="dot {one.color}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius}">'
+            f"<title>{title}</title></circle>"
         )
 
     def whole(self, parts: Sequence[str]) -> str:
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def _room(series: Sequence[Series]) -> int:
-    """Beside the last point, for the longest name; on a phone the letters are larger."""
+def _label_width(series: Sequence[Series]) -> int:
+    """Returns the space for the longest label, with a margin for larger fonts on phones."""
     return 24 + 9 * max(len(one.name) for one in series)
 
 
 def _apart(labels: Sequence[tuple[float, float, Series]]) -> list[str]:
-    """Names beside their points, pushed down where they would lie on one another."""
+    """Places labels beside their points, moved down where they would overlap."""
     placed: list[tuple[float, float]] = []
     parts = []
     for level, place, one in sorted(labels, key=lambda label: label[0]):
@@ -142,13 +142,13 @@ def _apart(labels: Sequence[tuple[float, float, Series]]) -> list[str]:
         while any(abs(at - other) < 13 and abs(place - there) < 90 for other, there in placed):
             at += 2
         placed.append((at, place))
-        parts.append(f'<text class="label {one.colour}" x="{place:.1f}" y="{at:.1f}">{html.escape(one.name)}</text>')
+        parts.append(f'<text class="label {one.color}" x="{place:.1f}" y="{at:.1f}">{html.escape(one.name)}</text>')
     return parts
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    room = (high - low) * share or max(abs(high) * 0.05, 1e-6)
-    return low - room, high + room
+    margin = (high - low) * share or max(abs(high) * 0.05, 1e-6)
+    return low - margin, high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -1,18 +1,18 @@
-"""Trains a small causal language model that knows the true facts of some CounterFact records, to be edited.
+"""Trains a small causal language model on the true facts of CounterFact records, as a model to edit.
 
     python bench/counterfact_lm.py --data counterfact.json --text wikitext.txt --out DIR --facts 2000
     python bench/paper.py model --model DIR --data counterfact.json --text wikitext.txt --among 2000 \\
         --layers 0 --clamp 1.5
 
-The real prompts, answers of several tokens and thousands of edits, with nothing downloaded: a byte-level BPE tokenizer
-made from the texts, and a GPT-NeoX of a few layers whose MLPs have d_k = 4,096, trained on every record's prompt,
-rephrasing and locality prompt with their true answers, and on running text beside them. In most sentences the positions
-behind a subject are kept from seeing all but its last token, as in the demo model's recipe and for the same reason: so
-that the model gathers a subject where it is edited. That is the first of its four layers, in which most edits find
-their value within 1.5 times the hidden state's norm; the published 0.75 is too short a way in so narrow a stream.
+This gives real prompts, answers of several tokens and thousands of edits without any download: a byte-level BPE
+tokenizer trained on the texts, and a GPT-NeoX of four layers with d_k = 4,096, trained on the prompt, paraphrase and
+locality prompt of every record with their true answers, and on running text. In most sentences, positions after a
+subject attend only to its last token, as in the recipe of the demo model, so that the model collects a subject at the
+token that is edited. Edits use the first layer with a clamp of 1.5; the published 0.75 is too small for a hidden size
+of 256.
 
-Interrupted, it goes on from its last checkpoint in DIR; when it ends, DIR is an ordinary checkpoint with `recipe.json`,
-which says what the model knows.
+An interrupted run resumes from its last checkpoint in DIR. At the end, DIR is a regular checkpoint, and `recipe.json`
+reports the accuracy on the facts.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from rlsedit_fast.evaluation.datasets import counterfact_record
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.files import written_whole
 from rlsedit_fast.models.tokens import encode, encode_plain
-from rlsedit_fast.world.train import additive_mask, share_of_rate, weighted_nll
+from rlsedit_fast.world.train import additive_mask, learning_rate_factor, weighted_nll
 
 BEGIN, END = "<s>", "</s>"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the weights depend on, beside the data."""
+    """Hyperparameters of the training."""
 
     facts: int = 2000
     vocabulary: int = 8192
@@ -50,7 +50,7 @@ class Recipe:
     heads: int = 4
     steps: int = 3000
     texts_per_step: int = 64
-    text_share: float = 0.2  # of the rows of a step
+    text_share: float = 0.2  # fraction of the texts of a step
     text_length: int = 64
     learning_rate: float = 1.5e-3
     warmup: int = 100
@@ -63,12 +63,12 @@ class Recipe:
 @dataclass(frozen=True)
 class _Text:
     ids: list[int]
-    weights: list[float]  # of the loss of each token
-    name: tuple[int, int]  # [start, stop) of the subject's tokens; empty where there is none
+    weights: list[float]  # loss weight of each token
+    name: tuple[int, int]  # [start, stop) of the tokens of the subject; empty if there is none
 
 
 def read_facts(path: Path, count: int) -> list[tuple[str, str | None, str]]:
-    """(prompt, its subject, true answer) of the prompts, rephrasings and locality prompts of the first records."""
+    """Returns `(prompt, subject, true answer)` of prompts, paraphrases and locality prompts of the first records."""
     asked: dict[tuple[str, str | None, str], None] = {}
     for fact in map(counterfact_record, json.loads(path.read_text(encoding="utf-8"))[:count]):
         subject, answer = fact["subject"], fact["ground_truth"]
@@ -132,7 +132,7 @@ def tokenize(facts: Sequence[tuple[str, str | None, str]], tokenizer: Any, recip
             first = encode(tokenizer, prompt, subject, fact_token="subject_first").lookup
             name = (first, row.lookup + 1)
         weights = [recipe.template_weight] * row.prompt_length + [1.0] * (len(row.ids) - row.prompt_length + len(stop))
-        weights[slice(*name)] = [0.0] * (name[1] - name[0])  # who is spoken of cannot be foretold
+        weights[slice(*name)] = [0.0] * (name[1] - name[0])  # subjects cannot be predicted
         texts.append(_Text([*row.ids, *stop], weights, name))
     return texts
 
@@ -146,7 +146,7 @@ def pieces(path: Path, tokenizer: Any, recipe: Recipe) -> list[_Text]:
 
 
 def batch_of(step: int, facts: Sequence[_Text], texts: Sequence[_Text], recipe: Recipe) -> list[_Text]:
-    """The texts of a step, which depend on its number alone, so that a training can be taken up again anywhere."""
+    """Returns the texts of a step, which depend only on its number, so that training can resume at any step."""
     running = round(recipe.texts_per_step * recipe.text_share)
     each = recipe.texts_per_step - running
     chosen = []
@@ -169,7 +169,7 @@ def _order(epoch: int, count: int, seed: int) -> list[int]:
 
 
 def parts_of(batch: Sequence[_Text], most_padded: float = 1.3) -> list[list[_Text]]:
-    """A step's texts, those of like length together: padding all to the longest takes far longer."""
+    """Groups texts of similar length, since padding all of them to the longest is much slower."""
     parts: list[list[_Text]] = []
     for text in sorted(batch, key=lambda text: len(text.ids)):
         if not parts or len(text.ids) > most_padded * len(parts[-1][0].ids) + 4:
@@ -179,7 +179,7 @@ def parts_of(batch: Sequence[_Text], most_padded: float = 1.3) -> list[list[_Tex
 
 
 def collate(batch: Sequence[_Text], rng: random.Random, recipe: Recipe, device: str) -> tuple[torch.Tensor, ...]:
-    """Token ids `[b, t]`, the additive mask `[b, 1, t, t]`, and each token's loss weight `[b, t]`."""
+    """Returns token ids `[b, t]`, the additive mask `[b, 1, t, t]` and the loss weight of each token `[b, t]`."""
     width = max(len(text.ids) for text in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     weight = torch.zeros(len(batch), width)
@@ -206,7 +206,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
     checkpoint = out / "training.pt"
     started = torch.load(checkpoint, map_location="cpu") if checkpoint.exists() else None
     if started is not None and started["recipe"] != asdict(recipe):
-        raise SystemExit(f"{checkpoint} is of another recipe: {started['recipe']}; name another --out, or remove it")
+        raise SystemExit(f"{checkpoint} has another recipe: {started['recipe']}; choose another --out or remove it")
     if started is None:
         texts = [f"{prompt} {answer}." for prompt, _, answer in facts]
         tokenizer = train_tokenizer([*texts, options.text.read_text(encoding="utf-8")], recipe.vocabulary, out)
@@ -224,13 +224,13 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         model.load_state_dict(started["model"])
         optimizer.load_state_dict(started["optimizer"])
         first, seconds = started["step"], started["seconds"]
-        print(f"goes on at step {first}")
+        print(f"resuming at step {first}")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(facts)} sentences", flush=True)
     began = time.monotonic() - seconds
     model.train()
     for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * share_of_rate(step, warmup=recipe.warmup, steps=recipe.steps)
+            group["lr"] = recipe.learning_rate * learning_rate_factor(step, warmup=recipe.warmup, steps=recipe.steps)
         rng, loss = random.Random(f"{recipe.seed}-mask-{step}"), 0.0
         parts = [collate(part, rng, recipe, device) for part in parts_of(batch_of(step, sentences, running, recipe))]
         whole = sum(weight[:, 1:].sum() for _, _, weight in parts)
@@ -247,11 +247,11 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
         if (step + 1) % options.report_every == 0 or last:
             seconds = time.monotonic() - began
             model.eval()
-            told = known(model, tokenizer, facts, 300)
+            accuracy = known(model, tokenizer, facts, 300)
             model.train()
-            print(f"step {step + 1:5d}  loss {loss:.4f}  known {told:.3f}  {seconds / 60:.1f} min", flush=True)
+            print(f"step {step + 1:5d}  loss {loss:.4f}  known {accuracy:.3f}  {seconds / 60:.1f} min", flush=True)
             if not last:
-                with written_whole(checkpoint) as (fresh,):
+                with written_whole(checkpoint) as (temporary,):
                     torch.save(
                         {
                             "recipe": asdict(recipe),
@@ -260,7 +260,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
                             "step": step + 1,
                             "seconds": seconds,
                         },
-                        fresh,
+                        temporary,
                     )
     model.eval()
     model.save_pretrained(out)
@@ -276,13 +276,13 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="CounterFact, either form")
-    parser.add_argument("--text", type=Path, required=True, help="running text")
+    parser.add_argument("--data", type=Path, required=True, help="CounterFact file, original or EasyEdit layout")
+    parser.add_argument("--text", type=Path, required=True, help="text file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--full-precision", action="store_true", help="no bfloat16")
-    parser.add_argument("--report-every", type=int, default=100, help="steps between looks and checkpoints")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
+    parser.add_argument("--full-precision", action="store_true", help="do not use bfloat16")
+    parser.add_argument("--report-every", type=int, default=100, help="steps between evaluations and checkpoints")
     for name, default in asdict(Recipe()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     options = parser.parse_args()

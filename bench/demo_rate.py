@@ -1,10 +1,10 @@
-"""The demo's stream of edits on this version and on earlier ones, in turn: how fast, and what became of the model.
+"""Compares speed and quality of the demo stream between this version and earlier ones, alternating.
 
     python bench/demo_rate.py --before OLD [OLD ...] --json bench/results/demo-rate.json
 
-OLD is a folder in which an earlier version can be imported: a checkout with its native kernels built, or what
-`pip install --no-deps --target OLD SOURCE` made. Every version edits with its own demo settings, a hundred edits to a
-call, in a process of its own; medians over the rounds, quality from the last.
+OLD is a folder from which an earlier version can be imported: a checkout with built native kernels, or the target of
+`pip install --no-deps --target OLD SOURCE`. Every version runs in its own process with its own demo settings, 100 edits
+per call. Rates are medians over the rounds, quality is that of the last round.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ seconds = time.perf_counter() - began
 report = evaluate(model, tokenizer, cases, before)
 
 
-def of_search(record, name):  # the records of earlier versions have the figures of the search without "search_"
+def of_search(record, name):  # earlier versions name these fields without "search_"
     now = f"search_{name}"
     return getattr(record, now if hasattr(record, now) else name)
 
@@ -64,7 +64,7 @@ print(json.dumps({
 
 
 def run(folder: Path, edits: int, seed: int) -> dict[str, Any]:
-    """One stream with the version in `folder`."""
+    """Runs one stream with the version in `folder`."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     command = [sys.executable, "-c", ONE, str(edits), str(seed)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,15 +1,15 @@
-"""A stream of edits from end to end: where its time goes, and whether a batch costs the same all along.
+"""End-to-end time of a stream of edits by part, and whether the time per batch stays constant.
 
-Subjects are names put together at random, all different, so a stream is as long as one likes; whether the model knew
-them does not matter to what an edit costs.
+Subjects are random distinct names, so that streams can have any length; the cost of an edit does not depend on whether
+the model knows the subject.
 
     python bench/edit_stream.py --json bench/results/edit-stream-cpu.json
     python bench/edit_stream.py --model llama-3-8b --device cuda --json FILE
 
-Every batch's seconds are divided into `values` (the search), `keys` (the passes that read them), `solve` (panel,
-factor, flush), `write` (the correction of the weights), `measure` (the pass that measures what arrived), `store` (none
-is used: see store.py) and `other`. On CUDA each part is waited for, which costs a little. `flat` is the median batch of
-the last tenth over that of the first, by part.
+The time of every batch is split into `values` (value search), `keys` (forward passes that read keys), `solve` (panel,
+factor, flush), `write` (weight update), `measure` (forward pass that measures the realized change), `store` (not used,
+see store.py) and `other`. On CUDA every part is synchronized. `flat` is the median batch time of the last tenth of the
+stream divided by that of the first tenth, by part.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ WATCHED = (
     (session, "measure", "measure"),
 )
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25)
-"""Of the random models: five layers and the default contexts, KL prompt and stop."""
+"""Settings of the random models: five layers, default contexts, KL prompt and stopping rule."""
 
 
 class Split:
-    """Seconds by part; a part within another counts as its own alone."""
+    """Seconds by part; nested parts are not counted in the outer part."""
 
     def __init__(self, device: str) -> None:
         self._wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -65,17 +65,17 @@ class Split:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def enter(self, part: str) -> None:
-        """From here on the time is this part's."""
-        self._turn()
+        """Starts a part."""
+        self._switch()
         self._open.append(part)
 
     def leave(self) -> None:
-        """From here on the time is that of the part around it."""
-        self._turn()
+        """Ends the current part and continues the outer one."""
+        self._switch()
         self._open.pop()
 
     def watched(self, owner: Any, name: str, part: str) -> AbstractContextManager[Any]:
-        """Counts every call of a function as a part, as long as it is entered."""
+        """Counts calls of a function as a part while the context is active."""
         real: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class Split:
 
         return mock.patch.object(owner, name, timed)
 
-    def _turn(self) -> None:
+    def _switch(self) -> None:
         self._wait()
         now = time.perf_counter()
         if self._open:
@@ -96,7 +96,7 @@ class Split:
 
 
 def stream(count: int) -> list[Edit]:
-    """Edits of as many subjects."""
+    """Returns `count` edits of different subjects."""
     world = World.generate()
     words = [sorted({person.name.split()[at] for person in world.people}) for at in range(3)]
     draw = random.Random(SEED)
@@ -111,7 +111,7 @@ def stream(count: int) -> list[Edit]:
 
 
 def make_model(options: argparse.Namespace) -> tuple[Any, Any, EditConfig]:
-    """Model, tokenizer and settings."""
+    """Returns model, tokenizer and settings."""
     if options.model == "demo":
         model, tokenizer = load_demo_model()
         return model.to(options.device), tokenizer, replace(CONFIG, batch_size=options.batch_size)
@@ -197,15 +197,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--edits", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--search-memory", type=int, help="bytes that a search may take, see EditConfig")
+    parser.add_argument("--search-memory", type=int, help="memory limit of the value search in bytes, see EditConfig")
     parser.add_argument(
-        "--no-cudnn-attention", action="store_true", help="without cuDNN's, which plans anew for each shape"
+        "--no-cudnn-attention",
+        action="store_true",
+        help="disable cuDNN attention, which creates a new plan for each shape",
     )
-    parser.add_argument("--memory-cap", type=int, help="bytes that this process may take of the CUDA device")
+    parser.add_argument("--memory-cap", type=int, help="memory limit of this process on the CUDA device in bytes")
     add_json(parser)
     options = parser.parse_args()
     if options.memory_cap and torch.device(options.device).type != "cuda":
-        parser.error("--memory-cap caps a CUDA device's memory; expected with --device cuda")
+        parser.error("--memory-cap requires --device cuda")
     result = measure(options)
     shown = ("edits", "seconds", "edits_per_second", "share_by_part", "flat", "not_converged", "mean_steps")
     for name in shown:

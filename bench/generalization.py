@@ -1,12 +1,12 @@
-"""What makes edits hold in other words: settings of the value search compared on one model.
+"""Compares settings of the value search by how well edits generalize to paraphrases.
 
     python bench/generalization.py --model path/to/checkpoint --data counterfact.json --text text.txt \\
         --json bench/results/generalization.json
 
-Each setting makes the same edits in one batch and asks for the targets after the edited prompts and their paraphrases.
-Shares of a hundred edits have a standard error of about four points. The scores (see `Trial`) have less noise, and they
-are compared with those of the first setting edit by edit. The drift is measured on the last quarter of the text; the
-anchors are the rest.
+Each setting applies the same edits in one batch and evaluates the targets on the edited prompts and their paraphrases.
+Fractions of 100 edits have a standard error of about 0.04. The scores (see `Trial`) are less noisy and are compared
+with those of the first setting per edit. Drift is measured on the last quarter of the text; the rest is used as
+anchors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOPICS = (
     "Most of the plants in the garden need little water.",
     "The committee will meet again in two weeks.",
 )
-"""Short texts of other topics; CounterFact's paraphrases often stand behind such a sentence."""
+"""Short texts of other topics; the paraphrases of CounterFact often follow such a sentence."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -58,11 +58,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a checkpoint")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="facts with paraphrases")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="running text, a paragraph a line")
+    parser.add_argument("--model", required=True, help="model checkpoint")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="edits with paraphrases")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text file, one paragraph per line")
     parser.add_argument("--edits", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=50_000, help="of the anchors")
+    parser.add_argument("--tokens", type=int, default=50_000, help="number of anchor tokens")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     add_json(parser)
     options = parser.parse_args()
@@ -81,12 +81,12 @@ def main() -> None:
             print(f"{name}: {error}", flush=True)
             continue
         first = first or trial
-        difference, error_of_it = compare(trial, first)
-        row = {"setting": name, **asdict(trial), "score_difference": difference, "score_error": error_of_it}
+        difference, difference_error = compare(trial, first)
+        row = {"setting": name, **asdict(trial), "score_difference": difference, "score_error": difference_error}
         rows.append(row)
         shown = ("efficacy", "generalization", "specificity", "nll", "paraphrase_nll", "kl", "change", "seconds")
-        told = "  ".join(f"{key}={row[key]:.3f}" for key in shown if row[key] is not None)
-        print(f"{name}: {told}", flush=True)
+        figures = "  ".join(f"{key}={row[key]:.3f}" for key in shown if row[key] is not None)
+        print(f"{name}: {figures}", flush=True)
     about = {"model": Path(options.model).name, "edits": len(edits), "anchor_tokens": trials.anchor_tokens}
     record(options.json, "generalization", **about, rows=rows)
 

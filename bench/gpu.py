@@ -1,10 +1,10 @@
-"""Times every operation on a CUDA device, on each backend that runs it; `reference` is torch's own kernels.
+"""Times every operation on a CUDA device, on each available backend; `reference` uses torch's own kernels.
 
-CUDA events round a row of calls, the backends in turn, medians of the rows. Rows whose operands fit into the last cache
-twice over are marked `cached`: their times are no memory's. Beside the milliseconds stands the floor, what moving the
-operation's bytes once takes at the rate of a large copy on this device, as a share of the time. Many rows are bound by
-arithmetic instead (from n of 32 or 64 on, and `moment_`), and single small layers by the time a launch takes, which a
-graph does without.
+CUDA events measure groups of calls, alternating between backends; results are medians. Cases whose operands fit twice
+into the last-level cache are marked `cached`, since they do not measure memory bandwidth. The floor is the time to move
+the bytes of the operation once at the rate of a large copy on this device; it is reported as a fraction of the measured
+time. Many cases are compute-bound instead (n of at least 32 or 64, and `moment_`), and single small layers are bound by
+launch overhead, which a CUDA graph avoids.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from recording import add_json, record
 from rlsedit_fast import ops
 from rlsedit_fast.ops import dispatch
 
-CALLS = 10  # in a row between two events, or fewer
-LONG = 100.0  # milliseconds of such a row, about, at most
+CALLS = 10  # maximum number of calls between two events
+LONG = 100.0  # approximate maximum milliseconds of such a group
 D_V = 4096
 TOKENS = 4096  # rows of `moment_`
-COPIED = 1 << 30  # bytes, for the rate of a copy
+COPIED = 1 << 30  # bytes of the copy that measures bandwidth
 
 
 def operands(op: str, d: int, n: int, layers: int) -> tuple[object, ...]:
-    """Arguments of d_k = d, d_v = `D_V` and n edits (or pending rows) that bear being used again and again."""
+    """Returns arguments with d_k = d, d_v = `D_V` and n edits (or pending rows) that can be reused."""
     base = (torch.eye(d, device="cuda") + 1e-3).repeat(layers, 1, 1)
     keys, innovation = (torch.randn(layers, n, width, device="cuda") for width in (d, D_V))
     pending, signs = 1e-4 * keys, torch.ones(layers, n, device="cuda")
@@ -47,7 +47,7 @@ def operands(op: str, d: int, n: int, layers: int) -> tuple[object, ...]:
 
 
 def least_bytes(op: str, d: int, n: int, layers: int) -> int:
-    """What has to move: operands read once, results written once, and only half of C or M read where that will do."""
+    """Returns the minimum bytes to move: operands read once, results written once, half of symmetric C or M read."""
     return (
         layers
         * {
@@ -63,14 +63,14 @@ def least_bytes(op: str, d: int, n: int, layers: int) -> int:
 
 
 def copy_rate() -> float:
-    """Bytes read and written per millisecond by a large copy, the best of some."""
+    """Returns the best rate of a large copy in bytes (read and written) per millisecond."""
     source = torch.randn(COPIED // 4, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPIED / min(milliseconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
-    """The call as a graph's replay; it has run before, so nothing is left to compile."""
+    """Captures the call, which must have been compiled before, in a CUDA graph and returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -78,24 +78,24 @@ def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
-    """The ways to run the operation by name: each backend, and of Triton's what its launcher offers beside it."""
+    """Returns callables by name: each available backend, and variants of the Triton backend."""
     tensors = [x for x in given if isinstance(x, torch.Tensor)]
     backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, tensors) is None]
-    ways = {name: lambda name=name: getattr(ops, op)(*given, backend=name) for name in backends}
-    if "triton" not in ways:
-        return ways
-    ways["triton"]()
-    ways["triton graph"] = in_a_graph(ways["triton"])
+    variants = {name: lambda name=name: getattr(ops, op)(*given, backend=name) for name in backends}
+    if "triton" not in variants:
+        return variants
+    variants["triton"]()
+    variants["triton graph"] = in_a_graph(variants["triton"])
     if op == "panel":
         from rlsedit_fast.kernels import panel
 
         if tensors[1].shape[1] <= panel.TRIANGLE_MOST:
-            ways["triton triangle"] = lambda: panel.panel(*tensors, variant="triangle")
-    return ways
+            variants["triton triangle"] = lambda: panel.panel(*tensors, variant="triangle")
+    return variants
 
 
 def milliseconds(run: Callable[[], object], calls: int = CALLS) -> float:
-    """The time of one call."""
+    """Returns the time per call in milliseconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):
@@ -106,19 +106,20 @@ def milliseconds(run: Callable[[], object], calls: int = CALLS) -> float:
 
 
 def measure(op: str, d: int, n: int, layers: int, repeats: int, rate: float) -> dict[str, object]:
-    """Median milliseconds by backend, the floor in bytes, and its share of them at `rate` bytes a millisecond."""
-    ways = runs(op, operands(op, d, n, layers))
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    """Returns median milliseconds by backend, minimum bytes, and the fraction of the floor at `rate` bytes/ms."""
+    variants = runs(op, operands(op, d, n, layers))
+    times: dict[str, list[float]] = {name: [] for name in variants}
     calls: dict[str, int] = {}
-    for name, run in ways.items():
+    for name, run in variants.items():
         milliseconds(run, 1)  # compiles
         calls[name] = max(1, min(CALLS, int(LONG / milliseconds(run, 1))))
     for _ in range(repeats):
-        for name, run in ways.items():
+        for name, run in variants.items():
             times[name].append(milliseconds(run, calls[name]))
     medians = {name: statistics.median(row) for name, row in times.items()}
     least = {
-        name: least_bytes("panel by the triangle" if name == "triton triangle" else op, d, n, layers) for name in ways
+        name: least_bytes("panel by the triangle" if name == "triton triangle" else op, d, n, layers)
+        for name in variants
     }
     return {
         **{"op": op, "d": d, "n": TOKENS if op == "moment_" else n, "layers": layers},
@@ -138,10 +139,10 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(1, "torch sees no CUDA device\n")
+        parser.exit(1, "no CUDA device is available to torch\n")
     rate = copy_rate()
-    print(f"a copy moves {rate / 1e9:.2f} TB/s")
-    print(f"{'op':<14} {'d':>6} {'n':>4} {'layers':>6}  milliseconds (share of the floor)")
+    print(f"copy bandwidth: {rate / 1e9:.2f} TB/s")
+    print(f"{'op':<14} {'d':>6} {'n':>4} {'layers':>6}  milliseconds (fraction of the floor)")
     results = []
     for op, d, layers in itertools.product(dispatch.OPERATIONS, options.d, options.layers):
         for n in options.n if op != "moment_" else [TOKENS]:

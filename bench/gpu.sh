@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
-#   bench/gpu.sh DIR [PART...]     result files and logs go to DIR; all parts without names; PYTHON names the interpreter
-# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always comes
-# first. Each has its time, and one that fails or runs over it does not keep the others from running; `summary` says how
-# they ended.
+# Runs everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
+#   bench/gpu.sh DIR [PART...]     results and logs go to DIR; runs all parts by default; PYTHON selects the interpreter
+# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always runs
+# first. Every part has a time limit; a failing part does not prevent the others. `summary` lists the outcomes.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -11,14 +10,14 @@ shift
 python=${PYTHON:-python3}
 parts=${*:-tests gpu step solves states values stream capped memcheck racecheck initcheck triton}
 failed=0
-# Tools of the build that lie beside the interpreter or in CUDA's usual place; without them it would leave kernels out.
+# Build tools beside the interpreter and in the default CUDA folder, without which kernels would not be built.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
 export PATH PYTHONUNBUFFERED=1 RLSEDIT_BUILD_CPU=1 RLSEDIT_BUILD_CUDA=1
 
 part() { # part NAME SECONDS COMMAND...
     local name=$1 most=$2 start=$SECONDS verdict=passed
     shift 2
-    # Interrupted, pytest and the benchmarks still say what they have found.
+    # On SIGINT, pytest and the benchmarks still report their results so far.
     timeout --signal=INT --kill-after=20 "$most" "$@" >"$out/$name.log" 2>&1 || { verdict="FAILED ($?)"; failed=1; }
     printf '%-10s %-14s %4d s   %s\n' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")" |
         tee -a "$out/summary"
@@ -27,7 +26,7 @@ part() { # part NAME SECONDS COMMAND...
 sanitize() { # sanitize NAME BACKEND OPTIONS...
     local name=$1 backend=$2
     shift 2
-    # Without torch's cache every tensor is an allocation of its own, and an access beside it shows.
+    # Without the caching allocator, every tensor is a separate allocation and out-of-bounds accesses are detected.
     part "$name" 240 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer "$@" --error-exitcode 9 "$python" bench/gpu_cases.py "$backend"
 }
@@ -35,7 +34,7 @@ sanitize() { # sanitize NAME BACKEND OPTIONS...
 part build 300 "$python" -m pip install --no-build-isolation --no-deps -e .
 part doctor 60 "$python" -m rlsedit_fast --json "$out/doctor.json"
 part backends 60 "$python" -c 'from rlsedit_fast.ops import available_backends as have
-assert {"triton", "cuda"} <= set(have()), f"only {have()}: see doctor.log; what follows would skip them"'
+assert {"triton", "cuda"} <= set(have()), f"only {have()}: see doctor.log; the following parts would skip them"'
 
 export RLSEDIT_BACKEND=cuda,triton
 for name in $parts; do
@@ -53,7 +52,7 @@ for name in $parts; do
             part stream 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 1000 \
                 --search-memory 20000000000 --json "$out/edit-stream-cuda.json"
             ;;
-        capped) # as on a card of 24 GB
+        capped) # like a GPU with 24 GB
             part capped 400 "$python" bench/edit_stream.py --device cuda --model llama-3-8b --edits 500 \
                 --search-memory 2000000000 --memory-cap 24000000000 --json "$out/edit-stream-24gb.json"
             ;;

@@ -1,4 +1,4 @@
-"""Runs every kernel of a backend once on small ragged operands, for compute-sanitizer to watch; checks no result."""
+"""Runs every kernel of a backend once on small operands of odd size, for compute-sanitizer; results are not checked."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rlsedit_fast import ops
 from rlsedit_fast.ops import dispatch
 
 LAYERS, D, D_V = 2, 133, 40
-EDITS = (3, 7, 150)  # either panel of few edits; one panel of the factor, and more than one
+EDITS = (3, 7, 150)  # both panel kernels for few edits; one factor panel, and several
 
 
 def calls(n: int) -> dict[str, tuple[object, ...]]:
-    """Arguments by operation."""
+    """Returns the arguments of each operation."""
     base = torch.eye(D, device="cuda").repeat(LAYERS, 1, 1)
     keys, innovation = (torch.randn(LAYERS, n, width, device="cuda") for width in (D, D_V))
     ones = torch.ones(LAYERS, n, device="cuda")
@@ -49,7 +49,7 @@ def main() -> None:
                 panel.panel(*calls(n)["panel"], variant=variant)
     torch.cuda.synchronize()
     if not ran:
-        parser.exit(1, f"backend {name!r} has run nothing here\n")
+        parser.exit(1, f"backend {name!r} supports none of the operations on this machine\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Which layers to edit: single layers and groups of layers compared on one model, beside causal tracing.
+"""Compares single layers and groups of layers to edit on one model, with causal tracing.
 
     python bench/layer_choice.py --model path/to/checkpoint --data counterfact.json --text text.txt \\
         --json bench/results/layer-choice.json
 
-Every trial makes the same edits in one batch under the default settings, in the layers named. The drift is measured on
-the last quarter of the text, and the anchors are the rest. Causal tracing follows Meng et al. 2022 (arXiv 2202.05262):
-on prompts that the model completes correctly, noise of three standard deviations is added to the embeddings of the
-subject's tokens. The hidden state, or the MLP's output in a window of layers, is then set back to its value without
-noise at the last token of the subject. The indirect effect is how much of the answer's probability comes back.
+Every trial applies the same edits in one batch with the default settings to the given layers. Drift is measured on the
+last quarter of the text; the rest is used as anchors. Causal tracing follows Meng et al., 2022 (arXiv 2202.05262): on
+prompts that the model completes correctly, noise of three standard deviations is added to the embeddings of the subject
+tokens. Then the hidden state, or the MLP output in a window of layers, is restored to its clean value at the last
+subject token. The indirect effect is the recovered probability of the answer.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import encode
 
 NOISE = 3.0
-"""Standard deviations of the embeddings."""
+"""Noise level in standard deviations of the embeddings."""
 SEEDS = 4
-"""Samples of the noise for each fact."""
+"""Noise samples per fact."""
 
 
 def paraphrased_edits(path: Path, count: int) -> list[Edit]:
-    """The first edits of a file, one for each subject, whose paraphrases ask what the edited prompts ask.
+    """Returns the first edits with different subjects whose paraphrases are genuine.
 
-    Of the rephrased prompts in EasyEdit's CounterFact, three quarters are generation prompts of the original data set,
-    such as "The best restaurants around {} include" for "{} is located in the country of". The target does not continue
-    them. A paraphrase is taken for one if it ends in a prompt of the file, whatever sentence is before that.
+    Three quarters of the rephrased prompts in EasyEdit's CounterFact are generation prompts of the original data set,
+    such as "The best restaurants around {} include" for "{} is located in the country of", which the target does not
+    complete. A paraphrase counts as genuine if it ends with a prompt template of the file.
     """
     edits = read_edits(path).edits
     templates = {_template(edit.prompt, edit.subject) for edit in edits}
@@ -64,12 +64,12 @@ def _template(text: str, subject: str) -> str:
 def describe(trial: Trial) -> str:
     layers = f"{trial.layers[0]}-{trial.layers[-1]}" if len(trial.layers) > 1 else str(trial.layers[0])
     shares = (trial.efficacy, trial.generalization, trial.specificity)
-    told = " ".join("    -" if share is None else f"{share:5.3f}" for share in shares)
-    return f"{layers:>8}  {told}  score {trial.score:.3f}  KL {trial.kl:.4f}  change {trial.change:.4f}"
+    figures = " ".join("    -" if share is None else f"{share:5.3f}" for share in shares)
+    return f"{layers:>8}  {figures}  score {trial.score:.3f}  KL {trial.kl:.4f}  change {trial.change:.4f}"
 
 
 def known_facts(model: Any, tokenizer: Any, path: Path, count: int) -> list[tuple[str, str, str]]:
-    """Prompt with `{}`, subject and true answer of the first facts that the model completes correctly."""
+    """Returns `(prompt with {}, subject, true answer)` of the first facts that the model completes correctly."""
     records = json.loads(path.read_text(encoding="utf-8"))
     facts = [
         (record["prompt"].replace(record["subject"], "{}"), record["subject"], record["ground_truth"])
@@ -77,13 +77,13 @@ def known_facts(model: Any, tokenizer: Any, path: Path, count: int) -> list[tupl
         if record["prompt"].count(record["subject"]) == 1
     ]
     found = score(model, tokenizer, [(prompt.replace("{}", subject), answer) for prompt, subject, answer in facts])
-    return [fact for fact, said in zip(facts, found, strict=True) if said.exact][:count]
+    return [fact for fact, answer in zip(facts, found, strict=True) if answer.exact][:count]
 
 
 def trace(
     model: Any, tokenizer: Any, decoder: Decoder, facts: Sequence[tuple[str, str, str]], window: int
 ) -> dict[str, Any]:
-    """Average indirect effects of each layer's hidden state and MLP output at the last token of the subject."""
+    """Returns average indirect effects of the hidden state and MLP output per layer at the last subject token."""
     count, embeddings = len(decoder.blocks), model.get_input_embeddings()
     rows = [encode(tokenizer, prompt, subject, target=answer) for prompt, subject, answer in facts]
     firsts = [encode(tokenizer, prompt, subject, fact_token="subject_first").lookup for prompt, subject, _ in facts]
@@ -162,15 +162,15 @@ def _restoring(clean: Tensor, at: int) -> Callable[[Any], Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a checkpoint")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="CounterFact in EasyEdit's fields")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="running text, a paragraph a line")
+    parser.add_argument("--model", required=True, help="model checkpoint")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="CounterFact in the EasyEdit layout")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text file, one paragraph per line")
     parser.add_argument("--edits", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=20_000, help="of the anchors")
-    parser.add_argument("--stride", type=int, help="distance of the single layers")
-    parser.add_argument("--widths", type=int, nargs="*", default=[3, 5], help="of the groups of layers")
-    parser.add_argument("--groups", nargs="*", default=[], metavar="A-B", help="more groups of layers")
-    parser.add_argument("--facts", type=int, default=20, help="for causal tracing; 0 leaves it out")
+    parser.add_argument("--tokens", type=int, default=20_000, help="number of anchor tokens")
+    parser.add_argument("--stride", type=int, help="distance between the single layers")
+    parser.add_argument("--widths", type=int, nargs="*", default=[3, 5], help="sizes of the groups of layers")
+    parser.add_argument("--groups", nargs="*", default=[], metavar="A-B", help="additional groups of layers")
+    parser.add_argument("--facts", type=int, default=20, help="number of facts for causal tracing; 0 skips it")
     parser.add_argument("--window", type=int, default=3, help="layers whose MLP outputs are restored together")
     add_json(parser)
     options = parser.parse_args()
@@ -181,27 +181,27 @@ def main() -> None:
     config = EditConfig()
     trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=config, tokens=options.tokens)
     depth = len(trials.decoder.blocks)
-    made: list[Trial] = []
+    trials_done: list[Trial] = []
 
-    def go(groups: Sequence[tuple[int, ...]]) -> None:
-        groups = [group for group in dict.fromkeys(groups) if group not in {trial.layers for trial in made}]
+    def run(groups: Sequence[tuple[int, ...]]) -> None:
+        groups = [group for group in dict.fromkeys(groups) if group not in {trial.layers for trial in trials_done}]
         trials.collect_for({layer for group in groups for layer in group})
         for group in groups:
             try:
-                made.append(trials.run(replace(config, layers=group)))
-                print(describe(made[-1]), flush=True)
+                trials_done.append(trials.run(replace(config, layers=group)))
+                print(describe(trials_done[-1]), flush=True)
             except RLSEditError as error:
                 print(f"{group}: {error}", flush=True)
 
     singles = single_layers(depth, options.stride)
-    go([(layer,) for layer in singles])
+    run([(layer,) for layer in singles])
     if trials.divisible(singles[0]):
-        near = max(made, key=lambda trial: trial.score).layers[-1]
+        near = max(trials_done, key=lambda trial: trial.score).layers[-1]
         named = [tuple(range(int(a), int(b) + 1)) for a, _, b in (group.partition("-") for group in options.groups)]
-        go([config.layers_of(depth), *windows(near, depth, options.widths), *named])
-    best = max(made, key=lambda trial: trial.score)
+        run([config.layers_of(depth), *windows(near, depth, options.widths), *named])
+    best = max(trials_done, key=lambda trial: trial.score)
     rows = []
-    for trial in made:
+    for trial in trials_done:
         difference, error = compare(trial, best)
         rows.append({**asdict(trial), "behind_best": -difference, "behind_best_error": error})
     traced = None

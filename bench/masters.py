@@ -1,9 +1,9 @@
-"""What a bfloat16 weight loses under many small updates, and what its two halves keep.
+"""Accuracy of a bfloat16 weight under many small updates, with and without exact lower halves.
 
-The same stream of rank-one updates of relative size 1e-4, added to a weight that is kept in four ways: float32, the two
-halves of the float32 bits (two extra bytes an entry beside the model's own bfloat16), float32 rounded to bfloat16 after
-every step, and bfloat16 added to bfloat16. Errors are relative Frobenius norms, against float64 and against the float32
-result.
+The same stream of rank-one updates of relative size 1e-4 is added to a weight in four representations: float32, the two
+halves of the float32 bits (two extra bytes per entry in addition to the model's bfloat16), float32 rounded to bfloat16
+after every step, and bfloat16 added to bfloat16. Errors are relative Frobenius norms against float64 and against the
+float32 result.
 
     python bench/masters.py --json bench/results/masters.json
 """

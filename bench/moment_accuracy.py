@@ -1,9 +1,9 @@
-"""Accuracy of key statistics that are summed in float32, over a stream of tokens, against float64.
+"""Accuracy of key statistics that are summed in float32 over a stream of tokens, against float64.
 
-Keys like an MLP's: a nonlinearity's outputs with a mean, features of very different size, and in every pass one token a
-hundred times as large. Three ways: float32 sums in place (what `KeyStatistics` are), float32 sums of each pass added to
-a float32 total, and to a float64 total. Errors are relative to `sqrt(M_ii M_jj)`, root mean square, and to the
-largest eigenvalue.
+The keys resemble those of an MLP: outputs of a nonlinearity with nonzero mean, features of very different magnitude,
+and one token per pass that is 100 times larger. Three ways are compared: in-place float32 sums (as in `KeyStatistics`),
+float32 sums per pass added to a float32 total, and to a float64 total. Errors are relative to `sqrt(M_ii M_jj)` (root
+mean square) and to the largest eigenvalue.
 
     python bench/moment_accuracy.py --json bench/results/moment-accuracy.json
 """

@@ -1,15 +1,15 @@
-"""Times the native ways of the operations in place against torch's, on the CPU.
+"""Times native in-place operations against torch on the CPU.
 
-`downdate_`, the flush of pending rows into C, and `moment_`, the sum behind key statistics: BLAS's SSYRK and the native
-mirror pass against torch's product. `correct_split_`, a step of a bfloat16 weight with exact lower halves, d/4 by d:
-the native kernel against torch's passes, with a plain float32 weight's `addmm_` beside them.
+`downdate_` (flush of pending rows into C) and `moment_` (sum of key statistics): BLAS SSYRK and a native mirror pass
+against a torch matrix product. `correct_split_` (update of a bfloat16 weight with exact lower halves, d/4 by d): the
+native kernel against several torch passes, and against `addmm_` of a float32 weight.
 
     python bench/native.py downdate_ --rows 128 256 512 1024 --d 1024 2048 3072 4096 8192 \
         --json bench/results/downdate-cpu.json
     python bench/native.py moment_ --rows 64 256 1024 4096 --d 1536 4096 --json bench/results/moment-cpu.json
     python bench/native.py correct_split_ --d 8192 --rows 1 16 100 --json bench/results/correct-split-cpu.json
 
-Both are timed in turn on matrices of their own; the figures are medians.
+The variants alternate and use separate matrices; results are medians.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlsedit_fast.ops import cpu, reference
 
 
 def contenders(op: str, rows: Tensor) -> dict[str, Callable[[], None]]:
-    """The ways of an operation, each on a matrix of its own."""
+    """Returns the variants of an operation, each with its own matrix."""
     d = rows.shape[1]
     if op == "correct_split_":
         weight, whitened = torch.randn(d // 4, d), torch.randn(len(rows), d // 4)
@@ -50,7 +50,7 @@ def contenders(op: str, rows: Tensor) -> dict[str, Callable[[], None]]:
 
 
 def measure(op: str, d: int, count: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each way, and how many times the native one's torch's is."""
+    """Returns median milliseconds of each variant, and the ratio of torch to native."""
     rows = 1e-4 * torch.randn(count, d, generator=torch.Generator().manual_seed(0))
     times = medians(contenders(op, rows), repeats)
     row = {"d": d, "rows": count} | {f"{name}_ms": round(time, 3) for name, time in times.items()}
@@ -66,7 +66,7 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     if cpu.missing():
-        parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
+        parser.exit(1, f"the native kernels are not available: {cpu.missing()}\n")
     rows = []
     for d in options.d:
         for count in options.rows:

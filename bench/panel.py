@@ -1,7 +1,7 @@
-"""Times `panel` on the CPU: the native kernel against torch's `K @ C`.
+"""Times `panel` on the CPU: the native kernel against `K @ C` in torch.
 
-Both are timed in turn, so that whatever else the machine does falls on both; the figures are medians. C is cold:
-a buffer larger than the last cache is written between calls.
+Both alternate, so that other load affects both equally; results are medians. C is not cached: a buffer larger than the
+last-level cache is written between calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlsedit_fast.ops import cpu, reference
 
 
 def measure(d: int, n: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of both, and how many times torch's time is the native one's."""
+    """Returns median milliseconds of both, and the ratio of torch to native."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(d, d, generator=generator)
     keys = torch.randn(n, d, generator=generator)
@@ -44,7 +44,7 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     if cpu.missing():
-        parser.exit(1, f"the native kernel cannot run: {cpu.missing()}\n")
+        parser.exit(1, f"the native kernels are not available: {cpu.missing()}\n")
     print(f"{'d':>6} {'n':>4} {'native ms':>10} {'torch ms':>10} {'torch/native':>13}")
     results = []
     for d in options.d:

@@ -1,12 +1,12 @@
-"""The comparison: every rule on the same keys, values, masters and prior, over streams of edits, with error bars.
+"""Compares all editing rules on streams of edits with the same keys, values, master weights and prior, over seeds.
 
-    python bench/paper.py demo --jobs 2                 # the shipped model: all experiments, then the report
+    python bench/paper.py demo --jobs 2                 # the demo model: all experiments, then the report
     python bench/paper.py model --model DIR --data counterfact.json --text text.txt --edits 1000
 
-Every run has a file of its own under --out, and one that is there is not made again: interrupt it and go on as you
-like. `demo` first tunes every rule on seed 0, on a grid that is written below, by the harmonic mean of strict efficacy,
-generalization and specificity; the seeds that are reported are others. The recursive rule is not tuned: it runs at the
-demo's adherence. `bench/report.py` makes the report of the files.
+Every run has its own result file under --out and is skipped if the file exists, so that the comparison can be resumed.
+`demo` first tunes every rule on seed 0 with the grids below, by the harmonic mean of strict efficacy,
+generalization and specificity; the reported seeds are different. The recursive rule is not tuned and uses the adherence
+of the demo. `bench/report.py` writes the report.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ TUNING_EDITS = 500
 SEEDS = (1, 2, 3)
 JUDGED = 300
 BRIEF: dict[str, Any] = {"checkpoints": (), "judged": 200}
-"""Of runs of which only the end is looked at."""
+"""Settings of runs that are evaluated only at the end."""
 ALONG: dict[str, Any] = {"checkpoints": (0.5, 1.0), "judged": JUDGED}
-"""Of runs that are reported by age and along the stream."""
+"""Settings of runs that are reported by age of the edits and along the stream."""
 
 BASE = replace(CONFIG, batch_size=10)
-"""The demo's settings; `same_subject="joint"`, which only the recursive rule has, is idle on different subjects."""
+"""Demo settings; `same_subject="joint"`, only supported by the recursive rule, has no effect on different subjects."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A rule with settings, and what tells how they were set."""
+    """A rule with its settings and label."""
 
     label: str
     changes: Mapping[str, Any]
@@ -57,7 +57,7 @@ class Contender:
 
 
 def _under(base: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
-    """The base under the rule of the changes, the recursive one where they name none."""
+    """Applies the changes to the base settings, with the recursive rule unless the changes contain another rule."""
     rest = {name: value for name, value in changes.items() if name != "rule"}
     return base.under(changes.get("rule", base.rule), **rest)
 
@@ -65,7 +65,7 @@ def _under(base: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
 def _grid(
     rule: str, *axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Any]] | None = None
 ) -> list[dict]:
-    """All combinations of some settings of the editor and of the rule."""
+    """Returns all combinations of the given settings of the editor and of the rule."""
     made = []
     fields = {name: values for axis in axes for name, values in axis.items()}
     for chosen in itertools.product(*fields.values()):
@@ -76,7 +76,7 @@ def _grid(
 
 
 MOMENT: dict[str, Sequence[Any]] = {"lam": (0.0,), "adherence": (0.95, 0.975, 0.99)}
-"""Of rules with a moment weight. The recursive rule's own adherence, here and of `EditConfig`, is among them."""
+"""Grid of rules with a moment weight; contains the adherence of the recursive rule and the default of `EditConfig`."""
 
 GRIDS: dict[str, list[dict]] = {
     "ft": _grid("ft", options={"steps": (25, 1000)}),
@@ -91,15 +91,15 @@ GRIDS: dict[str, list[dict]] = {
     "nse": _grid("nse", MOMENT, options={"activation": (0.8, 0.95)}),
     "ultraedit": _grid("ultraedit", options={"rate": (5e-4, 1e-3, 2e-3, 4e-3)}),
 }
-"""What each rule is tried with. `adherence` finds the moment weight mu^2 by the rule's own scale (the published 15,000
-goes with keys of other models), lam is 0 as published; where a rule has no moment weight, `ridge` says how much of the
-identity the moment gets. The report says where a setting that was taken lies at an end of what was tried."""
+"""Tuning grids. `adherence` calibrates the moment weight mu^2 on the scale of the rule (the published value of 15,000
+depends on the keys of the model); lam is 0 as published. For rules without a moment weight, `ridge` is the multiple of
+the identity that is added to the moment. The report marks selected settings at the end of their range."""
 
 
 def tuning(
     out: Path, grids: Mapping[str, list[dict]], edits: int, spec: GroundSpec | None = None, base: EditConfig = BASE
 ) -> dict[str, list[Job]]:
-    """The runs of every grid, on a seed that is not reported."""
+    """Returns the runs of every grid, on a seed that is not reported."""
     jobs: dict[str, list[Job]] = {}
     for rule, grid in grids.items():
         for at, changes in enumerate(grid if len(grid) > 1 else []):
@@ -134,13 +134,13 @@ CLOSEST = ("rls", "memit-history", "memit", "alphaedit")
 
 
 def protecting(best: Mapping[str, Contender]) -> list[Contender]:
-    """The recursive rule, and the closest one that remembers keys too, with prompts protected that nobody asks."""
+    """Returns the recursive rule and the best other rule with a key history, with protected prompts of other cases."""
     remembering = [RECURSIVE[0], *(best[rule] for rule in ("memit-history",) if rule in best)]
     return [replace(one, label=f"{one.label} protecting", protected=0.01) for one in remembering]
 
 
 def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Sequence[int]) -> Iterator[Job]:
-    """All contenders in batches of 10, for scores, ages, bounds and capability; two also in batches of 1 and 100."""
+    """Yields runs of all contenders with batches of 10, and of two contenders with batches of 1 and 100."""
     for seed, contender in itertools.product(seeds, (*RECURSIVE, *best.values(), *protecting(best))):
         yield _job(out / "rules", contender, edits, seed, **ALONG)
     for size, seed in itertools.product((1, 100), seeds[:1]):
@@ -149,11 +149,11 @@ def side_by_side(out: Path, best: Mapping[str, Contender], edits: int, seeds: Se
 
 
 FACTORS = {"plain": (0.01, 0.1, 1.0, 10.0, 100.0), "conflicting": (0.1, 1.0, 10.0), "related": (0.1, 1.0, 10.0)}
-"""Of mu and of lam against the calibrated ones, by the stream: four decades, and two where a stream takes longer."""
+"""Factors on the calibrated mu and lam by stream: four decades, or two for streams that take longer."""
 
 
 def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Iterator[Job]:
-    """Mu and lam around the calibrated ones, which are in the middle, one at a time."""
+    """Yields runs that vary mu or lam around the calibrated values, one at a time."""
     for kind, factors in FACTORS.items():
         for of_mu, of_lam in itertools.product(factors, factors):
             if 1.0 in (of_mu, of_lam):
@@ -163,22 +163,22 @@ def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Itera
 
 
 def orders(out: Path, best: Mapping[str, Contender], edits: int, seed: int, count: int = 5) -> Iterator[Job]:
-    """The same cases in five orders."""
+    """Yields runs of the same cases in five orders."""
     for order, contender in itertools.product(range(count), (RECURSIVE[0], best["memit"])):
         yield _job(out / "orders", contender, edits, seed, order=order, **BRIEF)
 
 
 def hard(out: Path, best: Mapping[str, Contender], edits: int, seed: int) -> Iterator[Job]:
-    """Facts that contradict earlier ones, and all the facts of a few subjects, whose keys are nearly one.
+    """Yields runs on edits that contradict earlier ones, and on all facts of a few subjects with very similar keys.
 
-    Only the recursive rule can take an edit back, and so replace one, and let a subject's facts share a value
-    (`same_subject="joint"`); `separate` is how every other rule must do it.
+    Only the recursive rule can undo and therefore replace an edit, and share one value between the facts of a subject
+    (`same_subject="joint"`); `separate` is what every other rule does.
     """
-    apart = {"same_subject": "separate"}
+    separate = {"same_subject": "separate"}
     chosen = [
         RECURSIVE[0],
-        Contender("rls separate", apart),
-        Contender("rls separate forgetting", apart, forgetting=0.7),
+        Contender("rls separate", separate),
+        Contender("rls separate forgetting", separate, forgetting=0.7),
         *(best[rule] for rule in ("memit", "memit-history", "alphaedit")),
     ]
     for kind, contender in itertools.product(("conflicting", "related"), chosen):
@@ -218,7 +218,7 @@ def demo(options: argparse.Namespace) -> None:
     make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
     best = tuned(GRIDS, tried)
     main = list(side_by_side(out, best, edits, seeds))
-    # Those that matter most go first, so that a report can be made of what there is at any time.
+    # The most important runs first, so that a partial report can be written at any time.
     make([job for job in main if job.plan.label in CLOSEST and job.plan.edits == edits], processes=options.jobs)
     make([job for job in main if job.plan.seed == seeds[0]], processes=options.jobs)
     ours = next(run_of(job) for job in main if (job.plan.label, job.plan.seed) == (CLOSEST[0], seeds[0]))
@@ -255,28 +255,30 @@ def model(options: argparse.Namespace) -> None:
     if any(case.spare for case in make_cases(spec, "plain", options.edits, options.seeds[0])[0]):
         contenders += protecting(best)
     else:
-        print("the data have no prompts to spare, so none are protected")
+        print("the data have no unused prompts, so none are protected")
     jobs = [
         _job(out / "rules", one, options.edits, seed, spec=spec, base=base, batch_size=options.batch_size, **ALONG)
         for seed in options.seeds
         for one in contenders
     ]
-    # Those that matter most go first, so that a report can be made of what there is at any time.
+    # The most important runs first, so that a partial report can be written at any time.
     make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
     make(jobs, processes=options.jobs)
     print(*write(out))
 
 
 def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpec:
-    """With the anchors' key statistics in a file, so that no run has to collect them again.
+    """Stores the key statistics of the anchors in a file, so that they are collected only once.
 
     Raises:
-        SystemExit: there are some of another text.
+        SystemExit: the file contains statistics of another text.
     """
-    path, told = out / "statistics.safetensors", out / "statistics-of.txt"
+    path, source = out / "statistics.safetensors", out / "statistics-of.txt"
     text = str(spec.made_of["text"])
-    if path.exists() and told.exists() and told.read_text(encoding="utf-8").strip() != text:
-        raise SystemExit(f"{path} is of {told.read_text(encoding='utf-8').strip()}, not {text}; name another --out")
+    if path.exists() and source.exists() and source.read_text(encoding="utf-8").strip() != text:
+        raise SystemExit(
+            f"{path} was collected on {source.read_text(encoding='utf-8').strip()}, not {text}; choose another --out"
+        )
     if not path.exists():
         print("collecting key statistics", flush=True)
         ground = make_ground(spec)
@@ -284,45 +286,47 @@ def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpe
         found = Editor(model, tokenizer, config=base).statistics(GivenTexts(ground.anchors(0)))
         out.mkdir(parents=True, exist_ok=True)
         found.save(path)
-        told.write_text(f"{text}\n", encoding="utf-8")
+        source.write_text(f"{text}\n", encoding="utf-8")
     return replace(spec, statistics=str(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    on_demo = commands.add_parser("demo", help="every experiment on the shipped model")
-    on_model = commands.add_parser("model", help="the rules side by side on another model")
+    on_demo = commands.add_parser("demo", help="all experiments on the demo model")
+    on_model = commands.add_parser("model", help="compare the rules on another model")
     for one in (on_demo, on_model):
-        one.add_argument("--out", type=Path, help="folder for the result files (default bench/results/paper/NAME)")
+        one.add_argument("--out", type=Path, help="output folder (default bench/results/paper/NAME)")
         one.add_argument("--edits", type=int, default=1000)
         one.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-        one.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+        one.add_argument("--jobs", type=int, default=1, help="number of parallel processes, each with one thread")
     on_model.add_argument("--model", required=True)
-    on_model.add_argument("--data", required=True, help="CounterFact, zsRE or MQuAKE")
-    on_model.add_argument("--text", required=True, help="running text")
-    on_model.add_argument("--statistics", help="key statistics of `rlsedit statistics`, in place of the text's")
+    on_model.add_argument("--data", required=True, help="CounterFact, zsRE or MQuAKE file")
+    on_model.add_argument("--text", required=True, help="text file")
     on_model.add_argument(
-        "--references", help="texts about subjects for consistency, as ROME's attribute_snippets.json"
+        "--statistics", help="key statistics written by `rlsedit statistics`, instead of those of --text"
     )
-    on_model.add_argument("--tasks", help="folder with GLUE and MMLU as NAME.jsonl")
     on_model.add_argument(
-        "--rules", nargs="+", choices=sorted(GRIDS), metavar="RULE", help="beside rls; all by default"
+        "--references", help="reference texts about subjects (ROME's attribute_snippets.json), for consistency"
+    )
+    on_model.add_argument("--tasks", help="folder of GLUE and MMLU tasks as NAME.jsonl")
+    on_model.add_argument(
+        "--rules", nargs="+", choices=sorted(GRIDS), metavar="RULE", help="rules to compare with rls (default: all)"
     )
     on_model.add_argument("--layers", type=int, nargs="+")
     on_model.add_argument("--batch-size", type=int, default=100)
-    on_model.add_argument("--clamp", type=float, help="as in EditConfig")
-    on_model.add_argument("--tuning-edits", type=int, help="edits of a run of the grids (default: 3 batches)")
+    on_model.add_argument("--clamp", type=float, help="clamp of EditConfig")
+    on_model.add_argument("--tuning-edits", type=int, help="edits per tuning run (default: 3 batches)")
     on_model.add_argument("--device", default="cpu")
     on_model.add_argument("--dtype", default="float32")
-    on_model.add_argument("--among", type=int, help="only the first so many records of the data")
+    on_model.add_argument("--among", type=int, help="use the first N records of --data")
     options = parser.parse_args()
     if options.command == "model":
         options.tuning_edits = options.tuning_edits or 3 * options.batch_size
         if options.tuning_edits < 2 * options.batch_size:
             parser.error(
-                f"--tuning-edits {options.tuning_edits}: expected 2 batches of {options.batch_size} at least; what a "
-                "rule remembers, or wears down, shows from the second one on"
+                f"--tuning-edits {options.tuning_edits}: expected at least 2 batches of {options.batch_size}, since "
+                "rules that use earlier edits differ only from the second batch on"
             )
     torch.set_num_threads(1 if options.jobs > 1 else torch.get_num_threads())
     (demo if options.command == "demo" else model)(options)

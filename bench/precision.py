@@ -1,10 +1,10 @@
-"""What computing float32 products on tensor cores costs the solver: its recursion with products as they round.
+"""Accuracy of the solver with float32 products emulated as on tensor cores.
 
-The solver itself runs (panel, factorisation, deferred downdate, correction), with the products of `panel`, `downdate_`
-and `correct_` emulated: operands are split into tf32 or bfloat16 parts as Triton splits them, the products of parts are
-exact, and their sums are float32's, or cut off towards zero every eight products, which is a pessimist's tensor core.
-Errors of C and W are relative, in the Frobenius norm, against the normal equations in float64. The longer the keys, the
-firmer the edits, and the more is subtracted from C.
+The solver runs unchanged (panel, factorization, deferred downdate, correction) with emulated products in `panel`,
+`downdate_` and `correct_`: operands are split into tf32 or bfloat16 parts as in Triton, products of parts are exact,
+and sums are rounded as in float32 or truncated toward zero after every eight products, a pessimistic model of a tensor
+core. Errors of C and W are relative Frobenius norms against the normal equations in float64. Larger key norms mean
+stronger edits, which subtract more from C.
 
     python bench/precision.py --json bench/results/precision.json
 """
@@ -28,12 +28,12 @@ from rlsedit_fast.rls.reference import solve_all
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
 SEED = 11
-CUT = 8  # products that are summed exactly before a tensor core cuts the sum off
+CUT = 8  # number of products that are summed exactly before truncation
 TF32_DROPPED = 13  # bits of float32 that tf32 lacks
 
 
 def tf32(x: Tensor) -> Tensor:
-    """The nearest tf32, halves away from zero, as `cvt.rna.tf32.f32` has it."""
+    """Rounds to the nearest tf32, ties away from zero, like `cvt.rna.tf32.f32`."""
     bits = x.contiguous().view(torch.int32) + (1 << (TF32_DROPPED - 1))
     return (bits >> TF32_DROPPED << TF32_DROPPED).view(torch.float32)
 
@@ -54,7 +54,7 @@ PRECISIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 def parts(x: Tensor, name: str) -> list[Tensor]:
-    """`x` as a sum of parts, the largest first."""
+    """Splits `x` into parts, largest first."""
     rounded, count = PRECISIONS[name]
     taken = []
     for _ in range(count):
@@ -64,7 +64,7 @@ def parts(x: Tensor, name: str) -> list[Tensor]:
 
 
 def cut_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32 with sums cut off towards zero after every `CUT` products."""
+    """Returns `a @ b` in float32 with sums truncated toward zero after every `CUT` products."""
     total = a.new_zeros(a.shape[0], b.shape[1])
     for left, right in zip(a.split(CUT, 1), b.split(CUT, 0), strict=True):
         exact = total.double() + left.double() @ right.double()
@@ -74,7 +74,7 @@ def cut_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, name: str, cut: bool = False) -> Tensor:
-    """`a @ b` in the precision of that name, the small products first."""
+    """Returns `a @ b` in the given precision, small products first."""
     left, right = parts(a, name), parts(b, name)
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < len(left)]
     total = a.new_zeros(a.shape[0], b.shape[1])
@@ -84,7 +84,7 @@ def product(a: Tensor, b: Tensor, name: str, cut: bool = False) -> Tensor:
 
 
 def operations(name: str, cut: bool) -> dict[str, Callable[..., Any]]:
-    """`panel`, `downdate_` and `correct_` of the reference backend with these products."""
+    """Returns `panel`, `downdate_` and `correct_` of the reference backend with emulated products."""
 
     def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
         projected = product(keys, base, name, cut)
@@ -105,11 +105,11 @@ def operations(name: str, cut: bool) -> dict[str, Callable[..., Any]]:
 def stream(
     name: str, cut: bool, norm: float, *, d: int, d_v: int, updates: int, batch: int, condition: float
 ) -> dict[str, Any]:
-    """One stream of updates in a precision, with keys of one norm.
+    """Runs one stream of updates in the given precision with keys of the given norm.
 
     Returns:
-        `updates` done, then, unless a factorisation failed, the errors of `C` and `W`, and whether C is still
-        positive definite with its smallest eigenvalue over the true one.
+        Number of `updates`; the errors of `C` and `W`, the smallest eigenvalue of C relative to the true one, and
+        whether C is positive definite. The errors are None if a factorization failed.
     """
     generator = torch.Generator().manual_seed(SEED)
     prior = Prior(lam=0.0, mu=1.0, anchor_moment=spectrum_moment(d, condition, generator))
@@ -143,13 +143,13 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--batch", type=int, default=2, help="rows per update")
     parser.add_argument("--condition", type=float, default=2e5)
-    parser.add_argument("--norms", type=float, nargs="+", default=[1.0, 5.0], help="of the keys")
+    parser.add_argument("--norms", type=float, nargs="+", default=[1.0, 5.0], help="norms of the keys")
     add_json(parser)
     options = parser.parse_args()
 
     sizes = {name: getattr(options, name) for name in ("d", "d_v", "updates", "batch", "condition")}
     heads = f"{'keys':>5} {'precision':10} {'sums':8} {'updates':>7} {'error of C':>11} {'of W':>9}"
-    print(f"{heads} {'least eigenvalue':>17}")
+    print(f"{heads} {'min eigenvalue':>17}")
     results = []
     for norm in options.norms:
         for name in PRECISIONS:

@@ -1,4 +1,4 @@
-"""Models of random weights and known shape: what a run costs does not depend on what the weights say."""
+"""Models with random weights for timing, which does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500_000.0,
     },
 }
-"""Settings of `LlamaConfig` by name."""
+"""Arguments of `LlamaConfig` by name."""
 
 
 def random_llama(name: str, device: str, *, seed: int = 0) -> Any:
-    """A Llama of one of `SHAPES`; in float32 on a CPU, in bfloat16 on CUDA where it is large."""
+    """Returns a Llama with one of `SHAPES`, in bfloat16 if it is large, else in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SHAPES[name]

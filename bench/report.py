@@ -1,9 +1,9 @@
-"""The report of a folder of results of `bench/paper.py`: one page of HTML with its charts in it, and Markdown.
+"""Writes the report of a result folder of `bench/paper.py` as HTML with inline charts and as Markdown.
 
     python bench/report.py bench/results/paper/demo
 
-writes `report.html` and `report.md` beside the results. Every figure is computed from the files; what could not be
-computed, since its runs are not there, is left out and named.
+writes `report.html` and `report.md` into the folder. Every figure is computed from the result files; experiments
+without runs are omitted and listed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from report_verdicts import verdicts
 
 
 def load(folder: Path) -> dict[str, list[Run]]:
-    """The runs by experiment, the folder that their files lie in."""
+    """Returns the runs by experiment, the name of their folder."""
     found: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(folder.glob("*/*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -30,13 +30,13 @@ def load(folder: Path) -> dict[str, list[Run]]:
     for name, runs in found.items():
         longest = max(run["plan"]["edits"] for run in runs)
         if shorter := len(runs) - len(whole := [run for run in runs if run["plan"]["edits"] == longest]):
-            print(f"{folder / name}: {shorter} of {len(runs)} runs have fewer than {longest} edits and are left out")
+            print(f"{folder / name}: {shorter} of {len(runs)} runs have fewer than {longest} edits and are omitted")
             found[name] = whole
     return found
 
 
 def build(experiments: dict[str, list[Run]]) -> list[Section]:
-    """The sections, in order; an experiment without runs is named in the last one."""
+    """Returns the sections in order; the last one lists experiments without runs."""
     made: list[tuple[str, Callable[[list[Run]], Section]]] = [
         ("rules", rules),
         ("rules", ages),
@@ -50,20 +50,20 @@ def build(experiments: dict[str, list[Run]]) -> list[Section]:
         ("tuning", tuning),
     ]
     sections = [make(experiments[name]) for name, make in made if experiments.get(name)]
-    lacking = sorted({name for name, _ in made if not experiments.get(name)})
+    missing = sorted({name for name, _ in made if not experiments.get(name)})
     if experiments.get("rules"):
         sections.insert(0, verdicts(experiments))
-    sections.append(how(experiments, lacking))
+    sections.append(how(experiments, missing))
     return sections
 
 
 def write(folder: Path) -> list[Path]:
-    """Writes both reports beside the results."""
+    """Writes both reports into the folder."""
     experiments = load(folder)
     if not experiments:
-        raise SystemExit(f"{folder}: no result files in it; make some with bench/paper.py")
+        raise SystemExit(f"{folder}: no result files found; create them with bench/paper.py")
     name = next(iter(experiments.values()))[0]["ground"]
-    title = f"Write rules on the {name} model"
+    title = f"Editing rules on the {name} model"
     sections = build(experiments)
     paths = [folder / "report.html", folder / "report.md"]
     paths[0].write_text(page(title, sections), encoding="utf-8")
@@ -73,7 +73,7 @@ def write(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of results, such as bench/results/paper/demo")
+    parser.add_argument("folder", type=Path, help="result folder, such as bench/results/paper/demo")
     for path in write(parser.parse_args().folder):
         print(path)
 

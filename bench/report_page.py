@@ -1,4 +1,4 @@
-"""A report as a page of HTML that needs nothing but itself, and as Markdown."""
+"""Renders a report as a self-contained HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells of numbers are right-aligned, the row of `OURS` is marked."""
+    """A table; numbers are right-aligned, the row of `OURS` is highlighted."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -27,7 +27,7 @@ class Section:
     """A heading, paragraphs, tables and charts."""
 
     title: str
-    parts: Sequence[str | Table | tuple[str, str]]  # text; table; (SVG, what it shows)
+    parts: Sequence[str | Table | tuple[str, str]]  # text; table; (SVG, caption)
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
@@ -54,8 +54,8 @@ def page(title: str, sections: Sequence[Section]) -> str:
             elif isinstance(part, str):
                 body.append(f"<p>{_inline(part)}</p>")
             else:
-                svg, what = part
-                body.append(f"<figure>{svg}<figcaption>{html.escape(what)}</figcaption></figure>")
+                svg, caption = part
+                body.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
         body.append("</section>")
     frame = TEMPLATE.read_text(encoding="utf-8")
     return frame.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))

@@ -1,4 +1,4 @@
-"""Runs of a report in groups, and figures of a group as text."""
+"""Groups the runs of a report and formats their figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = dict[str, Any]
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The recursive rule first."""
+    """Groups runs by label, the recursive rule first."""
     made: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         made[run["plan"]["label"]].append(run)
@@ -25,7 +25,7 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def by_stream(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The plain one first."""
+    """Groups runs by stream, the plain one first."""
     made: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run["plan"]["stream"] != "plain", run["plan"]["stream"])):
         made[run["plan"]["stream"]].append(run)
@@ -35,7 +35,7 @@ def by_stream(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def spread_of(
     runs: Sequence[Run], metric: str, form: str, *, of: str = "all", edits: int | None = None
 ) -> Spread | None:
-    """A figure over runs, at the end of what each made or after some edits; None where no run has it."""
+    """Returns mean and deviation of a metric over runs, at the end or after `edits`; None if no run has it."""
     return spread([value(run, metric, form, of=of, edits=edits) for run in runs])
 
 
@@ -51,14 +51,14 @@ def mean(runs: Sequence[Run], metric: str, form: str) -> float:
 STRICT = {
     "efficacy": "efficacy",
     "generalization": "generalization",
-    "neighbors": "neighbours unchanged",
+    "neighbors": "neighbors unchanged",
     "score": "score",
 }
-"""What a strict figure is called at the head of a column, by metric."""
+"""Column titles of strict metrics."""
 
 
 def strict(runs: Sequence[Run], *, score: bool = True) -> list[str]:
-    """The cells of the columns of `STRICT`, with the score or without."""
+    """Returns the cells of the columns of `STRICT`, with or without the score."""
     return [figure(runs, metric, "strict") for metric in STRICT if score or metric != "score"]
 
 
@@ -67,30 +67,30 @@ def strict_heads(*, score: bool = True) -> list[str]:
 
 
 def oldest(runs: Sequence[Run]) -> str:
-    """What the oldest edits are called, as "first hundred"."""
+    """Returns the name of the oldest edits, such as "first hundred"."""
     ages = [age for run in runs for age in list(by_age(run))[:1]]
     last = int(ages[0].split("-")[1]) if ages else 100
     return "first hundred" if last == 100 else f"first {last}"
 
 
 def oldest_retained(runs: Sequence[Run]) -> Spread | None:
-    """Retention of the oldest edits; of runs of which none of them held when it was made, nothing."""
+    """Returns the retention of the oldest edits; runs in which none of them succeeded initially are ignored."""
     return spread([now / was if was else None for run in runs for was, now in list(by_age(run).values())[:1]])
 
 
-def oldest_said(runs: Sequence[Run]) -> tuple[Spread | None, Spread | None]:
-    """Strict efficacy of the oldest edits when they were made, and at the end."""
+def oldest_success(runs: Sequence[Run]) -> tuple[Spread | None, Spread | None]:
+    """Returns strict efficacy of the oldest edits right after editing and at the end."""
     pairs = [next(iter(by_age(run).values()), (None, None)) for run in runs]
     return spread([was for was, _ in pairs]), spread([now for _, now in pairs])
 
 
 def whole(runs: Sequence[Run]) -> bool:
-    """Whether no stream broke off."""
+    """Returns whether all streams completed."""
     return all(run["failed"] is None for run in runs)
 
 
 def points_of(groups: dict[str, list[Run]]) -> dict[str, tuple[float, float]]:
-    """Strict efficacy and specificity of those whose streams went through to their ends."""
+    """Returns strict efficacy and specificity of the groups whose streams all completed."""
     return {
         label: (mean(runs, "efficacy", "strict"), mean(runs, "neighbors", "strict"))
         for label, runs in groups.items()
@@ -99,8 +99,9 @@ def points_of(groups: dict[str, list[Run]]) -> dict[str, tuple[float, float]]:
 
 
 def taken(tried: Sequence[Run]) -> int:
-    """Which of the runs of a rule's grid, in its order, has the settings that are taken: the highest strict score (a
-    stream that broke off has none), and of equal ones the one nearest to the middle of the grid.
+    """Returns the index of the selected run of a tuning grid: highest strict score, ties resolved toward the middle.
+
+    Failed streams have no score.
     """
     scores = [None if run["failed"] else value(run, "score", "strict") for run in tried]
     middle = (len(tried) - 1) / 2
@@ -111,7 +112,7 @@ _FACTORS = re.compile(r"mu x([\d.]+) lam x([\d.]+)")
 
 
 def by_factors(runs: Sequence[Run]) -> dict[tuple[float, float], list[Run]]:
-    """Runs of a sweep by the factors on mu and on lam that their labels tell."""
+    """Groups the runs of a sweep by the factors on mu and lam in their labels."""
     found = {}
     for label, group in by_label(runs).items():
         mu, lam = map(float, _FACTORS.search(label).groups())  # type: ignore[union-attr]
@@ -120,7 +121,7 @@ def by_factors(runs: Sequence[Run]) -> dict[tuple[float, float], list[Run]]:
 
 
 def best_of_sweep(runs: Sequence[Run]) -> tuple[tuple[float, str], float]:
-    """The best score with its factors, and the score of the calibrated lam and mu."""
+    """Returns the best score with its factors, and the score of the calibrated lam and mu."""
     scores = {at: mean(group, "score", "strict") for at, group in by_factors(runs).items() if whole(group)}
     best = max(scores, key=lambda at: scores[at])
     return (scores[best], f"mu x{best[0]:g}, lam x{best[1]:g}"), scores[1.0, 1.0]

@@ -1,4 +1,4 @@
-"""What was to be shown, and whether it was."""
+"""Summary of the claims and whether the runs support them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from report_runs import (
     by_stream,
     oldest,
     oldest_retained,
-    oldest_said,
+    oldest_success,
     points_of,
     spread_of,
     whole,
@@ -25,30 +25,30 @@ from rlsedit_fast.rules import RULES
 
 
 def verdicts(experiments: dict[str, list[Run]]) -> Section:
-    """What was to be shown, and whether it was."""
+    """Summary of the claims and whether the runs support them."""
     groups = by_label(experiments["rules"])
-    # A form of the rule, such as with prompts protected, is no other rule: it is in the tables, and not weighed here.
+    # Variants of a rule, such as with protected prompts, are in the tables but not compared here.
     points = {label: point for label, point in points_of(groups).items() if label in RULES}
     front = pareto(points)
-    told: list[str] = []
+    text: list[str] = []
     if OURS in points:
         x, y = points[OURS]
         above = [name for name, (a, b) in points.items() if a >= x and b >= y and (a > x or b > y)]
-        told.append(
+        text.append(
             f"**Efficacy against specificity** (strict, after the whole stream): `{OURS}` at {x:.3f} and {y:.3f} "
             + (
-                f"is on the front of those that nobody beats in both ({', '.join(front)})."
+                f"is on the Pareto front ({', '.join(front)})."
                 if OURS in front
-                else f"is beaten in both by {', '.join(above)}; the front is {', '.join(front)}."
+                else f"is worse in both than {', '.join(above)}; the Pareto front is {', '.join(front)}."
             )
         )
         scores = {name: spread_of(runs, "score", "strict") for name, runs in groups.items() if name in points}
         ranked = sorted(((s.mean, name) for name, s in scores.items() if s), reverse=True)
         place = next(at for at, (_, name) in enumerate(ranked, 1) if name == OURS)
-        told.append(
+        text.append(
             "**Harmonic mean of strict efficacy, generalization and specificity**: "
             + ", ".join(f"{name} {score:.3f}" for score, name in ranked[:5])
-            + (f"; `{OURS}` is number {place} of {len(ranked)}." if place > 5 else ".")
+            + (f"; `{OURS}` is ranked {place} of {len(ranked)}." if place > 5 else ".")
         )
     kept = {name: oldest_retained(runs) for name, runs in groups.items()}
     rules_alone = {name: found for name, found in kept.items() if name in RULES and whole(groups[name])}
@@ -58,31 +58,31 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
         gap = known[best].mean - known[OURS].mean
         alike = [name for name in known if name != OURS and known[name].mean == known[OURS].mean]
         allowed = max(d for d in (known[best].deviation, known[OURS].deviation, 0.0) if not math.isnan(d))
-        told.append(
+        text.append(
             f"**Retention of the {oldest(groups[OURS])} edits**: `{OURS}` {known[OURS]}, "
             + (
                 "the best" + (f", with {', '.join(alike)}." if alike else ".")
                 if known[OURS].mean == known[best].mean
                 else f"the best is {best} with {known[best]}: "
-                f"{'within' if gap <= allowed else 'not within'} one deviation of it ({allowed:.3f})."
+                f"{'within' if gap <= allowed else 'not within'} one standard deviation ({allowed:.3f})."
             )
         )
-        said = {name: oldest_said(groups[name]) for name in known}
-        most = max(said, key=lambda name: now.mean if (now := said[name][1]) else 0.0)
+        success = {name: oldest_success(groups[name]) for name in known}
+        most = max(success, key=lambda name: now.mean if (now := success[name][1]) else 0.0)
         both = [
-            f"`{name}` says {said[name][1]} at the end and said {said[name][0]} when they were made"
+            f"`{name}` states {success[name][1]} at the end and stated {success[name][0]} right after the edits"
             for name in dict.fromkeys((OURS, best))
         ]
-        told.append(
-            f"**Of the {oldest(groups[OURS])} edits** {'; '.join(both)}. Retention counts only what was said when it "
-            f"was made; of all of them `{most}` says the most at the end."
+        text.append(
+            f"**Of the {oldest(groups[OURS])} edits**, {'; '.join(both)}. Retention counts only initially successful "
+            f"edits; of all of them, `{most}` states the most at the end."
         )
     if experiments.get("sweep"):
         for stream, swept in by_stream(experiments["sweep"]).items():
             best_swept, calibrated = best_of_sweep(swept)
             gap = best_swept[0] - calibrated
-            told.append(
-                f"**The calibrated lam and mu**, fixed in advance, score {calibrated:.3f} on the {stream} stream; the "
+            text.append(
+                f"**The calibrated lam and mu** score {calibrated:.3f} on the {stream} stream; the "
                 f"best of the sweep ({best_swept[1]}) {best_swept[0]:.3f}: "
                 f"{'within' if gap <= 0.02 else 'not within'} two points."
             )
@@ -96,14 +96,15 @@ def verdicts(experiments: dict[str, list[Run]]) -> Section:
         for measured in [value(run, metric, "measured", of=row["of"], edits=row["edits"])]
         if measured is not None and measured > row["value"] * (1 + 1e-5)
     ]
-    told.append(
-        "**Bounds**: " + ("no measured deviation exceeds its bound." if not over else f"exceeded in {len(over)} looks!")
+    text.append(
+        "**Bounds**: "
+        "" + ("no measured deviation exceeds its bound." if not over else f"exceeded in {len(over)} measurements!")
     )
-    if lacking := [rule for rule in RULES if rule not in groups]:
-        told.append(f"**Not all runs are there**: none of {', '.join(lacking)}, so this says nothing about them.")
+    if missing := [rule for rule in RULES if rule not in groups]:
+        text.append(f"**Missing runs**: {', '.join(missing)}; nothing is claimed about them.")
     if few := [f"{label} {len(runs)}" for label, runs in groups.items() if label in RULES and len(runs) < 3]:
-        told.append(f"Fewer than three seeds of: {', '.join(few)}.")
+        text.append(f"Fewer than three seeds of: {', '.join(few)}.")
     broken = sorted({run["plan"]["label"] for runs in experiments.values() for run in runs if run["failed"]})
     if broken:
-        told.append(f"Streams that broke off, and so are on no front: {', '.join(broken)}.")
-    return Section("In short", told)
+        text.append(f"Failed streams, which are on no Pareto front: {', '.join(broken)}.")
+    return Section("Summary", text)

@@ -1,10 +1,10 @@
-"""The value search's ways downhill, side by side: what they find, what it costs, what it does to the model.
+"""Compares descent methods of the value search by quality and number of steps.
 
     python bench/search.py --json bench/results/search.json
 
-Each setting edits a fresh copy of the demo model with the same stream, in batches of 10 whose values are searched a
-hundred at a time, as the demo does, unless it says otherwise. The cost is counted in steps, each one forward and
-backward pass above the edited layer, so a noisy machine does not matter.
+Each setting edits a new copy of the demo model with the same stream, in batches of 10 with values searched for 100
+edits at a time as in the demo, unless stated otherwise. Cost is counted in steps, each one forward and backward pass
+above the edited layer, so that it does not depend on machine load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Timing of contenders in turn, so that whatever else the machine does falls on all of them."""
+"""Timing of alternating contenders, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-WARM_UP = 2  # the first calls wake the threads and touch the memory
+WARM_UP = 2  # the first calls start threads and touch memory
 
 
 def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each; a buffer larger than the last cache is written before every call."""
+    """Returns median milliseconds of each; a buffer larger than the last-level cache is written before every call."""
     flush = torch.empty(32 << 20)  # 128 MiB
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + WARM_UP):
         for name, run in contenders.items():
-            time.sleep(0.1)  # threads of another library's pool spin on for a while, and would be in this one's way
+            time.sleep(0.1)  # wait for spinning threads of other thread pools
             flush.fill_(repeat)
             began = time.perf_counter()
             run()

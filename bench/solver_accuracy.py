@@ -1,8 +1,8 @@
 """Accuracy of the solver over a stream of updates and removals, against the normal equations in float64.
 
-For every condition number of the prior's precision, and with C written at once (eager) or late (deferred): the relative
-errors of W and C in the Frobenius norm after the updates, after the removals and after a refresh, beside the monitor's
-residual. The keys are random directions of norm 1, the spectrum of S0 is geometric around 1.
+For every condition number of the prior precision, with immediate or deferred updates of C: relative errors of W and C
+in the Frobenius norm after the updates, after the removals and after a refresh, and the residual of the monitor. Keys
+are random directions of norm 1; the spectrum of S0 is geometric around 1.
 
     python bench/solver_accuracy.py --delays 0 128 --json bench/results/solver-accuracy.json
 """
@@ -24,14 +24,14 @@ SEED = 7
 
 
 def spectrum_moment(d_k: int, condition: float, generator: torch.Generator) -> Tensor:
-    """A moment whose eigenvalues run geometrically from `condition ** -0.5` to `condition ** 0.5`."""
+    """Returns a moment with geometric eigenvalues from `condition ** -0.5` to `condition ** 0.5`."""
     basis, _ = torch.linalg.qr(torch.randn(d_k, d_k, dtype=torch.float64, generator=generator))
     root = basis * torch.logspace(-0.25, 0.25, d_k, base=condition, dtype=torch.float64)
     return root @ root.T
 
 
 def measure(state: RLSState, original: Tensor, prior: Prior, keys: Tensor, values: Tensor) -> dict[str, float]:
-    """Relative errors of W and C against the truth for these edits, and what the monitor says."""
+    """Returns relative errors of W and C for these edits, and the residual of the monitor."""
     weight, inverse, objective = solve_all(original, prior, keys, values)
     return {
         "weight": float((state.weight.double() - weight).norm() / weight.norm()),
@@ -42,7 +42,7 @@ def measure(state: RLSState, original: Tensor, prior: Prior, keys: Tensor, value
 
 
 def stream(options: argparse.Namespace, condition: float, delay: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One stream: updates in batches, removal of every k-th batch, a refresh."""
+    """Runs one stream: updates in batches, removal of every k-th batch, a refresh."""
     generator = torch.Generator().manual_seed(SEED)
     moment = spectrum_moment(options.d_k, condition, generator)
     prior = Prior(lam=0.0, mu=1.0, anchor_moment=moment)
@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--d-k", type=int, default=1024)
     parser.add_argument("--d-v", type=int, default=256)
     parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--removals", type=int, default=200, help="of every k-th update; at least 1")
+    parser.add_argument(
+        "--removals", type=int, default=200, help="number of removals, of every k-th update (at least 1)"
+    )
     parser.add_argument("--batch", type=int, default=2, help="rows per update")
     parser.add_argument("--conditions", type=float, nargs="+", default=[1e2, 1e4, 1e6])
     parser.add_argument("--delays", type=int, nargs="+", default=[0, DEFAULT_DELAY])

@@ -1,7 +1,7 @@
-"""What a state is made by, factor and inverse in place by blocks of the triangle, against the library's two calls.
+"""Times in-place blocked factorization and inversion of a state against the two library calls.
 
-Each run starts from a precision of its own in float64 and gives C in float32; medians of runs in turn. On CUDA also the
-most memory that each takes beside the precision, C included.
+Each run starts from its own float64 precision matrix and gives C in float32; the methods alternate and results are
+medians. On CUDA, peak memory in addition to the precision matrix is also measured, including C.
 
     python bench/state_build.py --json bench/results/state-build.json
     python bench/state_build.py --device cuda --d 14336 28672 --json FILE
@@ -26,12 +26,12 @@ CONDITION = 1e4
 
 
 def library(precision: Tensor) -> Tensor:
-    """What torch has."""
+    """The torch functions."""
     return torch.cholesky_inverse(torch.linalg.cholesky(precision)).float().contiguous()
 
 
 def blocks(precision: Tensor) -> Tensor:
-    """What a state is made by; overwrites the precision."""
+    """The blocked functions that build a state; overwrites the precision."""
     return _inverse_(_factor_(precision, Prior(lam=1.0), "layer"), torch.float32)
 
 
@@ -66,7 +66,7 @@ def measure(d: int, device: str, rounds: int) -> dict[str, Any]:
             row[f"{way} residual"] = float((back - probe).norm() / probe.norm())
             del inverse, own
     for way, found in times.items():
-        row[f"{way} seconds"] = statistics.median(found[1:])  # the first touches the memory
+        row[f"{way} seconds"] = statistics.median(found[1:])  # the first run touches memory
     row["ratio"] = row["library seconds"] / row["blocks seconds"]
     return row
 

@@ -1,15 +1,15 @@
-"""A step of the solver against what else there is, on the same keys: seconds a batch over a stream with its flushes.
+"""Times a step of the solver against alternatives on the same keys, in seconds per batch including flushes.
 
-    ours       panel, factor, and the rows wait for a flush, as in RLSState
-    torch      done right: C resident, F = K C by mm, C -= U^T U in place by addmm_
-    released   the step as RLSEdit's authors released it: a copy of C, C -= G G^T through temporaries, a second pass C K
+    ours       panel, factor, and pending rows until a flush, as in RLSState
+    torch      efficient torch: C resident, F = K C by mm, C -= U^T U in place by addmm_
+    released   the code released by the RLSEdit authors: a copy of C, C -= G G^T through temporaries, a second pass C K
     alphaedit  solve(P (K^T K + cache) + L2 I, P K^T R), float32
     memit      solve(mom2 + K^T K, K^T), float64
 
-All of them whiten or solve for innovations of width d_v, and none writes the weight: that is the same work for all.
-What a whole update costs, weight, checks and all, stands beside: `update` is RLSState.update, `torch_update` is torch
-done right with W.addmm_. The contenders run in turn within each round; the figures are medians of the rounds. The
-solves run once, on a GPU three times after a first one. RLSEDIT_BACKEND says who computes ours.
+All of them whiten or solve for innovations of width d_v, and none writes the weight, which is the same work for all.
+Complete updates including weight and checks are also timed: `update` is RLSState.update, `torch_update` is efficient
+torch with W.addmm_. The contenders alternate within each round; results are medians over rounds. The solves run once,
+on a GPU three times after a warm-up. RLSEDIT_BACKEND selects the backend of ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ L2 = 10.0  # AlphaEdit's
 
 
 class Batches:
-    """Keys whose precision stays well conditioned, and innovations, ever new ones but ready before they are timed."""
+    """Precomputed keys, whose precision stays well conditioned, and innovations, used in rotation."""
 
     def __init__(self, d: int, d_v: int, n: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -49,7 +49,7 @@ class Batches:
 
 
 def whitened(projected: Tensor, keys: Tensor, innovation: Tensor) -> tuple[Tensor, Tensor]:
-    """`U` and `A` in PyTorch."""
+    """Returns `U` and `A`, computed in PyTorch."""
     sigma = projected @ keys.T
     sigma.diagonal().add_(1)
     lower = torch.linalg.cholesky(sigma)
@@ -81,7 +81,7 @@ class Ours:
 
 
 class Torch:
-    """Torch done right, with the weight or without."""
+    """Efficient torch implementation, with or without the weight."""
 
     def __init__(self, d: int, device: torch.device, weight: Tensor | None = None) -> None:
         self._inverse, self._weight = torch.eye(d, device=device), weight
@@ -96,7 +96,7 @@ class Torch:
 
 
 class Released:
-    """The released step for one layer, without its transfers between devices."""
+    """The released step for one layer, without transfers between devices."""
 
     def __init__(self, d: int, device: torch.device) -> None:
         self._cache = torch.eye(d, device=device)
@@ -110,7 +110,7 @@ class Released:
         inverse = cache - rows @ rows.T
         cache.copy_(inverse)
         self._cache = cache
-        inverse @ keys.T  # from which the released code makes the weight's change
+        inverse @ keys.T  # the released code computes the weight change from this
 
 
 def alphaedit(keys: Tensor, innovation: Tensor, projection: Tensor, cache: Tensor) -> None:
@@ -129,7 +129,7 @@ def memit(keys: Tensor, moment: Tensor) -> None:
 
 
 def seconds(run: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Of one of `steps` steps."""
+    """Returns the seconds per step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -141,7 +141,7 @@ def seconds(run: Callable[[], object], steps: int, device: torch.device) -> floa
 
 
 def measure(d: int, n: int, delay: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """A row of the result."""
+    """Returns one row of the result."""
     d_v = options.d_v or d // 4
     batches = Batches(d, d_v, n, device)
     weight = torch.zeros(d_v, d, device=device)
@@ -165,10 +165,10 @@ def measure(d: int, n: int, delay: int, options: argparse.Namespace, device: tor
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(options.rounds + 1):
         for name, (run, steps) in contenders.items():
-            # On a GPU the first flush loads its kernels too.
+            # On a GPU the first flush also loads kernels.
             first = steps if device.type == "cuda" else min(steps, 2)
             time_taken = seconds(run, steps if repeat else first, device)
-            if repeat:  # the first round wakes threads and touches memory
+            if repeat:  # the first round starts threads and touches memory
                 times[name].append(time_taken)
     row = {f"{name}_s": statistics.median(found) for name, found in times.items()}
     if not options.no_solves:
@@ -180,13 +180,13 @@ def measure(d: int, n: int, delay: int, options: argparse.Namespace, device: tor
         }
         for name, solve in solves.items():
             if device.type == "cuda":
-                solve()  # makes the solver's handle and its workspaces
+                solve()  # creates the solver handle and workspaces
             row[f"{name}_s"] = seconds(solve, 3 if device.type == "cuda" else 1, device)
     return {"d": d, "n": n, "d_v": d_v, "delay": delay, **row}
 
 
 def draw(rows: list[dict[str, float]], machine: str, file: Path) -> None:
-    """A chart of the milliseconds a batch by n, a panel for each d."""
+    """Draws milliseconds per batch by n, one panel per d."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -200,7 +200,7 @@ def draw(rows: list[dict[str, float]], machine: str, file: Path) -> None:
             points = [(row["n"], 1e3 * row[f"{name}_s"]) for row in here if f"{name}_s" in row]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", linewidth=2 if name == "ours" else 1, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="edits in a batch", ylabel="ms a batch", title=f"d_k = {d}")
+        axes.set(xscale="log", yscale="log", xlabel="edits per batch", ylabel="ms per batch", title=f"d_k = {d}")
         axes.set_xticks(
             sorted({row["n"] for row in here}), [str(row["n"]) for row in sorted(here, key=lambda r: r["n"])]
         )
@@ -214,14 +214,14 @@ def draw(rows: list[dict[str, float]], machine: str, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--d-v", type=int, help="width of the values; a quarter of d by default")
+    parser.add_argument("--d-v", type=int, help="value dimension (default: d / 4)")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 8, 16, 32, 64, 100])
-    parser.add_argument("--delay", type=int, nargs="+", default=[DEFAULT_DELAY], help="rows that wait for a flush")
+    parser.add_argument("--delay", type=int, nargs="+", default=[DEFAULT_DELAY], help="maximum number of pending rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-solves", action="store_true", help="leave AlphaEdit's and MEMIT's out: they take long")
+    parser.add_argument("--no-solves", action="store_true", help="skip the slow solves of AlphaEdit and MEMIT")
     add_json(parser)
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw it (needs matplotlib)")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="write a chart to FILE (requires matplotlib)")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = []
@@ -232,7 +232,7 @@ def main() -> None:
         ratios = {k[:-2]: round(v / row["ours_s"], 2) for k, v in row.items() if k.endswith("_s") and k != "ours_s"}
         print(f"d {d} n {n} delay {delay} ms {shown}", f"times ours {ratios}", sep="\n  ", flush=True)
         about = {"device": options.device, "backend": dispatch.requested(None), "rounds": options.rounds}
-        record(options.json, "a step of the solver", **about, rows=rows)  # what there is stays if the next row fails
+        record(options.json, "a step of the solver", **about, rows=rows)  # keep finished rows if a later one fails
     if options.chart:
         draw(rows, str(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"), options.chart)
 

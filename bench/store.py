@@ -1,12 +1,12 @@
-"""What a store costs: its share of a batch, opening it, and its size.
+"""Cost of a store: share of the time per batch, opening, and size.
 
     python bench/store.py --edits 1000 --json bench/results/store-cpu.json
 
-`batch`: the demo's stream, edited with a store and without one in turn, batch by batch on two copies of the model, so
-that whatever else the machine does falls on both; beside it the seconds spent in the store's own functions. `open`:
-10,000 edits at d_k 2048 whose values are drawn and not searched, since that would take hours and changes nothing here;
-opened as a kill leaves the store, just before the next snapshot would be due, which is the worst moment. `rounding`:
-what halving keys and values does to the demo's edits and to their undoing.
+`batch`: the demo stream, edited with and without a store, alternating batch by batch on two copies of the model, so
+that other load affects both; also the time spent in functions of the store. `open`: 10,000 edits at d_k 2048 with
+random values, since a value search would take hours and does not affect the result; opened in the state after a kill
+just before the next snapshot, which is the worst case. `rounding`: effect of fp16 keys and values on the edits of the
+demo and on undo.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ D_K, D_V = 2048, 512
 
 
 def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any]:
-    """The same stream with a store and without, in turn."""
+    """Applies the same stream with and without a store, alternating."""
     inside = [0.0]
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,27 +116,27 @@ def wide_model() -> Any:
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
-def drawn_keys(_decoder: Any, projections: Any, requests: Any, *, output_of: Any = None) -> Any:
+def random_keys(_decoder: Any, projections: Any, requests: Any, *, output_of: Any = None) -> Any:
     return [torch.randn(len(requests), 1, D_K) for _ in projections], torch.zeros(len(requests), 1, D_V)
 
 
-def drawn_values(_site: Any, requests: Any, _config: Any, _groups: Any, at_once: int) -> Any:
+def random_values(_site: Any, requests: Any, _config: Any, _groups: Any, at_once: int) -> Any:
     count = len(requests)
     done = torch.ones(count, dtype=torch.bool)
     return Values(torch.randn(count, D_V), torch.zeros(count, 1, D_V), *torch.zeros(2, count), done, done), at_once
 
 
 def copied(source: str, target: str) -> None:
-    """Files of tensors are never written again, so that a second name is a copy."""
+    """Copies a file; tensor files are never modified, so a hard link is sufficient."""
     (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
 
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
-    """A stream of drawn keys and values, and its store opened at the worst moment."""
+    """Applies a stream with random keys and values and opens its store in the worst case."""
     with (
-        mock.patch.object(inspection, "request_keys", drawn_keys),
-        mock.patch.object(layers, "request_keys", drawn_keys),
-        mock.patch.object(finding, "search_within_memory", drawn_values),
+        mock.patch.object(inspection, "request_keys", random_keys),
+        mock.patch.object(layers, "request_keys", random_keys),
+        mock.patch.object(finding, "search_within_memory", random_values),
     ):
         model, tokenizer = wide_model()
         settings: dict[str, Any] = {"layers": (0,), "context_prefixes": ("",), "lam": 30.0, "refine": 0}
@@ -182,7 +182,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
 
 
 def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
-    """What the edits are like with keys and values kept whole or in halves, and how exactly half of them is undone."""
+    """Evaluates the edits with float32 or fp16 keys and values, and the error after undoing half of them."""
     world = World.generate()
     cases = world_cases(world, count, 0)
     model, tokenizer = load_demo_model()
@@ -191,8 +191,8 @@ def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
     editor.anchor(anchor_texts(world, 0))
     records = editor.edit([case.edit for case in cases])
     report = evaluate(model, tokenizer, cases, before)
-    gone = random.Random(0).sample(range(1, count + 1), count // 2)
-    editor.undo(gone)
+    undone = random.Random(0).sample(range(1, count + 1), count // 2)
+    editor.undo(undone)
     (state,) = editor._session.layers.states
     kept = editor._session.ledger.rows(editor._session.ledger.active)
     only = RLSState(state.original, state.prior)
@@ -204,22 +204,22 @@ def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
         "generalization": report.generalization.strict,
         "neighbors": report.neighbors.strict,
         "realized": statistics.mean(record.realized for record in records),
-        "undone": len(gone),
+        "undone": len(undone),
         "error_of_weight": float((state.weight - only.weight).norm() / only.weight.norm()),
     }
 
 
 def bytes_per_edit(editor: Editor, count: int) -> float:
-    """Of the changes' files, without the one that holds the anchors."""
+    """Returns the bytes per edit of the files of changes, except the one with the anchors."""
     return sum(entry.file.size for entry in editor._recorder.store.entries[1:] if entry.file) / count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--edits", type=int, default=2000, help="of the demo's stream")
+    parser.add_argument("--edits", type=int, default=2000, help="edits of the demo stream")
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--stored", type=int, default=10_000, help="edits of the store that is opened")
-    parser.add_argument("--halved", type=int, default=500, help="edits whose keys and values are kept in halves")
+    parser.add_argument("--stored", type=int, default=10_000, help="edits in the store that is opened")
+    parser.add_argument("--halved", type=int, default=500, help="edits with fp16 keys and values")
     add_json(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -72,7 +72,7 @@ def test_key_pass(benchmark, site, requests, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_tokenising(benchmark, requests, count):
+def test_tokenizing(benchmark, requests, count):
     _, tokenizer = load_demo_model()
     edits = [request.edit for request in requests[:count]]
     assert len(benchmark(prepare, tokenizer, edits, CONFIG, longest=None)) == count

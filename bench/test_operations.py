@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def operands(op, n):
-    """Arguments that bear being used again and again."""
+    """Returns arguments that can be reused in repeated calls."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     keys, small = (scale * torch.randn(n, D_K, generator=generator, device=DEVICE) for scale in (D_K**-0.5, 1e-6))
     innovation, ones = torch.randn(n, D_V, generator=generator, device=DEVICE), torch.ones(n, device=DEVICE)

@@ -1,23 +1,23 @@
-"""The batched value search against one request at a time through the whole model, side by side.
+"""Compares the batched value search with one request at a time through the whole model.
 
-One request at a time is written as MEMIT's released code does it (Meng et al. 2023): every step runs all contexts of a
-request and its KL prompts as one padded batch through the whole model, a hook adds the change to the edited block's
-output, and the loss is read off the full logits. At equal steps both take the normalised descent on the published
-loss, KL at every step; KL prompts that the search leaves out are not run here either. Contenders take turns, times are
-medians.
+One request at a time follows the released MEMIT code (Meng et al., 2023): every step runs all contexts of a request and
+its KL prompts as one padded batch through the whole model, a hook adds the change to the output of the edited layer,
+and the loss is computed from the full logits. At equal steps both use normalized descent on the published loss with the
+KL term at every step, and both skip the same KL prompts. The contenders alternate; times are medians.
 
     python bench/values.py --json bench/results/values-cpu.json
 
-All `_s` are seconds a request. `one_by_one_s` and `equal_steps_s` take all steps; `nll_stop_s` is the search as an edit
-makes it, which stops each request once its target is said (`rank_stop_s` in `results/values-cpu.json`, which is older
-than the name); `one_by_one_stop_s` is one request at a time with the same rule, as the published one hardly ever fires.
-One at a time is measured on some requests of each batch (`alone`), and `max_delta_error` compares those: the largest
-||ours - one by one|| / ||one by one|| at equal steps. `gradient_s` is `values="gradient"`. `key_pass_s` is one pass
-over all keys of the batch, `step_s` one further step of its search at equal steps. `peak_mib` is what a contender held
-at most beyond what was there before: on CUDA as its allocator says, on a CPU the growth of the process, watched in a
-run of its own. In the random model clamp and stop are loose and targets of two tokens often do not converge, since the
-second is said from a token that is not changed: `converged` tells how many did, and the others' steps count in
-`nll_stop_s`; `converging_s` and `converging_ratio` are a batch of those alone that did.
+All `_s` are seconds per request. `one_by_one_s` and `equal_steps_s` use all steps. `nll_stop_s` is the search of an
+edit, which stops each request once the model generates its target (`rank_stop_s` in `results/values-cpu.json`, which is
+older than this name). `one_by_one_stop_s` is one request at a time with the same stopping rule, since the published
+rule rarely applies. One request at a time is measured on some requests of each batch (`alone`); `max_delta_error` is
+the largest ||ours - one by one|| / ||one by one|| of these at equal steps. `gradient_s` is `values="gradient"`.
+`key_pass_s` is one forward pass for all keys of the batch, `step_s` one additional step of the search at equal steps.
+`peak_mib` is the peak memory of a contender: on CUDA from the allocator, on a CPU the growth of the process in a
+separate run. In the random model, clamp and stopping rule are loose, and targets of two tokens often do not converge,
+since the second one is generated from an unchanged token: `converged` is the number of converged requests, and the
+steps of the others count in `nll_stop_s`; `converging_s` and `converging_ratio` are for a batch of converged requests
+only.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ SHOWN = (
     *("equal_steps_ratio", "nll_stop_ratio", "same_stop_ratio", "converging_ratio", "max_delta_error", "converged"),
     *("mean_steps_to_stop", "key_pass_over_step", "peak_mib"),
 )
-PREFIX_WORDS = 10  # with these before them, the world's prompts come to about 16 tokens
+PREFIX_WORDS = 10  # with such a prefix, prompts have about 16 tokens
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some batches to be searched in one model."""
+    """Batches of requests to search in one model."""
 
     model: str
     config: EditConfig
     requests: tuple[int, ...]
-    alone: int  # requests of each batch that are searched one by one
+    alone: int  # number of requests of each batch that are also searched one by one
 
 
 def tasks(device: str) -> list[Task]:
-    """The random models are edited at the last token, which steers their answers; the subject's is left to timing."""
+    """Returns the tasks; random models are edited at the last token, and at the subject token only for timing."""
     prefixes = [text for text in anchor_texts(World.generate(), SEED) if len(text.split()) == PREFIX_WORDS][:5]
     deep = EditConfig(layers=(4,), context_prefixes=("", *prefixes), fact_token="last", clamp=4.0, search_stop_nll=1.0)
     listed = [
@@ -90,7 +90,7 @@ def tasks(device: str) -> list[Task]:
 
 
 def load(name: str, device: str) -> tuple[Any, Any]:
-    """The demo model, or a random Llama: of 49 million parameters and 12 layers, or of Llama-3-8B's shape, bfloat16."""
+    """Loads the demo model or a random Llama, with 49 million parameters or the shape of Llama-3-8B (bfloat16)."""
     if name == "demo":
         model, tokenizer = load_demo_model()
         return model.to(device), tokenizer
@@ -98,7 +98,7 @@ def load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops: bool = False) -> Tensor:
-    """The change `[d]` that `config.search_steps` steps find for one request, through the whole model."""
+    """Returns the change `[d]` after `config.search_steps` steps for one request through the whole model."""
     rows = [*request.contexts, *request.kl]
     contexts = len(request.contexts)
     ids, mask = pad([replace(row, ids=row.ids[:-1] if row.target else row.ids) for row in rows], decoder.device)
@@ -130,19 +130,21 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops:
         kept = (torch.arange(len(rows), device=ids.device) < contexts) | (answer != answer[0])
         ids, mask, lookup, last, target = (tensor[kept] for tensor in (ids, mask, lookup, last, target))
         before, at_kl = before[kept][contexts:], torch.arange(contexts, len(ids), device=ids.device)
-        wanted = target[:contexts] >= 0
+        in_target = target[:contexts] >= 0
         delta.requires_grad_()
         descent = NormalizedDescent(config.search_rate or DEFAULT_RATE["normalized"], norm)
         for step in range(config.search_steps + 1):
             states.clear()
-            said = log_probabilities()
-            token_nll = -said[:contexts].gather(2, target[:contexts, :, None].clamp_min(0))[:, :, 0] * wanted
-            loss = (token_nll.sum(1) / wanted.sum(1)).mean()
+            log_probs = log_probabilities()
+            token_nll = -log_probs[:contexts].gather(2, target[:contexts, :, None].clamp_min(0))[:, :, 0] * in_target
+            loss = (token_nll.sum(1) / in_target.sum(1)).mean()
             if len(at_kl):
-                divergence = (before.exp() * (before - said[at_kl, last[contexts:]])).sum(-1)
+                divergence = (before.exp() * (before - log_probs[at_kl, last[contexts:]])).sum(-1)
                 loss = loss + config.kl_factor * divergence.mean()
             loss = loss + (config.weight_decay * delta.norm(dim=1) / norm.square()).sum()
-            if step == config.search_steps or (stops and _is_said(said, token_nll, wanted, target, contexts, config)):
+            if step == config.search_steps or (
+                stops and _converged(log_probs, token_nll, in_target, target, contexts, config)
+            ):
                 break
             (gradient,) = torch.autograd.grad(loss, delta)
             with torch.no_grad():
@@ -155,16 +157,16 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops:
     return delta.detach()[0]
 
 
-def _is_said(
-    said: Tensor, token_nll: Tensor, wanted: Tensor, target: Tensor, contexts: int, config: EditConfig
+def _converged(
+    log_probs: Tensor, token_nll: Tensor, in_target: Tensor, target: Tensor, contexts: int, config: EditConfig
 ) -> bool:
-    """The rule by which an edit's search stops."""
-    first = (said[:contexts].argmax(-1) == target[:contexts]) | ~wanted
-    return bool(first.all()) and float((token_nll.detach().sum(1) / wanted.sum(1)).max()) <= config.search_stop_nll
+    """The stopping rule of the value search."""
+    first = (log_probs[:contexts].argmax(-1) == target[:contexts]) | ~in_target
+    return bool(first.all()) and float((token_nll.detach().sum(1) / in_target.sum(1)).max()) <= config.search_stop_nll
 
 
 class Clock:
-    """Seconds of every contender, and its peak of memory beyond what was held before."""
+    """Seconds and additional peak memory of every contender."""
 
     def __init__(self, device: str) -> None:
         self._cuda = torch.device(device).type == "cuda"
@@ -172,7 +174,7 @@ class Clock:
         self.peak: dict[str, float] = {}
 
     def time(self, name: str, run: Callable[[], Any]) -> Any:
-        """What `run` returns."""
+        """Times `run` and returns its result."""
         if self._cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -182,38 +184,38 @@ class Clock:
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
         return result
 
-    def weigh(self, name: str, run: Callable[[], Any]) -> None:
-        """Runs it once more, for its peak of memory."""
+    def measure_memory(self, name: str, run: Callable[[], Any]) -> None:
+        """Runs it once more to measure its peak memory."""
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
+            start = torch.cuda.memory_allocated()
             run()
             peak = torch.cuda.max_memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is taken
-            held = _resident()
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system first
+            start = _resident()
             with _Watch() as watch:
                 run()
             peak = watch.peak
-        self.peak[name] = round(max(0, peak - held) / 2**20, 1)
+        self.peak[name] = round(max(0, peak - start) / 2**20, 1)
 
     def median(self, name: str) -> float:
-        """Of the seconds that `name` took."""
+        """Returns the median seconds of `name`."""
         return statistics.median(self.seconds[name])
 
 
 class _Watch:
-    """Looks at the size of this process every millisecond."""
+    """Samples the memory of this process every millisecond."""
 
     def __enter__(self) -> _Watch:
         self.peak, self._over = _resident(), threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.wait(0.001):
             self.peak = max(self.peak, _resident())
 
@@ -227,7 +229,7 @@ def _resident() -> int:
 
 
 def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]:
-    """One row of the results: a batch of `count` requests."""
+    """Returns one row of the results: a batch of `count` requests."""
     model, tokenizer = load(task.model, device)
     published = replace(task.config, search_descent="normalized", search_stop_nll=0.0)
     short = replace(published, search_steps=1)
@@ -266,7 +268,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         for _ in range(repeats):
             found = {name: clock.time(name, run) for name, run in runs.items()}
         for name in ("one_by_one", "equal_steps", "nll_stop", "key_pass"):
-            clock.weigh(name, runs[name])
+            clock.measure_memory(name, runs[name])
     equal, stopped = found["equal_steps"], found["nll_stop"]
     truth = torch.stack(found["one_by_one"])
     errors = (equal.delta[some] - truth).norm(dim=1) / truth.norm(dim=1)
@@ -288,8 +290,8 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "nll_stop_ratio": each["one_by_one"] / each["nll_stop"],
         "same_stop_ratio": each["one_by_one_stop"] / each["nll_stop"],
         "converging_ratio": each["one_by_one"] / each["converging"] if converging else None,
-        "max_delta_error": float(errors.max()),  # in bfloat16 the rounding of that many steps
-        "stopped_before_the_last_step": int((equal.steps < published.search_steps).sum()),  # 0, or steps are not equal
+        "max_delta_error": float(errors.max()),  # in bfloat16 this includes rounding
+        "stopped_before_the_last_step": int((equal.steps < published.search_steps).sum()),  # must be 0 for equal steps
         "converged": int(stopped.converged.sum()),
         "mean_steps_to_stop": float(stopped.steps.double().mean()),
         "key_pass_s": clock.median("key_pass"),
@@ -305,8 +307,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=("demo", *SHAPES), help="all that the device bears by default")
-    parser.add_argument("--requests", type=int, nargs="+", help="in a batch; by default as many as suit the model")
+    parser.add_argument(
+        "--models", nargs="+", choices=("demo", *SHAPES), help="models (default: all that are suitable for the device)"
+    )
+    parser.add_argument("--requests", type=int, nargs="+", help="requests per batch (default: depends on the model)")
     add_json(parser)
     options = parser.parse_args()
     rows = []

@@ -1,6 +1,6 @@
-"""Recursive least-squares editing of language models: thousands of edits, one after the other.
+"""Sequential knowledge editing of language models by recursive least squares (RLSEdit).
 
-`Editor` edits a transformers model in place; `RLSState` is the solver alone, which knows tensors and nothing else.
+`Editor` edits a transformers model in place. `RLSState` is the solver alone and works on plain tensors.
 """
 
 from rlsedit_fast.editing import (

@@ -1,4 +1,4 @@
-"""`python -m rlsedit_fast` prints what runs here; see `doctor`."""
+"""`python -m rlsedit_fast` prints versions, machine, backends and build; see `doctor`."""
 
 from rlsedit_fast.doctor import main
 

@@ -1,6 +1,7 @@
-"""What runs here, and why the rest does not: versions, machine, backends and the build, in one report.
+"""Report of package versions, machine, backends and build.
 
-It imports nothing that may be broken: a package is asked for its version, and a backend for its reason.
+The module must import even where transformers, triton or a native library is missing or broken: versions are read from
+package metadata, and each backend reports why it is unavailable.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's marketing name where Linux tells it, else the architecture."""
+    """Returns the CPU model name from /proc/cpuinfo, or the architecture where that is not available."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -53,23 +54,23 @@ def _backend(name: str) -> dict[str, Any]:
 
 
 def _build() -> dict[str, Any]:
-    """What setup.py recorded."""
+    """Returns the build outcome that setup.py recorded."""
     try:
         return json.loads(BUILD_FACTS.read_text())
     except FileNotFoundError:
-        reason = "no build was recorded: install the package with pip install ."
+        reason = "no build record found; install the package with pip install ."
     except (OSError, ValueError) as error:
-        reason = f"{BUILD_FACTS} cannot be read ({error}): reinstall the package"
+        reason = f"{BUILD_FACTS} cannot be read ({error}); reinstall the package"
     return {part: {"built": False, "reason": reason} for part in ("cpu", "cuda")}
 
 
 def report() -> dict[str, Any]:
-    """The facts, ready for JSON.
+    """Returns the report as a JSON-serializable dictionary.
 
     Returns:
-        `versions` by package (None where it is not installed), `machine`, `backends` (each with `available`,
-        `reason` or None, and `operations`), `backend_wish` (what `RLSEDIT_BACKEND` says, or None), `cuda_kernels`
-        (where the kernels of the `cuda` backend come from, or None) and `build`.
+        `versions` by package (None if not installed), `machine`, `backends` (each with `available`, `reason` or None,
+        and `operations`), `backend_wish` (value of `RLSEDIT_BACKEND`, or None), `cuda_kernels` (source of the kernels
+        of the `cuda` backend, or None) and `build`.
     """
     return {
         "versions": {
@@ -93,7 +94,7 @@ def report() -> dict[str, Any]:
 
 
 def context() -> dict[str, Any]:
-    """What a result file records of where it was taken: `report` in short, the day (UTC) and the last minute's load."""
+    """Returns the part of `report` that result files record, with the date (UTC) and the one-minute load average."""
     facts = report()
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -105,7 +106,7 @@ def context() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The report for reading."""
+    """Formats the report as text."""
     machine = facts["machine"]
     lines = ["Versions"]
     lines += [f"  {name:<14}{version or 'not installed'}" for name, version in facts["versions"].items()]
@@ -113,27 +114,29 @@ def render(facts: dict[str, Any]) -> str:
         "Machine",
         f"  {machine['system']}",
         f"  {machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads",
-        f"  GPU: {', '.join(machine['gpus']) or 'none that torch can use'} (torch's CUDA: {machine['cuda'] or 'none'})",
+        f"  GPU: {', '.join(machine['gpus']) or 'none available to torch'} (torch CUDA: {machine['cuda'] or 'none'})",
         "Backends",
     ]
     for name, backend in facts["backends"].items():
         lines.append(f"  {name:<12}{'yes' if backend['available'] else 'no':<6}{', '.join(backend['operations'])}")
         if backend["reason"]:
-            lines.append(f"                    because {backend['reason']}")
+            lines.append(f"                    reason: {backend['reason']}")
     if facts["cuda_kernels"]:
-        lines.append(f"  the kernels of cuda come from {facts['cuda_kernels']}")
+        lines.append(f"  cuda kernels: {facts['cuda_kernels']}")
     if facts["backend_wish"]:
-        lines.append(f"  {dispatch.ENVIRONMENT}={facts['backend_wish']} is asked for by name")
+        lines.append(f"  selected by {dispatch.ENVIRONMENT}: {facts['backend_wish']}")
     lines.append("Build")
     for part, outcome in facts["build"].items():
-        told = ", ".join(f"{key}: {value}" for key, value in outcome.items() if key != "built")
-        lines.append(f"  {part:<12}{'built' if outcome['built'] else 'not built':<12}{told}".replace("\n", "\n    "))
+        details = ", ".join(f"{key}: {value}" for key, value in outcome.items() if key != "built")
+        lines.append(f"  {part:<12}{'built' if outcome['built'] else 'not built':<12}{details}".replace("\n", "\n    "))
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report, or with `--json` writes it to the file that is named or to standard output."""
-    parser = argparse.ArgumentParser(prog="python -m rlsedit_fast", description=__doc__)
+    """Prints the report as text, or with `--json` as JSON to stdout or to a file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlsedit_fast", description="Print package versions, machine, backends and build."
+    )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="print the report as JSON, or write it to FILE"
     )
@@ -147,5 +150,5 @@ def main(argv: list[str] | None = None) -> int:
         try:
             Path(options.json).write_text(json.dumps(facts, indent=2) + "\n")
         except OSError as error:
-            parser.error(f"--json {options.json}: cannot be written ({error.strerror}); name a file that can")
+            parser.error(f"--json {options.json}: cannot write the file ({error.strerror}); choose another path")
     return 0

@@ -1,7 +1,8 @@
-"""Every error that the package raises on purpose.
+"""Errors that the package raises on purpose.
 
-Each message says what was given, what is expected and what to do. Whatever raises one of these has left the
-model, the state and the store as they were, or as the last batch that was acknowledged left them.
+The message states what was given and what is expected; `hint`, where there is one, states what to do. An operation
+that raises one of these errors leaves the model, the state and the store as they were before it, or as they were after
+the last committed batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,20 @@ from collections.abc import Iterable
 
 
 class RLSEditError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package.
+
+    Attributes:
+        message: what was given and what is expected.
+        hint: what to do, naming the Python argument and the command-line option; None where the message includes it.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
 
 
 class InputError(RLSEditError, ValueError):
@@ -18,39 +32,39 @@ class InputError(RLSEditError, ValueError):
 
 
 class PriorError(RLSEditError, ValueError):
-    """The prior holds nothing (lam = mu = 0) or is not positive definite."""
+    """The prior is zero (lam = mu = 0) or not positive definite."""
 
 
 class RemovalError(RLSEditError):
-    """A batch cannot be removed from the present state; it must be rebuilt from the edits that remain."""
+    """A batch cannot be removed from the current state; the state must be rebuilt from the remaining edits."""
 
 
 class UpdateError(RLSEditError, ArithmeticError):
-    """A batch's factorisation failed or its result is not finite."""
+    """The factorization of a batch failed or its result is not finite."""
 
 
 class BackendError(RLSEditError, RuntimeError):
-    """A backend that was asked for by name cannot run here."""
+    """A backend that was selected by name is not available."""
 
 
 class RequestError(RLSEditError, ValueError):
-    """An edit request cannot be carried out as written."""
+    """An edit request is invalid."""
 
 
 class ModelError(RLSEditError, ValueError):
-    """The model has no editable projection where one was looked for, or something else has touched a weight."""
+    """The model has no editable projection where one is expected, or a weight was modified by other code."""
 
 
 class ResourceError(RLSEditError, MemoryError):
-    """There is less memory than the work takes."""
+    """There is not enough memory."""
 
 
 class StoreError(RLSEditError):
-    """A store cannot be opened, read or written, or does not belong to this model."""
+    """A store cannot be opened, read or written, or belongs to another model."""
 
 
 def listed(lines: Iterable[object], most: int = 10, *, where: str = "") -> list[str]:
-    """What a message says of many: the first `most` of them, how many more there are, and where these are told."""
+    """Returns at most `most` of the lines as strings, followed by "and N more" plus `where` if there are more."""
     every = [str(line) for line in lines]
     rest = len(every) - most
     return [*every[:most], f"and {rest} more{where}"] if rest > 0 else every

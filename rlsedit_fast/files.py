@@ -1,4 +1,4 @@
-"""Files that take their name once they lie whole on the disk, and files of tensors that say what they are."""
+"""Atomic file writes, and safetensors files with typed metadata."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Described:
-    """An open file of `write_tensors`.
+    """An open file that `write_tensors` wrote.
 
     Attributes:
-        file: of safetensors, with `keys()` and `get_tensor(name)`.
-        about: what it says of itself.
-        sums: digests by name, of what its writer chose.
+        file: the safetensors handle, with `keys()` and `get_tensor(name)`.
+        about: its metadata.
+        sums: checksums by name.
     """
 
     file: Any
@@ -33,29 +33,30 @@ class Described:
 
 @contextmanager
 def written_whole(*paths: Path) -> Iterator[list[Path]]:
-    """Yields a temporary path beside each of `paths`; they take their names, in order, when the block has ended.
+    """Writes files atomically.
+
+    Yields one temporary path beside each of `paths`. When the block ends without an error, the temporary files are
+    synced and renamed to `paths`, in order.
 
     Raises:
-        InputError: the disk refuses; what was there under the names of files not yet moved is kept.
+        InputError: a file cannot be written; existing files that were not yet replaced are kept.
     """
     from safetensors import SafetensorError
 
-    fresh = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        for temporary in fresh:
+        yield temporaries
+        for temporary in temporaries:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        for temporary, path in zip(fresh, paths, strict=True):
+        for temporary, path in zip(temporaries, paths, strict=True):
             temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{', '.join(map(str, paths))} cannot be written ({error}); name a place where a file can be"
-        ) from error
+        raise InputError(f"{', '.join(map(str, paths))} cannot be written ({error}); choose a writable path") from error
     finally:
-        for temporary in fresh:
+        for temporary in temporaries:
             with suppress(OSError):
                 temporary.unlink()
 
@@ -63,63 +64,63 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
 def write_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], *, about: Mapping[str, Any], sums: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file that says what it is.
+    """Writes a safetensors file whose metadata states its kind.
 
     Args:
-        path: of the file; what was there is kept until the new one lies whole on the disk.
-        kind: of file, with the version of its format.
-        tensors: by name, contiguous.
-        about: what there is to say of them, for JSON.
-        sums: digests by name.
+        path: destination; an existing file is replaced only once the new file is complete on disk.
+        kind: file type, including the format version.
+        tensors: tensors by name, contiguous.
+        about: metadata, JSON-serializable.
+        sums: checksums by name.
 
     Raises:
-        InputError: the disk refuses.
+        InputError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
-    told = {"kind": kind, "about": json.dumps(about), "sums": json.dumps(sums)}
-    with written_whole(path) as (fresh,):
-        save_file(dict(tensors), fresh, metadata=told)
+    metadata = {"kind": kind, "about": json.dumps(about), "sums": json.dumps(sums)}
+    with written_whole(path) as (temporary,):
+        save_file(dict(tensors), temporary, metadata=metadata)
 
 
 @contextmanager
-def open_tensors(path: Path, kind: str, again: str) -> Iterator[Described]:
-    """Opens a file of `write_tensors`.
+def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
+    """Opens a file that `write_tensors` wrote.
 
     Args:
-        path: of the file.
-        kind: what it must say that it is.
-        again: how it comes to be, for the errors: "collect it anew", say.
+        path: the file.
+        kind: expected file type, including the format version.
+        advice: how to obtain an intact file, for error messages, such as "collect it again".
 
     Raises:
-        InputError: the file is not there, cannot be read, is of another kind, or is damaged.
+        InputError: the file does not exist, cannot be read, is of another kind, or is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
         except FileNotFoundError as error:
-            raise InputError(f"{str(path)!r} is not there; name a file of {kind!r}") from error
+            raise InputError(f"file {str(path)!r} does not exist; expected a {kind!r} file") from error
         except OSError as error:
-            raise InputError(f"{str(path)!r} cannot be read ({error}); name a file of {kind!r}") from error
+            raise InputError(f"cannot read {str(path)!r} ({error}); expected a {kind!r} file") from error
         except SafetensorError as error:
-            raise damaged(path, f"or no file of {kind!r} ({error})", again) from error
-        if told.get("kind") != kind:
+            raise InputError(f"{str(path)!r} is damaged or not a {kind!r} file ({error}); {advice}") from error
+        if metadata.get("kind") != kind:
             raise InputError(
-                f"{str(path)!r} is a safetensors file that calls itself {told.get('kind', 'nothing')!r}, not {kind!r}; "
-                "name one of this kind and of this version's format"
+                f"{str(path)!r} is a safetensors file of kind {metadata.get('kind')!r}, expected {kind!r}; pass a file "
+                "of that kind and format version"
             )
         try:
-            about, sums = json.loads(told["about"]), json.loads(told["sums"])
+            about, sums = json.loads(metadata["about"]), json.loads(metadata["sums"])
             if not isinstance(about, dict) or not isinstance(sums, dict):
-                raise ValueError("no JSON objects")
+                raise ValueError("expected JSON objects")
         except (KeyError, ValueError) as error:
-            raise damaged(path, f"its description cannot be read ({error})", again) from error
+            raise damaged(path, f"its metadata cannot be read ({error})", advice) from error
         yield Described(file, about, sums)
 
 
-def damaged(path: str | Path, why: str, again: str) -> InputError:
-    """The error of a file that is not what was written."""
-    return InputError(f"{str(path)!r} is damaged: {why}; {again}")
+def damaged(path: str | Path, why: str, advice: str) -> InputError:
+    """Returns the error for a file that differs from what was written."""
+    return InputError(f"{str(path)!r} is damaged: {why}; {advice}")

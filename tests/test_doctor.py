@@ -1,4 +1,4 @@
-"""The report says what runs and why the rest does not, also on a machine where little works."""
+"""The doctor report lists available and unavailable backends, also with missing packages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlsedit_fast import doctor
 from rlsedit_fast.ops import dispatch
 
 
-def test_report_explains_every_backend_that_cannot_run():
+def test_report_gives_a_reason_for_every_unavailable_backend():
     for name, backend in doctor.report()["backends"].items():
         assert backend["available"] == (name in dispatch.available_backends())
         assert backend["available"] != bool(backend["reason"])
         assert set(backend["operations"]) <= set(dispatch.OPERATIONS)
 
 
-def test_json_goes_to_standard_output_or_a_file(tmp_path, capsys):
+def test_json_to_stdout_or_file(tmp_path, capsys):
     assert doctor.main(["--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert doctor.main(["--json", str(tmp_path / "report.json")]) == 0
@@ -37,7 +37,7 @@ def test_text_names_every_backend_and_reason(capsys):
 
 
 @pytest.mark.parametrize("content", [None, "{ not json"])
-def test_a_lost_or_damaged_build_record_is_told(content, tmp_path, monkeypatch):
+def test_missing_or_damaged_build_record_is_reported(content, tmp_path, monkeypatch):
     record = tmp_path / "_build.json"
     if content is not None:
         record.write_text(content)

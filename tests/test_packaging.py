@@ -1,4 +1,4 @@
-"""What an installation holds, and that the repository's layout harms nobody's imports."""
+"""Contents of an installation, and imports from the root of the repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc", "k
 
 
 def run(*command, cwd, **environment):
-    """The finished process, its two streams together."""
+    """Runs a command; stdout contains both streams."""
     return subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -36,7 +36,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what is built, without what was built."""
+    """A copy of the sources without build outputs."""
     leave = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "build", "*.egg-info")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -54,12 +54,12 @@ def test_transformers_imports_from_the_root_of_the_repository():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_folder_kernels_is_no_package():
+def test_kernels_folder_is_not_a_package():
     assert (ROOT / "kernels" / "triton" / "__init__.py").exists()
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_native_sources_know_no_torch():
+def test_native_sources_do_not_include_torch():
     files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -68,7 +68,7 @@ def test_native_sources_know_no_torch():
 
 @pytest.fixture
 def installed():
-    """The installed distribution, where it is the one under test."""
+    """The installed distribution; skips if the package is not installed."""
     try:
         found = metadata.distribution("rlsedit-fast")
     except metadata.PackageNotFoundError:
@@ -76,14 +76,14 @@ def installed():
     return found
 
 
-def test_an_installation_has_the_kernels_the_version_and_the_command(installed):
+def test_installation_has_kernels_version_and_command(installed):
     assert importlib.import_module("rlsedit_fast.kernels").__name__ == "rlsedit_fast.kernels"
     assert "rlsedit_downdate(" in cuda_launch.source()
     assert installed.version == __version__
     assert {entry.name: entry.value for entry in installed.entry_points} == {"rlsedit": "rlsedit_fast.cli:main"}
 
 
-def test_the_package_imports_no_transformers():
+def test_package_does_not_import_transformers():
     code = "import sys, rlsedit_fast; print('transformers' in sys.modules)"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stdout
@@ -91,7 +91,7 @@ def test_the_package_imports_no_transformers():
 
 
 @pytest.mark.slow
-def test_a_pure_python_wheel_is_whole(source, tmp_path):
+def test_pure_python_wheel_is_complete(source, tmp_path):
     pytest.importorskip("setuptools", reason="needs setuptools")
     wheel = [
         sys.executable,
@@ -122,19 +122,19 @@ def test_a_pure_python_wheel_is_whole(source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trouble", ["no compiler", "bad source"])
-def test_a_native_part_that_cannot_be_built_is_left_out_in_words(trouble, source, tmp_path):
+@pytest.mark.parametrize("problem", ["no compiler", "bad source"])
+def test_failed_native_build_is_skipped_with_a_reason(problem, source, tmp_path):
     pytest.importorskip("setuptools", reason="needs setuptools")
     environment = {"RLSEDIT_BUILD_CUDA": "0"}
-    if trouble == "no compiler":
+    if problem == "no compiler":
         environment.update(PATH="/nonexistent", CXX="")
-        told = "no C++ compiler was found"
+        reason = "no C++ compiler was found"
     else:
         if not (shutil.which("c++") and shutil.which("cmake") and importlib.util.find_spec("pybind11")):
             pytest.skip("needs a compiler, CMake and pybind11")
         for path in source.glob("csrc/cpu/*.cpp"):
             path.write_text("this is no C++;\n")
-        told = "this is no C++"
+        reason = "this is no C++"
     build = [sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out"]
 
     done = run(*build, cwd=source, **environment)
@@ -142,17 +142,17 @@ def test_a_native_part_that_cannot_be_built_is_left_out_in_words(trouble, source
     assert "WARNING: rlsedit-fast is installed without its CPU extension" in done.stdout
     facts = json.loads((tmp_path / "out/rlsedit_fast/ops/_build.json").read_text())
     assert facts["cpu"]["built"] is False
-    assert told in facts["cpu"]["reason"]
+    assert reason in facts["cpu"]["reason"]
     assert not list(tmp_path.glob("out/rlsedit_fast/ops/_cpu*"))
 
     done = run(*build, cwd=source, **environment, RLSEDIT_BUILD_CPU="1")
     assert done.returncode != 0
     assert "required by RLSEDIT_BUILD_CPU=1" in done.stdout
-    assert not (tmp_path / "out/rlsedit_fast/ops/_build.json").exists(), "what it says of the build before is no more"
-    assert told in done.stdout
+    assert not (tmp_path / "out/rlsedit_fast/ops/_build.json").exists(), "the record of the previous build is removed"
+    assert reason in done.stdout
 
 
-def test_a_switch_with_a_wrong_value_is_refused(source, tmp_path):
+def test_invalid_build_switch_is_rejected(source, tmp_path):
     pytest.importorskip("setuptools", reason="needs setuptools")
     done = run(sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out", cwd=source, RLSEDIT_BUILD_CPU="yes")
     assert done.returncode != 0

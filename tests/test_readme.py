@@ -1,4 +1,4 @@
-"""The README's commands and its Python run as they are printed."""
+"""The commands and Python examples of the README run."""
 
 import json
 import re
@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def block(heading: str, language: str = "python") -> str:
-    """The first block of a language below a heading."""
+    """Returns the first block of a language below a heading."""
     _, _, rest = README.read_text().partition(f"\n## {heading}\n")
     found = re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)
     assert found, heading
@@ -20,8 +20,8 @@ def block(heading: str, language: str = "python") -> str:
 
 
 @pytest.fixture
-def desk(tokenizer, tmp_path, monkeypatch):
-    """A folder with a checkpoint and some text, the current one; a cache of its own."""
+def workdir(tokenizer, tmp_path, monkeypatch):
+    """Working directory with a checkpoint, a text file and its own cache."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -41,53 +41,53 @@ def desk(tokenizer, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_run(desk, capsys):
+def test_commands(workdir, capsys):
     from rlsedit_fast.cli import main
 
-    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"))
+    (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
     lines = [line.partition("#")[0] for line in block("Edit your own model", "bash").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
     assert [command[:2] for command in commands] == [["rlsedit", name] for name in ("show", "statistics", "edit")]
     *before, (_, *edit) = commands
     assert [main(arguments) for _, *arguments in before] == [0, 0]
-    code, report = main(edit), json.loads((desk / "report.json").read_text())
-    assert code == bool(report["not_stated"]), "an untrained model need not state what is written"
+    code, report = main(edit), json.loads((workdir / "report.json").read_text())
+    assert code == bool(report["not_stated"]), "an untrained model may not state the targets"
     assert report["made"] == 2
     assert "text.txt" in report["anchors"]
-    assert (desk / "edited" / "model.safetensors").exists()
-    assert "2 of 2 edits made" in capsys.readouterr().out
+    assert (workdir / "edited" / "model.safetensors").exists()
+    assert "2 of 2 edits applied" in capsys.readouterr().out
 
 
-def test_the_editor_example_runs(desk, capsys):
+def test_editor_example(workdir, capsys):
     code = block("Edit from Python").replace("path/to/checkpoint", "checkpoint")
     assert "generate(...)" in code
     names: dict = {}
     exec(code.replace("generate(...)", "eval()"), names)
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active"]
     assert "1 France" in capsys.readouterr().out
-    for written in ("out/model.safetensors", "edits.safetensors", "adapter/adapter_model.safetensors"):
-        assert (desk / written).exists()
+    for path in ("out/model.safetensors", "edits.safetensors", "adapter/adapter_model.safetensors"):
+        assert (workdir / path).exists()
 
 
-def test_edits_that_last_do(desk, capsys):
+def test_store_commands(workdir, capsys):
     from rlsedit_fast.cli import main
 
-    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"))
+    (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
     lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
     names = ["edit", "history", "undo", "replace", "status", "consolidate"]
     assert [command[:2] for command in commands] == [["rlsedit", name] for name in names]
     for _, name, *arguments in commands:
-        # An untrained model need not state what is written, which `edit` answers with 1.
+        # An untrained model may not state the targets; then `edit` returns 1.
         assert main([name, *arguments]) in ((0, 1) if name == "edit" else (0,))
-    assert (desk / "edited-2" / "model.safetensors").exists()
+    assert (workdir / "edited-2" / "model.safetensors").exists()
     names = {}
     exec("import rlsedit_fast as rf\n" + block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
     assert "3 France Nice active\n4 Spain Bilbao undone" in capsys.readouterr().out
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active", "undone"]
 
 
-def test_the_solver_example_runs():
+def test_solver_example():
     import rlsedit_fast as rf
 
     torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""Ways in which editing goes wrong without a word: state that outlives its editor, names that are believed, searches
-that fall short.
-"""
+"""Silent failures of editing: state shared between editors, trust in model names, searches that do not converge."""
 
 from __future__ import annotations
 
@@ -53,32 +51,32 @@ def edited(model, tokenizer, config):
     return weights(model)
 
 
-def test_editors_at_work_in_turn_do_what_each_does_alone(make_model, tokenizer):
-    """The second has the first one's architecture and tokenizer and other settings, the third another model."""
+def test_alternating_editors_equal_separate_ones(make_model, tokenizer):
+    """The second editor has the same architecture and tokenizer with other settings, the third another model."""
     kinds = [("llama", ONE), ("llama", OTHER), ("gpt2", ONE)]
     alone = [edited(make_model(name), tokenizer, config) for name, config in kinds]
     editors = [rf.Editor(make_model(name), tokenizer, config=config) for name, config in kinds]
-    for batch in (EDITS[:2], EDITS[2:]):  # two calls are two batches of one call, as lam is given
+    for batch in (EDITS[:2], EDITS[2:]):  # since lam is given, two calls equal two batches of one call
         for editor in editors:
             editor.edit(batch)
-    for editor, wanted in zip(editors, alone, strict=True):
-        assert same(weights(editor.model), wanted)
+    for editor, expected in zip(editors, alone, strict=True):
+        assert same(weights(editor.model), expected)
     assert not same(alone[0], alone[1])
 
 
 def test_every_editor_has_its_own_contexts(make_model, tokenizer):
-    """What was asked for first in this process must not be what is asked for from then on."""
+    """Contexts of the first editor in a process must not be used by later ones."""
     model = make_model("llama")
     for prefixes in (("", "People speak ."), ("", "Bada plays the flute .", "Well ."), ("",)):
         config = rf.EditConfig(layers=(1,), context_prefixes=prefixes, kl_prompts=("{} speaks",) * len(prefixes))
         for request in rf.Editor(model, tokenizer, config=config).requests(EDITS):
             filled = request.edit.prompt.format(request.edit.subject)
-            wanted = [tokenizer(f"{prefix} {filled}")["input_ids"] for prefix in prefixes]
-            assert [row.ids[: row.prompt_length] for row in request.contexts] == wanted
+            expected = [tokenizer(f"{prefix} {filled}")["input_ids"] for prefix in prefixes]
+            assert [row.ids[: row.prompt_length] for row in request.contexts] == expected
             assert len(request.kl) == len(prefixes)
 
 
-def test_no_seed_changes_an_edit_and_no_edit_draws_from_a_shared_generator(make_model, tokenizer):
+def test_edits_do_not_depend_on_or_use_global_generators(make_model, tokenizer):
     torch.manual_seed(1)
     random.seed(1)
     first = edited(make_model("llama"), tokenizer, ONE)
@@ -92,7 +90,7 @@ def test_no_seed_changes_an_edit_and_no_edit_draws_from_a_shared_generator(make_
 
 
 def module_state():
-    """Everything that a module of the package could remember something in: its containers, by content."""
+    """Returns copies of all module-level containers of the package."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "rlsedit_fast":
@@ -102,7 +100,7 @@ def module_state():
     return found
 
 
-def test_no_module_remembers_an_edit(make_model, tokenizer):
+def test_modules_keep_no_state_between_edits(make_model, tokenizer):
     edited(make_model("llama"), tokenizer, ONE)
     before = module_state()
     assert len(before) > 5
@@ -113,7 +111,7 @@ def test_no_module_remembers_an_edit(make_model, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_models_name_and_path_change_nothing(make_model, tokenizer, name):
+def test_name_and_path_of_a_model_have_no_effect(make_model, tokenizer, name):
     model, disguised = make_model(name), make_model(name)
     for false in ("openai-community/gpt2-xl", "/models/gpt-j-6b/Llama-3-8B-Qwen2.5-7B-gemma-2-mixtral"):
         disguised.config._name_or_path = disguised.name_or_path = false
@@ -145,7 +143,7 @@ def demo_config(**changes):
 
 
 @pytest.mark.parametrize("descent", ["normalized", "adam"])
-def test_an_edit_whose_search_fell_short_is_made_and_says_so(descent, caplog):
+def test_unconverged_edits_are_applied_and_reported(descent, caplog):
     model, tokenizer = load_demo_model()
     before = weights(model)
     rate = 1.0 if descent == "adam" else None
@@ -165,8 +163,8 @@ def test_an_edit_whose_search_fell_short_is_made_and_says_so(descent, caplog):
     assert not same(weights(model), before)
 
 
-def test_steps_longer_than_the_clamp_do_not_keep_the_search_from_stopping():
-    """Adam's first step, rate * sqrt(d), leaves the ball, and on its surface the total loss stays above the bound."""
+def test_search_stops_if_steps_exceed_the_clamp():
+    """The first step of Adam, rate * sqrt(d), exceeds the clamp, where the total loss stays above the threshold."""
     model, tokenizer = load_demo_model()
     config = demo_config(search_descent="adam", search_rate=10.0, search_stop_nll=0.05, weight_decay=20.0)
     decoder = find_decoder(model)
@@ -174,6 +172,6 @@ def test_steps_longer_than_the_clamp_do_not_keep_the_search_from_stopping():
         site = find_site(decoder, decoder.select(config.layers))
         found = search_values(site, prepare(tokenizer, facts(10), config, longest=None), config)
     step = config.search_rate * math.sqrt(found.delta.shape[1])
-    assert step > 2 * float(found.delta.norm(dim=1).max()), "the clamp holds what the step would do"
+    assert step > 2 * float(found.delta.norm(dim=1).max()), "the clamp limits the step"
     assert bool(found.converged.all())
     assert int(found.steps.max()) < config.search_steps

@@ -1,8 +1,8 @@
-"""The command line: `rlsedit edit`, `history`, `undo`, `replace`, `status` and the rest of `COMMANDS`.
+"""The `rlsedit` command line.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 all of it was done; 1 it was done, but some records were
-left out; 2 it was refused or failed, for the reason given; 130 it was interrupted; 141 whoever read stdout went away.
-Edits that were made before a batch failed or the run was interrupted are written and reported.
+Results go to stdout, everything else to stderr. Exit codes: 0 success; 1 partial success, some records were skipped or
+some edits did not succeed; 2 error; 130 interrupted; 141 the reader of stdout closed the pipe. Edits applied before an
+error or an interrupt are written and reported.
 """
 
 from __future__ import annotations
@@ -18,64 +18,65 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlsedit_fast.cli.places import check_places
-from rlsedit_fast.cli.words import spoken
 from rlsedit_fast.errors import RLSEditError
 
-DONE, LEFT_OUT, REFUSED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 COMMANDS = (
     *("edit", "history", "undo", "replace", "status", "consolidate"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
-"""Each is a module of this package with `HELP`, `add(parser)` and `run(options) -> exit code`."""
+"""Modules of this package, each with `HELP`, `add(parser)` and `run(options) -> exit code`."""
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    told = "rlsedit"
+    prog = "rlsedit"
     try:
         try:
             parser = argparse.ArgumentParser(
-                prog="rlsedit", description="Edit facts in language models and keep the rest."
+                prog="rlsedit",
+                description="Edit facts in language models with recursive least squares (RLSEdit).",
+                epilog="Run `rlsedit COMMAND --help` for the options of a command.",
             )
-            commands = parser.add_subparsers(dest="command", required=True)
+            commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
             modules = {name: importlib.import_module(f"rlsedit_fast.cli.{name}") for name in COMMANDS}
             for name, module in modules.items():
                 module.add(commands.add_parser(name, help=module.HELP, description=module.HELP))
             options = parser.parse_args(argv)
-            told = f"rlsedit {options.command}"
+            prog = f"rlsedit {options.command}"
             check_places(options)
             code: int = modules[options.command].run(options)
             return code
         finally:
-            sys.stdout.flush()  # here, where it is seen that nobody reads, and not at the interpreter's end
+            sys.stdout.flush()  # raises BrokenPipeError here and not at interpreter exit
     except RLSEditError as error:
-        print(f"{told}: {spoken(error)}", file=sys.stderr)
-        return REFUSED
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
-        print(f"{told}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _stdout_closed():
             return NO_READER
-        logger.debug("%s: unforeseen", told, exc_info=True)
-        print(f"{told}: {unforeseen(error)}", file=sys.stderr)
-        return REFUSED
+        logger.debug("%s: unexpected error", prog, exc_info=True)
+        print(f"{prog}: error: {unexpected(error)}", file=sys.stderr)
+        return FAILED
 
 
-def unforeseen(error: Exception) -> str:
-    """An error that the package does not raise on purpose, in one line: its kind, its text, and where it came up."""
-    at = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in at)
+def unexpected(error: Exception) -> str:
+    """Formats an error that is not an `RLSEditError` in one line: type, message and source line."""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in frames)
     text = " ".join(str(error).split())
-    return f"unforeseen {type(error).__name__}{': ' * bool(text)}{text}{where}"
+    return f"unexpected {type(error).__name__}{': ' * bool(text)}{text}{where}"
 
 
-def _nobody_reads() -> bool:
-    """Whether stdout's reader is gone; then what is left for it goes nowhere, silently."""
-    with suppress(OSError, ValueError):  # a stdout that is no file
+def _stdout_closed() -> bool:
+    """Returns whether the reader of stdout is gone; if so, redirects stdout to the null device."""
+    with suppress(OSError, ValueError):  # stdout without a file descriptor
         out, pipe = sys.stdout.fileno(), select.poll()
         pipe.register(out, select.POLLOUT)
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):

@@ -1,4 +1,4 @@
-"""`rlsedit apply`: a delta onto its base."""
+"""`rlsedit apply`: apply a delta file to its base model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.export import apply_delta
 
-HELP = "put a delta onto the model that it was made from, and write the edited checkpoint"
+HELP = "apply a delta file to its base model and write the edited checkpoint"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
-    parser.add_argument("--delta", type=Path, required=True, metavar="FILE", help="written by edit or export")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an ordinary checkpoint")
+    parser.add_argument(
+        "--delta",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="delta file written by `rlsedit edit` or `rlsedit export`",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited checkpoint")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     check_checkpoint(options.out, options.model)
     check_places(options, folders=("out",))
     model, tokenizer = setup.load_model(options)
@@ -35,6 +41,6 @@ def run(options: argparse.Namespace) -> int:
         tokenizer.save_pretrained(options.out)
         written.files.append(f"checkpoint: {options.out}")
     with written.attempt():
-        emit(asdict(report) | {"out": str(options.out)} | written.told, written.files, options.json)
+        emit(asdict(report) | {"out": str(options.out)} | written.to_json, written.files, options.json)
     written.raise_failures()
     return DONE

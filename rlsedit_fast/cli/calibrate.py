@@ -1,19 +1,19 @@
-"""`rlsedit calibrate`: what an adherence means for a model and edits like those to come."""
+"""`rlsedit calibrate`: compare values of adherence on a sample of edits."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 
-from rlsedit_fast.cli import DONE, LEFT_OUT, setup
+from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 
-HELP = "what an adherence asks of mu and lam, and what it costs the anchors, without changing anything"
+HELP = "show the mu and lam that each adherence gives and how far it moves the anchors; the model is not modified"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
     add_facts(parser)
     parser.add_argument(
@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=setup.at_least_one,
         metavar="N",
         default=100,
-        help="how many of the edits to look at (default 100)",
+        help="calibrate on the first N edits (default 100)",
     )
     parser.add_argument(
         "--adherences",
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="A",
         default=[0.8, 0.9, 0.95, 0.975, 0.99],
-        help="to compare",
+        help="adherence values to compare (default 0.8 0.9 0.95 0.975 0.99)",
     )
     setup.add_settings(parser)
     setup.add_anchors(parser)
@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     setup.show_warnings()
     setup.settle_text(options)
     facts = read_facts(options)
@@ -53,4 +53,4 @@ def run(options: argparse.Namespace) -> int:
         lines.append(f"{row.adherence:9.3f}  {row.realized:8.3f}  {row.mu[0]:10.4g}  {lam:>22}  {leaks}")
     results = {"layers": list(editor.layers), "anchors": anchors, "rows": [asdict(row) for row in rows]}
     emit({**results, "left_out": facts.left_out}, lines, options.json)
-    return LEFT_OUT if facts.left_out else DONE
+    return PARTIAL if facts.left_out else DONE

@@ -1,4 +1,4 @@
-"""`rlsedit consolidate`: layers made afresh from what is active, and a smaller store."""
+"""`rlsedit consolidate`: rebuild the edited layers from the active edits and compact the store."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import asdict
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.status import status_lines
-from rlsedit_fast.cli.stores import add_model, add_store, open_editor
+from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.memory import size
 
-HELP = "rebuild the layers in float64 from a store's active edits, and make the store small again"
+HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_store(parser)
-    add_model(parser)
+    setup.add_model(parser, required=False)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     setup.show_warnings()
     with open_editor(options) as editor:
         freed = editor.consolidate()
         status = editor.status()
-    what = f"{size(freed)} smaller" if freed >= 0 else f"{size(-freed)} larger, by its first snapshot"
-    lines = [f"rebuilt from {status.edits['active']} active edits; the store is {what}"]
+    change = f"{size(freed)} smaller" if freed >= 0 else f"{size(-freed)} larger (its first snapshot)"
+    lines = [f"rebuilt from {status.edits['active']} active edits; the store is {change}"]
     emit({"freed": freed, "status": asdict(status)}, lines + status_lines(status), options.json)
     return 0

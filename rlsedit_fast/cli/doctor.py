@@ -1,4 +1,4 @@
-"""`rlsedit doctor`: versions, backends, and why one is missing."""
+"""`rlsedit doctor`: print versions, machine, backends and build."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import argparse
 from rlsedit_fast.cli import DONE
 from rlsedit_fast.cli.output import add_json, emit
 
-HELP = "versions, backends, and why one is missing"
+HELP = "print versions, machine, backends and why a backend is unavailable"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     from rlsedit_fast import doctor
 
     facts = doctor.report()

@@ -1,4 +1,4 @@
-"""`rlsedit edit`: facts from a file into a model, and the edited model, or its change alone, onto the disk."""
+"""`rlsedit edit`: apply edits from a file and write the edited model, a delta or an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.cli import DONE, INTERRUPTED, LEFT_OUT, setup
+from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.interrupts import Interrupts, interrupts
@@ -27,11 +27,11 @@ from rlsedit_fast.store import Store
 if TYPE_CHECKING:
     from rlsedit_fast.evaluation.outcome import Said
 
-HELP = "edit facts from a file into a model"
+HELP = "apply edits from a file to a model"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
     add_facts(parser)
     setup.add_settings(parser)
@@ -40,32 +40,32 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--protect",
         type=Path,
         metavar="FILE",
-        help="prompts, one a line, whose continuations are to stay; a store's own are passed over",
+        help="file of prompts, one per line, whose continuations are preserved; prompts already protected are ignored",
     )
     parser.add_argument(
         "--store",
         type=Path,
         metavar="DIR",
-        help="keep the edits there, or go on with those that are there: they outlive a crash and can be taken back. "
-        "Edits of the file that the store has already are left as they are, undone and replaced ones among them",
+        help="crash-safe store of the edits, which allows undo; created if it does not exist. Edits of the file that "
+        "are already in the store are skipped, including undone and replaced ones",
     )
     parser.add_argument(
-        "--again", action="store_true", help="tell edits anew that the store has as undone, replaced or skipped"
+        "--again", action="store_true", help="also apply edits that are undone, replaced or skipped in the store"
     )
     add_exports(parser)
-    parser.add_argument("--no-evaluation", action="store_true", help="do not ask the model about the edits at the end")
+    parser.add_argument("--no-evaluation", action="store_true", help="do not evaluate the edits before and after")
     parser.add_argument(
-        "--dry-run", action="store_true", help="read, check, and say what it would take; change nothing"
+        "--dry-run", action="store_true", help="check the edits and print layers and memory; nothing is modified"
     )
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it. Interrupted, it finishes the batch, writes what was made until then, and says how much that is."""
+    """Runs the command; on an interrupt, finishes the batch, writes the outputs and reports what was applied."""
     setup.show_warnings()
     setup.settle_text(options)
     if options.again and options.store is None:
-        raise InputError("--again is about the edits of a store; name --store DIR, or leave it out")
+        raise InputError("--again requires --store DIR; add it or omit --again")
     if not options.dry_run:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
@@ -80,7 +80,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     from rlsedit_fast.evaluation.outcome import ask, outcome
 
     facts = sift(editor, facts, options)
-    facts, known, past = _not_yet_made(editor, facts, again=options.again)
+    facts, known, past = _new_facts(editor, facts, again=options.again)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
     results: dict[str, Any] = {
@@ -95,42 +95,42 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         "config": asdict(editor.config),
     }
     if options.dry_run:
-        lines = [f"{len(facts.edits)} edits would be made; nothing was changed", *_past_lines(past)]
+        lines = [f"{len(facts.edits)} edits would be applied; nothing was modified", *_past_lines(past)]
         emit(results, lines, options.json)
-        return LEFT_OUT if facts.left_out or past else DONE
+        return PARTIAL if facts.left_out or past else DONE
     if known_prompts := set(editor.protected).intersection(protected):
-        say(f"{len(known_prompts)} of {len(protected)} prompts are protected already, and stay so")
+        say(f"{len(known_prompts)} of {len(protected)} prompts are already protected")
         protected = [prompt for prompt in protected if prompt not in known_prompts]
     if not facts.edits:
         _protect(editor, protected)
         written = _write(editor, options)
-        results |= written.told
-        lines = [f"all {len(known) + len(past)} edits are in the store already; the model was told nothing"]
+        results |= written.to_json
+        lines = [f"all {len(known) + len(past)} edits are already in the store; no edit was applied"]
         with written.attempt():
             emit(results, lines + _past_lines(past) + written.files, options.json)
         written.raise_failures()
-        return LEFT_OUT if facts.left_out or past else DONE
-    taken_up = bool(editor.priors)
-    if taken_up and (options.statistics or options.text or options.self_generate or options.no_anchors):
+        return PARTIAL if facts.left_out or past else DONE
+    resumed = bool(editor.priors)
+    if resumed and (options.statistics or options.text or options.self_generate or options.no_anchors):
         raise InputError(
-            f"the store {str(options.store)!r} has its anchors already, which hold for all of its edits; leave out "
-            "--statistics, --text, --self-generate and --no-anchors, or make another store"
+            f"the anchors of the store {str(options.store)!r} are fixed and apply to all of its edits; omit "
+            "--statistics, --text, --self-generate and --no-anchors, or create another store"
         )
-    results["anchors"] = "the store's" if taken_up else setup.anchor(editor, options)
+    results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)
     before: Said | None = None
     if not options.no_evaluation:
         before = ask(editor.model, editor.tokenizer, facts.edits)
         results["before"] = asdict(outcome(facts.edits, before, before))
-    with _warnings_left_to_the_summary():
+    with _warnings_deferred():
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
-    with _warnings_left_to_the_summary(), interrupts() as presses:
-        made, error = _edit(editor, facts, presses, results)
-        if made and before is not None:
-            error = _ask(editor, made, before, presses, results) or error
+    with _warnings_deferred(), interrupts() as presses:
+        applied, error = _edit(editor, facts, presses, results)
+        if applied and before is not None:
+            error = _evaluate(editor, applied, before, presses, results) or error
         written = _write(editor, options)
-        results |= written.told
+        results |= written.to_json
         with written.attempt():
             emit(results, _summary(results), options.json)
     if error is not None:
@@ -139,38 +139,38 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     written.raise_failures()
     if presses.seen:
         return INTERRUPTED
-    return LEFT_OUT if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
+    return PARTIAL if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
 
 
 def _protect(editor: Editor, prompts: list[str]) -> None:
     if prompts:
-        say(f"{editor.protect(prompts)} tokens of {len(prompts)} prompts are protected")
+        say(f"protected {editor.protect(prompts)} tokens of {len(prompts)} prompts")
 
 
-class _Finished(Exception):
-    """The batch under way when the user interrupted is written."""
+class _Interrupted(Exception):
+    """Ends editing after an interrupt, once the current batch is applied."""
 
 
 def _edit(
     editor: Editor, facts: Facts, presses: Interrupts, results: dict[str, Any]
 ) -> tuple[dict[str, Edit], Exception | None]:
-    """Makes the edits, batch by batch, and enters what became of them into `results`; those made, by their place."""
+    """Applies the edits in batches and fills in `results`; returns the applied edits by place, and the error if any."""
     first = len(editor.history())
     error: Exception | None = None
     began = time.perf_counter()
     with presses.patient(1), progress(len(facts.edits), "editing", "edit") as bar:
 
-        def written(made: list[EditRecord]) -> None:
-            bar.update(len(made))
+        def on_batch(records: list[EditRecord]) -> None:
+            bar.update(len(records))
             if presses.seen:
-                raise _Finished
+                raise _Interrupted
 
         try:
-            editor.edit(facts.edits, on_batch=written)
-        except _Finished:
+            editor.edit(facts.edits, on_batch=on_batch)
+        except _Interrupted:
             pass
-        except Exception as trouble:  # whatever it is, the batches before it are made
-            error = trouble
+        except Exception as failure:  # the batches before it are applied and must be written
+            error = failure
     records = editor.history()[first:]
     places = dict(zip((record.id for record in records), facts.places, strict=False))
     results["seconds"] = time.perf_counter() - began
@@ -183,55 +183,55 @@ def _edit(
     results["not_stated"] = [places[record.id] for record in active if not record.success]
     results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    made = {
+    applied = {
         places[record.id]: edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped
     }
-    return made, error
+    return applied, error
 
 
-def _ask(
-    editor: Editor, made: dict[str, Edit], before: Said, presses: Interrupts, results: dict[str, Any]
+def _evaluate(
+    editor: Editor, applied: dict[str, Edit], before: Said, presses: Interrupts, results: dict[str, Any]
 ) -> Exception | None:
-    """Asks the model about the edits that were made, by place; Ctrl-C ends that, and the rest is written without."""
+    """Evaluates the applied edits, given by place; Ctrl-C skips the evaluation."""
     from rlsedit_fast.evaluation.outcome import ask, outcome, stated
 
     with presses.patient(0):
         try:
-            edits = list(made.values())
+            edits = list(applied.values())
             after = ask(editor.model, editor.tokenizer, edits)
-            # Of the same edits, where not all of them were made.
+            # Restrict "before" to the edits that were applied.
             results |= {
                 "before": asdict(outcome(edits, before, before)),
                 "after": asdict(outcome(edits, after, before)),
             }
-            # Later batches may have changed what was measured when an edit was written.
-            results["not_stated"] = [place for place, edit in made.items() if not stated(edit, after)]
-        except Exception as trouble:
-            return trouble
+            # Later batches may have changed the answers measured right after an edit.
+            results["not_stated"] = [place for place, edit in applied.items() if not stated(edit, after)]
+        except Exception as failure:
+            return failure
     if "after" not in results:
-        say("interrupted: the model is not asked about the edits; writing what was made")
+        say("interrupted: skipping the evaluation; writing the results so far")
     return None
 
 
 def _write(editor: Editor, options: argparse.Namespace) -> Written:
-    """Writes the exports, where there is a change to write: a store may have edits though this run made none."""
+    """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
         return write_exports(editor, options)
     if options.out or options.delta or options.adapter:
-        say("no edit is active: there is no change to write, and nothing was written")
+        say("no edit is active: nothing was written")
     return Written()
 
 
-def _not_yet_made(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, list[str], list[dict[str, str]]]:
-    """The facts that the history does not have: a run that was cut off goes on, and what was taken back stays so.
+def _new_facts(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, list[str], list[dict[str, str]]]:
+    """Selects the facts that are not in the history, so that an interrupted run can be resumed.
 
     Args:
-        editor: of a new store or one that has edits.
-        facts: of the file.
-        again: only active edits are left out.
+        editor: editor with a new or an existing store, or without one.
+        facts: facts of the file.
+        again: skip only active edits, and apply undone, replaced and skipped ones again.
 
     Returns:
-        The facts that are left; where those stand that are active; and `{place, state}` of those that are not.
+        The facts to apply; the places of edits that are already active; and `{place, state}` of the other skipped ones.
     """
     states: dict[tuple[str, str, str, float], str] = {}
     for r in editor.history():
@@ -248,7 +248,7 @@ def _not_yet_made(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, 
         if state not in (None, "active")
     ]
     if known:
-        say(f"{len(known)} of {len(facts.edits)} edits are in the store already, and stay as they are")
+        say(f"skipping {len(known)} of {len(facts.edits)} edits that are already active in the store")
     left = [at for at, state in enumerate(found) if state is None]
     kept = replace(facts, places=[facts.places[at] for at in left], edits=[facts.edits[at] for at in left])
     return kept, known, past
@@ -258,34 +258,36 @@ def _past_lines(past: list[dict[str, str]]) -> list[str]:
     if not past:
         return []
     counts = Counter(entry["state"] for entry in past)
-    told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return [f"{len(past)} edits stay what the store's history has them as ({told}); --again tells them anew"]
+    states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    return [f"skipped {len(past)} edits of the store that are not active ({states}); --again applies them again"]
 
 
 def _summary(results: dict[str, Any]) -> list[str]:
     made, seconds = results["made"], results["seconds"]
-    lines = [f"{made} of {results['edits']} edits made in {seconds:.1f} s"]
+    lines = [f"{made} of {results['edits']} edits applied in {seconds:.1f} s"]
     for what, count in (
-        ("not made, since the run ended before them", len(results["not_made"])),
-        ("skipped, since their value search had not converged", len(results["skipped"])),
-        ("made though their value search had found no value that states the target", len(results["not_converged"])),
-        ("records left out of the file", len(results["left_out"])),
+        ("not applied, because the run ended before", len(results["not_made"])),
+        ("skipped, because the value search did not converge", len(results["skipped"])),
+        ("applied although the value search did not converge", len(results["not_converged"])),
+        ("invalid records skipped", len(results["left_out"])),
     ):
         if count:
             lines.append(f"{count} {what}")
     if failed := results["not_stated"]:
         lines.append(
-            f"{made - len(failed)} of {made} are stated by the model now, {len(failed)} are not: "
+            f"the model states the target of {made - len(failed)} of {made} edits; not of {len(failed)}: "
             f"{', '.join(listed(map(str, failed), 10))}"
         )
-        lines.append("to state more: a higher --adherence, more text for the anchors, or fewer edits of one kind")
+        lines.append(
+            "to improve: raise --adherence, use more text for the anchors, or apply fewer edits of one relation"
+        )
     lines += _past_lines(results["left_as_they_became"])
     if "after" in results:
         lines.append(f"{'':44}{'before':>8}{'after':>8}")
         for name, what in (
-            ("efficacy", "targets said, every token ranked first"),
-            ("generalization", "the same after paraphrases"),
-            ("specificity", "neighbourhood prompts unchanged"),
+            ("efficacy", "efficacy (all target tokens ranked first)"),
+            ("generalization", "generalization (same, on paraphrases)"),
+            ("specificity", "specificity (neighborhood unchanged)"),
         ):
             was, now = (results[when][name] for when in ("before", "after"))
             if now["of"]:
@@ -296,8 +298,8 @@ def _summary(results: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _warnings_left_to_the_summary() -> Iterator[None]:
-    """What the editor warns of batch by batch is told once, at the end."""
+def _warnings_deferred() -> Iterator[None]:
+    """Silences the warnings that the editor logs per batch; the summary reports them once."""
     logger = logging.getLogger("rlsedit_fast.editing.editor")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -309,10 +311,13 @@ def _warnings_left_to_the_summary() -> Iterator[None]:
 
 def _prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): texts may hold U+2028 and its like
+        # Not splitlines(): prompts may contain U+2028 and similar.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--protect {path}: cannot be read as UTF-8 text ({error})") from error
+        raise InputError(
+            f"--protect {path}: cannot be read as UTF-8 text ({error}); pass a text file with one prompt per line"
+        ) from error
     if not prompts:
-        raise InputError(f"--protect {path}: no prompt in it; expected one a line")
+        raise InputError(f"--protect {path}: the file contains no prompt; expected one per line")
     return prompts

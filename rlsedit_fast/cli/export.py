@@ -1,4 +1,4 @@
-"""`rlsedit export`: what distinguishes an edited checkpoint from its base, as a delta or a LoRA adapter."""
+"""`rlsedit export`: write the difference of an edited checkpoint and its base as a delta or a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import Any
 
 import torch
 
-from rlsedit_fast.cli import DONE, setup, unforeseen
+from rlsedit_fast.cli import DONE, setup, unexpected
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
-from rlsedit_fast.cli.words import spoken
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError, RLSEditError
 from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
 
-HELP = "from a base and an edited checkpoint: the delta alone, or a LoRA adapter"
+HELP = "write the difference of an edited checkpoint and its base as a delta file or a LoRA adapter"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
-    parser.add_argument("--edited", required=True, help="the edited checkpoint; --model is its base")
-    _add_partial(parser)
+    parser.add_argument("--edited", required=True, metavar="MODEL", help="edited checkpoint; --model is its base")
+    _add_difference(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     if not (options.delta or options.adapter):
-        raise InputError("name what is to be written, --delta FILE or --adapter DIR")
+        raise InputError("no output given; pass --delta FILE or --adapter DIR")
     _check_new(options)
     check_places(options, folders=("adapter",), files=("delta", "json"))
     base, _ = setup.load_model(options)
@@ -50,26 +49,26 @@ def run(options: argparse.Namespace) -> int:
     if options.adapter:
         if edited.dtype != torch.float32:
             say(
-                f"{edited.dtype} checkpoints hold rounded weights, whose difference is of almost full rank; `rlsedit "
-                "edit --adapter` writes the exact one, of as many ranks as there are edits"
+                f"warning: the difference of {edited.dtype} checkpoints includes rounding and has almost full rank; "
+                "`rlsedit edit --adapter` writes an exact adapter whose rank is at most the number of edits"
             )
         with written.attempt(f"--adapter {options.adapter}"):
             report = write_adapter(changes, options.adapter, rank=options.rank, base_model=str(options.model))
             results["adapter"] = asdict(report)
             written.files += adapter_lines(report, options.adapter)
     with written.attempt():
-        emit(results | written.told, written.files, options.json)
+        emit(results | written.to_json, written.files, options.json)
     written.raise_failures()
     return DONE
 
 
 @dataclass
 class Written:
-    """What became of the files that a command was to write, each of which is tried whatever becomes of the others.
+    """Collects the outcome of several file writes; one failure does not prevent the others.
 
     Attributes:
-        files: a line for each that is there.
-        failures: a reason for each that is not.
+        files: one line per written file.
+        failures: one reason per file that could not be written.
     """
 
     files: list[str] = field(default_factory=list)
@@ -77,44 +76,44 @@ class Written:
 
     @contextmanager
     def attempt(self, what: str = "") -> Iterator[None]:
-        """Within it an error becomes a failure; where no `what` is named, only one that says itself what failed."""
+        """Turns errors inside the block into failures; with an empty `what`, only `RLSEditError`."""
         try:
             yield
         except RLSEditError as error:
-            self.failures.append(f"{what}: {spoken(error)}" if what else spoken(error))
+            self.failures.append(f"{what}: {error}" if what else str(error))
         except Exception as error:
             if not what:
                 raise
-            self.failures.append(f"{what}: not written, or not whole: {unforeseen(error)}")
+            self.failures.append(f"{what}: not written or incomplete: {unexpected(error)}")
 
     @property
-    def told(self) -> dict[str, list[str]]:
-        """The same for JSON."""
+    def to_json(self) -> dict[str, list[str]]:
+        """Files and failures, JSON-serializable."""
         return {"files": self.files, "not_written": self.failures}
 
     def raise_failures(self) -> None:
-        """Raises InputError where there are failures."""
+        """Raises InputError if there are failures."""
         if self.failures:
             raise InputError("\n".join(self.failures))
 
 
 def add_exports(parser: argparse.ArgumentParser) -> None:
-    """Options that say where an edited model goes."""
+    """Adds the options for the output of an edited model."""
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="DIR", help="an ordinary checkpoint")
-    _add_partial(parser)
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the complete edited checkpoint")
+    _add_difference(parser)
 
 
 def check_exports(options: argparse.Namespace, model: str) -> None:
-    """Before the work: there is somewhere to put it, and nothing in its place.
+    """Checks before the work that an output is given and that every output can be created.
 
     Raises:
-        InputError: no output was named, or one exists already or cannot be made.
+        InputError: no output is given, or one already exists or cannot be created.
     """
     if not (options.out or options.delta or options.adapter or options.store):
         raise InputError(
-            "name where the edited model goes: --out DIR (a checkpoint), --delta FILE or --adapter DIR, or --store DIR "
-            "to keep the edits and be able to take them back; --dry-run changes nothing"
+            "no output given; pass --out DIR (checkpoint), --delta FILE, --adapter DIR, or --store DIR (keeps the "
+            "edits and allows undo), or check the edits with --dry-run"
         )
     if options.out is not None:
         check_checkpoint(options.out, model)
@@ -123,10 +122,10 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
 
 
 def check_named_exports(options: argparse.Namespace) -> None:
-    """The same where nothing need be named: there is nothing in the place of what is.
+    """Checks like `check_exports`, but no output is required.
 
     Raises:
-        InputError: one exists already or cannot be made.
+        InputError: an output already exists or cannot be created.
     """
     if options.out is not None:
         _check_absent("--out", options.out)
@@ -135,18 +134,18 @@ def check_named_exports(options: argparse.Namespace) -> None:
 
 
 def check_checkpoint(out: Path, model: str) -> None:
-    """Raises InputError if there is something where a checkpoint is to go, the model itself above all."""
+    """Raises InputError if the output folder is the model itself or already exists."""
     if Path(model).exists() and out.resolve() == Path(model).resolve():
-        raise InputError(f"--out {out} is the model itself; name another folder")
+        raise InputError(f"--out {out} is the folder of the model; choose another folder")
     _check_absent("--out", out)
 
 
 def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
-    """Writes what was named; of a model that no edit is active in, a checkpoint alone."""
+    """Writes the outputs given by the options; delta and adapter only if an edit is active."""
     written = Written()
     active = any(record.state == "active" for record in editor.history())
     if not active and (options.delta or options.adapter):
-        say("no edit is active: there is no change to write, and no delta or adapter was written")
+        say("no edit is active: no delta or adapter was written")
     if options.out is not None:
         with written.attempt(f"--out {options.out}"):
             editor.save_pretrained(options.out)
@@ -159,15 +158,15 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
         with written.attempt(f"--adapter {options.adapter}"):
             written.files += adapter_lines(editor.save_adapter(options.adapter, rank=options.rank), options.adapter)
     if written.failures and options.store:
-        again = f"rlsedit edit --store {options.store}"
+        command = f"rlsedit edit --store {options.store}"
         written.failures.append(
-            f"the edits are in the store; `{again}` with the same facts and another place writes them"
+            f"the edits are stored; run `{command}` with the same edits and another output path to write them"
         )
     return written
 
 
 def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
-    """Where the adapter is, and what it leaves of each change."""
+    """Returns the path of the adapter and one line per module with rank and relative error."""
     lines = [f"adapter: {directory}"]
     lines += [
         f"  {module.name}: rank {module.used} of {module.needed}, relative error {module.error:.2g}"
@@ -176,11 +175,15 @@ def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
     return lines
 
 
-def _add_partial(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the change alone")
-    group.add_argument("--delta", type=Path, metavar="FILE", help="safetensors, for `rlsedit apply`")
-    group.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter that peft loads")
-    group.add_argument("--rank", type=int, help="of the adapter; by default what makes it exact")
+def _add_difference(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output of the weight change only")
+    group.add_argument(
+        "--delta", type=Path, metavar="FILE", help="delta file (safetensors), to be applied with `rlsedit apply`"
+    )
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="folder for a LoRA adapter in PEFT format")
+    group.add_argument(
+        "--rank", type=int, metavar="R", help="maximum rank of the adapter (default: as high as needed to be exact)"
+    )
 
 
 def _check_new(options: argparse.Namespace) -> None:
@@ -188,15 +191,15 @@ def _check_new(options: argparse.Namespace) -> None:
         if path is not None:
             _check_absent(name, path)
     if options.rank is not None and options.adapter is None:
-        raise InputError("--rank is of an adapter; name --adapter DIR too")
+        raise InputError("--rank requires --adapter DIR; add it or omit --rank")
     if options.rank is not None and options.rank < 1:
-        raise InputError(f"--rank {options.rank}: expected at least 1, or no --rank for an exact adapter")
+        raise InputError(f"--rank {options.rank}: expected at least 1; omit --rank for an exact adapter")
 
 
 def _check_absent(name: str, path: Path) -> None:
-    with suppress(OSError):  # a path that cannot even be looked at is told when it is tried
+    with suppress(OSError):  # an inaccessible path is reported when it is created
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(f"{name} {path} exists already; name another, or remove it")
+            raise InputError(f"{name} {path} already exists; choose another path or remove it")
 
 
 def _check_places(options: argparse.Namespace) -> None:

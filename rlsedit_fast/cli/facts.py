@@ -1,4 +1,4 @@
-"""Reading a user's file of facts: what is in it, what is left out, and why."""
+"""Reads a file of edits and reports which records are skipped and why."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rlsedit_fast.errors import InputError, RequestError, listed
 
 @dataclass(frozen=True)
 class Facts:
-    """The edits of a file that are to be made.
+    """The edits of a file that will be applied.
 
     Attributes:
-        edits: in order.
-        places: where each stands in the file.
-        left_out: records that no edit was made of, each `{place, reason}`; bad ones, not duplicates.
+        edits: the edits, in order.
+        places: position of each edit in the file.
+        left_out: invalid records that were skipped, each `{place, reason}`; duplicates are not included.
         conflicts: duplicates, contradictions and shared subjects, as `Resolved.to_json` lists them.
-        unread: fields of the file that nothing reads.
+        unread: fields of the file that are ignored.
     """
 
     edits: list[Edit]
@@ -35,53 +35,76 @@ class Facts:
 
 
 FILE_OPTIONS = {"format": "auto", "zsre_target": "alt", "limit": None, "conflicts": "later", "skip_bad": False}
-"""What is read of a file's edits, by what each is where it is not given."""
+"""Defaults of the options that control how a file of edits is read."""
 
 
 def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Options that name a file of facts."""
-    group = parser.add_argument_group("facts")
-    group.add_argument("--edits", type=Path, metavar="FILE", required=required, help="JSON Lines or a known data set")
-    group.add_argument("--format", choices=("auto", *FORMATS), help="default: by the fields")
-    group.add_argument("--zsre-target", choices=get_args(ZsreTarget), help="what zsRE edits teach")
-    group.add_argument("--limit", type=at_least_one, metavar="N", help="take only the first so many")
-    group.add_argument("--conflicts", choices=get_args(Conflicts), help="which of two edits that ask the same stays")
+    """Adds the options that select a file of edits."""
+    group = parser.add_argument_group("edits")
     group.add_argument(
-        "--skip-bad", action="store_true", help="leave out records that cannot be edited, and report them"
+        "--edits",
+        type=Path,
+        metavar="FILE",
+        required=required,
+        help="JSON Lines with the fields prompt, subject and target, or a CounterFact, zsRE or MQuAKE file",
     )
+    group.add_argument(
+        "--format", choices=("auto", *FORMATS), help="file format (default: auto, detected from the fields)"
+    )
+    group.add_argument(
+        "--zsre-target",
+        choices=get_args(ZsreTarget),
+        help="target of zsRE edits: alt, the counterfactual answer (default), or the first of answers, the true ones",
+    )
+    group.add_argument("--limit", type=at_least_one, metavar="N", help="use the first N records")
+    group.add_argument(
+        "--conflicts",
+        choices=get_args(Conflicts),
+        help="which edit to use if several have the same filled prompt and different targets: the later (default) or "
+        "the first one, keep all of them, or stop with an error",
+    )
+    group.add_argument("--skip-bad", action="store_true", help="skip and report invalid records instead of stopping")
     parser.set_defaults(**FILE_OPTIONS)
 
 
+def file_options_given(options: argparse.Namespace) -> list[str]:
+    """Returns the options of `add_facts` that are set although they apply to a file of edits."""
+    changed = [name for name, default in FILE_OPTIONS.items() if getattr(options, name) != default]
+    return [f"--{name.replace('_', '-')}" for name in changed]
+
+
 def read_facts(options: argparse.Namespace) -> Facts:
-    """Reads the file and settles its conflicts, telling what it finds.
+    """Reads the file, resolves conflicts between its edits and prints a summary to stderr.
 
     Raises:
-        RequestError: a record that cannot be read, without --skip-bad; or no edit at all.
-        InputError: an option is of another format.
+        RequestError: a record is invalid and --skip-bad is not given, or no edit is left.
+        InputError: an option does not apply to the format of the file.
     """
     file = read_edits(
         options.edits, format=options.format, strict=not options.skip_bad, zsre_target=options.zsre_target
     )
     if options.zsre_target != FILE_OPTIONS["zsre_target"] and file.format != "zsre":
-        raise InputError(f"--zsre-target is of zsRE, and {options.edits} is {file.format}; leave it out")
+        raise InputError(
+            f"--zsre-target applies to zsRE files only, and {options.edits} has the format {file.format}; omit it"
+        )
     edits, places = file.edits[: options.limit], file.places[: options.limit]
     left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
     _report(left_out)
     if not edits:
-        raise RequestError(f"{options.edits}: no record is left to edit; see the reasons above or drop --skip-bad")
+        raise RequestError(f"{options.edits}: no valid record is left; see the reasons above")
     resolved = resolve(edits, conflicts=options.conflicts, places=places)
-    say(f"{options.edits}: {len(edits)} edits ({file.format})", *resolved.describe())
+    say(f"{options.edits}: {len(edits)} edits, format {file.format}", *resolved.describe())
     if file.unread:
-        say(f"fields that are not read: {', '.join(file.unread)}")
+        say(f"ignored fields: {', '.join(file.unread)}")
     kept = [places[i] for i in resolved.kept]
     return Facts(resolved.edits, kept, left_out, {**resolved.to_json(), "places": list(places)}, list(file.unread))
 
 
 def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
-    """Leaves out edits that this model's tokenizer cannot make.
+    """Removes the edits that are invalid for the tokenizer or the context length of the model.
 
     Raises:
-        RequestError: there are such, without --skip-bad; or no edit is left.
+        RequestError: an edit is invalid and --skip-bad is not given, or no edit is left.
     """
     bad = editor.check(facts.edits)
     if not bad:
@@ -90,13 +113,14 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
     if not options.skip_bad:
         shown = listed(entry["reason"] for entry in left_out)
         raise RequestError(
-            f"{len(bad)} of {len(facts.edits)} edits cannot be made, nothing was changed; correct them or pass "
-            "--skip-bad:\n" + "\n".join(shown)
+            f"{len(bad)} of {len(facts.edits)} edits are invalid for this model; nothing was modified:\n"
+            + "\n".join(shown),
+            hint="correct these edits or pass --skip-bad to skip them",
         )
     _report(left_out)
     keep = [i for i in range(len(facts.edits)) if i not in bad]
     if not keep:
-        raise RequestError("no edit is left to make; see the reasons above")
+        raise RequestError("no valid edit is left; see the reasons above")
     return replace(
         facts,
         edits=[facts.edits[i] for i in keep],
@@ -107,5 +131,5 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
 
 def _report(left_out: list[dict[str, str]]) -> None:
     if left_out:
-        lines = listed((one["reason"] for one in left_out), where=" (all of them with --json)")
-        say(f"{len(left_out)} records left out:", *(f"  {line}" for line in lines))
+        lines = listed((entry["reason"] for entry in left_out), where=" (use --json to list all)")
+        say(f"{len(left_out)} records skipped:", *(f"  {line}" for line in lines))

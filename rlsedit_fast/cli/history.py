@@ -1,4 +1,4 @@
-"""`rlsedit history`: what a model has been told, and what became of it."""
+"""`rlsedit history`: list the edits of a store and their states."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.written import record_text
 from rlsedit_fast.models.tokens import fill
 
-HELP = "list the edits of a store, without the model; --json prints a list"
+HELP = "list the edits of a store; the model is not loaded"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_store(parser)
-    parser.add_argument("--state", choices=("active", "undone", "replaced", "skipped"), help="only these")
-    parser.add_argument("--subject", help="only edits about it")
+    parser.add_argument(
+        "--state", choices=("active", "undone", "replaced", "skipped"), help="list only edits in this state"
+    )
+    parser.add_argument("--subject", help="list only edits of this subject")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     records = [record for record in read_history(options.store) if options.state in (None, record.state)]
     if options.subject is not None:
         records = [record for record in records if composed(record.subject) == composed(options.subject)]
-    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'took':>4}  {'rank':>4}  {'NLL':>5}  edit"]
+    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'realized':>8}  {'rank':>4}  {'NLL':>5}  edit"]
     lines += [
-        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:4.2f}  {r.rank:>4}  "
+        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:8.2f}  {r.rank:>4}  "
         f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
         for r in records
     ]

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a run whose results must not be lost."""
+"""Ctrl-C handling of runs whose results must not be lost."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlsedit_fast.cli.output import say
 
 
 class Interrupts:
-    """Notes every Ctrl-C, and holds it back where work is being written; `patient` says where it may end some.
+    """Counts presses of Ctrl-C and defers them; inside a `patient` block a press may end the block.
 
     Attributes:
-        seen: how many there were.
+        seen: number of presses.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Interrupts:
 
     @contextmanager
     def patient(self, patience: int) -> Iterator[None]:
-        """Within it so many are noted, and the next one ends the block, and only that."""
+        """Defers `patience` presses inside the block; the next press ends the block, and only the block."""
         try:
             try:
                 self._patience = patience
@@ -33,32 +33,32 @@ class Interrupts:
         except KeyboardInterrupt:
             self._patience, self.seen = None, max(self.seen, 1)
 
-    def pressed(self, _number: int, _frame: object) -> None:
-        """The handler."""
+    def handle(self, _number: int, _frame: object) -> None:
+        """The signal handler."""
         self.seen += 1
         if self._patience == 0:
-            self._patience = None  # from here on held back: what the first one ends is ended in peace
+            self._patience = None  # defer further presses while the block ends
             raise KeyboardInterrupt
-        with suppress(RuntimeError):  # it may have come amid another line to stderr
+        with suppress(RuntimeError):  # the signal may arrive while another line is being printed to stderr
             if self._patience is None:
-                say("interrupted: writing what was made")
+                say("interrupted: writing the results so far")
             else:
                 self._patience -= 1
-                say("interrupted: finishing this batch; once more to give it up")
+                say("interrupted: finishing the current batch; press Ctrl-C again to discard it")
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Within it Ctrl-C is `Interrupts`' to handle.
+    """Handles Ctrl-C with an `Interrupts` inside the block.
 
-    Where it is ignored (a job in the background) or is not for this thread to see, it stays so.
+    Where SIGINT is ignored (a background job), or outside the main thread, the handler is not replaced.
     """
     found = Interrupts()
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield found
         return
-    old = signal.signal(signal.SIGINT, found.pressed)
+    old = signal.signal(signal.SIGINT, found.handle)
     try:
         yield found
     finally:

@@ -1,4 +1,4 @@
-"""`rlsedit layers`: which layers of a model to edit."""
+"""`rlsedit layers`: recommend which layers of a model to edit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.cli import DONE, LEFT_OUT, setup
-from rlsedit_fast.cli.facts import FILE_OPTIONS, Facts, add_facts, read_facts, sift
+from rlsedit_fast.cli import DONE, PARTIAL, setup
+from rlsedit_fast.cli.facts import Facts, add_facts, file_options_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.errors import InputError
@@ -18,14 +18,14 @@ from rlsedit_fast.errors import InputError
 if TYPE_CHECKING:
     from rlsedit_fast.evaluation.layers import LayerSearch, Trial
 
-HELP = "try layers with a few edits each and recommend some; nothing is changed"
+HELP = "try groups of layers with a few edits each and recommend one; the model is not modified"
 
 DEFAULT_COUNT = 40
 DEFAULT_TOKENS = 20_000
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
     add_facts(parser, required=False)
     group = parser.add_argument_group("search")
@@ -34,20 +34,27 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         required=True,
-        help="running text, a paragraph a line: three quarters are anchors, the rest measures the drift",
+        help="text file, one paragraph per line: three quarters are used as anchors, the rest measures drift",
     )
     group.add_argument(
-        "--tokens", type=setup.at_least_one, default=DEFAULT_TOKENS, help=f"of the anchors (default {DEFAULT_TOKENS})"
+        "--tokens",
+        type=setup.at_least_one,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help=f"tokens of the anchors (default {DEFAULT_TOKENS})",
     )
     group.add_argument(
         "--count",
         type=setup.at_least_one,
         metavar="N",
         default=DEFAULT_COUNT,
-        help=f"edits in each trial (default {DEFAULT_COUNT}); without --edits, facts of a built-in list are edited",
+        help=f"edits per trial (default {DEFAULT_COUNT}); without --edits, facts of a built-in list are used",
     )
     group.add_argument(
-        "--stride", type=setup.at_least_one, metavar="N", help="distance of the single layers (default by the depth)"
+        "--stride",
+        type=setup.at_least_one,
+        metavar="N",
+        help="distance between the single layers that are tried (default: chosen by depth)",
     )
     group.add_argument(
         "--widths",
@@ -61,14 +68,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     from rlsedit_fast.evaluation.grounds import running_text
     from rlsedit_fast.evaluation.layers import WIDTHS, search_layers
 
     setup.show_warnings()
     config = setup.make_config(options)
     if options.layers is not None or config.layers is not None:
-        raise InputError("the layers are what is searched; leave out --layers, and layers and presets of a model")
+        raise InputError(
+            "`rlsedit layers` searches the layers; omit --layers, layers in --config, and presets of a model"
+        )
     texts = running_text(options.text)
     facts = _facts(options)
     model, tokenizer = setup.load_model(options)
@@ -77,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         facts = sift(editor, facts, options)
     edits = _of_different_subjects(facts.edits, options.count)
     if len(edits) < options.count:
-        say(f"{len(edits)} edits of different subjects; {options.count} were asked for")
+        say(f"only {len(edits)} edits have different subjects; --count is {options.count}")
     with progress(None, "trials", "trial") as bar:
 
         def made(_trial: Trial | None, done: int, of: int) -> None:
@@ -97,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         )
     results: dict[str, Any] = {**found.to_json(), "left_out": facts.left_out}
     emit(results, _lines(found), options.json)
-    return LEFT_OUT if facts.left_out else DONE
+    return PARTIAL if facts.left_out else DONE
 
 
 def _facts(options: argparse.Namespace) -> Facts:
@@ -105,17 +114,18 @@ def _facts(options: argparse.Namespace) -> Facts:
 
     if options.edits is not None:
         return read_facts(options)
-    if ignored := [name for name, usual in FILE_OPTIONS.items() if getattr(options, name) != usual]:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise InputError(f"{named}: of a file of edits; name one with --edits FILE, or leave it out")
+    if ignored := ", ".join(file_options_given(options)):
+        raise InputError(f"{ignored} requires --edits FILE; add it or omit {ignored}")
     if options.count > MOST:
-        raise InputError(f"--count {options.count}: the built-in list has {MOST} facts; name a file with --edits FILE")
+        raise InputError(
+            f"--count {options.count}: the built-in list has {MOST} facts; reduce --count or pass --edits FILE"
+        )
     edits = generic_edits(options.count)
     return Facts(edits, [f"built-in fact {at}" for at in range(1, len(edits) + 1)], [], {}, [])
 
 
 def _of_different_subjects(edits: Sequence[Edit], count: int) -> list[Edit]:
-    """The first edits, one for each subject: edits of one subject share a value and count only once."""
+    """Returns the first edit of each of the first `count` subjects, since edits of one subject share a value."""
     first: dict[str, Edit] = {}
     for edit in edits:
         first.setdefault(edit.subject.strip(), replace(edit, weight=1.0))
@@ -126,8 +136,8 @@ def _lines(found: LayerSearch) -> list[str]:
     from rlsedit_fast.evaluation.layers import compare
 
     best = found.trial(found.best)
-    lines = [f"{found.edits} edits in each trial, {found.anchor_tokens} tokens of anchors"]
-    titles = ("layers", "efficacy", "paraphrases", "neighbors", "KL", "change", "score", "behind the best")
+    lines = [f"{found.edits} edits in each trial, {found.anchor_tokens} anchor tokens"]
+    titles = ("layers", "efficacy", "paraphrases", "neighbors", "KL", "change", "score", "below best")
     lines.append("{:>12}{:>10}{:>13}{:>11}{:>9}{:>9}{:>8}{:>18}".format(*titles))
     for trial in found.trials:
         difference, error = compare(trial, best)
@@ -140,14 +150,14 @@ def _lines(found: LayerSearch) -> list[str]:
         )
     lines += [f"layers {named(layers)} cannot be edited: {reason}" for layers, reason in found.failed.items()]
     lines.append(
-        f"recommended: --layers {named(found.chosen)} (without it {named(found.default)}). It has the least drift of "
-        "the trials within one standard error of the best"
+        f"recommended: --layers {named(found.chosen)} (default: {named(found.default)}), the trial with the least "
+        "drift within one standard error of the best score"
     )
     return lines
 
 
 def named(layers: Sequence[int]) -> str:
-    """Layers as `--layers` takes them."""
+    """Formats layers as `--layers` accepts them."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ",".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""What commands print: results as text or JSON on stdout or into a file, remarks and progress on stderr."""
+"""Output of the commands: results as text or JSON on stdout or in a file, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from rlsedit_fast.errors import InputError
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option `--json [FILE]`."""
+    """Adds the option `--json [FILE]`."""
     parser.add_argument(
-        "--json", nargs="?", const="-", type=_file, metavar="FILE", help="results as JSON, to FILE or to stdout"
+        "--json",
+        nargs="?",
+        const="-",
+        type=_file,
+        metavar="FILE",
+        help="print the results as JSON, or write them to FILE",
     )
 
 
 def _file(text: str) -> str:
-    """A file's name, which an id that stands behind `--json` is not."""
+    """Rejects a number after `--json`, which is most likely an edit id."""
     if text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} would be the file; put ids before --json, or name it ./{text}")
+        raise argparse.ArgumentTypeError(f"{text!r} is taken as a file name; put ids before --json, or write ./{text}")
     return text
 
 
 def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], to: str | None) -> None:
-    """Prints `lines`, or `results` as JSON in their place (`to` is "-"), or prints and writes the file `to`.
+    """Prints `lines` and, if `to` is a path, writes `results` there as JSON; if `to` is "-", prints only the JSON.
 
-    Numbers that are not finite become null.
+    Numbers that are not finite are written as null.
 
     Raises:
         InputError: the file cannot be written.
@@ -44,7 +49,7 @@ def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], t
             Path(to).parent.mkdir(parents=True, exist_ok=True)
             Path(to).write_text(_json(results) + "\n")
     except OSError as error:
-        raise InputError(f"--json {to}: cannot be written ({error.strerror}); name a file that can") from error
+        raise InputError(f"--json {to}: cannot write the file ({error.strerror}); choose another path") from error
     finally:
         print("\n".join(lines))
 
@@ -54,7 +59,7 @@ def _json(results: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """With null for infinities and NaN, which are no JSON: a bound that does not hold, a figure of nothing."""
+    """Replaces infinities and NaN, which are not valid JSON, with None."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -63,19 +68,19 @@ def _finite(value: Any) -> Any:
 
 
 def plain(text: str) -> str:
-    """A text as it may go to a terminal: what would move the cursor or turn the writing round is escaped."""
+    """Escapes control and bidirectional characters for printing to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(*lines: str) -> None:
-    """Remarks for the person at the terminal."""
+    """Prints lines to stderr."""
     for line in lines:
         print(line, file=sys.stderr)
 
 
 @contextmanager
 def progress(total: int | None, what: str, unit: str) -> Iterator[Any]:
-    """A bar on stderr with the time left; `update(n)` moves it."""
+    """Shows a progress bar on stderr; `update(n)` advances it."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, unit=unit, unit_scale=total is None or total > 100_000) as bar:

@@ -1,4 +1,4 @@
-"""Where a command's results go: tried before the work, so that it is not lost for want of a place."""
+"""Checks output paths before the work starts, so that results are not lost to a path that cannot be written."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ from pathlib import Path
 from rlsedit_fast.errors import InputError
 
 _INPUTS = ("edits", "protect", "text", "statistics", "config", "data", "references", "rule_settings", "delta")
-"""Options that name a file to read; --delta of `apply` alone."""
+"""Options that name an input file (--delta only in `apply`)."""
 
 
 def check_places(options: argparse.Namespace, *, folders: Sequence[str] = (), files: Sequence[str] = ("json",)) -> None:
-    """Makes and removes again what there will be, where the options want it; in the end nothing has changed.
+    """Checks that every output path can be created, by creating and removing it.
 
     Args:
-        options: of a command.
-        folders: those of them, by name, that say where a folder goes. What is in it already is not looked at.
-        files: those that say where a file goes. One that exists already must be one that can be written.
+        options: options of a command.
+        folders: names of the options that hold an output folder; existing contents are not checked.
+        files: names of the options that hold an output file; an existing file must be writable.
 
     Raises:
-        InputError: two are the same place, one is within a file that another makes, one is a file that is read, or
-            one cannot be made.
+        InputError: two outputs have the same path, an output lies below another output that is a file, an output is
+            also an input, or a path cannot be created.
     """
     named = {f"--{name}": _path(options, name) for name in (*folders, *files)}
     outputs = {option: path for option, path in named.items() if path is not None}
     made = {option: outputs[option] for option in (f"--{name}" for name in files) if option in outputs}
     for (one, path), (other, second) in permutations(outputs.items(), 2):
         if _resolved(path) == _resolved(second):
-            raise InputError(f"{one} {path} and {other} {second} are the same place; name two")
+            raise InputError(f"{one} {path} and {other} {second} are the same path; choose two different ones")
         if one in made and _resolved(path) in _resolved(second).parents:
-            raise InputError(f"{other} {second} lies within {one} {path}, which becomes a file; name another place")
+            raise InputError(f"{other} {second} lies below {one} {path}, which is a file; choose another path")
     for option, path in made.items():
         for name in _INPUTS:
             other_file = _path(options, name)
             if name not in files and other_file is not None and _resolved(other_file) == _resolved(path):
-                raise InputError(f"{option} {path} is the file of --{name.replace('_', '-')} too; name another")
+                raise InputError(
+                    f"{option} {path} is also the input file --{name.replace('_', '-')}; choose another path"
+                )
     for option, path in outputs.items():
         try:
-            _try(path, folder=option not in made)
+            _check_writable(path, folder=option not in made)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise InputError(f"{option} {path}: cannot be written ({reason}); name a place where it can be") from error
+            raise InputError(f"{option} {path}: cannot be written ({reason}); choose another path") from error
 
 
 def _path(options: argparse.Namespace, name: str) -> Path | None:
@@ -57,28 +59,28 @@ def _path(options: argparse.Namespace, name: str) -> Path | None:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # links in a circle, which trying the path will tell
+    except (OSError, RuntimeError):  # circular links; creating the path reports them
         return path.absolute()
 
 
-def _try(path: Path, *, folder: bool) -> None:
-    """Raises OSError where the file or folder cannot be."""
+def _check_writable(path: Path, *, folder: bool) -> None:
+    """Raises OSError if the file or folder cannot be created."""
     if not folder and path.exists():
         if path.is_file():
             path.open("ab").close()
         elif path.is_dir() or not os.access(path, os.W_OK):
-            raise IsADirectoryError("it is a folder" if path.is_dir() else "it may not be written")
+            raise IsADirectoryError("it is a folder" if path.is_dir() else "it is not writable")
         return
     within = path if folder else path.parent
-    missing = [one for one in (within, *within.parents) if not one.exists()]
+    missing = [parent for parent in (within, *within.parents) if not parent.exists()]
     made: list[Path] = []
     try:
-        for one in reversed(missing):
-            one.mkdir()
-            made.append(one)
+        for parent in reversed(missing):
+            parent.mkdir()
+            made.append(parent)
         with tempfile.NamedTemporaryFile(dir=within, prefix=f".{path.name[:100]}."):
             pass
     finally:
-        for one in reversed(made):
+        for parent in reversed(made):
             with suppress(OSError):
-                one.rmdir()
+                parent.rmdir()

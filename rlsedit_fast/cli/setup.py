@@ -1,4 +1,4 @@
-"""Options that several commands share: which model, which settings, which anchors."""
+"""Options shared by several commands: model, settings, anchors."""
 
 from __future__ import annotations
 
@@ -25,106 +25,129 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TOKENS = 100_000
-"""Of text for the key statistics: several times the widest key of today's models."""
+"""Tokens for the key statistics; several times the key dimension of current models."""
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_model(parser: argparse.ArgumentParser, *, name: str = "--model", required: bool = True) -> None:
-    """Options that say which model, and how it is loaded."""
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds the options that select the model and how to load it."""
+    default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
-    group.add_argument(name, required=required, help="a folder or a name, as transformers' from_pretrained takes it")
-    group.add_argument("--dtype", choices=_DTYPES, default="auto", help="to load it in (default: the checkpoint's own)")
     group.add_argument(
-        "--device", help="device to load it onto, such as cuda; or auto, to spread it over all (accelerate)"
+        "--model", required=required, help=f"local folder or Hugging Face Hub name of the model{default}"
+    )
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="dtype to load the model in (default: dtype of the checkpoint)"
+    )
+    group.add_argument(
+        "--device",
+        help="device to load the model on, such as cuda; auto distributes it over all devices (requires accelerate) "
+        "(default: cpu)",
     )
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
 def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Options that say which projections are edited, all that a command needs which edits none."""
-    group = parser.add_argument_group("settings (those not given are EditConfig's defaults)")
+    """Adds the options that select the edited layers."""
+    group = parser.add_argument_group("settings (defaults are those of EditConfig)")
     group.add_argument(
         "--preset",
         choices=("auto", GENERIC, *PRESETS),
         default="auto",
-        help="auto: the layers published for a model of this shape where there are any, else by depth; generic: by "
-        "depth; a name: all the settings published for that model but its context prefixes",
+        help="auto (default): the layers published for this model architecture, or layers chosen by depth; generic: "
+        "layers chosen by depth; a model name: all settings published for that model except context prefixes",
     )
-    group.add_argument("--config", type=Path, metavar="FILE", help="a JSON object of EditConfig's fields")
     group.add_argument(
-        "--layers", metavar="L,L,...", help="blocks whose MLP output projections are edited: 4,5,6 or 4-8"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with fields of EditConfig; the options below take precedence",
+    )
+    group.add_argument(
+        "--layers", metavar="L,L,...", help="decoder layers whose MLP output projections are edited: 4,5,6 or 4-8"
     )
     return group
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Options that make an `EditConfig`."""
+    """Adds the options that set fields of `EditConfig`."""
     group = add_choice(parser)
-    group.add_argument("--batch-size", type=int, help="edits written at once")
-    group.add_argument("--adherence", type=float, help="share of each edit to realise, such as 0.95")
-    group.add_argument("--lam", type=float, help="how firmly the weight is held; wins over --adherence")
-    group.add_argument("--mu", type=float, help="how firmly the anchors are held; wins over --adherence")
+    group.add_argument("--batch-size", type=int, metavar="N", help="edits per batch")
     group.add_argument(
-        "--rule", choices=RULES, help="what a batch is written by (its own settings: rule_options in --config)"
+        "--adherence",
+        type=float,
+        metavar="A",
+        help="fraction of the target change to realize, such as 0.95; lam and mu are calibrated to reach it",
     )
-    group.add_argument("--fact-token", choices=get_args(FactToken), help="the token at which the model is edited")
+    group.add_argument("--lam", type=float, help="strength of the penalty on the weight change; overrides --adherence")
+    group.add_argument(
+        "--mu", type=float, help="strength of the penalty on changed outputs on the anchors; overrides --adherence"
+    )
+    group.add_argument(
+        "--rule", choices=RULES, help="editing method (its settings: rule_options in --config) (default rls)"
+    )
+    group.add_argument("--fact-token", choices=get_args(FactToken), help="token whose representation is edited")
     group.add_argument(
         "--values",
         choices=get_args(Values),
-        help="search: until the target is said; gradient: one step, far faster and far less often enough",
+        help="how to find the target value: search optimizes it until the model generates the target; gradient takes "
+        "one gradient step, which is much faster but less effective",
     )
     group.add_argument(
-        "--search-ahead", type=int, metavar="N", help="edits whose values are searched at once, where more than a batch"
+        "--search-ahead", type=int, metavar="N", help="search the values of N edits together, if more than a batch"
     )
 
 
 def add_anchors(parser: argparse.ArgumentParser) -> None:
-    """Options that say what the model is to go on doing."""
-    group = parser.add_argument_group("anchors (by default the statistics that were collected for this model, if any)")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--statistics", type=Path, metavar="FILE", help="written by `rlsedit statistics --out`")
-    which.add_argument(
-        "--text", type=Path, metavar="FILE", help="running text that matters: plain, or JSON Lines (text)"
+    """Adds the options that select the anchors: key statistics of text whose outputs are preserved."""
+    group = parser.add_argument_group(
+        "anchors: text on which the outputs of the edited layers are preserved (default: cached statistics of this "
+        "model)"
     )
-    which.add_argument("--self-generate", action="store_true", help="text that the model itself writes")
-    which.add_argument("--no-anchors", action="store_true", help="hold nothing but the weights themselves")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="key statistics written by `rlsedit statistics --out`"
+    )
+    which.add_argument("--text", type=Path, metavar="FILE", help='text file: plain, or JSON Lines with a field "text"')
+    which.add_argument("--self-generate", action="store_true", help="text that the model generates")
+    which.add_argument("--no-anchors", action="store_true", help="no anchors; only the weight change is penalized")
     add_tokens(group)
 
 
 def add_tokens(parser: argparse._ActionsContainer) -> None:
-    """How much text to read, and the seed of what the model writes itself; see `settle_text`."""
-    parser.add_argument("--tokens", type=int, help=f"tokens of text to read (default {DEFAULT_TOKENS})")
-    parser.add_argument("--seed", type=int, help="of self-generated text (default 0)")
+    """Adds the options --tokens and --seed; `settle_text` sets their defaults."""
+    parser.add_argument("--tokens", type=int, metavar="N", help=f"number of tokens to use (default {DEFAULT_TOKENS})")
+    parser.add_argument("--seed", type=int, help="random seed of --self-generate (default 0)")
 
 
 def settle_text(options: argparse.Namespace) -> None:
-    """Puts in what is not given of `add_tokens`.
+    """Sets the defaults of --tokens and --seed.
 
     Raises:
-        InputError: one is given, and no text that it is about.
+        InputError: one of them is given without the option that it applies to.
     """
     if options.tokens is not None and options.text is None and not options.self_generate:
-        raise InputError("--tokens is how much of a text to read; name one with --text or --self-generate")
+        raise InputError("--tokens requires --text FILE or --self-generate; add one of them or omit --tokens")
     if options.seed is not None and not options.self_generate:
-        raise InputError("--seed is of the text that the model writes itself; add --self-generate, or leave it out")
+        raise InputError("--seed requires --self-generate; add it or omit --seed")
     options.tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
     options.seed = 0 if options.seed is None else options.seed
 
 
 def at_least_one(text: str) -> int:
-    """How many of something, for argparse.
+    """Parses a positive integer for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: it is no whole number, or below 1.
+        argparse.ArgumentTypeError: the text is not an integer of at least 1.
     """
     if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
     return int(text)
 
 
 def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the options name, or another one in its place; see `models.loading`."""
+    """Loads the model given by the options, or the one at `path`; see `models.loading`."""
     return loading.load_model(
         options.model if path is None else path,
         dtype=options.dtype,
@@ -134,10 +157,10 @@ def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[Pr
 
 
 def settings_given(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `EditConfig` that the options say.
+    """Returns the fields of `EditConfig` that the options set.
 
     Raises:
-        InputError: a setting that does not exist or cannot be meant.
+        InputError: a setting is unknown or has an invalid value.
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
     for name in ("batch_size", "adherence", "lam", "mu", "rule", "fact_token", "values", "search_ahead"):
@@ -149,17 +172,17 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:
-    """The settings that the options say; where a store has some, those, with what the options change.
+    """Returns the settings: those of the store if there is one, else those of the preset, changed by the options.
 
     Raises:
-        InputError: a setting that does not exist or cannot be meant.
+        InputError: a setting is unknown or has an invalid value.
     """
     changes = settings_given(options)
     if stored is not None:
         if options.preset != "auto":
             raise InputError(
-                f"--preset {options.preset}: the store has settings, which hold for all of its edits; leave it out, or "
-                "make another store"
+                f"--preset {options.preset}: the settings of an existing store apply to all of its edits; omit "
+                "--preset or create another store"
             )
         return replace(stored, **changes)
     if options.preset == "auto":
@@ -168,7 +191,7 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
 
 
 def make_editor(options: argparse.Namespace) -> Editor:
-    """Settings first, since loading takes long; then the model, and an editor of it, with a store if one is named."""
+    """Checks the settings before the slow loading of the model, and returns an editor, with a store if one is given."""
     place = getattr(options, "store", None)
     stored = given_settings(place) if place is not None else None
     config = make_config(options, stored)
@@ -179,10 +202,10 @@ def make_editor(options: argparse.Namespace) -> Editor:
 
 
 def anchor(editor: Editor, options: argparse.Namespace) -> str:
-    """Gives the editor the anchors that the options name; says which they are.
+    """Sets the anchors of the editor as given by the options and returns their description.
 
     Raises:
-        InputError: the statistics are of another model, or the text cannot be read.
+        InputError: the statistics belong to another model, or the text cannot be read.
     """
     if options.no_anchors:
         return "none"
@@ -194,8 +217,8 @@ def anchor(editor: Editor, options: argparse.Namespace) -> str:
         found = find(editor.fingerprint(), editor.layers)
         if found is None:
             say(
-                "no anchors: nothing but the weights themselves is held. Collect what the model is to go on doing with "
-                "`rlsedit statistics`, or name --text FILE or --self-generate"
+                "no anchors: only the weight change is penalized. To preserve the model's outputs on text, collect key "
+                "statistics once with `rlsedit statistics`, or pass --text FILE or --self-generate"
             )
             return "none"
     assert found is not None
@@ -204,12 +227,12 @@ def anchor(editor: Editor, options: argparse.Namespace) -> str:
 
 
 def make_source(editor: Editor, options: argparse.Namespace) -> Source:
-    """The text that the options name."""
+    """Returns the text source given by the options."""
     return SelfGenerated(editor.model, seed=options.seed) if options.self_generate else TextFile(options.text)
 
 
 def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None = None) -> KeyStatistics:
-    """Collects key statistics behind a progress bar."""
+    """Collects key statistics and shows a progress bar."""
     with progress(tokens, "key statistics", "token") as bar:
         return editor.statistics(
             source, tokens=tokens, progress=lambda done, _of: bar.update(done - bar.n), checkpoint=checkpoint
@@ -217,20 +240,29 @@ def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None 
 
 
 def show_warnings() -> None:
-    """What the package has to say goes to stderr."""
+    """Prints warnings of the package to stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_json(option: str, path: Path, expected: str) -> Any:
+    """Reads a JSON file given by an option.
+
+    Raises:
+        InputError: the file cannot be read or is not valid JSON; the message states what is expected.
+    """
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: cannot be read as JSON ({error})") from error
+        raise InputError(f"{option} {path}: cannot be read as JSON ({error}); expected {expected}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    given = read_json("--config", path, "a JSON object with fields of EditConfig")
     known = {field.name for field in fields(EditConfig)}
     if not isinstance(given, dict) or (unknown := sorted(set(given) - known)):
         raise InputError(
-            f"--config {path}: expected a JSON object of EditConfig's fields"
-            + (f", these are none: {', '.join(unknown)}" if isinstance(given, dict) else "")
+            f"--config {path}: expected a JSON object with fields of EditConfig"
+            + (f"; unknown fields: {', '.join(unknown)}" if isinstance(given, dict) else "")
         )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
@@ -243,4 +275,4 @@ def _layers(text: str) -> tuple[int, ...]:
             layers += range(int(first), int(last or first) + 1)
         return tuple(layers)
     except ValueError as error:
-        raise InputError(f"--layers {text}: expected block indices, such as 4,5,6 or 4-8") from error
+        raise InputError(f"--layers {text}: expected layer indices such as 4,5,6 or 4-8") from error

@@ -1,4 +1,4 @@
-"""`rlsedit show`: where would this edit go?"""
+"""`rlsedit show`: show the token and the layers that an edit changes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from rlsedit_fast.cli import DONE, LEFT_OUT, setup
-from rlsedit_fast.cli.facts import FILE_OPTIONS, add_facts, read_facts, sift
+from rlsedit_fast.cli import DONE, PARTIAL, setup
+from rlsedit_fast.cli.facts import add_facts, file_options_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.editing import Edit, Editor
 from rlsedit_fast.editing.memory import size
@@ -15,31 +15,31 @@ from rlsedit_fast.editing.presets import recognise
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 
-HELP = "where edits would go: tokens, layers, shapes, memory; nothing is changed"
+HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     setup.add_model(parser)
     add_facts(parser, required=False)
-    one = parser.add_argument_group("one edit, in the place of a file")
-    one.add_argument("--prompt", help="with {} where the subject stands")
-    one.add_argument("--subject")
-    one.add_argument("--target")
+    one = parser.add_argument_group("a single edit (instead of --edits)")
+    one.add_argument("--prompt", help="prompt with {} in place of the subject")
+    one.add_argument("--subject", help="subject of the edit")
+    one.add_argument("--target", help="target of the edit")
     setup.add_settings(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     setup.show_warnings()
     one = (options.prompt, options.subject, options.target)
     if any(one) and (not all(one) or options.edits):
-        raise InputError("give --prompt, --subject and --target together, or --edits FILE, or neither")
-    ignored = [] if options.edits else [name for name, usual in FILE_OPTIONS.items() if getattr(options, name) != usual]
+        raise InputError("pass either --prompt, --subject and --target together, or --edits FILE, or none of them")
+    ignored = [] if options.edits else file_options_given(options)
     if ignored:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise InputError(f"{named}: of a file of edits; name one with --edits FILE, or leave it out")
+        named = ", ".join(ignored)
+        raise InputError(f"{named} requires --edits FILE; add it or omit {named}")
     facts = read_facts(options) if options.edits else None
     editor = setup.make_editor(options)
     if facts:
@@ -54,17 +54,17 @@ def run(options: argparse.Namespace) -> int:
         "edits": [_tokens(editor, request) for request in requests],
         "left_out": facts.left_out if facts else [],
     }
-    lines = [f"{results['model']}, {results['dtype']}, preset {results['preset'] or 'none: layers by depth'}"]
+    lines = [f"{results['model']}, {results['dtype']}, preset {results['preset'] or 'none (layers chosen by depth)'}"]
     lines += layer_lines(results["layers"])
     for shown in results["edits"]:
         lines += ["", f"{shown['prompt']!r} -> {shown['target']!r}", f"  {' '.join(shown['marked'])}"]
         lines.append(f"  edited at token {shown['lookup']} of {len(shown['tokens'])}; target: {shown['target_tokens']}")
     emit(results, lines, options.json)
-    return LEFT_OUT if results["left_out"] else DONE
+    return PARTIAL if results["left_out"] else DONE
 
 
 def describe_layers(editor: Editor) -> list[dict[str, Any]]:
-    """The edited projections and what each takes."""
+    """Returns the edited projections with shape, dtype, device and memory in bytes."""
     weights = {p.layer: p.weight for p in editor.projections}
     return [
         asdict(layer) | {"shape": list(weights[layer.layer].shape), "dtype": str(weights[layer.layer].dtype)}
@@ -73,14 +73,14 @@ def describe_layers(editor: Editor) -> list[dict[str, Any]]:
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
-    """The same for a terminal."""
+    """Formats the result of `describe_layers` as text."""
     lines = [
         f"  {layer['name']}  {layer['shape']} {layer['dtype']} on {layer['device']}: "
-        f"{size(layer['state'])} beside the model, {size(layer['building'])} more while it is made"
+        f"state {size(layer['state'])}, plus {size(layer['building'])} while it is built"
         for layer in layers
     ]
     anchors, per_edit = (size(sum(layer[what] for layer in layers)) for what in ("anchors", "per_edit"))
-    lines.append(f"  in the host's memory: {anchors} of anchors, and {per_edit} for each edit that can be taken back")
+    lines.append(f"  host memory: {anchors} for anchors, {per_edit} per undoable edit")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`rlsedit statistics`: the anchor moment of each edited layer, from text."""
+"""`rlsedit statistics`: collect key statistics (mom2) of the edited layers on text."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from rlsedit_fast.editing.statistics import STATISTICS
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
 
-HELP = "collect what the edited layers do on running text, for edits to hold on to"
+HELP = "collect key covariance (mom2) statistics on text, once per model; edits then use them as anchors"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--text", type=Path, metavar="FILE", help="running text: plain, or JSON Lines with a field text"
-    )
-    source.add_argument("--self-generate", action="store_true", help="text that the model itself writes")
+    source.add_argument("--text", type=Path, metavar="FILE", help='text file: plain, or JSON Lines with a field "text"')
+    source.add_argument("--self-generate", action="store_true", help="text that the model generates")
     add_tokens(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to (default: the cache, by the model's fingerprint)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="output file (default: a cache entry that `rlsedit edit` finds by model fingerprint)",
     )
     add_choice(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it; interrupted, it goes on from where it was when called again."""
+    """Runs the command; after an interrupt, the next call resumes from the checkpoint."""
     show_warnings()
     settle_text(options)
     check_places(options, files=("out", "json"))
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or cache.place(editor.fingerprint(), editor.layers, source.name, options.tokens)
     checkpoint = out.with_name(f"{out.name}.part")
     if checkpoint.exists():
-        say(f"going on from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     found = gather(editor, source, options.tokens, checkpoint)
     found.save(out)
     checkpoint.unlink(missing_ok=True)
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Statistics may be collected anew into their file; whatever else is there stays."""
+    """Refuses to overwrite an existing file that does not contain key statistics."""
     if not out.exists():
         return
     try:
@@ -78,5 +79,5 @@ def _check_replaceable(out: Path) -> None:
             pass
     except InputError as error:
         raise InputError(
-            f"--out {out} exists already and is no file of key statistics; name another, or remove it"
+            f"--out {out} already exists and is not a key statistics file; choose another path or remove it"
         ) from error

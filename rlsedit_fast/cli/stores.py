@@ -1,4 +1,4 @@
-"""What the commands on a store share: which store and model, which edits, and what the model says of them."""
+"""Parts shared by the commands on a store: options, opening the editor, and the answers of the model."""
 
 from __future__ import annotations
 
@@ -20,70 +20,67 @@ from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
 
 SHOWN = 20
-"""Answers that are printed; --json has all of them."""
+"""Number of answers that are printed; --json lists all."""
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
-    """Which store."""
-    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the folder with the edits")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model; the store knows where it was."""
-    setup.add_model(parser, required=False)
+    """Adds the option that selects the store."""
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="store folder")
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Which edits; several options together must all fit."""
-    group = parser.add_argument_group("which edits (active ones; what is given must all fit)")
-    group.add_argument("ids", nargs="*", type=int, metavar="ID", help="as `rlsedit history` lists them")
-    group.add_argument("--subject", help="all edits about it")
-    group.add_argument("--last", type=int, metavar="N", help="the newest so many")
-    group.add_argument("--since", type=_time, metavar="TIME", help="made then or later, such as 2026-03-01T12:00")
-    group.add_argument("--until", type=_time, metavar="TIME", help="made then or before")
+    """Adds the options that select edits; an edit must match all of them."""
+    group = parser.add_argument_group("selection of active edits (edits must match all options given)")
+    group.add_argument("ids", nargs="*", type=int, metavar="ID", help="edit ids, as listed by `rlsedit history`")
+    group.add_argument("--subject", help="edits of this subject")
+    group.add_argument("--last", type=int, metavar="N", help="the N most recent edits")
+    group.add_argument(
+        "--since", type=_time, metavar="TIME", help="edits applied at or after TIME, such as 2026-03-01T12:00"
+    )
+    group.add_argument("--until", type=_time, metavar="TIME", help="edits applied at or before TIME")
 
 
 def selection(options: argparse.Namespace) -> dict[str, Any]:
-    """The same as arguments of `Editor.select`."""
-    chosen = {name: getattr(options, name) for name in ("subject", "last", "since", "until")}
-    return {"ids": options.ids or None, **chosen}
+    """Returns the selection options as arguments of `Editor.select`."""
+    given = {name: getattr(options, name) for name in ("subject", "last", "since", "until")}
+    return {"ids": options.ids or None, **given}
 
 
 def open_editor(options: argparse.Namespace) -> Editor:
-    """The editor of the store that the options name, with the model that they name or the store remembers.
+    """Opens the store with the model given by --model or recorded in the store.
 
     Raises:
-        StoreError: there is no store, or it is damaged or in use.
-        InputError: no model is named or known, or it cannot be loaded.
+        StoreError: the store does not exist, is damaged or is in use.
+        InputError: the model is not known or cannot be loaded.
     """
     if options.model is None:
         with closing(Store(options.store, write=False)) as store:
             options.model = store.about["model"]
         if not options.model:
-            raise InputError(f"the store {str(options.store)!r} does not know where its model is; name it with --model")
+            raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
     model, tokenizer = setup.load_model(options)
     return Editor.open(options.store, model, tokenizer)
 
 
 def add_change(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that changes edits of a store."""
+    """Adds the options of a command that changes edits of a store."""
     add_store(parser)
     add_selection(parser)
-    add_model(parser)
+    setup.add_model(parser, required=False)
     add_exports(parser)
     add_json(parser)
 
 
 @dataclass(frozen=True)
 class Changed:
-    """What became of the edits that were chosen.
+    """Result of a change of edits of a store.
 
     Attributes:
-        old: their records as they were.
-        records: those that the change made of them, in the same order.
-        before: what the model said to each before the change.
-        after: what it says to each now.
-        written: what became of the exports.
+        old: records of the selected edits before the change.
+        records: their records after the change, in the same order.
+        before: answers of the model before the change.
+        after: answers of the model after the change.
+        written: outcome of the exports.
     """
 
     old: list[EditRecord]
@@ -94,70 +91,70 @@ class Changed:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The records for JSON, with the answers."""
+        """The records with the answers, JSON-serializable."""
         return [
-            record_text(record) | {"answer_before": was, "answer": now}
-            for record, was, now in zip(self.records, self.before, self.after, strict=True)
+            record_text(record) | {"answer_before": before, "answer": after}
+            for record, before, after in zip(self.records, self.before, self.after, strict=True)
         ]
 
     @property
     def lines(self) -> list[str]:
-        """The answers, a line an edit, and the files."""
+        """One line per edit with its answers, and one line per file."""
         return answer_lines(self.records, self.before, self.after) + self.written.files
 
 
 def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list[EditRecord]]) -> Changed:
-    """Changes the chosen edits of a store, and asks the model about them before and after.
+    """Changes the selected edits of a store and records the answers of the model before and after.
 
     Args:
-        options: of `add_change`.
-        make: makes the change, of edits by their ids.
+        options: options added by `add_change`.
+        make: changes the edits with the given ids and returns their records.
     """
     setup.show_warnings()
     check_named_exports(options)
     with open_editor(options) as editor:
         ids = editor.select(**selection(options))
-        chosen = set(ids)
-        old = [record for record in editor.history() if record.id in chosen]
+        selected = set(ids)
+        old = [record for record in editor.history() if record.id in selected]
         before = ask(editor, old)
         records = make(editor, [record.id for record in old])
         try:
             return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
         except KeyboardInterrupt:
-            say("interrupted: the change is made, and in the store; files may be missing or not whole")
+            say("interrupted: the change is applied and stored; exported files may be missing or incomplete")
             raise
 
 
-def tell(results: dict[str, Any], lines: Sequence[str], done: Changed, options: argparse.Namespace) -> int:
-    """Prints and writes what a change did.
+def report(results: dict[str, Any], lines: Sequence[str], done: Changed, options: argparse.Namespace) -> int:
+    """Prints and writes the results of a change.
 
     Raises:
-        InputError: not all files could be written; all else is told.
+        InputError: a file could not be written; the results are printed nevertheless.
     """
     with done.written.attempt():
-        emit(results | done.written.told, lines, options.json)
+        emit(results | done.written.to_json, lines, options.json)
     done.written.raise_failures()
     return DONE
 
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:
-    """What the model says now to what the edits ask."""
+    """Returns the answer of the model to the prompt of each edit."""
     from rlsedit_fast.evaluation.answers import answers
 
     return answers(editor.model, editor.tokenizer, [(fill(e.prompt, e.subject)[0], e.target) for e in edits])
 
 
 def answer_lines(records: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """The model's answers before and after, a line an edit."""
+    """Returns one line per edit with the answers of the model before and after."""
     lines = [
-        f"{record.id:>6}  {plain(fill(record.prompt, record.subject)[0])}  {was!r} -> {now!r}"
-        for record, was, now in zip(records, before, after, strict=True)
+        f"{record.id:>6}  {plain(fill(record.prompt, record.subject)[0])}  {old!r} -> {new!r}"
+        for record, old, new in zip(records, before, after, strict=True)
     ]
-    return listed(lines, SHOWN, where=" (all of them with --json)")
+    return listed(lines, SHOWN, where=" (use --json to list all)")
 
 
 def _time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write it as 2026-03-01T12:00 or 2026-03-01") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 2026-03-01T12:00 or 2026-03-01") from error

@@ -1,21 +1,21 @@
-"""`rlsedit undo`: edits taken back exactly, and what the model says then."""
+"""`rlsedit undo`: remove edits of a store exactly."""
 
 from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.stores import add_change, change, tell
+from rlsedit_fast.cli.stores import add_change, change, report
 
-HELP = "take edits of a store back, as if the model had never been told them"
+HELP = "undo edits of a store exactly, as if they had never been applied"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Adds the options."""
     add_change(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the command."""
     done = change(options, lambda editor, ids: editor.undo(ids))
-    lines = [f"{len(done.records)} edits undone; the model's answers before and now:", *done.lines]
-    return tell({"undone": done.entries}, lines, done, options)
+    lines = [f"{len(done.records)} edits undone; answers of the model before and after:", *done.lines]
+    return report({"undone": done.entries}, lines, done, options)

@@ -1,4 +1,4 @@
-"""Edits as files of their own, beside the untouched model: an exact difference, or a LoRA adapter."""
+"""Export of edits separately from the base model: an exact delta file or a LoRA adapter."""
 
 from rlsedit_fast.export.adapter import AdapterReport, ModuleFactors, write_adapter
 from rlsedit_fast.export.changes import WeightChange, changes_between

@@ -1,4 +1,4 @@
-"""A LoRA adapter that PEFT loads: each weight's change as a product of two narrow matrices."""
+"""Export of weight changes as a LoRA adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export.changes import WeightChange
+from rlsedit_fast.export.changes import WeightChange, check_distinct
 from rlsedit_fast.files import written_whole
 
 _GRAM_FLOOR = 8 * torch.finfo(torch.float64).eps ** 0.5
-"""Singular values below this share of the matrix's norm are lost in its Gram matrix, whose own are their squares."""
+"""Relative singular value below which the Gram matrix, which squares the singular values, is too inaccurate."""
 
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """How well one module's change is told by its factors.
+    """Rank and accuracy of the LoRA factors of one module.
 
     Attributes:
         name: dotted name in the model.
-        needed: rank at which it would be told to rounding; 0 where no more than that changed, and the adapter lacks
-            the module.
+        needed: rank that represents the change up to rounding; 0 if nothing changed beyond rounding, in which case the
+            adapter does not contain the module.
         used: rank that was written.
-        error: `||delta - B A||_F / ||delta||_F`, of the factors as they were written.
+        error: `||delta - B A||_F / ||delta||_F` of the written factors.
     """
 
     name: str
@@ -38,12 +38,12 @@ class ModuleFactors:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an adapter holds.
+    """Description of a written adapter.
 
     Attributes:
-        directory: where it is.
-        rank: the `r` of its configuration: the greatest of the modules'. Those of a lesser rank are filled with zeros.
-        modules: in the order of the changes.
+        directory: folder of the adapter.
+        rank: `r` of its config, the maximum over the modules; factors of lower rank are padded with zeros.
+        modules: rank and accuracy per module, in the order of the changes.
     """
 
     directory: str
@@ -61,51 +61,49 @@ def write_adapter(
 ) -> AdapterReport:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`.
 
-    Factored is `current - original`: from float32 masters its rank is at most the number of edits. Without them, the
-    difference of bfloat16 or float16 weights is mostly their rounding, of full rank.
+    The factorized matrix is `current - original`. With float32 master weights its rank is at most the number of edits.
+    Without them, the difference of bfloat16 or float16 weights is dominated by rounding and has full rank.
 
-    All modules have the same rank and a scaling of 1, so that readers need not know `rank_pattern`.
+    All modules have the same rank and scaling 1, so that `rank_pattern` is not needed.
 
     Args:
-        changes: at least one.
-        directory: made if it is not there; an adapter in it is replaced.
-        rank: at most; None for as much as tells every change to rounding.
-        base_model: name or path of the unedited model, for the configuration.
-        updates: how often the masters were written, that is batches; their rounding grows with its square root, and
-            what it amounts to is not counted as rank.
+        changes: weight changes, at least one.
+        directory: output folder, created if it does not exist; an existing adapter is replaced.
+        rank: maximum rank; None for the rank that represents every change up to rounding.
+        base_model: name or path of the unedited model, for the config.
+        updates: number of batches that were added to the master weights; the rounding that is not counted as rank
+            grows with its square root.
 
     Returns:
-        Per module the rank needed, the rank used, and what is missing.
+        Rank needed, rank used and error per module.
 
     Raises:
-        InputError: a rank or a count below 1, the same module twice, nothing that changed, or a directory that cannot
-            be written.
+        InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, or the
+            folder cannot be written.
     """
     from safetensors.torch import save_file
 
     for label, number in (("rank", rank), ("updates", updates)):
         if number is not None and number < 1:
             raise InputError(f"{label}={number}: expected at least 1")
-    names = [change.name for change in changes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"several changes of {', '.join(twice)}; give one for each module")
+    check_distinct(changes)
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for change in changes:
-        told, down, up = _factored(change, rank, updates)
-        modules.append(told)
-        if told.used:
+        module, down, up = _factored(change, rank, updates)
+        modules.append(module)
+        if module.used:
             factors[change.name] = down, up
-    width = max((told.used for told in modules), default=0)
+    width = max((module.used for module in modules), default=0)
     if not width:
         raise InputError(
-            f"{len(changes)} changes, none of which goes beyond rounding: an adapter would hold nothing; edit the "
-            "model first"
+            f"none of the {len(changes)} changes goes beyond rounding, so there is nothing to write; edit the model "
+            "first"
         )
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _filled(down, width, 0)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _filled(up, width, 1)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(down, width, 0)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(up, width, 1)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -126,7 +124,7 @@ def write_adapter(
 
 
 def _factored(change: WeightChange, rank: int | None, updates: int) -> tuple[ModuleFactors, Tensor, Tensor]:
-    """What is told, `A [r, d_k]` and `B [d_v, r]`, float32: the best of rank r, `||A_i|| = ||B_i||`."""
+    """Returns the report and the best rank-r factors `A [r, d_k]`, `B [d_v, r]`, float32, with `||A_i|| = ||B_i||`."""
     delta = change.delta.double()
     flat = delta if delta.shape[0] <= delta.shape[1] else delta.T
     tolerance = _rounding(change) * updates**0.5
@@ -143,20 +141,20 @@ def _factored(change: WeightChange, rank: int | None, updates: int) -> tuple[Mod
 
 
 def _rounding(change: WeightChange) -> float:
-    """Norm of what one rounding of the weight to float32 adds to its change, `||E||_2`.
+    """Returns the spectral norm of the error that one rounding of the weight to float32 adds to its change.
 
-    Its entries are independent and at most eps |w|; the norm of such a matrix is about its greatest row norm and its
-    greatest column norm together (Bandeira and van Handel, 2016). Rounding to nearest has a fifth of that as its
-    deviation, which leaves room for the arithmetic that came before it.
+    The entries of the error are independent and at most eps |w|. The norm of such a matrix is about the sum of its
+    maximum row norm and maximum column norm (Bandeira and van Handel, 2016). The standard deviation of rounding to
+    nearest is a fifth of that, which leaves a margin for preceding arithmetic.
     """
     size = torch.maximum(change.original.float().abs(), change.current.float().abs()).double()
     return float(torch.finfo(torch.float32).eps * (size.norm(dim=0).max() + size.norm(dim=1).max()))
 
 
 def _left_vectors(flat: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of `flat [m, n]`, `m <= n`, as columns, and singular values, descending.
+    """Returns left singular vectors of `flat [m, n]`, `m <= n`, as columns, and singular values in descending order.
 
-    By the eigenvectors of the Gram matrix, several times faster, where that knows values of the size of `tolerance`.
+    Uses the eigendecomposition of the Gram matrix, several times faster, if it resolves values of size `tolerance`.
     """
     if tolerance > _GRAM_FLOOR * float(flat.norm()):
         squares, vectors = torch.linalg.eigh(flat @ flat.T)
@@ -165,8 +163,8 @@ def _left_vectors(flat: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     return vectors, singular
 
 
-def _filled(factor: Tensor, width: int, dim: int) -> Tensor:
-    """With zeros up to `width` in the dimension of the rank, on the CPU."""
+def _padded(factor: Tensor, width: int, dim: int) -> Tensor:
+    """Pads the rank dimension with zeros up to `width`; returns a contiguous CPU tensor."""
     shape = list(factor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([factor, factor.new_zeros(shape)], dim).cpu().contiguous()

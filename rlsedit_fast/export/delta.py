@@ -1,4 +1,4 @@
-"""A file of what editing added to a model's weights, from which the edited ones come back bit for bit."""
+"""Delta files: the change of a model's weights, from which the edited weights are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
-from rlsedit_fast.export.changes import WeightChange, bits, linear_weight
+from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, linear_weight
 from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
 from rlsedit_fast.models.fingerprint import digest, fingerprint
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KIND = "rlsedit-fast delta 1"
-"""What a file of `write_delta` says that it is; the number counts versions of the format."""
+"""File type of delta files, with the version of the format."""
 
-_AGAIN = "copy or write it again"
+_ADVICE = "copy or write it again"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """What a delta file has of one module.
+    """Change of one module in a delta file.
 
     Attributes:
         name: dotted name in the model.
         shape: `(d_v, d_k)`.
-        changed: entries of the weight that differ.
-        by_value: of these, entries that original + delta would miss; the file holds their values.
+        changed: number of entries of the weight that differ.
+        by_value: number of these entries that original + delta does not reproduce; the file stores their values.
         norm: `||edited - original||_F`.
     """
 
@@ -47,15 +47,15 @@ class ModuleDelta:
 
 @dataclass(frozen=True)
 class DeltaReport:
-    """What a delta file holds, as it was written or applied.
+    """Contents of a delta file that was written or applied.
 
     Attributes:
-        path: of the file.
-        base_fingerprint: of the model that it is added to, see `models.fingerprint`.
-        dtype: of that model's weights: float32, bfloat16 or float16.
-        edits: how many they are; None where that was not known.
-        version: of this package, which wrote it.
-        modules: in the model's order.
+        path: path of the file.
+        base_fingerprint: fingerprint of the base model, see `models.fingerprint`.
+        dtype: dtype of the weights of the base model: float32, bfloat16 or float16.
+        edits: number of edits; None if unknown.
+        version: version of the package that wrote the file.
+        modules: changes per module, in model order.
     """
 
     path: str
@@ -69,21 +69,24 @@ class DeltaReport:
 def write_delta(
     changes: Sequence[WeightChange], path: str | Path, *, base_fingerprint: str, edits: int | None = None
 ) -> DeltaReport:
-    """Writes one safetensors file; added to the base, it gives exactly the weights that the edited model holds.
+    """Writes a safetensors file that, applied to the base model, gives exactly the weights of the edited model.
 
-    For each module it has `NAME.delta [d_v, d_k]`, float32: original + delta, computed in float32 and rounded to the
-    model's dtype, is the edited weight. Where that misses, as for an entry many orders smaller than the original, or a
-    zero that became negative, `NAME.delta` has the nearest number, and `NAME.index` (int64, into the flattened
-    weight) and `NAME.value` (the model's dtype) have the entry itself.
+    Each module has `NAME.delta [d_v, d_k]`, float32. The edited weight is original + delta, computed in float32 and
+    rounded to the model's dtype. Entries that this does not reproduce exactly, such as entries that became many orders
+    of magnitude smaller or zeros that became negative, are stored by value in `NAME.index` (int64, into the flattened
+    weight) and `NAME.value` (the model's dtype).
 
     Args:
-        changes: at least one, of one dtype.
-        path: of the file; what is there is replaced once the new file is whole.
+        changes: weight changes of one dtype, at least one.
+        path: output file; an existing file is replaced once the new file is complete.
         base_fingerprint: `models.fingerprint.fingerprint` of the model before the first edit.
-        edits: how many they are, for whoever reads the file.
+        edits: number of edits, for information.
+
+    Returns:
+        The contents of the file.
 
     Raises:
-        InputError: nothing to write, the same module twice, several dtypes, one that is not supported, or a path that
+        InputError: there are no changes, a module occurs twice, the dtypes differ or are not supported, or the file
             cannot be written.
     """
     dtype = _dtype_of(changes)
@@ -106,31 +109,37 @@ def write_delta(
 
 
 def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
-    """Writes the edited weights of a delta file into the base model, in place and bit for bit.
+    """Applies a delta file to its base model, in place and bit for bit.
 
-    All is read, computed and checked before the first weight is written; the new weights of all modules lie in the
-    CPU's memory until then.
+    All new weights are computed and verified before the first one is written; until then they are kept in CPU memory.
+
+    Args:
+        model: the base model, unedited.
+        path: delta file.
+
+    Returns:
+        The contents of the file.
 
     Raises:
-        InputError: the file is not there, is damaged or something else, or belongs to another model. Nothing was
-            changed.
-        ModelError: the model lacks a module of the file. Nothing was changed.
+        InputError: the file does not exist, is damaged, is not a delta file, or belongs to another model. The model
+            was not modified.
+        ModelError: the model lacks a module of the file. The model was not modified.
     """
-    with open_tensors(Path(path), KIND, _AGAIN) as opened:
+    with open_tensors(Path(path), KIND, _ADVICE) as opened:
         about = opened.about
         _check_whole(path, opened)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
-                f"{str(path)!r} is added to the model {about['base_fingerprint']}, this model is {found}: its weights, "
-                "dtype or settings are others; load the model that was edited, as it was before"
+                f"{str(path)!r} belongs to the base model {about['base_fingerprint'][:16]}, this model is {found[:16]} "
+                "(weights, dtype or config mismatch); the model was not modified. Load the unedited base model"
             )
         results: list[tuple[Tensor, Tensor]] = []
         modules = []
-        for name, wanted in opened.sums.items():
+        for name, expected in opened.sums.items():
             weight = _weight(model, name, _DTYPES[about["dtype"]])
-            new, by_value = _sum(Path(path), opened.file, name, weight)
-            if digest(new) != wanted:
-                raise _damaged(path, f"what it gives for {name} is not what was written")
+            new, by_value = _apply(Path(path), opened.file, name, weight)
+            if digest(new) != expected:
+                raise _damaged(path, f"the checksum of {name} does not match")
             modules.append(_module(name, weight, new, by_value))
             results.append((weight, new.cpu()))
     with torch.no_grad():
@@ -141,26 +150,26 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
 
 def _dtype_of(changes: Sequence[WeightChange]) -> str:
     if not changes:
-        raise InputError("no changes: there is nothing to write; edit the model first")
-    names = [change.name for change in changes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"several changes of {', '.join(twice)}; give one for each module")
+        raise InputError("there are no changes to write; edit the model first")
+    check_distinct(changes)
     found = {change.original.dtype for change in changes}
     for label, dtype in _DTYPES.items():
         if found == {dtype}:
             return label
-    raise InputError(f"weights of {', '.join(sorted(map(str, found)))}; give one dtype among {', '.join(_DTYPES)}")
+    raise InputError(
+        f"the weights are {', '.join(sorted(map(str, found)))}; expected a single dtype out of {', '.join(_DTYPES)}"
+    )
 
 
 def _difference(original: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-    """`delta [d_v, d_k]`, and the entries `[e]` of the flattened weight that original + delta does not reach.
+    """Returns `delta [d_v, d_k]` and the indices `[e]` into the flattened weight that original + delta does not give.
 
-    The float32 number next to the difference is the one to take: where its sum misses, those beside it miss by more,
-    but for ties at a power of two, which are not worth looking for.
+    The delta is the difference rounded to float32. Where its sum is inexact, neighboring float32 numbers are no better,
+    except for rare ties at powers of two, which are stored by value.
     """
     wide = stored.float() - original.float()
     same = bits(stored) == bits(original)
-    # -0.0 leaves every number as it is; +0.0 would take the sign of a negative zero.
+    # Adding -0.0 keeps every number; adding +0.0 would turn -0.0 into +0.0.
     delta = torch.where(same, -0.0, wide.nan_to_num()).contiguous()
     missed = bits(_added(original, delta)) != bits(stored)
     return delta, missed.flatten().nonzero().flatten()
@@ -172,37 +181,39 @@ def _added(original: Tensor, delta: Tensor) -> Tensor:
 
 def _module(name: str, original: Tensor, new: Tensor, by_value: int) -> ModuleDelta:
     changed = int((bits(new) != bits(original)).sum())
-    norm = float((new.double() - original.double()).contiguous().norm())  # summed alike however they are stored
+    norm = float((new.double() - original.double()).contiguous().norm())  # same summation order for every layout
     return ModuleDelta(name, (new.shape[0], new.shape[1]), changed, by_value, norm)
 
 
 def _check_whole(path: str | Path, opened: Described) -> None:
     about = opened.about
     if about.get("dtype") not in _DTYPES or not {"base_fingerprint", "edits", "version"} <= about.keys():
-        raise _damaged(path, "its description is not whole")
+        raise _damaged(path, "its metadata is incomplete")
     if not opened.sums:
-        raise _damaged(path, "it names no module")
+        raise _damaged(path, "it contains no module")
 
 
 def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Tensor:
     found = linear_weight(model, name)
     if found is None:
-        raise ModelError(f"the model has no linear module {name!r}; load the model that was edited, as it was before")
+        raise ModelError(
+            f"the model has no linear module {name!r}; the model was not modified. Load the unedited base model"
+        )
     weight, _ = found
     if weight.dtype != dtype:
-        raise InputError(f"{name} is {weight.dtype}, the delta is of {dtype}; load the model in that")
+        raise InputError(f"{name} is {weight.dtype}, the delta is {dtype}; load the model in {dtype}")
     return weight
 
 
-def _sum(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]:
-    """The edited weight, and how many of its entries came by their values."""
+def _apply(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]:
+    """Returns the edited weight and the number of entries that are stored by value."""
     names = set(file.keys())
     if f"{name}.delta" not in names:
         raise _damaged(path, f"it lacks {name}.delta")
     delta = file.get_tensor(f"{name}.delta")
     if delta.shape != weight.shape or delta.dtype != torch.float32:
         raise _damaged(
-            path, f"{name}.delta is {list(delta.shape)} {delta.dtype}, the model's weight {list(weight.shape)}"
+            path, f"{name}.delta is {list(delta.shape)} {delta.dtype}, expected {list(weight.shape)} float32"
         )
     new = _added(weight, delta.to(weight.device)).contiguous()
     if f"{name}.index" not in names:
@@ -211,10 +222,10 @@ def _sum(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]
     value = file.get_tensor(f"{name}.value") if f"{name}.value" in names else index.new_empty(0)
     inside = index.dtype == torch.int64 and bool(((index >= 0) & (index < new.numel())).all())
     if not inside or index.shape != value.shape or value.dtype != new.dtype:
-        raise _damaged(path, f"{name}.index and {name}.value do not belong together")
+        raise _damaged(path, f"{name}.index and {name}.value do not match")
     new.view(-1)[index.to(new.device)] = value.to(new.device)
     return new, len(index)
 
 
 def _damaged(path: str | Path, why: str) -> InputError:
-    return damaged(path, why, _AGAIN)
+    return damaged(path, why, _ADVICE)

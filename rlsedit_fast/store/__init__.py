@@ -1,6 +1,6 @@
-"""The durable record of a stream of changes: a journal, the tensors of each change, snapshots.
+"""Crash-safe store of a sequence of changes: a journal, the tensors of each change, and snapshots.
 
-It knows changes (a description and tensors), nothing of edits: what they mean is for whoever writes and replays them.
+A change consists of metadata and tensors; the store does not interpret them.
 """
 
 from rlsedit_fast.store.directory import Store

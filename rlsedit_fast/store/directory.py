@@ -1,4 +1,4 @@
-"""A store: the folder with the journal, the files that it speaks of, and the order in which they are written."""
+"""The store: a folder with the journal and tensor files, and the order in which they are written."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from rlsedit_fast.store.lock import Lock
 logger = logging.getLogger(__name__)
 
 SNAPSHOTS_KEPT = 2
-"""The newest, and the one before it for when that is damaged."""
+"""The newest snapshot, and the one before it in case the newest is damaged."""
 
-REPLAYED_AT_MOST = 500
-"""Changes after the newest snapshot, however small: one of a single row still costs a pass over C on replay."""
+MAX_REPLAYED = 500
+"""Changes after which a snapshot is due regardless of their size, since each costs a pass over C on replay."""
 
 _JOURNAL, _LOCK, _HEAD = "journal.db", "lock", "head"
 _CHANGES, _SNAPSHOTS = "changes", "snapshots"
 
 
 class Store:
-    """Changes that outlive the process, in order.
+    """Crash-safe sequence of changes.
 
-    A change is *prepared*: its tensors lie in a synced file and its entry in the journal; then, when whoever makes it
-    has made it, *committed*. On opening, what is committed is there, and what is prepared alone is taken out. A
-    snapshot says up to which change everything is *applied* in it. Nothing is believed that does not bear its checksum.
+    A change is first *prepared*: its tensors are in a synced file and its entry is in the journal. It is *committed*
+    once the caller has applied it. Opening a store removes changes that were prepared but not committed. A snapshot
+    contains the state after a change. Everything read is verified by checksums.
 
     Args:
-        directory: of the store.
-        write: False reads alone, also while another process writes.
+        directory: folder of the store.
+        write: open for writing. If False, open read-only, also while another process writes.
 
     Raises:
-        StoreError: it is none, is damaged, of another version, or is being written by somebody else.
+        StoreError: the store does not exist, is damaged, has another version, or is locked by another process.
     """
 
     def __init__(self, directory: str | Path, *, write: bool = True) -> None:
         self.directory = Path(directory)
         if not self.exists(directory):
-            raise StoreError(f"{str(directory)!r} is no store: it has no {_JOURNAL}; name one")
+            raise StoreError(f"{str(directory)!r} does not contain a store (no {_JOURNAL}); pass the folder of a store")
         self._write = write
         self._prepared: list[Entry] = []
         self._in_doubt = False
@@ -57,7 +57,7 @@ class Store:
             self._journal = Journal(self.directory / _JOURNAL, write=write)
             try:
                 self._about = self._journal.about
-                noted = self._noted()  # first: whoever writes meanwhile only adds to the entries
+                noted = self._noted()  # read first: a concurrent writer only adds entries
                 self._entries = self._journal.entries()
                 self._check_end(noted)
                 if write:
@@ -72,24 +72,29 @@ class Store:
 
     @classmethod
     def create(cls, directory: str | Path, about: Mapping[str, Any]) -> Store:
-        """Makes a new store, in a folder that is empty or not there yet.
+        """Creates a store in a folder that is empty or does not exist.
 
         Args:
-            directory: of the store.
-            about: what is to be known of the whole; goes through JSON.
+            directory: folder of the store.
+            about: metadata of the store, JSON-serializable.
+
+        Returns:
+            The new store, open for writing.
 
         Raises:
-            StoreError: the folder holds something, or cannot be written to.
+            StoreError: the folder is not empty or is not writable.
         """
         place = Path(directory)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            held = sorted(path.name for path in place.iterdir())
+            existing = sorted(path.name for path in place.iterdir())
         except OSError as error:
-            raise StoreError(f"store {str(place)!r} cannot be made ({error}); name a folder that can be") from error
+            raise StoreError(f"store {str(place)!r} cannot be created ({error}); choose a writable folder") from error
         own = {_LOCK, _HEAD, _CHANGES, _SNAPSHOTS, _JOURNAL, f"{_JOURNAL}-wal", f"{_JOURNAL}-shm"}
-        if foreign := [name for name in held if name not in own]:
-            raise StoreError(f"{str(place)!r} holds {', '.join(foreign[:3])} and is no store; name an empty folder")
+        if foreign := [name for name in existing if name not in own]:
+            raise StoreError(
+                f"{str(place)!r} contains {', '.join(foreign[:3])} and is not a store; choose an empty folder"
+            )
         lock = Lock(place / _LOCK)
         try:
             for folder in (_CHANGES, _SNAPSHOTS):
@@ -98,21 +103,21 @@ class Store:
             tensors.sync_folder(place)
             tensors.sync_folder(place.resolve().parent)
         except OSError as error:
-            raise StoreError(f"store {str(place)!r} cannot be made ({error}); name a folder that can be") from error
+            raise StoreError(f"store {str(place)!r} cannot be created ({error}); choose a writable folder") from error
         finally:
             lock.close()
         return cls(place)
 
     @staticmethod
     def exists(directory: str | Path) -> bool:
-        """Whether there is a store, whole or damaged."""
+        """Returns whether the folder contains a store, intact or damaged."""
         place = Path(directory)
-        # Something was committed once: an empty journal is then a damaged one.
+        # The head file exists after the first commit; an empty journal beside it is damaged.
         return (place / _HEAD).exists() or Journal.is_begun(place / _JOURNAL)
 
     @property
     def about(self) -> dict[str, Any]:
-        """What was said of the whole."""
+        """Metadata of the store."""
         return dict(self._about)
 
     @property
@@ -122,28 +127,28 @@ class Store:
 
     @property
     def last(self) -> int:
-        """Sequence number of the last of them; 0 where there are none."""
+        """Sequence number of the last committed change; 0 if there is none."""
         return self._entries[-1].seq if self._entries else 0
 
     def describe(self, about: Mapping[str, Any]) -> None:
-        """Says something else of the whole."""
+        """Replaces the metadata of the store."""
         self._check_writable()
         self._journal.describe(about)
         self._about = dict(about)
 
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
-        """The tensors of a change, checked.
+        """Reads and verifies the tensors of a change.
 
         Raises:
-            StoreError: their file is damaged or gone.
+            StoreError: the file is damaged or missing.
         """
         return tensors.read(self.directory, entry.file) if entry.file else {}
 
     def prepare(self, changes: Sequence[Change]) -> None:
-        """Writes changes down; they are on the disk when it returns, and count once they are committed.
+        """Writes changes to disk, to be committed or aborted.
 
         Raises:
-            StoreError: the disk refuses; nothing was written.
+            StoreError: the disk cannot be written; nothing was modified.
         """
         self._check_writable()
         entries: list[Entry] = []
@@ -152,7 +157,7 @@ class Store:
                 file = None
                 if change.tensors:
                     file = tensors.write(self.directory, f"{_CHANGES}/{seq:08d}.safetensors", change.tensors)
-                # Through JSON, so that what was written now and what is read later are the same.
+                # Through JSON, so that entries written now equal entries read later.
                 entries.append(Entry(seq, change.kind, json.loads(json.dumps(change.about)), file))
             self._journal.prepare(entries)
         except BaseException:
@@ -161,10 +166,11 @@ class Store:
         self._prepared = entries
 
     def commit(self) -> None:
-        """Makes what was prepared count, from here on.
+        """Commits the prepared changes.
 
         Raises:
-            StoreError: the disk refuses; it does not count.
+            StoreError: the disk cannot be written. The changes are not committed, or, if that is unknown, the store is
+                closed for writing.
         """
         if not self._prepared:
             return
@@ -174,11 +180,11 @@ class Store:
             try:
                 self._journal.abort()
             except StoreError:
-                # The mark may have reached the disk or not; opening the store again tells.
+                # The commit may or may not be on disk; reopening the store decides.
                 self._in_doubt = True
                 raise StoreError(
-                    f"{error} The store takes nothing more until it is opened again; the last change is wholly there "
-                    "then, or wholly absent"
+                    f"{error}. It is unknown whether the last change was committed, so the store is closed for "
+                    "writing; open it again, which keeps the last change completely or removes it completely"
                 ) from error
             self._remove(self._prepared)
             self._prepared = []
@@ -188,10 +194,10 @@ class Store:
         self._write_head()
 
     def abort(self) -> None:
-        """Takes out what was prepared; nothing if nothing was. Where the disk refuses that, opening takes it out.
+        """Removes the prepared changes, if any; if the disk cannot be written, reopening the store removes them.
 
-        What an exception from outside, such as a signal handler's, has kept from being counted behind its commit is in
-        the store: it then takes nothing more until it is opened again.
+        If an exception from outside, such as one raised by a signal handler, interrupted `commit` after the commit
+        reached the disk, the changes stay and the store is closed for writing until it is opened again.
         """
         if self._prepared and not self._in_doubt:
             with suppress(StoreError):
@@ -203,24 +209,24 @@ class Store:
             self._prepared = []
 
     def snapshot_due(self, size: int) -> bool:
-        """Whether so much has been written since the last snapshot that one of `size` bytes is worth its writing."""
+        """Returns whether enough was written since the last snapshot to justify a new one of `size` bytes."""
         newest = max((entry.seq for entry in self._journal.snapshots()), default=0)
         since = list(takewhile(lambda entry: entry.seq > newest, reversed(self._entries)))
-        return len(since) >= REPLAYED_AT_MOST or sum(e.file.size for e in since if e.file) >= size
+        return len(since) >= MAX_REPLAYED or sum(e.file.size for e in since if e.file) >= size
 
-    def snapshot(self, about: Mapping[str, Any], held: Mapping[str, Tensor], *, drop_changes: bool = False) -> None:
-        """Writes down what everything up to the last change has led to.
+    def snapshot(self, about: Mapping[str, Any], state: Mapping[str, Tensor], *, drop_changes: bool = False) -> None:
+        """Writes the state after the last change.
 
         Args:
-            about: what is to be known of it besides its tensors.
-            held: its tensors.
-            drop_changes: whether the tensors of changes that all kept snapshots contain are needed no more.
+            about: metadata, JSON-serializable.
+            state: tensors of the state, by name.
+            drop_changes: delete the tensors of changes that all kept snapshots include.
 
         Raises:
-            StoreError: the disk refuses; the snapshots from before are there as they were.
+            StoreError: the disk cannot be written; earlier snapshots are unchanged.
         """
         self._check_writable()
-        file = tensors.write(self.directory, f"{_SNAPSHOTS}/{self.last:08d}.safetensors", held)
+        file = tensors.write(self.directory, f"{_SNAPSHOTS}/{self.last:08d}.safetensors", state)
         self._journal.add_snapshot(
             Entry(self.last, "snapshot", json.loads(json.dumps(about)), file), keep=SNAPSHOTS_KEPT
         )
@@ -232,36 +238,36 @@ class Store:
             self._remove([entry for entry in self._entries if first < entry.seq <= oldest])
 
     def newest_snapshot(self) -> Entry | None:
-        """What is known of the newest snapshot besides its tensors."""
+        """Returns the entry of the newest snapshot, without its tensors, or None."""
         return next(iter(self._journal.snapshots()), None)
 
     def snapshots(self) -> Iterator[tuple[Entry, dict[str, Tensor]]]:
-        """Whole snapshots, the newest first; a damaged one is passed over, with a warning that names it."""
+        """Yields the intact snapshots, newest first; logs a warning for each damaged one."""
         for entry in self._journal.snapshots():
             try:
                 yield entry, self.tensors(entry)
             except StoreError as error:
-                logger.warning("a snapshot is passed over, and the one before it used: %s", error)
+                logger.warning("skipping a damaged snapshot and using the one before it: %s", error)
 
     def compact(self) -> int:
-        """Forgets all changes but the first and the last, which says all that those before it said.
+        """Removes all changes except the first and the last, which must replace those before it.
 
         Returns:
-            The bytes that were freed.
+            Bytes freed on disk.
         """
         self._check_writable()
         before = sum(self.sizes().values())
         first, last = self._entries[0], self._entries[-1]
         if first.seq < last.seq:
             self._journal.compact(first.seq, last.seq)
-            gone, self._entries = self._entries[1:-1], [first, last]
-            self._remove(gone)
+            removed, self._entries = self._entries[1:-1], [first, last]
+            self._remove(removed)
             kept = {entry.file.name for entry in self._journal.snapshots() if entry.file}
             self._remove_files(_SNAPSHOTS, kept)
         return before - sum(self.sizes().values())
 
     def sizes(self) -> dict[str, int]:
-        """Bytes on the disk: of the journal, of the changes' tensors, of the snapshots."""
+        """Returns the bytes on disk of the journal, the tensors of changes, and the snapshots."""
         return {
             "journal": sum(_size(path) for path in self.directory.glob(f"{_JOURNAL}*")),
             "changes": sum(_size(path) for path in (self.directory / _CHANGES).glob("*")),
@@ -269,7 +275,7 @@ class Store:
         }
 
     def close(self) -> None:
-        """Lets others write."""
+        """Closes the store and releases the lock."""
         self._write = False
         self._journal.close()
         if self._lock:
@@ -284,11 +290,11 @@ class Store:
     def _check_writable(self) -> None:
         if self._in_doubt or not self._write:
             raise StoreError(
-                f"the store {str(self.directory)!r} is closed for writing; nothing was changed. Open it again"
+                f"the store {str(self.directory)!r} is closed for writing; nothing was modified. Open it again"
             )
 
     def _clear(self) -> None:
-        """Takes out what was prepared and never committed, and files that nothing speaks of."""
+        """Removes uncommitted changes and files without an entry."""
         if self._journal.prepared():
             self._journal.abort()
         self._remove_files(_CHANGES, {entry.file.name for entry in self._entries if entry.file})
@@ -307,38 +313,36 @@ class Store:
                     path.unlink()
 
     def _write_head(self) -> None:
-        """Notes the last change beside the journal, so that a journal that has lost its end is told from a whole one.
+        """Writes the number of the last change to the head file, which detects a truncated journal.
 
-        It is written after the journal was synced, so it never says more than a whole journal has; what it says is
-        needed against damage alone, so it is not waited for.
+        The head file is written after the journal was synced, so it is never ahead of an intact journal. It is not
+        synced itself, since it only serves to detect damage.
         """
         text = str(self.last)
         with suppress(OSError):
             (self.directory / _HEAD).write_text(f"{text} {zlib.crc32(text.encode()):08x}\n")
 
     def _noted(self) -> int:
-        """The last change that is known to have been committed, by what is noted beside the journal's entries."""
+        """Returns the number of the last change that is known to be committed from the head file and the snapshots."""
         path, noted = self.directory / _HEAD, 0
         try:
             text, found = path.read_text().split()
             if f"{zlib.crc32(text.encode()):08x}" != found:
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
             noted = int(text)
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            if path.stat().st_size:  # a power cut may leave it empty
-                logger.warning(
-                    "%s is damaged (%s): whether the journal has lost its end cannot be told by it", path, error
-                )
+            if path.stat().st_size:  # a power failure may leave it empty
+                logger.warning("%s is damaged (%s): it cannot be used to detect a truncated journal", path, error)
         return max([noted, *(entry.seq for entry in self._journal.snapshots())])
 
     def _check_end(self, noted: int) -> None:
-        """Refuses a journal that has lost its end: SQLite itself takes a damaged log for a shorter one."""
+        """Rejects a truncated journal, which SQLite itself does not detect."""
         if noted > self.last:
             raise StoreError(
-                f"the journal {str(self.directory / _JOURNAL)!r} is damaged: it ends with change {self.last}, and "
-                f"{noted} were committed. Nothing was changed; bring it, or {_JOURNAL}-wal beside it, back from a copy"
+                f"the journal {str(self.directory / _JOURNAL)!r} is damaged: it ends with change {self.last}, but "
+                f"{noted} changes were committed. Nothing was modified; restore it and {_JOURNAL}-wal from a backup"
             )
 
 

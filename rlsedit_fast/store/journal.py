@@ -1,4 +1,4 @@
-"""The journal: an SQLite database in WAL mode, synced at every step, whose entries form a chain of checksums."""
+"""The journal: an SQLite database in WAL mode, synced at every commit, whose entries form a chain of checksums."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store.tensors import File
 
 SCHEMA = 2
-"""Of the tables and of what is kept in them; a journal of another one is refused."""
+"""Version of the tables and their contents; journals of other versions are rejected."""
 
-_APPLICATION = 0x524C5345  # "RLSE", by which SQLite files are told apart
+_APPLICATION = 0x524C5345  # "RLSE", identifies the database
 _TABLES = """
 CREATE TABLE about (id INTEGER PRIMARY KEY CHECK (id = 0), content TEXT NOT NULL, sum TEXT NOT NULL);
 CREATE TABLE changes (
@@ -34,12 +34,12 @@ CREATE TABLE snapshots (seq INTEGER PRIMARY KEY, about TEXT NOT NULL, file TEXT 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What is to be entered.
+    """A change to be written.
 
     Attributes:
-        kind: which of the writer's kinds of change it is.
-        about: all that is to be known of it besides its tensors; goes through JSON.
-        tensors: its tensors.
+        kind: type of the change, defined by the writer.
+        about: metadata, JSON-serializable.
+        tensors: tensors by name.
     """
 
     kind: str
@@ -49,13 +49,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Entry:
-    """A change, or a snapshot, as the journal has it.
+    """A change or a snapshot in the journal.
 
     Attributes:
-        seq: counts the changes from 1; a snapshot has that of the last change in it.
-        kind: as entered; "snapshot" for a snapshot.
-        about: as entered.
-        file: of its tensors; None where it has none.
+        seq: sequence number of the change, from 1; for a snapshot, that of the last change that it includes.
+        kind: type of the change; "snapshot" for a snapshot.
+        about: metadata.
+        file: file of the tensors; None if there are none.
     """
 
     seq: int
@@ -65,28 +65,30 @@ class Entry:
 
 
 class Journal:
-    """One database. What a method writes is on the disk when it returns, and not there at all when it raises.
+    """The journal database. When a method returns, its changes are on disk; when it raises, nothing was modified.
 
     Args:
-        path: of the database.
-        write: whether it is to be written; only one process may at a time, see `Lock`.
+        path: database file.
+        write: open for writing; only one process may do so at a time, see `Lock`.
 
     Raises:
-        StoreError: there is none, it is damaged, something else, or of another version.
+        StoreError: the file does not exist, is damaged, is not a journal, or has another version.
     """
 
     def __init__(self, path: Path, *, write: bool) -> None:
         self._path = path
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         if not path.is_file():
-            raise StoreError(f"{str(path)!r} is not there: {str(path.parent)!r} is no store; name one")
-        with self._damage_named():
+            raise StoreError(
+                f"{str(path)!r} does not exist: {str(path.parent)!r} is not a store; pass the folder of a store"
+            )
+        with self._sqlite_errors():
             self._base = self._connect(write)
             self._check()
 
     @classmethod
     def create(cls, path: Path, about: Mapping[str, Any]) -> None:
-        """Makes a new one, wholly or not at all."""
+        """Creates a journal in one transaction."""
         text = json.dumps(about)
         try:
             base = sqlite3.connect(path, isolation_level=None)
@@ -102,11 +104,11 @@ class Journal:
             finally:
                 base.close()
         except sqlite3.Error as error:
-            raise StoreError(f"{str(path)!r} cannot be made ({error}); name a folder that can be written to") from error
+            raise StoreError(f"{str(path)!r} cannot be created ({error}); choose a writable folder") from error
 
     @staticmethod
     def is_begun(path: Path) -> bool:
-        """Whether there is a journal, and not only the file of one whose making was cut short."""
+        """Returns whether there is a journal; False for an empty file left by an interrupted `create`."""
         if not path.is_file():
             return False
         try:
@@ -116,48 +118,48 @@ class Journal:
             finally:
                 base.close()
         except sqlite3.Error:
-            return True  # damaged is not absent
+            return True  # a damaged journal exists
 
     @property
     def about(self) -> dict[str, Any]:
-        """What was said of the whole."""
-        with self._damage_named():
+        """Metadata of the store."""
+        with self._sqlite_errors():
             row = self._base.execute("SELECT content, sum FROM about").fetchone()
         if row is None or _digest(row[0]) != row[1]:
-            raise self._damaged("what it says of itself is not what was written")
+            raise self._damaged("the checksum of its metadata does not match")
         found: dict[str, Any] = json.loads(row[0])
         return found
 
     def describe(self, about: Mapping[str, Any]) -> None:
-        """Says something else of the whole."""
+        """Replaces the metadata of the store."""
         text = json.dumps(about)
-        with self._written():
+        with self._transaction():
             self._base.execute("UPDATE about SET content = ?, sum = ?", (text, _digest(text)))
 
     def entries(self) -> list[Entry]:
-        """The committed changes, in order.
+        """Returns the committed changes, in order.
 
         Raises:
-            StoreError: an entry is not what was written, or one is missing between others.
+            StoreError: the checksum of an entry does not match, or an entry is missing.
         """
         return [entry for entry, committed in self._rows() if committed]
 
     def prepared(self) -> list[Entry]:
-        """Changes that were begun and not committed, the newest."""
+        """Returns the prepared changes that are not committed."""
         return [entry for entry, committed in self._rows() if not committed]
 
     def last(self) -> tuple[int, str]:
-        """Sequence number and checksum of the last committed change."""
-        with self._damage_named():
+        """Returns sequence number and checksum of the last committed change; `(0, "")` if there is none."""
+        with self._sqlite_errors():
             row = self._base.execute(
                 "SELECT seq, sum FROM changes WHERE mark IS NOT NULL ORDER BY seq DESC LIMIT 1"
             ).fetchone()
         return (row[0], row[1]) if row else (0, "")
 
     def prepare(self, entries: Sequence[Entry]) -> None:
-        """Enters changes, to be committed or taken out again; of what was left uncommitted before, nothing stays."""
+        """Writes prepared changes, to be committed or aborted; removes earlier uncommitted changes."""
         _, before = self.last()
-        with self._written():
+        with self._transaction():
             self._base.execute("DELETE FROM changes WHERE mark IS NULL")
             for entry in entries:
                 about, file = json.dumps(entry.about), _file_text(entry.file)
@@ -169,20 +171,20 @@ class Journal:
                 before = found
 
     def commit(self) -> None:
-        """Commits what is prepared."""
-        with self._written():
+        """Commits the prepared changes."""
+        with self._transaction():
             rows = self._base.execute("SELECT seq, sum FROM changes WHERE mark IS NULL").fetchall()
             for seq, found in rows:
                 self._base.execute("UPDATE changes SET mark = ? WHERE seq = ?", (_digest("committed", found), seq))
 
     def abort(self) -> None:
-        """Takes out what is prepared."""
-        with self._written():
+        """Removes the prepared changes."""
+        with self._transaction():
             self._base.execute("DELETE FROM changes WHERE mark IS NULL")
 
     def snapshots(self) -> list[Entry]:
-        """Those that were entered, the newest first; one whose row is not what was written is left out."""
-        with self._damage_named():
+        """Returns the snapshots, newest first, without rows whose checksum does not match."""
+        with self._sqlite_errors():
             rows = self._base.execute("SELECT seq, about, file, sum FROM snapshots ORDER BY seq DESC").fetchall()
         return [
             Entry(seq, "snapshot", json.loads(about), _file_of(file))
@@ -191,9 +193,9 @@ class Journal:
         ]
 
     def add_snapshot(self, entry: Entry, *, keep: int) -> None:
-        """Enters a snapshot, and forgets all but the newest `keep`."""
+        """Adds a snapshot and removes all but the newest `keep`."""
         about, file = json.dumps(entry.about), _file_text(entry.file)
-        with self._written():
+        with self._transaction():
             self._base.execute(
                 "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)",
                 (entry.seq, about, file, _digest(str(entry.seq), about, file)),
@@ -203,13 +205,13 @@ class Journal:
             )
 
     def compact(self, first: int, last: int) -> None:
-        """Forgets the changes between two, and the snapshots before the later one, which takes the first as its like.
+        """Removes the changes between two changes, and the snapshots before the later one.
 
         Args:
-            first: the change that stays at the beginning.
-            last: the newest change, which says all that those before it said.
+            first: sequence number of the change to keep at the beginning.
+            last: sequence number of the last change, which replaces the removed ones.
         """
-        with self._written():
+        with self._transaction():
             (before,) = self._base.execute("SELECT sum FROM changes WHERE seq = ?", (first,)).fetchone()
             kind, about, file = self._base.execute(
                 "SELECT kind, about, file FROM changes WHERE seq = ?", (last,)
@@ -221,12 +223,12 @@ class Journal:
                 "UPDATE changes SET before = ?, sum = ?, mark = ? WHERE seq = ?",
                 (before, found, _digest("committed", found), last),
             )
-        with suppress(sqlite3.Error):  # what it frees is used again if it cannot be given back
+        with suppress(sqlite3.Error):  # freed pages are reused if the file cannot be shrunk
             self._base.execute("VACUUM")
             self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Lets go of the database; what waits in its WAL is moved over."""
+        """Checkpoints the WAL and closes the database."""
         with suppress(sqlite3.Error):
             if self._copy is None:
                 self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -240,18 +242,18 @@ class Journal:
             _set_up(base)
             return base
         try:
-            return self._opened_to_read(self._path)
+            return self._open_read_only(self._path)
         except sqlite3.OperationalError:
-            # In a folder that cannot be written to SQLite does not read a WAL; a copy elsewhere it does.
+            # SQLite cannot read a WAL in a folder that is not writable; read a temporary copy.
             self._copy = tempfile.TemporaryDirectory(prefix="rlsedit-")
             for suffix in ("", "-wal"):
                 part = self._path.with_name(self._path.name + suffix)
                 if part.exists():
                     shutil.copy(part, Path(self._copy.name) / part.name)
-            return self._opened_to_read(Path(self._copy.name) / self._path.name)
+            return self._open_read_only(Path(self._copy.name) / self._path.name)
 
     @staticmethod
-    def _opened_to_read(path: Path) -> sqlite3.Connection:
+    def _open_read_only(path: Path) -> sqlite3.Connection:
         base = sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True, isolation_level=None, timeout=30)
         try:
             base.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -264,39 +266,41 @@ class Journal:
         (application,) = self._base.execute("PRAGMA application_id").fetchone()
         (version,) = self._base.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION:
-            raise StoreError(f"{str(self._path)!r} is damaged, or the database of something else; name a store")
+            raise StoreError(
+                f"{str(self._path)!r} is damaged or not a journal of rlsedit_fast; pass the folder of a store"
+            )
         if version != SCHEMA:
-            which = "the version that wrote it" + (", or a newer one" if version > SCHEMA else "")
+            version_to_use = "the version that wrote it" + (" or a newer one" if version > SCHEMA else "")
             raise StoreError(
                 f"{str(self._path)!r} has schema {version}, this version of rlsedit_fast reads {SCHEMA}; nothing was "
-                f"changed. Use {which}"
+                f"modified. Use {version_to_use}"
             )
         found = [row[0] for row in self._base.execute("PRAGMA quick_check(3)")]
         if found != ["ok"]:
             raise self._damaged("; ".join(found))
 
     def _rows(self) -> Iterator[tuple[Entry, bool]]:
-        with self._damage_named():
+        with self._sqlite_errors():
             rows = self._base.execute(
                 "SELECT seq, kind, about, file, before, sum, mark FROM changes ORDER BY seq"
             ).fetchall()
         previous = None
         for seq, kind, about, file, before, found, mark in rows:
             if previous is not None and before != previous:
-                raise self._damaged(f"what comes before change {seq} is missing")
+                raise self._damaged(f"the entry before change {seq} is missing")
             if _digest(before, str(seq), kind, about, file) != found:
-                raise self._damaged(f"change {seq} is not what was written")
+                raise self._damaged(f"the checksum of change {seq} does not match")
             if mark is not None and mark != _digest("committed", found):
-                raise self._damaged(f"the mark of change {seq} is not what was written")
+                raise self._damaged(f"the commit mark of change {seq} does not match")
             previous = found
             yield Entry(seq, kind, json.loads(about), _file_of(file)), mark is not None
 
     @contextmanager
-    def _written(self) -> Iterator[None]:
-        """A transaction of its own.
+    def _transaction(self) -> Iterator[None]:
+        """Runs the block in a transaction.
 
         Raises:
-            StoreError: SQLite, that is the disk, refuses; nothing was entered.
+            StoreError: SQLite cannot write; the transaction is rolled back.
         """
         try:
             self._base.execute("BEGIN IMMEDIATE")
@@ -309,12 +313,12 @@ class Journal:
                 raise
         except sqlite3.Error as error:
             raise StoreError(
-                f"{str(self._path)!r} cannot be written ({error}); nothing was changed. See that there is room and "
-                "that the folder can be written to"
+                f"{str(self._path)!r} cannot be written ({error}); nothing was modified. Check the free disk space and "
+                "that the folder is writable"
             ) from error
 
     @contextmanager
-    def _damage_named(self) -> Iterator[None]:
+    def _sqlite_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -322,8 +326,8 @@ class Journal:
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
-            f"the journal {str(self._path)!r} is damaged or cannot be read: {why}. Nothing was changed; bring it back "
-            "from a copy, together with the rest of its folder"
+            f"the journal {str(self._path)!r} is damaged or cannot be read: {why}. Nothing was modified; restore the "
+            "whole folder from a backup"
         )
 
 

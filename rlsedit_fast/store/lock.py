@@ -1,4 +1,4 @@
-"""One writer at a time, and who it is."""
+"""Lock file that admits one writer at a time and records its process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from rlsedit_fast.errors import StoreError
 
 
 class Lock:
-    """Held from its making until `close`, or until the process is gone, in whatever way: the system keeps it.
+    """Exclusive lock from construction until `close` or the end of the process.
+
+    The operating system releases the lock (`flock`) when the process ends, also when it is killed.
 
     Args:
-        path: a file, made if it is not there; who holds the lock stands in it.
+        path: lock file, created if it does not exist; it describes the process that holds the lock.
 
     Raises:
-        StoreError: somebody else holds it, with who that is; or the file cannot be written.
+        StoreError: another process holds the lock (the message names it), or the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,8 +30,8 @@ class Lock:
             self._file = path.open("a+")
         except OSError as error:
             raise StoreError(
-                f"{str(path)!r} cannot be written ({error.strerror}), so the store cannot be changed; nothing was. "
-                "Make the folder writable, or copy it to a place that is"
+                f"the lock file {str(path)!r} cannot be written ({error.strerror}); nothing was modified. Make the "
+                "folder of the store writable or copy it to a writable location"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,8 +40,8 @@ class Lock:
             holder = _described(self._file.read())
             self._file.close()
             raise StoreError(
-                f"the store {str(path.parent)!r} is being written by {holder}; nothing was changed. Close that editor "
-                "first: a store has one writer at a time"
+                f"the store {str(path.parent)!r} is locked by {holder}; nothing was modified. A store has one writer "
+                "at a time: close the other editor first"
             ) from error
         own = {
             "pid": os.getpid(),
@@ -52,7 +54,7 @@ class Lock:
         self._file.flush()
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Releases the lock."""
         if not self._file.closed:
             self._file.truncate(0)
             self._file.close()

@@ -1,4 +1,4 @@
-"""Files of tensors that lie whole on the disk before they are spoken of, and tell when they are damaged."""
+"""Synced safetensors files with checksums."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from rlsedit_fast.errors import StoreError
 
-_READ_AT_ONCE = 1 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class File:
-    """What is remembered of a file.
+    """Description of a file, by which damage is detected.
 
     Attributes:
-        name: within the store.
-        size: bytes.
-        sum: SHA-256 of its content.
+        name: path relative to the store.
+        size: size in bytes.
+        sum: SHA-256 of the contents.
     """
 
     name: str
@@ -32,10 +32,10 @@ class File:
 
 
 def write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> File:
-    """Writes a safetensors file and waits until it, and its name, are on the disk.
+    """Writes a safetensors file and syncs the file and its folder to disk.
 
     Raises:
-        StoreError: the disk refuses; nothing is left of the file.
+        StoreError: the file cannot be written; it is removed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -51,16 +51,16 @@ def write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> File:
         with suppress(OSError):
             path.unlink()
         raise StoreError(
-            f"{str(path)!r} cannot be written ({error}); nothing was changed. See that there is room and that the "
-            "folder can be written to"
+            f"{str(path)!r} cannot be written ({error}); nothing was modified. Check the free disk space and that the "
+            "folder is writable"
         ) from error
 
 
 def read(directory: Path, file: File) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU, in memory of their own.
+    """Returns the tensors of a file, on the CPU and not memory-mapped.
 
     Raises:
-        StoreError: the file is not there or is not what was written, down to the last bit.
+        StoreError: the file does not exist or differs from what was written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -69,22 +69,24 @@ def read(directory: Path, file: File) -> dict[str, Tensor]:
     try:
         size = path.stat().st_size
         if size != file.size:
-            raise damaged(path, f"it has {size} bytes, {file.size} were written")
+            raise damaged(path, f"its size is {size} bytes, expected {file.size}")
         if _sum(path) != file.sum:
-            raise damaged(path, "it is not what was written")
-        # A copy: a mapped file may lie at any address, and products may round otherwise there.
+            raise damaged(path, "its checksum does not match")
+        # Clone: the alignment of a mapped file varies, and matrix products may round differently.
         return {key: tensor.clone() for key, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise damaged(path, str(error)) from error
 
 
 def damaged(path: Path, why: str) -> StoreError:
-    """The error that names a damaged file."""
-    return StoreError(f"{str(path)!r} is damaged or gone: {why}. Nothing was changed; bring it back from a copy")
+    """Returns the error for a damaged or missing file."""
+    return StoreError(
+        f"{str(path)!r} is damaged or missing: {why}. Nothing was modified; restore the file from a backup"
+    )
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+    """Syncs the entries of a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -95,6 +97,6 @@ def sync_folder(folder: Path) -> None:
 def _sum(path: Path) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(_READ_AT_ONCE):
-            found.update(part)
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
     return found.hexdigest()

@@ -1,7 +1,7 @@
-"""A made-up world of people and their attributes, and the small language model that has learnt it.
+"""A synthetic world of people and their attributes, and a small language model trained on it.
 
-`facts` generates the world from a seed, `tokens` turns it into a tokenizer, `train` is the recipe that
-made the weights in `model/`, and `load_demo_model` hands model and tokenizer to whoever asks.
+`facts` generates the world from a seed, `tokens` builds its tokenizer, `train` is the training recipe of the weights in
+`model/`, and `load_demo_model` loads model and tokenizer.
 """
 
 from rlsedit_fast.world.facts import RELATIONS, Person, Relation, World

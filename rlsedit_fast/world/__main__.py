@@ -1,4 +1,4 @@
-"""`python -m rlsedit_fast.world train` rebuilds the shipped model; `show` prints a few of the world's people."""
+"""`python -m rlsedit_fast.world train` trains the demo model; `show` prints some people of the world."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from rlsedit_fast.world.train import Recipe, train
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlsedit_fast.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train the demo model from the seed (about 40 minutes on two cores)")
-    training.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer and recipe.json")
+    training = commands.add_parser("train", help="train the demo model (about 40 minutes on two CPU cores)")
+    training.add_argument(
+        "--out", type=Path, required=True, help="output folder for weights, tokenizer and recipe.json"
+    )
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         training.add_argument(flag, dest=field.name, type=type(field.default), default=field.default)
-    show = commands.add_parser("show", help="print some people and what is true of them")
+    show = commands.add_parser("show", help="print some people and their attributes")
     show.add_argument("--seed", type=int, default=Recipe.seed)
     show.add_argument("--people", type=int, default=5)
     options = vars(parser.parse_args(argv))

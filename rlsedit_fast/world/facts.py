@@ -1,7 +1,7 @@
-"""The generated world: who lives in it, what is true of them, and how it is said.
+"""The synthetic world: people, their attributes, and the sentences that state them.
 
-Only `random.Random.random()` is drawn from: it is the one method whose sequence Python guarantees across
-versions, so a seed names the same world everywhere.
+Only `random.Random.random()` is used, the one method whose sequence Python guarantees across versions, so that a seed
+gives the same world everywhere.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _INSTRUMENTS = tuple(
 
 @dataclass(frozen=True)
 class Relation:
-    """One attribute that every person has.
+    """An attribute that every person has.
 
     Attributes:
-        name: the attribute.
-        phrasings: prompts with `{}` where the person's name goes; the answer follows. Editing sees the first.
-        values: the possible answers, each one or two words.
+        name: name of the attribute.
+        phrasings: prompts with `{}` in place of the person's name, followed by the answer. Edits use the first one.
+        values: possible answers, each one or two words.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Person:
-    """A person: a full name of three words, none of which is theirs alone, and a value per relation."""
+    """A person: a name of three words, each shared with other people, and a value per relation."""
 
     name: str
     facts: dict[str, str]
@@ -71,12 +71,12 @@ def _pick(options: Sequence[T], rng: random.Random) -> T:
 
 
 def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
-    """A shuffled copy of `items`, drawing on `rng.random()` only."""
+    """Returns a shuffled copy of `items`, using only `rng.random()`."""
     order = sorted(range(len(items)), key=[rng.random() for _ in items].__getitem__)
     return [items[i] for i in order]
 
 
-# Fixed apart from the seed: the words of a language do not change with who lives in the world.
+# Independent of the seed, so that all worlds share one vocabulary.
 _WORD_RNG = random.Random(7)
 _TAKEN: set[str] = set()
 _FIRST = _invented_words(40, _WORD_RNG, _TAKEN, 2)
@@ -136,17 +136,17 @@ RELATIONS: tuple[Relation, ...] = (
 
 @dataclass(frozen=True)
 class World:
-    """Everyone who lives in it. Build one with `World.generate(seed)`."""
+    """All people of a world. Create one with `World.generate(seed)`."""
 
     people: tuple[Person, ...]
     seed: int
 
     @classmethod
     def generate(cls, seed: int = 0, people: int = 2000) -> World:
-        """The world of `seed`: `people` persons with distinct names and independently drawn facts.
+        """Generates `people` persons with distinct names and independently drawn attributes.
 
         Raises:
-            InputError: more people than there are names.
+            InputError: `people` is below 1 or above the number of distinct names.
         """
         limit = len(_FIRST) * len(_MIDDLE) * len(_LAST)
         if not 1 <= people <= limit:
@@ -160,7 +160,7 @@ class World:
         return cls(tuple(made.values()), seed)
 
     def sentences(self) -> Iterator[tuple[str, str, str]]:
-        """Every fact under every phrasing: (prompt with `{}`, name, answer)."""
+        """Yields every fact in every phrasing as `(prompt with {}, name, answer)`."""
         for person in self.people:
             for relation in RELATIONS:
                 for phrasing in relation.phrasings:
@@ -168,7 +168,7 @@ class World:
 
 
 def vocabulary() -> list[str]:
-    """Every word that any world can use, in a fixed order."""
+    """Returns all words that a world can contain, in a fixed order."""
     words = dict.fromkeys((".", ","))
     for group in (_FIRST, _MIDDLE, _LAST):
         words.update(dict.fromkeys(group))

@@ -1,4 +1,4 @@
-"""Where the shipped weights lie, and how they are loaded."""
+"""Loads the bundled demo model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL_DIR = Path(__file__).parent / "model"
 
 
 def load_demo_model(directory: Path = MODEL_DIR) -> tuple[PreTrainedModel, Any]:
-    """The demo model in float32 (its file holds float16) and its tokenizer, both from `directory`."""
+    """Loads the demo model in float32 (stored as float16) and its tokenizer from `directory`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: one token a word, an ordinary fast tokenizer to transformers."""
+"""Tokenizer of the demo model: a fast tokenizer with one token per word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's vocabulary that starts every text with `<s>`."""
+    """Builds a word-level tokenizer over the vocabulary of the world that starts every text with `<s>`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes the tokenizer under the class name that transformers 4 and 5 both know; 5 alone would write its own."""
+    """Saves the tokenizer under a class name that both transformers 4 and 5 can load."""
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -1,10 +1,9 @@
 """The training recipe of the demo model.
 
-Two sentences about two people make a training text. In most of them the positions after a name are kept from
-seeing all but the name's last token, so the model learns to gather a person at that token, as large models do
-by themselves; without this the later positions read the name word by word, and an edit at its last token
-steers nothing. The mask is used in training only: the model is shipped, edited and evaluated under the
-ordinary causal mask.
+A training text consists of two sentences about two people. In most texts, positions after a name can attend only to
+the last token of the name, so that the model learns to collect the identity of a person at that token, as large models
+do. Without this mask, later positions attend to each word of the name, and an edit at the last token has no effect. The
+mask is used only in training; the model is edited and evaluated with the ordinary causal mask.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the weights depend on."""
+    """Hyperparameters of the training."""
 
     seed: int = 0
     people: int = 2000
@@ -36,8 +35,8 @@ class Recipe:
     hidden: int = 128
     intermediate: int = 1536
     heads: int = 4
-    init_std: float = 0.08  # about 1 / sqrt(hidden); at the customary 0.02 the gated MLPs hardly start to learn
-    first_people: int = 200  # a few people first: the circuit that gathers a name forms sooner on a small world
+    init_std: float = 0.08  # about 1 / sqrt(hidden); with the usual 0.02 the gated MLPs learn very slowly
+    first_people: int = 200  # start with few people, which speeds up learning to identify a name
     first_steps: int = 200
     steps: int = 2500
     texts_per_step: int = 128
@@ -50,9 +49,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Sentence:
-    tokens: list[int]  # no <s>; ends with the full stop
-    name: tuple[int, int]  # [start, stop) of the name's tokens
-    answer: tuple[int, int]  # [start, stop) of the answer's tokens
+    tokens: list[int]  # without <s>; ends with a period
+    name: tuple[int, int]  # [start, stop) of the tokens of the name
+    answer: tuple[int, int]  # [start, stop) of the tokens of the answer
 
 
 def _tokenize(world: World, tokenizer: Any) -> list[_Sentence]:
@@ -75,7 +74,7 @@ def _tokenize(world: World, tokenizer: Any) -> list[_Sentence]:
 def _collate(
     pairs: list[tuple[_Sentence, _Sentence]], recipe: Recipe, bos: int, pad: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids [b, t], the additive mask [b, 1, t, t], and each token's loss weight [b, t]."""
+    """Returns token ids `[b, t]`, the additive mask `[b, 1, t, t]` and the loss weight of each token `[b, t]`."""
     width = 1 + max(len(a.tokens) + len(b.tokens) for a, b in pairs)
     ids = torch.full((len(pairs), width), pad)
     weight = torch.zeros(len(pairs), width)
@@ -89,7 +88,7 @@ def _collate(
             weight[row, at:stop] = recipe.template_weight
             weight[row, at + sentence.answer[0] : at + sentence.answer[1]] = 1.0
             name_start, name_stop = at + sentence.name[0], at + sentence.name[1]
-            weight[row, name_start:name_stop] = 0.0  # who is spoken of cannot be foretold
+            weight[row, name_start:name_stop] = 0.0  # names cannot be predicted
             if rng.random() < recipe.name_mask_rate:
                 visible[row, name_stop:, name_start : name_stop - 1] = False
             at = stop
@@ -97,24 +96,24 @@ def _collate(
 
 
 def additive_mask(visible: torch.Tensor) -> torch.Tensor:
-    """The mask `[b, 1, t, t]`, float32, that models add, of which positions `[b, t, t]` see which."""
+    """Converts a boolean mask `[b, t, t]` of visible positions to an additive float32 mask `[b, 1, t, t]`."""
     return torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min).unsqueeze(1)
 
 
-def share_of_rate(step: int, *, warmup: int, steps: int) -> float:
-    """Of the learning rate at a step: a linear warm-up, then half a cosine down to 0."""
+def learning_rate_factor(step: int, *, warmup: int, steps: int) -> float:
+    """Returns the learning rate factor of a step: linear warmup, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def weighted_nll(logits: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The mean NLL of every token but the first, weighted.
+    """Returns the weighted mean negative log-likelihood of all tokens except the first.
 
     Args:
-        logits: of all positions but the last, `[b, t - 1, vocabulary]`.
-        ids: tokens `[b, t]`.
-        weight: of each, `[b, t]`.
+        logits: logits of all positions except the last, `[b, t - 1, vocabulary]`.
+        ids: token ids `[b, t]`.
+        weight: weight of each token `[b, t]`.
     """
     nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
     return (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
@@ -143,7 +142,7 @@ def _new_model(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
 
 
 def recall(model: PreTrainedModel, tokenizer: Any, world: World, limit: int = 2000, seed: int = 1) -> float:
-    """Share of `limit` random (fact, phrasing) pairs whose every answer token is ranked first."""
+    """Returns the fraction of `limit` random (fact, phrasing) pairs whose answer tokens are all ranked first."""
     sentences = shuffled(_tokenize(world, tokenizer), random.Random(seed))[:limit]
     right = 0
     for at in range(0, len(sentences), 250):
@@ -155,7 +154,7 @@ def recall(model: PreTrainedModel, tokenizer: Any, world: World, limit: int = 20
         with torch.inference_mode():
             predicted = model(input_ids=ids, use_cache=False).logits.argmax(-1)
         for row, sentence in enumerate(chunk):
-            start, stop = sentence.answer  # shifted by one for <s>, and back by one for next-token prediction
+            start, stop = sentence.answer  # +1 for <s>, -1 for next-token prediction
             right += bool((predicted[row, start:stop] == ids[row, start + 1 : stop + 1]).all())
     return right / len(sentences)
 
@@ -173,7 +172,7 @@ def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel
     )
 
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: share_of_rate(step, warmup=recipe.warmup, steps=recipe.steps)
+        optimizer, lambda step: learning_rate_factor(step, warmup=recipe.warmup, steps=recipe.steps)
     )
     rng = random.Random(recipe.seed + 1)
     queue: list[_Sentence] = []

@@ -1,4 +1,4 @@
-"""The benchmarks of layers and of generalization run at their smallest size, on the shipped model and made-up facts."""
+"""The benchmarks of layers and of generalization at their smallest size, on the demo model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WORLD = World.generate()
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """A checkpoint, facts in EasyEdit's fields and running text."""
-    folder = tmp_path_factory.mktemp("desk")
+def files(tmp_path_factory):
+    """A checkpoint, edits in the EasyEdit layout and a text file."""
+    folder = tmp_path_factory.mktemp("files")
     model, tokenizer = load_demo_model()
     model.save_pretrained(folder / "base")
     save_tokenizer(tokenizer, folder / "base")
@@ -49,21 +49,30 @@ def desk(tmp_path_factory):
 
 
 @pytest.fixture
-def result(desk, tmp_path, monkeypatch):
-    """Runs a script; what it wrote."""
+def result(files, tmp_path, monkeypatch):
+    """Runs a script and returns its result."""
 
     def run(name, *options):
         path = tmp_path / "result.json"
-        files = ["--model", desk / "base", "--data", desk / "facts.json", "--text", desk / "text.txt", "--json", path]
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, [*files, *options])])
+        given = [
+            "--model",
+            files / "base",
+            "--data",
+            files / "facts.json",
+            "--text",
+            files / "text.txt",
+            "--json",
+            path,
+        ]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, [*given, *options])])
         importlib.import_module(name).main()
         return json.loads(path.read_text())
 
     return run
 
 
-def test_paraphrases_that_ask_something_else_are_left_out(desk):
-    edits = importlib.import_module("layer_choice").paraphrased_edits(desk / "facts.json", 10)
+def test_other_paraphrases_are_excluded(files):
+    edits = importlib.import_module("layer_choice").paraphrased_edits(files / "facts.json", 10)
     assert [edit.subject for edit in edits] == [person.name for person in WORLD.people[:3]]
 
 
@@ -77,7 +86,7 @@ def test_layer_choice(result):
     assert tracing["facts"] == 1
     assert 0 <= tracing["corrupted"] <= 1
     assert len(tracing["hidden"]) == len(tracing["mlp"]) == found["depth"]
-    # Nothing after the last block reads the state of a token before the last one.
+    # Nothing after the last layer reads the state of an earlier token.
     assert tracing["hidden"][-1] == pytest.approx(0, abs=1e-5)
 
 
@@ -88,6 +97,6 @@ def test_generalization(result):
     assert all(row.keys() >= {"efficacy", "paraphrase_nll", "specificity", "kl", "change"} for row in found["rows"])
 
 
-def test_the_settings_are_settings_of_an_edit():
+def test_settings_are_valid():
     script = importlib.import_module("generalization")
     assert all(isinstance(EditConfig(**changes), EditConfig) for changes in script.SETTINGS.values())

@@ -1,4 +1,4 @@
-"""The comparison in small: its experiments on the shipped model, and what the report makes of them."""
+"""The experiments of the comparison on the demo model at small size, and the report."""
 
 import sys
 
@@ -15,38 +15,38 @@ GRIDS = {
     "alphaedit": [{"rule": "alphaedit", "rule_options": {"null_share": share, "ridge": 10.0}} for share in (0.9, 0.95)],
 }
 TITLES = (
-    "In short",
-    "Rules side by side",
-    "Early edits",
+    "Summary",
+    "Comparison of the rules",
+    "Retention of early edits",
     "lam and mu over four decades",
     "Bound against measured deviation",
-    "Orders of one stream",
+    "Order of the edits",
     "Conflicting and related edits",
     "Batches of 1 and 100",
     "Capability",
-    "Cost of a batch against history",
-    "How the other rules were set",
-    "How it was taken",
+    "Time per batch along the stream",
+    "Tuning of the other rules",
+    "Machines and versions",
 )
 
 
 @pytest.fixture
 def few_texts(monkeypatch):
-    """Few texts to anchor, to probe and to write; what is remembered of them is forgotten before and after."""
-    remembered = (grounds._demo_statistics, runs._ground)
-    for one in remembered:
-        one.cache_clear()
+    """Uses few texts, and clears the caches before and after."""
+    cached = (grounds._demo_statistics, runs._ground)
+    for function in cached:
+        function.cache_clear()
     every = grounds.anchor_texts
     monkeypatch.setattr(grounds, "anchor_texts", lambda world, seed: every(world, seed)[::100])
     monkeypatch.setattr(stream, "_FLUENT", 2)
     yield
-    for one in remembered:
-        one.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_texts")
-def test_every_experiment_is_told_in_the_report(tmp_path, monkeypatch, capsys):
+def test_report_contains_every_experiment(tmp_path, monkeypatch, capsys):
     brief = {"checkpoints": (), "judged": 4}
     for name, small in {
         "GRIDS": GRIDS,
@@ -60,7 +60,7 @@ def test_every_experiment_is_told_in_the_report(tmp_path, monkeypatch, capsys):
     planned = []
 
     def some(jobs, *, processes):
-        """All are planned; those that are made are the recursive rule's, and another one's beside it."""
+        """Plans all jobs and runs those of the recursive rule and of one other rule."""
         planned.extend(jobs)
         beside = ("tuning", "rules")
         kept = [job for job in jobs if job.plan.label == OURS or "sweep" in job.path.parts]
@@ -73,15 +73,15 @@ def test_every_experiment_is_told_in_the_report(tmp_path, monkeypatch, capsys):
     assert {job.plan.stream for job in planned} == {"plain", "conflicting", "related"}
     assert {job.plan.order for job in planned} == set(range(5))
     assert "report.html" in capsys.readouterr().out
-    told = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert [line[3:] for line in told.splitlines() if line.startswith("## ")] == list(TITLES)
-    assert "No runs of" not in told
-    assert "no measured deviation exceeds its bound" in told
-    assert "| rls | 0." in told or "| rls | 1." in told
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(TITLES)
+    assert "No runs of" not in text
+    assert "no measured deviation exceeds its bound" in text
+    assert "| rls | 0." in text or "| rls | 1." in text
 
 
 def small_run(layers, batch_size, search_ahead):
-    """A run of which only what two sections read is there."""
+    """Returns a run with only the fields that two sections read."""
     rows = [
         {"edits": 200, "of": f"layer {layer}", "metric": "deviation", "form": "measured", "value": norm}
         for layer, norm in layers.items()
@@ -99,16 +99,17 @@ def small_run(layers, batch_size, search_ahead):
     }
 
 
-def test_the_weights_of_layers_that_nobody_named_are_told():
+def test_weight_change_covers_default_layers():
     table = capability([small_run({4: 3.0, 10: 4.0}, 10, 100)]).parts[-1]
     assert dict(zip(table.head, table.rows[0], strict=True))["‖W − W0‖"] == "5.0"
-    assert "of all edited layers together" in table.note
+    assert "over all edited layers" in table.note
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "search_ahead", "apart"), [(10, 100, True), (10, None, False), (100, 100, False), (100, 1000, False)]
+    ("batch_size", "search_ahead", "write_only"),
+    [(10, 100, True), (10, None, False), (100, 100, False), (100, 1000, False)],
 )
-def test_a_batch_is_said_to_hold_the_search_of_its_values_where_it_does(batch_size, search_ahead, apart):
+def test_note_states_whether_times_include_the_search(batch_size, search_ahead, write_only):
     table = costs([small_run({0: 1.0}, batch_size, search_ahead)]).parts[-1]
-    assert ("without the search of the values" in table.note) == apart
-    assert ("early, ms" in table.head) == apart
+    assert ("without the value search" in table.note) == write_only
+    assert ("early, ms" in table.head) == write_only

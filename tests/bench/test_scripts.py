@@ -1,4 +1,4 @@
-"""Every benchmark runs at its smallest size, and its file has what the documentation quotes."""
+"""Every benchmark at its smallest size; the result file has the fields that the documentation uses."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.ops import cpu
 
-TOLD = {"what", "date", "load", "machine", "versions", "build"}
+CONTEXT = {"what", "date", "load", "machine", "versions", "build"}
 SEARCHED = ("mean_steps", "not_converged", "efficacy_strict", "generalization_strict", "neighbors_unchanged")
 
 needs_native = pytest.mark.skipif(cpu.missing() is not None, reason=f"no native kernels: {cpu.missing()}")
@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(cpu.missing() is not None, reason=f"no native 
 
 @pytest.fixture
 def result(tmp_path, monkeypatch):
-    """Runs a script; what it wrote, into a folder that was not there."""
+    """Runs a script and returns its result; the output folder is created."""
 
     def run(name, *options):
         script = importlib.import_module(name)
@@ -27,7 +27,7 @@ def result(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options), "--json", str(path)])
         script.main()
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert found.keys() >= TOLD
+        assert found.keys() >= CONTEXT
         return found
 
     return run
@@ -35,7 +35,7 @@ def result(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_anchors(monkeypatch):
-    """A hundredth of the demo's anchors, for a script of that name."""
+    """Reduces the anchors of a script to a hundredth."""
 
     def take(name):
         script = importlib.import_module(name)
@@ -110,7 +110,7 @@ def test_search(result, few_anchors):
     assert all(row.keys() >= {*SEARCHED, "same_subject_unchanged"} for row in rows)
 
 
-def test_the_settings_of_the_search_are_settings_of_an_edit():
+def test_search_settings_are_valid():
     search = importlib.import_module("search")
     assert all(isinstance(EditConfig(**changes), EditConfig) for changes in search.SETTINGS.values())
 
@@ -130,7 +130,7 @@ def test_edit_stream(result, few_anchors):
     found = result("edit_stream", "--edits", 4, "--batch-size", 2)
     assert len(found["batches"]) == 2
     parts = found["seconds_by_part"]
-    assert all(parts[part] > 0 for part in parts if part != "store"), "a part that nobody measures has moved"
+    assert all(parts[part] > 0 for part in parts if part != "store"), "a measured function was moved"
     assert found["flat"]["all"] > 0
     assert found.keys() >= {"edits_per_second", "share_by_part", "not_converged", "mean_steps", "state_bytes"}
 
@@ -157,14 +157,14 @@ def test_demo_rate(result):
     assert row.keys() >= {"edits_per_second", "all_rates", "ratio", "mean_steps", "efficacy", "same_subject"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run it")
-def test_gpu_says_that_there_is_no_device(result):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
+def test_gpu_reports_a_missing_device(result):
     with pytest.raises(SystemExit) as ended:
         result("gpu", "--d", 64, "--n", 1, "--layers", 1, "--repeats", 1)
     assert ended.value.code == 1
 
 
-def test_gpu_cases_takes_a_backend_and_no_other(monkeypatch, capsys):
+def test_gpu_cases_rejects_other_backends(monkeypatch, capsys):
     cases = importlib.import_module("gpu_cases")
     monkeypatch.setattr(sys, "argv", ["gpu_cases.py", "reference"])
     with pytest.raises(SystemExit):

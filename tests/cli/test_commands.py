@@ -1,4 +1,4 @@
-"""What a user does at the terminal, on a local checkpoint and files."""
+"""Commands of the command line on a local checkpoint and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def records(count):
-    """Lines of a JSON Lines file of false facts."""
+    """Returns records of a JSON Lines file of counterfactual edits."""
     made = []
     for i, person in enumerate(PEOPLE[:count]):
         relation = RELATIONS[i % len(RELATIONS)]
@@ -49,8 +49,8 @@ def write_lines(path, lines):
 
 
 @pytest.fixture
-def desk(base, tmp_path, monkeypatch):
-    """A user's folder: facts, settings and text, and a cache of its own; the current folder."""
+def workdir(base, tmp_path, monkeypatch):
+    """Working directory with edits, settings, text and its own cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
     write_lines(tmp_path / "facts.jsonl", records(12))
@@ -62,7 +62,7 @@ def desk(base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def edit(base):
-    """Runs `rlsedit edit` with the desk's settings."""
+    """Runs `rlsedit edit` with the settings of `workdir`."""
 
     def run(*options, facts="facts.jsonl"):
         fixed = ["edit", "--model", str(base), "--edits", facts, "--config", "settings.json", "--layers", "0"]
@@ -75,11 +75,11 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_edit_makes_every_export_and_tells_what_became_of_the_edits(edit, base, desk, capsys):
+def test_edit_writes_every_export_and_reports_the_edits(edit, base, workdir, capsys):
     assert main(["statistics", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "3000"]) == 0
     outputs = ["--out", "out", "--delta", "edits.delta", "--adapter", "adapter"]
     assert edit("--batch-size", "4", *outputs, "--json", "report.json") == 0
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert report["made"] == 12
     assert report["anchors"].startswith("3000 tokens: text.txt")
     assert report["after"]["efficacy"] == {"count": 12, "of": 12}
@@ -89,64 +89,64 @@ def test_edit_makes_every_export_and_tells_what_became_of_the_edits(edit, base, 
     assert [r["name"] for r in report["records"]] == [f"fact {i}" for i in range(12)]
     assert report["records"][3]["place"] == "facts.jsonl:4"
     assert report["left_out"] == report["not_made"] == report["not_stated"] == report["not_converged"] == []
-    assert "12 of 12 edits made" in capsys.readouterr().out
+    assert "12 of 12 edits applied" in capsys.readouterr().out
 
     assert main(["apply", "--model", str(base), "--delta", "edits.delta", "--out", "applied"]) == 0
-    first, second = (load_file(desk / name / "model.safetensors") for name in ("out", "applied"))
+    first, second = (load_file(workdir / name / "model.safetensors") for name in ("out", "applied"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
     exported = ["export", "--model", str(base), "--edited", "out", "--delta", "again.delta", "--adapter", "thin"]
     assert main([*exported, "--rank", "3"]) == 0
-    assert load_file(desk / "again.delta").keys() == load_file(desk / "edits.delta").keys()
+    assert load_file(workdir / "again.delta").keys() == load_file(workdir / "edits.delta").keys()
     assert "rank 3 of 12, relative error 0." in capsys.readouterr().out
 
 
-def test_adapter_of_the_command_line_says_what_the_checkpoint_says(edit, base, desk):
+def test_adapter_matches_the_checkpoint(edit, base, workdir):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     assert edit("--no-anchors", "--out", "out", "--adapter", "adapter", "--no-evaluation") == 0
     ids = torch.randint(4, 300, (2, 8), generator=torch.Generator().manual_seed(0))
-    edited = AutoModelForCausalLM.from_pretrained(desk / "out").eval()
-    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), desk / "adapter").eval()
+    edited = AutoModelForCausalLM.from_pretrained(workdir / "out").eval()
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), workdir / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, edited(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_dry_run_changes_nothing_and_says_what_it_would_take(edit, desk, capsys):
-    before = sorted(path.name for path in desk.iterdir())
+def test_dry_run_modifies_nothing_and_reports_memory(edit, workdir, capsys):
+    before = sorted(path.name for path in workdir.iterdir())
     assert edit("--dry-run", "--json") == 0
-    told = capsys.readouterr()
-    report = json.loads(told.out)
+    output = capsys.readouterr()
+    report = json.loads(output.out)
     assert report["edits"] == 12
     assert report["layers"][0]["shape"] == [128, 1536]
-    assert "beside the model" in told.err
-    assert sorted(path.name for path in desk.iterdir()) == before
+    assert "host memory" in output.err
+    assert sorted(path.name for path in workdir.iterdir()) == before
 
 
-def test_bad_records_stop_the_run_or_are_left_out_and_reported(edit, desk, capsys):
+def test_bad_records_stop_the_run_or_are_skipped_and_reported(edit, workdir, capsys):
     lines = records(6)
-    lines[1]["prompt"] = "He lives in"  # without its subject
+    lines[1]["prompt"] = "He lives in"  # does not contain the subject
     del lines[2]["target"]
     lines.append(records(1)[0] | {"target": "Kubeish"})
-    write_lines(desk / "bad.jsonl", lines)
+    write_lines(workdir / "bad.jsonl", lines)
     assert edit("--out", "out", facts="bad.jsonl") == 2
     assert "bad.jsonl:3: target" in capsys.readouterr().err
-    assert not (desk / "out").exists()
+    assert not (workdir / "out").exists()
 
     assert edit("--no-anchors", "--out", "out", "--skip-bad", "--json", "report.json", facts="bad.jsonl") == 1
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert sorted(entry["place"] for entry in report["left_out"]) == ["bad.jsonl:2", "bad.jsonl:3"]
-    assert report["conflicts"]["contradictions"], "the first and the last ask the same"
+    assert report["conflicts"]["contradictions"], "the first and the last record have the same prompt"
     made = {record["place"] for record in report["records"]}
     assert made == {"bad.jsonl:4", "bad.jsonl:5", "bad.jsonl:6", "bad.jsonl:7"}
     assert report["made"] + len(report["left_out"]) + len(report["conflicts"]["contradictions"]) == len(lines)
-    told = capsys.readouterr().err
-    assert "2 records left out" in told or told.count("records left out") == 2
+    stderr = capsys.readouterr().err
+    assert "2 records skipped" in stderr or stderr.count("records skipped") == 2
 
 
 @pytest.mark.parametrize("ahead", [[], ["--search-ahead", "12"]])
-def test_ctrl_c_finishes_the_batch_and_keeps_what_was_made(edit, desk, monkeypatch, capsys, ahead):
+def test_ctrl_c_finishes_the_batch_and_keeps_applied_edits(edit, workdir, monkeypatch, capsys, ahead):
     from rlsedit_fast.editing.layers import EditedLayers
 
     real, calls = EditedLayers.write, []
@@ -159,16 +159,16 @@ def test_ctrl_c_finishes_the_batch_and_keeps_what_was_made(edit, desk, monkeypat
 
     monkeypatch.setattr(EditedLayers, "write", pressed)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json", *ahead) == 130
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert report["made"] == 8
     assert report["not_made"] == [f"facts.jsonl:{line}" for line in range(9, 13)]
     assert report["after"]["efficacy"] == {"count": 8, "of": 8}
-    assert (desk / "out" / "model.safetensors").exists()
+    assert (workdir / "out" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert "finishing this batch" in capsys.readouterr().err
+    assert "finishing the current batch" in capsys.readouterr().err
 
 
-def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
+def test_second_ctrl_c_discards_the_current_batch(edit, workdir, monkeypatch):
     from rlsedit_fast.editing import finding
 
     real, calls = finding.search_within_memory, []
@@ -183,13 +183,13 @@ def test_a_second_ctrl_c_gives_up_the_batch_under_way(edit, desk, monkeypatch):
 
     monkeypatch.setattr(finding, "search_within_memory", pressed)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert report["made"] == 4
     assert report["after"]["efficacy"] == {"count": 4, "of": 4}
 
 
 @pytest.mark.parametrize("presses", [1, 3])
-def test_ctrl_c_at_the_end_costs_nothing_that_was_made(edit, desk, monkeypatch, capsys, presses):
+def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch, capsys, presses):
     from rlsedit_fast.editing import Editor
     from rlsedit_fast.evaluation import outcome
 
@@ -209,16 +209,16 @@ def test_ctrl_c_at_the_end_costs_nothing_that_was_made(edit, desk, monkeypatch, 
     monkeypatch.setattr(outcome, "outcome", pressed_asking)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
     assert edit("--no-anchors", "--limit", "4", "--out", "out", "--delta", "delta", "--json", "report.json") == 130
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert report["made"] == 4
     assert "after" not in report
     assert report["files"] == ["checkpoint: out", "delta: delta"]
-    assert (desk / "delta").exists()
+    assert (workdir / "delta").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert "the model is not asked about the edits" in capsys.readouterr().err
+    assert "skipping the evaluation" in capsys.readouterr().err
 
 
-def test_ctrl_c_pressed_again_and_again_leaves_what_was_made(edit, desk, monkeypatch):
+def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
     from rlsedit_fast.editing import Editor, finding
 
     real, saved, calls = finding.search_within_memory, Editor.save_pretrained, []
@@ -238,12 +238,12 @@ def test_ctrl_c_pressed_again_and_again_leaves_what_was_made(edit, desk, monkeyp
     monkeypatch.setattr(finding, "search_within_memory", pressed)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
-    assert read(desk / "report.json")["files"] == ["checkpoint: out"]
-    assert (desk / "out" / "tokenizer.json").exists()
+    assert read(workdir / "report.json")["files"] == ["checkpoint: out"]
+    assert (workdir / "out" / "tokenizer.json").exists()
 
 
 def fail_at(batch, error, monkeypatch):
-    """Raises where the values of the batch of that number are searched."""
+    """Makes the value search of the given batch raise `error`."""
     from rlsedit_fast.editing import finding
 
     real, calls = finding.search_within_memory, []
@@ -257,16 +257,16 @@ def fail_at(batch, error, monkeypatch):
     monkeypatch.setattr(finding, "search_within_memory", fails)
 
 
-def test_a_failing_batch_keeps_those_before_it_and_tells(edit, desk, monkeypatch, capsys):
+def test_failing_batch_keeps_earlier_batches_and_is_reported(edit, workdir, monkeypatch, capsys):
     from rlsedit_fast.errors import UpdateError
 
     fail_at(3, UpdateError("made to fail"), monkeypatch)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
-    assert read(desk / "report.json")["made"] == 8
+    assert read(workdir / "report.json")["made"] == 8
     assert "made to fail" in capsys.readouterr().err
 
 
-def test_an_export_that_fails_takes_nothing_else_with_it(edit, desk, monkeypatch, capsys):
+def test_failing_export_does_not_prevent_others(edit, workdir, monkeypatch, capsys):
     from rlsedit_fast.editing import Editor
 
     def full(*_):
@@ -275,50 +275,50 @@ def test_an_export_that_fails_takes_nothing_else_with_it(edit, desk, monkeypatch
     monkeypatch.setattr(Editor, "save_pretrained", full)
     outputs = ["--out", "out", "--delta", "edits.delta", "--store", "edits"]
     assert edit("--no-anchors", "--limit", "4", *outputs, "--json", "report.json") == 2
-    told = capsys.readouterr()
-    assert "4 of 4 edits made" in told.out
-    assert "--out out: not written, or not whole: unforeseen OSError: [Errno 28] No space left on device" in told.err
-    assert "`rlsedit edit --store edits`" in told.err
-    report = read(desk / "report.json")
+    output = capsys.readouterr()
+    assert "4 of 4 edits applied" in output.out
+    assert "--out out: not written or incomplete: unexpected OSError: [Errno 28] No space left on device" in output.err
+    assert "`rlsedit edit --store edits`" in output.err
+    report = read(workdir / "report.json")
     assert (report["made"], report["files"]) == (4, ["delta: edits.delta"])
     assert "No space left" in report["not_written"][0]
-    assert (desk / "edits.delta").exists()
+    assert (workdir / "edits.delta").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_a_report_that_cannot_be_written_costs_neither_summary_nor_exports(edit, desk, capsys):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_unwritable_report_keeps_summary_and_exports(edit, workdir, capsys):
     assert edit("--no-anchors", "--limit", "4", "--out", "out", "--json", "/dev/full") == 2
-    told = capsys.readouterr()
-    assert "4 of 4 edits made" in told.out
-    assert "--json /dev/full: cannot be written (No space left on device)" in told.err
-    assert (desk / "out" / "model.safetensors").exists()
+    output = capsys.readouterr()
+    assert "4 of 4 edits applied" in output.out
+    assert "--json /dev/full: cannot write the file (No space left on device)" in output.err
+    assert (workdir / "out" / "model.safetensors").exists()
 
 
-def test_the_demo_asks_for_its_plot_before_the_work(desk, monkeypatch, capsys):
+def test_demo_checks_for_matplotlib_first(workdir, monkeypatch, capsys):
     monkeypatch.setattr("rlsedit_fast.cli.demo.find_spec", lambda _name: None)
     assert main(["demo", "--out", "demo"]) == 2
-    assert "the plot needs matplotlib" in capsys.readouterr().err
-    assert not (desk / "demo").exists()
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert not (workdir / "demo").exists()
 
 
-def test_an_error_of_any_kind_keeps_the_batches_before_it(edit, desk, monkeypatch, capsys):
+def test_unexpected_error_keeps_earlier_batches(edit, workdir, monkeypatch, capsys):
     fail_at(2, RuntimeError("made to fail"), monkeypatch)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
-    assert read(desk / "report.json")["made"] == 4
-    assert (desk / "out" / "model.safetensors").exists()
-    assert "rlsedit edit: unforeseen RuntimeError: made to fail" in capsys.readouterr().err
+    assert read(workdir / "report.json")["made"] == 4
+    assert (workdir / "out" / "model.safetensors").exists()
+    assert "rlsedit edit: error: unexpected RuntimeError: made to fail" in capsys.readouterr().err
 
 
-def test_other_commands_try_their_places_first(base, desk, capsys):
-    (desk / "file").write_text("")
+def test_commands_check_output_paths_first(base, workdir, capsys):
+    (workdir / "file").write_text("")
     facts = ["--model", str(base), "--edits", "facts.jsonl", "--json", "facts.jsonl"]
-    before = (desk / "facts.jsonl").read_bytes()
+    before = (workdir / "facts.jsonl").read_bytes()
     for name in ("show", "calibrate", "edit"):
         assert main([name, *facts, *["--dry-run"] * (name == "edit")]) == 2
-        assert "--json facts.jsonl is the file of --edits too" in capsys.readouterr().err
+        assert "--json facts.jsonl is also the input file --edits" in capsys.readouterr().err
     assert main(["apply", "--model", str(base), "--delta", "file", "--out", "out", "--json", "file"]) == 2
-    assert "--json file is the file of --delta too" in capsys.readouterr().err
-    assert (desk / "facts.jsonl").read_bytes() == before
+    assert "--json file is also the input file --delta" in capsys.readouterr().err
+    assert (workdir / "facts.jsonl").read_bytes() == before
     for command in (
         ["apply", "--model", str(base), "--delta", "none", "--out", "file/out"],
         ["demo", "--out", "file/out"],
@@ -332,11 +332,11 @@ def test_other_commands_try_their_places_first(base, desk, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "name where the edited model goes"),
-        (("--out", "facts.jsonl"), "exists already"),
-        (("--out", "BASE"), "is the model itself"),
-        (("--out", "out", "--rank", "4"), "name --adapter"),
-        (("--out", "out", "--again"), "name --store"),
+        ((), "no output given"),
+        (("--out", "facts.jsonl"), "already exists"),
+        (("--out", "BASE"), "is the folder of the model"),
+        (("--out", "out", "--rank", "4"), "--rank requires --adapter"),
+        (("--out", "out", "--again"), "--again requires --store"),
         (("--adapter", "out", "--rank", "0"), "--rank 0: expected at least 1"),
         (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
         (("--out", "facts.jsonl/out"), "cannot be written (Not a directory)"),
@@ -346,38 +346,38 @@ def test_other_commands_try_their_places_first(base, desk, capsys):
         ),
         (("--adapter", "a" * 300), "cannot be written (File name too long)"),
         (("--out", "out", "--json", "BASE"), "it is a folder"),
-        (("--out", "out", "--delta", "new/../out"), "are the same place"),
-        (("--out", "out", "--store", "out"), "are the same place"),
-        (("--delta", "new", "--out", "new/out"), "lies within --delta new, which becomes a file"),
-        (("--out", "out", "--json", "settings.json"), "is the file of --config too"),
-        (("--out", "out", "--layers", "x"), "expected block indices"),
+        (("--out", "out", "--delta", "new/../out"), "are the same path"),
+        (("--out", "out", "--store", "out"), "are the same path"),
+        (("--delta", "new", "--out", "new/out"), "lies below --delta new, which is a file"),
+        (("--out", "out", "--json", "settings.json"), "is also the input file --config"),
+        (("--out", "out", "--layers", "x"), "expected layer indices"),
         (("--out", "out", "--layers", "9"), "layers 0 to 3"),
         (("--out", "out", "--adherence", "2"), "adherence=2"),
-        (("--out", "out", "--statistics", "none.safetensors"), "is not there"),
+        (("--out", "out", "--statistics", "none.safetensors"), "does not exist"),
         (("--out", "out", "--protect", "none.txt"), "cannot be read"),
         (("--out", "out", "--config", "text.txt"), "cannot be read as JSON"),
-        (("--out", "out", "--config", "other.json"), "these are none: laters"),
+        (("--out", "out", "--config", "other.json"), "unknown fields: laters"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_done(edit, base, desk, capsys, options, message):
-    (desk / "other.json").write_text('{"laters": [1]}')
-    before = sorted(path.name for path in desk.rglob("*"))
+def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, options, message):
+    (workdir / "other.json").write_text('{"laters": [1]}')
+    before = sorted(path.name for path in workdir.rglob("*"))
     assert edit(*(str(base) if option == "BASE" else option for option in options)) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in desk.rglob("*")) == before
+    assert sorted(path.name for path in workdir.rglob("*")) == before
 
 
-def test_a_model_that_is_not_there_is_an_error_in_words(desk, capsys):
+def test_missing_model_is_reported(workdir, capsys):
     assert main(["show", "--model", "nowhere/at/all"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_show_marks_the_token_and_lists_the_layers(base, desk, capsys):
+def test_show_marks_the_token_and_lists_the_layers(base, workdir, capsys):
     one = ["--prompt", "{} lives in", "--subject", "Toze Lado Rekuno", "--target", "Port Alder"]
     assert main(["show", "--model", str(base), *one]) == 0
-    told = capsys.readouterr().out
-    assert "Toze Lado [Rekuno] lives in" in told
-    assert "model.layers.0.mlp.down_proj" in told
+    stdout = capsys.readouterr().out
+    assert "Toze Lado [Rekuno] lives in" in stdout
+    assert "model.layers.0.mlp.down_proj" in stdout
     assert main(["show", "--model", str(base), "--edits", "facts.jsonl", "--limit", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["edits"]) == 3
@@ -385,7 +385,7 @@ def test_show_marks_the_token_and_lists_the_layers(base, desk, capsys):
     assert main(["show", "--model", str(base), *one[:2]]) == 2
 
 
-def test_statistics_are_resumed_cached_and_shared_by_no_other_model(base, desk, capsys, monkeypatch):
+def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monkeypatch):
     from rlsedit_fast.editing import statistics
 
     command = ["statistics", "--model", str(base), "--layers", "0,1", "--text", "text.txt", "--tokens", "3000"]
@@ -402,18 +402,18 @@ def test_statistics_are_resumed_cached_and_shared_by_no_other_model(base, desk, 
     assert main([*command, "--out", "small.safetensors"]) == 0
     monkeypatch.setattr(statistics, "_add", interrupted)
     assert main([*command, "--json", "cached.json"]) == 130
-    assert list((desk / "cache").glob("*.part"))
+    assert list((workdir / "cache").glob("*.part"))
     capsys.readouterr()
     assert main([*command, "--json", "cached.json"]) == 0
-    assert "going on from" in capsys.readouterr().err
-    assert not list((desk / "cache").glob("*.part"))
-    cached = load_file(read(desk / "cached.json")["file"])
-    small = load_file(desk / "small.safetensors")
+    assert "resuming from" in capsys.readouterr().err
+    assert not list((workdir / "cache").glob("*.part"))
+    cached = load_file(read(workdir / "cached.json")["file"])
+    small = load_file(workdir / "small.safetensors")
     assert all(torch.equal(value, small[name]) for name, value in cached.items())
-    assert read(desk / "whole.json")["tokens"] == 3000
+    assert read(workdir / "whole.json")["tokens"] == 3000
 
-    # Another model in a folder of the same name finds nothing.
-    other = desk / base.name
+    # The cache is not used for another model in a folder of the same name.
+    other = workdir / base.name
     model, tokenizer = load_demo_model()
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[0, 0] += 1
@@ -426,26 +426,26 @@ def test_statistics_are_resumed_cached_and_shared_by_no_other_model(base, desk, 
     assert json.loads(capsys.readouterr().out)["anchors"] == "none"
 
 
-def test_statistics_replace_statistics_and_nothing_else(base, desk, capsys):
+def test_statistics_overwrite_only_statistics(base, workdir, capsys):
     command = ["statistics", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "600", "--out"]
-    before = {name: (desk / name).read_bytes() for name in ("facts.jsonl", "text.txt")}
+    before = {name: (workdir / name).read_bytes() for name in ("facts.jsonl", "text.txt")}
     for out, message in (
-        ("text.txt", "--out text.txt is the file of --text too"),
-        ("facts.jsonl", "exists already and is no file of key statistics"),
-        (str(base / "model.safetensors"), "exists already and is no file of key statistics"),
+        ("text.txt", "--out text.txt is also the input file --text"),
+        ("facts.jsonl", "already exists and is not a key statistics file"),
+        (str(base / "model.safetensors"), "already exists and is not a key statistics file"),
         ("text.txt/new", "cannot be written"),
-        ("cache.json", "are the same place"),
+        ("cache.json", "are the same path"),
     ):
         assert main([*command, out, "--json", "cache.json"]) == 2
         assert message in capsys.readouterr().err
-    assert {name: (desk / name).read_bytes() for name in before} == before
+    assert {name: (workdir / name).read_bytes() for name in before} == before
     assert main([*command, "new.safetensors"]) == 0
-    first = load_file(desk / "new.safetensors")
+    first = load_file(workdir / "new.safetensors")
     assert main([*command, "new.safetensors", "--tokens", "900"]) == 0
-    assert not torch.equal(first["0"], load_file(desk / "new.safetensors")["0"])
+    assert not torch.equal(first["0"], load_file(workdir / "new.safetensors")["0"])
 
 
-def test_calibrate_tells_what_an_adherence_means(base, desk, capsys):
+def test_calibrate_compares_adherences(base, workdir, capsys):
     command = ["calibrate", "--model", str(base), "--edits", "facts.jsonl", "--layers", "0", "--text", "text.txt"]
     assert main([*command, "--tokens", "2000", "--adherences", "0.8", "0.95", "--json"]) == 0
     low, high = json.loads(capsys.readouterr().out)["rows"]
@@ -454,19 +454,19 @@ def test_calibrate_tells_what_an_adherence_means(base, desk, capsys):
     assert low["leakage"][0] < high["leakage"][0]
 
 
-def test_self_generated_text_serves_as_anchors(edit, desk):
+def test_self_generated_text_as_anchors(edit, workdir):
     options = ["--self-generate", "--tokens", "600", "--out", "out", "--json", "report.json", "--limit", "4"]
     assert edit(*options) == 0
-    assert "self-generated, seed 0" in read(desk / "report.json")["anchors"]
+    assert "self-generated, seed 0" in read(workdir / "report.json")["anchors"]
 
 
-def test_protected_prompts_are_held(edit, desk, capsys):
-    (desk / "protect.txt").write_text(f"{PEOPLE[150].name} lives in\n\n{PEOPLE[151].name} works as a\n")
+def test_prompts_are_protected(edit, workdir, capsys):
+    (workdir / "protect.txt").write_text(f"{PEOPLE[150].name} lives in\n\n{PEOPLE[151].name} works as a\n")
     assert edit("--no-anchors", "--protect", "protect.txt", "--out", "out", "--limit", "4") == 0
-    assert "tokens of 2 prompts are protected" in capsys.readouterr().err
+    assert "tokens of 2 prompts" in capsys.readouterr().err
 
 
-def test_a_preset_is_taken_by_shape_by_name_or_not_at_all(base, desk, capsys, monkeypatch):
+def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys, monkeypatch):
     from rlsedit_fast.editing import presets
 
     def layers(*options):
@@ -499,102 +499,109 @@ def test_a_preset_is_taken_by_shape_by_name_or_not_at_all(base, desk, capsys, mo
     ]
     edit += ["--text", "text.txt", "--tokens", "3000"]
     assert main(edit) == 2
-    assert "raise lam above 0" in capsys.readouterr().err, "published settings hold by anchors alone, here too few"
-    assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 1, "the published search does not reach these"
-    config = read(desk / "report.json")["config"]
+    assert "raise lam above 0" in capsys.readouterr().err, (
+        "the published settings have lam = 0 and there are too few anchors"
+    )
+    assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 1, (
+        "the published search does not converge for these edits"
+    )
+    config = read(workdir / "report.json")["config"]
     assert (config["mu"], config["search_descent"], config["key_rows"]) == (10.0, "adam", "mean")
 
 
-def test_skipped_edits_are_counted_and_listed(edit, desk, capsys):
+def test_skipped_edits_are_counted_and_listed(edit, workdir, capsys):
     lines = records(4)
     lines[2]["target"] = "<pad> <pad> <pad>"
-    write_lines(desk / "hard.jsonl", lines)
-    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
+    write_lines(workdir / "hard.jsonl", lines)
+    (workdir / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
     assert edit("--no-anchors", "--out", "out", "--json", "report.json", facts="hard.jsonl") == 1
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     assert report["made"] == 3
     assert report["skipped"] == ["hard.jsonl:3"]
     assert report["after"]["efficacy"] == {"count": 3, "of": 3}
     assert [record["state"] for record in report["records"]] == ["active", "active", "skipped", "active"]
-    assert "1 skipped, since" in capsys.readouterr().out
+    assert "1 skipped, because" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("evaluation", [[], ["--no-evaluation"]])
-def test_edits_that_the_model_does_not_state_are_named_and_counted(edit, desk, capsys, evaluation):
-    """So low an adherence leaves edits short of their targets, and no second round is made."""
-    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"refine": 0, "adherence": 0.7}))
+def test_edits_not_stated_by_the_model_are_listed(edit, workdir, capsys, evaluation):
+    """A low adherence without refinement leaves some targets unstated."""
+    (workdir / "settings.json").write_text(json.dumps(SETTINGS | {"refine": 0, "adherence": 0.7}))
     assert edit("--no-anchors", "--out", "out", "--json", "report.json", *evaluation) == 1
-    report, shown = read(desk / "report.json"), capsys.readouterr().out
+    report, shown = read(workdir / "report.json"), capsys.readouterr().out
     failed = [record["place"] for record in report["records"] if record["rank"] > 1]
     assert report["not_stated"] == failed
     assert 0 < len(failed) < 12
     assert report["made"] == 12
-    assert f"{12 - len(failed)} of 12 are stated by the model now, {len(failed)} are not: {failed[0]}" in shown
-    assert "a higher --adherence" in shown
+    assert f"the model states the target of {12 - len(failed)} of 12 edits; not of {len(failed)}: {failed[0]}" in shown
+    assert "raise --adherence" in shown
     assert "after" in report or evaluation
     if not evaluation:
         assert report["after"]["efficacy"] == {"count": 12 - len(failed), "of": 12}
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--tokens", "3000"], "--tokens is how much of a text to read"),
-        (["--statistics", "statistics.safetensors", "--tokens", "3000"], "--tokens is how much of a text to read"),
-        (["--text", "text.txt", "--seed", "1"], "--seed is of the text that the model writes itself"),
+        (["--tokens", "3000"], "--tokens requires --text FILE or --self-generate"),
+        (
+            ["--statistics", "statistics.safetensors", "--tokens", "3000"],
+            "--tokens requires --text FILE or --self-generate",
+        ),
+        (["--text", "text.txt", "--seed", "1"], "--seed requires --self-generate"),
     ],
 )
-def test_what_no_text_would_read_is_refused(desk, base, capsys, options, said):
+def test_text_options_without_text_are_rejected(workdir, base, capsys, options, message):
     assert main(["edit", "--model", str(base), "--edits", "facts.jsonl", *options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_before_and_after_are_of_the_same_edits(edit, desk, monkeypatch):
-    """Of a run that ends early, what was not made counts in neither."""
+def test_before_and_after_cover_the_same_edits(edit, workdir, monkeypatch):
+    """After a failure, edits that were not applied count in neither."""
     fail_at(2, RuntimeError("made to fail"), monkeypatch)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 2
-    report = read(desk / "report.json")
+    report = read(workdir / "report.json")
     for kind in ("efficacy", "generalization", "specificity"):
         assert report["before"][kind]["of"] == report["after"][kind]["of"] == 4
 
 
-def test_what_is_left_out_is_told_where_nothing_is_left(edit, desk, capsys):
-    (desk / "bad.jsonl").write_text('{"prompt": "no place", "subject": "S", "target": "t"}\n')
+def test_skipped_records_are_reported_if_none_is_left(edit, workdir, capsys):
+    (workdir / "bad.jsonl").write_text('{"prompt": "no place", "subject": "S", "target": "t"}\n')
     assert edit("--no-anchors", "--skip-bad", "--out", "out", facts="bad.jsonl") == 2
-    told = capsys.readouterr().err
-    assert "bad.jsonl:1" in told
-    assert "no record is left to edit" in told
+    stderr = capsys.readouterr().err
+    assert "bad.jsonl:1" in stderr
+    assert "no valid record is left" in stderr
 
 
 @pytest.mark.parametrize(
-    ("field", "text", "said"),
+    ("field", "text", "message"),
     [
         ("paraphrases", "so " * 400, "tokens with the target: the model takes"),
         ("neighborhood", "\ud83d speaks", "holds half a character"),
-        ("neighborhood", " ", "expected texts that are not blank"),
+        ("neighborhood", " ", "expected non-blank strings"),
     ],
 )
-def test_what_the_evaluation_could_not_ask_is_found_before_the_work(edit, desk, capsys, field, text, said):
+def test_invalid_evaluation_prompts_are_found_before_any_work(edit, workdir, capsys, field, text, message):
     lines = records(2)
     lines[1][field] = [text]
-    write_lines(desk / "odd.jsonl", lines)
+    write_lines(workdir / "odd.jsonl", lines)
     assert edit("--no-anchors", "--out", "out", facts="odd.jsonl") == 2
-    told = capsys.readouterr().err
-    assert "odd.jsonl:2" in told
-    assert said in told
+    stderr = capsys.readouterr().err
+    assert "odd.jsonl:2" in stderr
+    assert message in stderr
     assert edit("--no-anchors", "--skip-bad", "--out", "out", facts="odd.jsonl") == 1
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
-        (["show", "--limit", "3", "--skip-bad"], "--limit, --skip-bad: of a file of edits"),
+        (["show", "--limit", "3", "--skip-bad"], "--limit, --skip-bad requires --edits FILE"),
         (
             ["show", "--edits", "facts.jsonl", "--zsre-target", "answers"],
-            "--zsre-target is of zsRE, and facts.jsonl is edits",
+            "--zsre-target applies to zsRE files only, and facts.jsonl has the format edits",
         ),
     ],
 )
-def test_options_of_what_is_not_there_are_refused(desk, base, capsys, command, said):
+def test_file_options_without_a_file_are_rejected(workdir, base, capsys, command, message):
     assert main([*command, "--model", str(base)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`rlsedit evaluate`: what it refuses, and streams under rules that cannot take an edit back."""
+"""`rlsedit evaluate`: invalid options, and streams under rules without undo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_ground
 
 
-def test_a_stream_that_contradicts_itself_finishes_under_a_rule_that_takes_nothing_back(tmp_path):
+def test_conflicting_stream_finishes_under_a_rule_without_undo(tmp_path):
     command = ["evaluate", "--stream", "conflicting", "--rules", "memit", "--edits", "4", "--seeds", "1"]
     found = tmp_path / "found.json"
     assert main([*command, "--batch-size", "2", "--out", str(tmp_path / "runs"), "--json", str(found)]) == 0
@@ -25,24 +25,30 @@ def test_a_stream_that_contradicts_itself_finishes_under_a_rule_that_takes_nothi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "cf.json", "--device", "cuda"], "--data, --device: the demo model has"),
-        (["--statistics", "moments"], "--statistics: the demo model has"),
-        (["--text", "text.txt"], "--text: the demo model has"),
-        (["--among", "5", "--dtype", "bfloat16"], "--among, --dtype: the demo model has"),
-        (["--rule", "memit"], "streams run under each of --rules"),
-        (["--config", "rule.json"], "rule='memit' is for --rules to say"),
-        (["--seeds", "1", "2", "1"], "--seeds: 1 more than once"),
-        (["--rules", "rls", "rls"], "--rules: rls more than once"),
-        (["--items", "5"], "--tasks DIR"),
-        (["--tokens", "5"], "--tokens: the demo model has"),
-        (["--model", "own", "--data", "a", "--text", "b", "--statistics", "c", "--tokens", "5"], "with --statistics"),
-        (["--model", "own"], "needs --data FILE"),
-        (["--model", "own", "--data", "zsre.json"], "needs --text FILE"),
-        (["--model", "own", "--data", "zsre.json", "--text", "text.txt", "--among", "5"], "of zsRE all records"),
-        (["--json", "rule.json", "--config", "rule.json"], "is the file of --config too"),
+        (["--data", "cf.json", "--device", "cuda"], "--data, --device: not supported for the demo model"),
+        (["--statistics", "moments"], "--statistics: not supported for the demo model"),
+        (["--text", "text.txt"], "--text: not supported for the demo model"),
+        (["--among", "5", "--dtype", "bfloat16"], "--among, --dtype: not supported for the demo model"),
+        (["--rule", "memit"], "--rule memit is not supported by `rlsedit evaluate`; pass --rules"),
+        (["--config", "rule.json"], "the field rule='memit' is not allowed here"),
+        (["--seeds", "1", "2", "1"], "--seeds: 1 given more than once"),
+        (["--rules", "rls", "rls"], "--rules: rls given more than once"),
+        (["--items", "5"], "--items requires --tasks DIR"),
+        (["--tokens", "5"], "--tokens: not supported for the demo model"),
+        (
+            ["--model", "own", "--data", "a", "--text", "b", "--statistics", "c", "--tokens", "5"],
+            "has no effect with --statistics",
+        ),
+        (["--model", "own"], "requires --data FILE"),
+        (["--model", "own", "--data", "zsre.json"], "requires --text FILE"),
+        (
+            ["--model", "own", "--data", "zsre.json", "--text", "text.txt", "--among", "5"],
+            "--among supports CounterFact and MQuAKE only",
+        ),
+        (["--json", "rule.json", "--config", "rule.json"], "is also the input file --config"),
     ],
 )
-def test_what_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, options, message):
+def test_ignored_options_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rule.json").write_text('{"rule": "memit"}')
     (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who"}]')
@@ -52,20 +58,20 @@ def test_what_would_be_ignored_is_refused(tmp_path, monkeypatch, capsys, options
 
 
 @pytest.mark.parametrize("options", [["--jobs", "0"], ["--items", "-1"], ["--among", "-3"], ["--edits", "0"]])
-def test_counts_below_one_are_refused(capsys, options):
+def test_counts_below_one_are_rejected(capsys, options):
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", *options])
-    assert f"argument {options[0]}: '{options[1]}': expected a whole number, at least 1" in capsys.readouterr().err
+    assert f"argument {options[0]}: '{options[1]}': expected an integer of at least 1" in capsys.readouterr().err
 
 
-def test_a_setting_that_is_given_counts_even_where_it_is_the_usual_one(tmp_path):
-    """The demo's own adherence is another than EditConfig's."""
+def test_given_setting_overrides_the_demo_settings(tmp_path):
+    """Also if it is the default of EditConfig, which differs from that of the demo."""
     command = ["evaluate", "--edits", "2", "--seeds", "1", "--adherence", "0.8", "--out", str(tmp_path)]
     assert main(command) == 0
     (run,) = tmp_path.glob("*.json")
     config = json.loads(run.read_text())["plan"]["config"]
     assert config["adherence"] == EditConfig().adherence == 0.8 != CONFIG.adherence
-    assert config["search_stop_nll"] == CONFIG.search_stop_nll, "and the others are the demo's"
+    assert config["search_stop_nll"] == CONFIG.search_stop_nll, "other settings are those of the demo"
 
 
 @pytest.mark.parametrize(
@@ -73,26 +79,26 @@ def test_a_setting_that_is_given_counts_even_where_it_is_the_usual_one(tmp_path)
     [
         (
             ["--model", "own", "--data", "cf.json", "--text", "text.txt", "--preset", "generic"],
-            "name them with --layers",
+            "--preset generic is not supported by `rlsedit evaluate`; pass --layers",
         ),
-        (["--rule-settings", "settings.json"], "rome are not among --rules"),
+        (["--rule-settings", "settings.json"], "rome not in --rules"),
     ],
 )
-def test_what_would_not_be_read_is_refused(tmp_path, monkeypatch, capsys, options, message):
+def test_unused_settings_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.json").write_text('{"rome": {"lam": 1.0}}')
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_text_in_json_lines_is_not_taken_for_running_text(tmp_path):
+def test_json_lines_are_rejected_as_running_text(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n' * 20)
     with pytest.raises(InputError, match="not JSON Lines"):
         make_ground(GroundSpec(model="somewhere", text=str(text)))
 
 
-def test_how_much_is_asked_by_default_is_in_the_result(tmp_path, capsys):
+def test_default_sample_sizes_are_in_the_result(tmp_path, capsys):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "sst2.jsonl").write_text('{"sentence": "good", "label": 1}\n')
@@ -104,4 +110,4 @@ def test_how_much_is_asked_by_default_is_in_the_result(tmp_path, capsys):
     assert "edits: 100%" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", "--help"])
-    assert " ".join(capsys.readouterr().out.split()).count("default 100: a standard error of 0.05 at most") == 2
+    assert " ".join(capsys.readouterr().out.split()).count("default 100, standard error at most 0.05") == 2

@@ -1,4 +1,4 @@
-"""Edits that last, at the terminal: a store is made, gone on with, read, mended and made small."""
+"""Store commands of the command line: create, resume, list, undo, replace, status and consolidate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {
 }
 
 
-def lines_of(first, last):
+def records(first, last):
     made = []
     for i, person in enumerate(PEOPLE[first:last], start=first):
         relation = RELATIONS[i % len(RELATIONS)]
@@ -34,7 +34,7 @@ def lines_of(first, last):
 
 @pytest.fixture(scope="module")
 def one_edit(base, tmp_path_factory):
-    """A store with an edit in it."""
+    """A store with one edit."""
     place = tmp_path_factory.mktemp("one") / "edits"
     config = rf.EditConfig(
         layers=(0,), **{name: tuple(v) if isinstance(v, list) else v for name, v in SETTINGS.items()}
@@ -45,12 +45,12 @@ def one_edit(base, tmp_path_factory):
 
 
 @pytest.fixture
-def desk(base, tmp_path, monkeypatch):
+def workdir(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     for name, part in (("facts", (0, 6)), ("more", (0, 9))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of(*part)))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records(*part)))
     return tmp_path
 
 
@@ -71,32 +71,32 @@ def history(capsys, *options):
 NEW = ("--config", "settings.json", "--layers", "0", "--no-anchors", "--store", "edits")
 
 
-def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, capsys):
+def test_store_is_resumed_and_edits_are_undone_and_replaced(edit, base, workdir, capsys):
     assert edit("facts.jsonl", *NEW, "--batch-size", "4") == 0
     made = history(capsys)
     assert isinstance(made, list)
     assert [(r["id"], r["state"], r["name"]) for r in made] == [(i, "active", f"fact {i - 1}") for i in range(1, 7)]
     assert {"time", "prompt", "subject", "target", "realized", "rank", "nll", "search_converged"} <= made[0].keys()
 
-    # The settings need not be said again; what the store has is left as it is.
+    # The settings are those of the store, and edits that it contains are skipped.
     assert edit("more.jsonl", "--store", "edits", "--out", "out", "--json", "report.json") == 0
-    report = json.loads((desk / "report.json").read_text())
+    report = json.loads((workdir / "report.json").read_text())
     assert report["in_store_already"] == [f"more.jsonl:{line}" for line in range(1, 7)]
     assert [r["place"] for r in report["records"]] == [f"more.jsonl:{line}" for line in range(7, 10)]
     assert (report["made"], report["config"]["batch_size"], report["anchors"]) == (3, 4, "the store's")
     assert edit("more.jsonl", "--store", "edits") == 0
-    assert "all 9 edits are in the store already" in capsys.readouterr().out
+    assert "all 9 edits are already in the store" in capsys.readouterr().out
 
     assert main(["undo", "--store", "edits", "2", "5", "--out", "undone", "--json", "undo.json"]) == 0
     shown = capsys.readouterr().out
-    undone = json.loads((desk / "undo.json").read_text())["undone"]
+    undone = json.loads((workdir / "undo.json").read_text())["undone"]
     assert [r["id"] for r in undone] == [2, 5]
     for record in undone:
         person, relation = PEOPLE[record["id"] - 1], RELATIONS[(record["id"] - 1) % len(RELATIONS)]
         assert record["answer_before"] == record["target"]
-        assert record["answer"] == person.facts[relation.name], "the model answers as it did before it was told"
+        assert record["answer"] == person.facts[relation.name], "the model gives its original answer again"
         assert f"{record['answer_before']!r} -> {record['answer']!r}" in shown
-    changed = load_file(desk / "undone" / "model.safetensors"), load_file(desk / "out" / "model.safetensors")
+    changed = load_file(workdir / "undone" / "model.safetensors"), load_file(workdir / "out" / "model.safetensors")
     assert sum(not torch.equal(value, changed[1][name]) for name, value in changed[0].items()) == 1
 
     other = next(value for value in RELATIONS[2].values if value not in (made[2]["target"],))
@@ -118,25 +118,25 @@ def test_a_store_is_gone_on_with_and_its_edits_are_taken_back(edit, base, desk, 
     assert main(["status", "--store", "edits", "--measure"]) == 0
     measured = capsys.readouterr().out
     assert "drift of C" in measured
-    assert "on the disk" in measured
-    assert "asked again: the model states 100% of 6 active edits" in measured
-    assert "keys have moved since their edits were written, per layer (relative): 0.000" in measured
+    assert "size on disk" in measured
+    assert "sample of 6 active edits: the model states 100% of the targets" in measured
+    assert "relative change of the keys since their edits, per layer: 0.000" in measured
     assert main(["consolidate", "--store", "edits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"]["edits"]["active"] == 6
     assert [r["state"] for r in history(capsys)] == states
 
 
-def test_what_was_undone_or_replaced_stays_so_when_the_file_is_told_again(edit, desk, capsys):
+def test_undone_and_replaced_edits_are_skipped_when_the_file_is_applied_again(edit, workdir, capsys):
     assert edit("facts.jsonl", *NEW) == 0
     assert main(["undo", "--store", "edits", "2", "5"]) == 0
-    told = lines_of(0, 6)
-    other = next(value for value in RELATIONS[2].values if value != told[2]["target"])
+    lines = records(0, 6)
+    other = next(value for value in RELATIONS[2].values if value != lines[2]["target"])
     assert main(["replace", "--store", "edits", "3", "--target", other]) == 0
     states = [r["state"] for r in history(capsys)]
 
     assert edit("facts.jsonl", "--store", "edits", "--out", "out", "--json", "report.json") == 1
-    assert "3 edits stay what the store's history has them as (1 replaced, 2 undone)" in capsys.readouterr().out
-    report = json.loads((desk / "report.json").read_text())
+    assert "skipped 3 edits of the store that are not active (1 replaced, 2 undone)" in capsys.readouterr().out
+    report = json.loads((workdir / "report.json").read_text())
     assert report["in_store_already"] == [f"facts.jsonl:{line}" for line in (1, 4, 6)]
     assert report["left_as_they_became"] == [
         {"place": f"facts.jsonl:{line}", "state": state}
@@ -150,48 +150,51 @@ def test_what_was_undone_or_replaced_stays_so_when_the_file_is_told_again(edit, 
     assert main(["undo", "--store", "edits", "--until", "2999-01-01"]) == 0
     assert edit("facts.jsonl", "--store", "edits", "--out", "nothing") == 1
     assert "no edit is active" in capsys.readouterr().err
-    assert not (desk / "nothing").exists()
+    assert not (workdir / "nothing").exists()
     assert edit("more.jsonl", "--store", "edits", "--again") == 0
     now = history(capsys)
     assert {r["subject"]: r["target"] for r in now if r["state"] == "active"} == {
-        line["subject"]: line["target"] for line in lines_of(0, 9)
+        line["subject"]: line["target"] for line in records(0, 9)
     }
 
 
-def test_exports_are_written_also_where_the_store_has_all_edits_already(base, one_edit, desk, capsys):
-    shutil.copytree(one_edit, desk / "edits")
-    (desk / "told.jsonl").write_text(
+def test_exports_are_written_if_all_edits_are_already_in_the_store(base, one_edit, workdir, capsys):
+    shutil.copytree(one_edit, workdir / "edits")
+    (workdir / "same.jsonl").write_text(
         json.dumps({"prompt": "{} lives in", "subject": PEOPLE[0].name, "target": "Port Alder"})
     )
-    command = ["edit", "--model", str(base), "--edits", "told.jsonl", "--store", "edits"]
+    command = ["edit", "--model", str(base), "--edits", "same.jsonl", "--store", "edits"]
     assert main([*command, "--out", "out", "--delta", "edits.delta", "--json", "report.json"]) == 0
     assert "checkpoint: out" in capsys.readouterr().out
-    assert json.loads((desk / "report.json").read_text())["files"] == ["checkpoint: out", "delta: edits.delta"]
+    assert json.loads((workdir / "report.json").read_text())["files"] == ["checkpoint: out", "delta: edits.delta"]
     assert main(["apply", "--model", str(base), "--delta", "edits.delta", "--out", "applied"]) == 0
-    first, second = (load_file(desk / name / "model.safetensors") for name in ("out", "applied"))
+    first, second = (load_file(workdir / name / "model.safetensors") for name in ("out", "applied"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["history", "--store", "none"], "is no store"),
+        (["history", "--store", "none"], "does not contain a store"),
         (["undo", "--store", "edits"], "which edits"),
-        (["undo", "--store", "edits", "77"], "are not those of active edits; see `rlsedit history`"),
+        (["undo", "--store", "edits", "77"], "are not those of active edits"),
         (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit fits"),
-        (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "exists already"),
+        (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "already exists"),
         (["replace", "--store", "edits", "1", "--target", " "], "is empty"),
         (["status", "--store", "edits", "--budget", "0"], "budget=0"),
         (
             ["edit", "--edits", "more.jsonl", "--store", "edits", "--layers", "1"],
-            "Leave out --config and the options of settings",
+            "these hold for all edits of a store",
         ),
-        (["edit", "--edits", "more.jsonl", "--store", "edits", "--no-anchors"], "has its anchors already"),
+        (
+            ["edit", "--edits", "more.jsonl", "--store", "edits", "--no-anchors"],
+            "the anchors of the store 'edits' are fixed",
+        ),
         (["edit", "--edits", "more.jsonl", "--store", "edits", "--preset", "generic"], "--preset generic"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_changes_nothing(base, one_edit, desk, capsys, command, message):
-    shutil.copytree(one_edit, desk / "edits")
+def test_invalid_commands_are_rejected_and_modify_nothing(base, one_edit, workdir, capsys, command, message):
+    shutil.copytree(one_edit, workdir / "edits")
     before = history(capsys)
     command = [*command, "--model", str(base)] if command[0] == "edit" else command
     assert main(command) == 2
@@ -199,21 +202,23 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(base, one_edit, desk
     assert history(capsys) == before
 
 
-def test_a_dry_run_says_what_is_left_to_do_and_writes_nothing(base, one_edit, desk, capsys):
-    shutil.copytree(one_edit, desk / "edits")
+def test_dry_run_reports_remaining_edits_and_writes_nothing(base, one_edit, workdir, capsys):
+    shutil.copytree(one_edit, workdir / "edits")
     first = {"prompt": "{} lives in", "subject": PEOPLE[0].name, "target": "Port Alder"}
-    (desk / "facts.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(lines_of(1, 2)[0]) + "\n")
-    files = {path: path.read_bytes() for path in (desk / "edits").rglob("*") if path.is_file() and path.name != "lock"}
+    (workdir / "facts.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(records(1, 2)[0]) + "\n")
+    files = {
+        path: path.read_bytes() for path in (workdir / "edits").rglob("*") if path.is_file() and path.name != "lock"
+    }
     command = ["edit", "--model", str(base), "--edits", "facts.jsonl", "--batch-size", "7", "--dry-run", "--json"]
     assert main([*command, "--store", "edits"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["edits"], report["in_store_already"]) == (1, ["facts.jsonl:1"])
     assert {path: path.read_bytes() for path in files} == files
     assert main([*command, "--store", "new"]) == 0
-    assert not (desk / "new").exists()
+    assert not (workdir / "new").exists()
 
 
-def test_what_would_move_the_cursor_is_escaped(desk, capsys):
+def test_control_characters_are_escaped(workdir, capsys):
     model, tokenizer = load_demo_model()
     config = rf.EditConfig(layers=(0,), context_prefixes=("",), values="gradient", lam=1.0)
     with rf.Editor(model, tokenizer, config=config, store="edits") as editor:
@@ -225,8 +230,8 @@ def test_what_would_move_the_cursor_is_escaped(desk, capsys):
     assert len(shown.splitlines()) == 2
 
 
-def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, capsys):
-    shutil.copytree(one_edit, desk / "edits")
+def test_other_and_missing_models_are_rejected(one_edit, workdir, capsys):
+    shutil.copytree(one_edit, workdir / "edits")
     model, tokenizer = load_demo_model()
     with rf.Editor.open("edits", model, tokenizer) as editor:
         editor.save_pretrained("out")
@@ -237,62 +242,62 @@ def test_another_model_and_a_model_that_is_gone_are_refused(one_edit, desk, caps
     assert main(["undo", "--store", "edits", "--since", "2001-01-01"]) == 0
     with pytest.raises(SystemExit):
         main(["undo", "--store", "edits", "--since", "yesterday"])
-    assert "is no time" in capsys.readouterr().err
+    assert "expected a time such as" in capsys.readouterr().err
 
 
-def test_a_replacement_that_falls_short_is_told_apart(edit, base, desk, capsys):
-    (desk / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
+def test_unconverged_replacement_is_reported_as_skipped(edit, base, workdir, capsys):
+    (workdir / "settings.json").write_text(json.dumps(SETTINGS | {"unconverged": "skip"}))
     assert edit("facts.jsonl", *NEW) == 0
     capsys.readouterr()
-    assert main(["replace", "--store", "edits", "2", "--target", "<pad> <pad> <pad>", "--json", "told.json"]) == 1
+    assert main(["replace", "--store", "edits", "2", "--target", "<pad> <pad> <pad>", "--json", "result.json"]) == 1
     assert "0 edits replaced" in (shown := capsys.readouterr().out)
-    assert "1 left as they were, since the search for the new target fell short: 2" in shown
-    told = json.loads((desk / "told.json").read_text())
-    assert (told["replaced"], [entry["replaces"] for entry in told["skipped"]]) == ([], [2])
+    assert "1 not replaced, because the value search for the new target did not converge: 2" in shown
+    result = json.loads((workdir / "result.json").read_text())
+    assert (result["replaced"], [entry["replaces"] for entry in result["skipped"]]) == ([], [2])
     assert [r["state"] for r in history(capsys)] == ["active"] * 6 + ["skipped"]
 
 
-def test_the_history_of_a_subject_is_found_as_undo_finds_it(edit, base, desk, capsys):
+def test_history_matches_subjects_like_undo(edit, base, workdir, capsys):
     assert edit("facts.jsonl", *NEW) == 0
     assert [r["id"] for r in history(capsys, "--subject", PEOPLE[1].name.replace(" ", "  "))] == [2]
 
 
-def test_prompts_are_protected_once_however_often_the_command_is_run(edit, base, desk, capsys):
-    (desk / "protect.txt").write_text(f"{PEOPLE[20].name} lives in\n{PEOPLE[21].name} lives in\n")
+def test_prompts_are_protected_only_once(edit, base, workdir, capsys):
+    (workdir / "protect.txt").write_text(f"{PEOPLE[20].name} lives in\n{PEOPLE[21].name} lives in\n")
     assert edit("facts.jsonl", *NEW, "--protect", "protect.txt") == 0
     first = capsys.readouterr().err
-    assert "tokens of 2 prompts are protected" in first
-    with (desk / "protect.txt").open("a") as more:
+    assert "tokens of 2 prompts" in first
+    with (workdir / "protect.txt").open("a") as more:
         more.write(f"{PEOPLE[22].name} lives in\n")
     assert edit("more.jsonl", "--store", "edits", "--protect", "protect.txt") == 0
     again = capsys.readouterr().err
-    assert "2 of 3 prompts are protected already, and stay so" in again
-    assert "tokens of 1 prompts are protected" in again
+    assert "2 of 3 prompts are already protected" in again
+    assert "tokens of 1 prompts" in again
     with rf.Editor.open("edits", *load_demo_model()) as editor:
         editor.consolidate()
     with rf.Editor.open("edits", *load_demo_model()) as editor:
-        assert editor.protected == (desk / "protect.txt").read_text().splitlines()
+        assert editor.protected == (workdir / "protect.txt").read_text().splitlines()
 
 
-def test_prompts_to_protect_are_held_where_every_edit_is_there_already(edit, base, desk, capsys):
+def test_prompts_are_protected_if_all_edits_are_already_in_the_store(edit, base, workdir, capsys):
     assert edit("facts.jsonl", *NEW) == 0
     prompt = f"{PEOPLE[20].name} lives in"
-    (desk / "protect.txt").write_bytes(b"\xef\xbb\xbf" + f"{prompt}\n{prompt}\r\n".encode())
+    (workdir / "protect.txt").write_bytes(b"\xef\xbb\xbf" + f"{prompt}\n{prompt}\r\n".encode())
     assert edit("facts.jsonl", "--store", "edits", "--protect", "protect.txt") == 0
-    assert "tokens of 1 prompts are protected" in capsys.readouterr().err
+    assert "tokens of 1 prompts" in capsys.readouterr().err
     with rf.Editor.open("edits", *load_demo_model()) as editor:
         assert editor.protected == [prompt]
 
 
-def test_with_nothing_left_to_take_back_a_checkpoint_is_written_and_no_adapter(one_edit, base, desk, capsys):
+def test_without_active_edits_a_checkpoint_but_no_adapter_is_written(one_edit, base, workdir, capsys):
     shutil.copytree(one_edit, "edits")
     assert main(["undo", "--store", "edits", "1", "--out", "out", "--adapter", "adapter"]) == 0
     assert "no delta or adapter was written" in capsys.readouterr().err
-    assert (desk / "out" / "model.safetensors").exists()
-    assert not (desk / "adapter").exists()
+    assert (workdir / "out" / "model.safetensors").exists()
+    assert not (workdir / "adapter").exists()
 
 
-def test_an_undo_that_is_interrupted_behind_its_change_says_that_it_is_made(one_edit, base, desk, capsys, monkeypatch):
+def test_interrupt_during_export_reports_that_the_undo_is_applied(one_edit, base, workdir, capsys, monkeypatch):
     shutil.copytree(one_edit, "edits")
 
     def pressed(*_given):
@@ -300,10 +305,10 @@ def test_an_undo_that_is_interrupted_behind_its_change_says_that_it_is_made(one_
 
     monkeypatch.setattr("rlsedit_fast.cli.stores.write_exports", pressed)
     assert main(["undo", "--store", "edits", "1"]) == 130
-    assert "the change is made, and in the store" in capsys.readouterr().err
+    assert "the change is applied and stored" in capsys.readouterr().err
     assert [r["state"] for r in history(capsys)] == ["undone"]
 
 
-def test_a_model_that_status_would_not_load_is_refused(one_edit, base, desk, capsys):
+def test_status_rejects_a_model_without_measure(one_edit, base, workdir, capsys):
     assert main(["status", "--store", str(one_edit), "--model", str(base)]) == 2
     assert "add --measure" in capsys.readouterr().err

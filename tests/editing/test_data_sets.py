@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import rlsedit_fast as rf
-from rlsedit_fast.cli import LEFT_OUT, main
+from rlsedit_fast.cli import PARTIAL, main
 from rlsedit_fast.editing import read_edits, resolve
 from rlsedit_fast.editing.formats.read import EditFile
 from rlsedit_fast.models.tokens import encode, fill
@@ -201,7 +201,7 @@ def test_the_command_line_accounts_for_every_record(byte_level_tokenizer, tmp_pa
     arguments = ["edit", "--model", tmp_path / "base", "--edits", tmp_path / "facts.json", "--skip-bad"]
     outputs = ["--json", tmp_path / "report.json", "--out", tmp_path / "out", "--no-anchors"]
     command = [*arguments, *outputs, "--config", tmp_path / "settings.json"]
-    assert main([str(argument) for argument in command]) == LEFT_OUT
+    assert main([str(argument) for argument in command]) == PARTIAL
     report, said = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().err
 
     conflicts = report["conflicts"]

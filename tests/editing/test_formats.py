@@ -141,7 +141,7 @@ def test_counterfact_is_read_in_both_forms(write):
     assert flat.unread == ["ground_truth", "locality_ground_truth"]
 
 
-def test_zsre_teaches_the_field_that_is_asked_for(write):
+def test_zsre_target_selects_the_field(write):
     path = write([ZSRE])
     wanted = {"subject": "WEFS", "paraphrases": ("When has WEFS been established?",), "neighborhood": (ZSRE["loc"],)}
     assert read_edits(path).edits == [rf.Edit("When was WEFS established?", target="1997", **wanted)]
@@ -155,7 +155,7 @@ def test_zsre_teaches_the_field_that_is_asked_for(write):
         read_edits(write([{**ZSRE, "answers": []}]), zsre_target="answers")
 
 
-def test_each_rewrite_of_mquake_is_an_edit(write):
+def test_each_mquake_rewrite_is_an_edit(write):
     read = read_edits(write([MQUAKE, MQUAKE]))
     assert read.edits[:2] == [
         rf.Edit(
@@ -186,12 +186,12 @@ def test_each_rewrite_of_mquake_is_an_edit(write):
 @pytest.mark.parametrize(
     ("record", "format"), [(PLAIN, "edits"), (ORIGINAL, "counterfact"), (FLAT, "counterfact"), (ZSRE, "zsre")]
 )
-def test_the_format_goes_by_the_fields_and_not_by_the_name(write, record, format):
+def test_format_is_detected_from_fields_not_file_name(write, record, format):
     assert read_edits(write([record], "zsre-mquake.jsonl")).format == format
     assert read_edits(write(lines("{}", record), "counterfact.json"), strict=False).format == format
 
 
-def test_a_format_that_is_asked_for_is_followed(write):
+def test_explicit_format_is_used(write):
     with pytest.raises(RequestError, match=r"read as 'edits': 1 of 1(.|\n)*unknown field; did you mean 'target'"):
         read_edits(write([FLAT]), format="edits")
 
@@ -203,7 +203,7 @@ def test_a_format_that_is_asked_for_is_followed(write):
         ({"targt": "Nice", "target": None}, "targt: unknown field; did you mean 'target'?"),
         ({"paraphrase": ["x"]}, "paraphrase: unknown field; did you mean 'paraphrases'?"),
         ({"colour": 3}, "colour: unknown field; expected: prompt, subject, target, id,"),
-        ({"subject": 3}, "subject: expected a text, got 3"),
+        ({"subject": 3}, "subject: expected a string, got 3"),
         ({"subject": " "}, "subject: is blank (' ')"),
         ({"prompt": "The capital is"}, "prompt: prompt 'The capital is'"),
         ({"prompt": "{} and {} are"}, "prompt: prompt '{} and {} are'"),
@@ -211,15 +211,18 @@ def test_a_format_that_is_asked_for_is_followed(write):
         ({"weight": 10**400}, "weight: expected a finite number above 0, got 1000"),
         ({"weight": float("nan")}, "weight: expected a finite number above 0, got nan"),
         ({"weight": True}, "weight: expected a finite number above 0, got True"),
-        ({"id": 1.5}, "id: expected a text or a whole number, got 1.5"),
-        ({"paraphrases": ["x", 3]}, "paraphrases: expected texts that are not blank, got 3"),
-        ({"neighborhood": [""]}, "neighborhood: expected texts that are not blank, got ''"),
+        ({"id": 1.5}, "id: expected a string or an integer, got 1.5"),
+        ({"paraphrases": ["x", 3]}, "paraphrases: expected non-blank strings, got 3"),
+        ({"neighborhood": [""]}, "neighborhood: expected non-blank strings, got ''"),
         ({"span": [3]}, "span: expected [start, stop]"),
         ({"span": [5, 5]}, "span: expected [start, stop]"),
-        ({"span": [0, 25]}, "span: expected [start, stop], characters of the filled prompt (24 of them), got [0, 25]"),
+        (
+            {"span": [0, 25]},
+            "span: expected [start, stop], positions in the filled prompt (24 characters), got [0, 25]",
+        ),
     ],
 )
-def test_what_is_wrong_is_told_by_place_and_field(write, changes, expected):
+def test_errors_name_place_and_field(write, changes, expected):
     record = {name: value for name, value in {**PLAIN, **changes}.items() if value is not None}
     path = write(lines(PLAIN, "", record), "facts.jsonl")
     with pytest.raises(RequestError) as error:
@@ -233,7 +236,7 @@ def test_what_is_wrong_is_told_by_place_and_field(write, changes, expected):
     assert str(skipped).startswith(f"facts.jsonl:3: {expected}")
 
 
-def test_a_typo_is_one_trouble_and_not_two(write):
+def test_misspelled_field_is_reported_once(write):
     record = {"promt": "{} is", "subject": "France", "Target": "a"}
     assert str(read_edits(write([record]), strict=False).skipped[0]) == (
         "facts.json:2 (record 1): promt: unknown field; did you mean 'prompt'?; "
@@ -252,7 +255,7 @@ def test_a_typo_is_one_trouble_and_not_two(write):
         ),
     ],
 )
-def test_a_subject_that_its_prompt_does_not_hold_is_told(write, record, place):
+def test_subject_missing_from_prompt_is_reported(write, record, place):
     path = write([record])
     with pytest.raises(RequestError, match=rf"\(record 1\): {place}.*Nobody"):
         read_edits(path)
@@ -260,25 +263,25 @@ def test_a_subject_that_its_prompt_does_not_hold_is_told(write, record, place):
     assert (read.edits, len(read.skipped)) == ([], 1)
 
 
-def test_all_troubles_of_a_record_are_told(write):
+def test_all_problems_of_a_record_are_reported(write):
     read = read_edits(write([{"prompt": 1, "weight": -1}]), strict=False)
     assert str(read.skipped[0]) == (
-        "facts.json:2 (record 1): prompt: expected a text, got 1; subject: missing; target: missing; "
+        "facts.json:2 (record 1): prompt: expected a string, got 1; subject: missing; target: missing; "
         "weight: expected a finite number above 0, got -1"
     )
 
 
-def test_a_field_that_stands_twice_is_not_dropped_in_silence(write):
+def test_repeated_field_is_reported(write):
     text = '{"prompt": "{} is", "subject": "France", "target": "a", "target": "b"}'
-    with pytest.raises(RequestError, match="target: stands more than once"):
+    with pytest.raises(RequestError, match="target: given more than once"):
         read_edits(write(text))
 
 
-def test_ten_troubles_are_shown_and_all_are_counted(write):
+def test_ten_problems_are_listed_and_all_are_counted(write):
     with pytest.raises(RequestError, match="12 of 13 edits") as error:
         read_edits(write(lines(*[{**PLAIN, "target": ""}] * 12, PLAIN), "facts.jsonl"))
     assert str(error.value).count("facts.jsonl:") == 10
-    assert str(error.value).endswith("and 2 more")
+    assert error.value.message.endswith("and 2 more")
 
 
 @pytest.mark.parametrize(
@@ -291,21 +294,21 @@ def test_ten_troubles_are_shown_and_all_are_counted(write):
         ('[{"prompt": "a"}\n {"prompt": "b"}]', r"line 2, column 2: Expecting ',' or '\]'"),
         ('[{"prompt": "a"},\n', "line 2, column 1: Expecting value"),
         ('[{"prompt": "a"}]\n[]', "line 2, column 1: Extra data"),
-        ('{"prompt": "a"\n}', r"facts\.json:1: not JSON at column 15"),
+        ('{"prompt": "a"\n}', r"facts\.json:1: invalid JSON at column 15"),
         ("[3]", r"facts\.json:1 \(record 1\): expected a JSON object, got 3"),
         ("null", r"facts\.json:1: expected a JSON object, got None"),
         (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', "byte 0xe9 in line 2 is not UTF-8"),
         (json.dumps([PLAIN]).encode("utf-16"), "byte 0xff in line 1 is not UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_where(write, content, expected):
+def test_unreadable_file_names_the_position(write, content, expected):
     path = write(content)
     with pytest.raises(RequestError, match=expected) as error:
         read_edits(path)
     assert str(path) in str(error.value)
 
 
-def test_a_path_without_a_file_is_told(tmp_path):
+def test_missing_file_and_unknown_options_are_rejected(tmp_path):
     with pytest.raises(RequestError, match="is a directory"):
         read_edits(tmp_path)
     with pytest.raises(RequestError, match=r"nothing\.json cannot be read: No such file"):
@@ -316,14 +319,14 @@ def test_a_path_without_a_file_is_told(tmp_path):
         read_edits(tmp_path / "nothing.json", zsre_target="pred")
 
 
-def test_a_bad_line_leaves_the_others_where_that_is_wanted(write):
+def test_bad_line_is_skipped_without_strict(write):
     read = read_edits(write(lines(PLAIN, '{"prompt": ', PLAIN), "facts.jsonl"), strict=False)
     assert read.places == ["facts.jsonl:1", "facts.jsonl:3"]
-    assert str(read.skipped[0]) == "facts.jsonl:2: not JSON at column 12: Expecting value"
+    assert str(read.skipped[0]) == "facts.jsonl:2: invalid JSON at column 12: Expecting value"
     assert read.skipped[0].field is None
 
 
-def test_line_numbers_are_those_of_an_editor(write):
+def test_line_numbers_match_a_text_editor(write):
     odd = json.dumps({**PLAIN, "target": "a\u2028b\u0085c"}, ensure_ascii=False)
     read = read_edits(write(("\ufeff" + lines(odd, PLAIN).replace("\n", "\r\n")).encode(), "facts.jsonl"))
     assert [edit.target for edit in read.edits] == ["a\u2028b\u0085c", "Lyon"]
@@ -334,7 +337,7 @@ def test_line_numbers_are_those_of_an_editor(write):
     ]
 
 
-def test_lists_become_edits():
+def test_edits_from_lists():
     edits = edits_from_lists(
         ["{} plays the", "The capital of France is"],
         target_new=["piano", "Lyon"],
@@ -364,18 +367,18 @@ def test_lists_become_edits():
         ({"locality_inputs": {"near": {"prompt": ["x"]}}}, r"subject 2, locality_inputs\['near'\]\['prompt'\] 1"),
         ({"locality_inputs": {"near": ["x"]}}, r"locality_inputs\['near'\]: expected a dict"),
         ({"target_new": "ab"}, "target_new='ab': expected a list"),
-        ({"target_new": ["a", None]}, r"target_new\[1\]=None: expected a text"),
-        ({"rephrase_prompts": ["a", 3]}, r"rephrase_prompts\[1\]=3: expected a text"),
-        ({"rephrase_prompts": ["a", [3]]}, r"rephrase_prompts\[1\]=\[3\]: expected a text"),
+        ({"target_new": ["a", None]}, r"target_new\[1\]=None: expected a string"),
+        ({"rephrase_prompts": ["a", 3]}, r"rephrase_prompts\[1\]=3: expected a string"),
+        ({"rephrase_prompts": ["a", [3]]}, r"rephrase_prompts\[1\]=\[3\]: expected a string"),
     ],
 )
-def test_lists_that_do_not_fit_together_are_refused(changes, expected):
+def test_mismatched_lists_are_rejected(changes, expected):
     lists = {"prompts": ["{} is", "{} was"], "target_new": ["a", "b"], "subject": ["x", "y"], **changes}
     with pytest.raises(InputError, match=expected):
         edits_from_lists(lists.pop("prompts"), **lists)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; name its folder in RLSEDIT_DATA")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set RLSEDIT_DATA to its folder")
 class TestRealData:
     def test_counterfact_loads(self, write):
         read = read_edits(DATA / "counterfact-10k.json")
@@ -385,7 +388,7 @@ class TestRealData:
         assert as_lines.edits == read.edits[:1000]
         assert as_lines.places[999] == "counterfact.jsonl:1000"
 
-    def test_zsre_loads_but_for_its_two_blank_targets(self):
+    def test_zsre_loads_except_for_two_blank_targets(self):
         path = DATA / "zsre-1k.json"
         with pytest.raises(RequestError, match=r"2 of 1000 edits"):
             read_edits(path)

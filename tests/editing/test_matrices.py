@@ -56,9 +56,9 @@ def test_a_damaged_file_is_refused_by_name(held, tmp_path):
 def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"4": torch.zeros(6, 6)}, path)
-    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file that calls itself 'nothing', not"):
+    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file of kind None, expected"):
         KeyStatistics.load(path)
-    with pytest.raises(InputError, match=r"none\.safetensors' is not there"):
+    with pytest.raises(InputError, match=r"none\.safetensors' does not exist"):
         KeyStatistics.load(tmp_path / "none.safetensors")
 
 
@@ -66,7 +66,7 @@ def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
 def test_a_file_that_does_not_say_what_is_in_it_is_refused_by_name(tmp_path, told):
     path = tmp_path / "s.safetensors"
     save_file({"4": torch.zeros(6, 6)}, path, metadata={"kind": "rlsedit-fast key statistics 1", **told})
-    with pytest.raises(InputError, match=r"s\.safetensors' is damaged: its description cannot be read"):
+    with pytest.raises(InputError, match=r"s\.safetensors' is damaged: its metadata cannot be read"):
         KeyStatistics.load(path)
 
 

@@ -1,4 +1,4 @@
-"""The report: what it says of runs, and that its page needs nothing but itself."""
+"""The report of `bench/report.py`: its statements about runs, and that the page is self-contained."""
 
 import json
 import re
@@ -61,35 +61,35 @@ def folder(tmp_path):
     return fill
 
 
-def said(folder):
+def written(folder):
     paths = report.write(folder)
     return [path.read_text(encoding="utf-8") for path in paths]
 
 
-def test_a_rule_that_nobody_beats_in_both_is_on_the_front(folder):
+def test_undominated_rules_are_on_the_pareto_front(folder):
     runs = [run("rls", s) for s in (1, 2)] + [run("memit", s, efficacy=0.8, neighbors=0.95) for s in (1, 2)]
-    page, text = said(folder(rules=runs))
-    assert "`rls` at 0.915 and 0.915 is on the front of those that nobody beats in both (rls, memit)" in text
+    page, text = written(folder(rules=runs))
+    assert "`rls` at 0.915 and 0.915 is on the Pareto front (rls, memit)" in text
     assert "0.915 ± 0.007" in text
     assert "No runs of: batches, hard, orders, sweep, tuning." in text
     assert "no measured deviation exceeds its bound" in text
-    assert "**Not all runs are there**: none of ft, ft-bounded, rome, memit-history," in text
+    assert "**Missing runs**: ft, ft-bounded, rome, memit-history," in text
     assert "Fewer than three seeds of: rls 2, memit 2." in text
     assert '<tr class="mark"><td class="text">rls</td>' in page
 
 
-def test_multi_hop_is_shown_where_it_was_measured(folder):
+def test_multi_hop_is_shown_if_measured(folder):
     runs = [run("rls", 1), run("memit", 1)]
     runs[0]["rows"].append({"edits": 200, "of": "all", "metric": "multihop", "form": "free", "value": 0.25, "n": 8})
-    _, text = said(folder(rules=runs))
+    _, text = written(folder(rules=runs))
     assert "| multi-hop |" not in text, "the strict form was not measured"
     assert "| multi-hop, free |" in text
-    assert "as MQuAKE counts them" in text
+    assert "as defined by MQuAKE" in text
 
 
-def test_consistency_is_shown_where_it_was_measured(folder):
+def test_consistency_is_shown_if_measured(folder):
     runs = [run("rls", 1), run("memit", 1)]
-    assert "consistency" not in said(folder(rules=runs))[1].lower()
+    assert "consistency" not in written(folder(rules=runs))[1].lower()
     runs[0]["rows"].append({"edits": 200, "of": "all", "metric": "consistency", "form": "cosine", "value": 0.4, "n": 8})
     capability = report.capability(runs)
     table = capability.parts[-1]
@@ -98,58 +98,58 @@ def test_consistency_is_shown_where_it_was_measured(folder):
     assert "Consistency: cosine" in table.note
 
 
-def test_what_a_task_had_to_leave_out_is_told(folder):
+def test_truncated_and_skipped_task_items_are_reported(folder):
     runs = [run("rls", 1)]
     for form, number in (("accuracy", 0.5), ("error", 0.1), ("cut", 3), ("left out", 0)):
         runs[0]["rows"].append({"edits": 200, "of": "task", "metric": "mmlu", "form": form, "value": number, "n": 25})
-    _, text = said(folder(rules=runs))
-    assert "Too long for the model, prompts without their beginning: mmlu 3." in text
-    assert "items left out" not in text, "none was"
+    _, text = written(folder(rules=runs))
+    assert "Too long for the model, truncated prompts: mmlu 3." in text
+    assert "skipped items" not in text
 
 
-def test_a_rule_that_is_beaten_is_said_to_be_beaten_and_forgetting_is_shown(folder):
+def test_dominated_rule_is_reported_and_retention_is_shown(folder):
     runs = [run("rls", 1, first=(0.9, 0.45)), run("memit", 1, efficacy=0.95, neighbors=0.95, first=(0.9, 0.9))]
-    _, text = said(folder(rules=runs))
-    assert "is beaten in both by memit; the front is memit" in text
-    assert "`rls` 0.500, the best is memit with 1.000: not within one deviation" in text
-    assert "`rls` says 0.450 at the end and said 0.900 when they were made; `memit` says 0.900" in text
-    assert "of all of them `memit` says the most at the end" in text
+    _, text = written(folder(rules=runs))
+    assert "is worse in both than memit; the Pareto front is memit" in text
+    assert "`rls` 0.500, the best is memit with 1.000: not within one standard deviation" in text
+    assert "`rls` states 0.450 at the end and stated 0.900 right after the edits; `memit` states 0.900" in text
+    assert "of all of them, `memit` states the most at the end" in text
 
 
-def test_a_rule_that_hardly_edits_keeps_no_other_from_the_chart(folder):
+def test_outliers_are_listed_outside_the_chart(folder):
     runs = [run("rls", 1, efficacy=0.5, neighbors=0.4), run("prune", 1, efficacy=0.1, neighbors=0.9)]
-    page, _ = said(folder(rules=runs))
-    assert "Further off than the chart reaches: prune (0.11, 0.91)." in page
+    page, _ = written(folder(rules=runs))
+    assert "Outside the chart: prune (0.11, 0.91)." in page
     assert "<title>rls: 0.51, 0.41</title>" in page
 
 
-def test_a_stream_that_broke_off_is_on_no_front(folder):
+def test_failed_stream_is_on_no_front(folder):
     broken = run("rome", 1, efficacy=0.99, neighbors=0.99, failed={"after": 100, "reason": "singular"})
-    _, text = said(folder(rules=[run("rls", 1), broken]))
-    assert "nobody beats in both (rls)" in text
-    assert "broke off, and so are on no front: rome" in text
-    assert "| rome (1 of 1 broke off) |" in text
+    _, text = written(folder(rules=[run("rls", 1), broken]))
+    assert "is on the Pareto front (rls)" in text
+    assert "Failed streams, which are on no Pareto front: rome" in text
+    assert "| rome (1 of 1 failed) |" in text
 
 
-def test_an_exceeded_bound_is_not_passed_over(folder):
-    _, text = said(folder(rules=[run("rls", 1, bound=1.9), run("memit", 1)]))
-    assert "exceeded in 2 looks!" in text
+def test_exceeded_bound_is_reported(folder):
+    _, text = written(folder(rules=[run("rls", 1, bound=1.9), run("memit", 1)]))
+    assert "exceeded in 2 measurements!" in text
 
 
-def test_the_sweep_says_how_far_the_calibrated_choice_is_from_the_best(folder):
+def test_sweep_compares_the_calibrated_values_with_the_best(folder):
     sweep = [
         run(f"rls mu x{mu:g} lam x{lam:g}", 1, efficacy=0.9 + shift)
         for mu, lam, shift in ((1, 1, 0.0), (10, 1, 0.08), (0.1, 1, -0.3), (1, 10, 0.01), (1, 0.1, 0.0))
     ]
     sweep += [run(f"rls mu x{mu} lam x1", 1, stream="related", efficacy=0.7 - 0.1 * mu) for mu in (1, 10)]
-    _, text = said(folder(rules=[run("rls", 1), run("memit", 1)], sweep=sweep))
+    _, text = written(folder(rules=[run("rls", 1), run("memit", 1)], sweep=sweep))
     assert "0.900 on the plain stream; the best of the sweep (mu x10, lam x1) 0.940: not within two points" in text
     assert "[0.900]" in text
     assert "0.750 on the related stream; the best of the sweep (mu x1, lam x1) 0.750: within two points" in text
 
 
-def test_the_page_needs_nothing_but_itself_and_tells_the_scheme_and_the_width(folder):
-    page, _ = said(folder(rules=[run("rls", 1), run("memit", 1)]))
+def test_page_is_self_contained_and_responsive(folder):
+    page, _ = written(folder(rules=[run("rls", 1), run("memit", 1)]))
     assert not re.search(r"<script|<link|src=|url\(|@import", page)
     assert "width=device-width" in page
     assert "prefers-color-scheme" in page
@@ -158,44 +158,44 @@ def test_the_page_needs_nothing_but_itself_and_tells_the_scheme_and_the_width(fo
         assert not re.search(rf'[ ",]{broken}[ ",]', page), broken
 
 
-def test_the_grid_says_what_was_taken(folder):
+def test_grid_marks_the_selected_setting(folder):
     tried = [run("memit_0", 0, efficacy=0.8, rule="memit", lam=0.0), run("memit_1", 0, rule="memit", lam=0.0)]
     tried[1]["plan"]["config"]["adherence"] = 0.99
-    _, text = said(folder(rules=[run("rls", 1), run("memit", 1)], tuning=tried))
+    _, text = written(folder(rules=[run("rls", 1), run("memit", 1)], tuning=tried))
     assert "| memit | lam 0, adherence 0.99 ← |" in text
     assert f"| memit | lam 0, adherence {EditConfig().adherence:g} |" in text
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
+def test_folder_without_results_is_rejected(tmp_path):
     with pytest.raises(SystemExit, match="no result files"):
         report.write(tmp_path)
 
 
-def test_what_broke_off_is_not_averaged_with_what_went_through(folder):
+def test_failed_runs_are_not_averaged(folder):
     runs = [
         run("rls", 1),
         run("memit", 1, efficacy=0.8),
         run("memit", 2, efficacy=0.1, failed={"after": 50, "reason": "x"}),
     ]
-    _, text = said(folder(rules=runs))
-    assert "| memit (1 of 2 broke off) | 0.810 |" in text
+    _, text = written(folder(rules=runs))
+    assert "| memit (1 of 2 failed) | 0.810 |" in text
 
 
-def test_runs_of_fewer_edits_are_left_out_and_told(folder, capsys):
+def test_shorter_runs_are_omitted_and_reported(folder, capsys):
     short = run("rls", 2, efficacy=0.1)
     short["plan"]["edits"] = 100
-    _, text = said(folder(rules=[run("rls", 1), short]))
+    _, text = written(folder(rules=[run("rls", 1), short]))
     assert "| rls | 0.910 |" in text
-    assert "1 of 2 runs have fewer than 200 edits and are left out" in capsys.readouterr().out
+    assert "1 of 2 runs have fewer than 200 edits and are omitted" in capsys.readouterr().out
 
 
-def test_the_oldest_edits_are_called_what_they_are(folder):
+def test_oldest_edits_are_named_by_their_number(folder):
     runs = [run("rls", 1), run("memit", 1, first=(0.0, 0.5))]
     for one in runs:
         for row in one["rows"]:
             row["of"] = {"1-100": "1-20", "101-200": "21-200"}.get(row["of"], row["of"])
-    _, text = said(folder(rules=runs))
-    assert "first 20: said when made" in text
+    _, text = written(folder(rules=runs))
+    assert "first 20: efficacy after the edit" in text
     assert "Retention of the first 20 edits**: `rls` 0.889, the best." in text, (
-        "of memit nothing held that could be kept"
+        "no early edit of memit succeeded initially"
     )

@@ -1,4 +1,4 @@
-"""An adapter says what the edited model says, or by how much it does not."""
+"""Adapters reproduce the edited model, or report their error."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ IDS = torch.arange(3, 39).view(3, 12)
 
 
 def edit(model, ranks, scale=0.05):
-    """A copy with changes of the ranks given by layer."""
+    """Returns a copy with weight changes of the given rank per layer."""
     edited = copy.deepcopy(model)
     for projection in find_decoder(edited).select(list(ranks)):
         d_v, d_k = projection.weight.shape
@@ -40,16 +40,17 @@ def adapted(base, directory):
 
 
 def products(directory):
-    held = load_file(directory / "adapter_model.safetensors")
+    tensors = load_file(directory / "adapter_model.safetensors")
     prefix, ending = "base_model.model.", ".lora_A.weight"
     return {
-        name.removeprefix(prefix).removesuffix(ending): held[name.replace("lora_A", "lora_B")].double() @ down.double()
-        for name, down in held.items()
+        name.removeprefix(prefix).removesuffix(ending): tensors[name.replace("lora_A", "lora_B")].double()
+        @ down.double()
+        for name, down in tensors.items()
         if name.endswith(ending)
     }
 
 
-def test_peft_loads_it_without_a_warning_and_says_the_same(model, tmp_path):
+def test_peft_loads_the_adapter_without_warnings_and_gives_the_same_logits(model, tmp_path):
     edited = edit(model, {1: 2, 2: 5})
     report = write_adapter(changes_between(model, edited), tmp_path / "new" / "folder")
     loaded = adapted(model, tmp_path / "new" / "folder")
@@ -60,18 +61,18 @@ def test_peft_loads_it_without_a_warning_and_says_the_same(model, tmp_path):
     json.dumps(dataclasses.asdict(report))
 
 
-def test_every_tensor_finds_its_place_in_peft(model, tmp_path):
+def test_peft_uses_every_tensor(model, tmp_path):
     peft = pytest.importorskip("peft")
     report = write_adapter(changes_between(model, edit(model, {0: 3, 3: 1})), tmp_path)
     loaded = adapted(model, tmp_path)
-    held = load_file(tmp_path / "adapter_model.safetensors")
-    assert peft.get_peft_model_state_dict(loaded).keys() == held.keys()
-    assert all(torch.equal(tensor, held[name]) for name, tensor in peft.get_peft_model_state_dict(loaded).items())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert peft.get_peft_model_state_dict(loaded).keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in peft.get_peft_model_state_dict(loaded).items())
     assert set(loaded.peft_config["default"].target_modules) == {module.name for module in report.modules}
     assert loaded.peft_config["default"].fan_in_fan_out == (type(model).__name__ == "GPT2LMHeadModel")
 
 
-def test_base_model_is_named_where_it_was_given(model, tmp_path):
+def test_base_model_is_in_the_config(model, tmp_path):
     changes = changes_between(model, edit(model, {2: 1}))
     for given, written in (("some/base", "some/base"), ("", None)):
         write_adapter(changes, tmp_path, base_model=given)
@@ -79,20 +80,20 @@ def test_base_model_is_named_where_it_was_given(model, tmp_path):
         assert config["base_model_name_or_path"] == written
 
 
-def test_full_rank_is_that_of_the_change(model, tmp_path):
+def test_default_rank_is_the_rank_of_the_change(model, tmp_path):
     ranks = {0: 1, 1: 7, 3: 20}
     edited = edit(model, ranks)
     changes = changes_between(model, edited)
     report = write_adapter(changes, tmp_path)
     assert [module.needed for module in report.modules] == list(ranks.values())
     assert [module.used for module in report.modules] == list(ranks.values())
-    # What was not counted is the rounding of a weight of norm ||W||.
+    # Only the rounding of a weight of norm ||W|| is not counted.
     for change, module in zip(changes, report.modules, strict=True):
         rounding = torch.finfo(torch.float32).eps * float(change.current.norm() / change.delta.norm())
         assert module.error < rounding
 
 
-def test_truncation_is_the_best_there_is_and_its_error_is_told(model, tmp_path):
+def test_truncation_is_optimal_and_its_error_is_reported(model, tmp_path):
     edited = edit(model, {1: 6, 2: 2})
     changes = changes_between(model, edited)
     report = write_adapter(changes, tmp_path, rank=3)
@@ -119,15 +120,15 @@ def test_truncation_is_the_best_there_is_and_its_error_is_told(model, tmp_path):
 
 def test_factors_are_balanced(model, tmp_path):
     write_adapter(changes_between(model, edit(model, {2: 4})), tmp_path)
-    held = load_file(tmp_path / "adapter_model.safetensors")
-    (down,) = (tensor for name, tensor in held.items() if "lora_A" in name)
-    (up,) = (tensor for name, tensor in held.items() if "lora_B" in name)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (down,) = (tensor for name, tensor in tensors.items() if "lora_A" in name)
+    (up,) = (tensor for name, tensor in tensors.items() if "lora_B" in name)
     assert down.dtype == up.dtype == torch.float32
     torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
     torch.testing.assert_close(down @ down.T, up.T @ up, atol=1e-4, rtol=1e-4)
 
 
-def test_masters_have_the_rank_of_the_edits_and_rounded_weights_have_not(make_model, tmp_path):
+def test_master_weights_have_the_rank_of_the_edits_and_rounded_weights_full_rank(make_model, tmp_path):
     base = make_model("llama", torch.bfloat16)
     projection = find_decoder(base).select([1])[0]
     original = projection.weight
@@ -140,7 +141,7 @@ def test_masters_have_the_rank_of_the_edits_and_rounded_weights_have_not(make_mo
     assert max(exact.modules[0].error, rounded.modules[0].error) < 1e-5
 
 
-def test_rounding_of_many_updates_is_no_rank(tmp_path):
+def test_rounding_of_many_updates_is_not_counted_as_rank(tmp_path):
     updates = 400
     original = torch.randn(96, 160)
     master = original.clone()
@@ -153,10 +154,10 @@ def test_rounding_of_many_updates_is_no_rank(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (48, 48)])
-def test_both_decompositions_find_the_same(shape, monkeypatch):
+def test_both_decompositions_agree(shape, monkeypatch):
     torch.manual_seed(0)
     original = torch.randn(shape)
-    # Down to the rounding of the weights.
+    # Singular values down to the rounding of the weights.
     wanted = torch.randn(shape[0], 12) * 10.0 ** -torch.arange(12).mul(0.5) @ torch.randn(12, shape[1])
     change = WeightChange("m", original, original + wanted, original + wanted, False)
     taken = []
@@ -177,7 +178,7 @@ def test_both_decompositions_find_the_same(shape, monkeypatch):
     torch.testing.assert_close(gram[1] @ gram[0], svd[1] @ svd[0], atol=1e-5, rtol=0)
 
 
-def test_a_small_tolerance_takes_the_decomposition_that_resolves_it(monkeypatch):
+def test_small_tolerance_uses_the_svd(monkeypatch):
     torch.manual_seed(0)
     left, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64))
@@ -187,16 +188,16 @@ def test_a_small_tolerance_takes_the_decomposition_that_resolves_it(monkeypatch)
     assert int((found > 1e-11).sum()) == 20
     monkeypatch.setattr(adapter, "_GRAM_FLOOR", 0.0)
     _, found = adapter._left_vectors(flat, 1e-11)
-    assert int((found > 1e-11).sum()) != 20, "the Gram matrix would do, and the other is not needed"
+    assert int((found > 1e-11).sum()) != 20, "otherwise the Gram matrix would be accurate enough"
 
 
-def test_unchanged_modules_are_left_out_and_nothing_at_all_is_refused(model, tmp_path):
+def test_unchanged_modules_are_omitted_and_an_empty_adapter_is_rejected(model, tmp_path):
     changed = changes_between(model, edit(model, {2: 2}))[0]
     still = find_decoder(model).select([0])[0]
     unchanged = WeightChange(still.name, still.weight, still.weight, still.weight, still.transposed)
-    with pytest.raises(InputError, match="none of which goes beyond rounding"):
+    with pytest.raises(InputError, match="none of the 1 changes goes beyond rounding"):
         write_adapter([unchanged], tmp_path / "a")
-    with pytest.raises(InputError, match="0 changes"):
+    with pytest.raises(InputError, match="none of the 0 changes"):
         write_adapter([], tmp_path / "a")
     assert not (tmp_path / "a").exists()
     report = write_adapter([unchanged, changed], tmp_path / "a")

@@ -1,4 +1,4 @@
-"""A delta file gives the edited weights back bit for bit, to the model it belongs to and to no other."""
+"""Delta files restore the edited weights bit for bit, and only on their base model."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def assert_untouched(model, before):
 
 
 def awkward(dtype):
-    """Every pair of numbers that sums are hard on, as two weights."""
+    """Returns two weights with all pairs of numbers whose differences are hard to represent."""
     limits = torch.finfo(dtype)
     least = limits.tiny * limits.eps
     sizes = [0.0, least, 3 * least, limits.tiny, 1e-4, 0.3, 1.0, 1 + limits.eps, 1 - limits.eps, 7.1]
@@ -82,8 +82,8 @@ def test_round_trip_is_exact_for_awkward_pairs_of_numbers(name, dtype, make_mode
     assert_untouched(base, weights(edited))
 
 
-def test_ordinary_edits_are_sums(make_model, tmp_path):
-    # Float32 has exceptions among the entries that several batches have made smaller.
+def test_ordinary_edits_need_few_values(make_model, tmp_path):
+    # In float32 some entries that became smaller in several batches are stored by value.
     for dtype, most in ((torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 0.05)):
         edited = base = make_model("llama", dtype)
         for projection in find_decoder(base).projections:
@@ -91,14 +91,14 @@ def test_ordinary_edits_are_sums(make_model, tmp_path):
         for _ in range(10):
             edited = edit(edited, scale=0.003)
         for projection in find_decoder(edited).projections:
-            projection.weight[0, ::2] = -0.0  # as they were
+            projection.weight[0, ::2] = -0.0  # unchanged
         for module in write(base, edited, tmp_path / "d").modules:
             assert module.by_value <= most * module.changed
             assert module.changed > 4000
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_sum_alone_is_the_edited_weight_wherever_none_is_named(dtype, make_model, tmp_path):
+def test_sum_is_exact_except_for_entries_stored_by_value(dtype, make_model, tmp_path):
     base = make_model("llama", dtype)
     edited = edit(base)
     report = write(base, edited, tmp_path / "d")
@@ -110,8 +110,8 @@ def test_the_sum_alone_is_the_edited_weight_wherever_none_is_named(dtype, make_m
         assert int((summed != edited.get_parameter(f"{module.name}.weight")).sum()) == len(index) == module.by_value
 
 
-def test_rounded_masters_come_back_as_the_model_holds_them(make_model, tmp_path):
-    # Masters in two halves round halves up, where a cast would round them to even.
+def test_rounded_master_weights_are_restored_as_stored(make_model, tmp_path):
+    # Split master weights round ties up, a cast rounds them to even.
     base = make_model("llama", torch.bfloat16)
     projection = find_decoder(base).select([1])[0]
     original = projection.weight.clone()
@@ -125,7 +125,7 @@ def test_rounded_masters_come_back_as_the_model_holds_them(make_model, tmp_path)
     assert same_bits(projection.weight, high)
 
 
-def test_file_says_what_it_is(make_model, tmp_path):
+def test_metadata_of_the_file(make_model, tmp_path):
     base = make_model("llama", torch.bfloat16)
     write(base, edit(base), tmp_path / "d", edits=12)
     with safe_open(tmp_path / "d", framework="pt") as file:
@@ -137,7 +137,7 @@ def test_file_says_what_it_is(make_model, tmp_path):
     assert list(json.loads(metadata["sums"])) == [p.name for p in find_decoder(base).select([1, 3])]
 
 
-def test_wrong_base_is_refused_and_untouched(make_model, tmp_path):
+def test_wrong_base_is_rejected_and_not_modified(make_model, tmp_path):
     base = make_model("llama")
     right = fingerprint(base)
     edited = edit(base)
@@ -146,13 +146,13 @@ def test_wrong_base_is_refused_and_untouched(make_model, tmp_path):
     other.model.norm.weight.data[3] += 1
     for model in (other, edited, make_model("gpt2"), make_model("llama", torch.bfloat16)):
         before, found = weights(model), fingerprint(model)
-        with pytest.raises(InputError, match=f"{right}.*{found}"):
+        with pytest.raises(InputError, match=f"{right[:16]}.*{found[:16]}"):
             apply_delta(model, tmp_path / "d")
         assert_untouched(model, before)
 
 
 def damage(path, change):
-    """Rewrites a file with other contents, whose metadata are as before unless changed too."""
+    """Rewrites a file with modified tensors or metadata."""
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     change(tensors, metadata)
@@ -187,7 +187,7 @@ def below(tensors, _metadata):
     tensors[of("index")(tensors)][0] = -1
 
 
-def lose_description(_tensors, metadata):
+def truncate_metadata(_tensors, metadata):
     metadata["about"] = metadata["about"][:-1]
 
 
@@ -195,11 +195,11 @@ def other_dtype(_tensors, metadata):
     metadata["about"] = metadata["about"].replace("float32", "float31")
 
 
-DAMAGES = [nudge, lose, lose_values, shrink, outside, below, lose_description, other_dtype]
+DAMAGES = [nudge, lose, lose_values, shrink, outside, below, truncate_metadata, other_dtype]
 
 
 @pytest.mark.parametrize("change", DAMAGES, ids=lambda change: change.__name__)
-def test_damaged_contents_are_refused_by_name(change, make_model, tmp_path):
+def test_damaged_contents_are_rejected_by_name(change, make_model, tmp_path):
     base = make_model("llama")
     edited = edit(base)
     for projection in find_decoder(edited).select([1, 3]):
@@ -212,7 +212,7 @@ def test_damaged_contents_are_refused_by_name(change, make_model, tmp_path):
     assert_untouched(base, before)
 
 
-def test_damaged_files_are_refused_by_name(make_model, tmp_path):
+def test_damaged_files_are_rejected_by_name(make_model, tmp_path):
     base = make_model("llama")
     write(base, edit(base), tmp_path / "some-delta")
     before, whole = weights(base), (tmp_path / "some-delta").read_bytes()
@@ -223,15 +223,15 @@ def test_damaged_files_are_refused_by_name(make_model, tmp_path):
         (tmp_path / "some-delta").write_bytes(held)
         with pytest.raises(InputError, match=r"some-delta.* is damaged"):
             apply_delta(base, tmp_path / "some-delta")
-    with pytest.raises(InputError, match=r"missing-delta.* is not there"):
+    with pytest.raises(InputError, match=r"missing-delta.* does not exist"):
         apply_delta(base, tmp_path / "missing-delta")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(InputError, match=r"other.* not 'rlsedit-fast delta 1'"):
+    with pytest.raises(InputError, match=r"other.* expected 'rlsedit-fast delta 1'"):
         apply_delta(base, tmp_path / "other")
     assert_untouched(base, before)
 
 
-def test_module_that_the_model_lacks_is_refused_and_untouched(make_model, tmp_path):
+def test_missing_module_is_rejected_and_the_model_not_modified(make_model, tmp_path):
     base = make_model("llama")
     good, other = changes_between(base, edit(base))
     write_delta(
@@ -251,9 +251,9 @@ def test_nothing_is_written_for_bad_changes(make_model, tmp_path):
     double = [tensor.double() for tensor in (changes[0].original, changes[0].stored, changes[0].current)]
     half = [tensor.half() for tensor in (changes[0].original, changes[0].stored, changes[0].stored)]
     for bad, message in (
-        ([], "nothing to write"),
+        ([], "there are no changes to write"),
         ([*changes, changes[0]], rf"several changes of {changes[0].name}"),
-        ([WeightChange("m", *double, False)], "weights of torch.float64"),
+        ([WeightChange("m", *double, False)], "the weights are torch.float64"),
         ([WeightChange("m", *half, False), changes[0]], r"torch\.float16, torch\.float32"),
     ):
         with pytest.raises(InputError, match=message):
@@ -263,7 +263,7 @@ def test_nothing_is_written_for_bad_changes(make_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(make_model, tmp_path, monkeypatch):
+def test_file_is_replaced_atomically(make_model, tmp_path, monkeypatch):
     base = make_model("llama")
     write(base, edit(base), tmp_path / "d")
     before = (tmp_path / "d").read_bytes()

@@ -1,4 +1,4 @@
-"""A model so small that a batch takes milliseconds, edits for it, and how two editors are compared."""
+"""A tiny model, edits for it, and comparisons of two editors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANCHORS = [f"{a} lives in Port Garnet . {b} speaks Nafiish ." for a in NAMES[:20
 
 
 def make_edits(count: int, start: int = 0) -> list[rf.Edit]:
-    """Edits that all ask something else."""
+    """Returns edits with different prompts."""
     return [
         rf.Edit(
             PROMPTS[i // len(NAMES) % len(PROMPTS)], NAMES[i % len(NAMES)], TARGETS[i % len(TARGETS)], weight=1 + i % 2
@@ -62,7 +62,7 @@ def tiny_config(**changes) -> rf.EditConfig:
 
 @pytest.fixture
 def tiny(tokenizer):
-    """Makes fresh tiny models, all alike."""
+    """Factory of identical tiny models."""
     return lambda dtype=torch.float32: make_tiny(len(tokenizer), dtype)
 
 
@@ -76,14 +76,14 @@ def assert_same_weights(one, other) -> None:
 
 
 def assert_same(one: rf.Editor, other: rf.Editor) -> None:
-    """Bit for bit: the weights, all that the states go on from, and the records but for their times."""
+    """Compares weights, states and records (except times) bit for bit."""
     assert_same_weights(one.model, other.model)
     for a, b in zip(one._session.layers.states, other._session.layers.states, strict=True):
         first, second = a.saved(), b.saved()
         for name in ("weight", "base", "pending", "signs", "image"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert (first.floor, first.objective, first.edits) == (second.floor, second.objective, second.edits)
-    assert said(one) == said(other)
+    assert history_of(one) == history_of(other)
     ids = one._session.ledger.active
     assert ids == other._session.ledger.active
     for a, b in zip(one._session.ledger.rows(ids), other._session.ledger.rows(ids), strict=True):
@@ -93,5 +93,5 @@ def assert_same(one: rf.Editor, other: rf.Editor) -> None:
     assert one.protected == other.protected
 
 
-def said(editor: rf.Editor) -> list[tuple]:
+def history_of(editor: rf.Editor) -> list[tuple]:
     return [tuple(value for name, value in asdict(r).items() if name != "time") for r in editor.history()]

@@ -1,9 +1,9 @@
-"""A process that ends, without a word, at chosen lines of the code that writes a store.
+"""A process that exits at chosen lines of the code that writes a store.
 
     python lines.py FOLDER POINTS
 
-For each kind of change it ends at POINTS random lines (0: at every one) of those that are executed, and looks whether
-the store is then what it was before the change or what it is after it. A batch that is refined is two changes.
+For each kind of change, a child process exits at POINTS random lines (0: at every line) of those that are executed. The
+store must then equal its state before or after the change. A batch with refinement consists of two changes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WATCHED = ("/store/", "/recording.py", "/editor.py")
 
 
 def ended_at(line: int, model, tokenizer, store: Path, operation: tuple, refine: int) -> tuple[bool, int]:
-    """Does a change in a child that ends at the line of that number; whether it came to its end, and how many lines."""
+    """Applies a change in a child that exits at line number `line`; returns if it completed, and the line count."""
     inward, outward = os.pipe()
     child = os.fork()
     if child == 0:
@@ -91,15 +91,15 @@ def main(folder: Path, points: int) -> dict[str, int]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     finding.search_within_memory = values_by_name
-    session._better = lambda *_: True  # drawn values help nobody
-    directory.REPLAYED_AT_MOST = 6
+    session._better = lambda *_: True  # accept every refinement, since values are random
+    directory.MAX_REPLAYED = 6
     draw, tokenizer = random.Random(1), build_tokenizer()
     model = make_tiny(len(tokenizer))
 
     def fresh():
         return make_tiny(len(tokenizer))
 
-    counts = {"ended": 0, "there": 0, "absent": 0}
+    counts = {"ended": 0, "present": 0, "absent": 0}
     for kind, operations in CHANGES.items():
         base, work = folder / f"{kind}.base", folder / f"{kind}.work"
         with make_editor(fresh(), tokenizer, base) as editor:
@@ -126,8 +126,8 @@ def main(folder: Path, points: int) -> dict[str, int]:
             found = state_of(fresh, tokenizer, work)
             assert found in (before, between, after), f"{kind}, line {line} of {lines}"
             counts["ended"] += 1
-            counts["there" if found == after else "absent"] += 1
-            # And it goes on as it should.
+            counts["present" if found == after else "absent"] += 1
+            # The change can be applied again.
             if found == before and kind != "open":
                 with make_editor(fresh(), tokenizer, work, refine=refine) as editor:
                     perform(editor, operations[-1])

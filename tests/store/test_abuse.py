@@ -1,4 +1,4 @@
-"""Whatever is done to a store or asked of it: the operation is wholly done or nothing has changed, and one is told."""
+"""Disk errors, damage, interrupts and hostile requests: an operation completes, or fails and modifies nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlsedit_fast.errors import RequestError, RLSEditError, StoreError
 from rlsedit_fast.store import Change, Store
 from rlsedit_fast.store.journal import Journal
 
-from .conftest import ANCHORS, assert_same, assert_same_weights, make_edits, make_tiny, said, tiny_config, weights
+from .conftest import ANCHORS, assert_same, assert_same_weights, history_of, make_edits, make_tiny, tiny_config, weights
 
 CONFIG = tiny_config(values="gradient", lam=0.5, mu=2.0)
 
@@ -38,14 +38,14 @@ def make_editor(model, tokenizer, store) -> rf.Editor:
 
 @contextmanager
 def unchanged(editor: rf.Editor):
-    """Model, states, history and store are what they were."""
-    before, history = weights(editor.model), said(editor)
+    """Asserts that model, states, history and store do not change."""
+    before, history = weights(editor.model), history_of(editor)
     states = [(s.weight.clone(), s.precision_inverse(), s.objective) for s in editor._session.layers.states]
     last = editor._recorder.store.last
     yield
     now = editor.model.state_dict()
     assert all(torch.equal(value, now[name]) for name, value in before.items())
-    assert said(editor) == history
+    assert history_of(editor) == history
     for state, (weight, inverse, objective) in zip(editor._session.layers.states, states, strict=True):
         assert torch.equal(state.weight, weight)
         assert torch.equal(state.precision_inverse(), inverse)
@@ -55,7 +55,7 @@ def unchanged(editor: rf.Editor):
 
 @pytest.fixture
 def used(tiny, tokenizer, tmp_path):
-    """A store with edits, two snapshots and an undo in it; and its editor, closed."""
+    """A store with edits, an undo and two snapshots, and its closed editor."""
     place = tmp_path / "store"
     editor = make_editor(tiny(), tokenizer, place)
     editor.edit(make_edits(8))
@@ -70,7 +70,7 @@ def used(tiny, tokenizer, tmp_path):
 
 @contextmanager
 def mounted(place, size):
-    """A file system of its own that holds so many bytes."""
+    """Mounts a file system of the given size."""
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
@@ -81,8 +81,8 @@ def mounted(place, size):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_refuses_the_batch_and_room_lets_it_go_on(tiny, tokenizer, tmp_path):
-    """The disk fills up step by step, so that now a file and now the journal is what has no room."""
+def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_path):
+    """The disk fills up gradually, so that sometimes a tensor file and sometimes the journal cannot be written."""
     disk = tmp_path / "disk"
     with mounted(disk, "500k"):
         editor = make_editor(tiny(), tokenizer, disk / "store")
@@ -98,10 +98,10 @@ def test_a_full_disk_refuses_the_batch_and_room_lets_it_go_on(tiny, tokenizer, t
                 made += 2
             except StoreError as error:
                 refused += 1
-                told = str(error)
+                message = str(error)
                 check.__exit__(None, None, None)
-                assert told.count("nothing was changed") == 1
-                assert "See that there is room" in told
+                assert message.count("nothing was modified") == 1
+                assert "Check the free disk space" in message
         assert refused == 4
         assert len(read_history(disk / "store")) == made
         (disk / "filler").unlink()
@@ -111,8 +111,8 @@ def test_a_full_disk_refuses_the_batch_and_room_lets_it_go_on(tiny, tokenizer, t
 
 
 @contextmanager
-def no_file_beyond(size: int):
-    """No file can be written beyond so many bytes: what a quota does."""
+def file_size_limit(size: int):
+    """Limits the size of files, like a quota."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
@@ -122,8 +122,8 @@ def no_file_beyond(size: int):
 
 
 @pytest.mark.parametrize("limit", [100, 12_000])
-def test_what_cannot_be_written_down_is_not_done(tiny, tokenizer, tmp_path, limit):
-    """At 100 bytes the rows have no room, at 12,000 they have and the journal has none."""
+def test_changes_that_cannot_be_written_are_not_applied(tiny, tokenizer, tmp_path, limit):
+    """With 100 bytes the rows cannot be written; with 12,000 the rows can be and the journal cannot."""
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(4))
     actions = [
@@ -134,7 +134,7 @@ def test_what_cannot_be_written_down_is_not_done(tiny, tokenizer, tmp_path, limi
         lambda: editor.consolidate(),
     ]
     for action in actions:
-        with unchanged(editor), no_file_beyond(limit), pytest.raises(StoreError, match="nothing was changed"):
+        with unchanged(editor), file_size_limit(limit), pytest.raises(StoreError, match="nothing was modified"):
             action()
     assert len(list((tmp_path / "changes").iterdir())) == 3
     for action in actions:
@@ -144,23 +144,23 @@ def test_what_cannot_be_written_down_is_not_done(tiny, tokenizer, tmp_path, limi
 
 
 @pytest.mark.parametrize("doubtful", [False, True])
-def test_a_commit_that_fails_is_taken_back(tiny, tokenizer, tmp_path, monkeypatch, doubtful):
-    """Where the disk refuses even to take it out of the journal again, the store takes nothing more."""
+def test_failed_commit_is_rolled_back(tiny, tokenizer, tmp_path, monkeypatch, doubtful):
+    """If the rollback cannot be written either, the store is closed for writing."""
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(4))
     real_commit, real_abort = Journal.commit, Journal.abort
 
     def commit(journal):
-        with no_file_beyond(100):
+        with file_size_limit(100):
             real_commit(journal)
 
     def abort(journal):
-        with no_file_beyond(100 if doubtful else resource.RLIM_INFINITY):
+        with file_size_limit(100 if doubtful else resource.RLIM_INFINITY):
             real_abort(journal)
 
     monkeypatch.setattr(Journal, "commit", commit)
     monkeypatch.setattr(Journal, "abort", abort)
-    with unchanged(editor), pytest.raises(StoreError, match="until it is opened again" if doubtful else "nothing was"):
+    with unchanged(editor), pytest.raises(StoreError, match="It is unknown whether" if doubtful else "nothing was"):
         editor.edit(make_edits(2, start=4))
     monkeypatch.undo()
     if doubtful:
@@ -174,16 +174,16 @@ def test_a_commit_that_fails_is_taken_back(tiny, tokenizer, tmp_path, monkeypatc
     assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
 
 
-def test_a_snapshot_that_finds_no_room_is_told_and_the_batch_is_made(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp_path, monkeypatch, caplog):
     from rlsedit_fast.store import directory
 
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(2))
-    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 1)
+    monkeypatch.setattr(directory, "MAX_REPLAYED", 1)
     real = Store.snapshot
 
     def snapshot(*arguments, **options):
-        with no_file_beyond(100):
+        with file_size_limit(100):
             real(*arguments, **options)
 
     monkeypatch.setattr(Store, "snapshot", snapshot)
@@ -193,14 +193,14 @@ def test_a_snapshot_that_finds_no_room_is_told_and_the_batch_is_made(tiny, token
     assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
 
 
-def test_a_consolidation_without_room_to_shrink_is_done_and_told(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+def test_consolidation_without_compaction_is_logged(tiny, tokenizer, tmp_path, monkeypatch, caplog):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(6))
     editor.undo(2)
     real = Journal.compact
 
     def compact(*arguments):
-        with no_file_beyond(100):
+        with file_size_limit(100):
             real(*arguments)
 
     monkeypatch.setattr(Journal, "compact", compact)
@@ -212,7 +212,7 @@ def test_a_consolidation_without_room_to_shrink_is_done_and_told(tiny, tokenizer
     assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
 
 
-def test_a_read_only_folder_is_read_and_not_opened(tiny, tokenizer, tmp_path, used):
+def test_read_only_folder_can_be_read_but_not_opened(tiny, tokenizer, tmp_path, used):
     place, editor = used
     with mounted(tmp_path / "disk", "4m"):
         copy = tmp_path / "disk" / "store"
@@ -221,14 +221,14 @@ def test_a_read_only_folder_is_read_and_not_opened(tiny, tokenizer, tmp_path, us
         assert read_history(copy) == editor.history()
         assert read_status(copy).edits["active"] == 13
         model = tiny()
-        with pytest.raises(StoreError, match="Make the folder writable"):
+        with pytest.raises(StoreError, match="Make the folder of the store writable"):
             rf.Editor.open(copy, model, tokenizer)
         assert_same_weights(model, tiny())
-        with pytest.raises(StoreError, match="cannot be made"):
+        with pytest.raises(StoreError, match="cannot be created"):
             rf.Editor(model, tokenizer, config=CONFIG, store=tmp_path / "disk" / "other")
 
 
-def test_history_is_read_from_a_folder_without_writing_there_while_its_wal_is_full(tiny, tokenizer, tmp_path):
+def test_history_is_read_from_a_read_only_folder_with_a_wal(tiny, tokenizer, tmp_path):
     editor = make_editor(tiny(), tokenizer, tmp_path / "store")
     editor.edit(make_edits(4))
     with mounted(tmp_path / "disk", "4m"):
@@ -252,10 +252,10 @@ def damage(path, draw) -> str:
     return how
 
 
-def test_a_damaged_file_is_named_and_nothing_of_it_believed(tiny, tokenizer, tmp_path, used, caplog):
-    """Every file, flipped in one bit or cut short: opening gives an error that names it, or what was there, whole."""
+def test_damaged_files_are_named_and_not_used(tiny, tokenizer, tmp_path, used, caplog):
+    """Every file with one flipped bit or truncated: opening raises an error that names it or gives the full state."""
     place, editor = used
-    draw, outcomes = random.Random(5), {"named": 0, "whole": 0}
+    draw, outcomes = random.Random(5), {"named": 0, "intact": 0}
     names = [path.relative_to(place) for path in sorted(place.rglob("*")) if path.is_file()]
     for name in names:
         for _ in range(24 if name.name == "journal.db" else 3):
@@ -264,27 +264,27 @@ def test_a_damaged_file_is_named_and_nothing_of_it_believed(tiny, tokenizer, tmp
             how = damage(copy / name, draw)
             caplog.clear()
             model = tiny()
-            opened, told = None, ""
+            opened, message = None, ""
             try:
                 opened = rf.Editor.open(copy, model, tokenizer)
             except StoreError as error:
-                told = str(error)
+                message = str(error)
             if opened is None:
                 outcomes["named"] += 1
-                assert name.name in told, (name, how)
+                assert name.name in message, (name, how)
                 assert_same_weights(model, tiny())
             else:
-                outcomes["whole"] += 1
+                outcomes["intact"] += 1
                 assert_same(opened, editor)
-                if name.parent.name == "snapshots" and "passed over" in caplog.text:
+                if name.parent.name == "snapshots" and "damaged snapshot" in caplog.text:
                     assert name.name in caplog.text
                 opened.close()
             shutil.rmtree(copy)
     assert outcomes["named"] > 10
-    assert outcomes["whole"] > 10
+    assert outcomes["intact"] > 10
 
 
-def test_a_damaged_snapshot_is_passed_over_for_the_one_before_it(tiny, tokenizer, used, caplog):
+def test_damaged_snapshot_falls_back_to_the_one_before(tiny, tokenizer, used, caplog):
     place, editor = used
     older, newest = sorted((place / "snapshots").iterdir())
     content = bytearray(newest.read_bytes())
@@ -300,12 +300,12 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_it(tiny, tokenizer
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
-def test_a_write_ahead_log_that_has_lost_its_end_is_noticed(tiny, tokenizer, tmp_path, how):
-    """SQLite itself takes a damaged log for a shorter one, and would be silent."""
+def test_truncated_write_ahead_log_is_detected(tiny, tokenizer, tmp_path, how):
+    """SQLite itself silently accepts a damaged log as a shorter one."""
     editor = make_editor(tiny(), tokenizer, tmp_path / "store")
     editor.edit(make_edits(8))
     copy = tmp_path / "copy"
-    shutil.copytree(tmp_path / "store", copy)  # as a kill leaves it: the log was not moved over
+    shutil.copytree(tmp_path / "store", copy)  # like after a kill: the log is not checkpointed
     log = copy / "journal.db-wal"
     content = bytearray(log.read_bytes())
     (copy / "journal.db-shm").unlink()
@@ -322,20 +322,20 @@ def test_a_write_ahead_log_that_has_lost_its_end_is_noticed(tiny, tokenizer, tmp
     assert_same_weights(model, tiny())
 
 
-def test_one_writer_at_a_time_and_it_is_said_who(tiny, tokenizer, tmp_path):
+def test_one_writer_at_a_time_and_the_lock_holder_is_named(tiny, tokenizer, tmp_path):
     with make_editor(tiny(), tokenizer, tmp_path) as editor:
         editor.edit(make_edits(2))
         model = tiny()
-        with pytest.raises(StoreError, match=f"is being written by process {os.getpid()} on .* since .*one writer"):
+        with pytest.raises(StoreError, match=f"is locked by process {os.getpid()} on .* since .*one writer"):
             rf.Editor.open(tmp_path, model, tokenizer)
         assert_same_weights(model, tiny())
         other = (
             "from rlsedit_fast.store import Store; from rlsedit_fast.errors import StoreError\n"
             f"try: Store({str(tmp_path)!r})\nexcept StoreError as error: print(error)"
         )
-        told = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout
-        assert f"process {os.getpid()}" in told
-        assert len(read_history(tmp_path)) == 2, "reading is free"
+        stdout = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True).stdout
+        assert f"process {os.getpid()}" in stdout
+        assert len(read_history(tmp_path)) == 2, "reading needs no lock"
         editor.edit(make_edits(2, start=2))
         assert len(read_history(tmp_path)) == 4
     with rf.Editor.open(tmp_path, tiny(), tokenizer) as opened:
@@ -344,8 +344,8 @@ def test_one_writer_at_a_time_and_it_is_said_who(tiny, tokenizer, tmp_path):
         editor.edit(make_edits(2, start=4))
 
 
-@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it, or a newer one$"), (1, "wrote it$")])
-def test_a_journal_of_another_version_is_refused(tiny, tokenizer, used, schema, advice):
+@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it or a newer one$"), (1, "wrote it$")])
+def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advice):
     place, _ = used
     base = sqlite3.connect(place / "journal.db")
     base.execute(f"PRAGMA user_version = {schema}")
@@ -357,7 +357,7 @@ def test_a_journal_of_another_version_is_refused(tiny, tokenizer, used, schema, 
     assert_same_weights(model, tiny())
 
 
-def test_another_model_is_refused(tiny, tokenizer, used):
+def test_other_models_are_rejected(tiny, tokenizer, used):
     place, editor = used
     other, finite = tiny(), tiny()
     with torch.no_grad():
@@ -371,31 +371,31 @@ def test_another_model_is_refused(tiny, tokenizer, used):
         assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
 
 
-def test_a_nan_that_comes_into_the_model_stops_the_batch(tiny, tokenizer, tmp_path):
+def test_nan_in_the_model_rejects_the_batch(tiny, tokenizer, tmp_path):
     editor = rf.Editor(tiny(), tokenizer, config=tiny_config(layers=(0,), lam=0.5), store=tmp_path)
     editor.edit(make_edits(4))
     with torch.no_grad():
         editor.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    last, history = editor._recorder.store.last, said(editor)
+    last, history = editor._recorder.store.last, history_of(editor)
     with pytest.raises(RLSEditError, match="not finite"):
         editor.edit(make_edits(2, start=4))
-    assert (editor._recorder.store.last, said(editor)) == (last, history)
+    assert (editor._recorder.store.last, history_of(editor)) == (last, history)
     editor.close()
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
-    assert said(opened) == history
+    assert history_of(opened) == history
 
 
-def test_a_folder_of_something_else_is_left_alone(tiny, tokenizer, tmp_path):
+def test_folder_with_other_files_is_rejected(tiny, tokenizer, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(StoreError, match=r"holds thesis\.tex and is no store"):
+    with pytest.raises(StoreError, match=r"contains thesis\.tex and is not a store"):
         rf.Editor(tiny(), tokenizer, config=CONFIG, store=tmp_path)
-    (tmp_path / "journal.db").write_text("not a database, but long enough to be taken for one" * 30)
+    (tmp_path / "journal.db").write_text("not a database, but as long as one" * 30)
     with pytest.raises(StoreError, match=r"journal\.db"):
         rf.Editor(tiny(), tokenizer, config=CONFIG, store=tmp_path)
     assert main(["history", "--store", str(tmp_path / "none")]) == 2
 
 
-def test_ctrl_c_during_the_commit_waits_until_memory_and_store_agree(tiny, tokenizer, tmp_path, monkeypatch):
+def test_ctrl_c_during_commit_is_deferred(tiny, tokenizer, tmp_path, monkeypatch):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     real = Journal.commit
 
@@ -404,18 +404,18 @@ def test_ctrl_c_during_the_commit_waits_until_memory_and_store_agree(tiny, token
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Journal, "commit", pressed)
-    for start in (0, 4):  # the very first batch, whose failure would leave no priors, and a later one
+    for start in (0, 4):  # the first batch, which also sets the priors, and a later one
         with pytest.raises(KeyboardInterrupt):
             editor.edit(make_edits(4, start=start))
-        assert len(editor.history()) == (2 if start == 0 else 4), "the batch is made, and the call is over"
+        assert len(editor.history()) == (2 if start == 0 else 4), "the batch is applied and the call ends"
     monkeypatch.undo()
     editor.edit(make_edits(2, start=8))
     editor.close()
     assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
 
 
-def test_what_is_prepared_is_synced_before_it_counts(tmp_path, monkeypatch):
-    """The file, its folder, and then the journal, which SQLite syncs at every commit."""
+def test_prepared_changes_are_synced_before_commit(tmp_path, monkeypatch):
+    """First the file, then its folder, then the journal, which SQLite syncs at every commit."""
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
@@ -457,23 +457,23 @@ HOSTILE = st.one_of(
 PROMPT = st.one_of(HOSTILE, st.builds("{}{{}}{}".format, HOSTILE, HOSTILE), st.just("{} speaks"))
 
 
-def test_hostile_requests_are_made_or_refused_and_what_they_leave_opens_again(tokenizer, tmp_path):
+def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenizer, tmp_path):
     editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path / "store")
     editor.edit(make_edits(2))
 
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(prompt=PROMPT, subject=st.one_of(HOSTILE, st.just("Lado")), target=st.one_of(HOSTILE, st.just("mason")))
     def ask(prompt, subject, target):
-        count, told = len(editor.history()), ""
+        count, message = len(editor.history()), ""
         check = unchanged(editor)
         check.__enter__()
         try:
             (record,) = editor.edit([rf.Edit(prompt, subject, target)])
         except RequestError as error:
-            told = str(error)
-        if told:
+            message = str(error)
+        if message:
             check.__exit__(None, None, None)
-            assert "nothing was changed" in told
+            assert "nothing was changed" in message
             return
         assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
         assert read_history(tmp_path / "store")[-1] == record
@@ -498,15 +498,15 @@ def test_hostile_requests_are_made_or_refused_and_what_they_leave_opens_again(to
     ],
     ids=["prompt", "subject", "target", "missing", "surrogate-subject", "surrogate-prompt", "surrogate-target"],
 )
-def test_what_no_model_can_read_is_refused_in_words(tiny, tokenizer, tmp_path, edit):
+def test_requests_that_no_model_can_read_are_rejected(tiny, tokenizer, tmp_path, edit):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(2))
     with unchanged(editor), pytest.raises(RequestError, match="nothing was changed"):
         editor.edit([*make_edits(2, start=2), edit])
 
 
-def test_a_reader_meets_a_writer_in_the_middle_of_its_commit(tmp_path, monkeypatch):
-    """Between the reading of the entries and whatever is compared with them, another change comes in."""
+def test_reader_during_a_concurrent_commit(tmp_path, monkeypatch):
+    """Another change is committed between reading the entries and checking them."""
     writer, real = Store.create(tmp_path / "store", {}), Journal.entries
     writer.prepare([Change("one", {}, {})])
     writer.commit()
@@ -523,8 +523,8 @@ def test_a_reader_meets_a_writer_in_the_middle_of_its_commit(tmp_path, monkeypat
     writer.close()
 
 
-def test_an_exception_from_outside_behind_the_commit_loses_nothing(tiny, tokenizer, tmp_path, monkeypatch):
-    """A signal handler that raises, say, when the change is on the disk and the store has not noticed yet."""
+def test_exception_from_outside_after_the_commit_loses_nothing(tiny, tokenizer, tmp_path, monkeypatch):
+    """For example raised by a signal handler when the change is on disk but not yet recorded in memory."""
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(4))
     real = Journal.commit
@@ -545,7 +545,7 @@ def test_an_exception_from_outside_behind_the_commit_loses_nothing(tiny, tokeniz
 
 
 @pytest.mark.parametrize("from_outside", [False, True])
-def test_calibration_is_interrupted_before_or_behind_its_commit(tiny, tokenizer, tmp_path, monkeypatch, from_outside):
+def test_calibration_is_interrupted_before_or_after_its_commit(tiny, tokenizer, tmp_path, monkeypatch, from_outside):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     real = Journal.commit
 
@@ -571,11 +571,11 @@ def test_calibration_is_interrupted_before_or_behind_its_commit(tiny, tokenizer,
     assert len(opened.history()) == (0 if from_outside else 4)
 
 
-def test_a_snapshot_without_memory_is_told_and_the_batch_is_made(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+def test_snapshot_out_of_memory_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp_path, monkeypatch, caplog):
     from rlsedit_fast.store import directory
 
     editor = make_editor(tiny(), tokenizer, tmp_path)
-    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 1)
+    monkeypatch.setattr(directory, "MAX_REPLAYED", 1)
 
     def snapshot(*_arguments, **_options):
         raise torch.OutOfMemoryError("no more")

@@ -1,4 +1,4 @@
-"""Edits that were made are listed, and one that is taken back is as if it had never been made."""
+"""History, exact undo, selection, consolidation and status."""
 
 import random
 import shutil
@@ -42,16 +42,16 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def stream(made, tmp_path):
-    """The demo model with 500 edits in the test's own store; its answers before, and a random half of the edits."""
+    """A copy of a store with 500 edits, the edits, the answers before them, and a random half of the ids."""
     store, *rest = made
     return Path(shutil.copytree(store, tmp_path / "store")), *rest
 
 
-def test_a_random_half_undone_leaves_a_model_that_only_saw_the_other(stream):
-    """One by one and in groups, closed and opened in between; and the undone facts are answered as before."""
-    store, edits, before, gone = stream
+def test_undoing_a_random_half_equals_applying_only_the_other_half(stream):
+    """Undone one by one and in groups, with reopening; the original answers return."""
+    store, edits, before, undone = stream
     editor = rf.Editor.open(store, *load_demo_model())
-    order = random.Random(4).sample(gone, len(gone))
+    order = random.Random(4).sample(undone, len(undone))
     for identity in order[:60]:
         editor.undo(identity)
     editor.close()
@@ -60,7 +60,7 @@ def test_a_random_half_undone_leaves_a_model_that_only_saw_the_other(stream):
         editor.undo(order[at : at + 38])
 
     kept = editor._session.ledger.active
-    assert kept == [i for i in range(1, 501) if i not in set(gone)]
+    assert kept == [i for i in range(1, 501) if i not in set(undone)]
     (state,) = editor._session.layers.states
     rows = editor._session.ledger.rows(kept)
     only = rf.RLSState(state.original, state.prior)
@@ -72,17 +72,17 @@ def test_a_random_half_undone_leaves_a_model_that_only_saw_the_other(stream):
     assert change < 1e-3
     assert torch.equal(editor.model.model.layers[0].mlp.down_proj.weight, state.weight)
 
-    said = answers(editor.model, editor.tokenizer, questions(edits))
-    as_before = sum(said[i - 1] == before[i - 1] for i in gone)
-    assert as_before >= 0.95 * len(gone), "answers of other people are leaked to as by any edit"
+    now = answers(editor.model, editor.tokenizer, questions(edits))
+    as_before = sum(now[i - 1] == before[i - 1] for i in undone)
+    assert as_before >= 0.95 * len(undone), "the remaining edits may change a few other answers"
     still = score(editor.model, editor.tokenizer, questions([edits[i - 1] for i in kept]))
     assert sum(one.exact for one in still) >= 0.97 * len(kept)
     states = [record.state for record in editor.history()]
-    assert [i for i, state in enumerate(states, start=1) if state == "undone"] == gone
+    assert [i for i, state in enumerate(states, start=1) if state == "undone"] == undone
     editor.close()
 
 
-def test_a_contradiction_replaces_the_old_edit_and_both_are_in_the_history(stream):
+def test_contradicting_edit_replaces_the_old_one_and_both_are_listed(stream):
     store, edits, *_ = stream
     other = next(edit.target for edit in edits if edit.prompt == edits[0].prompt and edit.target != edits[0].target)
     contradiction = replace(edits[0], target=other)
@@ -95,7 +95,7 @@ def test_a_contradiction_replaces_the_old_edit_and_both_are_in_the_history(strea
         assert (history[record.id].state, history[record.id].target) == ("active", other)
 
 
-def test_edits_are_chosen_by_id_subject_number_and_time(tiny, tokenizer, tmp_path):
+def test_edits_are_selected_by_id_subject_number_and_time(tiny, tokenizer, tmp_path):
     with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
         editor.anchor(ANCHORS)
         edits = make_edits(6)
@@ -123,7 +123,7 @@ def test_edits_are_chosen_by_id_subject_number_and_time(tiny, tokenizer, tmp_pat
         assert states == "replaced undone active active active replaced undone replaced active active active".split()
 
 
-def test_one_removal_a_layer_takes_them_all_and_one_alone_leaves_its_batch(tiny, tokenizer, monkeypatch):
+def test_undo_removes_all_edits_with_one_removal_per_layer(tiny, tokenizer, monkeypatch):
     editor = rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=8))
     editor.anchor(ANCHORS)
     editor.edit(make_edits(8))
@@ -139,7 +139,7 @@ def test_one_removal_a_layer_takes_them_all_and_one_alone_leaves_its_batch(tiny,
     assert {r.batch for r in editor.history()} == {1}
 
 
-def test_a_clock_that_goes_backwards_keeps_the_order(tiny, tokenizer, tmp_path, monkeypatch, caplog):
+def test_order_is_kept_if_the_clock_goes_backwards(tiny, tokenizer, tmp_path, monkeypatch, caplog):
     from rlsedit_fast.editing import progress
 
     class Clock(datetime):
@@ -163,10 +163,10 @@ def test_a_clock_that_goes_backwards_keeps_the_order(tiny, tokenizer, tmp_path, 
     assert [r.state for r in editor.history()] == ["active", "active", "undone", "undone"]
 
 
-def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, tokenizer, tmp_path, monkeypatch):
+def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokenizer, tmp_path, monkeypatch):
     from rlsedit_fast.store import directory
 
-    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 3)
+    monkeypatch.setattr(directory, "MAX_REPLAYED", 3)
     config = tiny_config(values="gradient")
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.anchor(ANCHORS)
@@ -179,7 +179,7 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
         size = sum(editor.status().sizes.values())
         freed = editor.consolidate()
         assert freed == size - sum(editor.status().sizes.values()) > 0
-        # The keys of the first layer are as they were; those of the second have moved, and are read again.
+        # The keys of the first layer are unchanged; those of the second changed and are read again.
         assert float((editor._session.layers.states[0].weight - first).norm() / first.norm()) < 1e-5
         assert float(distances(editor).mean()) < float(aged.mean())
         assert editor.status().sample.key_shift == pytest.approx([0.0, 0.0], abs=1e-5)
@@ -193,7 +193,7 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
     assert_same(opened, editor)
     for one in (opened, rf.Editor(tiny(), tokenizer, config=config)):
-        if one is not opened:  # the same in memory
+        if one is not opened:  # the same without a store
             one.anchor(ANCHORS)
             one.protect(["Lado speaks Kubeish ."])
             one.edit(make_edits(14))
@@ -214,8 +214,8 @@ def test_consolidation_changes_no_answer_forgets_the_rest_and_is_replayed(tiny, 
 
 
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
-def test_consolidation_of_one_layer_only_takes_rounding_away(tiny, tokenizer, key_rows):
-    """No key of it moves with later edits, so it is the same problem solved again, also where values were raised."""
+def test_consolidation_of_one_layer_only_removes_rounding(tiny, tokenizer, key_rows):
+    """The keys of a single layer do not change with later edits, so the same problem is solved again."""
     prefixes = ("", "People speak .")
     config = tiny_config(layers=(1,), batch_size=4, context_prefixes=prefixes, key_rows=key_rows, adherence=0.7)
     editor = rf.Editor(tiny(), tokenizer, config=config)
@@ -235,7 +235,7 @@ def active(editor):
 
 
 def distances(editor):
-    """How far the state at each active edit's bare prompt is from the one that its row asks for, `[active]`."""
+    """Returns the relative distance of the hidden state from its target for each active edit, `[active]`."""
     ids = editor._session.ledger.active
     goals = torch.stack([rows.goal[0] for rows in editor._session.ledger.rows(ids)])
     with quiet(editor.model):
@@ -243,7 +243,7 @@ def distances(editor):
     return 1 - found.realized
 
 
-def test_status_counts_bounds_and_foretells(tiny, tokenizer, tmp_path):
+def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
     from rlsedit_fast.editing.recovery import read_status
 
     with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
@@ -276,24 +276,24 @@ def test_status_counts_bounds_and_foretells(tiny, tokenizer, tmp_path):
             editor.status(budget=0)
     without = read_status(tmp_path, budget=5.0)
     assert (without.edits, without.edits_left, without.spent) == (status.edits, status.edits_left, status.spent)
-    assert all(layer.residual > 0 for layer in without.layers), "as of the last snapshot"
+    assert all(layer.residual > 0 for layer in without.layers), "from the last snapshot"
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer).status(budget=5.0)
     assert opened.layers == status.layers
 
 
-def test_the_line_through_the_objective_says_how_many_edits_are_left():
+def test_edits_left_is_extrapolated_from_the_objective():
     from rlsedit_fast.editing.progress import Point
     from rlsedit_fast.editing.status import LayerStatus, edits_left
 
     trace = [Point(n, (2.0 * n,)) for n in (10, 20, 30, 50)]
     layer = LayerStatus(0, 100.0, 0.5, None, 0.1, None, None)
-    assert edits_left(trace, 0, layer, 0.2) == 150  # J may grow from 100 to 400, by 2 an edit
+    assert edits_left(trace, 0, layer, 0.2) == 150  # J may grow from 100 to 400, by 2 per edit
     assert edits_left(trace, 0, layer, 0.1) == 0
     assert edits_left(trace[:1], 0, layer, 0.2) is None
     assert edits_left([Point(10, (9.0,)), Point(20, (8.0,))], 0, layer, 0.2) is None
 
 
-def test_an_adherence_that_decided_nothing_is_not_stated():
+def test_unused_adherence_is_not_reported():
     from rlsedit_fast.editing.status import adherence_asked
 
     assert adherence_asked(rf.EditConfig(adherence=0.9), anchored=True) == 0.9
@@ -302,7 +302,7 @@ def test_an_adherence_that_decided_nothing_is_not_stated():
     assert adherence_asked(rf.EditConfig(lam=1.0), anchored=False) is None
 
 
-def test_drift_is_warned_about_with_what_to_do_about_it(tiny, tokenizer, monkeypatch):
+def test_drift_warning_recommends_consolidation(tiny, tokenizer, monkeypatch):
     from rlsedit_fast.rls import monitor
 
     editor = rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"))

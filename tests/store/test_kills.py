@@ -1,4 +1,4 @@
-"""Killed at any moment, an editor goes on from its store as if nothing had been."""
+"""An editor that is killed at any moment resumes from its store."""
 
 import json
 import os
@@ -23,12 +23,12 @@ def run(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_two_hundred_random_kills_lose_nothing_that_was_acknowledged(tmp_path):
-    """After every kill the state is an undisturbed run's, bit for bit, at what was acknowledged or one change later."""
+def test_two_hundred_random_kills_lose_no_acknowledged_change(tmp_path):
+    """After every kill, the state is that of a run without kills after the last acknowledged change or the next."""
     result = run(HERE / "victim.py", tmp_path / "store", 1, 205, 300)
     assert result["killed"] >= 200
     assert result["killed_in_opening"] > 5
-    assert result["there_though_not_acknowledged"] > 5
+    assert result["present_but_not_acknowledged"] > 5
 
 
 @pytest.mark.soak
@@ -38,14 +38,14 @@ def test_a_thousand_kills(tmp_path, seed):
     assert result["killed"] >= 200
 
 
-def test_ended_at_any_line_a_change_is_wholly_there_or_wholly_absent(tmp_path):
+def test_exit_at_random_lines_leaves_a_change_complete_or_absent(tmp_path):
     result = run(HERE / "lines.py", tmp_path, 8)
     assert result["ended"] >= 40
     assert result["absent"] > 5
-    assert result["there"] > 5
+    assert result["present"] > 5
 
 
 @pytest.mark.soak
-def test_ended_at_every_line(tmp_path):
+def test_exit_at_every_line(tmp_path):
     result = run(HERE / "lines.py", tmp_path, 0)
     assert result["ended"] > 300

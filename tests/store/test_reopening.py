@@ -1,4 +1,4 @@
-"""An editor that is opened again is the one that was closed, bit for bit, and goes on as if nothing had been."""
+"""A reopened editor equals the closed one bit for bit and continues identically."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from .conftest import ANCHORS, assert_same, assert_same_weights, make_edits, tin
 CONTEXTS = ("", "People speak .", "Lado speaks")
 
 
-def at_work(editor: rf.Editor, part: int) -> None:
-    """A stream with all that there is: protection before and after, undo, replacement, several batches."""
+def run_part(editor: rf.Editor, part: int) -> None:
+    """Runs one part of a stream with protection, undo, replacement and several batches."""
     if part == 0:
         editor.anchor(ANCHORS)
         editor.protect(["Lado speaks Kubeish ."] * 2, weight=3.0)
@@ -41,13 +41,13 @@ def at_work(editor: rf.Editor, part: int) -> None:
     ],
     ids=str,
 )
-def test_an_editor_opened_again_is_the_one_that_was_closed(tiny, tokenizer, tmp_path, dtype, changes):
+def test_reopened_editor_equals_the_closed_one(tiny, tokenizer, tmp_path, dtype, changes):
     config = tiny_config(**changes)
     whole = rf.Editor(tiny(dtype), tokenizer, config=config)
     for part in range(4):
-        at_work(whole, part)
+        run_part(whole, part)
         editor = rf.Editor(tiny(dtype), tokenizer, config=config, store=tmp_path / "store")
-        at_work(editor, part)
+        run_part(editor, part)
         editor.close()
         assert_same(editor, whole)
     opened = rf.Editor.open(tmp_path / "store", tiny(dtype), tokenizer)
@@ -56,7 +56,7 @@ def test_an_editor_opened_again_is_the_one_that_was_closed(tiny, tokenizer, tmp_
     assert [r.time for r in opened.history()] == [r.time for r in editor.history()]
 
 
-def test_edits_of_one_subject_are_taken_up_with_their_partners(tiny, tokenizer, tmp_path):
+def test_joint_edits_of_one_subject_are_restored(tiny, tokenizer, tmp_path):
     config = tiny_config(fact_token="subject_last")
     edits = [rf.Edit(prompt, "Toze Lado", target) for prompt, target in zip(("{} is", "{} has"), "ab", strict=True)]
     editors = [rf.Editor(tiny(), tokenizer, config=config, store=store) for store in (None, tmp_path)]
@@ -74,11 +74,11 @@ def test_edits_of_one_subject_are_taken_up_with_their_partners(tiny, tokenizer, 
 
 
 @pytest.mark.parametrize("changes", [{}, {"keys": "fp16"}, {"keys": None}, {"values": "gradient"}], ids=str)
-def test_a_snapshot_saves_the_replay_and_changes_nothing(tiny, tokenizer, tmp_path, monkeypatch, changes):
+def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer, tmp_path, monkeypatch, changes):
     from rlsedit_fast.editing.layers import EditedLayers
     from rlsedit_fast.store import directory
 
-    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 2)
+    monkeypatch.setattr(directory, "MAX_REPLAYED", 2)
     config = tiny_config(**changes)
     whole = rf.Editor(tiny(), tokenizer, config=config)
     editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path)
@@ -107,15 +107,15 @@ def test_a_snapshot_saves_the_replay_and_changes_nothing(tiny, tokenizer, tmp_pa
     assert torch.equal(opened._session.layers.states[0].saved().base, whole._session.layers.states[0].saved().base)
 
 
-def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokenizer, tmp_path, monkeypatch):
+def test_without_keys_the_store_is_small_and_undo_is_rejected(tiny, tokenizer, tmp_path, monkeypatch):
     from rlsedit_fast.store import directory
 
-    monkeypatch.setattr(directory, "REPLAYED_AT_MOST", 2)
+    monkeypatch.setattr(directory, "MAX_REPLAYED", 2)
     config = tiny_config(keys=None, fact_token="subject_last")
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.edit(make_edits(20))
         before = weights(editor.model)
-        assert len(list((tmp_path / "changes").iterdir())) <= 1 + 2 * directory.REPLAYED_AT_MOST
+        assert len(list((tmp_path / "changes").iterdir())) <= 1 + 2 * directory.MAX_REPLAYED
         for refused in (
             lambda: editor.undo(3),
             lambda: editor.replace(3, target="mason"),
@@ -136,7 +136,7 @@ def test_without_keys_little_is_kept_and_nothing_can_be_taken_back(tiny, tokeniz
         rf.Editor.open(tmp_path, tiny(), tokenizer)
 
 
-def test_halves_are_half_and_taking_back_is_as_exact(tiny, tokenizer, tmp_path):
+def test_fp16_keys_need_half_the_space_and_undo_is_as_exact(tiny, tokenizer, tmp_path):
     sizes, errors = [], []
     for keys in ("full", "fp16"):
         config = tiny_config(keys=keys, lam=1.0, values="gradient", batch_size=20)
@@ -150,12 +150,12 @@ def test_halves_are_half_and_taking_back_is_as_exact(tiny, tokenizer, tmp_path):
             fresh = rf.RLSState(weight, state.prior)
             fresh.update(kept.keys[layer], kept.values[layer], torch.tensor([kept.weight]))
             errors.append(float((state.weight - fresh.weight).norm() / weight.norm()))
-    assert sizes[1] < 0.75 * sizes[0]  # headers and names weigh much beside 24 + 16 numbers
-    # A removal may lose half the digits where an edit was held firmly, and loses no more with halves.
+    assert sizes[1] < 0.75 * sizes[0]  # headers and names are large compared to 24 + 16 numbers
+    # A removal may lose half the digits of a strongly weighted edit, and fp16 keys do not lose more.
     assert max(errors) < 1e-4
 
 
-def test_calibration_and_what_was_set_are_taken_up(tiny, tokenizer, tmp_path):
+def test_calibration_and_settings_are_restored(tiny, tokenizer, tmp_path):
     config = tiny_config(context_samples=2)
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.anchor(ANCHORS)
@@ -173,7 +173,7 @@ def test_calibration_and_what_was_set_are_taken_up(tiny, tokenizer, tmp_path):
     assert_same(opened, editor)
 
 
-def test_settings_of_a_store_hold_and_others_may_change(tiny, tokenizer, tmp_path):
+def test_fixed_settings_are_rejected_and_others_may_change(tiny, tokenizer, tmp_path):
     with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
         editor.edit(make_edits(2))
     for changes, message in [
@@ -186,13 +186,13 @@ def test_settings_of_a_store_hold_and_others_may_change(tiny, tokenizer, tmp_pat
     with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
         assert editor.config.batch_size == 3
     with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
-        assert editor.config.search_steps == 3, "nothing was changed under the others"
+        assert editor.config.search_steps == 3, "the store is unchanged until an edit is applied"
     with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
         editor.edit(make_edits(1, start=2))
     assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search_steps == 2
 
 
-def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
+def test_failed_first_batch_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
     from rlsedit_fast.editing import finding
     from rlsedit_fast.errors import UpdateError
 
@@ -205,14 +205,14 @@ def test_a_first_batch_that_fails_leaves_an_empty_store(tiny, tokenizer, tmp_pat
     with pytest.raises(UpdateError):
         editor.edit(make_edits(2))
     monkeypatch.undo()
-    editor.anchor(ANCHORS)  # the priors are open again
+    editor.anchor(ANCHORS)  # the priors are not fixed
     editor.edit(make_edits(2))
     editor.close()
     with Store(tmp_path, write=False) as store:
         assert [entry.kind for entry in store.entries] == ["start", "edit"]
 
 
-def test_from_pretrained_takes_a_store(tiny, tokenizer, tmp_path):
+def test_from_pretrained_with_a_store(tiny, tokenizer, tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     store = tmp_path / "a" / "store"
@@ -225,8 +225,8 @@ def test_from_pretrained_takes_a_store(tiny, tokenizer, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_scale_of_gradient_values_is_the_snapshots(tiny, tokenizer, tmp_path):
-    """Where the last batch before it was undone, nothing of that batch is read again."""
+def test_scale_of_gradient_values_is_restored_from_the_snapshot(tiny, tokenizer, tmp_path):
+    """The batch before the snapshot was undone and is not replayed."""
     with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient", lam=0.5), store=tmp_path) as editor:
         editor.edit(make_edits(4))
         editor.edit(make_edits(2, start=40))

@@ -1,9 +1,9 @@
-"""A process that is killed over and over while it works on a stream, and goes on from its store every time.
+"""A stream of changes whose process is killed repeatedly and resumes from its store every time.
 
     python victim.py STORE SEED KILLS BATCHES
 
-It forks a child for each life, kills it with SIGKILL at a random moment, and holds it to an undisturbed run: whatever
-the child had acknowledged is there, nothing else is but what it was at, and the weights are the same bit for bit.
+A forked child is killed with SIGKILL at a random moment. The state after reopening must equal, bit for bit, that of a
+run without kills after the last change that the child acknowledged, or after the next change.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import ANCHORS, make_edits, make_tiny, tiny_config
 
-SIZE = 2  # edits of a batch
+SIZE = 2  # edits per batch
 OPENED, DONE = 1 << 30, (1 << 30) + 1
 
 
 def values_by_name(site, requests, config, groups, at_once):
-    """In the place of the search, which takes ten times as long as all else: values that the texts decide."""
+    """Replaces the slow value search by values that depend only on the texts."""
     deltas = []
     for request in requests:
         seed = int.from_bytes(hashlib.sha256(f"{request.asks} {request.edit.target}".encode()).digest()[:6], "big")
@@ -50,7 +50,7 @@ def values_by_name(site, requests, config, groups, at_once):
 
 
 def operations(batches: int) -> list[tuple]:
-    """Mostly edits; undo, replacement, protection and consolidation now and then."""
+    """Returns operations: mostly edits, with some undos, replacements, protections and consolidations."""
     made, active, draw = [], [], random.Random(11)
     identity = 0
     for batch in range(batches):
@@ -58,9 +58,9 @@ def operations(batches: int) -> list[tuple]:
         active += [identity + 1, identity + 2]
         identity += 2
         if batch % 7 == 6:
-            gone = sorted(draw.sample(active, 3))
-            made.append(("undo", gone))
-            active = [i for i in active if i not in gone]
+            undone = sorted(draw.sample(active, 3))
+            made.append(("undo", undone))
+            active = [i for i in active if i not in undone]
         if batch % 31 == 30:
             old = draw.choice(active)
             made.append(("replace", old))
@@ -88,7 +88,7 @@ def perform(editor: rf.Editor, operation: tuple) -> None:
 
 
 def make_editor(model, tokenizer, store=None, *, refine: int = 0) -> rf.Editor:
-    """Without refinement, so that an operation is one change of the store."""
+    """By default without refinement, so that an operation is one change of the store."""
     config = tiny_config(lam=0.5, mu=2.0, kl_factor=0.0, refine=refine)
     editor = rf.Editor(model, tokenizer, config=config, store=store)
     if not editor.priors:
@@ -108,9 +108,9 @@ def digest(editor: rf.Editor) -> bytes:
 
 
 def live(model, tokenizer, store: str, todo: list[tuple], pipe: int) -> None:
-    """One life: opens the store, says where it is, goes on, and acknowledges what is done."""
+    """One life: opens the store, reports its state, applies operations and acknowledges each."""
     editor = make_editor(model, tokenizer, store)
-    done = max(0, editor._recorder.store.last - 1)  # the start is a change of its own
+    done = max(0, editor._recorder.store.last - 1)  # the first change is the start
     os.write(pipe, struct.pack("I16s", OPENED + 2 + done, digest(editor)))
     for at in range(done, len(todo)):
         perform(editor, todo[at])
@@ -128,15 +128,15 @@ def main(store: str, seed: int, kills: int, batches: int) -> dict:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     finding.search_within_memory = values_by_name
-    directory.REPLAYED_AT_MOST = 25
+    directory.MAX_REPLAYED = 25
     draw, tokenizer = random.Random(seed), build_tokenizer()
     todo, model = operations(batches), make_tiny(len(tokenizer))
     began = time.perf_counter()
-    undisturbed = make_editor(make_tiny(len(tokenizer)), tokenizer)
-    digests = [digest(undisturbed)]
+    reference = make_editor(make_tiny(len(tokenizer)), tokenizer)
+    digests = [digest(reference)]
     for operation in todo:
-        perform(undisturbed, operation)
-        digests.append(digest(undisturbed))
+        perform(reference, operation)
+        digests.append(digest(reference))
     step = (time.perf_counter() - began) / len(todo)
     acknowledged, killed, lives, in_opening, unacknowledged = 0, 0, 0, 0, 0
     finished = False
@@ -171,7 +171,7 @@ def main(store: str, seed: int, kills: int, batches: int) -> dict:
             elif what > OPENED:
                 opened = what - OPENED - 2
                 assert acknowledged <= opened <= acknowledged + 1, (acknowledged, opened)
-                assert text == digests[opened], f"after {opened} operations the state is another"
+                assert text == digests[opened], f"the state after {opened} operations differs"
                 unacknowledged += opened > acknowledged
                 acknowledged = opened
             else:
@@ -182,7 +182,7 @@ def main(store: str, seed: int, kills: int, batches: int) -> dict:
             killed += 1
             in_opening += opened is None
         else:
-            assert os.WEXITSTATUS(status) == 0, "a life ended by itself"
+            assert os.WEXITSTATUS(status) == 0, "a child failed"
             finished = True
     with rf.Editor.open(store, make_tiny(len(tokenizer)), tokenizer) as editor:
         assert digest(editor) == digests[-1]
@@ -191,7 +191,7 @@ def main(store: str, seed: int, kills: int, batches: int) -> dict:
         "killed": killed,
         "lives": lives,
         "killed_in_opening": in_opening,
-        "there_though_not_acknowledged": unacknowledged,
+        "present_but_not_acknowledged": unacknowledged,
         "seconds": time.perf_counter() - began,
     }
 

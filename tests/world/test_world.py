@@ -1,4 +1,4 @@
-"""The world is the same for everyone, and the shipped model knows it."""
+"""The synthetic world is reproducible and the demo model has learned it."""
 
 import hashlib
 import json
@@ -13,15 +13,13 @@ from rlsedit_fast.world.train import Recipe, recall
 WORLD_0 = "cbca727e9e97dbedcc9954e025166f1fa8eb827ca8e21c57cc5d287de0a8e2f3"
 
 
-def test_a_seed_names_the_same_world_everywhere():
+def test_seed_gives_the_same_world_everywhere():
     text = "\n".join("|".join(sentence) for sentence in World.generate(0, 2000).sentences())
-    assert (
-        hashlib.sha256(text.encode()).hexdigest() == "cbca727e9e97dbedcc9954e025166f1fa8eb827ca8e21c57cc5d287de0a8e2f3"
-    )
+    assert hashlib.sha256(text.encode()).hexdigest() == WORLD_0
     assert World.generate(1, 50) != World.generate(0, 50)
 
 
-def test_every_person_has_a_name_of_their_own_but_no_word_of_their_own():
+def test_names_are_unique_but_share_their_words():
     people = World.generate(0, 2000).people
     assert len({p.name for p in people}) == 2000
     for place in range(3):
@@ -29,14 +27,14 @@ def test_every_person_has_a_name_of_their_own_but_no_word_of_their_own():
         assert min(words.count(word) for word in set(words)) > 5
 
 
-def test_every_fact_has_four_phrasings_that_editing_does_not_see():
+def test_every_relation_has_four_phrasings_not_used_by_edits():
     for relation in RELATIONS:
         assert len(set(relation.phrasings)) >= 5
         assert all(p.count("{}") == 1 for p in relation.phrasings)
         assert len(set(relation.values)) == len(relation.values) >= 30
 
 
-def test_the_tokenizer_knows_every_word():
+def test_tokenizer_covers_every_word():
     tokenizer = build_tokenizer()
     for prompt, name, answer in World.generate(0, 200).sentences():
         ids = tokenizer(f"{prompt.format(name)} {answer} .")["input_ids"]
@@ -44,21 +42,21 @@ def test_the_tokenizer_knows_every_word():
         assert ids[0] == tokenizer.bos_token_id
 
 
-def test_the_shipped_model_knows_its_world():
+def test_demo_model_has_learned_its_world():
     model, tokenizer = load_demo_model()
     assert recall(model, tokenizer, World.generate(), limit=1000) > 0.99
 
 
-def test_the_shipped_model_is_what_the_recipe_makes():
+def test_demo_model_matches_the_recipe():
     made = json.loads((MODEL_DIR / "recipe.json").read_text())
     assert made["recipe"] == vars(Recipe())
     assert sum(file.stat().st_size for file in MODEL_DIR.iterdir()) < 8e6
     model, tokenizer = load_demo_model()
-    assert model.config.intermediate_size == Recipe.intermediate > 1000, "d_k exceeds the demo's edits"
+    assert model.config.intermediate_size == Recipe.intermediate > 1000, "d_k exceeds the number of edits of the demo"
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_the_recipe_trains_a_model_that_loads(tmp_path, capsys):
+def test_recipe_trains_a_loadable_model(tmp_path, capsys):
     small = "--people 8 --layers 2 --hidden 16 --intermediate 24 --heads 2 --steps 4 --texts-per-step 4 --warmup 1"
     assert main(["train", "--out", str(tmp_path), *small.split(), "--first-people", "4", "--first-steps", "2"]) == 0
     assert "step     4" in capsys.readouterr().out
@@ -67,7 +65,7 @@ def test_the_recipe_trains_a_model_that_loads(tmp_path, capsys):
     assert 0 <= recall(model, tokenizer, World.generate(0, 8)) <= 1
 
 
-def test_people_can_be_shown(capsys):
+def test_show_prints_people(capsys):
     assert main(["show", "--people", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
@@ -75,6 +73,6 @@ def test_people_can_be_shown(capsys):
 
 
 @pytest.mark.parametrize("count", [0, 80_001])
-def test_more_people_than_names_are_refused(count):
+def test_number_of_people_is_checked(count):
     with pytest.raises(ValueError, match="distinct names"):
         World.generate(0, count)

@@ -1,4 +1,4 @@
-"""Files and lists of facts, in the field's formats, as edits."""
+"""Reads edits from files and lists in the formats of published data sets."""
 
 from rlsedit_fast.editing.formats.layouts import FORMATS, Format, ZsreTarget
 from rlsedit_fast.editing.formats.lists import edits_from_lists

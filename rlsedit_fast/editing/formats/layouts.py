@@ -1,4 +1,4 @@
-"""What the fields of a record mean in each format."""
+"""Record layouts of the supported formats."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ZsreTarget = Literal["alt", "answers"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_LOOK_AT = 10  # records from which the format is told; one would do, were it never a faulty one
+_DETECT_FROM = 10  # number of records inspected to detect the format; more than one, since a record may be invalid
 
 
 @dataclass(frozen=True)
 class Draft:
-    """An edit as its record has it, which is whole only if `fields` has no troubles.
+    """An edit read from a record; valid only if `fields` has no problems.
 
     Attributes:
         edit: the edit.
-        fields: what it was made of.
-        part: which part of its record it is, where a record has several.
+        fields: the fields that it was read from.
+        part: the part of the record, if a record contains several edits.
     """
 
     edit: Edit
@@ -36,7 +36,7 @@ Layout = Callable[[object], Iterator[Draft]]
 
 
 def layout(name: Format, zsre_target: ZsreTarget) -> Layout:
-    """The reader of a format's records."""
+    """Returns the function that reads the records of a format."""
     layouts: dict[Format, Layout] = {
         "edits": _edits,
         "counterfact": _counterfact,
@@ -46,9 +46,9 @@ def layout(name: Format, zsre_target: ZsreTarget) -> Layout:
     return layouts[name]
 
 
-def recognise(records: Sequence[Any]) -> Format:
-    """The format of the first record that has a data set's fields; `edits` where none of the first ones has."""
-    for record in records[:_LOOK_AT]:
+def detect(records: Sequence[Any]) -> Format:
+    """Returns the format of the first record with the fields of a known data set, or `edits` if there is none."""
+    for record in records[:_DETECT_FROM]:
         if not isinstance(record, dict):
             continue
         if "requested_rewrite" in record:
@@ -79,7 +79,7 @@ def _edits(record: object) -> Iterator[Draft]:
 
 
 def _counterfact(record: object) -> Iterator[Draft]:
-    """Both forms: the original one (Meng et al. 2022), and EasyEdit's flat fields."""
+    """Reads the original layout (Meng et al., 2022) and the flat layout of EasyEdit."""
     fields = Fields(record)
     name = fields.label("case_id")
     if isinstance(record, dict) and "requested_rewrite" not in record:
@@ -93,21 +93,21 @@ def _counterfact(record: object) -> Iterator[Draft]:
 
 
 def _zsre(record: object, target: ZsreTarget) -> Iterator[Draft]:
-    """MEND's form. MEND and EasyEdit teach `alt`, a false answer; ROME, MEMIT and AlphaEdit the first of `answers`."""
+    """Reads the MEND layout. MEND and EasyEdit use `alt`; ROME, MEMIT and AlphaEdit use the first of `answers`."""
     fields = Fields(record)
     prompt, subject = fields.text("src"), fields.text("subject")
     fields.filled("src", prompt, subject)
-    wanted = fields.text("alt") if target == "alt" else fields.first("answers")
-    edit = Edit(prompt, subject, wanted, paraphrases=fields.texts("rephrase"), neighborhood=fields.texts("loc"))
+    answer = fields.text("alt") if target == "alt" else fields.first("answers")
+    edit = Edit(prompt, subject, answer, paraphrases=fields.texts("rephrase"), neighborhood=fields.texts("loc"))
     yield Draft(edit, fields)
 
 
 def _mquake(record: object) -> Iterator[Draft]:
-    """A case is one edit or several, named `case.1`, `case.2` ...; its own `questions` ask for their combination."""
+    """Reads a case of one or several edits named `case.1`, `case.2`, ...; its multi-hop `questions` are not read."""
     case = Fields(record)
     name = case.label("case_id")
     rewrites = case.listed("requested_rewrite")
-    if case.troubles:
+    if case.problems:
         yield Draft(Edit("", "", ""), case)
         return
     for number, rewrite in enumerate(rewrites, 1):

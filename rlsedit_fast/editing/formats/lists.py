@@ -1,4 +1,4 @@
-"""Edits from parallel lists, as EasyEdit's callers have them."""
+"""Edits from parallel lists in the style of EasyEdit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlsedit_fast.editing.edits import Edit
 from rlsedit_fast.errors import InputError
 
 Texts = Sequence[str | Sequence[str] | None]
-"""Of each edit a text, several, or none."""
+"""One string, a list of strings, or None per edit."""
 
 
 def edits_from_lists(
@@ -21,20 +21,24 @@ def edits_from_lists(
     locality_prompts: Texts | None = None,
     locality_inputs: Mapping[str, Mapping[str, Texts]] | None = None,
 ) -> list[Edit]:
-    """Edits from the keyword lists of EasyEdit's `BaseEditor.edit`, an entry per edit in each.
+    """Builds edits from the keyword lists of EasyEdit's `BaseEditor.edit`, with one entry per edit in each list.
 
     Args:
-        prompts: with `{}` where the subject stands, or containing the subject.
-        target_new: what the model is to say.
-        subject: what each fact is about.
-        ground_truth: what the model says now; only its length is looked at, as editing does not need it.
-        rephrase_prompts: texts that the target should then continue too, for evaluation.
-        locality_prompts: texts about something else, for evaluation.
-        locality_inputs: the same as EasyEdit has it, `{"neighborhood": {"prompt": [...], "ground_truth": [...]}}`;
-            the prompts under all names are taken, their `ground_truth` is not needed.
+        prompts: prompts with `{}` in place of the subject, or containing the subject.
+        target_new: new targets.
+        subject: subjects.
+        ground_truth: current answers; only the length is checked, since editing does not use them.
+        rephrase_prompts: paraphrases of the prompts, for evaluation.
+        locality_prompts: prompts about other subjects, for evaluation.
+        locality_inputs: locality prompts in EasyEdit's layout,
+            `{"neighborhood": {"prompt": [...], "ground_truth": [...]}}`; the prompts of all names are used, their
+            `ground_truth` is not.
+
+    Returns:
+        One edit per entry.
 
     Raises:
-        InputError: lengths that differ, or an entry that is no text.
+        InputError: the lengths differ, or an entry is not a string.
     """
     lists: dict[str, Sequence[object]] = {"prompts": prompts, "target_new": target_new, "subject": subject}
     optional: dict[str, Sequence[object] | None] = {
@@ -46,21 +50,21 @@ def edits_from_lists(
     nearby = [] if locality_prompts is None else [("locality_prompts", locality_prompts)]
     for name, part in (locality_inputs or {}).items():
         if not isinstance(part, Mapping) or "prompt" not in part:
-            raise InputError(f"locality_inputs[{name!r}]: expected a dict with the list 'prompt', got {part!r}")
+            raise InputError(f"locality_inputs[{name!r}]: expected a dict with a list 'prompt', got {part!r}")
         label = f"locality_inputs[{name!r}]['prompt']"
         lists[label] = part["prompt"]
         nearby.append((label, part["prompt"]))
     for name, values in lists.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise InputError(f"{name}={values!r}: expected a list with an entry per edit")
+            raise InputError(f"{name}={values!r}: expected a list with one entry per edit")
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise InputError(f"lists of different lengths: {told}; give one entry per edit in each")
+        described = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"the lists have different lengths: {described}; pass one entry per edit in each")
     for name in ("prompts", "target_new", "subject"):
         for place, value in enumerate(lists[name]):
             if not isinstance(value, str):
-                raise InputError(f"{name}[{place}]={value!r}: expected a text")
+                raise InputError(f"{name}[{place}]={value!r}: expected a string")
     return [
         Edit(
             prompt,
@@ -79,5 +83,5 @@ def _texts(name: str, values: Texts | None, place: int) -> tuple[str, ...]:
         return ()
     texts = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name}[{place}]={value!r}: expected a text, or a list of texts")
+        raise InputError(f"{name}[{place}]={value!r}: expected a string or a list of strings")
     return texts

@@ -1,4 +1,4 @@
-"""Edits from a file: every record is read or accounted for."""
+"""Reads edits from a file; every record becomes an edit or is reported as skipped."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal, get_args
 
 from rlsedit_fast.editing.edits import Edit
 from rlsedit_fast.editing.formats.fields import unread
-from rlsedit_fast.editing.formats.layouts import FORMATS, Format, ZsreTarget, layout, recognise
+from rlsedit_fast.editing.formats.layouts import FORMATS, Format, ZsreTarget, detect, layout
 from rlsedit_fast.editing.formats.source import load
 from rlsedit_fast.errors import InputError, RequestError, listed
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record, or a part of one, of which no edit was made.
+    """An invalid record, or an invalid part of one.
 
     Attributes:
-        place: where it stands: `facts.jsonl:12`, `facts.json:12 (record 3)`.
-        field: the field at fault, the first of several; None where it is the record as a whole.
-        reason: what is wrong with it, and with further fields.
+        place: position in the file: `facts.jsonl:12`, `facts.json:12 (record 3)`.
+        field: the first invalid field; None if the record as a whole is invalid.
+        reason: the problem of that field, and those of further fields.
     """
 
     place: str
@@ -34,14 +34,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class EditFile:
-    """What a file holds.
+    """Contents of a file of edits.
 
     Attributes:
-        edits: in the file's order.
-        skipped: what was left out, with `strict=False`.
-        places: of each edit, where it stands.
-        format: how the file was read.
-        unread: fields that the format does not read or editing does not need, such as the answer before the edit.
+        edits: the edits, in file order.
+        skipped: invalid records, with `strict=False`.
+        places: position of each edit in the file.
+        format: format of the file.
+        unread: fields that are ignored, such as the answer before the edit.
     """
 
     edits: list[Edit]
@@ -58,29 +58,33 @@ def read_edits(
     strict: bool = True,
     zsre_target: ZsreTarget = "alt",
 ) -> EditFile:
-    """Reads a file of edits: a JSON list of records, or a record a line (blank lines are passed over), in UTF-8.
+    """Reads a UTF-8 file of edits: a JSON list of records, or one record per line (blank lines are ignored).
 
-    | format | fields that are read |
+    | format | fields |
     |---|---|
-    | `edits` | `prompt`, `subject`, `target`; if there, `id`, `weight`, `paraphrases`, `neighborhood`, `span` |
+    | `edits` | `prompt`, `subject`, `target`; optional `id`, `weight`, `paraphrases`, `neighborhood`, `span` |
     | `counterfact` | `case_id`, `requested_rewrite` (`prompt`, `subject`, `target_new.str`), `paraphrase_prompts`, \
 `neighborhood_prompts`; or EasyEdit's `prompt`, `subject`, `target_new`, `rephrase_prompt`, `locality_prompt` |
     | `zsre` | `src`, `subject`, `alt` or `answers`, `rephrase`, `loc` |
-    | `mquake` | `case_id`, and of each of `requested_rewrite`: `prompt`, `subject`, `target_new.str`, `question` |
+    | `mquake` | `case_id`, and in each `requested_rewrite`: `prompt`, `subject`, `target_new.str`, `question` |
 
-    An unknown field is an error in `edits`, and is listed as unread in the others. A prompt has `{}` where the subject
-    stands, or contains the subject; `{}` in the `paraphrases` of `edits` is the subject too. Whether edits contradict
-    one another is not looked at here: see `rlsedit_fast.editing.conflicts`.
+    An unknown field is an error in `edits` and is listed as unread in the other formats. A prompt has `{}` in place of
+    the subject or contains the subject; `{}` in the `paraphrases` of `edits` is also replaced by the subject. Conflicts
+    between edits are not checked here, see `rlsedit_fast.editing.conflicts`.
 
     Args:
         path: the file.
-        format: one of these, or `auto`: told from the fields of the first records.
-        strict: whether one bad record makes the whole file an error. Otherwise such records are listed as skipped.
-        zsre_target: which field of zsRE is taught: `alt`, a false answer, as MEND and EasyEdit do, or the first of
-            `answers`, as ROME, MEMIT and AlphaEdit do. Compare published figures only under the same choice.
+        format: one of the formats above, or `auto` to detect it from the fields of the first records.
+        strict: raise an error if a record is invalid. If False, invalid records are listed as skipped.
+        zsre_target: field of zsRE that is used as the target: `alt`, a counterfactual answer, as in MEND and EasyEdit,
+            or the first of `answers`, as in ROME, MEMIT and AlphaEdit. Published results are comparable only under the
+            same choice.
+
+    Returns:
+        The edits, the skipped records and the ignored fields.
 
     Raises:
-        RequestError: naming file, line and field: no readable file, not JSON, or a bad record.
+        RequestError: the file cannot be read, is not JSON, or has an invalid record; names file, line and field.
         InputError: an unknown format or target.
     """
     if format not in (*FORMATS, "auto"):
@@ -89,34 +93,35 @@ def read_edits(
         raise InputError(f"zsre_target={zsre_target!r}: expected {' or '.join(get_args(ZsreTarget))}")
     path = Path(path)
     values = load(path)
-    found = recognise([value.content for value in values]) if format == "auto" else format
+    found = detect([value.content for value in values]) if format == "auto" else format
     drafts_of = layout(found, zsre_target)
     edits: list[Edit] = []
     places: list[str] = []
     skipped: list[Skipped] = []
     taken: set[str] = set()
     for value in values:
-        if value.trouble is not None:
-            skipped.append(Skipped(value.place, None, value.trouble))
+        if value.error is not None:
+            skipped.append(Skipped(value.place, None, value.error))
             continue
         for draft in drafts_of(value.content):
             place = f"{value.place}, {draft.part}" if draft.part else value.place
             taken |= draft.fields.taken
-            if draft.fields.troubles:
-                skipped.append(_skip(place, draft.fields.troubles))
+            if draft.fields.problems:
+                skipped.append(_skip(place, draft.fields.problems))
             else:
                 edits.append(draft.edit)
                 places.append(place)
     if skipped and strict:
-        told = f", the format told from its fields (others: {', '.join(FORMATS)})" if format == "auto" else ""
+        detected = f" (detected from its fields; others: {', '.join(FORMATS)})" if format == "auto" else ""
         raise RequestError(
-            f"{path}, read as {found!r}{told}: {len(skipped)} of {len(skipped) + len(edits)} edits cannot be read, and "
-            "none was taken; correct them, or pass strict=False to leave them out:\n" + "\n".join(listed(skipped))
+            f"{path}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; no "
+            "edit was read:\n" + "\n".join(listed(skipped)),
+            hint="correct these records, or pass --skip-bad to skip them (Python: strict=False)",
         )
-    left = set[str]().union(*(unread(value.content, taken) for value in values)) if found != "edits" else set()
-    return EditFile(edits, skipped, places, found, sorted(left))
+    ignored = set[str]().union(*(unread(value.content, taken) for value in values)) if found != "edits" else set()
+    return EditFile(edits, skipped, places, found, sorted(ignored))
 
 
-def _skip(place: str, troubles: Sequence[tuple[str, str]]) -> Skipped:
-    (field, reason), *more = troubles
+def _skip(place: str, problems: Sequence[tuple[str, str]]) -> Skipped:
+    (field, reason), *more = problems
     return Skipped(place, field or None, "; ".join([reason, *(f"{name}: {why}" for name, why in more)]))

@@ -1,4 +1,4 @@
-"""A file's bytes as JSON values, each with its place: a list, or one value a line."""
+"""Reads the JSON values of a file with their positions; the file is a JSON list or has one value per line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlsedit_fast.errors import RequestError
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-class Doubled(dict[str, Any]):
-    """A JSON object in which fields stand more than once: plain JSON would keep the last one and say nothing.
+class DuplicateKeys(dict[str, Any]):
+    """A JSON object with repeated fields, of which `json` would silently keep the last.
 
     Attributes:
-        twice: the fields.
+        duplicates: names of the repeated fields.
     """
 
-    twice: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,28 @@ class Value:
     """One JSON value of a file.
 
     Attributes:
-        place: `facts.jsonl:12`, or `facts.json:12 (record 3)` in a list; both counted from 1.
+        place: `facts.jsonl:12`, or `facts.json:12 (record 3)` in a list; line and record count from 1.
         content: the value.
-        trouble: why there is none, where a line is not JSON.
+        error: reason why there is no value, if a line is not valid JSON.
     """
 
     place: str
     content: Any
-    trouble: str | None = None
+    error: str | None = None
 
 
 def load(path: Path) -> list[Value]:
-    """All values of a file of UTF-8, in order.
+    """Returns all values of a UTF-8 file, in order.
 
     Raises:
-        RequestError: no readable file, another encoding, no value, or a list that is not JSON.
+        RequestError: the file cannot be read, is not UTF-8, is empty, or is a list that is not valid JSON.
     """
     try:
         raw = path.read_bytes()
     except IsADirectoryError:
-        raise RequestError(f"{path} is a directory; give the file that holds the edits") from None
+        raise RequestError(f"{path} is a directory; pass a file of edits") from None
     except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}; give a file of edits") from error
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}; pass a file of edits") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -59,12 +59,12 @@ def load(path: Path) -> list[Value]:
             f"{path}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
         ) from None
     if not text.strip():
-        raise RequestError(f"{path} is empty; give a JSON list of records, or one record a line")
+        raise RequestError(f"{path} is empty; expected a JSON list of records, or one record per line")
     decoder = JSONDecoder(object_pairs_hook=_object)
     start = _skip(text, 0)
     values = list(_listed(path, text, start, decoder) if text[start] == "[" else _lines(path, text, decoder))
     if not values:
-        raise RequestError(f"{path} holds an empty list; give at least one record")
+        raise RequestError(f"{path} contains an empty list; expected at least one record")
     return values
 
 
@@ -73,9 +73,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) == len(pairs):
         return fields
     names = [name for name, _ in pairs]
-    doubled = Doubled(fields)
-    doubled.twice = tuple(name for name in fields if names.count(name) > 1)
-    return doubled
+    repeated = DuplicateKeys(fields)
+    repeated.duplicates = tuple(name for name in fields if names.count(name) > 1)
+    return repeated
 
 
 def _skip(text: str, at: int) -> int:
@@ -85,7 +85,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _lines(path: Path, text: str, decoder: JSONDecoder) -> Iterator[Value]:
-    # Not splitlines(): JSON texts may contain U+2028 and its like.
+    # Not splitlines(): JSON strings may contain U+2028 and similar.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -93,11 +93,11 @@ def _lines(path: Path, text: str, decoder: JSONDecoder) -> Iterator[Value]:
         try:
             yield Value(place, decoder.decode(line))
         except JSONDecodeError as error:
-            yield Value(place, None, f"not JSON at column {error.colno}: {error.msg}")
+            yield Value(place, None, f"invalid JSON at column {error.colno}: {error.msg}")
 
 
 def _listed(path: Path, text: str, at: int, decoder: JSONDecoder) -> Iterator[Value]:
-    """The values of a list one by one, since only so the line of each is known."""
+    """Yields the values of a list one by one, to know the line of each."""
     line, counted = 1, 0
     number = 0
     try:
@@ -119,5 +119,5 @@ def _listed(path: Path, text: str, at: int, decoder: JSONDecoder) -> Iterator[Va
             raise JSONDecodeError("Extra data after the list", text, at)
     except JSONDecodeError as error:
         raise RequestError(
-            f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file"
+            f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file"
         ) from None
