@@ -83,7 +83,10 @@ def choose_priors(
     if config.mu == 0:
         moments = None
     elif moments is None and config.mu is not None:
-        raise InputError(f"mu={config.mu} holds anchors, and there are none; name them with Editor.anchor(texts)")
+        raise InputError(
+            f"mu={config.mu} requires anchors, and there are none",
+            hint="pass --text, --statistics or --self-generate (Python: Editor.anchor(texts))",
+        )
     if moments is None:
         lam = config.lam
         if lam is None:

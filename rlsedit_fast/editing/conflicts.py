@@ -122,9 +122,9 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
             for first, second in contradictions
         )
         raise RequestError(
-            f"{len(contradictions)} of {len(edits)} edits contradict another one with the same prompt, so none "
-            "is to be made; take one of each out, or choose which is to stay with conflicts='later' or 'first':\n"
-            + "\n".join(listed(told))
+            f"{len(contradictions)} of {len(edits)} edits contradict another one with the same prompt; nothing was "
+            "modified:\n" + "\n".join(listed(told)),
+            hint="remove one of each pair, or pass --conflicts later or first (Python: conflicts='later')",
         )
     gone = {index for index, _ in duplicates}
     if conflicts != "keep":

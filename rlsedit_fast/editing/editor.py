@@ -165,7 +165,10 @@ class Editor:
             StoreError: there is no store, or as `Editor` says.
         """
         if not Store.exists(store):
-            raise StoreError(f"{str(store)!r} is no store; name one, or make one with Editor(..., store=DIR)")
+            raise StoreError(
+                f"{str(store)!r} does not contain a store; pass the folder of a store",
+                hint="create one with `rlsedit edit --store DIR` (Python: Editor(..., store=DIR))",
+            )
         return cls(model, tokenizer, store=store)
 
     def close(self) -> None:
@@ -567,7 +570,8 @@ class Editor:
         """
         if self.config.rule != RECURSIVE:
             raise InputError(
-                f"status(): rule={self.config.rule!r} minimises no objective over all edits; see history()"
+                f"status(): rule={self.config.rule!r} minimizes no objective over all edits",
+                hint="list the edits with `rlsedit history` (Python: history())",
             )
         self._check_attached()
         looked = None

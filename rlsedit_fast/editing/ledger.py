@@ -16,6 +16,8 @@ from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.requests import Request, asked, shared_subject
 from rlsedit_fast.errors import InputError
 
+_HISTORY = "list the edits with `rlsedit history` (Python: history())"
+
 
 @dataclass(frozen=True)
 class TransactionRecord:
@@ -92,7 +94,9 @@ class Ledger:
         wrong = [i for i in ids if i not in self._edits]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise InputError(
-                f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; see history()"
+                f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; nothing was "
+                "modified",
+                hint=_HISTORY,
             )
 
     def select(
@@ -142,7 +146,7 @@ class Ledger:
         if not chosen:
             given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
             told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-            raise InputError(f"{told}: no active edit fits; see history()")
+            raise InputError(f"{told}: no active edit matches; nothing was modified", hint=_HISTORY)
         return chosen
 
     def edit(self, identity: int) -> Edit:

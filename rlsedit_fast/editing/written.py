@@ -67,8 +67,9 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
             f"{name}={getattr(given, name)!r}, the store's is {getattr(first, name)!r}" for name in changed
         )
         raise InputError(
-            f"{told}: these hold for all edits of a store. Leave config out to go on with the store's settings, or "
-            "make another store"
+            f"{told}: these settings are fixed for all edits of a store; nothing was modified",
+            hint="omit --config and the options of settings to use those of the store (Python: config=None), or create "
+            "another store",
         )
     return replace(given, **{name: getattr(stored, name) for name in FIXED})
 

@@ -180,7 +180,8 @@ def _find_blocks(model: PreTrainedModel) -> str:
         lengths = {name: len(m) for name, m in lists.items()}
         raise ModelError(
             f"{type(model).__name__}: expected one module list of {count} blocks, found {fitting or 'none'} among "
-            f"{lengths}; name it with EditConfig(layer_module=...)"
+            f"{lengths}",
+            hint="set layer_module in --config (Python: EditConfig(layer_module=...))",
         )
     return fitting[0]
 
@@ -190,8 +191,8 @@ def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
     if experts is not None:
         raise ModelError(
             f"{block_name}.{experts} is a mixture of experts, of which each sees only the tokens sent to it; choose "
-            "layers without one, or name an nn.Linear that sees every token, as that of a shared expert, with "
-            "EditConfig(projection_module=...)"
+            "layers without one, or an nn.Linear that sees every token, such as that of a shared expert",
+            hint="set projection_module in --config (Python: EditConfig(projection_module=...))",
         )
     fitting = _candidates(block, width)
     for name in fitting:
@@ -201,8 +202,9 @@ def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
     linear = {name: _output_width(m) for name, m in block.named_modules() if _output_width(m) is not None}
     raise ModelError(
         f"{block_name}: expected linear modules with outputs of width {width} in one module outside attention, found "
-        f"{fitting or 'none'} among the block's linear modules and their widths {linear}; name the blocks and the "
-        "MLP's output projection with EditConfig(layer_module=..., projection_module=...)"
+        f"{fitting or 'none'} among the block's linear modules and their widths {linear}",
+        hint="set layer_module and projection_module, the list of layers and the output projection of the MLP, in "
+        "--config (Python: EditConfig(layer_module=..., projection_module=...))",
     )
 
 

@@ -177,14 +177,14 @@ def test_exports_are_written_if_all_edits_are_already_in_the_store(base, one_edi
     [
         (["history", "--store", "none"], "does not contain a store"),
         (["undo", "--store", "edits"], "which edits"),
-        (["undo", "--store", "edits", "77"], "are not those of active edits"),
-        (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit fits"),
+        (["undo", "--store", "edits", "77"], "hint: list the edits with `rlsedit history`"),
+        (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit matches"),
         (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "already exists"),
         (["replace", "--store", "edits", "1", "--target", " "], "is empty"),
         (["status", "--store", "edits", "--budget", "0"], "budget=0"),
         (
             ["edit", "--edits", "more.jsonl", "--store", "edits", "--layers", "1"],
-            "these hold for all edits of a store",
+            "hint: omit --config and the options of settings",
         ),
         (
             ["edit", "--edits", "more.jsonl", "--store", "edits", "--no-anchors"],

@@ -70,7 +70,7 @@ def test_attention_is_no_mlp(make_model):
     model = make_model("llama")
     for block in model.model.layers:
         del block.mlp
-    with pytest.raises(ModelError, match=r"found none .*self_attn\.o_proj.*projection_module"):
+    with pytest.raises(ModelError, match=r"(?s)found none .*self_attn\.o_proj.*projection_module"):
         find_decoder(model).select([0])
 
 
@@ -78,7 +78,8 @@ def test_fitting_modules_in_two_places_are_ambiguous(make_model):
     model = make_model("llama")
     model.model.layers[1].feed = nn.ModuleDict({"out": nn.Linear(96, 64)})
     decoder = find_decoder(model)
-    with pytest.raises(ModelError, match=r"layers\.1: .*mlp\.down_proj.*feed\.out.*layer_module=.*projection_module="):
+    expected = r"(?s)layers\.1: .*mlp\.down_proj.*feed\.out.*layer_module=.*projection_module="
+    with pytest.raises(ModelError, match=expected):
         decoder.select([0, 1])
     assert len(decoder.select([0, 2])) == 2
 
@@ -98,7 +99,7 @@ def test_a_list_outside_the_text_decoder_is_no_list_of_blocks(make_model):
 def test_two_lists_of_blocks_in_the_decoder_are_ambiguous(make_model):
     model = make_model("llama")
     model.model.twin = copy.deepcopy(model.model.layers)
-    with pytest.raises(ModelError, match=r"model\.layers.*model\.twin.*layer_module"):
+    with pytest.raises(ModelError, match=r"(?s)model\.layers.*model\.twin.*layer_module"):
         find_decoder(model)
     assert find_decoder(model, layer_module="model.twin").select([1])[0].name == "model.twin.1.mlp.down_proj"
 

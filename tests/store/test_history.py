@@ -112,7 +112,7 @@ def test_edits_are_selected_by_id_subject_number_and_time(tiny, tokenizer, tmp_p
         for wrong in ({}, {"ids": 9}, {"ids": [1, 1]}, {"subject": "nobody"}, {"last": 0}):
             with pytest.raises(InputError):
                 editor.select(**wrong)
-        with pytest.raises(InputError, match="no active edit fits"):
+        with pytest.raises(InputError, match="no active edit matches"):
             editor.undo(since=datetime.now() + timedelta(days=1))
         assert [r.id for r in editor.undo(subject=edits[1].subject)] == [2, 7]
         made = editor.replace(last=2, target="organ")

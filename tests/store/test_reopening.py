@@ -220,7 +220,7 @@ def test_from_pretrained_with_a_store(tiny, tokenizer, tmp_path):
         editor.edit(make_edits(3))
     again = rf.Editor.from_pretrained(tmp_path / "model", store=str(store))
     assert_same(again, editor)
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="does not contain a store"):
         rf.Editor.open(tmp_path / "none", tiny(), tokenizer)
     assert not (tmp_path / "none").exists()
 
