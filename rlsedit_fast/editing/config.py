@@ -115,9 +115,10 @@ class EditConfig:
             row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
         bare_weight: share of an edit's weight that the row of its bare prompt has; the other contexts have equal parts
             of the rest.
-        refine: after a batch, and after the last batch of a call, edits whose target is not ranked first at every token
-            of the bare prompt are searched again in the written model, and their values are moved by what is missing,
-            at most this many times. Needs `rls` and stored keys. None is 1 where these are there, else 0.
+        refine: rounds of refinement. An edit whose target is not ranked first at every token of the bare prompt is
+            searched again in the edited model, and its value is moved by the difference. Checked are the edits of a
+            batch once it is written, all edits of a call of several batches at its end, and then as many earlier edits
+            as the call made, in rotation. Requires `rls` and stored keys. None is 1 where these are given, else 0.
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu

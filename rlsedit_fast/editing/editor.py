@@ -356,7 +356,8 @@ class Editor:
 
         An edit that asks what an active one asks takes its place, and active edits of the same subject are written
         again with it, sharing one value (`EditConfig.same_subject`). Edits that the model does not state after their
-        batch, or after the last batch of the call, are refined (`EditConfig.refine`).
+        batch or at the end of the call are refined, and so are earlier ones, as many as the call made
+        (`EditConfig.refine`).
 
         Args:
             edits: at least one.
@@ -385,8 +386,9 @@ class Editor:
                     made += records
                     if on_batch is not None:
                         on_batch(records)
-                if len(made) > self.config.batch_size:  # later batches may have taken back what earlier ones stated
-                    session.refine([record.id for record in made])
+                # Later batches may have undone what earlier ones stated.
+                again = [record.id for record in made] if len(made) > self.config.batch_size else []
+                session.refine([*session.earlier(made[0].id, len(made)), *again])
             except BaseException as error:
                 if session.progress.writes == before:
                     if fresh:

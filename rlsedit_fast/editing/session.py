@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -82,6 +83,7 @@ class EditSession:
         self._finder = Finder(context.site, context.config)
         self._pilot: tuple[list[Request], Values] | None = None
         self._recorder = recorder
+        self._checked = 0  # id of the earlier edit that was checked last
 
     def search_pilot(self, requests: Sequence[Request]) -> Values:
         """The values of a pilot in the unedited model; its edits are not searched again if they come first."""
@@ -158,7 +160,7 @@ class EditSession:
                 ids = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1]
             if not ids:
                 return
-            logger.info("%d edits are not stated after the write; they are searched again", len(ids))
+            logger.info("%d active edits are not stated by the model; searching them again", len(ids))
             partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
             again = sorted(partners.union(ids))
             groups = self._finder.groups(self.ledger.requests(again))
@@ -175,6 +177,14 @@ class EditSession:
             ids = [i for i in ids if i in helped]
             if not ids:
                 return
+
+    def earlier(self, than: int, most: int) -> list[int]:
+        """Returns at most `most` active edits with ids below `than`, in rotation from call to call."""
+        ids = [i for i in self.ledger.active if i < than]
+        start = bisect_right(ids, self._checked)
+        chosen = [*ids[start:], *ids[:start]][:most]
+        self._checked = chosen[-1] if chosen else 0
+        return chosen
 
     def _measure(self, requests: Sequence[Request]) -> Measured:
         """What the model says at requests now; how much of a change arrived is not asked."""

@@ -80,6 +80,29 @@ def test_edits_that_are_not_stated_get_a_second_round_and_others_do_not():
     assert torch.equal(plain.projections[0].weight, refined.projections[0].weight)
 
 
+def test_a_later_call_refines_as_many_earlier_edits_as_it_makes(monkeypatch):
+    editor = make_editor(refine=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_better", lambda *_: False)
+        short = failed(editor.edit(EDITS[:10]))
+    assert short
+    editor.edit(EDITS[10:])
+    records = editor.history()[:10]
+    assert len(failed(records)) < len(short)
+    assert [record.success for record in records] == said(editor, EDITS[:10])
+    assert [record.rank == 1 for record in records] == said(editor, EDITS[:10])
+
+
+def test_earlier_edits_are_checked_in_rotation():
+    editor = make_editor(refine=0)
+    editor.edit(EDITS[:7])
+    editor.undo(3)
+    seen = [editor._session.earlier(8, 4) for _ in range(3)]
+    assert seen == [[1, 2, 4, 5], [6, 7, 1, 2], [4, 5, 6, 7]]
+    assert editor._session.earlier(5, 10) == [1, 2, 4]
+    assert editor._session.earlier(1, 10) == []
+
+
 def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
     sizes, real = [], finding.search_within_memory
 
