@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
+from rlsedit_fast.baselines import RECURSIVE, LayerState, check
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.calibration import Pilot, Tradeoff, choose_priors, needs_pilot, tabulate
 from rlsedit_fast.editing.config import EditConfig
@@ -33,7 +34,6 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules import RECURSIVE, LayerState, check
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:

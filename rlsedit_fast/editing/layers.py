@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines import RECURSIVE, LayerState, layer_under
 from rlsedit_fast.editing.config import KeyRows, Keys
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
@@ -25,7 +26,6 @@ from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.shares import memit_share, raised_innovation, raised_values
 from rlsedit_fast.rls.state import dtype_of
-from rlsedit_fast.rules import RECURSIVE, LayerState, layer_under
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class EditedLayers:
         bare_weight: as in `EditConfig`.
         keys: as in `EditConfig`; what is told is rounded to it before it is written.
         saved: of each state, where they are to go on from there; the weights are then still the original ones.
-        rule: what a batch is written by; see `rlsedit_fast.rules`.
+        rule: what a batch is written by; see `rlsedit_fast.baselines`.
         rule_options: its settings.
     """
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from rlsedit_fast.baselines import Rule
 from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.prior import CHUNK
 from rlsedit_fast.rls.state import dtype_of
-from rlsedit_fast.rules import Rule
 
 _FLOAT, _DOUBLE = 4, 8
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.baselines import OTHERS
 from rlsedit_fast.editing import memory
 from rlsedit_fast.errors import ResourceError
-from rlsedit_fast.rules import OTHERS
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
 CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.baselines import OTHERS, RULES
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.evaluation.scoring import score
-from rlsedit_fast.rules import OTHERS, RULES
 from rlsedit_fast.world import World, load_demo_model
 
 WORLD = World.generate()

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, PriorError
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules.base import Batch, Rule
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule
+from rlsedit_fast.baselines.memit import MEMIT
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules.base import Batch, Rule
-from rlsedit_fast.rules.memit import MEMIT
 
 
 @dataclass(frozen=True, eq=False)

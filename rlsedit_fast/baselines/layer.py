@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import Bounds, Monitor, Prior, Step, checks
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.results import realised
 from rlsedit_fast.rls.state import dtype_of
-from rlsedit_fast.rules.base import Batch, Rule
 
 _versions = itertools.count(1)
 

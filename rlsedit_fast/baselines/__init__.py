@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from rlsedit_fast.baselines.alphaedit import AlphaEdit
+from rlsedit_fast.baselines.base import Batch, Rule
+from rlsedit_fast.baselines.emmet import EMMET
+from rlsedit_fast.baselines.fine_tuning import BoundedFineTuning, FineTuning
+from rlsedit_fast.baselines.history import HistoryMEMIT
+from rlsedit_fast.baselines.layer import LayerState, RuleLayer, RulePanel
+from rlsedit_fast.baselines.memit import MEMIT
+from rlsedit_fast.baselines.nse import NSE
+from rlsedit_fast.baselines.prune import PRUNE
+from rlsedit_fast.baselines.rect import RECT
+from rlsedit_fast.baselines.rome import ROME
+from rlsedit_fast.baselines.ultraedit import UltraEdit
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.rules.alphaedit import AlphaEdit
-from rlsedit_fast.rules.base import Batch, Rule
-from rlsedit_fast.rules.emmet import EMMET
-from rlsedit_fast.rules.fine_tuning import BoundedFineTuning, FineTuning
-from rlsedit_fast.rules.history import HistoryMEMIT
-from rlsedit_fast.rules.layer import LayerState, RuleLayer, RulePanel
-from rlsedit_fast.rules.memit import MEMIT
-from rlsedit_fast.rules.nse import NSE
-from rlsedit_fast.rules.prune import PRUNE
-from rlsedit_fast.rules.rect import RECT
-from rlsedit_fast.rules.rome import ROME
-from rlsedit_fast.rules.ultraedit import UltraEdit
 
 if TYPE_CHECKING:
     from torch import Tensor

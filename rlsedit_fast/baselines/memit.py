@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule, factored, ridge_step
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules.base import Batch, Rule, factored, ridge_step
 
 
 @dataclass(frozen=True, kw_only=True)

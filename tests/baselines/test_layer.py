@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from rlsedit_fast.baselines import OTHERS, RULES, HistoryMEMIT, RuleLayer, check, layer_under
 from rlsedit_fast.errors import InputError, PriorError, UpdateError
 from rlsedit_fast.rls import Prior, RLSState
-from rlsedit_fast.rules import OTHERS, RULES, HistoryMEMIT, RuleLayer, check, layer_under
 
 D_K, D_V = 16, 5
 

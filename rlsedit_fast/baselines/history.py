@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule, factored
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules.base import Batch, Rule, factored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines.base import Batch, Rule, factored, refuse_weights
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules.base import Batch, Rule, factored, refuse_weights
 
 
 @dataclass(frozen=True, kw_only=True)

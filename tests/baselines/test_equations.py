@@ -5,9 +5,7 @@ import pytest
 import torch
 from scipy.optimize import lsq_linear
 
-from rlsedit_fast.rls import Prior
-from rlsedit_fast.rls.reference import solve_all
-from rlsedit_fast.rules import (
+from rlsedit_fast.baselines import (
     EMMET,
     MEMIT,
     NSE,
@@ -22,6 +20,8 @@ from rlsedit_fast.rules import (
     HistoryMEMIT,
     UltraEdit,
 )
+from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls.reference import solve_all
 
 D_K, D_V = 24, 7
 EXACT = 1e-9  # float64 at a condition of some thousands
