@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
     from rlsedit_fast.rls import Prior, Saved
 
-__all__ = ["EMMET", "MEMIT", "NSE", "OTHERS", "PRUNE", "RECT", "RECURSIVE", "ROME", "RULES"]
+__all__ = ["BASELINES", "EMMET", "MEMIT", "NSE", "PRUNE", "RECT", "RECURSIVE", "ROME", "RULES"]
 __all__ += ["AlphaEdit", "Batch", "BoundedFineTuning", "FineTuning", "HistoryMEMIT", "LayerState", "Rule", "RuleLayer"]
-__all__ += ["RulePanel", "UltraEdit", "check", "layer_under"]
+__all__ += ["RulePanel", "UltraEdit", "make_layer", "make_rule"]
 
 RECURSIVE = "rls"
 """The rule of this package, whose layer is `RLSState` itself."""
 
-OTHERS: dict[str, type[Rule]] = {
+BASELINES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         FineTuning,
@@ -54,7 +54,7 @@ OTHERS: dict[str, type[Rule]] = {
 }
 """The other rules, by name."""
 
-RULES: tuple[str, ...] = (RECURSIVE, *OTHERS)
+RULES: tuple[str, ...] = (RECURSIVE, *BASELINES)
 
 
 _EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", float | None: "a number, or None"}
@@ -67,7 +67,7 @@ def _settings(rule: type[Rule]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(rule)}  # type: ignore[arg-type]
 
 
-def check(name: str, options: Mapping[str, Any]) -> Rule | None:
+def make_rule(name: str, options: Mapping[str, Any]) -> Rule | None:
     """The rule of a name with some settings; None for the recursive one, whose settings are the editor's own.
 
     Raises:
@@ -77,7 +77,7 @@ def check(name: str, options: Mapping[str, Any]) -> Rule | None:
         raise InputError(f"rule={name!r}: expected one of {', '.join(RULES)}")
     if not isinstance(options, Mapping):
         raise InputError(f"rule_options={options!r}: expected settings of rule {name!r} by name")
-    known = _settings(OTHERS[name]) if name in OTHERS else {}
+    known = _settings(BASELINES[name]) if name in BASELINES else {}
     if unknown := sorted(str(key) for key in options if key not in known):
         raise InputError(
             f"rule_options: rule {name!r} has no {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
@@ -89,10 +89,10 @@ def check(name: str, options: Mapping[str, Any]) -> Rule | None:
     ]
     if wrong:
         raise InputError(f"rule_options: {'; '.join(wrong)}")
-    return OTHERS[name](**options) if name in OTHERS else None
+    return BASELINES[name](**options) if name in BASELINES else None
 
 
-def layer_under(
+def make_layer(
     name: str,
     options: Mapping[str, Any],
     weight: Tensor,
@@ -115,7 +115,7 @@ def layer_under(
     """
     from rlsedit_fast.rls import RLSState
 
-    rule = check(name, options)
+    rule = make_rule(name, options)
     if rule is None:
         return RLSState(weight, prior, delay=delay, name=label, in_place=True, saved=saved)
     return RuleLayer(weight, prior, rule, name=label, in_place=True)

@@ -36,7 +36,7 @@ class AlphaEdit(Rule):
     """
 
     name: ClassVar[str] = "alphaedit"
-    remembers: ClassVar[bool] = True
+    accumulates_keys: ClassVar[bool] = True
     threshold: float = 0.02
     null_share: float | None = None
     ridge: float = 10.0
@@ -48,7 +48,7 @@ class AlphaEdit(Rule):
         if self.null_share is not None and not 0 < self.null_share <= 1:
             raise InputError(f"null_share={self.null_share}: expected a share above 0 and up to 1, or None")
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """The basis, and the keys within it; by a threshold the basis may be anything up to the whole."""
         width = d_k if self.null_share is None else max(1, round(self.null_share * d_k))
         return d_k * width + width * width

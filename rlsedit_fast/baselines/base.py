@@ -38,10 +38,10 @@ class Rule(ABC):
     """A write rule with its settings; whatever a layer accumulates under it lies in the layer's memory, not here."""
 
     name: ClassVar[str]
-    remembers: ClassVar[bool] = False
+    accumulates_keys: ClassVar[bool] = False
     """Whether keys of earlier batches weigh on later ones, so that keys alone can be protected."""
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """How many float64 numbers a layer remembers, at most: what `start` and `change` return."""
         return d_k * d_k
 

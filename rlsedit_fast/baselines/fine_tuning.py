@@ -34,7 +34,7 @@ class FineTuning(Rule):
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: expected at least 1")
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """Nothing."""
         return 0
 
@@ -69,7 +69,7 @@ class BoundedFineTuning(Rule):
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: expected at least 1")
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """Nothing."""
         return 0
 

@@ -23,7 +23,7 @@ class HistoryMEMIT(Rule):
     """
 
     name: ClassVar[str] = "memit-history"
-    remembers: ClassVar[bool] = True
+    accumulates_keys: ClassVar[bool] = True
 
     def start(self, original: Tensor, prior: Prior, name: str) -> Tensor:
         """`C0`, to which the keys are added."""

@@ -17,7 +17,7 @@ from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import Bounds, Monitor, Prior, Step, checks
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
-from rlsedit_fast.rls.results import realised
+from rlsedit_fast.rls.results import realized
 from rlsedit_fast.rls.state import dtype_of
 
 _versions = itertools.count(1)
@@ -177,7 +177,7 @@ class RuleLayer(Layer):
         self._master.write(after.to(self._dtype))
         self._memory, self._edits, self._version = memory, self._edits + len(keys), next(_versions)
         left = wanted - keys @ change.T
-        share = realised(wanted, left)
+        share = realized(wanted, left)
         return Step(left.to(self._dtype), share.to(self._dtype), math.nan, float(change.norm()))
 
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
@@ -186,7 +186,7 @@ class RuleLayer(Layer):
         Raises:
             InputError: the rule remembers no keys, so that outputs which are there already cannot be held by it.
         """
-        if not self._rule.remembers:
+        if not self._rule.accumulates_keys:
             raise InputError(
                 f"rule={self._rule.name!r} keeps nothing of earlier keys, so prompts cannot be protected, nor edits "
                 "put back; take 'rls'"

@@ -30,7 +30,7 @@ class NSE(Rule):
     """
 
     name: ClassVar[str] = "nse"
-    remembers: ClassVar[bool] = True
+    accumulates_keys: ClassVar[bool] = True
     activation: float = 0.8
 
     def __post_init__(self) -> None:

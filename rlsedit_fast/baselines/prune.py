@@ -45,7 +45,7 @@ class PRUNE(Rule):
         if not 1 < self.base < float("inf"):
             raise InputError(f"base={self.base}: expected a finite number above 1")
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """MEMIT's factor, the original weight and the unrestrained sum."""
         return d_k * d_k + 2 * d_v * d_k
 

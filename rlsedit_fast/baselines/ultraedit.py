@@ -49,7 +49,7 @@ class UltraEdit(Rule):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: expected a finite number above 0")
 
-    def kept(self, d_v: int, d_k: int) -> int:
+    def memory_numel(self, d_v: int, d_k: int) -> int:
         """A mean and a sum of squares."""
         return 2 * (d_v + d_k)
 

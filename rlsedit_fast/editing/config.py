@@ -227,7 +227,7 @@ class EditConfig:
             for name in names.split():
                 if not fits(given := getattr(self, name)):
                     raise InputError(f"{name}={given!r}: expected {expected}")
-        baselines.check(self.rule, self.rule_options)
+        baselines.make_rule(self.rule, self.rule_options)
         self._check_combinations()
 
     def _check_combinations(self) -> None:

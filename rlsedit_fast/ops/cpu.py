@@ -227,14 +227,14 @@ OPS = {
 BATCHED = frozenset[str]()
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the extension cannot be used, or is not worth using, or None."""
     if _problem is None and not getattr(_native, "openmp", True) and torch.get_num_threads() > 1:
         return f"it was built without OpenMP, for one thread, and PyTorch has {torch.get_num_threads()}"
     return _problem
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot take these tensors: the kernels are float32, on the CPU, over contiguous rows."""
     held = tensors[-1] if op == "correct_split_" else tensors[0]  # not its halves, but what it computes in
     if held.device.type != "cpu":

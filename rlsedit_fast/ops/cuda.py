@@ -60,7 +60,7 @@ def kernels() -> str | None:
     return None if isinstance(found, str) else found.origin
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why it cannot run on this machine, or None."""
     found = cuda_launch.launcher()
     if isinstance(found, str):
@@ -68,7 +68,7 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device (torch.cuda.is_available() is false)"
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot take these tensors: the kernels are float32, on a CUDA device, over contiguous rows."""
     held = tensors[0]
     if held.device.type != "cuda":

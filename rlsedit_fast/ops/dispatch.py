@@ -4,8 +4,8 @@ A backend is a module with these names:
     OPS          its implementations by operation, with the signatures of `reference`;
     BATCHED      those of them whose tensors and results have a dimension of layers in front; the others are called
                  layer by layer;
-    missing()    why it cannot run on this machine, or None;
-    refuses(op, tensors)   why it cannot take these tensors, with or without a dimension of layers, or None.
+    unavailable_reason()    why it cannot run on this machine, or None;
+    unsupported_reason(op, tensors)   why it cannot take these tensors, with or without a dimension of layers, or None.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Backend(Protocol):
     OPS: Mapping[str, Callable[..., Any]]
     BATCHED: Collection[str]
 
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why it cannot run on this machine, or None."""
 
-    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+    def unsupported_reason(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         """Why it cannot take these tensors, or None."""
 
 
@@ -55,7 +55,7 @@ def load(name: str) -> Backend:
 
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine; `python -m rlsedit_fast` says why the others cannot."""
-    return tuple(name for name in BACKENDS if load(name).missing() is None)
+    return tuple(name for name in BACKENDS if load(name).unavailable_reason() is None)
 
 
 def requested(backend: str | None) -> str:
@@ -79,7 +79,7 @@ def why_not(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     module = load(name)
     if op not in module.OPS:
         return f"it does not implement {op} (only {', '.join(module.OPS)})"
-    return module.missing() or module.refuses(op, tensors)
+    return module.unavailable_reason() or module.unsupported_reason(op, tensors)
 
 
 @full_float32()

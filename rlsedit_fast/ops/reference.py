@@ -120,11 +120,11 @@ OPS = {
 BATCHED = frozenset[str]()
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """PyTorch runs everywhere."""
     return None
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     """PyTorch takes every floating dtype and device."""
     return None

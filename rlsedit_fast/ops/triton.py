@@ -85,7 +85,7 @@ OPS = {
 BATCHED = frozenset(OPS)
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why it cannot run on this machine, or None; in Triton's interpreter no GPU is needed."""
     if not (torch.cuda.is_available() or _interpreted()):
         return "there is no CUDA device (torch.cuda.is_available() is false) and TRITON_INTERPRET is not 1"
@@ -93,7 +93,7 @@ def missing() -> str | None:
     return kernel if isinstance(kernel, str) else None
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot take these tensors: the kernels are float32, on a CUDA device, over rows or columns."""
     held = tensors[0]
     if held.device.type != ("cpu" if _interpreted() else "cuda"):

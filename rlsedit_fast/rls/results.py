@@ -35,15 +35,15 @@ class Step:
     """What one change of the state did (or, from `preview`, would do) to the rows it was about.
 
     Attributes:
-        left_over: `V - K W_new^T [n, d_v]`, what is still missing of each row's value after the step.
-        realised: `1 - ||left_over_i|| / ||V_i - K_i W_old^T|| [n]`, the part of the way that was gone; 1 where there
+        residual: `V - K W_new^T [n, d_v]`, what is still missing of each row's value after the step.
+        realized: `1 - ||left_over_i|| / ||V_i - K_i W_old^T|| [n]`, the part of the way that was gone; 1 where there
             was none to go, negative where a removal moved away.
         objective: `J` after the step.
         change: `||W_new - W_old||_F`.
     """
 
-    left_over: Tensor
-    realised: Tensor
+    residual: Tensor
+    realized: Tensor
     objective: float
     change: float
 
@@ -106,7 +106,7 @@ class Snapshot:
     order: int
 
 
-def realised(before: Tensor, after: Tensor) -> Tensor:
+def realized(before: Tensor, after: Tensor) -> Tensor:
     """`1 - ||after_i|| / ||before_i||` of innovations and what is left over of them, `[n, d_v]` each; 1 where there was
     nothing to realise.
     """

@@ -16,7 +16,7 @@ def memit_share(residual: Tensor, index: int, count: int) -> Tensor:
     return residual / (count - index + 1)
 
 
-def arrived_share(left: Tensor, wanted: Tensor) -> Tensor:
+def realized_fraction(left: Tensor, wanted: Tensor) -> Tensor:
     """The share of each wanted change that arrived, `1 - ||left_i|| / wanted_i [n]`; 1 where none was wanted.
 
     It is at least 0: other edits may move the state of a small change by many times its length.
@@ -34,7 +34,7 @@ MOST_PASSES = 3
 
 
 @torch.no_grad()
-def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
+def amplify_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
     """An innovation of `update_projected` large enough that `share` of the wanted change arrives.
 
     A step with innovation E leaves `P E` over, `P = diag(1/w) Sig^-1`, which grows as a layer fills with edits. Asking
@@ -67,17 +67,17 @@ def raised_innovation(panel: Panel, innovation: Tensor, wanted: Tensor, judged: 
 
 
 @torch.no_grad()
-def raised_values(panel: Panel, keys: Tensor, change: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
+def amplify_values(panel: Panel, keys: Tensor, change: Tensor, wanted: Tensor, judged: Tensor, share: float) -> Tensor:
     """A change of the values of rows that a state holds, large enough that `share` of a change of outputs arrives.
 
     With `RLSState.replace` the outputs at keys K' move by `K' C K^T w` times the change of the values; what is left
-    over is `P = I - K' C K^T w` of what was asked. Otherwise as `raised_innovation`, with the same arguments.
+    over is `P = I - K' C K^T w` of what was asked. Otherwise as `amplify_innovation`, with the same arguments.
 
     Args:
         panel: of the rows, in the present state.
         keys: `K' [n, d_k]`, where the outputs are to change: the rows' keys as the model has them now.
         change: `[n, d_v]`, the change that must arrive.
-        wanted: see `raised_innovation`.
+        wanted: see `amplify_innovation`.
         judged: see there.
         share: see there.
     """
@@ -93,7 +93,7 @@ def _raised(
     norms, judged = wanted.to(device, torch.float64), judged.to(device)
 
     def arrived(left: Tensor) -> float:
-        return float(arrived_share(left[judged], norms).mean())
+        return float(realized_fraction(left[judged], norms).mean())
 
     asked = change.to(device, torch.float64)
     left = left_of(asked)

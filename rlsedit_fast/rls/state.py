@@ -23,7 +23,7 @@ from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
 from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realised
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realized
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ class RLSState(Layer):
         weighted = shift * weights[:, None]
         before = self._innovation(panel, old)
         moved = panel.gram @ weighted
-        left_over = before + shift - moved
+        residual = before + shift - moved
         energy = (weighted.double() * (shift - moved + 2 * before).double()).sum()
         change, _ = _norms(weighted, panel.projected)
         gained, size = torch.stack((energy, change)).tolist()
@@ -257,7 +257,7 @@ class RLSState(Layer):
         self._master.correct(weighted, panel.projected, 1, self._backend)
         self._objective = max(self._objective + gained, 0.0)
         self._version = next(_versions)
-        return Step(left_over, realised(before + shift, left_over), self._objective, size)
+        return Step(residual, realized(before + shift, residual), self._objective, size)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -455,9 +455,9 @@ class RLSState(Layer):
         largest = torch.finfo(self._dtype).max
         if not all(value < largest for value in (gained, size, *finite)):  # a NaN is not
             raise UpdateError(self._not_finite(panel))
-        left_over = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
+        residual = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
         objective = max(self._objective + sign * gained, 0.0)
-        return _Prepared(rows, whitened, sketch, Step(left_over, realised(innovation, left_over), objective, size))
+        return _Prepared(rows, whitened, sketch, Step(residual, realized(innovation, residual), objective, size))
 
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
         prepared = self._prepare(panel, innovation, sign)

@@ -6,10 +6,10 @@ import torch
 from scipy.optimize import lsq_linear
 
 from rlsedit_fast.baselines import (
+    BASELINES,
     EMMET,
     MEMIT,
     NSE,
-    OTHERS,
     PRUNE,
     RECT,
     ROME,
@@ -280,15 +280,15 @@ def test_bounded_fine_tuning_is_least_squares_within_the_box(weight, prior, boun
         assert left == pytest.approx(found.cost, rel=1e-6, abs=1e-9)  # the cost is unique, its place need not be
 
 
-@pytest.mark.parametrize("name", [n for n in OTHERS if n not in ("memit-history", "alphaedit", "rome")])
+@pytest.mark.parametrize("name", [n for n in BASELINES if n not in ("memit-history", "alphaedit", "rome")])
 def test_the_other_rules_are_not_all_at_once_so_nothing_is_claimed_of_them(weight, prior, name):
     keys, values = random(6, D_K, seed=5), random(6, D_V, seed=6)
 
     def told(parts):
-        memory, now = OTHERS[name]().start(weight, prior, "layer"), weight
+        memory, now = BASELINES[name]().start(weight, prior, "layer"), weight
         for part in parts:
             ones = torch.ones(part.stop - part.start, dtype=torch.float64)
-            change, memory = OTHERS[name]().change(
+            change, memory = BASELINES[name]().change(
                 Batch(keys[part], values[part] - keys[part] @ now.T, ones), now, memory
             )
             now = now + change

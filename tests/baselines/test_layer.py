@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlsedit_fast.baselines import OTHERS, RULES, HistoryMEMIT, RuleLayer, check, layer_under
+from rlsedit_fast.baselines import BASELINES, RULES, HistoryMEMIT, RuleLayer, make_layer, make_rule
 from rlsedit_fast.errors import InputError, PriorError, UpdateError
 from rlsedit_fast.rls import Prior, RLSState
 
@@ -25,17 +25,17 @@ def layer(name, weight=None, **options):
         options = {"null_share": 0.5, **options}
     if name == "ultraedit":
         options = {"rate": 0.1, **options}
-    return layer_under(name, options, weight, prior(), delay=4, label="layer 3")
+    return make_layer(name, options, weight, prior(), delay=4, label="layer 3")
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_batch_is_written_in_place_and_its_left_over_is_told(name):
+def test_a_batch_is_written_in_place_and_its_residual_is_told(name):
     weight = random(D_V, D_K, seed=1)
     state = layer(name, weight)
     start = weight.clone()
     keys, wanted = random(3, D_K, seed=2), random(3, D_V, seed=3)
     step = state.update_projected(state.project(keys), wanted)
-    torch.testing.assert_close(step.left_over, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(step.residual, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
     assert torch.equal(state.weight, weight)
     assert torch.equal(state.original, start)
     assert state.deviation() == pytest.approx(float((weight - start).norm()), rel=1e-5)
@@ -71,11 +71,11 @@ def test_history_aware_memit_is_the_recursive_state_with_the_same_prior():
         keys, wanted = random(4, D_K, seed=seed).double(), random(4, D_V, seed=seed + 50).double()
         weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
         steps = [s.update_projected(s.project(keys, weights), wanted) for s in (one, other)]
-        torch.testing.assert_close(steps[0].left_over, steps[1].left_over, rtol=0, atol=1e-10)
+        torch.testing.assert_close(steps[0].residual, steps[1].residual, rtol=0, atol=1e-10)
     torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_other_rules_cannot_take_back_and_say_what_to_do(name):
     state = layer(name)
     keys, values = random(2, D_K, seed=2), random(2, D_V, seed=3)
@@ -85,7 +85,7 @@ def test_the_other_rules_cannot_take_back_and_say_what_to_do(name):
     assert state.bounds().weight == float("inf")
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_keys_can_be_protected_where_a_rule_remembers_them(name):
     state = layer(name)
     keys = random(2, D_K, seed=2)
@@ -170,25 +170,25 @@ def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
 )
 def test_rules_and_settings_that_cannot_be_meant_are_refused(name, options, message):
     with pytest.raises(InputError, match=message):
-        check(name, options)
+        make_rule(name, options)
 
 
 def test_whole_numbers_are_numbers_and_none_is_what_may_be_left_open():
-    assert check("emmet", {"damping": 1}).damping == 1
-    assert check("alphaedit", {"null_share": None}).null_share is None
-    assert check("rls", {}) is None
+    assert make_rule("emmet", {"damping": 1}).damping == 1
+    assert make_rule("alphaedit", {"null_share": None}).null_share is None
+    assert make_rule("rls", {}) is None
 
 
 def test_priors_that_a_rule_cannot_work_under_are_refused():
     weight, bare = random(D_V, D_K), Prior(lam=1.0)
     with pytest.raises(PriorError, match="needs anchors"):
-        layer_under("alphaedit", {}, weight, bare, delay=0, label="layer 3")
+        make_layer("alphaedit", {}, weight, bare, delay=0, label="layer 3")
     with pytest.raises(PriorError, match="no eigenvalue of the anchors' moment is below threshold=1e-09"):
         layer("alphaedit", null_share=None, threshold=1e-9)
     few = random(3, D_K)
     thin = Prior(lam=0.0, mu=1.0, anchor_moment=few.T @ few)
     with pytest.raises(PriorError, match="not positive definite"):
-        layer_under("memit", {}, weight, thin, delay=0, label="layer 3")
+        make_layer("memit", {}, weight, thin, delay=0, label="layer 3")
     custom = Prior(lam=1.0, mu=1.0, anchor_keys=few, anchor_values=random(3, D_V))
     with pytest.raises(InputError, match="only 'rls' can"):
-        layer_under("memit", {}, weight, custom, delay=0, label="layer 3")
+        make_layer("memit", {}, weight, custom, delay=0, label="layer 3")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.baselines import OTHERS
+from rlsedit_fast.baselines import BASELINES
 from rlsedit_fast.editing import memory
 from rlsedit_fast.errors import ResourceError
 
@@ -44,7 +44,7 @@ def remembered(value):
     return [t for name in getattr(value, "__dataclass_fields__", ()) for t in remembered(getattr(value, name))]
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OTHERS), ("alphaedit", {"null_share": 0.3})])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BASELINES), ("alphaedit", {"null_share": 0.3})])
 def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
     config = replace(CONFIG, rule=name, rule_options=options, same_subject="separate")
     editor = rf.Editor(make_model("llama"), tokenizer, config=config)

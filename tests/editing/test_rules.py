@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.baselines import OTHERS, RULES
+from rlsedit_fast.baselines import BASELINES, RULES
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import world_cases
@@ -62,7 +62,7 @@ def test_history_aware_memit_with_lam_0_is_the_recursive_rule():
     assert float((weight(one) - weight(other)).norm()) < 1e-3 * float((weight(one) - start).norm())
 
 
-@pytest.mark.parametrize("rule", OTHERS)
+@pytest.mark.parametrize("rule", BASELINES)
 def test_what_a_rule_cannot_do_is_refused_and_changes_nothing(rule):
     editor = make_editor(rule)
     (record, *_) = editor.edit(EDITS[:6])
@@ -94,7 +94,7 @@ def test_several_layers_share_as_memit_does_under_another_rule():
     assert not torch.equal(weight(both, 1), start)
 
 
-@pytest.mark.parametrize("rule", OTHERS)
+@pytest.mark.parametrize("rule", BASELINES)
 def test_settings_that_only_the_recursive_rule_knows_are_refused_with_the_settings(rule):
     options = OPTIONS.get(rule, {})
     for name, value in (("key_rows", "contexts"), ("refine", 1)):

@@ -75,7 +75,7 @@ def test_a_launch_without_a_driver_is_an_error_not_a_crash(library):
     with pytest.raises(BackendError, match=r"downdate: choosing the device: .*cuda"):
         library.launch(launches[0], 0, 0)
     assert torch.equal(base[0], torch.eye(4))
-    assert cuda.missing() == "there is no CUDA device (torch.cuda.is_available() is false)"
+    assert cuda.unavailable_reason() == "there is no CUDA device (torch.cuda.is_available() is false)"
 
 
 def test_the_library_exports_its_interface_and_nothing_else(library):
@@ -106,9 +106,11 @@ def no_library(monkeypatch, tmp_path):
 
 def test_without_library_and_cupy_both_reasons_are_told(no_library, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert re.fullmatch("its library was not built.*; CuPy cannot be imported.*pip install.*", cuda.missing())
+    assert re.fullmatch(
+        "its library was not built.*; CuPy cannot be imported.*pip install.*", cuda.unavailable_reason()
+    )
     assert doctor.report()["cuda_kernels"] is None
-    assert doctor.report()["backends"]["cuda"]["reason"] == cuda.missing()
+    assert doctor.report()["backends"]["cuda"]["reason"] == cuda.unavailable_reason()
     with pytest.raises(BackendError, match="CuPy cannot be imported"):
         ops.downdate_(torch.eye(3), torch.ones(1, 3), torch.ones(1), backend="cuda")
 

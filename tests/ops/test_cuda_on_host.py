@@ -297,7 +297,7 @@ def on_host(library, monkeypatch):
     monkeypatch.setattr(cuda_launch, "launcher", lambda: library)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (0, 0))
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "refuses", lambda op, tensors: None)
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda op, tensors: None)
 
 
 @pytest.mark.parametrize("layers", [None, 3])

@@ -95,7 +95,7 @@ def test_of_several_the_first_that_can_run_it_does(monkeypatch):
     tensors = [torch.ones(3, 3), torch.ones(1, 3)]
     monkeypatch.setattr(cpu, "_problem", "it is broken")
     assert dispatch.choose("moment_", "cpu,reference", tensors) == "reference"
-    monkeypatch.setattr(dispatch.load("reference"), "refuses", lambda op, tensors: "not here")
+    monkeypatch.setattr(dispatch.load("reference"), "unsupported_reason", lambda op, tensors: "not here")
     assert dispatch.choose("moment_", "reference,cpu", tensors) == "reference", "where none can"
     monkeypatch.undo()
     monkeypatch.setenv("RLSEDIT_BACKEND", "triton,reference")

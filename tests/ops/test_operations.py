@@ -33,7 +33,7 @@ def needs(backend, op):
     module = dispatch.load(backend)
     if op not in module.OPS:
         pytest.skip(f"{backend} does not implement {op}")
-    if (reason := module.missing()) is None:
+    if (reason := module.unavailable_reason()) is None:
         return
     build = doctor.report()["build"].get("cpu", {})
     if backend == "cpu" and "OpenMP" not in reason and (build.get("built") or "failed" in build.get("reason", "")):

@@ -90,7 +90,7 @@ def test_a_replaced_value_is_the_value_that_was_given_at_first(problem: Callable
     case.check(state, case.all(), factor=4, seen=first)  # the values that went are of twice the scale
     assert torch.equal(state.precision_inverse(), inverse)
     left = values.double() - keys.double() @ state.weight.double().T
-    assert (step.left_over.double() - left).norm() <= 4 * case.allowed() * (case.spread() + 1) ** 0.5
+    assert (step.residual.double() - left).norm() <= 4 * case.allowed() * (case.spread() + 1) ** 0.5
 
 
 def test_a_replacement_is_a_removal_and_an_update(problem: Callable) -> None:
@@ -188,7 +188,7 @@ def test_the_bounds_hold_and_are_of_the_objective(problem: Callable, stream, kin
 
 @checked
 @given(stream=streams, kind=floats)
-def test_a_step_says_what_was_left_over_and_how_far_the_weight_moved(problem: Callable, stream, kind) -> None:
+def test_a_step_says_what_was_residual_and_how_far_the_weight_moved(problem: Callable, stream, kind) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state()
     for keys, values, weights in case.batches():
@@ -197,9 +197,9 @@ def test_a_step_says_what_was_left_over_and_how_far_the_weight_moved(problem: Ca
         step = state.update(keys, values, weights)
         left = values.double() - keys.double() @ state.weight.double().T
         lost = case.allowed() * case.spread() ** 0.5
-        assert (step.left_over.double() - left).norm() <= lost
-        realised = 1 - left.norm(dim=1) / missing.norm(dim=1)
-        assert ((step.realised.double() - realised).abs() * missing.norm(dim=1)).max() <= 2 * lost
+        assert (step.residual.double() - left).norm() <= lost
+        realized = 1 - left.norm(dim=1) / missing.norm(dim=1)
+        assert ((step.realized.double() - realized).abs() * missing.norm(dim=1)).max() <= 2 * lost
         moved = float((state.weight.double() - before).norm())
         assert step.change == pytest.approx(moved, rel=case.allowed(), abs=case.allowed() * float(before.norm()))
 
@@ -218,18 +218,18 @@ def test_a_removal_and_a_replacement_say_what_they_left_of_the_way_to_their_valu
         state.remove(keys, values, weights) if operation == "remove" else state.replace(keys, values, wanted, weights)
     )
     missing, left = wanted - keys @ before.T, wanted - keys @ state.weight.T
-    torch.testing.assert_close(step.left_over, left, rtol=0, atol=1e-12)
-    torch.testing.assert_close(step.realised, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(step.residual, left, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step.realized, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
     assert step.change == pytest.approx(float((state.weight - before).norm()), rel=1e-11)
-    assert (step.realised < 0).all() if operation == "remove" else (step.realised > 0).all()
+    assert (step.realized < 0).all() if operation == "remove" else (step.realized > 0).all()
 
 
-def test_an_edit_that_is_there_already_is_realised_and_costs_nothing() -> None:
+def test_an_edit_that_is_there_already_is_realized_and_costs_nothing() -> None:
     weight = torch.eye(3, 5, dtype=torch.float64)
     state = RLSState(weight, Prior(lam=1.0))
     keys = torch.eye(5, dtype=torch.float64)[:2]
     step = state.update(keys, keys @ weight.T)
-    assert step.realised.tolist() == [1.0, 1.0]
+    assert step.realized.tolist() == [1.0, 1.0]
     assert (step.objective, step.change) == (0.0, 0.0)
     assert torch.equal(state.weight, weight)
 

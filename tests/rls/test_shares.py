@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import UpdateError
-from rlsedit_fast.rls import RLSState, arrived_share, memit_share, raised_innovation, raised_values
+from rlsedit_fast.rls import RLSState, amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.shares import MOST_PASSES
 
 
@@ -59,7 +59,7 @@ def test_a_raised_innovation_makes_the_share_arrive_in_the_state(
     assert plain < most - 0.05, "the state shrinks what it is asked for, or this shows nothing"
     share = plain + gain * (most - plain)
     before = state.outputs(keys)
-    asked = raised_innovation(panel, wanted, norms[rows], rows, share)
+    asked = amplify_innovation(panel, wanted, norms[rows], rows, share)
     state.update_projected(panel, asked)
     assert arrived(state, keys, before, wanted, rows) == pytest.approx(share, abs=BISECTED)
 
@@ -67,10 +67,10 @@ def test_a_raised_innovation_makes_the_share_arrive_in_the_state(
 def test_what_arrives_anyway_is_asked_for_as_it_is(problem: Callable) -> None:
     state, keys, weights, wanted, norms = crowded(problem)
     panel, rows = state.project(keys, weights), torch.arange(6)
-    assert torch.equal(raised_innovation(panel, wanted, norms, rows, 0.01), wanted)
-    assert torch.equal(raised_innovation(panel, wanted.float(), norms, rows, 0.01), wanted.float())
+    assert torch.equal(amplify_innovation(panel, wanted, norms, rows, 0.01), wanted)
+    assert torch.equal(amplify_innovation(panel, wanted.float(), norms, rows, 0.01), wanted.float())
     # The norms are those of the whole change, of which the innovation may be a small part that is still missing.
-    assert torch.equal(raised_innovation(panel, wanted, 1e4 * norms, rows, 0.99), wanted)
+    assert torch.equal(amplify_innovation(panel, wanted, 1e4 * norms, rows, 0.99), wanted)
 
 
 def test_a_share_out_of_reach_ends_after_so_many_terms(problem: Callable) -> None:
@@ -78,7 +78,7 @@ def test_a_share_out_of_reach_ends_after_so_many_terms(problem: Callable) -> Non
     panel, rows = state.project(keys, weights), torch.arange(6)
     shrunk = torch.diag(panel.noise) @ torch.linalg.inv(torch.diag(panel.noise) + panel.gram)
     terms = [torch.linalg.matrix_power(shrunk, power) @ wanted for power in range(MOST_PASSES + 1)]
-    asked = raised_innovation(panel, wanted, norms, rows, 1.0)
+    asked = amplify_innovation(panel, wanted, norms, rows, 1.0)
     torch.testing.assert_close(asked, sum(terms), rtol=0, atol=1e-12)
 
 
@@ -100,7 +100,7 @@ def test_raised_values_make_the_share_arrive_at_the_keys_as_they_are_now(problem
     assert plain < most - 0.05, "the state shrinks what it is asked for, or this shows nothing"
     share = 0.5 * (plain + most)
     before, inverse = state.outputs(now), state.precision_inverse()
-    change = raised_values(panel, now, further, further.norm(dim=1), rows, share)
+    change = amplify_values(panel, now, further, further.norm(dim=1), rows, share)
     state.replace(keys, values, values + change, weights)
     assert arrived(state, now, before, further, rows) == pytest.approx(share, abs=BISECTED)
     assert torch.equal(state.precision_inverse(), inverse), "the rows' keys and weights are the same"
@@ -108,15 +108,15 @@ def test_raised_values_make_the_share_arrive_at_the_keys_as_they_are_now(problem
 
 def test_what_wants_no_change_has_arrived_and_raises_nothing(problem: Callable) -> None:
     left = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
-    assert arrived_share(left, torch.tensor([10.0, 2.0, 0.0])).tolist() == [0.5, 1.0, 1.0]
-    assert arrived_share(left, torch.tensor([2.0, 2.0, 2.0])).tolist() == [0.0, 1.0, 0.0]
+    assert realized_fraction(left, torch.tensor([10.0, 2.0, 0.0])).tolist() == [0.5, 1.0, 1.0]
+    assert realized_fraction(left, torch.tensor([2.0, 2.0, 2.0])).tolist() == [0.0, 1.0, 0.0]
     state, keys, weights, wanted, norms = crowded(problem)
     rows = torch.arange(6)
     panel = state.project(keys, weights)
     plain = wanted - torch.diag(panel.noise) @ torch.linalg.solve(torch.diag(panel.noise) + panel.gram, wanted)
     share = 1 - float(((wanted - plain).norm(dim=1) / norms)[1:].mean())
     still = torch.cat((torch.zeros(1, dtype=norms.dtype), norms[1:]))
-    assert torch.equal(raised_innovation(panel, wanted, still, rows, share - 1e-6), wanted)
+    assert torch.equal(amplify_innovation(panel, wanted, still, rows, share - 1e-6), wanted)
 
 
 def test_a_batch_that_cannot_be_factored_cannot_be_raised(problem: Callable) -> None:
@@ -124,4 +124,4 @@ def test_a_batch_that_cannot_be_factored_cannot_be_raised(problem: Callable) -> 
     panel = state.project(keys, weights)
     flawed = replace(panel, gram=-2 * panel.noise.diag())
     with pytest.raises(UpdateError, match="pivot 1 is not positive"):
-        raised_innovation(flawed, wanted, norms, torch.arange(6), 0.9)
+        amplify_innovation(flawed, wanted, norms, torch.arange(6), 0.9)

@@ -138,7 +138,7 @@ def test_an_update_is_its_panel_and_its_innovation(problem: Callable) -> None:
         innovation = values - keys @ two.weight.T
         seen = two.preview(panel, innovation)
         step = two.update_projected(panel, innovation)
-        for name in ("left_over", "realised"):
+        for name in ("residual", "realized"):
             torch.testing.assert_close(getattr(step, name), getattr(direct, name), rtol=0, atol=1e-13)
             assert torch.equal(getattr(step, name), getattr(seen, name))
         assert (seen.objective, seen.change) == (step.objective, step.change)
