@@ -36,7 +36,7 @@ def main() -> None:
     ran = 0
     for n in EDITS:
         for op, given in calls(n).items():
-            reason = dispatch.why_not(name, op, [t for t in given if isinstance(t, torch.Tensor)])
+            reason = dispatch.unsupported_reason(name, op, [t for t in given if isinstance(t, torch.Tensor)])
             print(f"n={n} {op}: {reason or 'run'}", flush=True)
             if reason is None:
                 getattr(ops, op)(*given, backend=name)

@@ -75,7 +75,7 @@ def test_a_launch_without_a_driver_is_an_error_not_a_crash(library):
     with pytest.raises(BackendError, match=r"downdate: choosing the device: .*cuda"):
         library.launch(launches[0], 0, 0)
     assert torch.equal(base[0], torch.eye(4))
-    assert cuda.unavailable_reason() == "there is no CUDA device (torch.cuda.is_available() is false)"
+    assert cuda.unavailable_reason() == "no CUDA device is available (torch.cuda.is_available() is false)"
 
 
 def test_the_library_exports_its_interface_and_nothing_else(library):
@@ -107,7 +107,7 @@ def no_library(monkeypatch, tmp_path):
 def test_without_library_and_cupy_both_reasons_are_told(no_library, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert re.fullmatch(
-        "its library was not built.*; CuPy cannot be imported.*pip install.*", cuda.unavailable_reason()
+        "the CUDA library was not built.*; CuPy cannot be imported.*pip install.*", cuda.unavailable_reason()
     )
     assert doctor.report()["cuda_kernels"] is None
     assert doctor.report()["backends"]["cuda"]["reason"] == cuda.unavailable_reason()
@@ -162,7 +162,7 @@ def test_without_a_library_cupy_launches_the_same_on_torchs_stream(no_library, m
     cupy = CupyOfRecord()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (3, 77))
-    assert cuda.kernels() == "its sources, compiled at run time through CuPy"
+    assert cuda.kernels() == "the kernel sources, compiled at run time by CuPy"
     base, (launch,) = some_downdate(d=130, r=2, layers=2)
     cuda_launch.run([launch], base.device)
     ((name, grid, block, arguments, shared, scopes),) = cupy.calls
@@ -206,7 +206,7 @@ def test_a_panel_is_two_launches_that_fit_every_device(n, d):
 
 
 def test_grids_of_the_largest_batch_fit():
-    for launch in (*some_factor(1, cuda_plan.MOST_EDITS, 28672, 8192), *some_factor(cuda_plan.MOST_LAYERS, 1, 1, 1)):
+    for launch in (*some_factor(1, cuda_plan.MAX_EDITS, 28672, 8192), *some_factor(cuda_plan.MAX_LAYERS, 1, 1, 1)):
         assert all(1 <= size <= 65535 for size in launch.grid[1:])
 
 
@@ -218,7 +218,7 @@ def test_the_parts_of_sig_cover_every_column_once(layers, n, d):
     assert (splits - 1) * columns < d <= splits * columns
     assert columns % cuda_plan.GRAM_DEPTH == 0
     tiles = cuda_plan.triangle(cuda_plan.blocks(n, cuda_plan.GRAM_TILE))
-    assert splits == 1 or splits * tiles * layers <= cuda_plan.WANTED_BLOCKS
+    assert splits == 1 or splits * tiles * layers <= cuda_plan.TARGET_BLOCKS
 
 
 # Compile gates.

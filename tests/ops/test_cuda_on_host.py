@@ -296,7 +296,7 @@ def on_host(library, monkeypatch):
     """The backend on the CPU, by way of the host's library."""
     monkeypatch.setattr(cuda_launch, "launcher", lambda: library)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (0, 0))
-    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(cuda, "unsupported_reason", lambda op, tensors: None)
 
 

@@ -85,7 +85,7 @@ def test_panel(backend, device, d):
     for n in EDITS:
         for r in PENDING:
             given = [t.to(device) for t in operands(d, n, r)]
-            if dispatch.why_not(backend, "panel", given):
+            if dispatch.unsupported_reason(backend, "panel", given):
                 continue  # the cuda backend's is for few edits
             check_panel(ops.panel(*given, backend=backend), *given)
 
@@ -350,7 +350,7 @@ def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tok
 
 @pytest.mark.parametrize(("d", "r", "by_syrk"), [(4096, 256, True), (4096, 255, False), (2048, 512, False)])
 def test_ssyrk_is_for_many_rows_of_wide_matrices(d, r, by_syrk):
-    assert cpu._is_for_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
+    assert cpu._use_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
 
 
 def batch_of(op, device):
@@ -461,7 +461,7 @@ def test_a_step_is_captured_in_a_cuda_graph(backend, device, n):
 
     def named(op):
         """Who runs it: the backend, for what it does not implement `cuda`, else torch's own kernels."""
-        if op in dispatch.load(backend).OPS and (op, backend, n <= cuda.MOST_PANEL_EDITS) != ("panel", "cuda", False):
+        if op in dispatch.load(backend).OPS and (op, backend, n <= cuda.MAX_PANEL_EDITS) != ("panel", "cuda", False):
             return backend
         return "cuda" if op == "factor" else "reference"
 

@@ -264,9 +264,9 @@ def test_what_the_kernels_cannot_take_is_refused():
         panel.panel(base, keys, pending, signs, variant="half")
     with pytest.raises(ValueError, match="up to 32 rows of keys, not 40"):
         panel.panel(base, keys, pending, signs, variant="triangle")
-    with pytest.raises(RuntimeError, match=r"float32 only, this is torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"float32 only, got torch\.float64"):
         ops.moment_(base.double(), keys, backend="triton")
-    with pytest.raises(RuntimeError, match=r"rows of float32, bfloat16 or float16, these are torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"rows must be float32, bfloat16 or float16, got torch\.float64"):
         ops.moment_(base, keys.double(), backend="triton")
     with pytest.raises(RuntimeError, match="contiguous rows or columns"):
         ops.downdate_(torch.zeros(1, 40, 40)[:, ::2, ::2], pending, signs, backend="triton")
