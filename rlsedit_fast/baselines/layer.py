@@ -113,7 +113,7 @@ class RuleLayer(Layer):
         checks.matrix("weight", weight)
         self._dtype = dtype_of(weight)
         checks.finite(weight=weight.detach().to(self._dtype))
-        prior.fit(weight.shape[0], weight.shape[1], name)
+        prior.check_shape(weight.shape[0], weight.shape[1], name)
         if prior.custom:
             raise InputError(f"{name}: rule={rule.name!r} cannot give anchors values of their own; only 'rls' can")
         self._prior, self._rule, self._name = prior, rule, name

@@ -1,4 +1,4 @@
-"""The solver: tensors in, an edited weight out; it knows nothing of language models."""
+"""The RLS solver: applies edits to one weight matrix. It works on tensors and does not depend on transformers."""
 
 from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor

@@ -18,14 +18,14 @@ CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
+def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_bytes, dtype):
     editor = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     plan = editor.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
-    for layer, state in zip(plan, editor._session.layers.states, strict=True):
+    for layer, state, projection in zip(plan, editor._session.layers.states, editor.projections, strict=True):
         grown = 4 * editor.config.delay * (96 + 1)  # of the pending rows, when a batch finds their buffer full
-        assert layer.state == state.memory_bytes() + grown
+        assert layer.state == state_bytes(state, projection.weight) + grown
         assert layer.writing == sum(tensor.nbytes for tensor in state._master.tensors)
     editor.edit([EDIT])
     (kept,) = editor._session.ledger.rows([1])
