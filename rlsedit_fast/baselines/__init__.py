@@ -1,7 +1,7 @@
-"""Write rules: how the changes wanted of a layer's outputs become a change of its weight.
+"""Baselines: published update rules that RLS is compared with.
 
-Each is a page of its own, with its source. All of them are given the same keys and innovations, the same exact weight
-and the same prior, so that a comparison differs in the rule alone.
+Each rule has its own module with its source. All rules receive the same keys, innovations, exact weight and prior, so
+that a comparison differs only in the rule.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ += ["AlphaEdit", "Batch", "BoundedFineTuning", "FineTuning", "HistoryMEM
 __all__ += ["RulePanel", "UltraEdit", "make_layer", "make_rule"]
 
 RECURSIVE = "rls"
-"""The rule of this package, whose layer is `RLSState` itself."""
+"""Name of this package's own rule, whose layer is an `RLSState`."""
 
 BASELINES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -52,40 +52,54 @@ BASELINES: dict[str, type[Rule]] = {
         UltraEdit,
     )
 }
-"""The other rules, by name."""
+"""The baselines by name."""
 
 RULES: tuple[str, ...] = (RECURSIVE, *BASELINES)
+"""Names of all rules."""
 
 
-_EXPECTED: dict[Any, str] = {int: "a whole number", float: "a number", float | None: "a number, or None"}
-"""What a setting may be, by its type, in words."""
+_EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", float | None: "a number or None"}
+"""Description of the allowed values of an option, by its type."""
 
 
-def _settings(rule: type[Rule]) -> dict[str, Any]:
-    """Names of a rule's settings, with their types."""
+def _option_types(rule: type[Rule]) -> dict[str, Any]:
+    """Returns the types of a rule's options by name."""
     hints = get_type_hints(rule)
     return {field.name: hints[field.name] for field in fields(rule)}  # type: ignore[arg-type]
 
 
 def make_rule(name: str, options: Mapping[str, Any]) -> Rule | None:
-    """The rule of a name with some settings; None for the recursive one, whose settings are the editor's own.
+    """Creates a rule from its name and options.
+
+    Args:
+        name: name of the rule, one of `RULES`.
+        options: options of the rule by name.
+
+    Returns:
+        The rule, or None for `rls`, which has no options here.
 
     Raises:
-        InputError: no such rule, no such setting of it, or a value that cannot be meant.
+        InputError: the rule or an option is unknown, or a value is invalid.
+
+    Example:
+        >>> from rlsedit_fast.baselines import make_rule
+        >>> make_rule("rect", {"share": 0.2})
+        RECT(share=0.2)
     """
     if name not in RULES:
         raise InputError(f"rule={name!r}: expected one of {', '.join(RULES)}")
     if not isinstance(options, Mapping):
-        raise InputError(f"rule_options={options!r}: expected settings of rule {name!r} by name")
-    known = _settings(BASELINES[name]) if name in BASELINES else {}
+        raise InputError(f"rule_options={options!r}: expected a mapping of options for rule {name!r}")
+    known = _option_types(BASELINES[name]) if name in BASELINES else {}
     if unknown := sorted(str(key) for key in options if key not in known):
         raise InputError(
-            f"rule_options: rule {name!r} has no {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+            f"rule_options: rule {name!r} has no option {', '.join(unknown)}; its options are "
+            f"{', '.join(sorted(known)) or 'none'}"
         )
     wrong = [
         f"{key}={value!r}, expected {_EXPECTED[known[key]]}"
         for key, value in options.items()
-        if isinstance(value, bool) or not isinstance(value, known[key] | int)  # whole numbers are numbers too
+        if isinstance(value, bool) or not isinstance(value, known[key] | int)  # an int is a valid float
     ]
     if wrong:
         raise InputError(f"rule_options: {'; '.join(wrong)}")
@@ -102,16 +116,34 @@ def make_layer(
     label: str,
     saved: Saved | None = None,
 ) -> LayerState:
-    """A layer under the rule of a name, its weight kept current in place.
+    """Creates a layer with a rule; the weight is updated in place.
 
     Args:
-        name: of the rule.
-        options: its settings.
-        weight: `W0 [d_v, d_k]`.
-        prior: of the layer.
-        delay: as in `RLSState`; the other rules have none.
-        label: the layer's name, for the errors.
-        saved: what an `RLSState` is to go on from; the other rules are not saved.
+        name: name of the rule, one of `RULES`.
+        options: options of the rule by name.
+        weight: `W0 [d_v, d_k]`, any floating dtype.
+        prior: prior of the layer.
+        delay: see `RLSState`; the baselines ignore it.
+        label: name of the layer, for error messages.
+        saved: saved contents of an `RLSState` to continue from; the baselines cannot be saved.
+
+    Returns:
+        An `RLSState` for `rls`, else a `RuleLayer`.
+
+    Raises:
+        InputError: the rule, an option or the weight is invalid.
+        PriorError: the rule does not support the prior.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.baselines import make_layer
+        >>> from rlsedit_fast.rls import Prior
+        >>> weight = torch.zeros(1, 3)
+        >>> layer = make_layer("memit", {}, weight, Prior(lam=1.0), delay=0, label="layer 0")
+        >>> panel = layer.project(torch.ones(1, 3))
+        >>> _ = layer.update_projected(panel, torch.tensor([[4.0]]))
+        >>> weight
+        tensor([[1., 1., 1.]])
     """
     from rlsedit_fast.rls import RLSState
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: gradient descent on the batch alone, free or within a box around the weight."""
+"""Fine-tuning: gradient descent on the batch, unconstrained or within a box around the weight."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines.base import Batch, Rule, refuse_weights
+from rlsedit_fast.baselines.base import Batch, Rule, reject_weights
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 
-_SETTLED = 1e-12  # relative change of the weight's change in a step, below which the descent has arrived
+_CONVERGED = 1e-12  # relative step length at which the descent stops
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(Rule):
     """Gradient descent on `||K (W + D)^T - V||^2 / 2` from `D = 0`, accelerated (Nesterov 1983, restarted).
 
-    The baseline of ROME (Meng et al. 2022, arXiv 2202.05262, sec. 3.2), of one layer's weight, on the values that all
-    rules share in place of the NLL, which that baseline descends with Adam. It knows nothing of what is to stay. Run to
-    its end it is the shortest change that leaves nothing over, `D = E^T (K K^T)^-1 K`; fewer steps stop short of it.
+    The baseline of ROME (Meng et al. 2022, arXiv 2202.05262, sec. 3.2) on the weight of one layer. It fits the values
+    that all rules share, where the original baseline minimizes the NLL with Adam. It ignores the prior. At convergence
+    it is the smallest change that fits the batch, `D = E^T (K K^T)^-1 K`.
 
     Attributes:
-        steps: most steps of a batch.
+        steps: maximum number of steps per batch.
+
+    Example:
+        >>> from rlsedit_fast.baselines import FineTuning
+        >>> FineTuning(steps=25)
+        FineTuning(steps=25)
     """
 
     name: ClassVar[str] = "ft"
@@ -35,28 +40,34 @@ class FineTuning(Rule):
             raise InputError(f"steps={self.steps}: expected at least 1")
 
     def memory_numel(self, d_v: int, d_k: int) -> int:
-        """Nothing."""
+        """Returns 0: the rule has no memory."""
         return 0
 
-    def start(self, original: Tensor, prior: Prior, name: str) -> None:
-        """Nothing; the prior plays no part."""
+    def init_memory(self, original: Tensor, prior: Prior, name: str) -> None:
+        """Does nothing: the rule has no memory and ignores the prior."""
 
-    def change(self, batch: Batch, weight: Tensor, memory: None) -> tuple[Tensor, None]:
-        """See `Rule`."""
-        refuse_weights(batch, self.name)
+    def step(self, batch: Batch, weight: Tensor, memory: None) -> tuple[Tensor, None]:
+        """See `Rule.step`."""
+        reject_weights(batch, self.name)
         return _descend(batch, self.steps, None), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedFineTuning(Rule):
-    """The same under `|D_ij| <= bound`: FT-L (Zhu et al. 2020, Modifying Memories in Transformer Models, arXiv
-    2012.00363, the norm being the largest entry's, as ROME has it), each step projected onto the box.
+    """Fine-tuning with `|D_ij| <= bound`: FT-L (Zhu et al. 2020, Modifying Memories in Transformer Models, arXiv
+    2012.00363) with the maximum norm, as in ROME. Each step is projected onto the box.
 
-    The box is that of a batch, around the weight that the batch before it left, as in ROME's released baseline.
+    The box of a batch is centered at the weight before the batch, as in the released baseline of ROME.
 
     Attributes:
-        bound: above 0; 5e-4 and 5e-5 in ROME's baselines. It goes with the scale of keys and weights.
-        steps: most steps of a batch.
+        bound: bound on the entries, above 0; 5e-4 and 5e-5 in the baselines of ROME. It depends on the scale of keys
+            and weights.
+        steps: maximum number of steps per batch.
+
+    Example:
+        >>> from rlsedit_fast.baselines import BoundedFineTuning
+        >>> BoundedFineTuning(bound=5e-5)
+        BoundedFineTuning(bound=5e-05, steps=1000)
     """
 
     name: ClassVar[str] = "ft-bounded"
@@ -70,15 +81,15 @@ class BoundedFineTuning(Rule):
             raise InputError(f"steps={self.steps}: expected at least 1")
 
     def memory_numel(self, d_v: int, d_k: int) -> int:
-        """Nothing."""
+        """Returns 0: the rule has no memory."""
         return 0
 
-    def start(self, original: Tensor, prior: Prior, name: str) -> None:
-        """Nothing; the prior plays no part."""
+    def init_memory(self, original: Tensor, prior: Prior, name: str) -> None:
+        """Does nothing: the rule has no memory and ignores the prior."""
 
-    def change(self, batch: Batch, weight: Tensor, memory: None) -> tuple[Tensor, None]:
-        """See `Rule`."""
-        refuse_weights(batch, self.name)
+    def step(self, batch: Batch, weight: Tensor, memory: None) -> tuple[Tensor, None]:
+        """See `Rule.step`."""
+        reject_weights(batch, self.name)
         return _descend(batch, self.steps, self.bound), None
 
 
@@ -93,9 +104,9 @@ def _descend(batch: Batch, steps: int, bound: float | None) -> Tensor:
         if bound is not None:
             new = new.clamp(-bound, bound)
         moved = new - now
-        if float(moved.norm()) <= _SETTLED * float(new.norm()):
+        if float(moved.norm()) <= _CONVERGED * float(new.norm()):
             return new
-        if float((slope * moved).sum()) > 0:  # uphill: the momentum has overshot
+        if float((slope * moved).sum()) > 0:  # uphill: restart the momentum
             momentum = 1.0
         following = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
         ahead = new + (momentum - 1) / following * moved

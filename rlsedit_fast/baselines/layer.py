@@ -1,4 +1,4 @@
-"""A layer under a rule: its exact weight, what the rule remembers of it, and all or nothing."""
+"""A layer with a baseline rule: its exact weight, the memory of the rule, and transactions."""
 
 from __future__ import annotations
 
@@ -24,65 +24,87 @@ _versions = itertools.count(1)
 
 
 class LayerState(Protocol):
-    """What an editor asks of an edited layer; `RLSState` is one, `RuleLayer` the other."""
+    """Interface of an edited layer that the editor uses, implemented by `RLSState` and `RuleLayer`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.baselines import LayerState, make_layer
+        >>> from rlsedit_fast.rls import Prior
+        >>> layer: LayerState = make_layer("rls", {}, torch.zeros(1, 2), Prior(lam=1.0), delay=0, label="layer 0")
+        >>> layer.name
+        'layer 0'
+    """
 
     @property
     def weight(self) -> Tensor:
-        """`W [d_v, d_k]`."""
+        """The current weight `W [d_v, d_k]`."""
 
     @property
     def original(self) -> Tensor:
-        """`W0 [d_v, d_k]`."""
+        """The original weight `W0 [d_v, d_k]`."""
 
     @property
     def prior(self) -> Prior:
-        """What holds the weight."""
+        """The prior of the layer."""
 
     @property
     def name(self) -> str:
-        """Of the layer."""
+        """The name of the layer."""
 
     @property
     def objective(self) -> float:
-        """`J` at the weight; NaN under a rule that minimises none."""
+        """The objective `J`; NaN for a rule without an objective."""
 
     def outputs(self, keys: Tensor) -> Tensor:
-        """`K W^T`."""
+        """Returns `K W^T [n, d_v]`."""
 
     def deviation(self) -> float:
-        """`||W - W0||_F`."""
+        """Returns `||W - W0||_F`."""
 
     def bounds(self) -> Bounds:
-        """What is promised of the weight."""
+        """Returns bounds on the weight, the anchors and the edits."""
 
     def monitor(self) -> Monitor:
-        """The health of what the layer keeps beside its weight."""
+        """Returns the drift of the layer's state."""
 
     def project(self, keys: Tensor, weights: Tensor | None = None) -> Any:
-        """A batch, as `update_projected` takes it; it has the keys in the layer's dtype as `keys`."""
+        """Returns a panel for `update_projected`, with the keys in the dtype of the layer as `keys`."""
 
     def update_projected(self, panel: Any, innovation: Tensor) -> Step:
-        """Writes a batch."""
+        """Applies the edits of a panel, given as innovations `E [n, d_v]`."""
 
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Writes a batch given by its outputs."""
+        """Applies a batch of edits with values `V [n, d_v]`."""
 
     def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Takes a batch back."""
+        """Removes applied edits."""
 
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
-        """Makes the layer afresh from the edits that it is to hold."""
+        """Recomputes the layer from the given edits."""
 
     def settle(self) -> None:
-        """Called behind a transaction."""
+        """Completes deferred work after a transaction."""
 
     def transaction(self) -> AbstractContextManager[None]:
-        """All or nothing."""
+        """Restores the layer if the block raises."""
 
 
 @dataclass(frozen=True, eq=False)
 class RulePanel:
-    """A batch's keys `[n, d_k]` and weights `[n]`, and the version of the layer that they were taken at."""
+    """A batch of keys for one version of a layer.
+
+    Attributes:
+        keys: `K [n, d_k]` in the dtype of the layer.
+        weights: `w [n]`.
+        version: version of the layer.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.baselines import MEMIT, RuleLayer
+        >>> from rlsedit_fast.rls import Prior
+        >>> RuleLayer(torch.zeros(1, 2), Prior(lam=1.0), MEMIT()).project(torch.ones(3, 2)).weights
+        tensor([1., 1., 1.])
+    """
 
     keys: Tensor
     weights: Tensor
@@ -90,20 +112,30 @@ class RulePanel:
 
 
 class RuleLayer(Layer):
-    """What `RLSState` is to the recursive rule, for any other one: the same calls, as far as a rule has them.
+    """A layer that is edited by a baseline rule, with the interface of `RLSState`.
 
-    The rule computes in float64; the weight is kept exactly in float32 (float64 for a float64 weight).
+    The rule computes in float64; the exact weight is float32 (float64 for a float64 weight).
 
     Args:
         weight: `W0 [d_v, d_k]`, any floating dtype.
-        prior: what the rule weighs edits against; its anchors are to go on as they are.
+        prior: prior of the layer, with default anchor values.
         rule: the rule.
-        name: of the layer, for the errors.
-        in_place: keep `weight` itself current, as in `RLSState`.
+        name: name of the layer, for error messages.
+        in_place: keep `weight` itself up to date, see `RLSState`.
 
     Raises:
-        InputError: the weight is wrong, or the prior has anchors with values of their own.
-        PriorError: the rule cannot work under this prior.
+        InputError: the weight is invalid, or the prior has custom anchor values.
+        PriorError: the rule does not support this prior.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.baselines import MEMIT, RuleLayer
+        >>> from rlsedit_fast.rls import Prior
+        >>> layer = RuleLayer(torch.zeros(1, 3), Prior(lam=1.0), MEMIT())
+        >>> panel = layer.project(torch.ones(1, 3))
+        >>> step = layer.update_projected(panel, torch.tensor([[4.0]]))
+        >>> layer.weight, step.residual
+        (tensor([[1., 1., 1.]]), tensor([[1.]]))
     """
 
     @torch.no_grad()
@@ -115,33 +147,35 @@ class RuleLayer(Layer):
         checks.finite(weight=weight.detach().to(self._dtype))
         prior.check_shape(weight.shape[0], weight.shape[1], name)
         if prior.custom:
-            raise InputError(f"{name}: rule={rule.name!r} cannot give anchors values of their own; only 'rls' can")
+            raise InputError(f"{name}: rule={rule.name!r} does not support custom anchor values; use rule='rls'.")
         self._prior, self._rule, self._name = prior, rule, name
         self._original = weight.detach().clone(memory_format=torch.contiguous_format)
-        self._memory: Any = rule.start(self._original.double(), prior, name)
+        self._memory: Any = rule.init_memory(self._original.double(), prior, name)
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
         self._edits = 0
         self._version = next(_versions)
 
     @property
-    def rule(self) -> Rule:
-        """The rule."""
-        return self._rule
-
-    @property
     def objective(self) -> float:
-        """NaN: these rules minimise no objective over all edits."""
+        """NaN: the baselines have no objective over all edits."""
         return math.nan
 
     def bounds(self) -> Bounds:
-        """None is known: these rules minimise no objective over all edits."""
+        """Returns infinite bounds: the baselines have no objective over all edits."""
         return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
 
     def project(self, keys: Tensor, weights: Tensor | None = None) -> RulePanel:
-        """A batch's keys, checked.
+        """Checks a batch of keys.
+
+        Args:
+            keys: `K [n, d_k]`, any floating dtype.
+            weights: `w [n]`, any floating dtype, positive; 1 by default.
+
+        Returns:
+            A panel for `update_projected`.
 
         Raises:
-            InputError: an argument is wrong.
+            InputError: an argument is invalid.
         """
         checks.matrix("keys", keys, columns=self._original.shape[1])
         if not len(keys):
@@ -155,70 +189,86 @@ class RuleLayer(Layer):
 
     @torch.no_grad()
     def update_projected(self, panel: RulePanel, innovation: Tensor) -> Step:
-        """Writes a batch by the rule; all of it or nothing.
+        """Applies a batch with the rule. If it raises, the layer is unmodified.
+
+        Args:
+            panel: panel returned by `project` for the current state.
+            innovation: `E [n, d_v]`, any floating dtype.
+
+        Returns:
+            Residuals, realized fractions and the norm of the weight change; the objective is NaN.
 
         Raises:
-            InputError: an argument is wrong, or the rule cannot do what is asked.
-            UpdateError: the batch cannot be solved, or its result is not finite.
+            InputError: an argument is invalid, or the rule does not support the batch.
+            UpdateError: the batch cannot be solved, or the result is not finite.
         """
         if panel.version != self._version:
-            raise InputError(f"the panel was not taken at the present state of {self._name}; call project again.")
+            raise InputError(f"the panel is not from the current state of {self._name}; call project again.")
         checks.matrix("innovation", innovation, rows=len(panel.keys), columns=self._original.shape[0])
         checks.finite(innovation=innovation)
-        wanted = innovation.detach().double()
+        innovation = innovation.detach().double()
         keys, before = panel.keys.double(), self.weight.double()
-        change, memory = self._rule.change(Batch(keys, wanted, panel.weights.double()), before, self._memory)
+        change, memory = self._rule.step(Batch(keys, innovation, panel.weights.double()), before, self._memory)
         after = before + change
         if not checks.all_finite(after.to(self._dtype)):
             raise UpdateError(
-                f"rule {self._rule.name!r} on {self._name}: the weight left the range of {self._dtype}; nothing was "
-                "changed. Hold it more firmly (lam, mu, or the rule's own settings)"
+                f"rule {self._rule.name!r} on {self._name}: the weight overflows {self._dtype}. No weight was "
+                "modified. Increase lam or mu, or change the options of the rule."
             )
         self._master.write(after.to(self._dtype))
         self._memory, self._edits, self._version = memory, self._edits + len(keys), next(_versions)
-        left = wanted - keys @ change.T
-        share = realized(wanted, left)
-        return Step(left.to(self._dtype), share.to(self._dtype), math.nan, float(change.norm()))
+        residual = innovation - keys @ change.T
+        fraction = realized(innovation, residual)
+        return Step(residual.to(self._dtype), fraction.to(self._dtype), math.nan, float(change.norm()))
 
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Writes a batch given by its outputs `V [n, d_v]`.
+        """Applies a batch of edits with values, which protects the outputs of a rule that accumulates keys.
+
+        Args:
+            keys: `K [n, d_k]`, any floating dtype.
+            values: `V [n, d_v]`, any floating dtype.
+            weights: `w [n]`, any floating dtype, positive; 1 by default.
+
+        Returns:
+            See `update_projected`.
 
         Raises:
-            InputError: the rule remembers no keys, so that outputs which are there already cannot be held by it.
+            InputError: an argument is invalid, or the rule does not accumulate keys.
+            UpdateError: the batch cannot be solved, or the result is not finite.
         """
         if not self._rule.accumulates_keys:
             raise InputError(
-                f"rule={self._rule.name!r} keeps nothing of earlier keys, so prompts cannot be protected, nor edits "
-                "put back; take 'rls'"
+                f"rule={self._rule.name!r} does not accumulate keys, so it cannot protect prompts or restore edits; "
+                "use rule='rls'."
             )
         panel = self.project(keys, weights)
         return self.update_projected(panel, values - self.outputs(panel.keys))
 
     def monitor(self) -> Monitor:
-        """Nothing is kept that could drift."""
-        return Monitor(0.0, False, "nothing is kept that could drift.")
+        """Returns a residual of 0: a baseline has no state that can drift."""
+        return Monitor(0.0, False, "this rule has no state that can drift.")
 
     def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Refused: only the recursive rule can take an edit back.
+        """Not supported: only RLS can remove edits.
 
         Raises:
             InputError: always.
         """
         raise InputError(
-            f"rule={self._rule.name!r} cannot take an edit back, so it cannot be undone, replaced, or told anew with "
-            "another edit of its subject; take rule='rls', or same_subject='separate' and edits of different subjects"
+            f"rule={self._rule.name!r} cannot remove an edit, so edits cannot be undone, replaced or combined with "
+            "another edit of the same subject. Use rule='rls', or same_subject='separate' and different subjects."
         )
 
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
-        """Refused, as `remove` is."""
+        """Not supported, see `remove`."""
         self.remove(keys, values, weights)
 
     def settle(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no work is deferred."""
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Restores weight and memory if the block raises."""
+        """Restores the weight and the memory if the block raises."""
         kept = [tensor.clone() for tensor in self._master.tensors]
         memory, edits, version = self._memory, self._edits, self._version
         try:

@@ -1,4 +1,4 @@
-"""NSE: history-aware MEMIT on the neurons that a batch's keys excite most."""
+"""NSE: history-aware MEMIT on the most active neurons of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines.base import Batch, Rule, factored, ridge_step
+from rlsedit_fast.baselines.base import Batch, Rule, factor_prior, ridge_step
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 
@@ -17,16 +17,21 @@ from rlsedit_fast.rls import Prior
 class NSE(Rule):
     """Jiang et al. 2025, Neuron-Level Sequential Editing for Large Language Models (arXiv 2410.04045), as released.
 
-    The neurons of a batch are the fewest whose activations `sum_i |K_ij|` make up the share `activation` of all. With
-    the moment, the keys `Kp` of all batches before and those of this one cut down to them,
-    `D = E^T K' (C0' + Kp'^T Kp' + K'^T K')^-1` in their columns, and 0 in the others.
+    The selected neurons are the smallest set whose activations `sum_i |K_ij|` sum to the fraction `activation` of the
+    total. With the moment, the keys `Kp` of all earlier batches and the keys of this batch restricted to them,
+    `D = E^T K' (C0' + Kp'^T Kp' + K'^T K')^-1` in their columns and 0 in the others.
 
-    Left out, as it belongs to the values and not to the write: values are searched on the original weights, and edits
-    that did not take are made again. Left to the editor: its going through the layers. (The released
-    code stops a neuron short of the share, and so mostly takes one fewer.)
+    The search of values on the original weights and the repetition of failed edits concern the values, not the update
+    rule, and are not included. (The released code stops one neuron before the fraction is reached, so it usually
+    selects one neuron fewer.)
 
     Attributes:
-        activation: share of the activation, above 0 and up to 1; 0.8 in the release, 1 there for some models.
+        activation: fraction of the activation, above 0 and at most 1; 0.8 in the released code, 1 for some models.
+
+    Example:
+        >>> from rlsedit_fast.baselines import NSE
+        >>> NSE()
+        NSE(activation=0.8)
     """
 
     name: ClassVar[str] = "nse"
@@ -35,15 +40,15 @@ class NSE(Rule):
 
     def __post_init__(self) -> None:
         if not 0 < self.activation <= 1:
-            raise InputError(f"activation={self.activation}: expected a share above 0 and up to 1")
+            raise InputError(f"activation={self.activation}: expected a number above 0 and at most 1")
 
-    def start(self, original: Tensor, prior: Prior, name: str) -> Tensor:
-        """`C0`, to which the keys are added; the part of a batch's neurons is positive definite if it is."""
-        factored(prior, original.shape[1], original.device, name)
+    def init_memory(self, original: Tensor, prior: Prior, name: str) -> Tensor:
+        """Returns `C0`, to which the keys are added."""
+        factor_prior(prior, original.shape[1], original.device, name)
         return prior.precision(original.shape[1], original.device)
 
-    def change(self, batch: Batch, weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Rule`."""
+    def step(self, batch: Batch, weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Rule.step`."""
         activation, order = batch.keys.abs().sum(0).sort(descending=True)
         reached = activation.cumsum(0)
         count = int((reached < self.activation * reached[-1]).sum()) + 1

@@ -1,4 +1,4 @@
-"""RECT: of MEMIT's change only the entries that are large beside the weight's own."""
+"""RECT: keeps the entries of the change of MEMIT with the largest relative size."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from rlsedit_fast.rls import Prior
 class RECT(Rule):
     """Gu et al. 2024, Model Editing Harms General Abilities: Regularization to the Rescue (arXiv 2401.04700).
 
-    Of MEMIT's `D` those entries stay that are among the largest `share` by `|D_ij / W_ij|`, the relative change in
-    weight; the others become 0. Left open: `W` is the weight before the batch; an entry of it that is 0 counts as an
-    infinite relative change; entries that tie with the last one kept are kept.
+    The fraction `share` of the entries of MEMIT's `D` with the largest relative change `|D_ij / W_ij|` is kept; the
+    others are set to 0. The paper leaves open: `W` is the weight before the batch; a change of an entry that is 0
+    counts as infinite; ties with the last kept entry are kept.
 
     Attributes:
-        share: of entries that stay, above 0 and up to 1; the paper's top-k %, of which it recommends 40.
+        share: fraction of entries to keep, above 0 and at most 1; the paper's top-k %, of which it recommends 40.
+
+    Example:
+        >>> from rlsedit_fast.baselines import RECT
+        >>> RECT()
+        RECT(share=0.4)
     """
 
     name: ClassVar[str] = "rect"
@@ -31,15 +36,15 @@ class RECT(Rule):
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise InputError(f"share={self.share}: expected a share above 0 and up to 1")
+            raise InputError(f"share={self.share}: expected a number above 0 and at most 1")
 
-    def start(self, original: Tensor, prior: Prior, name: str) -> Tensor:
-        """MEMIT's factor."""
-        return MEMIT().start(original, prior, name)
+    def init_memory(self, original: Tensor, prior: Prior, name: str) -> Tensor:
+        """Returns the factor of MEMIT."""
+        return MEMIT().init_memory(original, prior, name)
 
-    def change(self, batch: Batch, weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Rule`."""
-        full, _ = MEMIT().change(batch, weight, memory)
+    def step(self, batch: Batch, weight: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Rule.step`."""
+        full, _ = MEMIT().step(batch, weight, memory)
         relative = torch.where(full == 0, 0.0, (full / weight).abs())
         kept = max(1, round(self.share * full.numel()))
         least = relative.flatten().kthvalue(full.numel() - kept + 1).values

@@ -31,9 +31,8 @@ class TrialLayer:
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import TrialLayer
-        >>> layer = TrialLayer(torch.eye(3), ridge=1.0, device=torch.device("cpu"), name="layer 0")
-        >>> panel = layer.project(torch.tensor([[2.0, 0.0, 0.0]]))
-        >>> panel.projected.tolist()
+        >>> layer = TrialLayer(torch.eye(3), ridge=3.0, device=torch.device("cpu"), name="layer 0")
+        >>> layer.project(torch.tensor([[4.0, 0.0, 0.0]])).projected.tolist()
         [[1.0, 0.0, 0.0]]
     """
 
@@ -70,8 +69,8 @@ class TrialPanel:
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import TrialLayer
-        >>> layer = TrialLayer(torch.eye(2), ridge=1.0, device=torch.device("cpu"), name="layer 0")
-        >>> panel = layer.project(torch.tensor([[2.0, 0.0]]))
+        >>> layer = TrialLayer(torch.eye(2), ridge=3.0, device=torch.device("cpu"), name="layer 0")
+        >>> panel = layer.project(torch.tensor([[4.0, 0.0]]))
         >>> shared = torch.ones(1, 3, dtype=torch.float64)
         >>> panel.change(shared).tolist()
         [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]

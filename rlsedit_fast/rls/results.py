@@ -52,10 +52,10 @@ class Step:
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import Prior, RLSState
-        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0))
-        >>> step = state.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]))
-        >>> round(float(step.realized), 6), round(float(step.residual), 6)
-        (0.5, 1.0)
+        >>> state = RLSState(torch.zeros(1, 3), Prior(lam=1.0))
+        >>> step = state.update(torch.ones(1, 3), torch.tensor([[4.0]]))
+        >>> step.realized, step.residual
+        (tensor([0.7500]), tensor([[1.]]))
     """
 
     residual: Tensor

@@ -84,16 +84,16 @@ class RLSState(Layer):
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import Prior, RLSState
-        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0))
-        >>> keys, values = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]])
+        >>> state = RLSState(torch.zeros(1, 3), Prior(lam=1.0))
+        >>> keys, values = torch.ones(1, 3), torch.tensor([[4.0]])
         >>> step = state.update(keys, values)
         >>> state.weight
-        tensor([[1., 0.]])
-        >>> step.objective
-        2.0
+        tensor([[1., 1., 1.]])
+        >>> step.residual, step.objective
+        (tensor([[1.]]), 4.0)
         >>> _ = state.remove(keys, values)
         >>> state.weight
-        tensor([[0., 0.]])
+        tensor([[0., 0., 0.]])
     """
 
     _base: Tensor  # C without the pending rows
