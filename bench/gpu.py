@@ -89,7 +89,7 @@ def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
     if op == "panel":
         from rlsedit_fast.kernels import panel
 
-        if tensors[1].shape[1] <= panel.TRIANGLE_MOST:
+        if tensors[1].shape[1] <= panel.TRIANGLE_MAX_ROWS:
             variants["triton triangle"] = lambda: panel.panel(*tensors, variant="triangle")
     return variants
 

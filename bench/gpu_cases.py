@@ -44,7 +44,7 @@ def main() -> None:
         if name == "triton":
             from rlsedit_fast.kernels import panel
 
-            for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+            for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
                 print(f"n={n} panel {variant}", flush=True)
                 panel.panel(*calls(n)["panel"], variant=variant)
     torch.cuda.synchronize()

@@ -419,7 +419,7 @@ def test_triton_in_every_precision_and_variant_on_a_gpu(precision):
 
     for n in EDITS:
         given = [tensor[None].to("cuda") for tensor in operands(257, n, 7)]
-        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
             got = panel.panel(*given, variant=variant, input_precision=precision)
             check_panel(got[0], *(tensor[0] for tensor in given), backend="triton")
             assert torch.equal(panel.panel(*given, variant=variant, input_precision=precision), got)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: pip install -e .")
 
-from rlsedit_fast.kernels.precision import PRECISIONS, REFUSED
+from rlsedit_fast.kernels.precision import PRECISIONS, REJECTED
 
 SIZES = {"d": 128, "d_v": 16, "updates": 120, "batch": 2, "condition": 2e5}
 NORM = 5.0  # of the keys: firm edits, which subtract nearly all that C has in a direction
@@ -31,7 +31,7 @@ def test_a_precision_that_is_offered_is_as_good_as_float32(name, cut):
     assert found["positive_definite"]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_a_precision_that_is_refused_is_far_worse(name):
     found, float32 = measured(name), measured("ieee")
     assert found["C"] is None or found["C"] > 5 * float32["C"]

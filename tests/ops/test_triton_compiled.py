@@ -26,7 +26,7 @@ SHARED_KB = {80: 163, 90: 227}
 LEAST_SHARED_KB = 99  # of the other devices, which use the tables' default
 FLOATS = "base keys pending signs parts coefficients projected weight whitened rows moment x".split()
 DIMENSIONS = ("d", "height", "width")
-EDITS = (1, panel.FEW, 16, 32, 64, panel.MOST)
+EDITS = (1, panel.FEW, 16, 32, 64, panel.MAX_ROWS)
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def launches():
     for precision in PRECISIONS:
         for table, kernel, edits in (
             ("panel", panel.rows_kernel, EDITS),
-            ("panel_triangle", panel.triangle_kernel, [n for n in EDITS if n <= panel.TRIANGLE_MOST]),
+            ("panel_triangle", panel.triangle_kernel, [n for n in EDITS if n <= panel.TRIANGLE_MAX_ROWS]),
         ):
             for n in edits:
                 if n > panel.FEW or precision == "ieee":  # few rows take no dot product
                     yield Launch(kernel, table, n, precision, {"EDITS": n}, tensor_cores=n > panel.FEW)
-        for n in (16, panel.FINISH_MOST):
+        for n in (16, panel.FINISH_MAX_ROWS):
             for block in (0, 128):
                 yield Launch(panel.finish_kernel, "panel_finish", n, precision, {"EDITS": n, "BLOCK": block})
         for n in ends("downdate"):

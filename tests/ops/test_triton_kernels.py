@@ -15,7 +15,7 @@ pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: 
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.kernels import tables
-from rlsedit_fast.kernels.precision import PRECISIONS, REFUSED, chosen
+from rlsedit_fast.kernels.precision import PRECISIONS, REJECTED, chosen
 
 TABLES = sorted(path.stem for path in Path(tables.__file__).parent.glob("*.json"))
 
@@ -50,15 +50,15 @@ def test_the_precision_is_the_argument_s_else_the_environment_s_else_tf32x3(monk
     assert chosen(None) == "tf32x3"
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_a_coarse_precision_is_refused_with_the_reason(name, monkeypatch):
     with pytest.raises(InputError) as error:
         chosen(name)
-    assert f"input_precision={name!r} is refused" in str(error.value)
-    assert REFUSED[name] in str(error.value)
+    assert f"input_precision={name!r} is not supported" in str(error.value)
+    assert REJECTED[name] in str(error.value)
     assert all(good in str(error.value) for good in PRECISIONS)
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", name)
-    with pytest.raises(InputError, match=f"RLSEDIT_TRITON_PRECISION='{name}' is refused"):
+    with pytest.raises(InputError, match=f"RLSEDIT_TRITON_PRECISION='{name}' is not supported"):
         chosen(None)
 
 

@@ -82,7 +82,7 @@ def test_panel(layers, d, n, r):
     assert all(untouched(*pair) for pair in views)
 
 
-@pytest.mark.parametrize(("layers", "d", "n", "r"), [case for case in CASES if case[2] <= panel.TRIANGLE_MOST])
+@pytest.mark.parametrize(("layers", "d", "n", "r"), [case for case in CASES if case[2] <= panel.TRIANGLE_MAX_ROWS])
 def test_panel_by_the_lower_triangle_alone(layers, d, n, r):
     base, *others = operands(layers, d, n, r)
     lower = torch.where(torch.ones(d, d).tril().bool(), base, float("nan"))
@@ -96,7 +96,7 @@ def test_panel_in_any_split_of_every_table(capability, processors, monkeypatch):
     monkeypatch.setattr(panel, "device", lambda index: (capability, processors))
     for n in (1, 4, 16, 33):
         given = operands(1, 300, n, 20)
-        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
             check_panel(panel.panel(*given, variant=variant), *given)
 
 
@@ -252,7 +252,7 @@ def test_a_precision_that_is_refused_changes_nothing(op, monkeypatch):
     }[op]
     before = [tensor.clone() for tensor in given if isinstance(tensor, torch.Tensor)]
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "tf32")
-    with pytest.raises(ValueError, match=r"RLSEDIT_TRITON_PRECISION='tf32' is refused: .*positive definiteness"):
+    with pytest.raises(ValueError, match=r"RLSEDIT_TRITON_PRECISION='tf32' is not supported: .*positive definiteness"):
         getattr(ops, op)(*given, backend="triton")
     after = [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -262,7 +262,7 @@ def test_what_the_kernels_cannot_take_is_refused():
     base, keys, pending, signs = operands(1, 20, 40, 2)
     with pytest.raises(ValueError, match="variant='half': expected one of full, triangle"):
         panel.panel(base, keys, pending, signs, variant="half")
-    with pytest.raises(ValueError, match="up to 32 rows of keys, not 40"):
+    with pytest.raises(ValueError, match="at most 32 rows of keys, got 40"):
         panel.panel(base, keys, pending, signs, variant="triangle")
     with pytest.raises(RuntimeError, match=r"float32 only, got torch\.float64"):
         ops.moment_(base.double(), keys, backend="triton")
