@@ -1,16 +1,16 @@
-"""Packages the repository and builds its native parts, each only where its tools are found.
+"""Packages the project and builds its native parts if their build tools are available.
 
-CPU extension (`rlsedit_fast/ops/_cpu.*.so`): needs a C++17 compiler, CMake, pybind11 and Python's headers.
-CUDA library (`rlsedit_fast/ops/librlsedit_cuda.so`): needs nvcc, called directly, so that neither CMake nor
-pybind11 is asked for on a GPU machine. No part needs torch to build.
+CPU extension (`rlsedit_fast/ops/_cpu.*.so`): requires a C++17 compiler, CMake, pybind11 and the Python headers. CUDA
+library (`rlsedit_fast/ops/librlsedit_cuda.so`): requires nvcc, which is called directly, without CMake and pybind11. No
+part requires torch.
 
-What cannot be built is left out with a warning, the package then computes in PyTorch, and the outcome of both
-parts is recorded in `rlsedit_fast/ops/_build.json`, which `python -m rlsedit_fast` prints.
+A part that cannot be built is omitted with a warning, and the package uses PyTorch instead. The result of both builds
+is written to `rlsedit_fast/ops/_build.json`, which `python -m rlsedit_fast` prints.
 
-Environment:
-    RLSEDIT_BUILD_CPU    0: leave the CPU extension out. 1: fail the install if it cannot be built.
+Environment variables:
+    RLSEDIT_BUILD_CPU    0: omit the CPU extension. 1: fail the installation if it cannot be built.
     RLSEDIT_BUILD_CUDA   The same for the CUDA library.
-    CXX                  The C++ compiler; nvcc uses it too.
+    CXX                  The C++ compiler, also used by nvcc.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "librlsedit_cuda.so"
 CUDA_TARGETS = ("80", "90a", "100")
-PTX_TARGET = "80"  # compiled at load time on every newer device that CUDA_TARGETS leaves out
-LOG_TAIL = 1500  # characters of a failed build's log that are worth showing
+PTX_TARGET = "80"  # compiled at load time on newer devices that are not in CUDA_TARGETS
+LOG_TAIL = 1500  # characters shown of the log of a failed build
 FOLDERS = {"rlsedit_fast.kernels": "kernels/triton", "rlsedit_fast.cuda_sources": "csrc/cuda"}
 
 
 class CannotBuild(Exception):
-    """A part's tools are missing or its compilation failed; the text says which, and what to do."""
+    """The build tools of a part are missing, or its compilation failed."""
 
 
 def find_compiler() -> list[str]:
     for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if candidate and shutil.which(shlex.split(candidate)[0]):
             return shlex.split(candidate)
-    raise CannotBuild("no C++ compiler was found: install one (on Debian: apt install g++), or name it in CXX")
+    raise CannotBuild("no C++ compiler was found: install one (Debian: apt install g++) or set CXX")
 
 
 def run(command: list[str], **environment: str) -> str:
-    """Runs `command` and returns what it printed."""
+    """Runs `command` and returns its output."""
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def build_cpu(out: Path) -> dict[str, str]:
-    """Builds the CPU extension in a fresh folder (a kept CMake cache would point into a vanished pip environment)."""
+    """Builds the CPU extension in a new folder; a CMake cache would refer to a deleted pip environment."""
     compiler = find_compiler()
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -73,7 +73,7 @@ def build_cpu(out: Path) -> dict[str, str]:
     if importlib.util.find_spec("pybind11") is None:
         raise CannotBuild("pybind11 was not found: pip install pybind11, or install without --no-build-isolation")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise CannotBuild("Python.h was not found: install Python's headers (on Debian: apt install python3-dev)")
+        raise CannotBuild("Python.h was not found: install the Python headers (Debian: apt install python3-dev)")
     import pybind11
 
     with tempfile.TemporaryDirectory(prefix="rlsedit-cpu-") as folder:
@@ -93,15 +93,15 @@ def build_cpu(out: Path) -> dict[str, str]:
 
 
 def build_cuda(out: Path) -> dict[str, str]:
-    """Builds the CUDA library for the targets that this nvcc knows."""
+    """Builds the CUDA library for the targets that nvcc supports."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise CannotBuild("nvcc was not found: install the CUDA toolkit and put its bin folder on PATH")
+        raise CannotBuild("nvcc was not found: install the CUDA toolkit and add its bin folder to PATH")
     host = find_compiler()
     known = run([nvcc, "--list-gpu-code"]).split()
     targets = [target for target in CUDA_TARGETS if f"sm_{target.rstrip('a')}" in known]
     if not targets:
-        raise CannotBuild(f"this nvcc compiles for {', '.join(known)}: expected one of sm_{', sm_'.join(CUDA_TARGETS)}")
+        raise CannotBuild(f"nvcc supports {', '.join(known)}: expected one of sm_{', sm_'.join(CUDA_TARGETS)}")
     codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
     if f"sm_{PTX_TARGET}" in known:
         codes.append(f"-gencode=arch=compute_{PTX_TARGET},code=compute_{PTX_TARGET}")
@@ -127,7 +127,7 @@ PARTS = {
 
 
 class BuildNative(build_ext):
-    """Builds both parts, or says which it left out and why."""
+    """Builds both parts; a part that cannot be built is omitted with a warning."""
 
     def out(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "rlsedit_fast" / "ops"
@@ -135,26 +135,30 @@ class BuildNative(build_ext):
     def run(self) -> None:
         out = self.out()
         out.mkdir(parents=True, exist_ok=True)
-        for stale in (*out.glob("_cpu.*"), out / CUDA_LIBRARY, out / "_build.json"):  # or a failure leaves its claims
+        for stale in (
+            *out.glob("_cpu.*"),
+            out / CUDA_LIBRARY,
+            out / "_build.json",
+        ):  # remove stale results before a build that can fail
             stale.unlink(missing_ok=True)
         facts = {part: self.build_part(*PARTS[part], out) for part in PARTS}
         (out / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
-    def build_part(self, switch: str, what: str, build, out: Path) -> dict[str, object]:
-        wish = os.environ.get(switch, "")
-        if wish not in ("", "0", "1"):
-            raise SystemExit(f"{switch}={wish}: expected 0 (leave the {what} out), 1 (require it) or nothing")
-        if wish == "0":
-            return {"built": False, "reason": f"left out by {switch}=0"}
+    def build_part(self, variable: str, what: str, build, out: Path) -> dict[str, object]:
+        setting = os.environ.get(variable, "")
+        if setting not in ("", "0", "1"):
+            raise SystemExit(f"{variable}={setting}: expected 0 (omit the {what}), 1 (require it) or unset")
+        if setting == "0":
+            return {"built": False, "reason": f"omitted by {variable}=0"}
         try:
             return {"built": True, **build(out)}
         except CannotBuild as error:
-            if wish == "1":
-                raise SystemExit(f"the {what} was required by {switch}=1 and cannot be built: {error}") from error
+            if setting == "1":
+                raise SystemExit(f"the {what} is required by {variable}=1 but cannot be built: {error}") from error
             print(
-                f"\nWARNING: rlsedit-fast is installed without its {what}, and computes in PyTorch instead, because "
-                f"{error}\nTo get it, provide what is missing and reinstall with pip install --force-reinstall "
-                f"--no-deps --no-cache-dir; {switch}=1 makes its absence an error.\n",
+                f"\nWARNING: rlsedit-fast is installed without its {what} and uses PyTorch instead, because {error}\n"
+                "To build it, install what is missing and reinstall with pip install --force-reinstall --no-deps "
+                f"--no-cache-dir. Set {variable}=1 to make this an error.\n",
                 file=sys.stderr,
             )
             return {"built": False, "reason": str(error)}
@@ -163,13 +167,13 @@ class BuildNative(build_ext):
         return [str(path) for pattern in ("_cpu.*", CUDA_LIBRARY, "_build.json") for path in self.out().glob(pattern)]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}  # in an editable install the outputs are made in their place
+        return {}  # an editable install builds in place
 
 
 setup(
     packages=[*find_packages(include=["rlsedit_fast", "rlsedit_fast.*"]), *FOLDERS],
-    # The folder `kernels/` itself is no package: transformers imports another package of that name.
+    # The folder `kernels/` is not a package, because transformers imports another package of that name.
     package_dir=FOLDERS,
-    ext_modules=[Extension("rlsedit_fast.ops._cpu", sources=[])],  # makes the wheel a platform's
+    ext_modules=[Extension("rlsedit_fast.ops._cpu", sources=[])],  # makes the wheel platform-specific
     cmdclass={"build_ext": BuildNative},
 )

@@ -47,8 +47,8 @@ WATCHED = (
     (RLSState, "update_projected", "solve"),
     (RLSState, "replace", "solve"),
     (RLSState, "outputs", "solve"),
-    (layers, "raised_innovation", "solve"),
-    (layers, "raised_values", "solve"),
+    (layers, "amplify_innovation", "solve"),
+    (layers, "amplify_values", "solve"),
     (session, "measure", "measure"),
 )
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25)

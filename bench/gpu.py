@@ -80,7 +80,7 @@ def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
 def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
     """Returns callables by name: each available backend, and variants of the Triton backend."""
     tensors = [x for x in given if isinstance(x, torch.Tensor)]
-    backends = [name for name in dispatch.BACKENDS if dispatch.why_not(name, op, tensors) is None]
+    backends = [name for name in dispatch.BACKENDS if dispatch.unsupported_reason(name, op, tensors) is None]
     variants = {name: lambda name=name: getattr(ops, op)(*given, backend=name) for name in backends}
     if "triton" not in variants:
         return variants
@@ -89,7 +89,7 @@ def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
     if op == "panel":
         from rlsedit_fast.kernels import panel
 
-        if tensors[1].shape[1] <= panel.TRIANGLE_MOST:
+        if tensors[1].shape[1] <= panel.TRIANGLE_MAX_ROWS:
             variants["triton triangle"] = lambda: panel.panel(*tensors, variant="triangle")
     return variants
 

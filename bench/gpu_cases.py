@@ -36,7 +36,7 @@ def main() -> None:
     ran = 0
     for n in EDITS:
         for op, given in calls(n).items():
-            reason = dispatch.why_not(name, op, [t for t in given if isinstance(t, torch.Tensor)])
+            reason = dispatch.unsupported_reason(name, op, [t for t in given if isinstance(t, torch.Tensor)])
             print(f"n={n} {op}: {reason or 'run'}", flush=True)
             if reason is None:
                 getattr(ops, op)(*given, backend=name)
@@ -44,7 +44,7 @@ def main() -> None:
         if name == "triton":
             from rlsedit_fast.kernels import panel
 
-            for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+            for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
                 print(f"n={n} panel {variant}", flush=True)
                 panel.panel(*calls(n)["panel"], variant=variant)
     torch.cuda.synchronize()

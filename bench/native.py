@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     add_json(parser)
     options = parser.parse_args()
-    if cpu.missing():
-        parser.exit(1, f"the native kernels are not available: {cpu.missing()}\n")
+    if cpu.unavailable_reason():
+        parser.exit(1, f"the native kernels are not available: {cpu.unavailable_reason()}\n")
     rows = []
     for d in options.d:
         for count in options.rows:

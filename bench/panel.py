@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     add_json(parser)
     options = parser.parse_args()
-    if cpu.missing():
-        parser.exit(1, f"the native kernels are not available: {cpu.missing()}\n")
+    if cpu.unavailable_reason():
+        parser.exit(1, f"the native kernels are not available: {cpu.unavailable_reason()}\n")
     print(f"{'d':>6} {'n':>4} {'native ms':>10} {'torch ms':>10} {'torch/native':>13}")
     results = []
     for d in options.d:

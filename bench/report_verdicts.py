@@ -19,9 +19,9 @@ from report_runs import (
     whole,
 )
 
+from rlsedit_fast.baselines import RULES
 from rlsedit_fast.evaluation.figures import pareto
 from rlsedit_fast.evaluation.runs import value
-from rlsedit_fast.rules import RULES
 
 
 def verdicts(experiments: dict[str, list[Run]]) -> Section:

@@ -35,7 +35,7 @@ def operands(op, n):
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
 def test_operation(benchmark, op, backend, n):
     given = operands(op, n)
-    if reason := dispatch.why_not(backend, op, [x for x in given if isinstance(x, torch.Tensor)]):
+    if reason := dispatch.unsupported_reason(backend, op, [x for x in given if isinstance(x, torch.Tensor)]):
         pytest.skip(reason)
 
     def run():

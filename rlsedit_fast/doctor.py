@@ -49,7 +49,7 @@ def _gpus() -> list[str]:
 
 def _backend(name: str) -> dict[str, Any]:
     module = dispatch.load(name)
-    reason = module.missing()
+    reason = module.unavailable_reason()
     return {"available": reason is None, "reason": reason, "operations": [*module.OPS]}
 
 

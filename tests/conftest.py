@@ -167,3 +167,16 @@ def mixture(request):
 @pytest.fixture
 def make_model(tokenizer):
     return lambda name, dtype=torch.float32: MAKERS[name](len(tokenizer), dtype)
+
+
+@pytest.fixture(scope="session")
+def state_bytes():
+    """Returns a function that sums the bytes of a state's tensors, without its anchors and a weight edited in place."""
+
+    def measure(state, in_place=None):
+        master = [t for t in state._master.tensors if in_place is None or t.data_ptr() != in_place.data_ptr()]
+        pending = [state._pending._rows, state._pending._signs]
+        kept = [state._base, state._original, state._sketch.probe, state._sketch.image, *pending, *master]
+        return sum(tensor.nbytes for tensor in kept)
+
+    return measure

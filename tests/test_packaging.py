@@ -118,7 +118,7 @@ def test_pure_python_wheel_is_complete(source, tmp_path):
     assert expected | {"rlsedit_fast/py.typed"} <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.endswith(".so") or name.startswith(("kernels", "csrc", "tests")) for name in names)
-    assert facts["cpu"] == {"built": False, "reason": "left out by RLSEDIT_BUILD_CPU=0"}
+    assert facts["cpu"] == {"built": False, "reason": "omitted by RLSEDIT_BUILD_CPU=0"}
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_failed_native_build_is_skipped_with_a_reason(problem, source, tmp_path)
 
     done = run(*build, cwd=source, **environment, RLSEDIT_BUILD_CPU="1")
     assert done.returncode != 0
-    assert "required by RLSEDIT_BUILD_CPU=1" in done.stdout
+    assert "is required by RLSEDIT_BUILD_CPU=1" in done.stdout
     assert not (tmp_path / "out/rlsedit_fast/ops/_build.json").exists(), "the record of the previous build is removed"
     assert reason in done.stdout
 

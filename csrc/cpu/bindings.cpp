@@ -1,5 +1,5 @@
-// The Python module `rlsedit_fast.ops._cpu`: addresses and sizes in, nothing of torch. `ops/cpu.py` checks the
-// arguments; the interpreter's lock is released while a kernel runs.
+// The Python module `rlsedit_fast.ops._cpu`. It takes addresses and sizes and does not depend on torch. `ops/cpu.py`
+// checks the arguments; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include "rlsedit/cpu.hpp"

@@ -1,7 +1,7 @@
-// W += sign A^T U on a float32 weight in two halves, in one pass over it.
+// W += sign A^T U on a split float32 weight, in one pass over the weight.
 //
-// Blocks of columns of U are packed; over each, tiles of A^T U are summed in the registers, and W is put together, added to
-// and taken apart again. How a number is halved is told in rlsedit_fast/ops/split.py.
+// Blocks of columns of U are packed. For each block, tiles of A^T U are summed in registers, and W is joined, updated
+// and split again. See rlsedit_fast/ops/split.py for the split.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +19,10 @@ typedef uint16_t High __attribute__((vector_size(lanes * sizeof(uint16_t)), may_
 typedef int16_t Low __attribute__((vector_size(lanes * sizeof(int16_t)), may_alias, aligned(2)));
 
 constexpr int tile_vectors = 3;
-constexpr int tile_rows = lanes == 16 ? 8 : 4;  // with three vectors each, most of the registers
+constexpr int tile_rows = lanes == 16 ? 8 : 4;  // three vectors per row use most of the registers
 constexpr int64_t tile_columns = tile_vectors * lanes;
 constexpr int64_t packed_columns = 192;  // a multiple of tile_columns for every number of lanes
-constexpr int64_t packed_edits = 128;    // so that a block of U is at most 96 KiB, a fraction of the L2 cache
+constexpr int64_t packed_edits = 128;    // a block of U is at most 96 KiB, a fraction of the L2 cache
 static_assert(packed_columns % tile_columns == 0);
 static_assert(packed_columns * packed_edits == rlsedit::correct_split_workspace_per_thread);
 
@@ -37,11 +37,11 @@ inline void split(Vector value, uint16_t* high, int16_t* low) {
     *(Low*)low = __builtin_convertvector((Signed)(bits - (upper << 16)), Low);
 }
 
-// A tile of `rows` rows and tile_columns columns; `a` and `u` point at its rows of A^T and its columns of packed U.
+// Updates a tile of `rows` x tile_columns; `a` and `u` point to its rows of A^T and its columns of packed U.
 template <int rows>
 void correct_tile(uint16_t* high, int16_t* low, int64_t stride, const float* a, int64_t a_stride, const float* u,
                   int64_t edits) {
-    Vector sum[rows][tile_vectors] = {};  // apart from W, whose magnitude would swallow more of each edit
+    Vector sum[rows][tile_vectors] = {};  // separate from W, whose magnitude would increase rounding errors
     for (int64_t m = 0; m < edits; ++m, a += a_stride, u += packed_columns) {
         Vector row[tile_vectors];
 #pragma GCC unroll 8
@@ -61,7 +61,7 @@ void correct_tile(uint16_t* high, int16_t* low, int64_t stride, const float* a, 
     }
 }
 
-// The same for a tile with fewer columns, by way of a whole one.
+// The same for a tile with fewer columns, using a copy of full width.
 template <int rows>
 void correct_edge(uint16_t* high, int16_t* low, int64_t stride, int64_t columns, const float* a, int64_t a_stride,
                   const float* u, int64_t edits) {

@@ -1,4 +1,4 @@
-// Chooses the kernels' instruction set at run time.
+// Selects the instruction set at run time.
 #include <algorithm>
 
 #include "kernels.hpp"

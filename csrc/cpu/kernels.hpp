@@ -1,4 +1,4 @@
-// What the kernels and their caller share.
+// Declarations shared by the kernels and the dispatcher.
 #pragma once
 
 #ifdef _OPENMP
@@ -12,10 +12,10 @@ namespace rlsedit {
 constexpr int tile = 64;        // rows and columns of a tile: 16 KiB, half of a small L1 cache
 constexpr int widest_lanes = 16;
 
-// Columns of the narrow kernel's keys and sums: whole vectors, and what a group of rows on the diagonal reaches beyond.
+// Columns of the keys and sums of the narrow kernel: whole vectors plus the overhang of rows on the diagonal.
 constexpr int64_t narrow_columns(int64_t d) { return (d + widest_lanes - 1) / widest_lanes * widest_lanes + 32; }
 
-// A thread of a parallel region, and how many there are.
+// The index of a thread in a parallel region, and the number of threads.
 struct Team {
 #ifdef _OPENMP
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA; CMakeLists.txt gives the flags.
+// The kernels for AVX2 with FMA; CMakeLists.txt sets the flags.
 #ifdef __AVX2__
 #define RLSEDIT_LANES 8
 #include "correct_split.hpp"

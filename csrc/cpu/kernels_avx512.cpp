@@ -1,4 +1,4 @@
-// The kernels for AVX-512; CMakeLists.txt gives the flags.
+// The kernels for AVX-512; CMakeLists.txt sets the flags.
 #ifdef __AVX512F__
 #define RLSEDIT_LANES 16
 #include "correct_split.hpp"

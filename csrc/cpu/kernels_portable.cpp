@@ -1,4 +1,4 @@
-// The kernels in vectors of four, which every compiler target can express.
+// The kernels with vectors of four floats, for every target.
 #define RLSEDIT_LANES 4
 #include "correct_split.hpp"
 #include "panel.hpp"

@@ -1,4 +1,4 @@
-// Completes a symmetric matrix of which only the lower triangle is up to date.
+// Copies the lower triangle of a symmetric matrix to the upper triangle.
 #include <algorithm>
 
 #include "rlsedit/cpu.hpp"
@@ -7,9 +7,9 @@ namespace rlsedit {
 namespace {
 
 constexpr int64_t side = 64;
-constexpr int64_t block = 4 * side;  // rows whose pages are walked once for all the tiles in it
+constexpr int64_t block = 4 * side;  // rows per block, so that the pages of a block are visited once
 
-// The tile at (row, column) onto its mirror image, through a buffer: the matrix's rows may all map to one cache set.
+// Copies the tile at (row, column) to its mirror image through a buffer, because all rows can map to one cache set.
 void mirror_tile(float* base, int64_t stride, int64_t d, int64_t row, int64_t column) {
     const int64_t rows = std::min(side, d - row), columns = std::min(side, d - column);
     float transposed[side * side];

@@ -1,4 +1,4 @@
-// The panel by the kernel that suits the number of edits, or by both.
+// Computes the panel with the kernel that is faster for the number of edits, or with both.
 #pragma once
 
 #include "panel_narrow.hpp"
@@ -7,7 +7,7 @@
 namespace {
 
 void run_panel(const rlsedit::Panel& a) {
-    // A few edits beyond whole vectors take less time by themselves than a vector that is mostly empty.
+    // The few edits beyond whole vectors are faster on their own than in a mostly empty vector.
     const int64_t few = a.n % lanes;
     const bool apart = lanes == 16 && a.n > 2 * lanes && few > 0 && narrow_wins(few);
     if (!apart) return narrow_wins(a.n) ? run_narrow(a) : run_wide(a);

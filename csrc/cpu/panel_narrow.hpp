@@ -1,7 +1,7 @@
-// The panel of a few edits: C streams by along its rows, with the vector lanes along its columns.
+// The panel for few edits: C is read along its rows, with the vector lanes along its columns.
 //
-// The lower triangle is cut into strips of columns and these into blocks of rows, which stay in the cache while the
-// edits pass over them two or three at a time. A row c of a block serves twice while it is in registers:
+// The lower triangle is divided into strips of columns, and these into blocks of rows that stay in the cache while the
+// edits are processed two or three at a time. A row c of a block is used twice while it is in registers:
 // F[m, i] += c . K[m, :] and F[m, :] += K[m, i] c.
 #pragma once
 
@@ -14,13 +14,13 @@
 
 namespace {
 
-// Whether this kernel is the faster one for n edits. A single full vector of them is the other one's best case.
+// Whether this kernel is faster for n edits. One full vector of edits is the best case of the other kernel.
 constexpr bool narrow_wins(int64_t n) { return lanes == 16 ? n <= 12 || (n > 16 && n <= 24) : n <= 4; }
 
 constexpr int64_t strip = 1024;     // columns: keys and sums of three edits are 24 KiB, most of a small L1 cache
-constexpr int64_t block_rows = 32;  // of a strip: 128 KiB, a part of a small L2 cache
+constexpr int64_t block_rows = 32;  // rows of a strip: 128 KiB, a part of a small L2 cache
 
-// Edits and rows at once: as many as the registers hold with their sums. 32 hold three by four, 16 two by two.
+// Edits and rows processed together, limited by registers: three by four with 32 registers, two by two with 16.
 constexpr int most_edits = lanes == 16 ? 3 : 2;
 constexpr int rows_of(int edits) { return edits == 1 ? 8 : most_edits == 3 ? 4 : 2; }
 
@@ -30,20 +30,20 @@ struct Narrow {
     int64_t padded;
 };
 
-// The block that comes after this one, asked for line by line while this one is swept: the processor's own prefetching
-// stops at the end of a page, which a row of a strip fills.
+// Prefetches the next block line by line while the current block is processed: hardware prefetching stops at the end of
+// a page, and a row of a strip fills a page.
 struct Ahead {
     static constexpr int line = 64 / sizeof(float), lines_a_row = strip / line;
     const float* at;
     int64_t stride;
-    int next = 0, stop, each;  // lines: asked for so far, in the block, and at every step of a sweep
+    int next = 0, stop, each;  // lines: prefetched so far, in the block, and per step of a sweep
     void ask() {
         for (int count = std::min(each, stop - next); count > 0; --count, ++next)
             __builtin_prefetch(at + next / lines_a_row * stride + next % lines_a_row * line, 0, 2);
     }
 };
 
-// `rows` rows that begin at `at`, `stride` apart: columns [column, column + count), count a multiple of lanes.
+// Processes `rows` rows from `at`, `stride` apart, columns [column, column + count); count is a multiple of lanes.
 template <int edits, int rows>
 void sweep(const float* at, int64_t stride, const Narrow& p, Ahead& ahead, int64_t row, int64_t column, int64_t count) {
     Vector dot[rows][edits] = {};
@@ -77,12 +77,12 @@ void sweep(const float* at, int64_t stride, const Narrow& p, Ahead& ahead, int64
         for (int m = 0; m < edits; ++m) p.sums[m * p.padded + row + i] += total(dot[i][m]);
 }
 
-// Rows [row, row + rows) of the strip that begins at `column`; where they reach the diagonal, up to it. The diagonal
-// is taken at half: it serves twice as well.
+// Processes rows [row, row + rows) of the strip that starts at `column`, up to the diagonal. Diagonal entries are
+// halved because they are used twice.
 template <int edits, int rows>
 void narrow_group(const rlsedit::Panel& a, const Narrow& p, Ahead& ahead, int64_t row, int64_t column) {
     const float* at = a.base + row * a.stride + column;
-    const int64_t below = std::min(strip, (row - column) / lanes * lanes);  // columns that all of these rows have whole
+    const int64_t below = std::min(strip, (row - column) / lanes * lanes);  // columns below the diagonal in all rows
     sweep<edits, rows>(at, a.stride, p, ahead, row, column, below);
     if (below == strip) return;
     constexpr int reach = (rows + 2 * lanes - 2) / lanes * lanes;
@@ -103,8 +103,8 @@ void narrow_block(const rlsedit::Panel& a, const Narrow& p, Ahead& ahead, int64_
     for (; row < to; ++row) narrow_group<edits, 1>(a, p, ahead, row, column);
 }
 
-// What to ask for during the block of rows from `row` of the strip at `column`: the one below it, if it is whole and has
-// no part of the diagonal.
+// Returns what to prefetch during the block of rows at `row` of the strip at `column`: the block below it, if it is
+// complete and off the diagonal.
 Ahead ahead_of(const rlsedit::Panel& a, int64_t row, int64_t column) {
     const int64_t below = row + block_rows;
     const bool whole = below + block_rows <= a.d && below >= column + strip;
@@ -115,7 +115,7 @@ Ahead ahead_of(const rlsedit::Panel& a, int64_t row, int64_t column) {
             static_cast<int>((lines + steps - 1) / steps)};
 }
 
-// The part of one thread: an equal share of the blocks of all strips, in an order that depends on the arguments alone.
+// The part of one thread: an equal share of the blocks of all strips, in an order that depends only on the arguments.
 void narrow_part(const rlsedit::Panel& a, const Narrow& p, int thread, int threads) {
     int64_t total = 0, count = 0;
     for (int64_t column = 0; column < a.d; column += strip) total += (a.d - column + block_rows - 1) / block_rows;
@@ -127,7 +127,7 @@ void narrow_part(const rlsedit::Panel& a, const Narrow& p, int thread, int threa
             for (int64_t m = 0; m < a.n;) {
                 const Narrow part{p.keys + m * p.padded, p.sums + m * p.padded, p.padded};
                 const int64_t left = a.n - m;
-                const int64_t edits = left == most_edits + 1 ? 2 : std::min<int64_t>(left, most_edits);  // not one alone
+                const int64_t edits = left == most_edits + 1 ? 2 : std::min<int64_t>(left, most_edits);  // avoid a single edit
                 if (edits == 1) narrow_block<1>(a, part, ahead, row, to, column);
                 else if (edits == 2) narrow_block<2>(a, part, ahead, row, to, column);
                 else narrow_block<most_edits>(a, part, ahead, row, to, column);

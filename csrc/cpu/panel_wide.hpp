@@ -1,8 +1,8 @@
-// The panel of many edits: C is walked in tiles, with the vector lanes along the edits.
+// The panel for many edits: C is read in tiles, with the vector lanes along the edits.
 //
 // A tile T of rows I and columns J of the lower triangle is read from memory once, packed, and used twice:
-// F[:, I] += K[:, J] T^T and, off the diagonal, F[:, J] += K[:, I] T. Both are computed transposed, so that both are the
-// same register-blocked loop over broadcast elements of T.
+// F[:, I] += K[:, J] T^T and, off the diagonal, F[:, J] += K[:, I] T. Both are computed transposed, with the same
+// register-blocked loop over broadcast elements of T.
 #pragma once
 
 #include <algorithm>
@@ -16,14 +16,14 @@ namespace {
 
 using rlsedit::tile;
 
-// 32 registers hold 8 x 3 or 4 x 4 accumulators, 16 hold 8 x 1 or 4 x 2.
+// 32 registers fit 8 x 3 or 4 x 4 accumulators, 16 registers 8 x 1 or 4 x 2.
 constexpr int max_vectors = lanes == 16 ? 4 : 2;
 constexpr int rows_at_once(int vectors) { return vectors == 1 || (lanes == 16 && vectors < 4) ? 8 : 4; }
 
-// The tile that will be packed after this one, asked for line by line while this one is multiplied.
+// Prefetches the next tile line by line while the current tile is multiplied.
 struct Next {
     static constexpr int lines_a_row = tile * sizeof(float) / 64;
-    const float* tile_at = nullptr;  // null where there is none
+    const float* tile_at = nullptr;  // null if there is none
     int64_t stride = 0;
     void prefetch(int line) const {
         __builtin_prefetch(tile_at + line / lines_a_row * stride + line % lines_a_row * 16, 0, 2);
@@ -72,7 +72,7 @@ void multiply_all(const float* packed, const float* x, float* f, int64_t width, 
     }
 }
 
-// Packs the tile at (row, column) of the lower triangle, zero beyond d; a tile on the diagonal is made whole.
+// Packs the tile at (row, column) of the lower triangle, zero beyond d; a diagonal tile is made symmetric.
 void pack(const rlsedit::Panel& p, int64_t row, int64_t column, float* packed) {
     const int64_t rows = std::min<int64_t>(tile, p.d - row), columns = std::min<int64_t>(tile, p.d - column);
     if (rows < tile || columns < tile) std::memset(packed, 0, tile * tile * sizeof(float));
@@ -86,8 +86,8 @@ void pack(const rlsedit::Panel& p, int64_t row, int64_t column, float* packed) {
     }
 }
 
-// Tiles are handed out in square blocks, whose keys and sums stay in the cache; fewer tiles a block when there are
-// few blocks a thread.
+// Tiles are distributed in square blocks, whose keys and sums stay in the cache; blocks are smaller if there are few
+// per thread.
 int64_t block_side(int64_t tiles, int threads) {
     for (int64_t side = 4; side > 1; side /= 2) {
         const int64_t blocks = (tiles + side - 1) / side;
@@ -96,7 +96,7 @@ int64_t block_side(int64_t tiles, int threads) {
     return 1;
 }
 
-// The part of one thread: its share of the blocks, in an order that depends on the arguments alone.
+// The part of one thread: its share of the blocks, in an order that depends only on the arguments.
 void accumulate(const rlsedit::Panel& p, const float* x, float* sums, int64_t width, int thread, int threads) {
     alignas(64) float packed[tile * tile];
     const int64_t tiles = (p.d + tile - 1) / tile, side = block_side(tiles, threads);
@@ -108,7 +108,8 @@ void accumulate(const rlsedit::Panel& p, const float* x, float* sums, int64_t wi
                 for (int64_t tj = block_column * side; tj < std::min(ti + 1, (block_column + 1) * side); ++tj) {
                     const int64_t row = ti * tile, column = tj * tile;
                     pack(p, row, column, packed);
-                    // The block's next tile, or the one a row further down: wrong at a block's end, and harmless there.
+                    // The next tile of the block, or the tile one row down; wrong at the end of a block, which is
+                    // harmless.
                     const bool along = tj < std::min(ti, (block_column + 1) * side - 1);
                     const int64_t down = row + (along ? 0 : tile), right = along ? column + tile : block_column * side * tile;
                     const Next next{down + tile <= p.d ? p.base + down * p.stride + right : nullptr, p.stride};
@@ -125,7 +126,7 @@ void run_wide(const rlsedit::Panel& p) {
     const int64_t padded = (p.d + tile - 1) / tile * tile, width = (p.n + lanes - 1) / lanes * lanes;
     const int64_t matrix = padded * width;
     float* x = p.workspace;  // K transposed, [padded, width]
-    float* sums = x + matrix;  // F transposed, one [padded, width] a thread
+    float* sums = x + matrix;  // F transposed, one [padded, width] per thread
 #ifdef _OPENMP
 #pragma omp parallel num_threads(p.threads)
 #endif

@@ -1,4 +1,4 @@
-// Vectors of RLSEDIT_LANES floats, in the compiler's own notation; each includer defines the number.
+// Vectors of RLSEDIT_LANES floats as compiler vector extensions; each including file defines RLSEDIT_LANES.
 #pragma once
 
 namespace {
@@ -10,7 +10,7 @@ typedef float Unaligned __attribute__((vector_size(lanes * sizeof(float)), may_a
 inline Vector load(const float* from) { return *(const Unaligned*)from; }
 inline void store(float* to, Vector value) { *(Unaligned*)to = value; }
 
-// The sum of the lanes, by halves.
+// The sum of the lanes, by pairwise halving.
 inline float total(Vector value) {
 #pragma GCC unroll 4
     for (int half = lanes / 2; half > 0; half /= 2) {

@@ -1,1 +1,1 @@
-"""The CUDA kernels' sources, installed as `rlsedit_fast.cuda_sources` to be compiled where no library was built."""
+"""Sources of the CUDA kernels, installed as `rlsedit_fast.cuda_sources` for compilation at run time."""

@@ -1,4 +1,4 @@
-// C_base -= U^T D U. No GPU has run this yet.
+// C_base -= U^T D U. Not yet run on a GPU.
 //
 // One block owns one 128 x 128 tile on or above the diagonal, computes it and writes it and its mirror image, so every
 // element has one writer and the result is exactly symmetric.
@@ -9,12 +9,12 @@
 namespace rlsedit {
 
 constexpr int downdate_tile = tile_width<2>;
-constexpr int mirror_pitch = group + 1;  // odd: columns are read without too many bank conflicts
+constexpr int mirror_pitch = group + 1;  // odd, to reduce bank conflicts of column reads
 
 }  // namespace rlsedit
 
-// Two blocks on a multiprocessor want 128 registers a thread at most. nvcc 13.0 needs no more for sm_100 when it is not
-// told, and spills when it is.
+// Two blocks per multiprocessor need at most 128 registers per thread. For sm_100 nvcc 13.0 stays below that without a
+// bound, but spills with one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define RLSEDIT_DOWNDATE_BOUNDS __launch_bounds__(rlsedit::product_threads)
 #else
@@ -38,17 +38,17 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
 
     constexpr int across = downdate_tile / 4;
     const int own_column = 4 * (thread % across);
-    const int room_left = room(row + own_column, d), room_right = room(column + own_column, d);
+    const int left_count = remaining(row + own_column, d), right_count = remaining(column + own_column, d);
     const bool vector_rows = aligned(pending, d);
-    int own = thread / across;  // the row that this thread loads of
+    int own = thread / across;  // the row that this thread loads
     const float* at = pending + own * d + own_column;
     float4 left, right;
     float sign;
     auto load = [&] {
         const bool inside = own < rows;
         sign = inside ? signs[own] : 0.0f;
-        left = load4(at + row, inside ? room_left : 0, vector_rows);
-        right = load4(at + column, inside ? room_right : 0, vector_rows);
+        left = load4(at + row, inside ? left_count : 0, vector_rows);
+        right = load4(at + column, inside ? right_count : 0, vector_rows);
         own += depth;
         at += depth * d;
     };
@@ -59,7 +59,7 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
     float sums[8][8] = {};
     sum_slabs<2>(sums, shared, rows, x, y, load, store);
 
-    // By quadrants of 64 x 64: subtract, write, and write the mirror image by way of shared memory.
+    // For each 64 x 64 quadrant: subtract, write, and write the mirror image through shared memory.
     base += blockIdx.y * layer_stride;
     const bool vector = aligned(base, stride);
     const int size = static_cast<int>(d);
@@ -67,7 +67,7 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
     for (int hi = 0; hi < 2; ++hi)
 #pragma unroll
         for (int hj = 0; hj < 2; ++hj) {
-            if (ti == tj && hi > hj) continue;  // wholly below the diagonal
+            if (ti == tj && hi > hj) continue;  // entirely below the diagonal
             const int first_row = row + hi * group, first_column = column + hj * group;
             const int at_column = first_column + 4 * x;
             int at_row = first_row + 4 * y;
@@ -92,7 +92,7 @@ extern "C" __global__ void RLSEDIT_DOWNDATE_BOUNDS
                 kept += mirror_pitch;
             }
             __syncthreads();
-            // Row `down` below the diagonal is column `down` of what was written.
+            // A row below the diagonal is a column of the quadrant.
             const int along = 4 * x, below_column = first_row + along;
             int below_row = first_column + y;
             entries = base + below_row * stride + below_column;

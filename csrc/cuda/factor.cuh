@@ -1,9 +1,9 @@
-// L = chol(Sig), U = L^-1 F, A = L^-1 E, in panels of up to 128 edits. No GPU has run this yet.
+// L = chol(Sig), U = L^-1 F, A = L^-1 E, in panels of up to 128 edits. Not yet run on a GPU.
 //
-// Every block factors the panel's diagonal block for itself in shared memory (no block waits for another, and one launch
-// less) and then solves for its own columns, one a thread. The factor is kept as R = L^T, upper, row-major: what is
-// read together then lies together. Forward substitution, not a product with L^-1: as many operations, no inverse to
-// form, and its backward error does not grow with the condition of Sig.
+// Every block factors the diagonal block of the panel itself in shared memory, which saves a launch, and then solves
+// for its own columns, one per thread. The factor is stored as R = L^T, upper, row-major, for contiguous reads. Forward
+// substitution is used instead of a product with L^-1: the same number of operations, no inverse, and a backward error
+// that does not grow with the condition of Sig.
 #pragma once
 
 #include "common.cuh"
@@ -12,22 +12,22 @@ namespace rlsedit {
 
 constexpr int panel_edits = 128;
 constexpr int factor_threads = 128;
-constexpr int chunk = 32;  // rows that a thread holds in registers
+constexpr int chunk = 32;  // rows that a thread keeps in registers
 
-// The upper factor of up to `panel_edits` edits in shared memory, filled up with the identity to whole chunks.
+// The upper factor of up to `panel_edits` edits in shared memory, padded with the identity to whole chunks.
 struct Factor {
     float* entries;  // [padded, pitch]
-    float* inverses;  // [padded]: of the diagonal
+    float* inverses;  // [padded]: inverse diagonal
     int size, padded, pitch;
 
     __device__ float* row(int i) const { return entries + i * pitch; }
 };
 
-// x <- R_cc^-T x for the chunk of rows from `start` on: x[k] = (x[k] - sum over l < k of R[l][k] x[l]) / R[k][k].
+// x <- R_cc^-T x for the chunk of rows at `start`: x[k] = (x[k] - sum over l < k of R[l][k] x[l]) / R[k][k].
 __device__ inline void solve_chunk(float (&x)[chunk], const Factor& factor, int start) {
 #pragma unroll
     for (int l = 0; l < chunk; ++l) {
-        if (start + l >= factor.size) return;  // the identity from here on
+        if (start + l >= factor.size) return;  // identity padding
         x[l] *= factor.inverses[start + l];
         const float* row = factor.row(start + l) + start;
 #pragma unroll
@@ -41,8 +41,8 @@ __device__ inline void solve_chunk(float (&x)[chunk], const Factor& factor, int 
     }
 }
 
-// One warp factors the chunk x chunk block from `start` on; lane j holds its column j. Returns 0, or the one-based index
-// of the pivot that is not positive (also when it is not a number), the same on every lane.
+// One warp factors the chunk x chunk block at `start`; lane j has column j. Returns, on every lane, 0 or the one-based
+// index of the first pivot that is not positive or is NaN.
 __device__ inline int factor_chunk(const Factor& factor, int start, int lane) {
     float column[chunk];
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ inline int factor_chunk(const Factor& factor, int start, int lane) {
     return failed;
 }
 
-// Factors in place with all threads of the block; `flag` is a word of shared memory. Returns as `factor_chunk` does.
+// Factors in place with all threads of the block; `flag` is a word of shared memory. See `factor_chunk` for the result.
 __device__ inline int factor_in_place(const Factor& factor, int* flag) {
     const int thread = threadIdx.x;
     for (int start = 0; start < factor.padded; start += chunk) {
@@ -82,7 +82,7 @@ __device__ inline int factor_in_place(const Factor& factor, int* flag) {
         __syncthreads();
         if (*flag) return *flag;
         const int next = start + chunk, rest = factor.padded - next;
-        if (thread < rest) {  // the rows of R beside the block, one column a thread: rest <= 96
+        if (thread < rest) {  // the rows of R to the right of the block, one column per thread: rest <= 96
             float x[chunk];
 #pragma unroll
             for (int i = 0; i < chunk; ++i) x[i] = factor.row(start + i)[next + thread];
@@ -91,7 +91,7 @@ __device__ inline int factor_in_place(const Factor& factor, int* flag) {
             for (int i = 0; i < chunk; ++i) factor.row(start + i)[next + thread] = x[i];
         }
         __syncthreads();
-        const int tiles = rest / 4;  // what is left, in 4 x 4 tiles of its upper triangle
+        const int tiles = rest / 4;  // the remaining upper triangle in 4 x 4 tiles
         for (int number = thread; number < tiles * (tiles + 1) / 2; number += factor_threads) {
             int ti, tj;
             triangle(number, ti, tj);
@@ -119,7 +119,7 @@ __device__ inline int factor_in_place(const Factor& factor, int* flag) {
     return 0;
 }
 
-// Solves R^T solved = right for one column; both have `width` floats a row and may be the same.
+// Solves R^T solved = right for one column; both have rows of `width` floats and may be the same array.
 __device__ inline void solve_column(const Factor& factor, const float* right, float* solved, i64 width) {
     for (int start = 0; start < factor.padded; start += chunk) {
         float x[chunk];
@@ -147,13 +147,14 @@ __device__ inline void solve_column(const Factor& factor, const float* right, fl
 
 }  // namespace rlsedit
 
-// The panel of edits `first`.. (at most 128 of the n): its block of Sig is factored, its rows of R beside the block, of
-// U and of A are solved for. `sigma` [layers, n, n] holds what is left of Sig, its upper triangle, and is overwritten
-// beside the diagonal block; `projected` and `innovation` hold the right sides and may be `u` and `a`. `lower`
-// [layers, n, n] gets the panel's columns of L, and zeros above its diagonal; `info` [layers] the first pivot that is not
-// positive. Blocks: (columns beside the block + d_k + d_v, each rounded up to whole blocks, layers).
+// Factors the block of Sig for the panel of edits from `first` (at most 128 of n), and solves for its rows of R to the
+// right of the block, of U and of A. `sigma` [layers, n, n] contains the remaining upper triangle of Sig and is
+// overwritten to the right of the diagonal block; `projected` and `innovation` are the right-hand sides and may be `u`
+// and `a`. `lower` [layers, n, n] receives the panel's columns of L, with zeros above the diagonal, and `info` [layers]
+// the first pivot that is not positive. Blocks: (columns to the right + d_k + d_v, each rounded up to whole blocks,
+// layers).
 //
-// Three blocks fit a multiprocessor by shared memory at 128 edits, so by registers too.
+// Shared memory for 128 edits allows three blocks per multiprocessor, and so must the registers.
 extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads, 3)
     rlsedit_factor(float* sigma, const float* projected, const float* innovation, float* u, float* a, float* lower,
                    int* info, rlsedit::i64 n, rlsedit::i64 first, rlsedit::i64 d_k, rlsedit::i64 d_v) {
@@ -181,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(rlsedit::factor_threads, 3)
     }
     if (failed) return;
 
-    if (blockIdx.x == 0) {  // lanes go over 8 rows and 4 columns, for the sake of the banks
+    if (blockIdx.x == 0) {  // lanes cover 8 rows and 4 columns to avoid bank conflicts
         for (int e = thread; e < padded * padded; e += factor_threads) {
             const int within = e % warp, tile = e / warp;
             const int i = tile / (padded / 4) * 8 + within / 4, k = tile % (padded / 4) * 4 + within % 4;

@@ -1,5 +1,5 @@
-// Sig = diag(noise) + sign/2 (F K^T + K F^T), in two launches that give the same bits every time: parts of the sum over
-// d_k by many blocks, then their sum in a fixed order. Upper triangles only.
+// Sig = diag(noise) + sign/2 (F K^T + K F^T), in two launches with a deterministic result: partial sums over d_k by
+// many blocks, then their sum in a fixed order. Upper triangles only.
 #pragma once
 
 #include "product.cuh"
@@ -8,7 +8,7 @@ namespace rlsedit {
 
 constexpr int gram_tile = tile_width<1>;
 constexpr int gram_depth = slab_depth<1>;
-constexpr int sigma_threads = 1024;  // at most: a warp for each part, and no more than 32
+constexpr int sigma_threads = 1024;  // maximum: one warp per part, at most 32
 
 }  // namespace rlsedit
 
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(rlsedit::product_threads)
         const float4 k_row = load_columns<1>(keys, d, row, n, k, end, vector_k, thread);
         const float4 f_column = load_columns<1>(projected, d, column, n, k, end, vector_f, thread);
         const float4 k_column = load_columns<1>(keys, d, column, n, k, end, vector_k, thread);
-        __syncthreads();  // the slab before has been read
+        __syncthreads();  // wait until the previous slab has been read
         store_columns<1>(shared, f_row, thread);
         store_columns<1>(shared + floats, k_row, thread);
         store_columns<1>(shared + 2 * floats, f_column, thread);
@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(rlsedit::product_threads)
         }
 }
 
-// The upper triangle of sigma[layer] [n, n] from the parts. A block sums 32 entries; of W warps, each takes every W-th
-// part. Shared memory: W rows of 33 floats. Blocks: (entries / 32, layers).
+// Sums the parts into the upper triangle of sigma[layer] [n, n]. A block sums 32 entries; each of its W warps takes
+// every W-th part. Shared memory: W rows of 33 floats. Blocks: (entries / 32, layers).
 extern "C" __global__ void __launch_bounds__(rlsedit::sigma_threads)
     rlsedit_sigma(const float* partial, const float* noise, float* sigma, rlsedit::i64 n, rlsedit::i64 splits,
                   float sign) {

@@ -1,4 +1,4 @@
-// All kernels, for nvcc, for NVRTC and for the tests' host compiler.
+// All kernels, for nvcc, NVRTC and the host compiler of the tests.
 #pragma once
 
 #include "downdate.cuh"
@@ -7,7 +7,7 @@
 #include "panel.cuh"
 #include "update.cuh"
 
-// name without its prefix, least and most threads of a block
+// name without prefix, minimum and maximum number of threads per block
 #define RLSEDIT_KERNELS(X)                                           \
     X(gram, rlsedit::product_threads, rlsedit::product_threads)      \
     X(sigma, rlsedit::warp, rlsedit::sigma_threads)                  \

@@ -1,11 +1,11 @@
-// The library's two functions.
+// The exported functions of the library.
 #include <cuda_runtime.h>
 
 #include "launcher.hpp"
 
 namespace {
 
-constexpr int64_t unasked_shared_memory = 48 << 10;  // more must be asked for
+constexpr int64_t default_shared_memory = 48 << 10;  // larger sizes must be requested
 
 int check(cudaError_t error, const char* name, const char* what) {
     if (error == cudaSuccess) return RLSEDIT_OK;
@@ -13,7 +13,7 @@ int check(cudaError_t error, const char* name, const char* what) {
                          cudaGetErrorName(error));
 }
 
-// Makes `device` current, and the one before it again when the scope ends.
+// Makes `device` current and restores the previous device at the end of the scope.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -48,7 +48,7 @@ extern "C" int rlsedit_cuda_launch(const char* name, const char* types, void** a
     }
     OnDevice scope(device);
     if (int status = check(scope.error(), name, "choosing the device")) return status;
-    if (shared > unasked_shared_memory) {
+    if (shared > default_shared_memory) {
         const cudaError_t asked = cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(shared));
         if (int status = check(asked, name, "asking for shared memory")) return status;

@@ -1,5 +1,5 @@
-// The kernels by name, and what is checked before one is launched. Host only, and free of the CUDA runtime, so that the
-// tests' host build of the kernels goes through the same checks.
+// Looks up kernels by name and checks launches. Host code without the CUDA runtime, so that the host build of the tests
+// uses the same checks.
 #pragma once
 
 #include <cstdarg>
@@ -15,7 +15,7 @@ namespace rlsedit {
 
 inline thread_local char last_error[512] = "";
 
-// Keeps the formatted text for rlsedit_cuda_last_error() and returns `status`.
+// Stores the formatted message for rlsedit_cuda_last_error() and returns `status`.
 __attribute__((format(printf, 2, 3))) inline int fail(int status, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -55,9 +55,9 @@ inline const Kernel* find(const char* name) {
     return nullptr;
 }
 
-constexpr int64_t most_shared_memory = 227 << 10;  // of a block, on the devices that have most
+constexpr int64_t most_shared_memory = 227 << 10;  // per block, on the devices with the largest limit
 
-// RLSEDIT_OK and the kernel, or the failure that the request is.
+// Returns RLSEDIT_OK and the kernel, or an error.
 inline int check_launch(const Kernel*& kernel, const char* name, const char* types, void** arguments, int64_t grid_x,
                         int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared) {
     kernel = find(name);

@@ -1,8 +1,8 @@
-// F = K C for few edits, reading one triangle of C once. No GPU has run this yet.
+// F = K C for few edits, reading one triangle of C once. Not yet run on a GPU.
 //
-// A block owns some tiles of 128 x 64 entries on and above the diagonal, side by side. Each is used twice from shared
-// memory: for F at its columns and, mirrored, for F at its rows. Nothing is added up between blocks but in `panel_sum`,
-// in a fixed order, so that the bits are the same every time.
+// A block owns adjacent tiles of 128 x 64 entries on and above the diagonal. Each tile is used twice from shared
+// memory: for F at its columns and, mirrored, for F at its rows. `panel_sum` sums over blocks in a fixed order, so the
+// result is deterministic.
 #pragma once
 
 #include "common.cuh"
@@ -12,16 +12,16 @@ namespace rlsedit {
 constexpr int panel_threads = 256;
 constexpr int strip = 128;       // rows of a tile
 constexpr int across = 64;       // columns of a tile
-constexpr int panel_tiles = 8;   // of a block
+constexpr int panel_tiles = 8;   // per block
 constexpr int panel_pitch = across + 4;
-constexpr int row_groups = panel_threads / (across / 4);  // of threads that share the tile's rows
+constexpr int row_groups = panel_threads / (across / 4);  // thread groups that share the rows of a tile
 constexpr int rows_each = strip / row_groups;
 
-// What an entry counts `beyond` columns right of the diagonal: nothing below it, and on it, where it is used twice, half.
+// The value of an entry `beyond` columns right of the diagonal: 0 below the diagonal, half on it (it is used twice).
 __device__ inline float upper(float entry, i64 beyond) { return beyond > 0 ? entry : beyond == 0 ? 0.5f * entry : 0.0f; }
 
-// column_parts [layers, strips, M, d]: what the rows of a strip give to F. row_parts [layers, chunks, M, d]: what a
-// chunk of `panel_tiles` tiles gives to F at the rows of their strip, chunks counted from the strip's diagonal.
+// column_parts [layers, strips, M, d]: sums of F over the rows of a strip. row_parts [layers, chunks, M, d]: sums of F
+// at the rows of a strip over a chunk of `panel_tiles` tiles; chunks are counted from the diagonal.
 template <int M>
 __device__ inline void panel(const float* base, i64 layer_stride, i64 stride, const float* keys, float* column_parts,
                              float* row_parts, i64 n, i64 d) {
@@ -32,7 +32,7 @@ __device__ inline void panel(const float* base, i64 layer_stride, i64 stride, co
     const int thread = threadIdx.x;
     const i64 first_row = static_cast<i64>(blockIdx.y) * strip, layer = blockIdx.z;
     i64 first_column = first_row + static_cast<i64>(blockIdx.x) * panel_tiles * across;
-    if (first_column >= d) return;  // the strip is shorter than the longest
+    if (first_column >= d) return;  // this strip is shorter than the longest
     base += layer * layer_stride;
     keys += layer * n * d;
     column_parts += (layer * gridDim.y + blockIdx.y) * M * d;
@@ -52,9 +52,9 @@ __device__ inline void panel(const float* base, i64 layer_stride, i64 stride, co
 #pragma unroll
         for (int p = 0; p < rows_each; ++p) {
             const i64 row = first_row + own_group + p * row_groups, column = first_column + own_columns;
-            parts[p] = load4(base + row * stride + column, row < d ? room(column, d) : 0, vector);
+            parts[p] = load4(base + row * stride + column, row < d ? remaining(column, d) : 0, vector);
         }
-        __syncthreads();  // the tile before has been used
+        __syncthreads();  // wait until the previous tile has been used
         const bool straddles = first_column < first_row + strip;
 #pragma unroll
         for (int p = 0; p < rows_each; ++p) {
@@ -120,8 +120,8 @@ __device__ inline void panel(const float* base, i64 layer_stride, i64 stride, co
 
 }  // namespace rlsedit
 
-// Blocks: (chunks of the longest strip, strips, layers). base [layers, d, d] with the given strides, keys [layers, n, d]
-// contiguous, n of 1 to 4 or 8. Shared memory: 128 x 68 + 192 M floats.
+// Blocks: (chunks of the longest strip, strips, layers). base [layers, d, d] with the given strides, keys [layers, n,
+// d] contiguous, n of 1 to 4 or 8. Shared memory: 128 x 68 + 192 M floats.
 extern "C" __global__ void __launch_bounds__(rlsedit::panel_threads, 3)
     rlsedit_panel4(const float* base, rlsedit::i64 layer_stride, rlsedit::i64 stride, const float* keys,
                    float* column_parts, float* row_parts, rlsedit::i64 n, rlsedit::i64 d) {
@@ -134,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(rlsedit::panel_threads, 2)
     rlsedit::panel<8>(base, layer_stride, stride, keys, column_parts, row_parts, n, d);
 }
 
-// projected [layers, n, d] from the parts, of which `rows` (4 or 8) of the n are kept. A block sums 32 columns of one
-// row; each of its warps takes every 8th part. Shared memory: 8 x 33 floats. Blocks: (d / 32, n, layers).
+// Sums the parts, which have `rows` (4 or 8) rows, into projected [layers, n, d]. A block sums 32 columns of one row;
+// each of its warps takes every 8th part. Shared memory: 8 x 33 floats. Blocks: (d / 32, n, layers).
 extern "C" __global__ void __launch_bounds__(rlsedit::panel_threads)
     rlsedit_panel_sum(const float* column_parts, const float* row_parts, float* projected, rlsedit::i64 d,
                       rlsedit::i64 rows, rlsedit::i64 strips, rlsedit::i64 chunks) {

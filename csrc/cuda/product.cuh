@@ -1,7 +1,7 @@
 // Products of tiles in float32: 16 x 16 threads, each with 4 H x 4 H sums in registers, operands through shared memory.
 //
-// An operand's slab is [slab_depth<H>][pitch<H>] in shared memory: row k holds the tile's 64 H entries of summand k. A
-// thread's entries come in groups of four, 64 apart, so that every read of shared memory is 16 bytes wide and free of
+// A slab of an operand is [slab_depth<H>][pitch<H>] in shared memory: row k has the 64 H entries of summand k. The
+// entries of a thread are in groups of four, 64 apart, so that every read of shared memory is 16 bytes wide and free of
 // bank conflicts.
 #pragma once
 
@@ -11,12 +11,12 @@ namespace rlsedit {
 
 constexpr int side = 16;  // threads along each side of a tile
 constexpr int product_threads = side * side;
-constexpr int group = 4 * side;  // the distance between a thread's groups
+constexpr int group = 4 * side;  // distance between the groups of a thread
 
 template <int H>
 constexpr int tile_width = group * H;
 template <int H>
-constexpr int slab_depth = 16 / H;  // one float4 of each operand a thread
+constexpr int slab_depth = 16 / H;  // one float4 of each operand per thread
 template <int H>
 constexpr int pitch = tile_width<H> + 4;
 template <int H>
@@ -42,7 +42,7 @@ __device__ inline void multiply(float (&sums)[4 * H][4 * H], const float* left, 
     }
 }
 
-// A thread's part of one slab after the other, of a matrix whose rows are the summands: entries `start`.. of each row.
+// Loads a thread's part of consecutive slabs of a matrix whose rows are the summands, from entry `start` of each row.
 template <int H>
 class Rows {
   public:
@@ -52,11 +52,11 @@ class Rows {
         at_ = matrix + thread / across * stride + start;
         step_ = slab_depth<H> * stride;
         left_ = rows - thread / across;
-        room_ = room(start, end);
+        count_ = remaining(start, end);
         vector_ = aligned(matrix, stride);
     }
     __device__ float4 next() {
-        const float4 part = load4(at_, left_ > 0 ? room_ : 0, vector_);
+        const float4 part = load4(at_, left_ > 0 ? count_ : 0, vector_);
         at_ += step_;
         left_ -= slab_depth<H>;
         return part;
@@ -65,7 +65,7 @@ class Rows {
   private:
     const float* at_;
     i64 step_;
-    int left_, room_;
+    int left_, count_;
     bool vector_;
 };
 
@@ -75,9 +75,9 @@ __device__ inline void store_rows(float* slab, float4 part, int thread) {
     *reinterpret_cast<float4*>(slab + thread / across * pitch<H> + 4 * (thread % across)) = part;
 }
 
-// The sums over all of `rows` summands. `load` fetches this thread's part of the next slab of both operands, `store` puts it
-// into a buffer of two slabs. There are two buffers: while one is multiplied the next rows are on their way, one barrier
-// a slab.
+// Sums over `rows` summands. `load` loads this thread's part of the next slab of both operands, and `store` writes it
+// into a buffer of two slabs. There are two buffers: one is multiplied while the next is loaded, with one barrier per
+// slab.
 template <int H, class Load, class Store>
 __device__ inline void sum_slabs(float (&sums)[4 * H][4 * H], float* shared, int rows, int x, int y, Load load,
                                  Store store) {
@@ -99,7 +99,7 @@ __device__ inline void sum_slabs(float (&sums)[4 * H][4 * H], float* shared, int
     }
 }
 
-// A thread's part of a slab whose summands are the columns k.. of a matrix with contiguous rows: entries are rows.
+// Loads a thread's part of a slab whose summands are the columns from k of a matrix with contiguous rows.
 template <int H>
 __device__ inline float4 load_columns(const float* matrix, i64 stride, i64 start, i64 rows, i64 k, i64 end, bool vector,
                                       int thread) {
@@ -107,7 +107,7 @@ __device__ inline float4 load_columns(const float* matrix, i64 stride, i64 start
     const i64 row = start + thread / across;
     if (row >= rows) return {0.0f, 0.0f, 0.0f, 0.0f};
     k += 4 * (thread % across);
-    return load4(matrix + row * stride + k, room(k, end), vector);
+    return load4(matrix + row * stride + k, remaining(k, end), vector);
 }
 
 template <int H>

@@ -1,4 +1,4 @@
-// What a factored panel of edits takes from the rows below it, for more than 128 edits. No GPU has run this yet.
+// Subtracts a factored panel of edits from the rows below it, for more than 128 edits. Not yet run on a GPU.
 #pragma once
 
 #include "factor.cuh"
@@ -10,9 +10,9 @@ constexpr int update_tile = tile_width<2>;
 
 }  // namespace rlsedit
 
-// With R_p the panel of 128 edits from `first` on, for the rows behind it: Sig -= R_p^T R_p (its upper triangle),
-// U = projected - R_p^T U_p and A = innovation - R_p^T A_p; `projected` may be `u`, and `innovation` `a`.
-// Blocks: (column tiles of the rest of Sig, of U and of A, row tiles of the rest, layers).
+// With R_p the panel of 128 edits from `first`, for the rows after it: Sig -= R_p^T R_p (upper triangle),
+// U = projected - R_p^T U_p and A = innovation - R_p^T A_p; `projected` may be `u`, and `innovation` may be `a`.
+// Blocks: (column tiles of the remaining Sig, of U and of A, remaining row tiles, layers).
 extern "C" __global__ void __launch_bounds__(rlsedit::product_threads, 2)
     rlsedit_update(float* sigma, const float* projected, const float* innovation, float* u, float* a, rlsedit::i64 n,
                    rlsedit::i64 first, rlsedit::i64 d_k, rlsedit::i64 d_v) {
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(rlsedit::product_threads, 2)
     sigma += layer * n * n;
 
     const bool square = tile < tiles;
-    if (square && tile < blockIdx.y) return;  // below the diagonal: nobody reads it
+    if (square && tile < blockIdx.y) return;  // below the diagonal, never read
     const bool keys = !square && tile < tiles + key_tiles;
     const i64 width = square ? n : keys ? d_k : d_v;
     const i64 start = square ? begin + tile * update_tile : (tile - tiles - (keys ? 0 : key_tiles)) * update_tile;

@@ -1,1 +1,1 @@
-"""The Triton kernels and their tables of configurations, installed as `rlsedit_fast.kernels`."""
+"""Triton kernels and their configuration tables, installed as `rlsedit_fast.kernels`."""

@@ -1,6 +1,6 @@
-"""`W <- W + sign * A^T U` in Triton, on float32 weights and on weights in two halves. No GPU has run this yet.
+"""`W <- W + sign * A^T U` in Triton, for float32 weights and split weights. Not yet run on a GPU.
 
-Each program owns one tile of the weight and reads and writes it once, whatever the number of edits.
+Each program owns one tile of the weight and reads and writes it once, for any number of edits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tile_product(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`(A^T U)[i, j]` for the indices i of a block of rows and j of a block of columns."""
+    """Computes `(A^T U)[i, j]` for a block of row indices i and column indices j."""
     product = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
     steps = tl.arange(0, DEPTH).to(tl.int64)
     for k0 in range(0, n, DEPTH):
@@ -88,7 +88,7 @@ def correct_kernel(
 
 @triton.jit(do_not_specialize=["n", "sign"])
 def correct_split_kernel(
-    high,  # int16 [L, height, width]: the bits of the bfloat16 half
+    high,  # int16 [L, height, width]: bits of the bfloat16 half
     low,  # int16 [L, height, width]
     whitened,  # float32 [L, n, height]
     rows,  # float32 [L, n, width]
@@ -133,7 +133,7 @@ def correct_split_kernel(
     upper = tl.load(high, mask=mask, other=0).to(tl.int32) << 16
     joined = (upper + tl.load(low, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
     bits = (joined + product * sign.to(tl.float32)).to(tl.int32, bitcast=True)
-    upper = (bits + 0x8000) >> 16  # halves away from zero, as in `ops.split`
+    upper = (bits + 0x8000) >> 16  # ties away from zero, see `ops.split`
     tl.store(high, upper.to(tl.int16), mask=mask)
     tl.store(low, (bits - (upper << 16)).to(tl.int16), mask=mask)
 
@@ -141,14 +141,14 @@ def correct_split_kernel(
 def _oriented(
     weights: tuple[torch.Tensor, ...], whitened: torch.Tensor, rows: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-    """The same product, transposed where that makes the weight's last dimension the one that lies together."""
+    """Transposes the product if that makes the last dimension of the weight contiguous."""
     if weights[0].stride(2) != 1 and weights[0].stride(1) == 1:
         return tuple(weight.mT for weight in weights), rows, whitened
     return weights, whitened, rows
 
 
 def _settings(weight: torch.Tensor, n: int, precision: str) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid and the settings for a weight as it is oriented."""
+    """Returns the grid and the settings for an oriented weight."""
     settings = configuration("correct", device(weight.device.index)[0], n, precision)
     layers, height, width = weight.shape
     return (blocks(width, settings["COLUMNS"]), blocks(height, settings["ROWS"]), layers), settings
@@ -162,14 +162,14 @@ def correct_(
     *,
     input_precision: str | None = None,
 ) -> None:
-    """Launches the kernel on torch's current stream of the tensors' device.
+    """Computes `W <- W + sign * A^T U` in place on torch's current stream of the device.
 
     Args:
         weight: float32 `[L, d_v, d_k]`, of any strides; one of the last two dimensions should be contiguous.
         whitened: float32 `[L, n, d_v]`, with contiguous rows.
         rows: float32 `[L, n, d_k]`, with contiguous rows.
         sign: +1 or -1.
-        input_precision: as in `precision.chosen`.
+        input_precision: see `precision.chosen`.
     """
     precision, n = chosen(input_precision), rows.shape[1]
     if n == 0:
@@ -194,15 +194,15 @@ def correct_split_(
     *,
     input_precision: str | None = None,
 ) -> None:
-    """Launches the kernel on torch's current stream of the tensors' device.
+    """Computes `W <- W + sign * A^T U` in place on a split weight, on torch's current stream of the device.
 
     Args:
         high: bfloat16 `[L, d_v, d_k]`, of any strides; one of the last two dimensions should be contiguous.
-        low: int16 `[L, d_v, d_k]`, of any strides, best of `high`'s.
+        low: int16 `[L, d_v, d_k]`, of any strides, preferably those of `high`.
         whitened: float32 `[L, n, d_v]`, with contiguous rows.
         rows: float32 `[L, n, d_k]`, with contiguous rows.
         sign: +1 or -1.
-        input_precision: as in `precision.chosen`.
+        input_precision: see `precision.chosen`.
     """
     precision, n = chosen(input_precision), rows.shape[1]
     if n == 0:

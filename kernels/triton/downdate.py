@@ -1,7 +1,7 @@
-"""`C_base <- C_base - U_p^T D U_p` in Triton, float32, for a batch of layers. No GPU has run this yet.
+"""`C_base <- C_base - U_p^T D U_p` in Triton, float32, for a batch of layers. Not yet run on a GPU.
 
-Each program owns one square tile of the lower triangle and that tile's mirror image, so every element has one writer
-and the result is exactly symmetric.
+Each program owns one square tile of the lower triangle and its mirror image, so every element has one writer and the
+result is exactly symmetric.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def downdate_kernel(
     product = tl.zeros((TILE, TILE), dtype=tl.float32)
     for k0 in range(0, r, DEPTH):
         k = k0 + steps
-        # Loaded as [TILE, DEPTH], since a transposed tile comes in copies of 4 bytes instead of 16.
+        # Loaded as [TILE, DEPTH]; a transposed tile would be copied 4 bytes at a time instead of 16.
         left_mask = (rows[:, None] < d) & (k[None, :] < r)
         right_mask = (k[:, None] < r) & (columns[None, :] < d)
         sign = tl.load(signs + k, mask=k < r, other=0.0)
@@ -54,7 +54,7 @@ def downdate_kernel(
     here = base + rows[:, None] * base_row + columns[None, :]
     mask = (rows[:, None] < d) & (columns[None, :] < d)
     changed = tl.load(here, mask=mask, other=0.0) - product
-    # A tile on the diagonal takes its upper half from its lower one; elsewhere rows lie below columns throughout.
+    # A diagonal tile copies its lower half to its upper half; other tiles are below the diagonal.
     changed = tl.where(rows[:, None] >= columns[None, :], changed, tl.trans(changed))
     tl.store(here, changed, mask=mask)
     mirror = base + columns[:, None] * base_row + rows[None, :]
@@ -64,13 +64,13 @@ def downdate_kernel(
 def downdate_(
     base: torch.Tensor, pending: torch.Tensor, signs: torch.Tensor, *, input_precision: str | None = None
 ) -> None:
-    """Launches the kernel on torch's current stream of the tensors' device.
+    """Computes `C_base <- C_base - U_p^T D U_p` in place on torch's current stream of the device.
 
     Args:
         base: float32 `[L, d, d]`, symmetric, with contiguous rows; only the lower triangle is read.
         pending: float32 `[L, r, d]`, with contiguous rows.
         signs: float32 `[L, r]`, contiguous.
-        input_precision: as in `precision.chosen`.
+        input_precision: see `precision.chosen`.
     """
     precision = chosen(input_precision)
     layers, r, d = pending.shape

@@ -1,7 +1,7 @@
-"""`M <- M + X^T X` in Triton, float32 sums of rows of any 16- or 32-bit dtype. No GPU has run this yet.
+"""`M <- M + X^T X` in Triton, float32 sums of rows of any 16- or 32-bit dtype. Not yet run on a GPU.
 
-Tiles of the lower triangle and their mirror images have one owner each, as in `downdate`. Products of bfloat16 and
-float16 rows are exact in float32, so these go to the tensor cores as they are, whatever the precision asked for.
+Each tile of the lower triangle and its mirror image have one owner, as in `downdate`. Products of bfloat16 and float16
+rows are exact in float32, so they use the tensor cores directly, whatever the requested precision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def moment_kernel(
     t,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter multiplies 16-bit operands wrongly
+    WIDEN: tl.constexpr,  # Triton's interpreter multiplies 16-bit operands incorrectly
     PRECISION: tl.constexpr,
 ):
     ti, tj = lower_tile(tl.program_id(0))
@@ -59,12 +59,12 @@ def moment_kernel(
 
 
 def moment_(moment: torch.Tensor, rows: torch.Tensor, *, input_precision: str | None = None) -> None:
-    """Launches the kernel on torch's current stream of the tensors' device.
+    """Computes `M <- M + X^T X` in place on torch's current stream of the device.
 
     Args:
         moment: float32 `[L, d, d]`, symmetric, with contiguous rows; only the lower triangle is read.
         rows: `X [L, t, d]`, float32, bfloat16 or float16, with contiguous rows.
-        input_precision: of float32 rows, as in `precision.chosen`.
+        input_precision: precision for float32 rows, see `precision.chosen`.
     """
     precision = chosen(input_precision)
     layers, t, d = rows.shape

@@ -1,17 +1,16 @@
-"""`F = K C_base - (K U_p^T) D U_p` in Triton, float32, for a batch of layers. No GPU has run this yet.
+"""`F = K C_base - (K U_p^T) D U_p` in Triton, float32, for a batch of layers. Not yet run on a GPU.
 
-Two launches. The first reads C. It computes `F^T = C K^T`, which is the same for a symmetric C, with C's rows where the
-tensor cores want the large operand, and has the pending rows for more of them: `(K U_p^T)^T = U_p K^T` is the product
-of other rows with the same keys. The second adds up the parts of the first, in a fixed order and not by atomics, so
-that the result is the same every time, and subtracts the pending correction from them.
+There are two launches. The first reads C and computes `F^T = C K^T` (C is symmetric), with C as the large operand of
+the tensor cores. The pending rows are additional rows of that operand: `(K U_p^T)^T = U_p K^T`. The second launch sums
+the parts of the first in a fixed order, without atomics, so that the result is deterministic, and subtracts the pending
+correction.
 
-Two variants of the first launch:
-    full       every program has a block of C's rows and a part of their columns. Reads 4 d^2 bytes.
-    triangle   every program has a run of the lower triangle, and uses each tile of it for the tile's rows and,
-               mirrored, for its columns. Reads 2 d^2 bytes, and writes and reads again n d / 2 floats for every
-               block of rows.
+The first launch has two variants:
+    full       Each program has a block of rows of C and a part of the columns. It reads 4 d^2 bytes.
+    triangle   Each program has a run of the lower triangle and uses each tile for its rows and, mirrored, for its
+               columns. It reads 2 d^2 bytes, and writes and reads n d / 2 floats for every block of rows.
 
-Up to `FEW` rows no tensor core is used: products and sums are float32's own.
+Up to `FEW` rows of keys no tensor core is used, and products and sums are plain float32.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from rlsedit_fast.kernels.tables import configuration, device
 from rlsedit_fast.kernels.tiles import blocks
 
 FEW = 4
-FEW_EDITS = tl.constexpr(FEW)  # the same for the kernels
-MOST = 128  # rows of keys that a program of the first launch takes; more are further programs'
-FINISH_MOST = 32  # the same of the second launch
-TRIANGLE_MOST = 32  # with twice as many rows the triangle's parts are as many bytes as the half of C that it saves
+FEW_EDITS = tl.constexpr(FEW)  # for the kernels
+MAX_ROWS = 128  # rows of keys per program of the first launch
+FINISH_MAX_ROWS = 32  # rows of keys per program of the second launch
+TRIANGLE_MAX_ROWS = 32  # with twice as many rows, the parts need as many bytes as the half of C that is saved
 VARIANTS = ("full", "triangle")
-WAVES = 4  # programs a multiprocessor there should be at least, for the split
-LEAST_STEPS = 8  # steps that a split must have left
+WAVES = 4  # minimum number of programs per multiprocessor, for the split
+MIN_STEPS = 8  # minimum number of steps per split
 ALIGNMENT = 32  # floats
 
 
 @triton.jit
 def key_tile(keys, keys_row, i, k, n, end):
-    """`K^T [k, i]`, zero beyond n rows and the column `end`."""
+    """Loads `K^T [k, i]`, zero from row n and column `end` on."""
     return tl.load(keys + i[None, :] * keys_row + k[:, None], mask=(i[None, :] < n) & (k[:, None] < end), other=0.0)
 
 
 @triton.jit
 def key_row(keys, keys_row, i, k, n, end):
-    """`K [i, k]` for one row i, zero if there are not so many."""
+    """Loads `K [i, k]` for one row i, zero if it does not exist."""
     return tl.load(keys + i * keys_row + k, mask=k < tl.where(n > i, end, 0), other=0.0)
 
 
@@ -82,12 +81,12 @@ def rows_kernel(
     layer = (tl.program_id(2) // edit_blocks).to(tl.int64)
     edits = (tl.program_id(2) % edit_blocks) * EDITS
 
-    held = block < base_blocks
-    rows_of = tl.where(held, base + layer * base_layer, pending + layer * pending_layer)
-    stride = tl.where(held, base_row, pending_row)
-    height = tl.where(held, d, r)
-    column = tl.where(held, 0, pending_column)
-    j = (tl.where(held, block, block - base_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    in_base = block < base_blocks
+    rows_of = tl.where(in_base, base + layer * base_layer, pending + layer * pending_layer)
+    stride = tl.where(in_base, base_row, pending_row)
+    height = tl.where(in_base, d, r)
+    column = tl.where(in_base, 0, pending_column)
+    j = (tl.where(in_base, block, block - base_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     keys += layer * keys_layer
 
     lane = tl.arange(0, DEPTH).to(tl.int64)
@@ -126,9 +125,9 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["n", "runs", "steps"])
 def triangle_kernel(
-    base,  # float32 [L, d, d], of which the lower triangle is used
+    base,  # float32 [L, d, d], lower triangle
     keys,  # float32 [L, n, d]
-    parts,  # float32 [L, runs + blocks, n, columns]: a block's own rows by run, then what each block has for columns
+    parts,  # float32 [L, runs + blocks, n, columns]: sums for rows by run, then sums for columns by block
     base_layer,
     base_row,
     keys_layer,
@@ -145,7 +144,7 @@ def triangle_kernel(
     EDITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block = (tl.cdiv(d, ROWS) - 1 - tl.program_id(0)).to(tl.int64)  # the longest first
+    block = (tl.cdiv(d, ROWS) - 1 - tl.program_id(0)).to(tl.int64)  # longest first
     run = tl.program_id(1).to(tl.int64)
     edit_blocks = tl.cdiv(n, EDITS)
     layer = (tl.program_id(2) // edit_blocks).to(tl.int64)
@@ -171,7 +170,7 @@ def triangle_kernel(
             )
             tile = tl.where(j[:, None] >= k[None, :], tile, 0.0)
             total = tl.dot(tile, key_tile(keys, keys_row, i, k, n, d), total, input_precision=PRECISION)
-            tile = tl.trans(tl.where(j[:, None] > k[None, :], tile, 0.0))  # the diagonal counts once
+            tile = tl.trans(tl.where(j[:, None] > k[None, :], tile, 0.0))  # exclude the diagonal
             across = tl.dot(tile, here, input_precision=PRECISION)
             tl.store(others + i[None, :] * parts_row + k[:, None], across, mask=(i[None, :] < n) & (k[:, None] < end))
         tl.store(own[:, None] + i[None, :] * parts_row, total, mask=(j[:, None] < height) & (i[None, :] < n))
@@ -209,10 +208,10 @@ def triangle_kernel(
 @triton.jit(do_not_specialize=["n", "r", "splits", "runs", "run_columns", "triangle_blocks"])
 def finish_kernel(
     parts,  # float32 [L, splits or runs + triangle_blocks, n, columns]
-    coefficients,  # float32 [L, splits, n, columns]: U_p K^T in parts
+    coefficients,  # float32 [L, splits, n, columns]: parts of U_p K^T
     pending,  # float32 [L, r, d]
     signs,  # float32 [L, r]
-    projected,  # float32 [L, n, d], out
+    projected,  # float32 [L, n, d], output
     parts_layer,
     parts_split,
     parts_row,
@@ -234,7 +233,7 @@ def finish_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EDITS: tl.constexpr,
-    BLOCK: tl.constexpr,  # the triangle's rows in a block, 0 for the full variant
+    BLOCK: tl.constexpr,  # rows per block of the triangle variant, 0 for the full variant
     PRECISION: tl.constexpr,
 ):
     edit_blocks = tl.cdiv(n, EDITS)
@@ -248,7 +247,7 @@ def finish_kernel(
     if BLOCK == 0:
         for s in tl.range(0, splits, num_stages=3):
             total += tl.load(at + tl.cast(s, tl.int64) * parts_split, mask=mask, other=0.0)
-    else:  # the runs that the block's rows have, and what the blocks from it on have for its columns
+    else:  # the runs of the rows of this block, and the column sums of this and later blocks
         block = column // BLOCK
         for s in tl.range(0, tl.cdiv(tl.minimum((block + 1) * BLOCK, d), run_columns), num_stages=3):
             total += tl.load(at + tl.cast(s, tl.int64) * parts_split, mask=mask, other=0.0)
@@ -259,11 +258,11 @@ def finish_kernel(
     correction = tl.zeros((COLUMNS, EDITS), dtype=tl.float32)
     for q0 in range(0, r, DEPTH):
         q = q0 + steps
-        held = (q[:, None] < r) & (i[None, :] < n)
-        from_ = coefficients + layer * coefficients_layer + q[:, None] + i[None, :] * coefficients_row
+        valid = (q[:, None] < r) & (i[None, :] < n)
+        source = coefficients + layer * coefficients_layer + q[:, None] + i[None, :] * coefficients_row
         coefficient = tl.zeros((DEPTH, EDITS), dtype=tl.float32)
         for s in range(0, splits):
-            coefficient += tl.load(from_ + tl.cast(s, tl.int64) * coefficients_split, mask=held, other=0.0)
+            coefficient += tl.load(source + tl.cast(s, tl.int64) * coefficients_split, mask=valid, other=0.0)
         coefficient *= tl.load(signs + layer * signs_layer + q, mask=q < r, other=0.0)[:, None]
         rows = pending + layer * pending_layer + j[:, None] + q[None, :] * pending_row
         u = tl.load(rows, mask=(j[:, None] < d) & (q[None, :] < r), other=0.0)
@@ -274,23 +273,23 @@ def finish_kernel(
 
 
 def _edits(n: int) -> int:
-    """The rows of keys that a program takes: 1, `FEW`, or a power of two from 16 on, which tensor cores want."""
+    """Returns the rows of keys per program: 1, `FEW`, or a power of two from 16 on, as tensor cores require."""
     if n <= FEW:
         return 1 if n == 1 else FEW
-    return min(max(1 << (n - 1).bit_length(), 16), MOST)
+    return min(max(1 << (n - 1).bit_length(), 16), MAX_ROWS)
 
 
 def _splits(d: int, settings: dict[str, Any], others: int, processors: int) -> tuple[int, int]:
-    """Into how many parts the columns are split, and how many steps of `DEPTH` columns each has.
+    """Returns the number of parts of the columns, and the steps of `DEPTH` columns per part.
 
     Args:
-        d: the columns.
-        settings: of the first launch.
-        others: how many programs there are for each part.
-        processors: multiprocessors to be kept busy.
+        d: number of columns.
+        settings: settings of the first launch.
+        others: number of programs per part.
+        processors: number of multiprocessors.
     """
     total = blocks(d, settings["DEPTH"])
-    wanted = min(blocks(WAVES * processors, others), max(1, total // LEAST_STEPS))
+    wanted = min(blocks(WAVES * processors, others), max(1, total // MIN_STEPS))
     steps = blocks(total, wanted)
     return blocks(total, steps), steps
 
@@ -308,33 +307,33 @@ def panel(
     variant: str = "full",
     input_precision: str | None = None,
 ) -> torch.Tensor:
-    """Launches the kernels on torch's current stream of the tensors' device.
+    """Computes `F = K C` for `C = C_base - U_p^T D U_p` on torch's current stream of the device.
 
-    The result and a workspace of `splits` (or for the triangle, runs and blocks) times its size come from torch's
-    allocator. Nothing else is allocated, and nothing waits for the device.
+    The only allocations are the result and a workspace of `splits` (for `triangle`: runs and blocks) times its size.
+    There is no synchronization.
 
     Args:
         base: float32 `[L, d, d]`, symmetric, with contiguous rows.
         keys: float32 `[L, n, d]`, with contiguous rows.
         pending: float32 `[L, r, d]`, with contiguous rows; r may be 0.
         signs: float32 `[L, r]`, contiguous.
-        variant: `full`, or up to `TRIANGLE_MOST` rows of keys `triangle`, which uses the lower triangle only. Which is
-            faster where has not been measured.
-        input_precision: as in `precision.chosen`.
+        variant: `full`, or `triangle` for up to `TRIANGLE_MAX_ROWS` rows of keys, which uses the lower triangle only.
+            Their speed has not been measured.
+        input_precision: see `precision.chosen`.
 
     Returns:
-        `F [L, n, d]`, contiguous; the same bits every time.
+        `F [L, n, d]`, contiguous, bitwise deterministic.
 
     Raises:
-        InputError: there is no such variant or precision, or the variant does not take so many rows.
+        InputError: the variant or precision is unknown, or the variant does not support the number of rows.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant={variant!r}: expected one of {', '.join(VARIANTS)}")
     precision = chosen(input_precision)
     layers, n, d = keys.shape
     r = pending.shape[1]
-    if variant == "triangle" and n > TRIANGLE_MOST:
-        raise InputError(f"variant='triangle' takes up to {TRIANGLE_MOST} rows of keys, not {n}: use 'full' for more")
+    if variant == "triangle" and n > TRIANGLE_MAX_ROWS:
+        raise InputError(f"variant='triangle' supports at most {TRIANGLE_MAX_ROWS} rows of keys, got {n}; use 'full'")
     projected = keys.new_empty(layers, n, d)
     if n == 0:
         return projected
@@ -374,7 +373,7 @@ def panel(
                 **shared,
                 **settings,
             )
-        shared["EDITS"] = min(max(edits, 16), FINISH_MOST)
+        shared["EDITS"] = min(max(edits, 16), FINISH_MAX_ROWS)
         settings = configuration("panel_finish", capability, shared["EDITS"], precision)
         finish_kernel[(blocks(d, settings["COLUMNS"]), layers * blocks(n, shared["EDITS"]))](
             *(parts, rows[..., pending_column:], pending, signs, projected, *parts.stride()[:3], *rows.stride()[:3]),

@@ -1,4 +1,4 @@
-"""What several kernels share: the numbering of a triangle's tiles, and the sizes that launches are made of."""
+"""Tile numbering and launch sizes shared by the kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def lower_tile(b):
-    """Tile `(ti, tj)`, `tj <= ti`, of number `b = ti (ti + 1) / 2 + tj`; the floating-point root may be off by one."""
+    """Returns tile `(ti, tj)`, `tj <= ti`, of number `b = ti (ti + 1) / 2 + tj`; corrects a root that is off by one."""
     ti = ((tl.sqrt(8.0 * b.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     ti = tl.where(ti * (ti + 1) // 2 > b, ti - 1, ti)
     ti = tl.where((ti + 1) * (ti + 2) // 2 <= b, ti + 1, ti)
@@ -16,10 +16,10 @@ def lower_tile(b):
 
 
 def triangle(tiles: int) -> int:
-    """How many tiles lie on and below the diagonal."""
+    """Returns the number of tiles on and below the diagonal."""
     return tiles * (tiles + 1) // 2
 
 
 def blocks(size: int, block: int) -> int:
-    """How many blocks cover `size`."""
+    """Returns the number of blocks that cover `size`."""
     return -(-size // block)

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rlsedit_fast.baselines import RECURSIVE, RULES
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.editing.presets import GENERIC
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.rules import RECURSIVE, RULES
 
 HELP = "compare editing rules on streams of edits, on the demo model or on any model with CounterFact, zsRE or MQuAKE"
 

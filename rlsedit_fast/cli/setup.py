@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from rlsedit_fast.baselines import RULES
 from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
 from rlsedit_fast.editing.cache import find
@@ -19,7 +20,6 @@ from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
-from rlsedit_fast.rules import RULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from rlsedit_fast.editing.values import Values
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.calibrate import TrialLayer
-from rlsedit_fast.rls.shares import arrived_share, memit_share
+from rlsedit_fast.rls.shares import memit_share, realized_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Pilot:
                 # The last layer's output at the lookup token is the site's own.
                 judged = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
                 left = missing[:: self._rows] - (judged @ change.T).to(missing)
-        realized = float(arrived_share(left, self._norms.to(left)).mean())
+        realized = float(realized_fraction(left, self._norms.to(left)).mean())
         return Trial(realized, leakage)
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
@@ -227,7 +227,7 @@ class Pilot:
             noise = math.exp(2 * log_mu)
             bare = vectors[:: self._rows] / scales[:: self._rows, None]
             left = bare @ ((noise / (noise + spectrum))[:, None] * turned)
-            return float(arrived_share(left, norms).mean())
+            return float(realized_fraction(left, norms).mean())
 
         low, high = (math.log(scale) + side * _WIDE_LOG_SPAN for side in (-1, 1))
         most = realized(low)

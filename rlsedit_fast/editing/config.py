@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from rlsedit_fast import rules
+from rlsedit_fast import baselines
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
@@ -105,8 +105,8 @@ class EditConfig:
         batch_size: edits written at once.
         fact_token: the token at which the model is edited.
         rule: how a batch becomes a change of the weights: `rls`, or one of the rules that it is compared with, see
-            `rlsedit_fast.rules`. They are given the same keys, values and priors (of which `mu^2` is the field's moment
-            weight); they take no edit back.
+            `rlsedit_fast.baselines`. They are given the same keys, values and priors (of which `mu^2` is the field's
+            moment weight); they take no edit back.
         rule_options: settings of the rule by name, where it has any.
         norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
             values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
@@ -181,7 +181,7 @@ class EditConfig:
     projection_module: str | None = None
     batch_size: int = 100
     fact_token: FactToken = "subject_last"
-    rule: str = rules.RECURSIVE
+    rule: str = baselines.RECURSIVE
     rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     norm_anchor: bool = False
     key_rows: KeyRows | None = None
@@ -228,16 +228,16 @@ class EditConfig:
             for name in names.split():
                 if not fits(given := getattr(self, name)):
                     raise InputError(f"{name}={given!r}: expected {expected}")
-        rules.check(self.rule, self.rule_options)
+        baselines.make_rule(self.rule, self.rule_options)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Raises InputError for settings that exclude one another."""
-        if self.rule != rules.RECURSIVE:
+        if self.rule != baselines.RECURSIVE:
             for name, needed in (("key_rows", "mean"), ("refine", 0)):
                 if (given := getattr(self, name)) not in (None, needed):
                     raise InputError(
-                        f"{name}={given!r} needs rule={rules.RECURSIVE!r}, got rule={self.rule!r}; leave {name} out"
+                        f"{name}={given!r} needs rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; leave {name} out"
                     )
         if self.refine and self.keys is None:
             raise InputError(
@@ -247,18 +247,18 @@ class EditConfig:
     @property
     def effective_key_rows(self) -> KeyRows:
         """`key_rows`, or what None stands for."""
-        return self.key_rows or ("contexts" if self.rule == rules.RECURSIVE else "mean")
+        return self.key_rows or ("contexts" if self.rule == baselines.RECURSIVE else "mean")
 
     @property
     def effective_refine(self) -> int:
         """`refine`, or what None stands for."""
         if self.refine is not None:
             return self.refine
-        return 1 if self.rule == rules.RECURSIVE and self.keys is not None else 0
+        return 1 if self.rule == baselines.RECURSIVE and self.keys is not None else 0
 
     def under(self, rule: str, **changes: Any) -> EditConfig:
         """These settings for a rule: other rules cannot share a value between edits of one subject."""
-        apart = {} if rule == rules.RECURSIVE else {"same_subject": "separate"}
+        apart = {} if rule == baselines.RECURSIVE else {"same_subject": "separate"}
         return replace(self, rule=rule, **{**apart, **changes})
 
     def layers_of(self, depth: int) -> tuple[int, ...]:

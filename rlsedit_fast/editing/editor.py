@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
+from rlsedit_fast.baselines import RECURSIVE, LayerState, make_rule
 from rlsedit_fast.editing import memory
 from rlsedit_fast.editing.calibration import Pilot, Tradeoff, choose_priors, needs_pilot, tabulate
 from rlsedit_fast.editing.config import EditConfig
@@ -33,7 +34,6 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
-from rlsedit_fast.rules import RECURSIVE, LayerState, check
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Editor:
 
     def memory(self) -> list[memory.LayerMemory]:
         """What editing takes beside the model, layer by layer, before it is taken."""
-        rule = check(self.config.rule, self.config.rule_options)
+        rule = make_rule(self.config.rule, self.config.rule_options)
         rows = len(self.config.context_prefixes) if self.config.effective_key_rows == "contexts" else 1
         return memory.plan(self.projections, delay=self.config.delay, rows=rows, rule=rule)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
 from rlsedit_fast.editing.config import KeyRows, Keys
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
@@ -23,9 +24,8 @@ from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
-from rlsedit_fast.rls.shares import memit_share, raised_innovation, raised_values
+from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
 from rlsedit_fast.rls.state import dtype_of
-from rlsedit_fast.rules import RECURSIVE, LayerState, layer_under
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class EditedLayers:
         bare_weight: as in `EditConfig`.
         keys: as in `EditConfig`; what is told is rounded to it before it is written.
         saved: of each state, where they are to go on from there; the weights are then still the original ones.
-        rule: what a batch is written by; see `rlsedit_fast.rules`.
+        rule: what a batch is written by; see `rlsedit_fast.baselines`.
         rule_options: its settings.
     """
 
@@ -102,7 +102,7 @@ class EditedLayers:
         self._site, self._decoder, self._projections = site, site.decoder, projections
         self._halved, self._bare_weight = keys == "fp16", bare_weight
         self.states: list[LayerState] = [
-            layer_under(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
+            make_layer(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[EditRows] = []
@@ -169,7 +169,7 @@ class EditedLayers:
             weights: of each request.
             key_rows: rows per request.
             adherence: share of the wanted change that is to arrive at the site. Where a layer full of edits would
-                shrink it below that, the last layer asks for more (`raised_innovation`). None asks for the change.
+                shrink it below that, the last layer asks for more (`amplify_innovation`). None asks for the change.
 
         Returns:
             What was written of each request; `update` with the same rows at the same states writes the same bits.
@@ -187,7 +187,7 @@ class EditedLayers:
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
             if at == len(self.states) and adherence is not None and isinstance(state, RLSState):
                 bare = torch.arange(0, len(innovation), contexts)
-                innovation = raised_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
+                innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             keys.append(panel.keys)
             value, applied = self._apply(state, panel, innovation)
             written.append(value)
@@ -220,7 +220,7 @@ class EditedLayers:
         change = values.delta.repeat_interleave(torch.tensor(counts, device=values.delta.device), dim=0).to(keys)
         (read,), _ = request_keys(self._decoder, self._projections[last:], requests)
         now = rows_of_contexts(read, key_rows).to(keys)
-        raised = raised_values(state.project(keys, weights), now, change, values.delta.norm(dim=1), bare, share)
+        raised = amplify_values(state.project(keys, weights), now, change, values.delta.norm(dim=1), bare, share)
         fresh = held + raised.to(held)
         if self._halved:
             fresh = rounded(fresh)

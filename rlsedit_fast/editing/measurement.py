@@ -15,7 +15,7 @@ from rlsedit_fast.models.passes import hidden_of
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.models.tokens import alike
-from rlsedit_fast.rls import arrived_share
+from rlsedit_fast.rls import realized_fraction
 
 _ROWS_AT_ONCE = 128  # bounds the memory of one pass
 
@@ -65,7 +65,7 @@ def measure(site: Site, requests: Sequence[Request], goal: Tensor, wanted: Tenso
         found.append((state.float().cpu(), fit.nll.cpu(), fit.rank.cpu()))
     back = torch.tensor(order).argsort()
     states, nll, rank = (torch.cat(column)[back] for column in zip(*found, strict=True))
-    return Measured(arrived_share(goal.cpu() - states, wanted.cpu()), nll, rank)
+    return Measured(realized_fraction(goal.cpu() - states, wanted.cpu()), nll, rank)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from rlsedit_fast.baselines import Rule
 from rlsedit_fast.errors import ResourceError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.prior import CHUNK
 from rlsedit_fast.rls.state import dtype_of
-from rlsedit_fast.rules import Rule
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -70,9 +70,9 @@ def plan(
             # S0, which its factor replaces, and chunks; C and W are told above
             building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
         else:
-            kept += _DOUBLE * rule.kept(d_v, d_k)
+            kept += _DOUBLE * rule.memory_numel(d_v, d_k)
             # W, its change and the sum; what it remembers, with the batch, its factor and a copy
-            building = 3 * d_v * d_k + (3 * d_k * d_k if rule.kept(d_v, d_k) >= d_k * d_k else 0)
+            building = 3 * d_v * d_k + (3 * d_k * d_k if rule.memory_numel(d_v, d_k) >= d_k * d_k else 0)
         layers.append(
             LayerMemory(
                 projection.layer,

@@ -1,1 +1,1 @@
-"""All that knows transformers: where a model keeps its projections, its hidden states, its tokens."""
+"""Everything that depends on transformers: projections, hidden states, tokens and generation."""

@@ -1,4 +1,4 @@
-"""Which model this is: a digest of its weights and of the settings its forward pass reads, never of a name or path."""
+"""Fingerprints a model by its weights and the config values that its forward pass reads, not by name or path."""
 
 from __future__ import annotations
 
@@ -17,49 +17,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BLOCK = 1 << 16
-"""Words of 32 bits to a pair of sums; part of the digest's definition."""
+"""32-bit words per pair of sums; part of the definition of the digest."""
 _BLOCKS_AT_ONCE = 8
-"""Blocks to a kernel call, 4 MiB as int64; no part of the definition."""
+"""Blocks per kernel call (4 MiB as int64); not part of the definition."""
 
 _BOOKKEEPING = frozenset(
     """architectures auto_map chunk_size_feed_forward classifier_dropout dtype finetuning_task id2label
     initializer_range label2id num_labels prefix problem_type return_dict tokenizer_class torch_dtype torchscript
     task_specific_params transformers_version head_dim num_experts num_local_experts""".split()
 )
-"""What no forward pass reads; the last three are told by the weights' shapes, and named variously by versions."""
+"""Config values that no forward pass reads. The last three follow from the shapes of the weights, and their names
+differ
+between versions."""
 
 
 def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None = None) -> str:
-    """Identifies a model by its weights and settings, on whatever device it lies and from wherever it was loaded.
+    """Identifies a model by its weights and config, independent of its device and path.
 
-    SHA-256 over its settings and over name, shape, dtype and checksum of every parameter and persistent buffer. Any
-    single bit, and any exchange of two entries, changes it. It costs one read of the weights, on their own devices.
+    The SHA-256 of the config and of the name, shape, dtype and checksum of every parameter and persistent buffer. It
+    changes if a single bit changes or two entries are swapped. The weights are read once, on their own devices.
 
     Args:
-        model: with all of its weights in memory.
-        instead: parameters to put in the place of the model's own, by name: what an edited model was before.
+        model: model with all weights in memory.
+        instead: parameters that replace those of the model, by name, such as the original weights of an edited model.
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        ModelError: a weight is on the meta device, that is offloaded or not loaded yet; or `instead` names a parameter
-            that the model does not have.
+        ModelError: a weight is on the meta device (offloaded or not loaded), or `instead` has an unknown parameter.
     """
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     weights = _weights(model)
     if unknown := sorted(set(instead or {}) - weights.keys()):
-        raise ModelError(f"instead names {unknown}, which the model does not have; give its parameters' names")
+        raise ModelError(f"instead has unknown parameters {unknown}; expected names of parameters of the model")
     for name, tensor in sorted((weights | dict(instead or {})).items()):
         if tensor.is_meta:
-            raise ModelError(f"{name} is on the meta device: its values are not in memory; load the model whole")
+            raise ModelError(f"{name} is on the meta device, so its values are not in memory; load the whole model")
         digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(checksum(tensor))
     return digest.hexdigest()
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and the buffers that checkpoints hold; tied ones once. The head's name is no part of the model."""
+    """Returns parameters and persistent buffers, tied ones once. The name of the head is normalized."""
     head = model.get_output_embeddings()
     own = {id(parameter): f"head.{name}" for name, parameter in head.named_parameters()} if head is not None else {}
     passing = {
@@ -72,28 +73,28 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def checksum(tensor: Tensor) -> bytes:
-    """Two int64 per block of the tensor's bits, in row-major order: the sum of its words, and a weighted sum.
+    """Returns two int64 per block of the tensor's bits in row-major order: the sum of its words and a weighted sum.
 
-    Integers wrap alike everywhere, so the sums are the same in whatever order a device adds. Words count at most 2^31
-    and the weights of a block are distinct numbers below 2^32: two entries exchanged cannot leave it as it was.
+    Integer overflow wraps, so the sums do not depend on the order of summation. Words have at most 31 bits and the
+    weights of a block are distinct numbers below 2^32, so swapping two entries changes the checksum.
     """
     flat = tensor.detach().contiguous().flatten()
     if flat.storage_offset() * flat.element_size() % 4:
-        flat = flat.clone()  # words must start at a multiple of their size
-    held = flat.view(torch.uint8)
-    whole = held.numel() // (4 * _BLOCK) * (4 * _BLOCK)
-    blocks = held[:whole].view(torch.int32).view(-1, _BLOCK)
-    weights = _block_weights(held.device)
+        flat = flat.clone()  # words must be aligned
+    data = flat.view(torch.uint8)
+    whole = data.numel() // (4 * _BLOCK) * (4 * _BLOCK)
+    blocks = data[:whole].view(torch.int32).view(-1, _BLOCK)
+    weights = _block_weights(data.device)
     sums = [_sums(part, weights) for part in blocks.split(_BLOCKS_AT_ONCE)] if whole else []
-    if rest := held.numel() - whole:
-        last = held.new_zeros(4 * _BLOCK)
-        last[:rest] = held[whole:]
+    if rest := data.numel() - whole:
+        last = data.new_zeros(4 * _BLOCK)
+        last[:rest] = data[whole:]
         sums.append(_sums(last.view(torch.int32)[None], weights))
     return torch.cat(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's `checksum`, in hexadecimal."""
+    """Returns the SHA-256 of a tensor's `checksum`, in hexadecimal."""
     return hashlib.sha256(checksum(tensor)).hexdigest()
 
 
@@ -105,19 +106,19 @@ def _sums(blocks: Tensor, weights: Tensor) -> Tensor:
 
 @cache
 def _block_weights(device: torch.device) -> Tensor:
-    """The numbers below 2^16 scattered over those below 2^32, one to one: rows of a pattern do not cancel."""
+    """Returns 2^16 distinct pseudo-random 32-bit weights, so that regular patterns do not cancel."""
     places = torch.arange(_BLOCK, device=device)
-    for odd in (0x7FEB352D, 0x846CA68B):  # multiplying by an odd number and folding are both invertible in 32 bits
+    for odd in (0x7FEB352D, 0x846CA68B):  # both steps are invertible in 32 bits
         places = places.mul_(odd).bitwise_and_(0xFFFFFFFF)
         places ^= places >> 15
     return places
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration's `to_dict()` a forward pass reads, written alike by transformers 4.56 to 5.24.
+    """Returns the values of a config's `to_dict()` that a forward pass reads, equal for transformers 4.56 to 5.24.
 
-    Left out are names and paths, generation and training settings, and whatever is off (None, false, 0, empty), for
-    versions differ in what they list. Rotary settings are brought into the form of version 5.
+    Names, paths, generation and training values, and values that are off (None, false, 0, empty) are omitted, because
+    versions differ in what they list. Rotary values are converted to the format of version 5.
     """
     return _rotary_as_in_5(_read_by_forward(config))
 
@@ -151,7 +152,7 @@ def _rotary_as_in_5(kept: dict[str, Any]) -> dict[str, Any]:
         return kept
     if not any(isinstance(value, dict) for value in rope.values()):
         rope = {"rope_type": "default"} | rope
-        if "type" in rope:  # the older name of the same
+        if "type" in rope:  # older name
             older = rope.pop("type")
             rope["rope_type"] = older if rope["rope_type"] == "default" else rope["rope_type"]
     if local:

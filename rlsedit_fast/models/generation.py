@@ -1,4 +1,4 @@
-"""The model's own text, token by token: sampled at temperature 1 from a seed of its own, or greedily."""
+"""Generates text token by token: sampled at temperature 1 with a seed, or greedily."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Sample:
     """One sampled text.
 
     Attributes:
-        ids: its tokens, the one that it was started from included and the one that ended it left out.
-        log_probabilities: of every token but the first, under the model, in nats.
+        ids: token ids, including the start token and excluding the end token.
+        log_probabilities: log probabilities of all tokens except the first, in nats.
     """
 
     ids: list[int]
@@ -37,28 +37,31 @@ class Sample:
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, texts: int, length: int, seed: int
 ) -> list[Sample]:
-    """Samples texts at temperature 1, all in one batch; no other random number generator is touched.
+    """Samples texts at temperature 1 in one batch, without using any global random number generator.
 
-    A text starts from the tokenizer's beginning-of-text token or, where there is none, from a random token of the
-    vocabulary. It ends before an end-of-text token, which is never the first one drawn. Of the special tokens only
-    these two occur.
+    A text starts with the beginning-of-text token of the tokenizer, or with a random token of the vocabulary if there
+    is none. It ends before an end-of-text token, which cannot be the first sampled token. No other special tokens
+    occur.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        texts: how many.
-        length: most tokens of a text, the first included.
-        seed: of the samples; the same ones again on the same machine.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        texts: number of texts.
+        length: maximum number of tokens per text, including the first.
+        seed: random seed; the samples are reproducible on the same machine.
+
+    Returns:
+        The samples.
 
     Raises:
-        InputError: the model's probabilities are not finite.
+        InputError: the probabilities of the model are not finite.
     """
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     width = model.config.get_text_config().vocab_size
     ends = end_tokens(model, tokenizer)
     ordinary = torch.ones(width, dtype=torch.bool, device=device)
-    ordinary[len(tokenizer) :] = False  # rows of the embedding that are no tokens
+    ordinary[len(tokenizer) :] = False  # embedding rows without a token
     ordinary[sorted(token for token in _special_tokens(tokenizer) | ends if token < width)] = False
     ending = torch.zeros_like(ordinary)
     ending[sorted(token for token in ends if token < width)] = True
@@ -72,14 +75,14 @@ def sample(
     with quiet(model), torch.no_grad():
         cache, name = None, cache_argument(model)
         for _ in range(length - 1):
-            # The mask covers the cached tokens too: one as long as the new ids alone would hide all but the first.
+            # The mask also covers the cached tokens.
             mask = torch.ones_like(ids)
             earlier: dict[str, Any] = {name: cache}
             out = model(input_ids=ids[:, -1:], attention_mask=mask, use_cache=True, **earlier)
             cache = cache_of(out)
             known = out.logits[:, -1].to(device).float().log_softmax(-1)
             if bool(known.isnan().any()):
-                raise InputError("the model's probabilities are not finite; check its weights and dtype")
+                raise InputError("the probabilities of the model are not finite; check its weights and dtype")
             allowed = ordinary if ids.shape[1] == 1 else ordinary | ending
             odds = known.masked_fill(~allowed, -torch.inf).softmax(-1)
             drawn = torch.multinomial(odds, 1, generator=generator)
@@ -98,36 +101,38 @@ def greedy(
     ends: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continues each row by the likeliest token at every step, and nothing else.
+    """Continues each row with the most likely token at every step.
 
-    Not the model's `generate()`: that obeys the settings the model came with, such as a repetition penalty or a least
-    length, and then says something else.
+    `generate()` of the model is not used, because it applies the generation config of the model, such as a repetition
+    penalty or a minimum length.
 
     Args:
-        model: a causal language model.
-        rows: token ids, at least one a row.
-        counts: most new tokens of each row.
+        model: causal language model.
+        rows: token ids, at least one per row.
+        counts: maximum number of new tokens per row.
         ends: tokens before which a continuation ends.
-        progress: called after each batch with the rows done so far, and their number.
+        progress: called after each batch with the number of finished rows and the number of rows.
 
     Returns:
         The new tokens of each row, in order.
     """
-    said: dict[int, list[int]] = {}
+    generated: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
         for decoder, part in batches(model, [len(row) for row in rows], _ROWS_AT_ONCE):
             made = _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part), ends)
             for i, new in zip(part, made, strict=True):
                 wanted = new[: counts[i]]
-                said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+                generated[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
             if progress is not None:
-                progress(len(said), len(rows))
-    return [said[i] for i in range(len(rows))]
+                progress(len(generated), len(rows))
+    return [generated[i] for i in range(len(rows))]
 
 
 def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[tuple[Decoder, list[int]]]:
-    """What is continued together, as indices into `lengths`, at most so many: rows of any length, to be padded on the
-    left, or, where the model does not bear that, of one.
+    """Groups rows into batches of at most `most` rows, given as indices into `lengths`.
+
+    A batch has rows of any length, which are padded on the left, or rows of one length if the model does not support
+    left padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     decoder = runner(model, try_prefixes=len(set(lengths)) > 1)
@@ -136,13 +141,13 @@ def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[t
 
 
 def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]) -> list[list[int]]:
-    """The likeliest `count` tokens behind each row, or until every row has come to an end."""
+    """Returns the most likely `count` tokens after each row, or fewer if every row has ended."""
     ids, mask = pad_left(rows, decoder.device)
     start, stops = ids.shape[1], torch.tensor(sorted(ends), dtype=torch.long, device=decoder.device)
     every = torch.arange(len(rows), device=decoder.device)
     name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any]()
     for _ in range(count):
-        if decoder.prefixed:  # others count positions themselves, and right, as no row is padded
+        if decoder.prefixed:  # otherwise rows are not padded and the model computes correct positions
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
         last = torch.full_like(every, fed.shape[1] - 1)
         with reading(decoder, every, last) as read_off:
@@ -162,13 +167,13 @@ def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All that are marked special, also those without a role: some tokenizers reserve hundreds."""
+    """Returns all tokens marked as special, including reserved ones."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return marked | set(tokenizer.all_special_ids)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's end-of-text token and those that the model's own generation settings name."""
+    """Returns the end-of-text tokens of the tokenizer and of the model's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

@@ -1,4 +1,4 @@
-"""A checkpoint's model and tokenizer, or in words why they cannot be loaded."""
+"""Loads the model and tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 def load_model(
     path: str, *, dtype: str, device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode, from local files alone where `path` is a folder.
+    """Loads a model in evaluation mode and its tokenizer; a folder is loaded from local files only.
 
     Args:
-        path: a folder or a name, as transformers' `from_pretrained` takes it.
-        dtype: to load it in, or `auto` for the checkpoint's own.
-        device: to load it onto; `auto` spreads it over all there are (accelerate); None leaves it on the CPU.
-        trust_remote_code: whether code that comes with the checkpoint is run.
+        path: folder or model name, see `from_pretrained` of transformers.
+        dtype: dtype of the weights, or `auto` for that of the checkpoint.
+        device: device of the model; `auto` uses all devices (requires accelerate), None the CPU.
+        trust_remote_code: whether to run code from the checkpoint.
+
+    Returns:
+        The model and the tokenizer.
 
     Raises:
-        InputError: it cannot be loaded, or put there; with the reason.
+        InputError: the model cannot be loaded or moved to the device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +38,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
         if device and device != "auto":
             model = model.to(device)
-    # A torch without CUDA asserts that it has it; a file that is not what its name says is safetensors' own error.
+    # torch without CUDA raises AssertionError, a damaged file SafetensorError.
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
         raise InputError(f"model {path!r} cannot be loaded: {error}") from error
     return model.eval(), tokenizer

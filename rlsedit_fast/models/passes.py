@@ -1,4 +1,4 @@
-"""Forward passes that do no more than is asked: read keys and hidden states and stop, or resume above a layer."""
+"""Partial forward passes: read keys and hidden states and stop, or resume above a layer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rlsedit_fast.models.projections import Decoder, Projection
 
 
 class Enough(Exception):
-    """Raised by a hook once everything wanted has been seen; the rest of the model is not run."""
+    """Raised by a hook to stop a forward pass once everything has been read."""
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state of a block's output, a tensor or a tuple by architecture and transformers version."""
+    """Returns the hidden state of a block's output, which is a tensor or a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A block's output with its hidden state replaced, in the form it came in."""
+    """Returns a block's output with its hidden state replaced, as a tensor or a tuple like the input."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, both put back afterwards; whatever grad mode the caller is in."""
+    """Sets evaluation mode and disables parameter gradients inside the block, whatever the grad mode of the caller."""
     was_training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -47,13 +47,13 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
+    """Returns the name of the KV cache argument of the model: `cache` since transformers 5.24."""
     named = inspect.signature(model.forward).parameters
     return "cache" if "cache" in named else "past_key_values"
 
 
 def cache_of(output: Any) -> Any:
-    """The keys and values that a forward returned, under whichever name."""
+    """Returns the KV cache of a forward output."""
     return output.cache if "cache" in output else output.past_key_values
 
 
@@ -65,20 +65,20 @@ def read_keys(
     at: Tensor | None = None,
     output_of: nn.Module | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
-    """Inputs of `projections` on a batch, in one pass that stops as soon as it has what it wants.
+    """Reads the inputs of `projections` on a batch, in one forward pass that stops as early as possible.
 
     Args:
         decoder: the model.
         projections: at least one, unless `output_of` is given.
-        inputs: what the model's forward takes, with `input_ids [rows, t]`.
-        at: the token of each row that is wanted `[rows]`; None wants all.
-        output_of: a module that runs after the projections and whose output, `[rows, t, d]`, is wanted too.
+        inputs: arguments of the model's forward, with `input_ids [rows, t]`.
+        at: index of one token per row, `[rows]`, or None for all tokens.
+        output_of: module that runs after the projections and whose output `[rows, t, d]` is read as well.
 
     Returns:
-        `({layer: keys}, output or None)` in the model's dtype: `[rows, t, d]`, or `[rows, d]` with `at`.
+        `({layer: keys}, output or None)` in the dtype of the model: `[rows, t, d]`, or `[rows, d]` with `at`.
 
     Raises:
-        ModelError: a projection is not among what the model runs.
+        ModelError: the forward pass does not run a projection.
     """
     keys: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -118,31 +118,29 @@ def read_keys(
             handle.remove()
     unseen = [projection.name for projection in projections if projection.layer not in keys]
     if unseen:
-        raise ModelError(f"{unseen} took no part in the model's forward; was it replaced? Make a new editor")
+        raise ModelError(f"the forward pass did not run {unseen}, which may have been replaced; create a new editor")
     return keys, outputs[0] if outputs else None
 
 
 @contextmanager
 def resume_above(decoder: Decoder, block: int) -> Iterator[dict[str, Any]]:
-    """Within it the model's own forward starts above `block`: blocks up to there cost nothing.
-
-    Masks, positions and head stay the model's own.
+    """Makes the model's forward start above `block` inside the block; masks, positions and head are unchanged.
 
     Args:
         decoder: the model.
-        block: index of the last block that is not run.
+        block: index of the last block that is skipped.
 
     Yields:
-        A dictionary whose entry `output` is what that block returns; set it before each forward.
+        A dictionary whose entry `output` is the output of that block; set it before each forward.
     """
     state: dict[str, Any] = {}
-    with _instead(decoder.blocks[: block + 1], lambda *_args, **_kwargs: state["output"]):
+    with _replace_forward(decoder.blocks[: block + 1], lambda *_args, **_kwargs: state["output"]):
         yield state
 
 
 @contextmanager
 def end_at(decoder: Decoder, block: int) -> Iterator[None]:
-    """Within it the blocks above `block` hand on what it returns: they cost nothing, nor do their caches."""
+    """Makes the blocks above `block` return its output unchanged; they use no time and no cache."""
     state: dict[str, Any] = {}
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -150,15 +148,15 @@ def end_at(decoder: Decoder, block: int) -> Iterator[None]:
 
     handle = decoder.blocks[block].register_forward_hook(keep)
     try:
-        with _instead(decoder.blocks[block + 1 :], lambda *_args, **_kwargs: state["output"]):
+        with _replace_forward(decoder.blocks[block + 1 :], lambda *_args, **_kwargs: state["output"]):
             yield
     finally:
         handle.remove()
 
 
 @contextmanager
-def _instead(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it `forward` stands for each module's own."""
+def _replace_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the forward of each module inside the block."""
     originals = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:

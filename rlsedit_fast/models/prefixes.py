@@ -1,4 +1,4 @@
-"""Rows of tokens whose beginnings are run once, however many rows begin with them and however often the rest is run."""
+"""Batches of rows whose shared prefixes are run once and cached."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROUNDINGS, _LEAST_ALLOWED = 8, 1e-4
-"""What the order of sums may do to logits, relative to their norm: in the dtype's roundings, and at least. A wrong mask
-or position puts them tenths apart in every architecture of the tests.
+_ROUNDINGS, _MIN_ALLOWED = 8, 1e-4
+"""Allowed relative difference of logits from the order of sums, in eps of the dtype, and its minimum. A wrong mask or
+position causes a difference of tenths in every tested architecture.
 """
 
 
 @dataclass(frozen=True)
 class Prefixed:
-    """A batch of rows, each cut into what was run (its prefix) and what is run again and again.
+    """A batch of rows, each split into a prefix that was run once and a rest that is run repeatedly.
 
-    Prefixes are padded on the left and the rest on the right, so that all rows go on at the same column.
+    Prefixes are padded on the left and the rest on the right, so that the rest of all rows starts at the same column.
 
     Attributes:
-        ids: of the tokens that are run again, `[rows, s]`.
-        mask: of the prefix and these, `[rows, p + s]`.
-        positions: of the tokens that are run again within their row, `[rows, s]`.
-        before: tokens of each row in its prefix, `[rows]`.
-        cache: keys and values of the prefix in every layer, transformers' own; None where there is none.
-        cache_argument: what the model's forward calls it.
+        ids: token ids of the rest, `[rows, s]`, int64.
+        mask: attention mask of prefix and rest, `[rows, p + s]`, int64.
+        positions: positions of the rest within their rows, `[rows, s]`, int64.
+        before: number of prefix tokens per row, `[rows]`, int64.
+        cache: KV cache of the prefixes (a transformers cache), or None without prefixes.
+        cache_argument: name of the cache argument of the model's forward.
     """
 
     ids: Tensor
@@ -54,13 +54,13 @@ class Prefixed:
     def of(
         cls, decoder: Decoder, rows: Sequence[Row], before: Sequence[int], *, deepest: int | None = None
     ) -> Prefixed:
-        """Cuts rows and runs each distinct prefix once; cuts and runs nothing where the model does not bear it.
+        """Splits rows and runs each distinct prefix once; does not split if the model does not support it.
 
         Args:
             decoder: the model, in evaluation mode.
-            rows: at least one, each longer than its prefix.
-            before: tokens of each row in its prefix, from 0 on.
-            deepest: the last block that the rest will be run through; None is all.
+            rows: at least one row, each longer than its prefix.
+            before: number of prefix tokens per row, at least 0.
+            deepest: index of the last block that the rest is run through, or None for all.
         """
         before = [cut if decoder.prefixed else 0 for cut in before]
         ids, mask = pad([Row(row.ids[cut:], 0, 0) for row, cut in zip(rows, before, strict=True)], decoder.device)
@@ -84,17 +84,17 @@ class Prefixed:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row behind its prefix, `[rows]`."""
+        """Number of tokens of each row after its prefix, `[rows]`."""
         return self.mask[:, self.mask.shape[1] - self.ids.shape[1] :].sum(1)
 
     def arguments(self) -> dict[str, Any]:
-        """What the model's forward takes to run the tokens behind the prefix; the cache stays as it is."""
+        """Returns the forward arguments to run the rest; the cache is not modified."""
         if self.cache is None:
             return {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
         return self._arguments() | {self.cache_argument: _branch(self.cache), "use_cache": True}
 
     def taken(self, rows: Tensor) -> Prefixed:
-        """The rows of the given indices only, no wider than these need."""
+        """Returns the rows with the given indices, without unused columns."""
         ids, mask, positions, before = self.ids[rows], self.mask[rows], self.positions[rows], self.before[rows]
         lead = mask.shape[1] - ids.shape[1]
         width = int(self.lengths[rows].max()) if len(rows) else 0
@@ -112,11 +112,11 @@ class Prefixed:
 
 
 def runner(model: PreTrainedModel, *, try_prefixes: bool = False) -> Decoder:
-    """A model for whole passes, of whose blocks none is asked for.
+    """Returns a decoder for whole forward passes, without access to blocks.
 
     Args:
-        model: a causal language model, in evaluation mode.
-        try_prefixes: find out whether it bears prefixes, see `with_prefixes`; otherwise it is taken to bear none.
+        model: causal language model in evaluation mode.
+        try_prefixes: whether to test prefix support, see `with_prefixes`; otherwise prefixes are not used.
     """
     decoder = Decoder(model, (), "")
     if not try_prefixes:
@@ -125,48 +125,48 @@ def runner(model: PreTrainedModel, *, try_prefixes: bool = False) -> Decoder:
 
 
 def with_prefixes(decoder: Decoder, *, longest: int | None = None) -> Decoder:
-    """The decoder, told whether a model run on prefixes and then on the rest says what it says on whole rows.
+    """Returns the decoder with `prefixed` set to whether prefix and rest give the same logits as whole rows.
 
-    It is found out by trying: a model whose cache is of another kind, or that places tokens otherwise than by
-    `position_ids`, may not. Costs a forward over three short rows, twice.
+    This is tested with two forward passes over three short rows. It fails for models with another kind of cache or
+    without `position_ids`.
 
     Args:
         decoder: the model, in evaluation mode.
-        longest: most tokens that the model takes; None where it sets no limit.
+        longest: maximum number of tokens of the model, or None without a limit.
     """
-    why = _unfit(replace(decoder, prefixed=True), longest)
-    if why:
-        logger.info("this model's rows cannot be cut into prefix and rest: %s; every step runs them whole", why)
-    return replace(decoder, prefixed=not why)
+    reason = _unsupported_reason(replace(decoder, prefixed=True), longest)
+    if reason:
+        logger.info("prefix caching is not supported by this model (%s); every step runs whole rows", reason)
+    return replace(decoder, prefixed=not reason)
 
 
-def _unfit(decoder: Decoder, longest: int | None) -> str | None:
-    """Why the model does not bear prefixes, if so."""
+def _unsupported_reason(decoder: Decoder, longest: int | None) -> str | None:
+    """Returns why the model does not support prefixes, or None if it does."""
     if "position_ids" not in inspect.signature(decoder.model.forward).parameters or (longest or 8) < 8:
-        return "it takes no position_ids, or fewer than 8 tokens"
+        return "it has no position_ids, or fewer than 8 positions"
     rows = [Row([1, 2, 3, 0, 1, 2], 4, 6), Row([2, 0, 1], 0, 3), Row([3, 1, 0, 2, 2, 1, 0], 2, 7)]
-    said = []
+    logits = []
     try:
         for cuts in ([0, 0, 0], [row.lookup for row in rows]):
             batch = Prefixed.of(decoder, rows, cuts)
             at = torch.tensor([len(row.ids) - 1 for row in rows], device=batch.ids.device) - batch.before
             every = torch.arange(len(rows), device=at.device)
             with torch.no_grad(), reading(decoder, every, at) as read:
-                said.append(read(decoder.model(**batch.arguments())).double())
+                logits.append(read(decoder.model(**batch.arguments())).double())
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    whole, cut = said
-    allowed = max(_ROUNDINGS * torch.finfo(next(decoder.model.parameters()).dtype).eps, _LEAST_ALLOWED)
-    apart = float((whole - cut).norm() / whole.norm())
-    return None if apart <= allowed else f"its logits come out {apart:.1g} apart"
+    whole, split = logits
+    allowed = max(_ROUNDINGS * torch.finfo(next(decoder.model.parameters()).dtype).eps, _MIN_ALLOWED)
+    difference = float((whole - split).norm() / whole.norm())
+    return None if difference <= allowed else f"its logits differ by {difference:.1g}"
 
 
 @contextmanager
 def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
-    """Within it the model's head is run at some tokens alone: those at `at [m]` in the rows `row [m]`.
+    """Runs the model's head only at selected tokens inside the block: tokens `at [m]` of rows `row [m]`.
 
     Yields:
-        A function from the model's output to its logits at those tokens, `[m, vocabulary]`.
+        A function from the model's output to the logits at those tokens, `[m, vocabulary]`.
     """
     head = decoder.model.get_output_embeddings()
     if head is None:
@@ -185,7 +185,7 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask `[rows, longest]` of rows that end at the same column."""
+    """Returns token ids and attention mask `[rows, longest]`, padded on the left."""
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -196,22 +196,22 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
 
 
 def _left_padded(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> Prefixed:
-    """Rows that end at the same column, to be run from their beginning."""
+    """Returns left-padded rows without a cached prefix."""
     ids, mask = pad_left(prefixes, device)
     return Prefixed(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), torch.zeros_like(ids[:, 0]), None)
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
-    """A cache of some of another one's rows, in the order given."""
+    """Returns a cache with the given rows of another cache."""
     chosen = _branch(cache)
     for layer in chosen.layers:
-        if layer.keys is not None:  # a block that was not run has none
+        if layer.keys is not None:  # None for a block that was not run
             layer.batch_select_indices(rows.to(layer.keys.device))
     return chosen
 
 
 def _branch(cache: Any) -> Any:
-    """A cache that goes on from another one without changing it; keys and values are shared."""
+    """Returns a shallow copy of a cache, so that it can be extended without changing the original."""
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     return branch

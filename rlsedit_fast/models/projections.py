@@ -1,4 +1,4 @@
-"""Where a model keeps the projections that are edited, and how their weights are read and written."""
+"""Finds the projections of a model that are edited, and reads and writes their weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Projection:
-    """The last projection of one block's MLP: its input is the key, its output is added to the residual stream.
+    """The output projection of a block's MLP: its input is the key, its output is added to the residual stream.
 
     Attributes:
         layer: index of the block.
         name: dotted name of the module in the model.
-        module: an `nn.Linear`, or GPT-2's `Conv1D`, which stores its weight transposed.
-        transposed: whether it does.
+        module: `nn.Linear`, or the `Conv1D` of GPT-2, which stores its weight transposed.
+        transposed: whether the module stores its weight transposed.
     """
 
     layer: int
@@ -35,24 +35,24 @@ class Projection:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module stores it."""
+        """The weight parameter of the module."""
         return self.module.get_parameter("weight")
 
     @property
     def weight(self) -> Tensor:
-        """The weight as `[d_v, d_k]`: a view, whichever way the module stores it."""
+        """The weight as a view `[d_v, d_k]`."""
         parameter = self.parameter.detach()
         return parameter.T if self.transposed else parameter
 
     def write(self, weight: Tensor) -> None:
-        """Copies `weight [d_v, d_k]`, rounded to the model's dtype, into the module."""
+        """Copies `weight [d_v, d_k]` into the module, rounded to its dtype."""
         with torch.no_grad():
             self.weight.copy_(weight)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids are sent to: the device of the input embeddings, or, where those are offloaded and their hook
-    moves the ids, of the first weight in memory.
+    """Returns the device for token ids: that of the input embeddings or, if they are offloaded, of the first weight in
+    memory.
     """
     weights = (model.get_input_embeddings().get_parameter("weight"), *model.parameters())
     device: torch.device = next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
@@ -61,14 +61,14 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model with the parts of it that editing touches.
+    """A causal language model and the parts that are edited.
 
     Attributes:
         model: the transformers model.
         blocks: its decoder blocks, in order.
         blocks_name: dotted name of their list in the model.
-        projection_module: dotted name of the projection within a block; None finds it by structure.
-        prefixed: whether the model bears rows cut into a prefix and a rest, see `prefixes.with_prefixes`.
+        projection_module: dotted name of the projection within a block, or None to find it by structure.
+        prefixed: whether the model supports cached prefixes, see `prefixes.with_prefixes`.
     """
 
     model: PreTrainedModel
@@ -79,32 +79,31 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are sent to."""
+        """The device for token ids."""
         return input_device(self.model)
 
     @property
     def projections(self) -> list[Projection]:
-        """The projections of all blocks; raises as `select` does."""
+        """The projections of all blocks; see `select` for errors."""
         return self.select(range(len(self.blocks)))
 
     def select(self, layers: Sequence[int]) -> list[Projection]:
-        """The projections of `layers`, in ascending order. Nothing is asked of the other blocks.
+        """Returns the projections of `layers`, in ascending order. Other blocks need not have one.
 
-        A block's projection is the last of its linear modules outside attention whose output is as wide as the
-        residual stream, where these lie side by side in one module.
+        The projection of a block is its last linear module outside attention whose output has the width of the residual
+        stream, if all such modules are in one parent module.
 
         Raises:
-            ModelError: a layer that the model does not have; a block whose projection is not to be told, is not as wide
-                as the residual stream, or is none that can be edited (routed experts, quantised, behind an adapter, on
-                the meta device, or sharing its weight with another block).
+            ModelError: a layer does not exist, or a projection is not found, has the wrong width, or cannot be edited
+                (routed expert, quantized, wrapped by an adapter, on the meta device, or with a shared weight).
         """
         count = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong:
-            raise ModelError(f"layers {wrong} do not exist: the model has layers 0 to {count - 1}; choose among those")
+            raise ModelError(f"layers {wrong} do not exist; the model has layers 0 to {count - 1}")
         projections = [self._projection(layer) for layer in sorted(set(layers))]
         for projection in projections:
-            self._refuse_shared(projection)
+            self._check_not_shared(projection)
         return projections
 
     def _projection(self, layer: int) -> Projection:
@@ -114,53 +113,56 @@ class Decoder:
         module = _named(block, inner)
         if module is None:
             raise ModelError(
-                f"projection_module={inner!r}: the model has no module {name!r}; name one within the block"
+                f"projection_module={inner!r}: the model has no module {name!r}; expected a module in the block"
             )
-        _refuse_unfit(name, module)
+        _check_editable(name, module)
         if (width := _output_width(module)) != (wanted := _residual_width(self.model)):
             raise ModelError(
-                f"projection_module={inner!r}: {name} has outputs of width {width}, the residual stream is {wanted} "
-                "wide; name the MLP's output projection, whose output is added to the stream"
+                f"projection_module={inner!r}: {name} has outputs of width {width}, but the residual stream has width "
+                f"{wanted}; expected the output projection of the MLP, whose output is added to the residual stream"
             )
-        return Projection(layer, name, module, _is_conv1d(module))  # by type, not by shape: square weights exist
+        return Projection(layer, name, module, _is_conv1d(module))  # by type: weights can be square
 
-    def _refuse_shared(self, projection: Projection) -> None:
+    def _check_not_shared(self, projection: Projection) -> None:
         address = projection.parameter.data_ptr()
         for layer, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters() if layer != projection.layer else ():
-                # Only a plain tensor is sure to have an address.
+                # Only plain tensors have an address.
                 if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.data_ptr() == address:
                     raise ModelError(
-                        f"{projection.name} shares its weight with {self.blocks_name}.{layer}.{name}: an edit of one "
-                        "would change the other; choose layers with weights of their own"
+                        f"{projection.name} shares its weight with {self.blocks_name}.{layer}.{name}, so an edit would "
+                        "change both; use layers with separate weights"
                     )
 
 
 def find_decoder(
     model: PreTrainedModel, *, layer_module: str | None = None, projection_module: str | None = None
 ) -> Decoder:
-    """Recognises a model's blocks from its modules, never from its name; `Decoder.select` finds their projections.
+    """Finds the blocks of a model by its module structure, not by its name; `Decoder.select` finds the projections.
 
-    The blocks are the `nn.ModuleList` with `config.num_hidden_layers` entries. Of several, those count that lie
-    beside or below the input embeddings, as the text decoder's do; of these, those that hold an MLP.
+    The blocks are the `nn.ModuleList` with `config.num_hidden_layers` entries. If there are several, lists in the
+    module of the input embeddings (the text decoder) are preferred, then lists whose blocks have an MLP.
 
     Args:
-        model: a transformers causal language model.
-        layer_module: dotted name of the module list of blocks, where the above does not find it.
-        projection_module: dotted name of the projection within a block, where `Decoder.select` does not find it.
+        model: transformers causal language model.
+        layer_module: dotted name of the list of blocks, if it is not found automatically.
+        projection_module: dotted name of the projection within a block, if it is not found automatically.
+
+    Returns:
+        The decoder.
 
     Raises:
-        ModelError: nothing fits, or more than one thing does, with the candidates; or the model carries an adapter.
+        ModelError: no list or several lists match, or the model has an adapter.
     """
     if getattr(model, "peft_config", None):
         raise ModelError(
-            f"{type(model).__name__} carries an adapter, which a checkpoint of it would hold alone, without the edits; "
+            f"{type(model).__name__} has an adapter, and its checkpoint would contain only the adapter, not the edits; "
             "merge or unload it first (merge_and_unload)"
         )
     name = layer_module or _find_blocks(model)
     blocks = _named(model, name)
     if not isinstance(blocks, nn.ModuleList):
-        raise ModelError(f"layer_module={name!r} is not a module list of this model; name the list of its blocks")
+        raise ModelError(f"layer_module={name!r} is not an nn.ModuleList; expected the name of the list of blocks")
     return Decoder(model, list(blocks), name, projection_module)
 
 
@@ -168,7 +170,7 @@ def _find_blocks(model: PreTrainedModel) -> str:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [name for name, m in lists.items() if len(m) == count]
-    # A block may hold a list of as many experts.
+    # A block can contain a list of the same length, such as experts.
     fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
     embeddings = model.get_input_embeddings()
     home = next((name.rpartition(".")[0] for name, m in model.named_modules() if m is embeddings), "")
@@ -190,19 +192,19 @@ def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
     experts = _experts(block)
     if experts is not None:
         raise ModelError(
-            f"{block_name}.{experts} is a mixture of experts, of which each sees only the tokens sent to it; choose "
-            "layers without one, or an nn.Linear that sees every token, such as that of a shared expert",
+            f"{block_name}.{experts} is a mixture of experts, whose experts see only the tokens routed to them; use "
+            "layers without experts, or an nn.Linear that sees every token, such as that of a shared expert",
             hint="set projection_module in --config (Python: EditConfig(projection_module=...))",
         )
     fitting = _candidates(block, width)
     for name in fitting:
-        _refuse_adapter(f"{block_name}.{name}", block.get_submodule(name))
+        _check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
     if len({name.rpartition(".")[0] for name in fitting}) == 1:
         return fitting[-1]
     linear = {name: _output_width(m) for name, m in block.named_modules() if _output_width(m) is not None}
     raise ModelError(
         f"{block_name}: expected linear modules with outputs of width {width} in one module outside attention, found "
-        f"{fitting or 'none'} among the block's linear modules and their widths {linear}",
+        f"{fitting or 'none'} among the linear modules and widths {linear}",
         hint="set layer_module and projection_module, the list of layers and the output projection of the MLP, in "
         "--config (Python: EditConfig(layer_module=..., projection_module=...))",
     )
@@ -232,7 +234,7 @@ def _in_attention(name: str) -> bool:
 
 
 def _experts(block: nn.Module) -> str | None:
-    """Name of the routed experts of a block: modules so named, or weights stacked in one tensor, convolutions aside."""
+    """Returns the name of a block's routed experts: a module named `experts` or with stacked weights, or None."""
     for name, module in block.named_modules():
         stacked = any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
         convolution = isinstance(module, nn.Conv1d)
@@ -242,7 +244,7 @@ def _experts(block: nn.Module) -> str | None:
 
 
 def _output_width(module: nn.Module) -> int | None:
-    """Output width of a linear module, quantised and wrapped ones included, which name it as `nn.Linear` does."""
+    """Returns the output width of a linear module, including quantized and wrapped ones, or None."""
     width = module.nf if _is_conv1d(module) else getattr(module, "out_features", None)
     return width if isinstance(width, int) else None
 
@@ -253,40 +255,40 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _refuse_unfit(name: str, module: nn.Module) -> None:
-    """Refuses whatever is not an ordinary floating-point matrix that sees every token.
+def _check_editable(name: str, module: nn.Module) -> None:
+    """Checks that a module has an ordinary floating-point weight and sees every token.
 
     Raises:
-        ModelError: naming the module and what is the matter with it.
+        ModelError: the module cannot be edited.
     """
-    _refuse_adapter(name, module)
+    _check_no_adapter(name, module)
     if "experts" in name.split("."):
         raise ModelError(
-            f"{name} is a routed expert, which sees only the tokens sent to it; choose a layer without experts, or a "
+            f"{name} is a routed expert, which sees only the tokens routed to it; use a layer without experts, or a "
             "projection that sees every token"
         )
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     weight = own.get("weight")
-    held = ", ".join(f"{key} ({type(tensor).__name__}, {tensor.dtype})" for key, tensor in own.items())
+    contents = ", ".join(f"{key} ({type(tensor).__name__}, {tensor.dtype})" for key, tensor in own.items())
     if not (isinstance(weight, nn.Parameter) and (isinstance(module, nn.Linear) or _is_conv1d(module))):
         raise ModelError(
-            f"{name} is a {type(module).__name__} that holds {held or 'no tensors'}; only nn.Linear and Conv1D "
-            "projections with a weight can be edited: name such a one, or load the model unquantised"
+            f"{name} is a {type(module).__name__} with {contents or 'no tensors'}; only nn.Linear and Conv1D "
+            "projections with a weight can be edited. Use such a module, or load the model without quantization"
         )
-    # A quantised weight may pass for a bfloat16 one: by a tensor class of its own, or with its scales beside it.
+    # A quantized weight can have a floating dtype: in a tensor subclass, or with separate scales.
     if weight.dtype not in _FLOATS or type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
         raise ModelError(
-            f"{name} holds {held}; only an ordinary weight of dtype {', '.join(map(str, _FLOATS))} can be edited: load "
-            "the model unquantised"
+            f"{name} has {contents}; only an ordinary weight of dtype {', '.join(map(str, _FLOATS))} can be edited. "
+            "Load the model without quantization"
         )
     if weight.is_meta:
         raise ModelError(
-            f"{name} is on the meta device, its weight not loaded or offloaded; load the model with a device_map that "
-            "keeps the edited layers on a device"
+            f"{name} is on the meta device (not loaded or offloaded); load the model with a device_map that keeps the "
+            "edited layers on a device"
         )
 
 
-def _refuse_adapter(name: str, module: nn.Module) -> None:
+def _check_no_adapter(name: str, module: nn.Module) -> None:
     parts = name.split(".")
     wrapped = "base_layer" in parts or any(part.startswith("lora_") for part in parts)
     if wrapped or "base_layer" in dict(module.named_children()):

@@ -1,8 +1,8 @@
-"""Where a change of the hidden state is searched, and forward passes that begin there.
+"""The site at which a change of the hidden state is optimized, and forward passes that start there.
 
-In most architectures a block adds the output of its last projection to the residual stream as it is: a change of the
-block's output is a change of that output. Some (Gemma 2 and 3, OLMo 2) put a normalisation between the two, and some
-scale it. What the solver writes is the projection's output, so there the change is searched at that output.
+In most architectures a block adds the output of its MLP projection to the residual stream unchanged, so a change of the
+block's output is a change of the projection's output. Some architectures (Gemma 2 and 3, OLMo 2) normalize it first,
+and some scale it. The solver writes the projection, so in those the change is optimized at the projection's output.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rlsedit_fast.models.projections import Decoder, Projection
 from rlsedit_fast.models.tokens import Row
 
 _SLACK = 0.05
-"""Rounding of a bfloat16 residual stream that a probe as long as the stream itself may show: 2^-8, a few times over."""
+"""Allowed relative error of a probe with the norm of a bfloat16 residual stream, a few times 2^-8."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One forward of a batch of rows, up to a site.
+    """Result of a forward pass up to a site.
 
     Attributes:
-        below: the output of the last block that need not be run again, as it came; None if there is none.
-        state: what a change is added to, `[rows, s, d]`.
+        below: output of the last block that need not be run again, or None.
+        state: hidden state to which a change is added, `[rows, s, d]`.
     """
 
     below: Any
@@ -39,12 +39,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Site:
-    """The output of a block, or of its projection, as the place where a change is added.
+    """The output of a block or of its projection, to which a change is added.
 
     Attributes:
         decoder: the model.
-        projection: of the block.
-        direct: whether the block adds the projection's output to the residual stream as it is.
+        projection: projection of the block.
+        direct: whether the block adds the projection's output to the residual stream unchanged.
     """
 
     decoder: Decoder
@@ -53,15 +53,15 @@ class Site:
 
     @property
     def module(self) -> nn.Module:
-        """Whose output it is."""
+        """The module whose output is changed."""
         return self.decoder.blocks[self.projection.layer] if self.direct else self.projection.module
 
     def batch(self, rows: Sequence[Row]) -> Prefixed:
-        """Rows cut before their lookup token, since nothing before it depends on a change made there."""
+        """Splits rows before their lookup token; earlier tokens do not depend on the change."""
         return Prefixed.of(self.decoder, rows, [row.lookup for row in rows])
 
     def look(self, batch: Prefixed) -> Seen:
-        """One forward without gradients that goes no further than the site."""
+        """Runs a forward pass without gradients up to the site."""
         below: list[Any] = []
         state: list[Tensor] = []
         block = self.projection.layer
@@ -88,11 +88,11 @@ class Site:
 
     @contextmanager
     def resumed(self) -> Iterator[Callable[..., Tensor]]:
-        """Within it, a function runs what lies above the site with a change added.
+        """Provides a forward function that starts at the site, inside the block.
 
         Yields:
-            `forward(batch, below, lookup [rows], change [rows, d], row [m], at [m]) -> logits [m, vocabulary]`;
-            `below` is `Seen.below` of those rows, and row r is changed at token `lookup[r]`.
+            `forward(batch, below, lookup [rows], change [rows, d], row [m], at [m]) -> logits [m, vocabulary]`, where
+            `below` is `Seen.below` of the rows, and the change of row r is added at token `lookup[r]`.
         """
         last_skipped = self.projection.layer if self.direct else self.projection.layer - 1
         with resume_above(self.decoder, last_skipped) as state:
@@ -116,14 +116,17 @@ class Site:
 
 
 def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
-    """The site of the last of `projections`, found out by changing each one's output and looking at its block's.
+    """Returns the site of the last projection.
 
-    `direct` is whether all of them reach the residual stream as they are. Costs a forward over two tokens for each,
-    up to its block.
+    Each projection is probed with a forward pass over two tokens, up to its block, to test whether its output is added
+    to the residual stream unchanged.
 
     Args:
         decoder: the model.
-        projections: the edited ones, ascending.
+        projections: edited projections, in ascending order.
+
+    Returns:
+        The site; `direct` is True if all projections are added unchanged.
     """
     direct = all(_adds_directly(decoder, projection) for projection in projections)
     return Site(decoder, projections[-1], direct)
@@ -138,7 +141,7 @@ def _adds_directly(decoder: Decoder, projection: Projection) -> bool:
 
 
 def _block_output(decoder: Decoder, projection: Projection, change: Tensor | None) -> Tensor:
-    """The block's output `[1, 2, d]` on two tokens, with `change [d]` added to its projection's at the last one."""
+    """Returns the block's output `[1, 2, d]` on two tokens, with `change [d]` added to the projection's last token."""
     seen: list[Tensor] = []
 
     def keep(output: Any) -> None:
@@ -164,7 +167,7 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
 
 
 def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
-    """Calls `do` with what the module returns; the handle removes it."""
+    """Registers a hook that calls `do` with the output of the module; returns its handle."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         do(output)
@@ -173,9 +176,9 @@ def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
 
 
 def _added(state: Tensor, at: Tensor, change: Tensor) -> Tensor:
-    """`state [rows, t, d]` with `change [rows, d]` added at token `at [rows]` of each row.
+    """Returns `state [rows, t, d]` with `change [rows, d]` added at token `at [rows]` of each row.
 
-    OPT's blocks flatten it to `[rows * t, d]`; what comes back has the form that came in.
+    The blocks of OPT flatten the state to `[rows * t, d]`; the result has the shape of the input.
     """
     rows = torch.arange(len(change), device=state.device)
     whole = state.reshape(len(change), -1, state.shape[-1])

@@ -1,4 +1,4 @@
-"""Texts to tokens: where the subject stands, where the target stands, and rows padded into a batch."""
+"""Tokenizes prompts: finds the subject and the target, and pads rows into a batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 FactToken = Literal["subject_last", "subject_first", "last"]
 
 _NEWLINES = "\r\n"
-_NEUTRAL = "a"  # what a tokenizer never joins with what follows behind a space, or in another script
+_NEUTRAL = "a"  # a tokenizer never merges it with a following space or another script
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text.
+    """One tokenized text.
 
     Attributes:
         ids: token ids, special tokens included.
-        lookup: index of the token at which the model is edited; -1 where no subject was asked for.
+        lookup: index of the token at which the model is edited; -1 without a subject.
         prompt_length: number of tokens before the target.
     """
 
@@ -38,23 +38,30 @@ class Row:
 
     @property
     def target(self) -> list[int]:
-        """Ids of the target's tokens."""
+        """Token ids of the target."""
         return self.ids[self.prompt_length :]
 
 
 def fill(prompt: str, subject: str) -> tuple[str, int]:
-    """The prompt with its subject in place of `{}`, and the character at which the subject starts.
+    """Fills the subject into a prompt.
 
-    In a prompt without `{}` it is the subject's last occurrence, which has been read together with all before it: as a
-    whole word if there is one, else within a word, else as a whole word in other letter case. Blanks around the
-    subject do not belong to it.
+    `{}` in the prompt is replaced by the subject. In a prompt without `{}` the last occurrence of the subject is used:
+    as a whole word if possible, else within a word, else as a whole word with different case. Whitespace around the
+    subject is ignored.
+
+    Args:
+        prompt: the prompt.
+        subject: the subject.
+
+    Returns:
+        The filled prompt, and the index of the first character of the subject.
 
     Raises:
-        RequestError: an empty subject, several `{}`, or no place for the subject.
+        RequestError: the subject is empty or not found, or the prompt has several `{}`.
     """
     if not (name := subject.strip()):
         raise RequestError(
-            f"prompt {prompt!r}: the subject {subject!r} is empty; give the words that the fact is about"
+            f"prompt {prompt!r}: the subject {subject!r} is empty; expected the entity that the fact is about"
         )
     holes = prompt.count("{}")
     if holes == 1:
@@ -64,7 +71,7 @@ def fill(prompt: str, subject: str) -> tuple[str, int]:
         return prompt, place
     raise RequestError(
         f"prompt {prompt!r} with subject {subject!r}: expected '{{}}' exactly once (found {holes} times), or the "
-        "subject itself; mark the subject's place with '{}'"
+        "subject itself; mark the position of the subject with '{}'"
     )
 
 
@@ -79,7 +86,7 @@ def _last_occurrence(text: str, name: str) -> int | None:
 
 
 def _is_whole(text: str, start: int, stop: int) -> bool:
-    """Whether no word goes on across either end of `text[start:stop]`."""
+    """Returns whether `text[start:stop]` starts and ends at word boundaries."""
     return not any(_in_word(text[at - 1 : at]) and _in_word(text[at : at + 1]) for at in (start, stop))
 
 
@@ -97,30 +104,33 @@ def encode(
     fact_token: FactToken = "subject_last",
     span: tuple[int, int] | None = None,
 ) -> Row:
-    """Tokenises `prefix + prompt(subject) + target` and finds the lookup token by character offsets.
+    """Tokenizes `prefix + prompt(subject) + target` and finds the lookup token by character offsets.
 
     Args:
-        tokenizer: the model's.
-        prompt: see `fill`; blanks at its end are left out.
-        subject: likewise.
+        tokenizer: tokenizer of the model.
+        prompt: see `fill`; trailing spaces are removed.
+        subject: see `fill`.
         target: see `target_ids`.
-        prefix: a text put before the prompt, with a space between them.
-        fact_token: which token is the lookup.
-        span: characters `[start, stop)` of the prompt with its subject filled in; the last token that covers any of
-            them is the lookup, whatever `fact_token` says.
+        prefix: text before the prompt, separated by a space.
+        fact_token: which token is the lookup token.
+        span: characters `[start, stop)` of the filled prompt; the last token that overlaps them is the lookup token,
+            and `fact_token` is ignored.
+
+    Returns:
+        The tokenized row.
 
     Raises:
-        RequestError: see `fill`, `locate` and `target_ids`; or a span that is no two whole numbers, is empty or not
-            within the prompt.
+        RequestError: see `fill`, `locate` and `target_ids`; or the span is not a pair of integers, is empty or is
+            outside the prompt.
     """
     filled, start = fill(prompt, subject)
     stop = start + len(subject.strip())
-    text = _without_blanks(filled)
+    text = _strip_spaces(filled)
     if span is not None:
         if not _is_pair(span) or not 0 <= span[0] < span[1] <= len(text):
             raise RequestError(
-                f"span {span!r} of {text!r}: expected two whole numbers, [start, stop) with 0 <= start < stop <= "
-                f"{len(text)}, characters of the prompt with its subject filled in"
+                f"span {span!r} of {text!r}: expected two integers [start, stop) with 0 <= start < stop <= "
+                f"{len(text)}, characters of the prompt with its subject"
             )
         start, stop = span
     before = f"{prefix} " if prefix else ""
@@ -138,36 +148,44 @@ def _is_pair(span: object) -> bool:
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
-    """Ids of a target as it continues a prompt, without special tokens behind it. Empty for an empty target.
+    """Returns the token ids of a target that continues a prompt, without special tokens after it.
 
-    Blanks at the prompt's end and around the target do not count. Between the two stands one space; none where there
-    is no prompt or it ends in a newline, or where either side of the boundary is a letter or mark of a script written
-    without spaces (`unicodedata.east_asian_width` W or F, except Hangul, which is written with them).
+    Spaces at the end of the prompt and around the target are ignored. Prompt and target are joined by one space, or by
+    none if the prompt is empty or ends with a newline, or if either side of the boundary is a letter or mark of a
+    script written without spaces (`unicodedata.east_asian_width` W or F, except Hangul).
 
-    The target is tokenised together with the prompt. Where that changes the prompt's own tokens, it is tokenised
-    behind a neutral letter, and alone where that fails too: alone, a sentencepiece tokenizer may add a space.
+    The target is tokenized together with the prompt. If that changes the tokens of the prompt, it is tokenized after a
+    neutral letter, or else alone, where a sentencepiece tokenizer can add a space.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        prompt: text before the target.
+        target: the target.
+
+    Returns:
+        Token ids; an empty list for an empty target.
 
     Raises:
-        RequestError: a target that is not empty and has no tokens.
+        RequestError: a non-empty target has no tokens.
     """
-    text = _without_blanks(prompt)
+    text = _strip_spaces(prompt)
     return _continuation(tokenizer, text, token_ids(tokenizer, text), target)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "") -> Row:
-    """Tokenises a text, less blanks at its end, and its continuation where no subject is looked for."""
-    text = _without_blanks(prompt)
+    """Tokenizes a text without trailing spaces and its continuation, without a subject."""
+    text = _strip_spaces(prompt)
     ids = token_ids(tokenizer, text)
     return Row(ids + _continuation(tokenizer, text, ids, target), -1, len(ids))
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], target: str) -> list[int]:
-    """See `target_ids`; `text` has no blanks at its end, and `ids` are its tokens."""
+    """See `target_ids`; `text` has no trailing spaces, and `ids` are its token ids."""
     answer = target.strip()
     if not answer:
         return []
     if not ids:
-        raise RequestError(f"the tokenizer gives no token for the prompt {text!r}; give one that the target continues")
+        raise RequestError(f"the tokenizer has no token for the prompt {text!r}; use another prompt")
     answer = _separator(text, answer) + answer
     for before, known in ((text, ids), (_NEUTRAL, token_ids(tokenizer, _NEUTRAL))):
         whole = token_ids(tokenizer, before + answer)
@@ -177,7 +195,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int],
     else:
         found = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not found:
-        raise RequestError(f"the tokenizer gives no token for target {target!r}; choose another target")
+        raise RequestError(f"the tokenizer has no token for target {target!r}; use another target")
     return found
 
 
@@ -193,16 +211,16 @@ def _is_unspaced(character: str) -> bool:
     return wide and unicodedata.category(character)[0] in "LMNP" and "HANGUL" not in unicodedata.name(character, "")
 
 
-def _without_blanks(text: str) -> str:
+def _strip_spaces(text: str) -> str:
     while text and text[-1].isspace() and text[-1] not in _NEWLINES:
         text = text[:-1]
     return text
 
 
 def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask `[rows, longest]`, padded on the right, where a causal model never looks.
+    """Returns token ids and attention mask `[rows, longest]`, int64, padded on the right.
 
-    The padding id is 0: it is masked and read by nobody, so a tokenizer without a padding token will do.
+    The padding id is 0. It is masked, so the tokenizer needs no padding token.
     """
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -213,16 +231,16 @@ def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-_LEAST_FULL = 0.75  # a row shorter than this share of its batch's longest goes into another one
-_WORTH_A_PASS = 512  # fewer tokens cost less as padding than as a pass of their own
+_MIN_FILL = 0.75  # a row shorter than this fraction of the longest row starts a new batch
+_MIN_TOKENS = 512  # smaller batches cost less as padding than as a separate pass
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of like length together, longest first, so that little of a batch is padding; indices into `lengths`."""
+    """Groups rows of similar length, longest first, to limit padding; returns indices into `lengths`."""
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         group = groups[-1]
-        if group and lengths[i] < _LEAST_FULL * lengths[group[0]] and len(group) * lengths[group[0]] >= _WORTH_A_PASS:
+        if group and lengths[i] < _MIN_FILL * lengths[group[0]] and len(group) * lengths[group[0]] >= _MIN_TOKENS:
             groups.append(group := [])
         group.append(i)
     return groups

@@ -1,12 +1,12 @@
-"""The operations that the solver is made of, and the choice of who computes them.
+"""The solver's operations and their backends.
 
-Every operation takes `backend=`: the name of one backend, which then runs or raises `BackendError`, or `auto`,
-which picks the best one that can run, or several with commas between, of which the first that can runs. None means the
-environment's `RLSEDIT_BACKEND`, and `auto` without it.
+Every operation takes `backend=`: a backend name (which runs or raises `BackendError`), `auto` (the best backend that
+can run the operation), or several names separated by commas (the first that can run it). None reads the environment
+variable `RLSEDIT_BACKEND`, which defaults to `auto`.
 """
 
 from rlsedit_fast.ops.dispatch import available_backends
-from rlsedit_fast.ops.schemas import correct_, correct_split_, downdate_, factor, moment_, panel
+from rlsedit_fast.ops.operations import correct_, correct_split_, downdate_, factor, moment_, panel
 from rlsedit_fast.ops.split import join, split
 
 __all__ = [

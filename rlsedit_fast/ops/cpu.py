@@ -1,9 +1,9 @@
-"""The `cpu` backend: native float32 kernels where they beat PyTorch, PyTorch (`reference`) elsewhere.
+"""The `cpu` backend: native float32 kernels where they are faster than PyTorch, `reference` elsewhere.
 
-`panel` is native: PyTorch reads all of the symmetric `C_base`, the kernel one triangle. `downdate_` and `moment_` of a
-high rank are SSYRK and a native mirror pass, half of a product's work. `correct_split_` is native: one pass over the
-halves instead of a dozen. `factor` is PyTorch with a substitution by blocks, whose work is in products. `correct_` is a
-BLAS call in PyTorch already, on operands that have no triangle to leave out.
+`panel` is native and reads one triangle of the symmetric `C_base`, where PyTorch reads all of it. High-rank `downdate_`
+and `moment_` use SSYRK and a native mirror pass, half the work of a matrix product. `correct_split_` is native, one
+pass over the halves. `factor` is PyTorch with a blocked substitution that spends its time in matrix products.
+`correct_` is a BLAS call in PyTorch already.
 """
 
 from __future__ import annotations
@@ -18,44 +18,45 @@ from torch import Tensor
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
 
-# Numbers of edits at which the native panel beats torch's: on an AMD machine torch takes 1.5 times as long at 128, 1.1
-# to 1.3 times at 256 (bench/results/panel-cpu.json). On an Intel one, where torch's products are faster, earlier
-# versions were at 1.14 times at 64 and 0.95 at 100 on two threads (panel-cpu-intel.json), and at 1.35 times at 128 and
-# 0.71 at 256 on one (panel-crossover-cpu.json).
+# Numbers of edits for which the native panel is used. Speedup over torch: on an AMD machine 1.5 at 128 edits and 1.1 to
+# 1.3 at 256 (bench/results/panel-cpu.json); on an Intel machine (earlier versions) 1.14 at 64 and 0.95 at 100 with two
+# threads (panel-cpu-intel.json), 1.35 at 128 and 0.71 at 256 with one thread (panel-crossover-cpu.json).
 NATIVE_PANEL_EDITS = range(1, 129)
 
-_SMALL = 1 << 20  # floats, whose reading is nothing
+_SMALL = 1 << 20  # workspace floats whose memory traffic is negligible
 
-# Edits in a block of the substitution.
-SUBSTITUTED_EDITS = 32
+SUBSTITUTION_BLOCK = 32  # edits per block of the substitution
 
-# Rank, and work d^2 r, from which SSYRK and the mirror pass beat torch's product, by 1.3 to 2 times. At two thirds of
-# that work they are about even, at less behind: BLAS's threads have to be woken (bench/results/downdate-cpu.json,
-# moment-cpu.json).
+# Minimum rank r and work d^2 r for which SSYRK and the mirror pass are used, 1.3 to 2 times as fast as torch's product.
+# At two thirds of that work they are even, at less they are slower because BLAS threads have to wake up
+# (bench/results/downdate-cpu.json, moment-cpu.json).
 SYRK_RANK = 256
 SYRK_WORK = 3e9
 
 _native: Any = None
 _problem: str | None = None
 try:
-    # After torch, whose OpenMP it then finds in the process: one pool of threads, not two that fight.
+    # Imported after torch so that both share one OpenMP runtime and thread pool.
     _native = importlib.import_module("rlsedit_fast.ops._cpu")
 except ImportError as error:
-    _problem = f"its native extension cannot be imported ({error}); `python -m rlsedit_fast` says what the build did"
+    _problem = f"its native extension cannot be imported ({error}); `python -m rlsedit_fast` shows the build report"
 
 
 def runs(isa: str) -> bool:
-    """Whether this processor has the instruction set `isa`: portable, avx2 or avx512."""
+    """Returns whether this processor supports the instruction set `isa`: portable, avx2 or avx512."""
     return bool(_native.runs(getattr(_native.Isa, isa)))
 
 
 def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
-    """`K C_base [n, d_k]` in float32, reading the lower triangle only; the same bits for the same thread count.
+    """Computes `K C_base` from the lower triangle; bitwise deterministic for a given thread count.
 
     Args:
-        base: `C_base [d_k, d_k]` with contiguous rows.
-        keys: `K [n, d_k]`.
-        isa: the instruction set, one that `runs`; by default the best for this n.
+        base: `C_base [d_k, d_k]`, float32, with contiguous rows.
+        keys: `K [n, d_k]`, float32.
+        isa: a supported instruction set (see `runs`), or `automatic`.
+
+    Returns:
+        `[n, d_k]`, float32.
     """
     n, d = keys.shape
     keys = keys.contiguous()
@@ -77,9 +78,9 @@ def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
-    """`reference.panel` in float32, reading the lower triangle of `base` where the native kernel is faster."""
+    """`reference.panel` in float32; reads only the lower triangle of `base` where the native kernel is faster."""
     n, d = keys.shape
-    # Every thread has a sum of its own: with very many they would be read and written like C itself.
+    # Each thread has its own sums; with many threads their traffic would be comparable to that of C.
     if n not in NATIVE_PANEL_EDITS or 2 * _native.panel_workspace(d, n, torch.get_num_threads()) > max(d * d, _SMALL):
         return reference.panel(base, keys, pending, signs)
     projected = native_panel(base, keys)
@@ -91,22 +92,29 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
 def factor(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.factor`, whitened block by block: BLAS's substitution into few long rows runs far below a product."""
+    """`reference.factor` with a blocked substitution: BLAS solves a few long rows much slower than it multiplies."""
     gram = projected @ keys.T
     sigma = torch.diag(noise) + (0.5 * sign) * (gram + gram.T)
     lower, info = torch.linalg.cholesky_ex(sigma)
-    return substituted(lower, projected), substituted(lower, innovation), lower.contiguous(), info
+    return solve_blocked(lower, projected), solve_blocked(lower, innovation), lower.contiguous(), info
 
 
-def substituted(lower: Tensor, rows: Tensor) -> Tensor:
-    """`L^-1 X [n, d]` of `L [n, n]` and `X [n, d]`, by blocks of which those on the diagonal are inverted.
+def solve_blocked(lower: Tensor, rows: Tensor) -> Tensor:
+    """Computes `L^-1 X` by forward substitution with inverted diagonal blocks.
 
-    Its backward errors are those of a substitution row by row, also where keys are all but parallel: L comes from a
-    Cholesky factorisation, whose diagonal blocks are well conditioned once scaled.
+    The backward error is that of a row-by-row substitution, even for nearly parallel keys: the diagonal blocks of a
+    Cholesky factor are well conditioned after scaling.
+
+    Args:
+        lower: `L [n, n]`, lower triangular.
+        rows: `X [n, d]`.
+
+    Returns:
+        `[n, d]`, contiguous.
     """
     solved = rows.clone(memory_format=torch.contiguous_format)
-    for start in range(0, len(lower), SUBSTITUTED_EDITS):
-        block = slice(start, start + SUBSTITUTED_EDITS)
+    for start in range(0, len(lower), SUBSTITUTION_BLOCK):
+        block = slice(start, start + SUBSTITUTION_BLOCK)
         here, diagonal = solved[block], lower[block, block]
         if start:
             here.addmm_(lower[block, :start], solved[:start], alpha=-1)
@@ -116,45 +124,45 @@ def substituted(lower: Tensor, rows: Tensor) -> Tensor:
 
 
 def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32 by BLAS's SSYRK, half of a product's work; then the mirror of its triangle.
+    """`reference.downdate_` in float32 by BLAS's SSYRK (half the work of a product) and a mirror pass.
 
     Args:
-        base: contiguous `[d, d]`; afterwards exactly symmetric.
+        base: `[d, d]`, contiguous; exactly symmetric afterwards.
         pending: `U_p [r, d]`.
         signs: `[r]`, each +1 or -1.
     """
     each = []
     for sign in (1, -1):
         those = signs == sign
-        # Nearly always all are edits, and a choice among them would be a copy.
+        # Almost always all rows are updates; indexing would copy them.
         each.append((pending if those.all() else pending[those]).contiguous())
-    for sign, rows in zip((1, -1), each, strict=True):  # what may find no memory lies before the first write
+    for sign, rows in zip((1, -1), each, strict=True):  # allocations come before the first write
         _syrk_(base, rows, -float(sign))
     _mirror_(base)
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32, by the faster of SSYRK and torch's product."""
-    if _is_for_syrk(base, pending):
+    """`reference.downdate_` in float32, with SSYRK where it is faster than torch."""
+    if _use_syrk(base, pending):
         syrk_downdate_(base, pending, signs)
     else:
         reference.downdate_(base, pending, signs)
 
 
 def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
-    """`reference.moment_` in float32 by BLAS's SSYRK, half of a product's work; then the mirror of its triangle.
+    """`reference.moment_` in float32 by BLAS's SSYRK (half the work of a product) and a mirror pass.
 
     Args:
-        moment: contiguous `[d, d]`; afterwards exactly symmetric.
-        rows: `X [t, d]`, of any floating dtype.
+        moment: `[d, d]`, contiguous; exactly symmetric afterwards.
+        rows: `X [t, d]`, any floating dtype.
     """
     _syrk_(moment, rows.to(moment.dtype), 1.0)
     _mirror_(moment)
 
 
 def moment_(moment: Tensor, rows: Tensor) -> None:
-    """`reference.moment_` in float32, by the faster of SSYRK and torch's product."""
-    if _is_for_syrk(moment, rows):
+    """`reference.moment_` in float32, with SSYRK where it is faster than torch."""
+    if _use_syrk(moment, rows):
         syrk_moment_(moment, rows)
     else:
         reference.moment_(moment, rows)
@@ -163,17 +171,17 @@ def moment_(moment: Tensor, rows: Tensor) -> None:
 def correct_split_(
     high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int, isa: str = "automatic"
 ) -> None:
-    """`reference.correct_split_` in one pass over the halves, which lie row by row or column by column.
+    """`reference.correct_split_` in one pass over the halves, which are row-major or column-major.
 
     Args:
-        high: bfloat16 `[d_v, d_k]`.
-        low: int16 `[d_v, d_k]`, with the strides of `high`.
+        high: `[d_v, d_k]`, bfloat16.
+        low: `[d_v, d_k]`, int16, with the strides of `high`.
         whitened: `A [n, d_v]`, float32.
         rows: `U [n, d_k]`, float32.
         sign: +1 or -1.
         isa: as in `native_panel`.
     """
-    if high.stride(1) != 1:  # the weight of a Conv1D, seen transposed
+    if high.stride(1) != 1:  # transposed view of a Conv1D weight
         high, low, whitened, rows = high.T, low.T, rows, whitened
     threads = torch.get_num_threads()
     whitened, rows = whitened.contiguous(), rows.contiguous()
@@ -194,25 +202,25 @@ def correct_split_(
     )
 
 
-def _is_for_syrk(matrix: Tensor, rows: Tensor) -> bool:
+def _use_syrk(matrix: Tensor, rows: Tensor) -> bool:
     return len(rows) >= SYRK_RANK and rows.numel() * len(matrix) >= SYRK_WORK and matrix.is_contiguous()
 
 
 def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:
-    """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`; `rows [r, d]`."""
-    from scipy.linalg import blas  # takes a while, and the first long flush is soon enough
+    """Adds `scale * rows^T rows` to the lower triangle of a contiguous `matrix [d, d]`, for `rows [r, d]`."""
+    from scipy.linalg import blas  # slow import, deferred to the first long flush
 
     if not rows.shape[0]:
         return
-    # BLAS counts columns first: to it the transposed view's upper triangle is the lower one of our rows.
+    # BLAS is column-major: the upper triangle of the transposed view is the lower triangle of the row-major matrix.
     transposed = rows.detach().contiguous().numpy().T
     written = blas.ssyrk(scale, transposed, beta=1.0, c=matrix.detach().numpy().T, lower=0, overwrite_c=1)
     if written.ctypes.data != matrix.data_ptr():
-        raise BackendError("scipy's ssyrk wrote to a copy, not in place: ask for backend='reference'")
+        raise BackendError("scipy's ssyrk wrote to a copy instead of in place; use backend='reference'")
 
 
 def _mirror_(matrix: Tensor) -> None:
-    """Copies the lower triangle of a contiguous `matrix [d, d]` onto the upper one."""
+    """Copies the lower triangle of a contiguous `matrix [d, d]` to the upper triangle."""
     _native.mirror(base=matrix.data_ptr(), stride=matrix.stride(0), d=matrix.shape[0], threads=torch.get_num_threads())
 
 
@@ -227,24 +235,24 @@ OPS = {
 BATCHED = frozenset[str]()
 
 
-def missing() -> str | None:
-    """Why the extension cannot be used, or is not worth using, or None."""
+def unavailable_reason() -> str | None:
+    """Returns why the extension cannot or should not be used, or None."""
     if _problem is None and not getattr(_native, "openmp", True) and torch.get_num_threads() > 1:
-        return f"it was built without OpenMP, for one thread, and PyTorch has {torch.get_num_threads()}"
+        return f"it was built without OpenMP (one thread), but PyTorch uses {torch.get_num_threads()} threads"
     return _problem
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot take these tensors: the kernels are float32, on the CPU, over contiguous rows."""
-    held = tensors[-1] if op == "correct_split_" else tensors[0]  # not its halves, but what it computes in
-    if held.device.type != "cpu":
-        return f"its tensors must be on the CPU, these are on {held.device}"
-    if held.dtype != torch.float32:
-        return f"it computes in float32 only, this is {held.dtype}"
-    if op == "panel" and held.stride(-1) != 1:
-        return f"base must have contiguous rows, its strides are {held.stride()}"
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Returns why the tensors are not supported: they must be float32, on the CPU, with contiguous rows."""
+    tensor = tensors[-1] if op == "correct_split_" else tensors[0]  # rows, not the bfloat16 half
+    if tensor.device.type != "cpu":
+        return f"tensors must be on the CPU, got {tensor.device}"
+    if tensor.dtype != torch.float32:
+        return f"it computes in float32 only, got {tensor.dtype}"
+    if op == "panel" and tensor.stride(-1) != 1:
+        return f"base must have contiguous rows, got strides {tensor.stride()}"
     if op == "correct_split_":
         high, low = tensors[:2]
         if high.stride() != low.stride() or 1 not in high.stride()[-2:]:
-            return f"high and low must have equal strides, one of them 1; they have {high.stride()} and {low.stride()}"
+            return f"high and low must have equal strides, one of them 1, got {high.stride()} and {low.stride()}"
     return None

@@ -1,8 +1,8 @@
-"""The `cuda` backend: float32 kernels in CUDA C++ that know no torch, from a library or compiled at run time.
+"""The `cuda` backend: float32 CUDA C++ kernels, from a prebuilt library or compiled at run time.
 
-No GPU has run these kernels yet: they are compiled for every target, and run on the host block by block in tests, so
-`auto` does not pick them. `panel` is for few edits, where matrix units would have nothing to do. `correct_` and
-`moment_` are products with a light epilogue and no triangle to solve, which the Triton kernels have already.
+The kernels have not run on a GPU yet (they compile for every target and run on the host, block by block, in tests), so
+`auto` does not select them. `panel` supports only a few edits, too few for matrix units. `correct_` and `moment_` are
+left to the Triton kernels.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.ops import cuda_launch, cuda_plan
-from rlsedit_fast.ops.cuda_plan import MOST_EDITS, MOST_LAYERS, MOST_PANEL_EDITS
+from rlsedit_fast.ops.cuda_plan import MAX_EDITS, MAX_LAYERS, MAX_PANEL_EDITS
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
-    """`reference.panel` in float32 for a batch of layers with 1 to `MOST_PANEL_EDITS` edits in each.
+    """`reference.panel` in float32 for a batch of layers with 1 to `MAX_PANEL_EDITS` edits each.
 
-    Of `C_base` the upper triangle is read, once; the pending correction is torch's own products.
+    The kernel reads the upper triangle of `C_base` once; torch applies the pending correction.
     """
     keys, projected = keys.contiguous(), torch.empty_like(keys, memory_format=torch.contiguous_format)
     column_parts, row_parts = (keys.new_empty(shape) for shape in cuda_plan.panel_workspace(*keys.shape))
@@ -32,7 +32,7 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
 def factor(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.factor` in float32 for a batch of layers, with 1 to `MOST_EDITS` edits in each."""
+    """`reference.factor` in float32 for a batch of layers with 1 to `MAX_EDITS` edits each."""
     layers, n, d_k = projected.shape
     projected, keys, innovation, noise = (t.contiguous() for t in (projected, keys, innovation, noise))
     lower = projected.new_empty(layers, n, n)
@@ -45,7 +45,7 @@ def factor(
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32 for a batch of layers; the lower triangle becomes the upper one's mirror."""
+    """`reference.downdate_` in float32 for a batch of layers; the result is exactly symmetric."""
     if pending.shape[1]:
         cuda_launch.run(cuda_plan.downdate(base, pending.contiguous(), signs.contiguous()), base.device)
 
@@ -55,32 +55,32 @@ BATCHED = frozenset(OPS)
 
 
 def kernels() -> str | None:
-    """Where the kernels come from on this machine, or None if nowhere."""
+    """Returns where the kernels come from on this machine, or None if they are not available."""
     found = cuda_launch.launcher()
     return None if isinstance(found, str) else found.origin
 
 
-def missing() -> str | None:
-    """Why it cannot run on this machine, or None."""
+def unavailable_reason() -> str | None:
+    """Returns why the backend cannot run on this machine, or None."""
     found = cuda_launch.launcher()
     if isinstance(found, str):
         return found
-    return None if torch.cuda.is_available() else "there is no CUDA device (torch.cuda.is_available() is false)"
+    return None if torch.cuda.is_available() else "no CUDA device is available (torch.cuda.is_available() is false)"
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot take these tensors: the kernels are float32, on a CUDA device, over contiguous rows."""
-    held = tensors[0]
-    if held.device.type != "cuda":
-        return f"its tensors must be on a CUDA device, these are on {held.device}"
-    if held.dtype != torch.float32:
-        return f"it computes in float32 only, this is {held.dtype}"
-    if 0 in held.shape or (held.dim() == 3 and held.shape[0] > MOST_LAYERS):
-        return f"it takes 1 to {MOST_LAYERS} layers of 1 edit and 1 column or more, these are {list(held.shape)}"
-    if op == "factor" and held.shape[-2] > MOST_EDITS:
-        return f"it factors up to {MOST_EDITS} edits at once, these are {held.shape[-2]}"
-    if op == "panel" and not 1 <= tensors[1].shape[-2] <= MOST_PANEL_EDITS:
-        return f"its panel is for 1 to {MOST_PANEL_EDITS} edits, these are {tensors[1].shape[-2]}"
-    if op in ("panel", "downdate_") and held.stride(-1) != 1:
-        return f"base must have contiguous rows, its strides are {held.stride()}"
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Returns why the tensors are not supported: they must be float32, on a CUDA device, with contiguous rows."""
+    first = tensors[0]
+    if first.device.type != "cuda":
+        return f"tensors must be on a CUDA device, got {first.device}"
+    if first.dtype != torch.float32:
+        return f"it computes in float32 only, got {first.dtype}"
+    if 0 in first.shape or (first.dim() == 3 and first.shape[0] > MAX_LAYERS):
+        return f"expected 1 to {MAX_LAYERS} layers with at least 1 edit and 1 column, got shape {list(first.shape)}"
+    if op == "factor" and first.shape[-2] > MAX_EDITS:
+        return f"it factors at most {MAX_EDITS} edits at once, got {first.shape[-2]}"
+    if op == "panel" and not 1 <= tensors[1].shape[-2] <= MAX_PANEL_EDITS:
+        return f"its panel supports 1 to {MAX_PANEL_EDITS} edits, got {tensors[1].shape[-2]}"
+    if op in ("panel", "downdate_") and first.stride(-1) != 1:
+        return f"base must have contiguous rows, got strides {first.stride()}"
     return None

@@ -1,6 +1,6 @@
-"""How the kernels of csrc/cuda get onto a device: from the library that was built, else compiled at run time by CuPy.
+"""Launches the kernels of csrc/cuda, from the prebuilt library or compiled at run time by CuPy.
 
-Both take the same `Launch`es, and put them on torch's current stream of the tensors' device.
+Both launchers accept the same `Launch` objects and use torch's current stream on the device of the tensors.
 """
 
 from __future__ import annotations
@@ -25,51 +25,56 @@ LIBRARY = Path(__file__).with_name("librlsedit_cuda.so")
 SOURCES = "rlsedit_fast.cuda_sources"
 COMPILER_OPTIONS = ("-std=c++17",)
 
-# As in csrc/include/rlsedit/cuda.h.
+# Must match csrc/include/rlsedit/cuda.h.
 _SIGNATURE = (c_char_p, c_char_p, ctypes.POINTER(c_void_p), *(c_int64,) * 5, c_int, c_void_p)
 
 
 class Launcher(Protocol):
-    """What can launch kernels."""
+    """Interface of a kernel launcher."""
 
     @property
     def origin(self) -> str:
-        """Where its kernels come from."""
+        """Where the kernels come from."""
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:
-        """Launches on `stream`, a CUDA stream's address.
+        """Launches a kernel.
+
+        Args:
+            launch: kernel, grid and arguments.
+            device: index of the CUDA device.
+            stream: address of a CUDA stream on that device.
 
         Raises:
-            BackendError: the kernel does not exist, its arguments do not fit or CUDA refused.
+            BackendError: the kernel does not exist, its arguments do not match or CUDA reports an error.
         """
 
 
 class Library:
-    """The library that setup.py builds with nvcc. It knows no torch, and loads without a driver too.
+    """The library that setup.py builds with nvcc. It does not depend on torch and loads without a driver.
 
     Args:
-        path: the library's file.
+        path: path of the library.
 
     Raises:
-        BackendError: it is not there or cannot be loaded.
+        BackendError: the library does not exist or cannot be loaded.
     """
 
-    origin = "its library"
+    origin = "the prebuilt library"
 
     def __init__(self, path: Path = LIBRARY) -> None:
         if not path.exists():
-            raise BackendError("its library was not built; `python -m rlsedit_fast` says why")
+            raise BackendError("the CUDA library was not built; `python -m rlsedit_fast` shows why")
         try:
             self.functions = ctypes.CDLL(str(path))
             self.functions.rlsedit_cuda_launch.argtypes = _SIGNATURE
             self.functions.rlsedit_cuda_last_error.restype = c_char_p
         except (OSError, AttributeError) as error:
             raise BackendError(
-                f"its library cannot be loaded ({error}); reinstall the package to build it anew"
+                f"the CUDA library cannot be loaded ({error}); reinstall the package to rebuild it"
             ) from error
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:
-        """As in `Launcher`."""
+        """See `Launcher.launch`."""
         letters = {c_void_p: "p", c_int64: "q", c_float: "f"}
         values = [_as_c(argument) for argument in launch.arguments]
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -83,28 +88,28 @@ class Library:
 
 
 class Compiled:
-    """The same sources, compiled by NVRTC through CuPy when they are first asked for.
+    """The kernel sources, compiled by NVRTC through CuPy on first use.
 
     Raises:
         BackendError: CuPy cannot be imported, or the sources are not installed.
     """
 
-    origin = "its sources, compiled at run time through CuPy"
+    origin = "the kernel sources, compiled at run time by CuPy"
 
     def __init__(self) -> None:
         try:
             self.cupy = importlib.import_module("cupy")
-        except Exception as error:  # CuPy raises what it meets in a broken CUDA installation
+        except Exception as error:  # a broken CUDA installation can raise anything
             raise BackendError(f"CuPy cannot be imported ({error}): pip install cupy-cuda13x") from error
         self.module = self.cupy.RawModule(code=source(), options=COMPILER_OPTIONS, backend="nvrtc")
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:
-        """As in `Launcher`. The first launch compiles, and must not be part of a graph's capture."""
+        """See `Launcher.launch`. The first launch compiles and must not be captured in a CUDA graph."""
         numbers = tuple(_as_numpy(argument) for argument in launch.arguments)
         try:
             with self.cupy.cuda.Device(device), self.cupy.cuda.ExternalStream(stream, device):
                 kernel = self.module.get_function(f"rlsedit_{launch.kernel}")
-                if launch.shared > 48 << 10:  # more must be asked for
+                if launch.shared > 48 << 10:  # larger sizes must be requested
                     kernel.max_dynamic_shared_size_bytes = launch.shared
                 kernel(launch.grid, (launch.threads, 1, 1), numbers, shared_mem=launch.shared)
         except Exception as error:
@@ -124,7 +129,7 @@ def _as_numpy(argument: Tensor | int | float) -> np.generic:
 
 
 def source() -> str:
-    """All kernels in one text, each header in the place where it is first included.
+    """Returns all kernels as one source text, with every header inlined at its first include.
 
     Raises:
         BackendError: the sources are not installed.
@@ -133,7 +138,7 @@ def source() -> str:
         folder = resources.files(SOURCES)
         return _inlined(folder, "kernels.cuh", set())
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise BackendError(f"the kernels' sources cannot be read ({error}): reinstall the package") from error
+        raise BackendError(f"the kernel sources cannot be read ({error}); reinstall the package") from error
 
 
 def _inlined(folder: Any, name: str, seen: set[str]) -> str:
@@ -146,7 +151,7 @@ def _inlined(folder: Any, name: str, seen: set[str]) -> str:
 
 @cache
 def launcher() -> Launcher | str:
-    """What launches kernels on this machine, or why nothing can."""
+    """Returns the launcher for this machine, or why there is none."""
     reasons = []
     for candidate in (Library, Compiled):
         try:
@@ -157,16 +162,16 @@ def launcher() -> Launcher | str:
 
 
 def _where(device: torch.device) -> tuple[int, int]:
-    """The device's index and torch's current stream on it."""
+    """Returns the device index and the address of torch's current stream on it."""
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
 
 
 def run(launches: list[Launch], device: torch.device) -> None:
-    """Launches one after the other on torch's current stream of `device`.
+    """Launches kernels in order on torch's current stream of `device`.
 
     Raises:
-        BackendError: nothing can launch, or a launch was refused; those before it have run.
+        BackendError: there is no launcher, or a launch failed; the launches before it have run.
     """
     found = launcher()
     if isinstance(found, str):

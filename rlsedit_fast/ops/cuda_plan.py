@@ -1,8 +1,8 @@
-"""What an operation of the `cuda` backend launches: kernels, grids, shared memory and arguments, in order.
+"""Launch plans of the `cuda` backend: kernels, grids, shared memory and arguments, in order.
 
-One plan for the library and for kernels compiled at run time (`cuda_launch`), in Python so that it can be tested
-without a GPU. Nothing here allocates; sizes of workspaces are asked for beforehand. Sizes of tiles and blocks are those
-of csrc/cuda.
+The prebuilt library and the kernels compiled at run time (`cuda_launch`) use the same plans, which are in Python so
+that they can be tested without a GPU. Nothing here allocates: the caller allocates workspaces of the given shapes. Tile
+and block sizes match csrc/cuda.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 FLOAT = 4  # bytes
-MOST_EDITS = 16384  # the tiles of Sig go into one dimension of a grid, of up to 65535 blocks
-MOST_LAYERS = 65535
+MAX_EDITS = 16384  # the tiles of Sig use one grid dimension of at most 65535 blocks
+MAX_LAYERS = 65535
 
-# product.cuh: 64 H entries along each side of a tile, slabs of 16 / H summands with rows of 64 H + 4 floats.
+# product.cuh: tiles of 64 H x 64 H entries, slabs of 16 / H summands with rows of 64 H + 4 floats.
 PRODUCT_THREADS = 256
 GRAM_TILE = 64
 GRAM_DEPTH = 16
@@ -25,10 +25,10 @@ TILE_SHARED = 4 * 8 * (TILE + 4)  # floats: two buffers of two slabs
 MIRROR_SHARED = 64 * 65  # floats: a quadrant of a tile
 
 # gram.cuh
-WARP = 32  # also the entries of Sig that a block sums
-MOST_WARPS = 32
-WANTED_BLOCKS = 264  # two for each multiprocessor of a Hopper; fixed, so that every device sums in the same order
-LEAST_COLUMNS = 64  # of F and K that are worth a block
+WARP = 32  # also the entries of Sig that one block sums
+MAX_WARPS = 32
+TARGET_BLOCKS = 264  # two per multiprocessor of a Hopper GPU; fixed, so that every device sums in the same order
+MIN_COLUMNS = 64  # columns of F and K per block
 
 # factor.cuh
 FACTOR_EDITS = 128
@@ -36,21 +36,21 @@ FACTOR_THREADS = 128
 CHUNK = 32
 
 # panel.cuh
-MOST_PANEL_EDITS = 8
+MAX_PANEL_EDITS = 8
 PANEL_THREADS = 256
 STRIP = 128  # rows of a tile of C
-PANEL_COLUMNS = 8 * 64  # of a block, in tiles of 64
+PANEL_COLUMNS = 8 * 64  # columns per block, in tiles of 64
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel.
+    """One kernel launch.
 
     Attributes:
-        kernel: its name in csrc/cuda without the prefix.
-        grid: blocks in x, y and z.
-        threads: of a block, in x.
-        shared: bytes of dynamic shared memory.
+        kernel: name in csrc/cuda without the prefix `rlsedit_`.
+        grid: number of blocks in x, y and z.
+        threads: threads per block, in x.
+        shared: dynamic shared memory in bytes.
         arguments: tensors (passed as pointers), ints (as int64) and floats (as float32).
     """
 
@@ -62,30 +62,30 @@ class Launch:
 
 
 def blocks(size: int, width: int) -> int:
-    """How many blocks of `width` cover `size`."""
+    """Returns the number of blocks of `width` that cover `size`."""
     return -(-size // width)
 
 
 def triangle(tiles: int) -> int:
-    """Tiles on and above the diagonal of a square of `tiles` by `tiles`."""
+    """Returns the number of tiles on and above the diagonal of a `tiles` x `tiles` grid."""
     return tiles * (tiles + 1) // 2
 
 
 def gram_splits(layers: int, n: int, d: int) -> tuple[int, int]:
-    """`(splits, columns)`: into how many parts the sum over `d` columns behind Sig goes, and how long each is."""
-    wanted = max(1, WANTED_BLOCKS // (layers * triangle(blocks(n, GRAM_TILE))))
-    columns = max(blocks(d, wanted), LEAST_COLUMNS)
+    """Returns `(splits, columns)`: the number of parts of the sum over `d` columns, and the columns per part."""
+    wanted = max(1, TARGET_BLOCKS // (layers * triangle(blocks(n, GRAM_TILE))))
+    columns = max(blocks(d, wanted), MIN_COLUMNS)
     columns = blocks(columns, GRAM_DEPTH) * GRAM_DEPTH
     return blocks(d, columns), columns
 
 
 def factor_workspace(layers: int, n: int, d_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the float32 workspaces of `factor`: the parts of Sig, and Sig."""
+    """Returns the shapes of the float32 workspaces of `factor`: the partial sums of Sig, and Sig."""
     return (layers, gram_splits(layers, n, d_k)[0], n, n), (layers, n, n)
 
 
 def factor_shared(size: int) -> int:
-    """Bytes of shared memory for a panel of `size` edits: a word, the inverses of the diagonal, the factor."""
+    """Returns the shared memory in bytes for a panel of `size` edits: a flag, the inverse diagonal, the factor."""
     padded = blocks(size, CHUNK) * CHUNK
     return FLOAT * (4 + padded + padded * (padded + 4))
 
@@ -99,24 +99,27 @@ def factor(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     workspace: tuple[Tensor, Tensor],
 ) -> list[Launch]:
-    """`reference.factor` for a batch of layers: three launches, and two more for each further `FACTOR_EDITS` edits.
+    """Plans `reference.factor` for a batch of layers: three launches, plus two per further `FACTOR_EDITS` edits.
 
     Args:
-        projected: `F [layers, n, d_k]`; like all operands contiguous and float32.
+        projected: `F [layers, n, d_k]`; all operands are contiguous and float32.
         keys: `K [layers, n, d_k]`.
         innovation: `E [layers, n, d_v]`.
         noise: `[layers, n]`.
         sign: +1 or -1.
-        outputs: `U`, `A` and `L` in the shapes of `projected`, `innovation` and `[layers, n, n]`, and `info [layers]`
+        outputs: `U` and `A` in the shapes of `projected` and `innovation`, `L [layers, n, n]`, and `info [layers]`,
             int32.
-        workspace: tensors of the shapes that `factor_workspace` gives.
+        workspace: tensors with the shapes that `factor_workspace` returns.
+
+    Returns:
+        The launches, in order.
     """
     layers, n, d_k = projected.shape
     d_v = innovation.shape[2]
     u, a, lower, info = outputs
     partial, sigma = workspace
     splits, columns = gram_splits(layers, n, d_k)
-    warps = min(splits, MOST_WARPS)
+    warps = min(splits, MAX_WARPS)
     launches = [
         Launch(
             "gram",
@@ -162,19 +165,22 @@ def factor(
 
 
 def panel_workspace(layers: int, n: int, d: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the float32 workspaces of `panel`: what each strip gives at its columns, and each chunk at its rows."""
-    rows = 4 if n <= 4 else MOST_PANEL_EDITS
+    """Returns the shapes of the float32 workspaces of `panel`: partial sums by strip and by chunk of columns."""
+    rows = 4 if n <= 4 else MAX_PANEL_EDITS
     return (layers, blocks(d, STRIP), rows, d), (layers, blocks(d, PANEL_COLUMNS), rows, d)
 
 
 def panel(base: Tensor, keys: Tensor, projected: Tensor, workspace: tuple[Tensor, Tensor]) -> list[Launch]:
-    """`K C_base` of up to `MOST_PANEL_EDITS` edits for a batch of layers: two launches.
+    """Plans `K C_base` for up to `MAX_PANEL_EDITS` edits and a batch of layers: two launches.
 
     Args:
-        base: `[layers, d, d]` with contiguous rows, float32 like all operands; its lower triangle is not read.
+        base: `[layers, d, d]` with contiguous rows; all operands are float32. The lower triangle is not read.
         keys: `K [layers, n, d]`, contiguous.
-        projected: the result, `[layers, n, d]`, contiguous.
-        workspace: tensors of the shapes that `panel_workspace` gives.
+        projected: output `[layers, n, d]`, contiguous.
+        workspace: tensors with the shapes that `panel_workspace` returns.
+
+    Returns:
+        The launches, in order.
     """
     layers, n, d = keys.shape
     rows = workspace[0].shape[2]
@@ -198,12 +204,15 @@ def panel(base: Tensor, keys: Tensor, projected: Tensor, workspace: tuple[Tensor
 
 
 def downdate(base: Tensor, pending: Tensor, signs: Tensor) -> list[Launch]:
-    """`reference.downdate_` for a batch of layers: one launch.
+    """Plans `reference.downdate_` for a batch of layers: one launch.
 
     Args:
-        base: `[layers, d, d]` with contiguous rows, float32 like all operands.
-        pending: `[layers, r, d]`, contiguous, r of 1 or more.
+        base: `[layers, d, d]` with contiguous rows; all operands are float32.
+        pending: `[layers, r, d]`, contiguous; r is at least 1.
         signs: `[layers, r]`, contiguous.
+
+    Returns:
+        The launches, in order.
     """
     layers, r, d = pending.shape
     return [

@@ -1,4 +1,4 @@
-"""Float32 products in float32, whatever a program has allowed for its model's sake."""
+"""Keeps float32 matrix products in full float32 precision."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 _MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-_BY_BACKEND = all(hasattr(matmul, "fp32_precision") for matmul in _MATMULS)  # from torch 2.9 on
+_BY_BACKEND = all(hasattr(matmul, "fp32_precision") for matmul in _MATMULS)  # torch >= 2.9
 _FULL = ("none", "ieee")
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within it no float32 matrix product is rounded to tf32 or bfloat16 (`torch.set_float32_matmul_precision`).
+    """Disables tf32 and bfloat16 in float32 matrix products (`torch.set_float32_matmul_precision`) inside the block.
 
-    Under tf32 the solver's C loses positive definiteness (bench/results/precision.json); a user's setting, which is for
-    the model, is put back behind it.
+    With tf32 the solver's C loses positive definiteness (bench/results/precision.json). The user's setting is restored
+    on exit.
     """
     if not _BY_BACKEND:
         allowed = torch.get_float32_matmul_precision()
@@ -35,6 +35,6 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         for matmul, allowed in narrowed:
-            matmul.fp32_precision = "none"  # as what is set for all of torch says
+            matmul.fp32_precision = "none"  # inherits the global setting
             if matmul.fp32_precision != allowed:
                 matmul.fp32_precision = allowed

@@ -1,7 +1,8 @@
-"""The operations in plain PyTorch: the `reference` backend, and in float64 the truth that tests compare with.
+"""Reference implementation of the operations in plain PyTorch.
 
-Shapes: d_k keys' width, d_v values' width, n edits in a batch, r pending rows. All take any floating dtype
-and compute in it.
+This is the `reference` backend; tests compare the other backends with it in float64. Sizes: d_k is the width of keys,
+d_v the width of values, n the number of edits in a batch, r the number of pending rows. Operations accept any floating
+dtype and compute in it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from rlsedit_fast.ops.split import SPLIT_CHUNK, join, split
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
-    """`F = K C` for the deferred `C = C_base - U_p^T D U_p`.
+    """Computes `F = K C` for the deferred `C = C_base - U_p^T D U_p`.
 
     Args:
-        base: `C_base [d_k, d_k]`, symmetric, stored whole.
+        base: `C_base [d_k, d_k]`, symmetric; both triangles are stored.
         keys: `K [n, d_k]`.
         pending: `U_p [r, d_k]`; r may be 0.
-        signs: the diagonal of `D`, `[r]`: +1 for an edit's row, -1 for a removal's.
+        signs: diagonal of `D`, `[r]`: +1 for the row of an update, -1 for the row of a removal.
 
     Returns:
         `F [n, d_k]`.
@@ -35,19 +36,19 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
 def factor(
     projected: Tensor, keys: Tensor, innovation: Tensor, noise: Tensor, sign: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors `Sig = diag(noise) + sign * F K^T = L L^T` and whitens with it.
+    """Factors `Sig = diag(noise) + sign * F K^T = L L^T` and whitens `F` and `E` with `L`.
 
     Args:
         projected: `F [n, d_k]` from `panel`.
         keys: `K [n, d_k]`.
         innovation: `E [n, d_v]`.
         noise: `1/w [n]`.
-        sign: +1 for an edit, -1 for a removal.
+        sign: +1 for an update, -1 for a removal.
 
     Returns:
-        `(U, A, L, info)`: `U = L^-1 F [n, d_k]`, `A = L^-1 E [n, d_v]`, `L [n, n]`, and an int32 scalar that
-        is 0 when the factorisation succeeded, else the one-based index of the pivot that was not positive
-        (U, A and L are then meaningless).
+        `(U, A, L, info)`: `U = L^-1 F [n, d_k]`, `A = L^-1 E [n, d_v]`, `L [n, n]`, and an int32 scalar that is 0 if
+        the factorization succeeded, else the one-based index of the pivot that is not positive (U, A and L are then
+        undefined).
     """
     gram = projected @ keys.T
     sigma = torch.diag(noise) + (0.5 * sign) * (gram + gram.T)
@@ -58,37 +59,37 @@ def factor(
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`C_base <- C_base - U_p^T D U_p` in place; symmetric up to rounding if it was so before.
+    """Computes `C_base <- C_base - U_p^T D U_p` in place; a symmetric matrix stays symmetric up to rounding.
 
     Args:
-        base: `[d_k, d_k]`, symmetric, stored whole.
+        base: `[d_k, d_k]`, symmetric; both triangles are stored.
         pending: `U_p [r, d_k]`.
-        signs: `[r]`.
+        signs: `[r]`, each +1 or -1.
     """
     base.addmm_((pending * signs[:, None]).T, pending, alpha=-1)
 
 
 def correct_(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
-    """`W <- W + sign * A^T U` in place.
+    """Computes `W <- W + sign * A^T U` in place.
 
     Args:
         weight: `W [d_v, d_k]`.
         whitened: `A [n, d_v]`.
         rows: `U [n, d_k]`.
-        sign: +1 for an edit, -1 for a removal.
+        sign: +1 for an update, -1 for a removal.
     """
     weight.addmm_(whitened.T, rows, alpha=sign)
 
 
 def correct_split_(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, sign: int) -> None:
-    """`W <- W + sign * A^T U` in place, in float32, on a weight that is kept in two halves (`ops.split`).
+    """Computes `W <- W + sign * A^T U` in place, in float32, on a split weight (see `ops.split`).
 
     Args:
-        high: `[d_v, d_k]`, bfloat16: the weight as the model computes with it.
-        low: `[d_v, d_k]`, int16: what `high` lacks.
+        high: `[d_v, d_k]`, bfloat16: the weight that the model uses.
+        low: `[d_v, d_k]`, int16: the remainder.
         whitened: `A [n, d_v]`, float32.
         rows: `U [n, d_k]`, float32.
-        sign: +1 for an edit, -1 for a removal.
+        sign: +1 for an update, -1 for a removal.
     """
     step = max(1, SPLIT_CHUNK // high.shape[1])
     for start in range(0, high.shape[0], step):
@@ -99,11 +100,11 @@ def correct_split_(high: Tensor, low: Tensor, whitened: Tensor, rows: Tensor, si
 
 
 def moment_(moment: Tensor, rows: Tensor) -> None:
-    """`M <- M + X^T X` in place, accumulated in M's dtype.
+    """Computes `M <- M + X^T X` in place, accumulated in the dtype of M.
 
     Args:
-        moment: `[d, d]`.
-        rows: `X [t, d]`, of any floating dtype.
+        moment: `M [d, d]`.
+        rows: `X [t, d]`, any floating dtype.
     """
     rows = rows.to(moment.dtype)
     moment.addmm_(rows.T, rows)
@@ -120,11 +121,11 @@ OPS = {
 BATCHED = frozenset[str]()
 
 
-def missing() -> str | None:
-    """PyTorch runs everywhere."""
+def unavailable_reason() -> str | None:
+    """Returns None: this backend always runs."""
     return None
 
 
-def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """PyTorch takes every floating dtype and device."""
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Returns None: every floating dtype and device is supported."""
     return None

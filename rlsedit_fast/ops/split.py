@@ -1,4 +1,4 @@
-"""A float32 number in two halves of 16 bits: the bfloat16 that a model computes with, and what that one lacks."""
+"""Splits a float32 number into two 16-bit halves: the bfloat16 that the model uses, and the remainder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 SPLIT_CHUNK = 1 << 22
-"""Entries of a weight in two halves that are put together at a time: 16 MB in float32."""
+"""Entries of a split weight that are joined at a time (16 MB in float32)."""
 
 _HALF = 0x8000  # half of the last bit that the upper half keeps
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`(high bfloat16, low int16)` of a float32 tensor, of its shape; `join` gives it back bit for bit.
+    """Splits a float32 tensor into a bfloat16 and an int16 tensor; `join` restores it bit for bit.
 
-    With `bits` the number's own, `high = (bits + 0x8000) >> 16` and `low = bits - (high << 16)`. `high` is the nearest
-    bfloat16, halves away from zero: to even, a remainder of +32768 would occur, and int16 has no such number.
+    With `bits` the bit pattern of a number, `high = (bits + 0x8000) >> 16` and `low = bits - (high << 16)`. `high` is
+    the nearest bfloat16, with ties rounded away from zero: rounding ties to even would need a remainder of +32768,
+    which int16 cannot represent.
+
+    Args:
+        weight: float32 tensor of any shape.
+
+    Returns:
+        `(high, low)`, bfloat16 and int16, both of the shape of `weight`.
     """
     bits = weight.view(torch.int32)
     high = (bits + _HALF) >> 16
@@ -23,5 +30,13 @@ def split(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 tensor of which `high` (bfloat16) and `low` (int16) are the halves."""
+    """Joins the halves that `split` returned.
+
+    Args:
+        high: bfloat16 tensor of any shape.
+        low: int16 tensor of the same shape.
+
+    Returns:
+        A float32 tensor of that shape.
+    """
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)

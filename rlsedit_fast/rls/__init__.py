@@ -1,10 +1,10 @@
-"""The solver: tensors in, an edited weight out; it knows nothing of language models."""
+"""The RLS solver: applies edits to one weight matrix. It works on tensors and does not depend on transformers."""
 
 from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
-from rlsedit_fast.rls.shares import arrived_share, memit_share, raised_innovation, raised_values
+from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.state import RLSState
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "Step",
     "TrialLayer",
     "TrialPanel",
-    "arrived_share",
+    "amplify_innovation",
+    "amplify_values",
     "memit_share",
-    "raised_innovation",
-    "raised_values",
+    "realized_fraction",
 ]

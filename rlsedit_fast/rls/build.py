@@ -1,4 +1,4 @@
-"""The state made afresh in float64, from the prior and whatever edits it holds: the start, and every refresh."""
+"""Computes a state from scratch in float64, from the prior and the applied edits. Used at the start and by refresh."""
 
 from __future__ import annotations
 
@@ -15,28 +15,42 @@ from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.prior import CHUNK, Prior, parts
 
-LEAST_BLOCK = 256
-"""Columns of the factor and the inverse at a time, and at least a sixteenth of them. No second float64 matrix is taken,
-at 0.7 times the speed of the library's two calls at d 512 and 1.25 times at 4,096 (bench/results/state-build.json)."""
+MIN_BLOCK = 256
+"""Minimum block size of the factorization and the inverse; a block is at least a sixteenth of the columns. Working in
+blocks needs no second float64 matrix, at 0.7 times the speed of the two library calls for d = 512 and 1.25 times for
+d = 4096 (bench/results/state-build.json)."""
 
 
 @dataclass(frozen=True)
 class Edits:
-    """Edits in the dtype that the solver computes in: `keys [n, d_k]`, `values [n, d_v]`, `weights [n]`; n may be 0."""
+    """A batch of edits in the solver's dtype.
+
+    Attributes:
+        keys: `K [n, d_k]`; n may be 0.
+        values: `V [n, d_v]`.
+        weights: `w [n]`.
+    """
 
     keys: Tensor
     values: Tensor
     weights: Tensor
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and weights in float64, a chunk of rows at a time."""
+        """Yields keys, values and weights in float64, one chunk of rows at a time."""
         for rows in parts(self.keys.shape[0], CHUNK):
             yield self.keys[rows].double(), self.values[rows].double(), self.weights[rows].double()
 
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` gives: `C` in the solver's dtype, `W`, `J`, and the sketch of `S` for the monitor."""
+    """Result of `build`.
+
+    Attributes:
+        precision_inverse: `C [d_k, d_k]` in the solver's dtype.
+        weight: `W [d_v, d_k]`.
+        objective: `J` at that weight.
+        sketch: sketch of `S` for the monitor.
+    """
 
     precision_inverse: Tensor
     weight: Tensor
@@ -45,20 +59,23 @@ class Built:
 
 
 def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.dtype, name: str) -> Built:
-    """The minimiser and its precision inverse by the normal equations in delta form, in float64.
+    """Computes the minimizer and its precision inverse in float64 from the normal equations in delta form.
 
-    `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, by one Cholesky.
-    Memory: one matrix `[d_k, d_k]` in float64, C, and chunks of rows.
+    `S = S0 + K^T w K` and `W - W0 = [mu^2 (V0 - K0 W0^T)^T K0 + (V - K W0^T)^T w K] S^{-1}`, with one Cholesky
+    factorization. Memory: one float64 matrix `[d_k, d_k]`, C, and chunks of rows.
 
     Args:
-        original: `W0 [d_v, d_k]`.
-        prior: the prior of the layer.
-        edits: the edits the state is to hold, or None for none.
-        dtype: of `C` in the result, and of `W` unless that is the original itself.
-        name: of the layer, for the errors.
+        original: `W0 [d_v, d_k]`, any floating dtype.
+        prior: prior of the layer.
+        edits: edits to apply, or None.
+        dtype: dtype of `C`, and of `W` unless `W` is the original.
+        name: name of the layer, for error messages.
+
+    Returns:
+        The weight, the precision inverse, the objective and the sketch.
 
     Raises:
-        PriorError: `S` is not positive definite in float64, or its inverse does not fit `dtype`.
+        PriorError: `S` is not positive definite in float64, or its inverse overflows `dtype`.
     """
     precision = prior.precision(original.shape[1], original.device)
     weight, objective, pull = original, 0.0, None
@@ -78,33 +95,43 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
         total = start + delta
         objective, weight = prior.energy(start, delta) + _misfit(total, edits), total.to(dtype)
     inverse = _inverse_(lower, dtype)
-    del precision, lower  # one storage, the largest of all
+    del precision, lower  # one storage, the largest one
     try:
         checks.finite(precision_inverse=inverse, weight=weight)
     except InputError as error:
         raise PriorError(
-            f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight beyond the "
-            f"range of {dtype}; raise lam or mu, or use float64."
+            f"the precision of {name} (lam={prior.lam:g}, mu={prior.mu:g}) has an inverse or a weight that overflows "
+            f"{dtype}. Increase lam or mu, or use float64."
         ) from error
     return Built(inverse, weight, objective, sketch.settled(inverse))
 
 
 def _misfit(weight: Tensor, edits: Edits | None) -> float:
-    """`sum_i w_i ||K_i W^T - V_i||^2` in float64."""
+    """Returns `sum_i w_i ||K_i W^T - V_i||^2` in float64."""
     if edits is None:
         return 0.0
     return sum(float(((v - k @ weight.T).square().sum(1) * w).sum()) for k, v, w in edits.chunks())
 
 
 def _blocks(size: int) -> list[slice]:
-    return parts(size, max(LEAST_BLOCK, -(-size // 16)))
+    return parts(size, max(MIN_BLOCK, -(-size // 16)))
 
 
 def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
-    """The Cholesky factor of `S` in float64, in place of its lower triangle; above the blocks `S` is left as it was.
+    """Overwrites the lower triangle of `S` with its Cholesky factor, block column by block column.
 
-    By columns of blocks, each less what those before it explain. A pivot that is rounding and nothing else counts as
-    not positive.
+    The blocks above the diagonal keep the entries of `S`. A pivot at the rounding level counts as not positive.
+
+    Args:
+        precision: `S [d_k, d_k]`, float64.
+        prior: prior of the layer, for error messages.
+        name: name of the layer, for error messages.
+
+    Returns:
+        `precision`.
+
+    Raises:
+        PriorError: `S` is not positive definite.
     """
     diagonal = precision.diagonal().clone()
     index, pivot, floor = 0, math.inf, 0.0
@@ -118,7 +145,7 @@ def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
         below = precision[j.stop :, j]
         precision[j.stop :, j] = torch.linalg.solve_triangular(lower.T, below, upper=True, left=False)
     else:
-        # Cholesky's rounding is relative to each diagonal entry, whatever the scales of the features.
+        # The rounding error of a pivot is relative to its diagonal entry, whatever the scale of the feature.
         pivots = precision.diagonal().square()
         index = int((pivots / diagonal).argmin())
         pivot = float(pivots[index])
@@ -127,16 +154,16 @@ def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
         return precision
     raise PriorError(
         f"the precision of {name} is not positive definite: lam={prior.lam:g}, mu={prior.mu:g}, smallest pivot "
-        f"{pivot:g} at feature {index}. The anchors do not hold every direction: raise lam"
-        f"{' above 0' if prior.lam == 0 else ''}, or pass more anchors."
+        f"{pivot:g} at feature {index}. The anchors do not span every direction: increase lam"
+        f"{' above 0' if prior.lam == 0 else ''} or pass more anchors."
     )
 
 
 def _inverse_(lower: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(L L^T)^-1` in `dtype`, exactly symmetric, computed in float64; `lower` becomes `L^-1`.
+    """Computes `(L L^T)^-1` in float64 and returns it in `dtype`, exactly symmetric; overwrites `lower` with `L^-1`.
 
-    By blocks, of which only those of the triangle are read and computed: `X = L^-1` in place, from the last columns to
-    the first, then `X^T X`.
+    Works on the blocks of the lower triangle: first `X = L^-1` in place, from the last columns to the first, then
+    `X^T X`.
     """
     size, blocks = lower.shape[0], _blocks(lower.shape[0])
     for at, j in reversed(list(enumerate(blocks))):
@@ -150,18 +177,18 @@ def _inverse_(lower: Tensor, dtype: torch.dtype) -> Tensor:
     for at, j in enumerate(blocks):
         for i in blocks[at:]:
             part = lower[i.start :, i].T @ lower[i.start :, j]
-            part = 0.5 * (part + part.T) if i is j else part  # a product of two views need not be symmetric to the bit
+            part = 0.5 * (part + part.T) if i is j else part  # not bitwise symmetric otherwise
             inverse[i, j] = part
             inverse[j, i] = part.T
     return inverse
 
 
 def _failed_pivot(precision: Tensor, index: int) -> float:
-    """The pivot at which the factorisation stopped, computed again (LAPACK leaves it undefined)."""
+    """Recomputes the pivot at which the factorization stopped (LAPACK leaves it undefined)."""
     if index == 0:
         return float(precision[0, 0])
     lower, info = torch.linalg.cholesky_ex(precision[:index, :index])
-    if int(info):  # by other blocks it stops earlier: a pivot there is rounding, of either sign
+    if int(info):  # with other blocks it can stop earlier, at a pivot of the size of rounding errors
         return 0.0
     column = torch.linalg.solve_triangular(lower, precision[:index, index : index + 1], upper=False)
     return float(precision[index, index] - column.square().sum())

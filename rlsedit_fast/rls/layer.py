@@ -1,4 +1,4 @@
-"""What every edited layer has, whatever rule writes it: its exact weight, its start, its prior and its name."""
+"""Base class of an edited layer: its exact weight, original weight, prior and name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlsedit_fast.rls.prior import Prior
 
 
 class Layer:
-    """A layer's weight, kept exactly. Who derives from it sets what is declared here, and writes the weight."""
+    """A layer with an exact copy of its weight. Subclasses set the attributes declared here and write the weight."""
 
     _master: Master
     _original: Tensor
@@ -21,42 +21,48 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The current `W [d_v, d_k]`, exact: live, in one storage for the layer's whole life, or put together from the
-        halves of a bfloat16 weight that is kept in place. Read it, do not write it.
+        """The current `W [d_v, d_k]` in the layer's dtype, read-only.
+
+        It is the live tensor, which keeps its storage for the life of the layer, except for a bfloat16 weight that is
+        edited in place: then it is a new tensor joined from the two halves.
         """
         return self._master.read()
 
     @property
     def original(self) -> Tensor:
-        """`W0 [d_v, d_k]`, in the narrower of its own dtype and the layer's. Read it, do not write it."""
+        """The original `W0 [d_v, d_k]`, in the narrower of its own dtype and the layer's dtype, read-only."""
         return self._original
 
     @property
     def prior(self) -> Prior:
-        """What holds the weight."""
+        """The prior of the layer."""
         return self._prior
 
     @property
     def name(self) -> str:
-        """The layer's name, as the errors give it."""
+        """The name of the layer in error messages."""
         return self._name
 
     @property
     def edits(self) -> int:
-        """How many rows of edits the layer holds."""
+        """The number of edit rows applied."""
         return self._edits
 
     @property
     def version(self) -> int:
-        """Changes with every step; equal versions mean equal states."""
+        """A number that changes with every step; equal versions mean equal states."""
         return self._version
 
     @torch.no_grad()
     def outputs(self, keys: Tensor) -> Tensor:
-        """`K W^T [n, d_v]` of the current weight, for keys in the layer's dtype, on its device."""
+        """Returns `K W^T [n, d_v]` of the current weight.
+
+        Args:
+            keys: `K [n, d_k]` in the dtype and on the device of the layer.
+        """
         return self._master.times(keys)
 
     @torch.no_grad()
     def deviation(self) -> float:
-        """`||W - W0||_F`."""
+        """Returns `||W - W0||_F`."""
         return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))

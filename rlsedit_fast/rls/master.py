@@ -1,4 +1,4 @@
-"""The exact weight that a state keeps, however few bits the model computes with."""
+"""Exact (master) weights in float32 or float64, whatever the dtype of the model."""
 
 from __future__ import annotations
 
@@ -14,52 +14,43 @@ from rlsedit_fast.ops.split import SPLIT_CHUNK
 
 
 class Master(Protocol):
-    """A weight `W [d_v, d_k]` in float32 or float64, and who else holds it."""
+    """Interface of an exact weight `W [d_v, d_k]` in float32 or float64."""
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """Where it is kept; a copy of all of them is a copy of the weight."""
-
-    @property
-    def extra(self) -> int:
-        """Bytes it takes beside the weight that was given."""
+        """The tensors that store the weight; copies of all of them are a copy of the weight."""
 
     def read(self) -> Tensor:
-        """`W`: not to be written to; it may be the live one."""
+        """Returns `W [d_v, d_k]`, read-only; it may be the live tensor."""
 
     def write(self, weight: Tensor) -> None:
-        """Makes `weight [d_v, d_k]` the weight."""
+        """Sets the weight to `weight [d_v, d_k]`."""
 
     def times(self, keys: Tensor) -> Tensor:
-        """`K W^T [n, d_v]`."""
+        """Returns `K W^T [n, d_v]`."""
 
     def correct(self, whitened: Tensor, rows: Tensor, sign: int, backend: str | None) -> None:
-        """`W <- W + sign * A^T U`."""
+        """Computes `W <- W + sign * A^T U`."""
 
     def settle(self) -> None:
-        """Called when `tensors` were written from outside: brings whoever else holds the weight up to date."""
+        """Updates the rounded copy of the weight after `tensors` were written directly."""
 
 
 class Dense:
     """A weight in one tensor.
 
     Args:
-        weight: `[d_v, d_k]`, float32 or float64, written in place.
-        rounded: a tensor in another dtype that is to hold the rounded weight after every change.
+        weight: `[d_v, d_k]`, float32 or float64, updated in place.
+        rounded: tensor of another dtype that receives the rounded weight after every change, or None.
     """
 
-    def __init__(self, weight: Tensor, rounded: Tensor | None = None, *, owned: bool = True) -> None:
-        self._weight, self._rounded, self._owned = weight, rounded, owned
+    def __init__(self, weight: Tensor, rounded: Tensor | None = None) -> None:
+        self._weight, self._rounded = weight, rounded
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """See `Master`."""
         return (self._weight,)
-
-    @property
-    def extra(self) -> int:
-        """See `Master`."""
-        return self._weight.numel() * self._weight.element_size() if self._owned else 0
 
     def read(self) -> Tensor:
         """See `Master`."""
@@ -87,10 +78,10 @@ class Dense:
 
 
 class Split:
-    """A float32 weight of which the model's own bfloat16 is the upper half: two extra bytes a weight.
+    """A float32 weight whose upper half is the bfloat16 weight of the model: two extra bytes per entry.
 
     Args:
-        high: `[d_v, d_k]`, bfloat16, finite; written in place.
+        high: `[d_v, d_k]`, bfloat16, finite; updated in place.
     """
 
     def __init__(self, high: Tensor) -> None:
@@ -101,11 +92,6 @@ class Split:
     def tensors(self) -> Sequence[Tensor]:
         """See `Master`."""
         return self._high, self._low
-
-    @property
-    def extra(self) -> int:
-        """See `Master`."""
-        return self._low.numel() * self._low.element_size()
 
     def read(self) -> Tensor:
         """See `Master`."""
@@ -135,15 +121,23 @@ class Split:
 
 
 def master_of(weight: Tensor, dtype: torch.dtype, *, in_place: bool) -> Master:
-    """The master of a given weight: a copy of it, or one that keeps the given tensor current as well.
+    """Creates the master of a weight.
 
-    In place, a weight of the state's own dtype is its own master, a bfloat16 one is the upper half of a float32
-    master, and any other gets a master beside it and is rounded from it.
+    In place, a weight of the requested dtype is its own master, a bfloat16 weight is the upper half of a float32
+    master, and any other weight gets a separate master and is rounded from it.
+
+    Args:
+        weight: `[d_v, d_k]`, any floating dtype.
+        dtype: dtype of the master, float32 or float64.
+        in_place: whether `weight` itself is kept up to date; otherwise it is copied.
+
+    Returns:
+        The master.
     """
     if not in_place:
         return Dense(weight.to(dtype, copy=True, memory_format=torch.contiguous_format))
     if weight.dtype == dtype:
-        return Dense(weight, owned=False)
+        return Dense(weight)
     if weight.dtype == torch.bfloat16 and dtype == torch.float32:
         return Split(weight)
     return Dense(weight.to(dtype, memory_format=torch.contiguous_format), weight)

@@ -1,4 +1,4 @@
-"""How far the precision inverse has drifted from the inverse of what the state is known to hold."""
+"""Monitors the drift of the precision inverse C from the inverse of the exact precision S."""
 
 from __future__ import annotations
 
@@ -8,30 +8,37 @@ import torch
 from torch import Tensor
 
 PROBE_SEED = 20261
-"""Any fixed seed: the same state must give the same residual on every run."""
+"""Fixed seed: the same state gives the same residual in every run."""
 
 ROWS = 512
-"""Rows of C turned into float64 at a time."""
+"""Rows of C that are converted to float64 at a time."""
 
 GAIN = 4.0
-"""What the residual must exceed of its value when C was last made afresh, for a refresh to be worth it: on an
-ill-conditioned precision merely storing C in float32 leaves a residual over the limit."""
+"""A refresh is recommended only if the residual exceeds its value after the last refresh by this factor: for an
+ill-conditioned precision, storing C in float32 alone can exceed `LIMITS`."""
 
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""The residual from which on a refresh is advised. In measured streams (bench/results/solver-accuracy.json) the
-relative error of C was a part of the residual that shrinks with the condition of S: under a half at 1e2, a sixteenth at
-1e4. So 1e-3 stands for a drift of 6e-5 at condition 1e4, where float32 is to stay within 1e-4; a better conditioned
-state drifts less."""
+"""Residual above which a refresh is recommended. In measured streams (bench/results/solver-accuracy.json) the relative
+error of C was less than half of the residual at condition number 1e2 of S and a sixteenth at 1e4, so 1e-3 corresponds
+to
+a relative error of 6e-5 at 1e4, within the float32 target of 1e-4."""
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """The health of `C`.
+    """Drift of `C`.
 
     Attributes:
         residual: `||C S x - x|| / ||x||` for a fixed random x.
-        needs_refresh: the residual is over the limit, and a refresh would lower it; call it with the edits held.
-        advice: the same in words.
+        needs_refresh: whether the residual exceeds the limit and a refresh with the applied edits would reduce it.
+        advice: the same as text.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(2, 3), Prior(lam=1.0))
+        >>> state.monitor().needs_refresh
+        False
     """
 
     residual: float
@@ -40,19 +47,19 @@ class Monitor:
 
 
 def probe(d_k: int, device: torch.device) -> Tensor:
-    """The fixed random `x [d_k]`, float64."""
+    """Returns the fixed random `x [d_k]`, float64."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
     return torch.randn(d_k, device="cpu", dtype=torch.float64, generator=generator).to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """What is kept of the precision `S` in place of `S`, in float64.
+    """A float64 sketch of the precision `S`, stored instead of `S`.
 
     Attributes:
-        probe: a fixed random `x [d_k]`.
+        probe: fixed random `x [d_k]`.
         image: `S x [d_k]`.
-        floor: the residual when C was last made afresh, from storing it in its dtype alone.
+        floor: residual after the last build or refresh, caused by rounding C to its dtype.
     """
 
     probe: Tensor
@@ -61,32 +68,32 @@ class Sketch:
 
     @classmethod
     def of(cls, precision: Tensor) -> Sketch:
-        """The sketch of `S [d_k, d_k]`, float64; x is the same on every device."""
+        """Returns the sketch of `S [d_k, d_k]`, float64. x is the same on every device."""
         x = probe(precision.shape[0], precision.device)
         return cls(x, precision @ x)
 
     def settled(self, inverse: Tensor) -> Sketch:
-        """The sketch with its floor, for `C [d_k, d_k]` as it has just been made."""
+        """Returns the sketch with its floor, for a newly built `C [d_k, d_k]`."""
         return replace(self, floor=self.residual(inverse, inverse[:0], inverse[:0, 0]))
 
     def residual(self, base: Tensor, pending: Tensor, signs: Tensor) -> float:
-        """`||C S x - x|| / ||x||` for `C = base - U_p^T D U_p`, in float64; reads the base once, a chunk at a time."""
+        """Returns `||C S x - x|| / ||x||` for `C = base - U_p^T D U_p` in float64, reading `base` once in chunks."""
         product = torch.cat([part.double() @ self.image for part in torch.split(base, ROWS)])
         rows = pending.double()
         product -= rows.T @ (signs.double() * (rows @ self.image))
         return float((product - self.probe).norm() / self.probe.norm())
 
     def moved(self, keys: Tensor, weights: Tensor, sign: int) -> Sketch:
-        """The sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `w [n]` of any floating dtype."""
+        """Returns the sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `w [n]` of any floating dtype."""
         keys = keys.double()
         return replace(self, image=self.image + sign * (keys.T @ (weights.double() * (keys @ self.probe))))
 
 
 def inspect(sketch: Sketch, base: Tensor, pending: Tensor, signs: Tensor) -> Monitor:
-    """Compares `C = base - U_p^T D U_p` with the sketch of S."""
+    """Compares `C = base - U_p^T D U_p` with the sketch of `S`."""
     residual = sketch.residual(base, pending, signs)
     limit = max(LIMITS[base.dtype], GAIN * sketch.floor)
     measured = f"residual {residual:.1e}, limit {limit:.0e}"
-    if residual <= limit:  # a NaN is not
-        return Monitor(residual, False, f"C is as it should be: {measured}.")
-    return Monitor(residual, True, f"C has drifted: {measured}; call refresh with all the edits held.")
+    if residual <= limit:  # false for NaN
+        return Monitor(residual, False, f"C is accurate: {measured}.")
+    return Monitor(residual, True, f"C has drifted: {measured}. Call refresh with all applied edits.")

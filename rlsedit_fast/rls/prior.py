@@ -1,4 +1,4 @@
-"""What the weight is held to before any edit: its own start (lam) and what it does on the anchors (mu)."""
+"""The prior of a layer: a penalty on the change of the weight (lam) and of its outputs on anchor keys (mu)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rlsedit_fast.ops import moment_
 from rlsedit_fast.rls import checks
 
 CHUNK = 2048
-"""Rows turned into float64 at a time, so that memory is one matrix of d_k by d_k and a chunk."""
+"""Rows that are converted to float64 at a time, which bounds temporary memory."""
 
 ROUNDING_GROWTH = 1000
-"""Roundings of up to a million accumulated rows grow as their square root: what a moment may be off by, in eps."""
+"""Allowed rounding error of a moment, in eps: the errors of a million accumulated rows grow as their square root."""
 
 
 def parts(count: int, width: int) -> list[slice]:
-    """`count` rows in order, `width` at a time."""
+    """Returns consecutive slices of at most `width` rows that cover `count` rows."""
     return [slice(start, min(start + width, count)) for start in range(0, count, width)]
 
 
 def chunks(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """The rows in float64 on `device`, `CHUNK` at a time."""
+    """Yields the rows in float64 on `device`, `CHUNK` at a time."""
     return (rows[part].to(device, torch.float64) for part in parts(rows.shape[0], CHUNK))
 
 
 def symmetric(moment: Tensor, device: torch.device) -> Tensor:
-    """`(M + M^T) / 2` in float64 on `device`, of a moment anywhere; one matrix and a chunk are all it takes there."""
+    """Returns `(M + M^T) / 2` in float64 on `device`; uses memory for one matrix and one chunk there."""
     whole = torch.empty(moment.shape, dtype=torch.float64, device=device)
     for rows in parts(moment.shape[0], CHUNK):
         torch.add(moment[rows].to(device, torch.float64), moment[:, rows].to(device).T, out=whole[rows])
@@ -41,24 +41,33 @@ def symmetric(moment: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prior:
-    """`lam^2 ||W - W0||_F^2 + mu^2 ||K0 W^T - V0||_F^2`, the part of the objective that is there before any edit.
+    """The prior term `lam^2 ||W - W0||_F^2 + mu^2 ||K0 W^T - V0||_F^2` of the objective.
 
-    Anchors come as rows (`anchor_keys`) or as their moment (`anchor_moment`). Without `anchor_values` or
-    `anchor_cross` the anchors are to go on doing what the weight does to them now: `V0 = K0 W0^T`. The tensors
-    are held by reference (a refresh reads them again) and must not be written to; they may lie on any device.
+    Anchors are given as rows (`anchor_keys`) or as their moment (`anchor_moment`). By default the anchor values are the
+    outputs of the original weight, `V0 = K0 W0^T`; `anchor_values` or `anchor_cross` set other values. The tensors are
+    kept by reference (a refresh reads them again), must not be modified, and may be on any device.
 
     Args:
-        lam: how firmly the weight is held to its start; at least 0.
-        mu: how firmly the anchors are held; at least 0, and positive exactly if there are anchors.
-        anchor_keys: `K0 [n0, d_k]`, floating.
+        lam: weight of the penalty on `W - W0`; at least 0.
+        mu: weight of the penalty on the anchors; at least 0, and positive if and only if there are anchors.
+        anchor_keys: `K0 [n0, d_k]`, any floating dtype.
         anchor_moment: `K0^T K0 [d_k, d_k]`, float32 or float64, symmetric.
-        anchor_values: `V0 [n0, d_v]`, floating; only with `anchor_keys`.
-        anchor_cross: `V0^T K0 [d_v, d_k]`, float32 or float64; only with `anchor_moment`.
-        anchor_energy: `||V0||_F^2`; needed with `anchor_cross`, and only then (the objective contains it).
+        anchor_values: `V0 [n0, d_v]`, any floating dtype; requires `anchor_keys`.
+        anchor_cross: `V0^T K0 [d_v, d_k]`, float32 or float64; requires `anchor_moment`.
+        anchor_energy: `||V0||_F^2`; required if and only if `anchor_cross` is given (the objective includes it).
 
     Raises:
-        PriorError: nothing is held (lam = mu = 0), or the arguments do not form a prior together.
-        InputError: one argument alone is wrong: shape, dtype, sign, not finite, a moment that is not symmetric.
+        PriorError: lam and mu are both 0, or the combination of arguments is invalid.
+        InputError: an argument has the wrong shape, dtype or sign, is not finite, or a moment is not symmetric.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior
+        >>> Prior(lam=0.5).precision(2, torch.device("cpu")).tolist()
+        [[0.25, 0.0], [0.0, 0.25]]
+        >>> anchors = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> Prior(lam=0.0, mu=1.0, anchor_keys=anchors).precision(2, torch.device("cpu")).tolist()
+        [[1.0, 0.0], [0.0, 4.0]]
     """
 
     lam: float
@@ -74,32 +83,32 @@ class Prior:
         for name, value in given:
             number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
             if not (math.isfinite(number) and number >= 0 and math.isfinite(number * number)):
-                raise InputError(f"{name} is {value!r}; a finite number of at least 0 is expected.")
+                raise InputError(f"{name} is {value!r}; expected a finite number that is at least 0.")
         self._check_combination()
         self._check_tensors()
 
     def _check_combination(self) -> None:
         anchored = self.anchor_keys is not None or self.anchor_moment is not None
         if self.lam * self.lam == 0 and self.mu * self.mu == 0:
-            raise PriorError("lam and mu are both 0: nothing would hold the weight. Make one of them positive.")
+            raise PriorError("lam and mu are both 0; at least one of them must be positive.")
         if self.anchor_keys is not None and self.anchor_moment is not None:
-            raise PriorError("anchor_keys and anchor_moment are both given; pass the rows or their moment, not both.")
+            raise PriorError("anchor_keys and anchor_moment are both given; pass only one of them.")
         if self.mu > 0 and not anchored:
             raise PriorError(f"mu is {self.mu} but there are no anchors; pass anchor_keys or anchor_moment, or mu=0.")
         if self.mu == 0 and anchored:
-            raise PriorError("anchors are given but mu is 0: nothing would read them. Make mu positive or drop them.")
+            raise PriorError("anchors are given but mu is 0; use a positive mu or pass no anchors.")
         if self.anchor_values is not None and self.anchor_keys is None:
-            raise PriorError("anchor_values need anchor_keys; with anchor_moment pass anchor_cross and anchor_energy.")
+            raise PriorError("anchor_values requires anchor_keys; with anchor_moment pass anchor_cross.")
         if self.anchor_cross is not None and self.anchor_moment is None:
-            raise PriorError("anchor_cross needs anchor_moment; with anchor_keys pass anchor_values.")
+            raise PriorError("anchor_cross requires anchor_moment; with anchor_keys pass anchor_values.")
         if (self.anchor_cross is None) != (self.anchor_energy is None):
-            raise PriorError("anchor_cross (V0^T K0) and anchor_energy (||V0||_F^2) belong together; pass both.")
+            raise PriorError("anchor_cross (V0^T K0) and anchor_energy (||V0||_F^2) must be passed together.")
 
     def _check_tensors(self) -> None:
         if self.anchor_keys is not None:
             checks.matrix("anchor_keys", self.anchor_keys)
             if self.anchor_keys.shape[0] == 0:
-                raise InputError("anchor_keys has no rows; pass at least one anchor, or mu=0 and no anchors.")
+                raise InputError("anchor_keys has no rows; pass at least one anchor, or use mu=0 without anchors.")
             checks.finite(anchor_keys=self.anchor_keys)
         if self.anchor_values is not None and self.anchor_keys is not None:
             checks.matrix("anchor_values", self.anchor_values, rows=self.anchor_keys.shape[0])
@@ -112,15 +121,15 @@ class Prior:
             checks.matrix("anchor_cross", self.anchor_cross, columns=self.anchor_moment.shape[0])
             _check_summed("anchor_cross", self.anchor_cross)
         if self.anchor_energy is not None and not (math.isfinite(self.anchor_energy) and self.anchor_energy >= 0):
-            raise InputError(f"anchor_energy is {self.anchor_energy}; ||V0||_F^2 is finite and at least 0.")
+            raise InputError(f"anchor_energy is {self.anchor_energy}; expected a finite number that is at least 0.")
 
     @property
     def custom(self) -> bool:
-        """Whether the anchors are to do something else than the weight does to them now."""
+        """Whether the anchors have values other than the outputs of the original weight."""
         return self.anchor_values is not None or self.anchor_cross is not None
 
-    def fit(self, d_v: int, d_k: int, name: str) -> None:
-        """Raises InputError unless the anchors are of a layer with a weight `[d_v, d_k]`."""
+    def check_shape(self, d_v: int, d_k: int, name: str) -> None:
+        """Raises InputError unless the anchors match a weight `[d_v, d_k]`."""
         widths = {
             "anchor_keys": (self.anchor_keys, d_k),
             "anchor_moment": (self.anchor_moment, d_k),
@@ -129,16 +138,16 @@ class Prior:
         for argument, (tensor, width) in widths.items():
             if tensor is not None and tensor.shape[1] != width:
                 raise InputError(
-                    f"{argument} of {name} has shape {list(tensor.shape)}; its weight is [{d_v}, {d_k}], "
-                    f"so the rows must have {width} entries."
+                    f"{argument} of {name} has shape {list(tensor.shape)}; expected {width} columns for a weight "
+                    f"[{d_v}, {d_k}]."
                 )
         if self.anchor_cross is not None and self.anchor_cross.shape[0] != d_v:
             raise InputError(
-                f"anchor_cross of {name} has shape {list(self.anchor_cross.shape)}; [{d_v}, {d_k}] is expected."
+                f"anchor_cross of {name} has shape {list(self.anchor_cross.shape)}; expected [{d_v}, {d_k}]."
             )
 
     def precision(self, d_k: int, device: torch.device) -> Tensor:
-        """`S0 = lam^2 I + mu^2 K0^T K0 [d_k, d_k]` in float64, exactly symmetric where it comes from a moment."""
+        """Returns `S0 = lam^2 I + mu^2 K0^T K0 [d_k, d_k]` in float64, exactly symmetric if built from a moment."""
         if self.anchor_moment is not None:
             total = symmetric(self.anchor_moment, device).mul_(self.mu**2)
         else:
@@ -150,10 +159,10 @@ class Prior:
         return total
 
     def pull(self, original: Tensor) -> Tensor | None:
-        """`mu^2 (V0 - K0 W0^T)^T K0 [d_v, d_k]` in float64, None where it is zero (the default anchors).
+        """Returns `mu^2 (V0 - K0 W0^T)^T K0 [d_v, d_k]` in float64, or None if it is zero (default anchor values).
 
         Args:
-            original: `W0 [d_v, d_k]` in float64.
+            original: `W0 [d_v, d_k]`, float64.
         """
         if not self.custom:
             return None
@@ -166,16 +175,16 @@ class Prior:
         return total.mul_(self.mu**2)
 
     def energy(self, original: Tensor, delta: Tensor) -> float:
-        """The two terms of the prior at `W = W0 + delta`, in float64.
+        """Returns the value of the prior at `W = W0 + delta`, computed in float64.
 
         Args:
-            original: `W0 [d_v, d_k]` in float64.
-            delta: `[d_v, d_k]` in float64.
+            original: `W0 [d_v, d_k]`, float64.
+            delta: `[d_v, d_k]`, float64.
 
         Raises:
-            PriorError: `anchor_energy` is too small to be the energy of the values behind `anchor_cross`.
+            PriorError: `anchor_energy` is too small for the given `anchor_cross`.
         """
-        held = self.lam**2 * float(delta.square().sum())
+        penalty = self.lam**2 * float(delta.square().sum())
         if self.anchor_cross is not None:
             anchored = self._custom_moment_energy(original + delta)
         elif self.anchor_moment is not None:
@@ -187,7 +196,7 @@ class Prior:
             anchored = sum(float((k @ delta.T).square().sum()) for k in chunks(self.anchor_keys, delta.device))
         else:
             anchored = 0.0
-        return held + self.mu**2 * anchored
+        return penalty + self.mu**2 * anchored
 
     def _custom_moment_energy(self, weight: Tensor) -> float:
         assert self.anchor_moment is not None
@@ -199,13 +208,13 @@ class Prior:
         eps = max(torch.finfo(self.anchor_cross.dtype).eps, torch.finfo(self.anchor_moment.dtype).eps)
         if value < -ROUNDING_GROWTH * eps * (abs(quadratic) + self.anchor_energy):
             raise PriorError(
-                f"anchor_energy is {self.anchor_energy:g}, but with this anchor_moment and anchor_cross the anchors' "
-                f"misfit would be {value:g}, below 0. Pass ||V0||_F^2 of the values that anchor_cross was made of."
+                f"anchor_energy is {self.anchor_energy:g}, but then the misfit of the anchors would be {value:g}, "
+                f"below 0. Pass ||V0||_F^2 of the values from which anchor_cross was computed."
             )
         return max(value, 0.0)
 
     def _times_moment(self, rows: Tensor) -> Tensor:
-        """`rows @ K0^T K0` in float64, the moment read a chunk at a time."""
+        """Returns `rows @ K0^T K0` in float64, reading the moment in chunks."""
         assert self.anchor_moment is not None
         result = torch.zeros_like(rows)
         for part in parts(self.anchor_moment.shape[0], CHUNK):
@@ -220,16 +229,16 @@ class Prior:
 
 def _check_summed(name: str, value: Tensor) -> None:
     if value.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"{name} has dtype {value.dtype}; sums over anchors are needed in float32 or float64.")
+        raise InputError(f"{name} has dtype {value.dtype}; expected float32 or float64.")
     checks.finite(**{name: value})
 
 
 def _check_symmetric(moment: Tensor) -> None:
-    """Refuses a moment that differs from its transpose by more than the rounding of its own dtype."""
+    """Raises InputError if the moment differs from its transpose by more than rounding errors."""
     allowed = ROUNDING_GROWTH * torch.finfo(moment.dtype).eps * float(moment.abs().max())
     gap = max(float((moment[rows] - moment[:, rows].T).abs().max()) for rows in parts(moment.shape[0], CHUNK))
     if gap > allowed:
         raise InputError(
-            f"anchor_moment is not symmetric: it differs from its transpose by up to {gap:g}, more than rounding in "
-            f"{moment.dtype} explains ({allowed:g}). Pass K0^T K0."
+            f"anchor_moment is not symmetric: it differs from its transpose by up to {gap:g} (at most {allowed:g} is "
+            f"allowed in {moment.dtype}). Pass K0^T K0."
         )

@@ -1,4 +1,4 @@
-"""The truth in float64: the objective as it is written, and its minimiser by the normal equations. Slow and plain."""
+"""Float64 reference of the solver: the objective, and its minimizer from the normal equations. Simple and slow."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from rlsedit_fast.rls.prior import Prior
 def solve_all(
     weight: Tensor, prior: Prior, keys: Tensor, values: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """All edits at once, as if there had been no stream.
+    """Solves for all edits at once.
 
     Args:
-        weight: `W0 [d_v, d_k]`.
-        prior: what holds the weight.
+        weight: `W0 [d_v, d_k]`, any floating dtype.
+        prior: prior of the layer.
         keys: `K [n, d_k]`; n may be 0.
         values: `V [n, d_v]`.
-        weights: `w [n]`, 1 by default.
+        weights: `w [n]`; 1 by default.
 
     Returns:
-        `(W, C, J)`, float64: the minimiser, the inverse of `S = S0 + K^T w K`, and the objective there.
+        `(W, C, J)` in float64: the minimizer `[d_v, d_k]`, the inverse `[d_k, d_k]` of `S = S0 + K^T w K`, and the
+        objective at the minimizer.
     """
     original, k, v = weight.double(), keys.double(), values.double()
     w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
@@ -38,17 +39,17 @@ def solve_all(
 def evaluate_objective(
     at: Tensor, weight: Tensor, prior: Prior, keys: Tensor, values: Tensor, weights: Tensor | None = None
 ) -> float:
-    """`J(W)` term by term, in float64, at `W = at [d_v, d_k]`; the other arguments as for `solve_all`."""
+    """Returns `J(W)` in float64 at `W = at [d_v, d_k]`; see `solve_all` for the other arguments."""
     solution, original, k, v = at.double(), weight.double(), keys.double(), values.double()
     w = torch.ones(len(k), dtype=torch.float64) if weights is None else weights.double()
 
     edits = (w[:, None] * (k @ solution.T - v) ** 2).sum()
-    held = ((solution - original) ** 2).sum()
-    return float(edits + prior.lam**2 * held + prior.mu**2 * _anchor_misfit(solution, original, prior))
+    penalty = ((solution - original) ** 2).sum()
+    return float(edits + prior.lam**2 * penalty + prior.mu**2 * _anchor_misfit(solution, original, prior))
 
 
 def _anchor_sums(original: Tensor, prior: Prior) -> tuple[Tensor, Tensor]:
-    """`K0^T K0` and `V0^T K0` of the prior's anchors, zeros if it has none."""
+    """Returns `K0^T K0` and `V0^T K0` of the anchors; zeros without anchors."""
     if prior.anchor_keys is not None:
         k0 = prior.anchor_keys.double()
         v0 = k0 @ original.T if prior.anchor_values is None else prior.anchor_values.double()

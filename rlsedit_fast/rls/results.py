@@ -1,4 +1,4 @@
-"""What the solver hands out: the panel of a batch, the step it led to, the bounds, a snapshot to come back to."""
+"""Result types of the solver."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from rlsedit_fast.rls.pending import Pending
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A batch seen through the state: what an innovation is turned into a step with.
+    """A batch of keys projected with the current state (`RLSState.project`).
 
     Attributes:
-        keys: `K [n, d_k]` in the state's dtype.
+        keys: `K [n, d_k]` in the dtype of the state.
         noise: `1/w [n]`.
         projected: `F = K C [n, d_k]`.
         gram: `G = F K^T [n, n]`, symmetric.
-        version: of the state it was taken at; any change of the state makes the panel stale.
+        version: version of the state; any change of the state makes the panel stale.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(2, 3), Prior(lam=1.0))
+        >>> panel = state.project(torch.tensor([[0.0, 2.0, 0.0]]))
+        >>> panel.projected.tolist(), panel.gram.tolist()
+        ([[0.0, 2.0, 0.0]], [[4.0]])
     """
 
     keys: Tensor
@@ -32,30 +40,44 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one change of the state did (or, from `preview`, would do) to the rows it was about.
+    """Result of one change of a state.
 
     Attributes:
-        left_over: `V - K W_new^T [n, d_v]`, what is still missing of each row's value after the step.
-        realised: `1 - ||left_over_i|| / ||V_i - K_i W_old^T|| [n]`, the part of the way that was gone; 1 where there
-            was none to go, negative where a removal moved away.
+        residual: `V - K W_new^T [n, d_v]`, in the dtype of the state.
+        realized: `1 - ||residual_i|| / ||V_i - K_i W_old^T|| [n]`, the realized fraction of each change; 1 if no change
+            was requested, negative if a removal moved the output away from its value.
         objective: `J` after the step.
         change: `||W_new - W_old||_F`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(1, 3), Prior(lam=1.0))
+        >>> step = state.update(torch.ones(1, 3), torch.tensor([[4.0]]))
+        >>> step.realized, step.residual
+        (tensor([0.7500]), tensor([[1.]]))
     """
 
-    left_over: Tensor
-    realised: Tensor
+    residual: Tensor
+    realized: Tensor
     objective: float
     change: float
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the objective alone promises of the present weight, in Frobenius norms, up to the rounding of its dtype.
+    """Upper bounds on the current weight that follow from the objective, up to rounding.
 
     Attributes:
-        weight: `||W - W0||_F` is at most `sqrt(J) / lam` (infinite if lam = 0).
-        anchors: `||K0 W^T - V0||_F` is at most `sqrt(J) / mu` (infinite if mu = 0).
-        edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over all edits held is at most `sqrt(J)`.
+        weight: bound on `||W - W0||_F`, `sqrt(J) / lam` (infinite if lam = 0).
+        anchors: bound on `||K0 W^T - V0||_F`, `sqrt(J) / mu` (infinite if mu = 0).
+        edits: bound on `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over all applied edits, `sqrt(J)`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> RLSState(torch.zeros(2, 3), Prior(lam=1.0)).bounds()
+        Bounds(weight=0.0, anchors=inf, edits=0.0)
     """
 
     weight: float
@@ -65,17 +87,27 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """All that a state is beside its original weight and its prior: a state made with it goes on bit for bit.
+    """Contents of a state without its original weight and prior; a state restored from it continues bit for bit.
 
     Attributes:
-        weight: `W [d_v, d_k]` in the state's dtype.
+        weight: `W [d_v, d_k]` in the dtype of the state.
         base: `C_base [d_k, d_k]`.
         pending: `U_p [r, d_k]`.
         signs: `D [r]`.
         image: `S x [d_k]`, float64.
-        floor: the monitor's residual when C was last made afresh.
+        floor: residual of the monitor after the last build or refresh.
         objective: `J`.
-        edits: how many rows the state holds.
+        edits: number of applied rows.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> weight, prior = torch.zeros(1, 2), Prior(lam=1.0)
+        >>> state = RLSState(weight, prior)
+        >>> _ = state.update(torch.ones(1, 2), torch.ones(1, 1))
+        >>> restored = RLSState(weight, prior, saved=state.saved())
+        >>> torch.equal(restored.weight, state.weight), restored.edits
+        (True, 1)
     """
 
     weight: Tensor
@@ -90,9 +122,19 @@ class Saved:
 
 @dataclass(eq=False)
 class Snapshot:
-    """A point to restore a state to. While it is alive the state flushes nothing into C.
+    """A point to which `RLSState.restore` can return. While a snapshot exists, the state does not flush rows into C.
 
-    Only the weight is copied, once it is about to be written.
+    Only the weight is copied, before it is first written.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0))
+        >>> snapshot = state.snapshot()
+        >>> _ = state.update(torch.ones(1, 2), torch.ones(1, 1))
+        >>> state.restore(snapshot)
+        >>> state.weight.tolist(), state.edits
+        ([[0.0, 0.0]], 0)
     """
 
     base: Tensor
@@ -106,9 +148,15 @@ class Snapshot:
     order: int
 
 
-def realised(before: Tensor, after: Tensor) -> Tensor:
-    """`1 - ||after_i|| / ||before_i||` of innovations and what is left over of them, `[n, d_v]` each; 1 where there was
-    nothing to realise.
+def realized(before: Tensor, after: Tensor) -> Tensor:
+    """Returns the realized fraction `1 - ||after_i|| / ||before_i||` of each row.
+
+    Args:
+        before: innovations `[n, d_v]`.
+        after: residuals `[n, d_v]`.
+
+    Returns:
+        `[n]`, 1 where the innovation is zero.
     """
     start = torch.linalg.vector_norm(before, dim=1)
     left = torch.linalg.vector_norm(after, dim=1)

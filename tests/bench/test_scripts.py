@@ -14,7 +14,9 @@ from rlsedit_fast.ops import cpu
 CONTEXT = {"what", "date", "load", "machine", "versions", "build"}
 SEARCHED = ("mean_steps", "not_converged", "efficacy_strict", "generalization_strict", "neighbors_unchanged")
 
-needs_native = pytest.mark.skipif(cpu.missing() is not None, reason=f"no native kernels: {cpu.missing()}")
+needs_native = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=f"no native kernels: {cpu.unavailable_reason()}"
+)
 
 
 @pytest.fixture

@@ -499,7 +499,7 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
     ]
     edit += ["--text", "text.txt", "--tokens", "3000"]
     assert main(edit) == 2
-    assert "raise lam above 0" in capsys.readouterr().err, (
+    assert "increase lam above 0" in capsys.readouterr().err, (
         "the published settings have lam = 0 and there are too few anchors"
     )
     assert main([*edit, "--lam", "0.1", "--json", "report.json"]) == 1, (

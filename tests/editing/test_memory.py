@@ -9,23 +9,23 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.baselines import BASELINES
 from rlsedit_fast.editing import memory
 from rlsedit_fast.errors import ResourceError
-from rlsedit_fast.rules import OTHERS
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
 CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, dtype):
+def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_bytes, dtype):
     editor = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     plan = editor.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
-    for layer, state in zip(plan, editor._session.layers.states, strict=True):
+    for layer, state, projection in zip(plan, editor._session.layers.states, editor.projections, strict=True):
         grown = 4 * editor.config.delay * (96 + 1)  # of the pending rows, when a batch finds their buffer full
-        assert layer.state == state.memory_bytes() + grown
+        assert layer.state == state_bytes(state, projection.weight) + grown
         assert layer.writing == sum(tensor.nbytes for tensor in state._master.tensors)
     editor.edit([EDIT])
     (kept,) = editor._session.ledger.rows([1])
@@ -44,7 +44,7 @@ def remembered(value):
     return [t for name in getattr(value, "__dataclass_fields__", ()) for t in remembered(getattr(value, name))]
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OTHERS), ("alphaedit", {"null_share": 0.3})])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BASELINES), ("alphaedit", {"null_share": 0.3})])
 def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
     config = replace(CONFIG, rule=name, rule_options=options, same_subject="separate")
     editor = rf.Editor(make_model("llama"), tokenizer, config=config)

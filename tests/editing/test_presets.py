@@ -101,8 +101,8 @@ def test_lam_0_holds_by_a_full_moment_and_says_what_to_do_without_one():
     (prior,) = choose_priors(config, [rows.T @ rows / 50], 1, None)
     assert (prior.lam, prior.mu**2) == (0.0, pytest.approx(20_000))
     state = rf.RLSState(weight, prior)
-    assert state.update(keys, keys @ weight.T + 1).realised.isfinite().all()
+    assert state.update(keys, keys @ weight.T + 1).realized.isfinite().all()
     few = torch.randn(5, 8)
     (short,) = choose_priors(config, [few.T @ few / 5], 1, None)
-    with pytest.raises(PriorError, match="raise lam above 0, or pass more anchors"):
+    with pytest.raises(PriorError, match="increase lam above 0 or pass more anchors"):
         rf.RLSState(weight, short)

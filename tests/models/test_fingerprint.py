@@ -1,4 +1,4 @@
-"""A fingerprint is the model's own: any change of weights or settings shows, and nothing else does."""
+"""A fingerprint changes with the weights and the config, and with nothing else."""
 
 import json
 
@@ -23,7 +23,7 @@ def flip(tensor, index, bit=0):
 
 
 def test_saving_and_loading_keeps_it(family, make_model, tmp_path):
-    model = make_model(family, torch.bfloat16)  # rounds buffers that loading computes anew
+    model = make_model(family, torch.bfloat16)  # rounds buffers that are recomputed on loading
     model.save_pretrained(tmp_path)
     assert fingerprint(load(tmp_path, dtype="auto")) == fingerprint(model)
 
@@ -39,7 +39,7 @@ def test_models_of_one_folder_name_differ(make_model, tmp_path):
     assert all(len(digest) == 64 and int(digest, 16) for digest in found)
 
 
-def test_exchanged_rows_differ(make_model):
+def test_swapped_rows_change_the_fingerprint(make_model):
     model = make_model("llama", torch.bfloat16)
     before = fingerprint(model)
     weight = model.model.layers[0].mlp.down_proj.weight.data
@@ -57,7 +57,7 @@ def test_dtype_at_loading_differs(make_model, tmp_path):
     ("name", "setting", "value"),
     [("llama", "rms_norm_eps", 1e-5), ("llama", "num_attention_heads", 2), ("mistral", "sliding_window", 9)],
 )
-def test_settings_that_are_no_weights_differ(make_model, name, setting, value):
+def test_config_values_change_the_fingerprint(make_model, name, setting, value):
     model = make_model(name)
     before = fingerprint(model)
     setattr(model.config, setting, value)
@@ -71,7 +71,7 @@ def test_rotary_base_differs(make_model):
     assert settings(changed) != before
 
 
-def test_what_no_forward_reads_changes_nothing(make_model):
+def test_unused_config_values_are_ignored(make_model):
     model = make_model("llama")
     before = fingerprint(model)
     model.config._name_or_path = "elsewhere"
@@ -83,7 +83,7 @@ def test_what_no_forward_reads_changes_nothing(make_model):
     assert fingerprint(model) == before
 
 
-def test_settings_are_the_same_however_versions_write_them():
+def test_settings_do_not_depend_on_the_transformers_version():
     four = {
         "hidden_size": 64,
         "rope_theta": 500000,
@@ -111,7 +111,7 @@ def test_settings_are_the_same_however_versions_write_them():
     assert settings({"text_config": four}) == settings({"text_config": five}) != settings({})
 
 
-def test_an_edited_model_is_told_by_what_it_was(make_model):
+def test_fingerprint_with_original_weights(make_model):
     model = make_model("gpt2", torch.bfloat16)
     before = fingerprint(model)
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("mlp.c_proj.weight"))
@@ -123,12 +123,12 @@ def test_an_edited_model_is_told_by_what_it_was(make_model):
         fingerprint(model, instead={"nowhere": original})
 
 
-def test_tied_weights_are_read_once_and_the_head_has_no_name(make_model):
+def test_tied_weights_are_read_once(make_model):
     model = make_model("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
     before = fingerprint(model)
     model.transformer.wte.weight = torch.nn.Parameter(model.transformer.wte.weight.clone())
-    assert fingerprint(model) != before, "untied, the head is a weight of its own"
+    assert fingerprint(model) != before, "an untied head is a separate weight"
     other = make_model("gpt_neox")
     before = fingerprint(other)
     head = other.get_output_embeddings()
@@ -139,7 +139,7 @@ def test_tied_weights_are_read_once_and_the_head_has_no_name(make_model):
     assert fingerprint(other) == before
 
 
-def test_weights_that_are_not_in_memory_are_refused(make_model):
+def test_weights_on_the_meta_device_raise(make_model):
     model = make_model("llama")
     model.model.norm.to("meta")
     with pytest.raises(ModelError, match=r"model\.norm\.weight is on the meta device"):
@@ -147,7 +147,7 @@ def test_weights_that_are_not_in_memory_are_refused(make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_bit_and_every_exchange_changes_the_checksum(dtype):
+def test_every_bit_and_every_swap_changes_the_checksum(dtype):
     torch.manual_seed(0)
     size = 2 * BLOCK + 3
     tensor = torch.randn(size).to(dtype)
@@ -169,7 +169,7 @@ def test_every_bit_and_every_exchange_changes_the_checksum(dtype):
 
 
 def test_rows_of_a_pattern_do_not_cancel():
-    eye = torch.eye(300)  # all rows have one sum, and words enough for two blocks
+    eye = torch.eye(300)  # all rows have the same sum; two blocks of words
     before = checksum(eye)
     for first, second in ((0, 1), (2, 66), (10, 290), (0, 256)):
         changed = eye.clone()
@@ -187,6 +187,6 @@ def test_views_are_read_in_row_major_order():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
-def test_the_device_makes_no_difference(dtype):
+def test_device_does_not_matter(dtype):
     tensor = (torch.randn(700, 701) * 50).to(dtype)
     assert checksum(tensor.cuda()) == checksum(tensor)

@@ -1,4 +1,4 @@
-"""Samples are the model's own: its probabilities, its tokens, a seed that nobody else feels. Greedy text is argmax."""
+"""Sampling follows the probabilities of the model and its own seed; greedy generation is argmax."""
 
 import pytest
 import torch
@@ -8,17 +8,17 @@ from rlsedit_fast.models.generation import greedy, sample
 from rlsedit_fast.world.tokens import SPECIAL, build_tokenizer
 
 
-def test_recorded_probabilities_are_those_of_one_full_pass(family, make_model, tokenizer):
+def test_recorded_probabilities_match_a_full_pass(family, make_model, tokenizer):
     model = make_model(family)
     for drawn in sample(model, tokenizer, texts=3, length=14, seed=0):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([drawn.ids])).logits[0, :-1]
         whole = logits.log_softmax(-1).gather(1, torch.tensor(drawn.ids[1:])[:, None])[:, 0]
-        # Cached and whole passes sum in other orders: float32 rounding of log-probabilities of about -10, no more.
+        # Cached and full passes sum in different order: float32 rounding of log probabilities of about -10.
         torch.testing.assert_close(torch.tensor(drawn.log_probabilities), whole, rtol=0, atol=2e-4)
 
 
-def test_tokens_are_drawn_as_often_as_the_model_says(make_model, tokenizer):
+def test_token_frequencies_match_the_model(make_model, tokenizer):
     model = make_model("llama")
     texts = 5000
     drawn = torch.tensor([s.ids[1] for s in sample(model, tokenizer, texts=texts, length=2, seed=1)])
@@ -31,7 +31,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says(make_model, tokenizer):
         assert abs(seen[token] - odds[token]) < 5 * (odds[token] / texts).sqrt()
 
 
-def test_a_seed_gives_its_samples_and_touches_no_other(model, tokenizer):
+def test_seed_is_reproducible_and_isolated(model, tokenizer):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = sample(model, tokenizer, texts=4, length=10, seed=7)
@@ -43,7 +43,7 @@ def test_a_seed_gives_its_samples_and_touches_no_other(model, tokenizer):
     assert all(s.ids[0] == tokenizer.bos_token_id for s in first)
 
 
-def test_texts_end_before_an_end_token_and_hold_no_other_special_one(make_model, tokenizer):
+def test_samples_end_before_an_end_token_and_have_no_other_special_token(make_model, tokenizer):
     model = make_model("llama").train()
     ends = list(range(20, 220))
     model.generation_config.eos_token_id = ends
@@ -51,13 +51,13 @@ def test_texts_end_before_an_end_token_and_hold_no_other_special_one(make_model,
     special = set(tokenizer.all_special_ids) | set(ends)
     assert not any(special & set(s.ids[1:]) for s in drawn)
     lengths = {len(s.ids) for s in drawn}
-    assert min(lengths) == 2, "the first token drawn ends no text, the second may"
+    assert min(lengths) == 2, "the first sampled token cannot end a text, the second can"
     assert max(lengths) > 4
     assert all(len(s.log_probabilities) == len(s.ids) - 1 for s in drawn)
     assert model.training
 
 
-def test_without_a_start_token_texts_start_anywhere(make_model):
+def test_samples_without_a_start_token(make_model):
     tokenizer = build_tokenizer()
     tokenizer.bos_token = None
     model = make_model("gpt2")
@@ -69,7 +69,7 @@ def test_without_a_start_token_texts_start_anywhere(make_model):
     assert not starts & set(tokenizer.all_special_ids)
 
 
-def test_rows_of_the_embedding_that_are_no_tokens_are_not_drawn(make_model, tokenizer):
+def test_unused_embedding_rows_are_not_sampled(make_model, tokenizer):
     model = make_model("llama")
     size = len(tokenizer)
     model.resize_token_embeddings(8 * size, mean_resizing=False)
@@ -77,14 +77,14 @@ def test_rows_of_the_embedding_that_are_no_tokens_are_not_drawn(make_model, toke
     assert max(max(s.ids) for s in drawn) < size
 
 
-def test_numbers_that_are_not_finite_are_refused(make_model, tokenizer):
+def test_nan_probabilities_raise(make_model, tokenizer):
     model = make_model("llama")
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         sample(model, tokenizer, texts=2, length=4, seed=0)
 
 
-def test_greedy_text_is_argmax_at_every_step_whatever_the_models_settings(family, make_model):
+def test_greedy_is_argmax_whatever_the_generation_config(family, make_model):
     model = make_model(family).train()
     rows = [[7, 30, 31], [9, 40], [8, 30, 33], [11]]
     counts = [6, 3, 0, 8]
@@ -94,7 +94,7 @@ def test_greedy_text_is_argmax_at_every_step_whatever_the_models_settings(family
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([row + new])).logits[0, len(row) - 1 : -1]
         chosen = logits[: len(new)].gather(1, torch.tensor(new, dtype=torch.long)[:, None])[:, 0]
-        # Cached and whole passes sum in other orders, so of logits that all but tie either may be the highest.
+        # Cached and full passes sum in different order, so either of two nearly equal logits can be the highest.
         torch.testing.assert_close(chosen, logits[: len(new)].max(1).values, rtol=0, atol=2e-4)
     model.train()
     model.generation_config.repetition_penalty = 50.0
@@ -103,7 +103,7 @@ def test_greedy_text_is_argmax_at_every_step_whatever_the_models_settings(family
     assert model.training
 
 
-def test_greedy_text_ends_before_an_end_token(make_model):
+def test_greedy_ends_before_an_end_token(make_model):
     model = make_model("llama")
     rows = [[7, 30, 31], [9, 40]]
     first, second = greedy(model, rows, [6, 6])

@@ -1,4 +1,4 @@
-"""Short passes give what whole passes give, and leave the model as it was."""
+"""Partial forward passes match full passes and do not change the model."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ def batch(tokenizer):
 
 
 def look(decoder, block, batch):
-    """What a site at a block's output sees of a batch."""
+    """Runs a forward pass up to a site at the output of a block."""
     places = torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long)
     rows = Prefixed(batch["input_ids"], batch["attention_mask"], *places, None)
     return Site(decoder, decoder.projections[block], direct=True).look(rows)
 
 
-def test_keys_are_the_projections_inputs(model, batch):
+def test_keys_are_inputs_of_the_projections(model, batch):
     decoder = find_decoder(model)
     seen = {}
     for projection in decoder.projections:
@@ -36,13 +36,13 @@ def test_keys_are_the_projections_inputs(model, batch):
     whole = dict(seen)
     seen.clear()
     keys, hidden = read_keys(decoder, decoder.projections[:2], batch)
-    assert sorted(seen) == [0, 1], "the pass goes no deeper than the deepest projection"
+    assert sorted(seen) == [0, 1], "the pass stops at the deepest projection"
     assert hidden is None
     for layer in (0, 1):
         assert torch.equal(keys[layer], whole[layer])
 
 
-def test_hidden_state_is_the_blocks_output(model, batch):
+def test_hidden_state_is_the_output_of_the_block(model, batch):
     decoder = find_decoder(model)
     output = look(decoder, 2, batch).below
     keys, hidden = read_keys(decoder, decoder.projections[:2], batch, output_of=decoder.blocks[2])
@@ -51,14 +51,14 @@ def test_hidden_state_is_the_blocks_output(model, batch):
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])
-def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, block):
+def test_resumed_pass_matches_the_full_pass_and_skips_blocks(model, batch, block):
     decoder = find_decoder(model)
     seen = look(decoder, block, batch)
     ran = []
     for projection in decoder.projections:
         projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
     look(decoder, block, batch)
-    assert ran == list(range(block + 1)), "a look goes no further than the site"
+    assert ran == list(range(block + 1)), "the pass stops at the site"
     ran.clear()
     with torch.no_grad(), resume_above(decoder, block) as state:
         state["output"] = seen.below
@@ -70,7 +70,7 @@ def test_resumed_pass_equals_the_whole_pass_and_skips_the_blocks(model, batch, b
     assert all("forward" not in module.__dict__ for module in decoder.blocks)
 
 
-def test_a_failing_pass_leaves_no_patch_and_no_hook(model, batch):
+def test_failed_pass_leaves_no_patch_or_hook(model, batch):
     decoder = find_decoder(model)
 
     class Stop(Exception):
@@ -84,7 +84,7 @@ def test_a_failing_pass_leaves_no_patch_and_no_hook(model, batch):
     assert not any(p.module._forward_pre_hooks for p in decoder.projections)
 
 
-def test_quiet_puts_back_mode_and_gradients(model):
+def test_quiet_restores_mode_and_gradients(model):
     model.train()
     fixed = next(model.parameters()).requires_grad_(False)
     with quiet(model):

@@ -1,4 +1,4 @@
-"""Models are recognised by their modules, and weights are read and written whichever way they are stored."""
+"""Projections are found by module structure; weights are read and written in either layout."""
 
 import copy
 
@@ -20,14 +20,14 @@ def test_projection_maps_keys_to_the_residual_stream(model, tokenizer):
         torch.testing.assert_close(keys @ projection.weight.T, expected)
 
 
-def test_square_conv1d_is_told_by_its_type(make_model):
+def test_square_conv1d_is_recognized_by_its_type(make_model):
     projection = find_decoder(make_model("gpt2")).projections[0]
     assert projection.weight.shape == (64, 64)
     assert projection.transposed
     assert torch.equal(projection.weight, projection.module.weight.T)
 
 
-def test_written_weight_is_the_modules(model):
+def test_write_updates_the_module(model):
     projection = find_decoder(model).projections[1]
     wanted = torch.randn_like(projection.weight)
     projection.write(wanted)
@@ -36,7 +36,7 @@ def test_written_weight_is_the_modules(model):
     assert torch.equal(stored.T if projection.transposed else stored, wanted)
 
 
-def test_unknown_names_are_refused_with_what_was_given(make_model):
+def test_unknown_names_raise(make_model):
     model = make_model("llama")
     with pytest.raises(ModelError, match=r"model\.lairs"):
         find_decoder(model, layer_module="model.lairs")
@@ -49,24 +49,24 @@ def test_unknown_names_are_refused_with_what_was_given(make_model):
 
 
 @pytest.mark.parametrize(("name", "inner"), [("llama", "mlp.up_proj"), ("gpt2", "attn.c_attn")])
-def test_a_projection_that_does_not_end_in_the_residual_stream_is_refused(make_model, name, inner):
-    with pytest.raises(ModelError, match=rf"{inner} has outputs of width \d+, the residual stream is 64 wide"):
+def test_projection_of_wrong_width_raises(make_model, name, inner):
+    with pytest.raises(ModelError, match=rf"{inner} has outputs of width \d+, but the residual stream has width 64"):
         find_decoder(make_model(name), projection_module=inner).select([1])
 
 
-def test_overrides_name_the_parts(make_model):
+def test_overrides(make_model):
     found = find_decoder(make_model("llama"), layer_module="model.layers", projection_module="self_attn.o_proj")
     assert found.blocks_name == "model.layers"
     assert found.select([2])[0].name == "model.layers.2.self_attn.o_proj"
 
 
-def test_the_last_of_several_fitting_modules_side_by_side_is_the_projection(make_model):
+def test_last_of_several_modules_in_one_parent_is_the_projection(make_model):
     model = make_model("llama")
     model.model.layers[0].mlp.up_proj = nn.Linear(64, 64)
     assert find_decoder(model).select([0])[0].name == "model.layers.0.mlp.down_proj"
 
 
-def test_attention_is_no_mlp(make_model):
+def test_attention_is_ignored(make_model):
     model = make_model("llama")
     for block in model.model.layers:
         del block.mlp
@@ -74,7 +74,7 @@ def test_attention_is_no_mlp(make_model):
         find_decoder(model).select([0])
 
 
-def test_fitting_modules_in_two_places_are_ambiguous(make_model):
+def test_modules_in_two_parents_are_ambiguous(make_model):
     model = make_model("llama")
     model.model.layers[1].feed = nn.ModuleDict({"out": nn.Linear(96, 64)})
     decoder = find_decoder(model)
@@ -84,19 +84,19 @@ def test_fitting_modules_in_two_places_are_ambiguous(make_model):
     assert len(decoder.select([0, 2])) == 2
 
 
-def test_a_list_without_mlps_is_no_list_of_blocks(make_model):
+def test_list_without_mlps_is_ignored(make_model):
     model = make_model("llama")
     model.model.extra = nn.ModuleList([nn.Linear(64, 32) for _ in range(4)])
     assert find_decoder(model).blocks_name == "model.layers"
 
 
-def test_a_list_outside_the_text_decoder_is_no_list_of_blocks(make_model):
+def test_list_outside_the_text_decoder_is_ignored(make_model):
     model = make_model("llama")
     model.vision = copy.deepcopy(model.model.layers)
     assert find_decoder(model).blocks_name == "model.layers"
 
 
-def test_two_lists_of_blocks_in_the_decoder_are_ambiguous(make_model):
+def test_two_lists_of_blocks_are_ambiguous(make_model):
     model = make_model("llama")
     model.model.twin = copy.deepcopy(model.model.layers)
     with pytest.raises(ModelError, match=r"(?s)model\.layers.*model\.twin.*layer_module"):
@@ -105,11 +105,11 @@ def test_two_lists_of_blocks_in_the_decoder_are_ambiguous(make_model):
 
 
 class Disguised(torch.Tensor):
-    """What a quantised weight looks like that says it were a bfloat16 one."""
+    """A quantized weight that reports bfloat16 as its dtype."""
 
 
 class Packed(nn.Module):
-    """A quantised module of no known type: its weight is packed, and it says its width as nn.Linear does."""
+    """A quantized module of unknown type with a packed weight and `out_features`."""
 
     def __init__(self):
         super().__init__()
@@ -133,29 +133,29 @@ UNFIT = {
     "float8": (lambda m: with_weight(m, m.weight.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
     "subclass": (lambda m: with_weight(m, m.weight.detach().bfloat16().as_subclass(Disguised)), "Disguised"),
     "scales": (with_scales, "weight_scale"),
-    "packed": (lambda m: Packed(), "Packed that holds qweight"),
+    "packed": (lambda m: Packed(), "Packed with qweight"),
 }
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_quantised_weights_are_refused_by_name_and_the_other_blocks_are_not(make_model, kind):
+def test_quantized_weights_raise_only_for_their_block(make_model, kind):
     change, message = UNFIT[kind]
     model = make_model("llama")
     model.model.layers[1].mlp.down_proj = change(model.model.layers[1].mlp.down_proj)
     decoder = find_decoder(model)
-    with pytest.raises(ModelError, match=rf"model\.layers\.1\.mlp\.down_proj .*{message}.*unquantised"):
+    with pytest.raises(ModelError, match=rf"model\.layers\.1\.mlp\.down_proj .*{message}.*without quantization"):
         decoder.select([0, 1])
     assert [p.layer for p in decoder.select([3, 0])] == [0, 3]
 
 
-def test_weights_that_are_not_there_are_refused(make_model):
+def test_weights_on_the_meta_device_raise(make_model):
     model = make_model("llama")
     model.model.layers[2].mlp.down_proj.to("meta")
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.down_proj .*device_map"):
         find_decoder(model).select([2])
 
 
-def test_shared_weights_are_refused_whether_or_not_both_layers_are_edited(make_model):
+def test_shared_weights_raise(make_model):
     model = make_model("llama")
     layers = model.model.layers
     layers[2].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
@@ -169,7 +169,7 @@ def test_shared_weights_are_refused_whether_or_not_both_layers_are_edited(make_m
         find_decoder(model).select([3])
 
 
-def test_weights_stored_side_by_side_are_not_shared(make_model):
+def test_adjacent_weights_are_not_shared(make_model):
     model = make_model("llama")
     flat = torch.randn(4, 64, 96)
     for block, part in zip(model.model.layers, flat, strict=True):
@@ -177,11 +177,11 @@ def test_weights_stored_side_by_side_are_not_shared(make_model):
     assert len(find_decoder(model).projections) == 4
 
 
-def test_adapters_are_refused(make_model):
+def test_adapters_raise(make_model):
     peft = pytest.importorskip("peft")
     settings = {"task_type": "CAUSAL_LM", "r": 2, "layers_to_transform": [1], "layers_pattern": "layers"}
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
-    with pytest.raises(ModelError, match=r"carries an adapter.*merge"):
+    with pytest.raises(ModelError, match=r"has an adapter.*merge"):
         find_decoder(wrapped)
     wrapped = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["down_proj"], **settings))
     bare = wrapped.base_model.model
@@ -193,23 +193,23 @@ def test_adapters_are_refused(make_model):
     assert len(find_decoder(wrapped.merge_and_unload()).projections) == 4
 
 
-def test_experts_are_refused_by_name(make_model, mixture):
+def test_experts_raise(make_model, mixture):
     with pytest.raises(ModelError, match=r"model\.layers\.1\..*experts.* mixture of experts"):
         find_decoder(make_model(mixture)).select([1])
 
 
-def test_dense_blocks_of_a_mixture_are_edited(make_model):
+def test_dense_blocks_of_a_mixture(make_model):
     model, dense = make_model("mixtral"), make_model("llama")
     model.model.layers[0] = dense.model.layers[0]
     assert find_decoder(model).select([0])[0].name == "model.layers.0.mlp.down_proj"
 
 
-def test_a_shared_expert_is_edited_only_by_name(make_model):
+def test_shared_expert_must_be_named(make_model):
     decoder = find_decoder(make_model("qwen2_moe"), projection_module="mlp.shared_expert.down_proj")
     assert [p.weight.shape for p in decoder.projections] == [(64, 48)] * 4
 
 
-def test_a_module_with_two_names_is_one(make_model):
+def test_module_with_two_names(make_model):
     model = make_model("llama")
     model.model.blocks = model.model.layers
     for block in model.model.layers:
@@ -219,13 +219,13 @@ def test_a_module_with_two_names_is_one(make_model):
     assert by_name.select([1])[0].name == "model.blocks.1.feed.down_proj"
 
 
-def test_as_many_experts_as_blocks_are_no_list_of_blocks(make_model):
+def test_list_of_experts_is_ignored(make_model):
     model = make_model("llama")
     model.model.layers[2].mlp.experts = nn.ModuleList([nn.Linear(96, 64) for _ in range(4)])
     assert find_decoder(model).blocks_name == "model.layers"
 
 
-def test_a_routed_expert_is_refused_even_by_name(make_model):
+def test_named_routed_expert_raises(make_model):
     model = make_model("llama")
     for block in model.model.layers:
         block.mlp.experts = nn.ModuleList([nn.Linear(96, 64)])

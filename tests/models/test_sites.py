@@ -1,4 +1,4 @@
-"""A forward that begins at a site, behind a prefix, gives what a whole forward with the change added gives."""
+"""A forward pass that starts at a site after a prefix matches a full pass with the change added."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlsedit_fast.models.tokens import Row
 
 @pytest.fixture
 def rows(tokenizer):
-    """Ragged rows; one is changed at its first token, one at its last, and one has a prefix beyond a sliding window."""
+    """Returns rows of different lengths, changed at the first token, the last, and beyond a sliding window."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(9, 3), (6, 5), (9, 0), (14, 11)]
     return [
@@ -28,7 +28,7 @@ def rows(tokenizer):
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("block", [0, 2])
-def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, rows, block, direct, cached):
+def test_resumed_forward_matches_a_full_pass(make_model, family, rows, block, direct, cached):
     model = make_model(family)
     decoder = find_decoder(model)
     (projection,) = decoder.select((block,))
@@ -73,7 +73,7 @@ def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, 
             part = torch.isin(row, few)
             part_batch = batch.taken(few)
             below, width = seen.below, part_batch.ids.shape[1]
-            assert width == (3 if cached else 14), "no wider than these rows need"
+            assert width == (3 if cached else 14), "unused columns are removed"
             if below is not None:
                 fewer_states = (below[0] if isinstance(below, tuple) else below)[few, :width]
                 below = (fewer_states, *below[1:]) if isinstance(below, tuple) else fewer_states
@@ -84,12 +84,12 @@ def test_resumed_forward_equals_a_whole_one_with_the_change(make_model, family, 
             )  # fmt: skip
     torch.testing.assert_close(still, unchanged, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-4)
-    assert torch.equal(again, resumed), "a forward leaves the prefix as it was"
+    assert torch.equal(again, resumed), "a forward pass does not change the prefix"
     torch.testing.assert_close(fewer, resumed[part][order], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole, unchanged, atol=1e-2)
 
 
-def test_every_family_bears_prefixes(make_model, family):
+def test_every_family_supports_prefixes(make_model, family):
     for dtype in (torch.float32, torch.bfloat16):
         decoder = find_decoder(make_model(family, dtype))
         with quiet(decoder.model):
@@ -98,9 +98,9 @@ def test_every_family_bears_prefixes(make_model, family):
 
 @pytest.mark.parametrize("flaw", ["positions", "mask", "cache"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_does_not_bear_them_is_found_out_and_told(make_model, flaw, dtype, caplog):
+def test_unsupported_prefixes_are_detected_and_logged(make_model, flaw, dtype, caplog):
     caplog.set_level("INFO")
-    model = make_model("gpt2", dtype)  # rotary positions are relative, so that a shift of all would do no harm
+    model = make_model("gpt2", dtype)  # rotary positions are relative, so a common shift would have no effect
     decoder = find_decoder(model)
     forward = model.forward
 
@@ -120,12 +120,12 @@ def test_a_model_that_does_not_bear_them_is_found_out_and_told(make_model, flaw,
     model.forward = flawed
     with quiet(model):
         assert not with_prefixes(decoder, longest=64).prefixed
-        assert "every step runs them whole" in caplog.text
+        assert "every step runs whole rows" in caplog.text
         model.forward = forward
         assert with_prefixes(decoder, longest=64).prefixed
 
 
-def test_the_head_runs_where_it_is_asked_to(make_model, family, rows):
+def test_head_runs_at_selected_tokens(make_model, family, rows):
     model = make_model(family)
     decoder = find_decoder(model)
     batch = Prefixed.of(decoder, rows, [0] * len(rows))
@@ -140,7 +140,7 @@ def test_the_head_runs_where_it_is_asked_to(make_model, family, rows):
     assert [shape[1] for shape in seen] == [14, 3]
 
 
-def test_prefixes_that_rows_have_in_common_are_run_once(make_model, family):
+def test_shared_prefixes_are_run_once(make_model, family):
     model = make_model(family)
     decoder = replace(find_decoder(model), prefixed=True)
     lead = [5, 9, 7, 11, 6]

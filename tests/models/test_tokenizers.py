@@ -1,4 +1,4 @@
-"""Tokenizers of every make: the same text gives the same place and the same continuation, and no trap catches."""
+"""Lookup tokens and continuations are correct for every type of tokenizer."""
 
 import io
 
@@ -20,7 +20,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def byte_level():
-    """As GPT-2's: spaces belong to the word behind them, no special tokens are added."""
+    """Like GPT-2: spaces belong to the following word, no special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -33,7 +33,7 @@ def byte_level():
 
 
 def llama_fast():
-    """As Llama's published file: a blank is put before every text, bytes stand in for unknown characters."""
+    """Like Llama: a leading space, and byte tokens for unknown characters."""
     from transformers import PreTrainedTokenizerFast
 
     trained = Tokenizer(models.BPE())
@@ -76,7 +76,7 @@ def train_sentencepiece(kind, path, *, byte_fallback=True):
 
 
 def slow(kind, folder, *, byte_fallback=True):
-    """A tokenizer that transformers of both major versions runs on sentencepiece itself, without offsets."""
+    """A slow sentencepiece tokenizer without offsets in transformers 4 and 5."""
     from transformers import BertGenerationTokenizer
 
     model = train_sentencepiece(kind, folder / f"{kind}.model", byte_fallback=byte_fallback)
@@ -90,7 +90,7 @@ def slow_bos_eos(folder):
 
 
 def llama(folder):
-    """Transformers' own: a slow tokenizer in version 4, a fast one in version 5; an EOS is asked for."""
+    """Llama with EOS: a slow tokenizer in transformers 4, a fast one in version 5."""
     from transformers import LlamaTokenizer
 
     train_sentencepiece("bpe", folder / "tokenizer.model")
@@ -98,7 +98,7 @@ def llama(folder):
 
 
 def bytes_alone():
-    """Every byte a token and an EOS at the end, without offsets."""
+    """One token per byte and an EOS, without offsets."""
     from transformers import ByT5Tokenizer
 
     return ByT5Tokenizer()
@@ -122,7 +122,7 @@ def any_tokenizer(request, tmp_path_factory):
 
 
 def spell(tokenizer, ids):
-    """What ids stand for, special tokens left out; the blank at the start, which some tokenizers add, is cut."""
+    """Decodes ids without special tokens and without the leading space that some tokenizers add."""
     pieces = tokenizer.convert_ids_to_tokens(list(ids), skip_special_tokens=True)
     if not any("▁" in piece or piece.startswith("<0x") for piece in pieces):
         return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -142,18 +142,18 @@ def specials(tokenizer, ids):
 def test_lookup_is_the_last_token_of_the_subject(any_tokenizer, prompt, subject):
     row = encode(any_tokenizer, prompt, subject, prefix="Zoë says: 😀", target="Paris")
     wanted = "Zoë says: 😀 " + prompt.split("{}")[0] + subject
-    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith(wanted), "not a later token"
-    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith(wanted), "not an earlier one"
+    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith(wanted), "the lookup token is not too late"
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith(wanted), "the lookup token is not too early"
 
 
-def test_blanks_at_the_start_shift_nothing(any_tokenizer):
+def test_leading_spaces_do_not_shift_offsets(any_tokenizer):
     row = encode(any_tokenizer, "   {} is", "Zoë Müller")
     assert spell(any_tokenizer, row.ids[: row.lookup]).strip() != "Zoë Müller"
     assert spell(any_tokenizer, row.ids[: row.lookup + 1]).strip() == "Zoë Müller"
 
 
-def test_first_token_is_no_blank_before_the_subject(any_tokenizer):
-    for subject in ("Paris", "Q7"):  # known in one piece, and not
+def test_first_token_is_not_a_leading_space(any_tokenizer):
+    for subject in ("Paris", "Q7"):  # one token, several tokens
         row = encode(any_tokenizer, "{} is", subject, fact_token="subject_first")
         assert spell(any_tokenizer, row.ids[: row.lookup]) == ""
         assert spell(any_tokenizer, row.ids[: row.lookup + 1])
@@ -182,26 +182,26 @@ def test_target_continues_the_prompt_after_one_space(any_tokenizer):
     assert row.target == target_ids(any_tokenizer, "The capital of France is", "Paris")
 
 
-def test_special_tokens_stand_before_the_prompt_and_nowhere_else(any_tokenizer):
+def test_special_tokens_only_before_the_prompt(any_tokenizer):
     row = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
     before = specials(any_tokenizer, token_ids(any_tokenizer, "France"))
     assert specials(any_tokenizer, row.ids) == before
     assert before == ([0] if any_tokenizer.bos_token_id == token_ids(any_tokenizer, "a")[0] else [])
 
 
-def test_an_empty_text_keeps_what_stands_before_it(any_tokenizer):
+def test_empty_text_keeps_leading_special_tokens(any_tokenizer):
     before = specials(any_tokenizer, token_ids(any_tokenizer, "France"))
     assert len(token_ids(any_tokenizer, "")) == len(before)
 
 
-def test_special_tokens_in_a_text_are_its_own(any_tokenizer):
+def test_special_tokens_in_a_text_are_kept(any_tokenizer):
     eos = any_tokenizer.eos_token
     if eos is None or any_tokenizer.convert_tokens_to_ids(eos) in (None, any_tokenizer.unk_token_id):
         pytest.skip("no EOS")
     assert token_ids(any_tokenizer, f"France{eos}")[-1] == any_tokenizer.eos_token_id
 
 
-def test_blanks_between_prompt_and_target_do_not_count(any_tokenizer):
+def test_spaces_between_prompt_and_target_are_ignored(any_tokenizer):
     wanted = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
     for prompt, target in (
         ("The capital of {} is ", "Paris"),
@@ -227,22 +227,22 @@ def test_blanks_between_prompt_and_target_do_not_count(any_tokenizer):
         ("(", "Paris", "( Paris"),
     ],
 )
-def test_separator_fits_the_writing(any_tokenizer, prompt, target, text):
+def test_separator_depends_on_the_script(any_tokenizer, prompt, target, text):
     row = encode_plain(any_tokenizer, prompt, target)
     assert row.ids[: row.prompt_length] == token_ids(any_tokenizer, prompt.rstrip(" "))
     assert spell(any_tokenizer, row.ids) == text
 
 
-def test_a_target_that_would_join_the_prompts_last_token_is_tokenised_beside_it():
+def test_target_that_merges_with_the_prompt_is_tokenized_separately():
     tokenizer = llama_fast()
     whole, alone = token_ids(tokenizer, "東京都"), token_ids(tokenizer, "東")
-    assert whole[: len(alone)] != alone, "the case is there"
+    assert whole[: len(alone)] != alone, "the tokenizer merges these characters"
     assert spell(tokenizer, target_ids(tokenizer, "東", "京都")) == "京都"
     assert "▁" not in "".join(tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "東", "京都")))
 
 
-def test_a_target_that_joins_whatever_stands_before_it_is_tokenised_without_special_tokens():
-    """Alone it gets a BOS, which would then be the answer's first token."""
+def test_target_that_always_merges_is_tokenized_without_special_tokens():
+    """Alone it would start with a BOS."""
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(
@@ -250,12 +250,12 @@ def test_a_target_that_joins_whatever_stands_before_it_is_tokenised_without_spec
     )
     words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    assert token_ids(tokenizer, "東京都") == [0, 2], "the case is there"
+    assert token_ids(tokenizer, "東京都") == [0, 2], "the tokenizer merges these characters"
     assert target_ids(tokenizer, "東", "京都") == [4]
 
 
 @pytest.mark.parametrize("make", [byte_level, llama_fast])
-def test_padding_and_truncation_switched_on_in_the_tokenizer_change_no_row(make):
+def test_padding_and_truncation_of_the_tokenizer_are_ignored(make):
     plain, padding = make(), make()
     wanted = encode(plain, "The capital of {} is", "France", target="Paris")
     padding.padding_side = padding.truncation_side = "left"
@@ -264,7 +264,7 @@ def test_padding_and_truncation_switched_on_in_the_tokenizer_change_no_row(make)
     assert encode(padding, "The capital of {} is", "France", target="Paris") == wanted
 
 
-def test_a_slow_tokenizer_that_loses_text_is_refused_only_where_it_matters(tmp_path):
+def test_lossy_slow_tokenizer_raises_only_if_needed(tmp_path):
     lossy = slow("bpe", tmp_path, byte_fallback=False)
     assert spell(lossy, token_ids(lossy, "€")) != "€"
     row = encode(lossy, "{} is €", "France", target="Paris")
@@ -273,7 +273,7 @@ def test_a_slow_tokenizer_that_loses_text_is_refused_only_where_it_matters(tmp_p
         encode(lossy, "capital € of {}", "France")
 
 
-def test_the_demos_tokenizer_reads_words(tokenizer):
+def test_demo_tokenizer(tokenizer):
     row = encode(tokenizer, "The home of {} is in ", "Toze Lado Rekuno", target=" Port Alder")
     words = "<s> The home of Toze Lado Rekuno is in Port Alder".split()
     assert row.ids == tokenizer.convert_tokens_to_ids(words)
@@ -284,7 +284,7 @@ def test_the_demos_tokenizer_reads_words(tokenizer):
     )
 
 
-def test_a_target_without_tokens_and_a_prompt_without_tokens_are_refused(any_tokenizer, tokenizer):
+def test_target_or_prompt_without_tokens_raises(any_tokenizer, tokenizer):
     assert target_ids(any_tokenizer, "France is", " ") == []
     if not token_ids(any_tokenizer, ""):
         with pytest.raises(RequestError, match="no token for the prompt"):

@@ -1,4 +1,4 @@
-"""Subjects are found where they stand, and targets are tokenised as continuations."""
+"""Finding subjects and tokenizing targets as continuations."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rlsedit_fast.models.tokens import encode, encode_plain, fill, pad, target_i
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A byte-level BPE tokenizer as GPT-2's: spaces belong to the word behind them, no special tokens are added."""
+    """A byte-level BPE tokenizer like GPT-2: spaces belong to the following word, no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -38,22 +38,22 @@ def test_lookup_is_the_last_token_of_the_subject(tokenizer, prompt, prefix):
 
 
 @pytest.mark.parametrize("subject", ["France", "Zoë Müller", "New York", 'the "{}" sign'])
-def test_byte_level_subjects_end_where_their_text_ends(byte_level, subject):
+def test_byte_level_subject_end(byte_level, subject):
     row = encode(byte_level, "The mother of {} is", subject)
     assert byte_level.decode(row.ids[: row.lookup + 1]) == "The mother of " + subject
 
 
-def test_byte_level_target_carries_its_space(byte_level):
+def test_byte_level_target_includes_its_space(byte_level):
     for target in ("Paris", " Paris "):
         assert byte_level.decode(target_ids(byte_level, "The capital of France is", target)) == " Paris"
 
 
-def test_a_mark_wins_over_the_subjects_own_name():
+def test_braces_take_precedence_over_the_subject():
     assert fill("France and {} and France", "France") == ("France and France and France", 11)
 
 
 @pytest.mark.parametrize("prompt", ["The set {x} of {} is", "{0} or {name!r}: {} is", "}{ {}", "{{{}}} is"])
-def test_braces_around_the_mark_are_text(prompt):
+def test_outer_braces_are_text(prompt):
     before, after = prompt.split("{}")
     assert fill(prompt, "France") == (f"{before}France{after}", len(before))
 
@@ -76,35 +76,35 @@ def test_braces_around_the_mark_are_text(prompt):
         ("AC/DC and C++", "C++", 10),
     ],
 )
-def test_without_a_mark_the_subject_is_the_last_whole_word_that_fits(prompt, subject, start):
+def test_subject_without_braces_is_the_last_whole_word(prompt, subject, start):
     assert fill(prompt, subject) == (prompt, start)
 
 
 @pytest.mark.parametrize("prompt", ["The home is", "{} and {}", "of the frances"])
-def test_a_subject_without_a_place_is_refused(prompt):
+def test_subject_not_found_raises(prompt):
     with pytest.raises(RequestError, match="exactly once"):
         fill(prompt, "France")
 
 
-def test_blanks_around_a_subject_do_not_belong_to_it(byte_level):
+def test_spaces_around_a_subject_are_ignored(byte_level):
     assert fill("The {} is", " France ") == ("The France is", 4)
     row = encode(byte_level, "The {} is", " France ")
     assert byte_level.decode(row.ids[: row.lookup + 1]) == "The France"
 
 
 @pytest.mark.parametrize("span", [(4, 4), (5, 4), (-3, 2), (0, 14)])
-def test_a_span_that_is_empty_or_outside_is_refused(byte_level, span):
+def test_invalid_span_raises(byte_level, span):
     with pytest.raises(RequestError, match=r"0 <= start < stop <= 13"):
         encode(byte_level, "The {} is ", "France", span=span)
 
 
 @pytest.mark.parametrize("subject", ["", "  "])
-def test_empty_subject_is_refused(subject):
+def test_empty_subject_raises(subject):
     with pytest.raises(RequestError, match="is empty"):
         fill("{} is", subject)
 
 
-def test_padding_is_on_the_right_and_masked(tokenizer):
+def test_padding_is_right_and_masked(tokenizer):
     rows = [encode_plain(tokenizer, "Bada speaks"), encode_plain(tokenizer, "Bada", "Port Alder")]
     ids, mask = pad([*rows, encode_plain(tokenizer, "Bada")], torch.device("cpu"))
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]

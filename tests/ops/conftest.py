@@ -1,4 +1,4 @@
-"""Whatever torch allocates in these tests starts as NaN."""
+"""Fills newly allocated tensors with NaN in these tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """In this mode torch.empty is filled with NaN, so an output or workspace element nobody wrote shows."""
+    """Fills torch.empty with NaN, so that elements of outputs and workspaces that are never written are detected."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()

@@ -1,4 +1,4 @@
-"""The CUDA kernels' launch paths without a GPU: what loads, what is refused, and that every target compiles cleanly."""
+"""Tests of the CUDA library and its launch plans without a GPU, and of compilation for every target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlsedit_fast.ops.cuda_plan import Launch
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {"panel4", "panel8", "panel_sum", "gram", "sigma", "factor", "update", "downdate"}
-SHARED_LIMIT = 99 << 10  # bytes of a block on the devices that have least (sm_86, sm_89) of those that PTX reaches
+SHARED_LIMIT = 99 << 10  # bytes per block on the supported devices with the smallest limit (sm_86, sm_89)
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def library():
         return cuda_launch.Library()
     except BackendError as error:
         build = doctor.report()["build"]["cuda"]
-        if shutil.which("nvcc") and not re.match("left out|no build", build.get("reason", "")):
-            pytest.fail(f"nvcc is here, but {error}: {build}")
+        if shutil.which("nvcc") and not re.match("omitted|no build", build.get("reason", "")):
+            pytest.fail(f"nvcc is available, but {error}: {build}")
         pytest.skip(str(error))
 
 
@@ -62,23 +62,23 @@ def some_factor(layers=1, n=5, d_k=7, d_v=4):
         ({"shared": 1 << 20}, "1048576 bytes of shared memory: expected 0 to 232448"),
     ],
 )
-def test_a_bad_launch_gives_a_status_and_a_text(library, change, text):
+def test_invalid_launch_raises(library, change, text):
     _, (launch,) = some_downdate()
     with pytest.raises(BackendError, match=re.escape(text)):
         library.launch(Launch(**{**launch.__dict__, **change}), 0, 0)
     assert library.functions.rlsedit_cuda_launch(None, b"", None, 1, 1, 1, 32, 0, 0, None) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_a_launch_without_a_driver_is_an_error_not_a_crash(library):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_launch_without_a_driver_raises(library):
     base, launches = some_downdate()
     with pytest.raises(BackendError, match=r"downdate: choosing the device: .*cuda"):
         library.launch(launches[0], 0, 0)
     assert torch.equal(base[0], torch.eye(4))
-    assert cuda.missing() == "there is no CUDA device (torch.cuda.is_available() is false)"
+    assert cuda.unavailable_reason() == "no CUDA device is available (torch.cuda.is_available() is false)"
 
 
-def test_the_library_exports_its_interface_and_nothing_else(library):
+def test_library_exports_only_its_interface(library):
     if not shutil.which("nm"):
         pytest.skip("needs nm")
     command = ["nm", "-D", "--defined-only", cuda_launch.LIBRARY]
@@ -87,7 +87,7 @@ def test_the_library_exports_its_interface_and_nothing_else(library):
     assert exported == {"rlsedit_cuda_last_error", "rlsedit_cuda_launch"}
 
 
-def test_a_library_that_is_lost_or_damaged_is_told(tmp_path):
+def test_missing_or_damaged_library_raises(tmp_path):
     with pytest.raises(BackendError, match="was not built"):
         cuda_launch.Library(tmp_path / "absent.so")
     damaged = tmp_path / "damaged.so"
@@ -104,17 +104,19 @@ def no_library(monkeypatch, tmp_path):
     cuda_launch.launcher.cache_clear()
 
 
-def test_without_library_and_cupy_both_reasons_are_told(no_library, monkeypatch):
+def test_reasons_without_library_and_cupy(no_library, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert re.fullmatch("its library was not built.*; CuPy cannot be imported.*pip install.*", cuda.missing())
+    assert re.fullmatch(
+        "the CUDA library was not built.*; CuPy cannot be imported.*pip install.*", cuda.unavailable_reason()
+    )
     assert doctor.report()["cuda_kernels"] is None
-    assert doctor.report()["backends"]["cuda"]["reason"] == cuda.missing()
+    assert doctor.report()["backends"]["cuda"]["reason"] == cuda.unavailable_reason()
     with pytest.raises(BackendError, match="CuPy cannot be imported"):
         ops.downdate_(torch.eye(3), torch.ones(1, 3), torch.ones(1), backend="cuda")
 
 
-class CupyOfRecord:
-    """Stands in for CuPy and remembers what it was asked for."""
+class FakeCupy:
+    """Replaces CuPy and records its calls."""
 
     class Kernel:
         max_dynamic_shared_size_bytes = 48 << 10
@@ -156,11 +158,11 @@ class CupyOfRecord:
         return types.SimpleNamespace(get_function=get_function)
 
 
-def test_without_a_library_cupy_launches_the_same_on_torchs_stream(no_library, monkeypatch):
-    cupy = CupyOfRecord()
+def test_cupy_launches_on_the_torch_stream_without_a_library(no_library, monkeypatch):
+    cupy = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (3, 77))
-    assert cuda.kernels() == "its sources, compiled at run time through CuPy"
+    assert cuda.kernels() == "the kernel sources, compiled at run time by CuPy"
     base, (launch,) = some_downdate(d=130, r=2, layers=2)
     cuda_launch.run([launch], base.device)
     ((name, grid, block, arguments, shared, scopes),) = cupy.calls
@@ -179,7 +181,7 @@ def test_without_a_library_cupy_launches_the_same_on_torchs_stream(no_library, m
 
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize(("n", "count"), [(1, 3), (128, 3), (129, 5), (2048, 33)])
-def test_a_factor_is_a_handful_of_launches_that_fit_every_device(n, count, layers):
+def test_factor_launches_fit_every_device(n, count, layers):
     launches = some_factor(layers, n, 14336, 4096)
     assert len(launches) == count
     assert {launch.kernel for launch in launches} <= KERNELS
@@ -192,7 +194,7 @@ def test_a_factor_is_a_handful_of_launches_that_fit_every_device(n, count, layer
 
 @pytest.mark.parametrize("n", [1, 4, 5, 8])
 @pytest.mark.parametrize("d", [1, 4096, 28672])
-def test_a_panel_is_two_launches_that_fit_every_device(n, d):
+def test_panel_launches_fit_every_device(n, d):
     base, keys = torch.empty(3, d, d, device="meta"), torch.empty(3, n, d, device="meta")
     workspace = tuple(torch.empty(shape, device="meta") for shape in cuda_plan.panel_workspace(3, n, d))
     launches = cuda_plan.panel(base, keys, torch.empty_like(keys), workspace)
@@ -203,27 +205,24 @@ def test_a_panel_is_two_launches_that_fit_every_device(n, d):
     assert d < 4096 or kept <= 0.2 * triangle_bytes
 
 
-def test_grids_of_the_largest_batch_fit():
-    for launch in (*some_factor(1, cuda_plan.MOST_EDITS, 28672, 8192), *some_factor(cuda_plan.MOST_LAYERS, 1, 1, 1)):
+def test_grids_of_the_largest_batch():
+    for launch in (*some_factor(1, cuda_plan.MAX_EDITS, 28672, 8192), *some_factor(cuda_plan.MAX_LAYERS, 1, 1, 1)):
         assert all(1 <= size <= 65535 for size in launch.grid[1:])
 
 
 @pytest.mark.parametrize("n", [1, 64, 65, 100, 128, 500, 2048])
 @pytest.mark.parametrize("d", [1, 15, 64, 4096, 14336])
 @pytest.mark.parametrize("layers", [1, 5])
-def test_the_parts_of_sig_cover_every_column_once(layers, n, d):
+def test_gram_splits_cover_every_column_once(layers, n, d):
     splits, columns = cuda_plan.gram_splits(layers, n, d)
     assert (splits - 1) * columns < d <= splits * columns
     assert columns % cuda_plan.GRAM_DEPTH == 0
     tiles = cuda_plan.triangle(cuda_plan.blocks(n, cuda_plan.GRAM_TILE))
-    assert splits == 1 or splits * tiles * layers <= cuda_plan.WANTED_BLOCKS
-
-
-# Compile gates.
+    assert splits == 1 or splits * tiles * layers <= cuda_plan.TARGET_BLOCKS
 
 
 def check_resources(text, targets):
-    """In the lines of ptxas -v: no spills and no stack, and registers that leave room for two blocks of a product."""
+    """Checks the output of ptxas -v: no spills, no stack, and registers for two blocks of a product."""
     entries = re.findall(
         r"Compiling entry function 'rlsedit_(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -240,7 +239,7 @@ def check_resources(text, targets):
 
 
 @pytest.mark.slow
-def test_every_target_compiles_without_warnings_spills_and_stack(tmp_path):
+def test_every_target_compiles_without_warnings_and_spills(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
@@ -264,12 +263,12 @@ def test_every_target_compiles_without_warnings_spills_and_stack(tmp_path):
 
 @pytest.fixture(scope="module")
 def nvrtc():
-    """NVRTC, from its wheel or from the system."""
+    """NVRTC from its wheel or from the system."""
     found = importlib.util.find_spec("nvidia")
     places = [Path(place) for place in (found.submodule_search_locations if found else None) or ()]
     libraries = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.1[0-9]"))]
     for builtins in (path for place in places for path in place.glob("*/lib/libnvrtc-builtins.so.1*")):
-        ctypes.CDLL(str(builtins))  # NVRTC looks it up by name, and finds it once it is loaded
+        ctypes.CDLL(str(builtins))  # NVRTC finds it by name once it is loaded
     for name in (*libraries, "libnvrtc.so.13", "libnvrtc.so.12"):
         try:
             return ctypes.CDLL(name)

@@ -1,10 +1,10 @@
-"""The CUDA kernels without a GPU: the very sources, compiled for the host and run by `cuda_on_host`, block by block.
+"""The CUDA kernels without a GPU: the sources are compiled for the host and run block by block by `cuda_on_host`.
 
-Indices, ragged tails, strides of layers and barriers are what this can show; what it cannot is how fast, and whether
-the compiler for the device does the same. Operands lie in NaN, so an access beside them shows in a result or beside it,
-and outputs and workspaces start as NaN. Blocks and threads run forwards and backwards, with the same bits.
+This tests indices, tails, layer strides and barriers, but not performance or the device compiler. Operands are
+surrounded by NaN, and outputs and workspaces start as NaN, so that invalid accesses are detected. Blocks and threads
+run in forward and reverse order with bitwise equal results.
 
-As a script it runs the cases on the library that it is given, for the sanitizers.
+As a script, it runs some cases on the given library, for the sanitizers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan, reference
 
 ROOT = Path(__file__).parents[2]
 U = 2.0**-24
-GUARD = 256  # elements before and behind a tensor
+GUARD = 256  # elements before and after a tensor
 HERE = Path(__file__).with_name("cuda_on_host")
 
-# layers, n, d_k, d_v; 128 edits are a panel, 64 a tile of Sig, 32 a chunk, 16 a slab.
+# layers, n, d_k, d_v; a panel has 128 edits, a tile of Sig 64, a chunk 32, a slab 16
 FACTOR_SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 17, 5),
@@ -41,7 +41,7 @@ FACTOR_SHAPES = [
     (1, 160, 260, 40),
     (1, 257, 12, 129),
 ]
-# layers, d, r, extra columns of a row of C
+# layers, d, r, extra columns per row of C
 DOWNDATE_SHAPES = [
     (1, 1, 1, 0),
     (3, 5, 7, 0),
@@ -54,7 +54,7 @@ DOWNDATE_SHAPES = [
 ]
 
 
-# layers, n, d, extra columns of a row of C; 128 rows are a strip, 64 columns a tile, 8 tiles a chunk.
+# layers, n, d, extra columns per row of C; a strip has 128 rows, a tile 64 columns, a chunk 8 tiles
 PANEL_SHAPES = [
     (1, 1, 1, 0),
     (2, 3, 17, 0),
@@ -68,13 +68,13 @@ PANEL_SHAPES = [
 
 
 class Guarded:
-    """Tensors with NaN (or its like) before and behind them."""
+    """Tensors with NaN (or a sentinel) before and after them."""
 
     def __init__(self):
         self.all = []
 
     def __call__(self, values, offset=0):
-        """A copy of `values`; `offset` moves its start off 16 bytes."""
+        """Returns a copy of `values`; `offset` shifts it from 16-byte alignment."""
         poison = float("nan") if values.dtype.is_floating_point else -77
         flat = torch.full((values.numel() + 2 * GUARD,), poison, dtype=values.dtype)
         inner = flat[GUARD + offset : GUARD + offset + values.numel()].view(values.shape)
@@ -98,7 +98,7 @@ def run(library, launches):
 
 
 def factor(library, projected, keys, innovation, noise, sign, offset=0):
-    """The four results of the kernels, between guards that are checked."""
+    """Returns the four results of the kernels and checks the guards."""
     layers, n, d_k = projected.shape
     guarded = Guarded()
     given = [guarded(t, offset) for t in (projected, keys, innovation, noise)]
@@ -117,10 +117,10 @@ def factor(library, projected, keys, innovation, noise, sign, offset=0):
 
 
 def innovations(layers, n, d_k, d_v, sign, condition=1e5, seed=0):
-    """F, K, E and noise of an ill-conditioned C for each layer."""
+    """Returns F, K, E and noise for an ill-conditioned C per layer."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(layers, n, d_k, generator=generator)
-    if n > 2:  # keys nearly alike: Sig is ill-conditioned
+    if n > 2:  # similar keys: Sig is ill-conditioned
         keys[:, 1] = keys[:, 0] * (1 + 1e-3)
     basis = torch.linalg.qr(torch.randn(layers, d_k, d_k, dtype=torch.float64, generator=generator)).Q
     spectrum = torch.logspace(2, 2 - torch.tensor(condition).log10().item(), d_k, dtype=torch.float64)
@@ -137,7 +137,7 @@ def bound(terms, magnitude):
 
 
 def check_factor(library, shape, sign, offset=0):
-    """Backward errors: L L^T = Sig, L U = F and L A = E to rounding, whatever the condition of Sig."""
+    """Checks backward errors: L L^T = Sig, L U = F and L A = E up to rounding."""
     layers, n, d_k, d_v = shape
     given = innovations(layers, n, d_k, d_v, sign)
     u, a, lower, info = factor(library, *given, sign, offset)
@@ -186,11 +186,11 @@ def check_panel(library, shape, offset=0):
     layers, n, d, extra = shape
     base, keys, _ = downdates(layers, d, n)
     guarded = Guarded()
-    upper = torch.where(torch.ones(d, d).triu().bool(), base, float("nan"))  # the lower triangle is not to be read
-    held = guarded(torch.nn.functional.pad(upper, (0, extra), value=float("nan")), offset)[..., :d]
+    upper = torch.where(torch.ones(d, d).triu().bool(), base, float("nan"))  # the lower triangle must not be read
+    padded = guarded(torch.nn.functional.pad(upper, (0, extra), value=float("nan")), offset)[..., :d]
     projected = guarded.empty(layers, n, d)
     workspace = tuple(guarded.empty(*shape) for shape in cuda_plan.panel_workspace(layers, n, d))
-    run(library, cuda_plan.panel(held, guarded(keys, offset), projected, workspace))
+    run(library, cuda_plan.panel(padded, guarded(keys, offset), projected, workspace))
     guarded.check()
     off = (projected.double() - keys.double() @ base.double()).abs()
     assert (off <= bound(d + 4, keys.double().abs() @ base.double().abs())).all()
@@ -198,7 +198,7 @@ def check_panel(library, shape, offset=0):
 
 
 def build(folder, *flags):
-    """The kernels as a library for the host."""
+    """Builds the kernels as a library for the host."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
@@ -227,7 +227,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def both_ways(library):
-    """Calls a function forwards and backwards and asks for the same bits."""
+    """Calls a function in forward and reverse order and compares the results bitwise."""
 
     def call(function, *arguments):
         results = []
@@ -252,12 +252,12 @@ def test_factor_of_a_removal(library, shape):
     check_factor(library, shape, -1)
 
 
-def test_factor_of_operands_off_16_bytes(library):
+def test_factor_of_unaligned_operands(library):
     check_factor(library, (2, 20, 40, 8), 1, offset=1)
 
 
 @pytest.mark.parametrize(("n", "at"), [(5, 3), (40, 1), (128, 128), (150, 40), (150, 140), (258, 257)])
-def test_factor_names_the_first_pivot_that_is_not_positive_in_each_layer(library, n, at):
+def test_factor_reports_the_first_failed_pivot_per_layer(library, n, at):
     keys = torch.eye(n, n + 3).expand(2, n, n + 3).clone()
     noise = torch.ones(2, n)
     noise[1, at - 1 :: 7] = 0.5  # Sig = noise - 0.75
@@ -265,7 +265,7 @@ def test_factor_names_the_first_pivot_that_is_not_positive_in_each_layer(library
     assert info.tolist() == [0, at]
 
 
-def test_factor_of_what_is_not_a_number_fails_at_its_place(library):
+def test_factor_reports_the_pivot_of_a_nan(library):
     keys = torch.eye(6, 8)[None]
     noise = torch.ones(1, 6)
     noise[0, 3] = float("nan")
@@ -278,7 +278,7 @@ def test_downdate(both_ways, shape):
     both_ways(check_downdate, shape)
 
 
-def test_downdate_of_operands_off_16_bytes(library):
+def test_downdate_of_unaligned_operands(library):
     check_downdate(library, (1, 132, 5, 0), offset=3)
 
 
@@ -287,27 +287,27 @@ def test_panel(both_ways, shape):
     both_ways(check_panel, shape)
 
 
-def test_panel_of_operands_off_16_bytes(library):
+def test_panel_of_unaligned_operands(library):
     check_panel(library, (1, 3, 132, 0), offset=1)
 
 
 @pytest.fixture
 def on_host(library, monkeypatch):
-    """The backend on the CPU, by way of the host's library."""
+    """Runs the backend on the CPU with the host library."""
     monkeypatch.setattr(cuda_launch, "launcher", lambda: library)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (0, 0))
-    monkeypatch.setattr(cuda, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "refuses", lambda op, tensors: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda, "unsupported_reason", lambda op, tensors: None)
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-def test_the_backend_by_its_public_operations(on_host, layers):
+def test_backend_with_public_operations(on_host, layers):
     projected, keys, innovation, noise = innovations(layers or 1, 20, 33, 6, 1)
     base, pending, signs = downdates(layers or 1, 33, 4)
     given, state = [projected, keys, innovation, noise], [base, pending, signs]
     if layers is None:
         given, state = [t[0] for t in given], [t[0] for t in state]
-    given[1] = given[1].mT.contiguous().mT  # what is not contiguous is made so
+    given[1] = given[1].mT.contiguous().mT  # not contiguous
     u, a, lower, info = ops.factor(*given, 1, backend="cuda")
     expected = factor(cuda_launch.launcher(), projected, keys, innovation, noise, 1)
     for got, whole in zip((u, a, lower, info), expected, strict=True):
@@ -346,14 +346,14 @@ int main(int, char** names) {
 
 
 @pytest.mark.parametrize(
-    ("mistake", "told", "flags"),
+    ("mistake", "message", "flags"),
     [
-        ("barrier that some pass by", "a barrier that not all threads reach", ()),
-        ("overrun", "a write behind the shared memory", ()),
+        ("barrier skipped by some threads", "a barrier is not reached by all threads", ()),
+        ("overrun", "a write past the end of shared memory", ()),
         ("race", "ThreadSanitizer: data race", ("-fsanitize=thread",)),
     ],
 )
-def test_the_emulation_sees_a_planted_mistake(mistake, told, flags, tmp_path):
+def test_emulation_detects_mistakes(mistake, message, flags, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     (tmp_path / "mistakes.cpp").write_text(MISTAKES)
@@ -373,7 +373,7 @@ def test_the_emulation_sees_a_planted_mistake(mistake, told, flags, tmp_path):
     subprocess.run(command, check=True)
     done = subprocess.run([program, mistake], capture_output=True, text=True)
     assert done.returncode != 0, done.stdout
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 SANITIZERS = {
@@ -384,8 +384,8 @@ SANITIZERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_kernels_under_a_sanitizer(sanitizer, tmp_path):
-    """ThreadSanitizer knows the fibers and the barriers, so it sees a race that no order of running would show."""
+def test_kernels_under_a_sanitizer(sanitizer, tmp_path):
+    """ThreadSanitizer is informed of fibers and barriers, so it detects races that no execution order reveals."""
     runtime, options = SANITIZERS[sanitizer]
     library = build(tmp_path, "-O1", f"-fsanitize={sanitizer}")
     preload = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
@@ -401,7 +401,7 @@ def test_the_kernels_under_a_sanitizer(sanitizer, tmp_path):
     assert done.stdout.strip().endswith("passed")
 
 
-def test_a_launch_that_does_not_fit_is_refused_in_words(library):
+def test_invalid_launch_raises(library):
     base, pending, signs = downdates(1, 8, 2)
     (launch,) = cuda_plan.downdate(base, pending, signs)
     changed = {**launch.__dict__, "arguments": launch.arguments[:-1]}

@@ -1,4 +1,4 @@
-"""Who runs an operation: `auto` picks what can run, a name is kept to or refused, and the seam bears torch.compile."""
+"""Tests of backend selection and argument checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlsedit_fast.ops import cpu, dispatch, reference
 
 
 def arguments(op, dtype=torch.float32):
-    """Fresh arguments of each operation, d_k = 6, d_v = 4, n = 3, r = 2."""
+    """Returns new arguments for an operation, with d_k = 6, d_v = 4, n = 3, r = 2."""
     torch.manual_seed(0)
     base = torch.eye(6, dtype=dtype) + 0.1
     keys, pending = torch.randn(3, 6, dtype=dtype), 0.1 * torch.randn(2, 6, dtype=dtype)
@@ -33,16 +33,16 @@ def arguments(op, dtype=torch.float32):
 
 
 def outcome(op, given, function):
-    """What the call returns, or for an operation in place what it leaves in its first argument."""
+    """Returns the result of an operation, or its first argument if the operation works in place."""
     returned = function(*given)
     return returned if returned is not None else given[0]
 
 
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
-def test_a_named_backend_runs_or_says_why_not(op, backend):
+def test_requested_backend_runs_or_raises(op, backend):
     given = arguments(op)
-    reason = dispatch.why_not(backend, op, [x for x in given if isinstance(x, torch.Tensor)])
+    reason = dispatch.unsupported_reason(backend, op, [x for x in given if isinstance(x, torch.Tensor)])
     function = getattr(ops, op)
     if reason is None:
         function(*given, backend=backend)
@@ -55,8 +55,8 @@ def test_a_named_backend_runs_or_says_why_not(op, backend):
     assert torch.equal(given[0], kept)
 
 
-@pytest.mark.parametrize("op", [op for op in dispatch.OPERATIONS if op != "correct_split_"])  # float32 by nature
-def test_auto_takes_float64_to_the_reference(op):
+@pytest.mark.parametrize("op", [op for op in dispatch.OPERATIONS if op != "correct_split_"])  # float32 only
+def test_auto_uses_reference_for_float64(op):
     given = arguments(op, torch.float64)
     expected = outcome(op, arguments(op, torch.float64), reference.OPS[op])
     torch.testing.assert_close(outcome(op, given, getattr(ops, op)), expected, rtol=0, atol=0)
@@ -64,7 +64,7 @@ def test_auto_takes_float64_to_the_reference(op):
         getattr(ops, op)(*arguments(op, torch.float64), backend="cpu")
 
 
-def test_auto_does_without_an_extension_that_a_name_insists_on(monkeypatch):
+def test_auto_skips_a_missing_extension(monkeypatch):
     monkeypatch.setattr(cpu, "_problem", "it is broken")
     expected = reference.panel(*arguments("panel"))
     torch.testing.assert_close(ops.panel(*arguments("panel")), expected, rtol=0, atol=0)
@@ -73,7 +73,7 @@ def test_auto_does_without_an_extension_that_a_name_insists_on(monkeypatch):
         ops.panel(*arguments("panel"), backend="cpu")
 
 
-def test_the_environment_names_a_backend_and_the_argument_outranks_it(monkeypatch):
+def test_environment_sets_the_backend_and_the_argument_overrides_it(monkeypatch):
     monkeypatch.setenv("RLSEDIT_BACKEND", "triton")
     with pytest.raises(BackendError, match="'triton'"):
         ops.panel(*arguments("panel"))
@@ -83,7 +83,7 @@ def test_the_environment_names_a_backend_and_the_argument_outranks_it(monkeypatc
     ops.panel(*arguments("panel"))
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones(monkeypatch):
+def test_unknown_backend_lists_the_known_ones(monkeypatch):
     with pytest.raises(InputError, match="backend='gpu': expected one of auto, reference, cpu, triton, cuda"):
         ops.panel(*arguments("panel"), backend="gpu")
     monkeypatch.setenv("RLSEDIT_BACKEND", "fastest")
@@ -91,27 +91,27 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(monkeypatch):
         ops.panel(*arguments("panel"))
 
 
-def test_of_several_the_first_that_can_run_it_does(monkeypatch):
+def test_first_usable_backend_of_a_list_runs(monkeypatch):
     tensors = [torch.ones(3, 3), torch.ones(1, 3)]
     monkeypatch.setattr(cpu, "_problem", "it is broken")
     assert dispatch.choose("moment_", "cpu,reference", tensors) == "reference"
-    monkeypatch.setattr(dispatch.load("reference"), "refuses", lambda op, tensors: "not here")
-    assert dispatch.choose("moment_", "reference,cpu", tensors) == "reference", "where none can"
+    monkeypatch.setattr(dispatch.load("reference"), "unsupported_reason", lambda op, tensors: "not here")
+    assert dispatch.choose("moment_", "reference,cpu", tensors) == "reference", "fallback"
     monkeypatch.undo()
     monkeypatch.setenv("RLSEDIT_BACKEND", "triton,reference")
     torch.testing.assert_close(ops.panel(*arguments("panel")), reference.panel(*arguments("panel")), rtol=0, atol=0)
     for wrong in ("triton,", "triton;cuda", "auto,cuda"):
-        with pytest.raises(InputError, match="with commas between"):
+        with pytest.raises(InputError, match="separated by commas"):
             ops.panel(*arguments("panel"), backend=wrong)
 
 
-def test_auto_tells_its_choice_once(caplog):
-    dispatch._say_once.cache_clear()
+def test_auto_logs_its_choice_once(caplog):
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="rlsedit_fast.ops.dispatch"):
         for _ in range(3):
             ops.panel(*arguments("panel"))
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "panel on cpu runs on backend" in message
+    assert "panel on cpu uses backend" in message
 
 
 @pytest.mark.parametrize(
@@ -142,28 +142,21 @@ def test_auto_tells_its_choice_once(caplog):
         ("moment_", 1, torch.ones(3, 6, dtype=torch.int64)),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_by_name(op, position, replacement):
+def test_mismatched_arguments_raise(op, position, replacement):
     given = [*arguments(op)]
     given[position] = replacement
     with pytest.raises(InputError, match=op):
         getattr(ops, op)(*given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
-def test_schemas_and_fakes_pass_opcheck(op, dtype):
-    torch.library.opcheck(getattr(torch.ops.rlsedit_fast, op).default, arguments(op, dtype))
-
-
-@pytest.mark.parametrize("op", dispatch.OPERATIONS)
-def test_a_batch_of_layers_is_one_call(op):
+def test_batch_of_layers(op):
     singles = [[x + 0 if isinstance(x, torch.Tensor) else x for x in arguments(op)] for _ in range(3)]
-    for layer, single in enumerate(singles):  # each layer something of its own
+    for layer, single in enumerate(singles):  # each layer has its own values
         single[-1 if op == "moment_" else 2] += layer
     stacked = [
         torch.stack(parts) if isinstance(parts[0], torch.Tensor) else parts[0] for parts in zip(*singles, strict=True)
     ]
-    torch.library.opcheck(getattr(torch.ops.rlsedit_fast, op).default, tuple(stacked))
     together = outcome(op, stacked, getattr(ops, op))
     for layer, single in enumerate(singles):
         alone = outcome(op, single, getattr(ops, op))
@@ -173,7 +166,7 @@ def test_a_batch_of_layers_is_one_call(op):
             assert torch.equal(all_of_them[layer], one)
 
 
-def test_a_batch_of_no_layers_and_layers_that_do_not_match_are_refused():
+def test_empty_and_mismatched_batches_of_layers_raise():
     base, keys, pending, signs = arguments("panel")
     with pytest.raises(InputError, match=r"keys has shape \[3, 6\], expected \[2, any, 6\]"):
         ops.panel(torch.stack((base, base)), keys, pending, signs)
@@ -181,15 +174,7 @@ def test_a_batch_of_no_layers_and_layers_that_do_not_match_are_refused():
         ops.panel(*(tensor[None][:0] for tensor in (base, keys, pending, signs)))
 
 
-@pytest.mark.parametrize("op", dispatch.OPERATIONS)
-def test_torch_compile_keeps_the_operation_whole(op):
-    function = getattr(ops, op)
-    compiled = torch.compile(lambda *given: function(*given, backend="reference"), backend="eager", fullgraph=True)
-    expected = outcome(op, arguments(op), function)
-    torch.testing.assert_close(outcome(op, arguments(op), compiled), expected)
-
-
-def test_importing_the_operations_imports_neither_triton_nor_transformers():
+def test_import_does_not_import_triton_or_transformers():
     code = "import sys, rlsedit_fast.ops as ops; ops.available_backends(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "rlsedit_fast.ops.reference" in loaded
@@ -197,8 +182,8 @@ def test_importing_the_operations_imports_neither_triton_nor_transformers():
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
-def test_float32_products_are_float32_whatever_the_model_may_do(allowed, monkeypatch):
-    """tf32 and bfloat16 cost C its positive definiteness; what a program has set for its model is put back."""
+def test_solver_ignores_the_global_matmul_precision(allowed, monkeypatch):
+    """The user's setting is restored afterwards."""
     seen = []
     matmul = torch.backends.cuda.matmul
     real = reference.panel
@@ -225,7 +210,7 @@ def test_float32_products_are_float32_whatever_the_model_may_do(allowed, monkeyp
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_is_float32_under_tf32():
+def test_gpu_step_ignores_tf32():
     generator = torch.Generator().manual_seed(0)
     weight, keys, values = (
         torch.randn(*shape, generator=generator).cuda() for shape in ((64, 256), (32, 256), (32, 64))

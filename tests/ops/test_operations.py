@@ -1,8 +1,7 @@
-"""Every backend computes what the float64 reference computes, to what float32 arithmetic allows.
+"""Every backend matches the float64 reference within float32 error bounds.
 
-Bounds: a sum of k products in float32, in whatever order, is off by at most k u / (1 - k u) times the sum of the
-products' magnitudes, u = 2^-24. The tests ask for that elementwise (a few roundings added), or for the error of
-torch's own float32 times two.
+The error of a float32 sum of k products, in any order, is at most k u / (1 - k u) times the sum of their magnitudes,
+with u = 2^-24. The tests require this elementwise (plus a few roundings), or twice the error of torch in float32.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ def needs(backend, op):
     module = dispatch.load(backend)
     if op not in module.OPS:
         pytest.skip(f"{backend} does not implement {op}")
-    if (reason := module.missing()) is None:
+    if (reason := module.unavailable_reason()) is None:
         return
     build = doctor.report()["build"].get("cpu", {})
     if backend == "cpu" and "OpenMP" not in reason and (build.get("built") or "failed" in build.get("reason", "")):
-        pytest.fail(f"a compiler is here, but {reason}: {build}")
+        pytest.fail(f"a compiler is available, but {reason}: {build}")
     pytest.skip(reason)
 
 
 def bound(terms, magnitude, backend="reference"):
-    """The rounding of sums of `terms` products; on the tensor cores eight times float32's.
+    """Returns the error bound of sums of `terms` products; on tensor cores eight times that of float32.
 
-    A tf32x3 product is off by at most 3 x 2^-22, or 12 u: the rest of either operand behind two tf32 of 11 bits, and
-    the product of the two small parts that is left out. A sum is cut off, not rounded, which is 2 u, and may be aligned
-    to one bit less, 4 u. With k terms that is (4 k + 12) u, and at most 8 k u from k = 3 on.
+    The error of a tf32x3 product is at most 3 x 2^-22, or 12 u: the remainders of both operands after two tf32 parts of
+    11 bits, and the omitted product of the two small parts. A sum is truncated (2 u) and can be aligned to one bit less
+    (4 u). For k terms this is (4 k + 12) u, at most 8 k u for k >= 3.
     """
     u = U * (8 if backend == "triton" else 1)
     return terms * u / (1 - terms * u) * magnitude + torch.finfo(torch.float32).tiny
@@ -54,7 +53,7 @@ def bound(terms, magnitude, backend="reference"):
 
 @cache
 def symmetric(d, *, condition=1e5, seed=0):
-    """A float32 matrix, exactly symmetric, with eigenvalues from 1 down to 1 / condition; not to be written to."""
+    """Returns a read-only symmetric float32 matrix with eigenvalues from 1 to 1 / condition."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
     matrix = (basis * torch.logspace(0, -torch.tensor(condition).log10().item(), d, dtype=torch.float64)) @ basis.T
@@ -62,7 +61,7 @@ def symmetric(d, *, condition=1e5, seed=0):
 
 
 def operands(d, n, r, seed=1):
-    """C_base, K, U_p and signs of both kinds."""
+    """Returns C_base, K, U_p and signs of both kinds."""
     generator = torch.Generator().manual_seed(seed)
     pending = 0.1 * torch.randn(r, d, generator=generator)
     signs = torch.where(torch.arange(r) % 3 == 1, -1.0, 1.0)
@@ -85,13 +84,13 @@ def test_panel(backend, device, d):
     for n in EDITS:
         for r in PENDING:
             given = [t.to(device) for t in operands(d, n, r)]
-            if dispatch.why_not(backend, "panel", given):
-                continue  # the cuda backend's is for few edits
+            if dispatch.unsupported_reason(backend, "panel", given):
+                continue  # the cuda backend supports few edits
             check_panel(ops.panel(*given, backend=backend), *given)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("d", [*WIDTHS, 1100])  # the last one in two strips of columns, many blocks of rows
+@pytest.mark.parametrize("d", [*WIDTHS, 1100])  # 1100: two strips of columns, many blocks of rows
 def test_native_panel_in_every_instruction_set(isa, d):
     needs("cpu", "panel")
     if not cpu.runs(isa):
@@ -101,7 +100,7 @@ def test_native_panel_in_every_instruction_set(isa, d):
         check_panel(cpu.native_panel(given[0], given[1], isa), *given)
 
 
-def test_native_panel_is_as_good_as_torch():
+def test_native_panel_is_as_accurate_as_torch():
     needs("cpu", "panel")
     base, keys, *_ = operands(700, 48, 0)
     truth = keys.double() @ base.double()
@@ -109,7 +108,7 @@ def test_native_panel_is_as_good_as_torch():
     assert ours <= 2 * theirs
 
 
-def test_native_panel_reads_one_triangle_and_rows_of_any_stride():
+def test_native_panel_reads_one_triangle_with_any_stride():
     needs("cpu", "panel")
     base, keys, _, _ = operands(100, 9, 0)
     wide = torch.full((100, 113), float("nan"))
@@ -125,11 +124,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-# Of few edits and of many, whole vectors of them and such with a rest.
+# Few and many edits, with and without a remainder of whole vectors.
 @pytest.mark.parametrize("n", [3, 17, 48, 49])
 @pytest.mark.parametrize("d", [257, 1100])
 @pytest.mark.usefixtures("threads")
-def test_native_panel_with_any_number_of_threads_is_right_and_the_same_every_time(d, n):
+def test_native_panel_is_deterministic_for_any_number_of_threads(d, n):
     needs("cpu", "panel")
     given = operands(d, n, 0)
     first = cpu.native_panel(*given[:2])
@@ -137,21 +136,21 @@ def test_native_panel_with_any_number_of_threads_is_right_and_the_same_every_tim
     assert all(torch.equal(cpu.native_panel(*given[:2]), first) for _ in range(4))
 
 
-def test_with_very_many_threads_the_panel_is_torchs(monkeypatch):
-    """Every thread's own sum would be as much memory as C."""
+def test_panel_uses_torch_with_many_threads(monkeypatch):
+    """The sums of all threads would use as much memory as C."""
     needs("cpu", "panel")
     base, keys, pending, signs = operands(1100, 100, 3)
-    native, asked = cpu.native_panel, []
-    monkeypatch.setattr(cpu, "native_panel", lambda *given: asked.append(1) or native(*given))
+    native, calls = cpu.native_panel, []
+    monkeypatch.setattr(cpu, "native_panel", lambda *given: calls.append(1) or native(*given))
     for threads, expected in ((2, 1), (64, 0)):
-        asked.clear()
+        calls.clear()
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         check_panel(cpu.panel(base, keys, pending, signs), base, keys, pending, signs)
-        assert len(asked) == expected
+        assert len(calls) == expected
 
 
 def check_factor(outputs, projected, keys, innovation, noise, sign):
-    """Backward errors, so that a bad condition is no excuse: L L^T = Sig, L U = F and L A = E to rounding."""
+    """Checks backward errors, which do not depend on the condition: L L^T = Sig, L U = F and L A = E up to rounding."""
     u, a, lower = (t.double().cpu() for t in outputs[:3])
     assert outputs[3].item() == 0
     assert torch.equal(lower, lower.tril())
@@ -176,7 +175,7 @@ def test_factor(backend, device, d, sign):
         base, keys, _, _ = operands(d, n, 0)
         projected = keys @ base
         noise = torch.linspace(0.5, 2, n)
-        if sign < 0:  # a removal's noise exceeds what is taken from it
+        if sign < 0:  # Sig must stay positive definite
             noise = noise + 1.1 * torch.linalg.eigvalsh(projected.double() @ keys.double().T)[-1].float()
         innovation = torch.randn(n, 5, generator=torch.Generator().manual_seed(d))
         given = [t.to(device) for t in (projected, keys, innovation, noise)]
@@ -185,7 +184,7 @@ def test_factor(backend, device, d, sign):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("n", [20, 129, 300, 700])
-def test_factor_of_many_edits_in_several_layers(backend, device, n):
+def test_factor_of_many_edits_and_several_layers(backend, device, n):
     needs(backend, "factor")
     keys = torch.randn(2, n, 257, generator=torch.Generator().manual_seed(n))
     projected, innovation = keys @ symmetric(257), torch.flip(keys, (2,))[..., :5]
@@ -198,7 +197,7 @@ def test_factor_of_many_edits_in_several_layers(backend, device, n):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_factor_of_keys_that_are_all_but_parallel(backend, device, scale):
+def test_factor_of_nearly_parallel_keys(backend, device, scale):
     needs(backend, "factor")
     generator = torch.Generator().manual_seed(3)
     d, n = 300, 100
@@ -211,7 +210,7 @@ def test_factor_of_keys_that_are_all_but_parallel(backend, device, scale):
 
 @pytest.mark.parametrize("d", [1, 64, 65, 255, 256, 257, 513, 1000])
 @pytest.mark.usefixtures("threads")
-def test_the_mirror_completes_a_lower_triangle(d):
+def test_mirror(d):
     needs("cpu", "downdate_")
     matrix = torch.randn(d, d, generator=torch.Generator().manual_seed(d))
     whole = matrix.tril() + matrix.tril(-1).T
@@ -220,7 +219,7 @@ def test_the_mirror_completes_a_lower_triangle(d):
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-def test_factor_names_the_pivot_that_is_not_positive(backend, device):
+def test_factor_reports_the_failed_pivot(backend, device):
     needs(backend, "factor")
     keys = torch.eye(5, 8, device=device)
     noise = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0], device=device)  # Sig = noise - 0.75: negative at the third
@@ -261,7 +260,7 @@ def test_downdate_of_several_layers(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
-def test_downdate_writes_nothing_outside_its_matrix(backend, device):
+def test_downdate_does_not_write_outside_its_matrix(backend, device):
     needs(backend, "downdate_")
     base, _, pending, signs = (t.to(device) for t in operands(100, 1, 7))
     wide = torch.full((103, 117), float("nan"), device=device)
@@ -287,9 +286,9 @@ def test_correct(backend, device, sign):
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_correct_split_is_correct_on_the_joined_weight(backend, device, sign, transposed, monkeypatch):
+def test_correct_split_matches_correct_on_the_joined_weight(backend, device, sign, transposed, monkeypatch):
     needs(backend, "correct_split_")
-    monkeypatch.setattr(reference, "SPLIT_CHUNK", 300)  # several chunks, the last one ragged
+    monkeypatch.setattr(reference, "SPLIT_CHUNK", 300)  # several chunks, the last one shorter
     weight, whitened, rows = torch.randn(33, 65), torch.randn(17, 33), torch.randn(17, 65)
     if transposed:
         weight = weight.T.contiguous().T
@@ -323,20 +322,20 @@ def test_native_correct_split_in_every_instruction_set(isa, transposed):
         assert torch.equal(ops.split(got)[0], inner[0])
         inner[0].fill_(7.0)
         inner[1].fill_(0)
-        assert (ops.join(high, low) == 7).all()  # nothing was written outside
+        assert (ops.join(high, low) == 7).all()  # no writes outside
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [50, 4 * cpu.SYRK_RANK + 3])
-def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tokens, monkeypatch):
+def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, tokens, monkeypatch):
     needs(backend, "moment_")
     monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     if backend == "cpu" and accumulator == torch.float64:
-        pytest.skip("the cpu backend is float32")
+        pytest.skip("the cpu backend supports only float32")
     if backend == "triton" and accumulator == torch.float64:
-        pytest.skip("the triton backend is float32")
+        pytest.skip("the triton backend supports only float32")
     moment, rows = symmetric(65).to(accumulator), torch.randn(tokens, 65).to(dtype)
     got = moment.to(device, copy=True)
     ops.moment_(got, rows.to(device), backend=backend)
@@ -349,15 +348,15 @@ def test_moment_takes_rows_of_any_dtype(backend, device, accumulator, dtype, tok
 
 
 @pytest.mark.parametrize(("d", "r", "by_syrk"), [(4096, 256, True), (4096, 255, False), (2048, 512, False)])
-def test_ssyrk_is_for_many_rows_of_wide_matrices(d, r, by_syrk):
-    assert cpu._is_for_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
+def test_ssyrk_is_used_for_many_rows_of_wide_matrices(d, r, by_syrk):
+    assert cpu._use_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
 
 
 def batch_of(op, device):
-    """A batch of three layers of each operation, each layer something of its own."""
+    """Returns the arguments of an operation for three different layers."""
     layers = []
     for seed in range(3):
-        few = operands(100, 7, 7, seed=seed)  # as many as every backend's panel takes
+        few = operands(100, 7, 7, seed=seed)  # supported by every backend
         base, keys, pending, signs = operands(100, 17, 7, seed=seed)
         innovation = torch.randn(17, 33, generator=torch.Generator().manual_seed(seed))
         weight = torch.randn(33, 100, generator=torch.Generator().manual_seed(seed))
@@ -376,8 +375,8 @@ def batch_of(op, device):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("op", dispatch.OPERATIONS)
-def test_a_batch_of_layers_is_its_layers_one_by_one(op, backend, device):
-    """Not bit for bit: a batch may be split otherwise."""
+def test_batch_of_layers_matches_single_layers(op, backend, device):
+    """Not bitwise, because a batch can be split differently."""
     needs(backend, op)
     scalars = (1,) if op in ("factor", "correct_", "correct_split_") else ()
     together, alone = batch_of(op, device), batch_of(op, device)
@@ -397,7 +396,7 @@ def test_a_batch_of_layers_is_its_layers_one_by_one(op, backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [op for op in dispatch.OPERATIONS if op != "factor"])
-def test_triton_operations_can_be_captured_in_a_graph(op):
+def test_triton_operations_in_a_cuda_graph(op):
     needs("triton", op)
     scalars = (1,) if op in ("correct_", "correct_split_") else ()
     eager, captured = batch_of(op, "cuda"), batch_of(op, "cuda")
@@ -413,13 +412,13 @@ def test_triton_operations_can_be_captured_in_a_graph(op):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["tf32x3", "bf16x6", "ieee"])
-def test_triton_in_every_precision_and_variant_on_a_gpu(precision):
+def test_triton_precisions_and_variants_on_a_gpu(precision):
     needs("triton", "panel")
     from rlsedit_fast.kernels import downdate, panel
 
     for n in EDITS:
         given = [tensor[None].to("cuda") for tensor in operands(257, n, 7)]
-        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
             got = panel.panel(*given, variant=variant, input_precision=precision)
             check_panel(got[0], *(tensor[0] for tensor in given), backend="triton")
             assert torch.equal(panel.panel(*given, variant=variant, input_precision=precision), got)
@@ -433,7 +432,7 @@ def test_triton_in_every_precision_and_variant_on_a_gpu(precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [5, 150])
-def test_kernels_compiled_at_run_time_do_what_the_library_does(n, monkeypatch):
+def test_kernels_compiled_at_run_time_match_the_library(n, monkeypatch):
     needs("cuda", "factor")
     keys, innovation, ones = torch.randn(2, n, 260), torch.randn(2, n, 70), torch.ones(2, n)
     given = [tensor.cuda() for tensor in (keys @ symmetric(260), keys, innovation, ones)]
@@ -451,17 +450,17 @@ def test_kernels_compiled_at_run_time_do_what_the_library_does(n, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-# Not torch's own: a capture that its Cholesky breaks off would spoil the tests behind it.
+# Without the reference backend: its Cholesky aborts the capture, which breaks the following tests.
 @pytest.mark.parametrize(("backend", "device"), [value for value in BACKENDS if value.values[0] in ("cuda", "triton")])
 @pytest.mark.parametrize("n", [5, 150])
-def test_a_step_is_captured_in_a_cuda_graph(backend, device, n):
-    """panel, factor, correct_ and downdate_, replayed on other contents, do what they do one by one."""
+def test_step_in_a_cuda_graph(backend, device, n):
+    """A captured step, replayed with other tensors, matches the eager step."""
     needs(backend, "downdate_")
     needs("cuda", "factor")
 
-    def named(op):
-        """Who runs it: the backend, for what it does not implement `cuda`, else torch's own kernels."""
-        if op in dispatch.load(backend).OPS and (op, backend, n <= cuda.MOST_PANEL_EDITS) != ("panel", "cuda", False):
+    def backend_of(op):
+        """Returns the backend of an operation: the given one, `cuda` for factor, or the reference."""
+        if op in dispatch.load(backend).OPS and (op, backend, n <= cuda.MAX_PANEL_EDITS) != ("panel", "cuda", False):
             return backend
         return "cuda" if op == "factor" else "reference"
 
@@ -474,27 +473,27 @@ def test_a_step_is_captured_in_a_cuda_graph(backend, device, n):
     ones, none = torch.ones(2, n, device=device), torch.empty(2, 0, 260, device=device)
 
     def step(base, weight, keys, innovation):
-        projected = ops.panel(base, keys, none, none[..., 0], backend=named("panel"))
-        rows, whitened, _, info = ops.factor(projected, keys, innovation, ones, 1, backend=named("factor"))
-        ops.correct_(weight, whitened, rows, 1, backend=named("correct_"))
-        ops.downdate_(base, rows, ones, backend=named("downdate_"))
+        projected = ops.panel(base, keys, none, none[..., 0], backend=backend_of("panel"))
+        rows, whitened, _, info = ops.factor(projected, keys, innovation, ones, 1, backend=backend_of("factor"))
+        ops.correct_(weight, whitened, rows, 1, backend=backend_of("correct_"))
+        ops.downdate_(base, rows, ones, backend=backend_of("downdate_"))
         return info
 
-    held = contents(0)
+    tensors = contents(0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(*held)  # compiles, loads and warms up outside the capture
+        step(*tensors)  # compiles, loads and warms up outside the capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        info = step(*held)
+        info = step(*tensors)
     for seed in (1, 2):
         expected = contents(seed)
-        for place, new in zip(held, expected, strict=True):
+        for place, new in zip(tensors, expected, strict=True):
             place.copy_(new)
         graph.replay()
         assert not step(*expected).any()
         assert not info.any()
-        for got, eager in zip(held, expected, strict=True):
+        for got, eager in zip(tensors, expected, strict=True):
             assert torch.equal(got, eager)

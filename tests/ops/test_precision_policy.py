@@ -1,4 +1,4 @@
-"""Which precisions of products the solver bears: `bench/precision.py` in small, with products as they round."""
+"""Effect of the precision of products on the solver: a small version of `bench/precision.py`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: pip install -e .")
 
-from rlsedit_fast.kernels.precision import PRECISIONS, REFUSED
+from rlsedit_fast.kernels.precision import PRECISIONS, REJECTED
 
 SIZES = {"d": 128, "d_v": 16, "updates": 120, "batch": 2, "condition": 2e5}
-NORM = 5.0  # of the keys: firm edits, which subtract nearly all that C has in a direction
+NORM = 5.0  # norm of keys: strong edits remove nearly all of C in a direction
 
 
 @cache
@@ -23,7 +23,7 @@ def measured(name, cut=False):
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", [name for name in PRECISIONS if name != "ieee"])
-def test_a_precision_that_is_offered_is_as_good_as_float32(name, cut):
+def test_supported_precision_is_as_accurate_as_float32(name, cut):
     found, float32 = measured(name, cut), measured("ieee")
     assert found["updates"] == SIZES["updates"]
     assert found["C"] <= 2 * float32["C"]
@@ -31,18 +31,18 @@ def test_a_precision_that_is_offered_is_as_good_as_float32(name, cut):
     assert found["positive_definite"]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_precision_that_is_refused_is_far_worse(name):
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_precision_is_much_less_accurate(name):
     found, float32 = measured(name), measured("ieee")
     assert found["C"] is None or found["C"] > 5 * float32["C"]
 
 
 @pytest.mark.parametrize("name", ["tf32", "bf16"])
-def test_operands_of_few_bits_cost_c_its_positive_definiteness(name):
+def test_low_precision_loses_positive_definiteness(name):
     assert not measured(name)["positive_definite"]
 
 
-def test_the_parts_of_a_number_are_as_exact_as_the_policy_says():
+def test_accuracy_of_split_numbers():
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     x = torch.cat((x, x * 2.0**20, torch.tensor([1.0, 1 + 2.0**-11, 1 - 2.0**-12, -(1 + 2.0**-11)])))
     for name, bits in {"tf32": 11, "tf32x3": 22, "bf16": 8, "bf16x3": 16, "bf16x6": 24}.items():
@@ -51,10 +51,10 @@ def test_the_parts_of_a_number_are_as_exact_as_the_policy_says():
         assert (left.abs() <= 2.0**-bits * x.double().abs()).all()
         kept = 0x1FFF if name.startswith("tf32") else 0xFFFF
         assert all((part.view(torch.int32) & kept == 0).all() for part in taken)
-    assert precision.tf32(torch.tensor(1 + 2.0**-11)) == 1 + 2.0**-10  # halves away from zero
+    assert precision.tf32(torch.tensor(1 + 2.0**-11)) == 1 + 2.0**-10  # ties away from zero
 
 
-def test_sums_that_are_cut_off_never_exceed_the_exact_ones():
+def test_truncated_sums_do_not_exceed_exact_sums():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.rand(7, 40, generator=generator), torch.rand(40, 9, generator=generator)
     exact = a.double() @ b.double()

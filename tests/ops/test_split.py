@@ -1,4 +1,4 @@
-"""A float32 weight and its two halves are the same thing."""
+"""Splitting and joining float32 numbers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def tensor(bits):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-def test_every_number_comes_back_bit_for_bit(bits):
+def test_join_restores_every_number(bits):
     given_bits = tensor(EDGES + bits)
     assert torch.equal(ops.join(*ops.split(given_bits)).view(torch.int32), given_bits.view(torch.int32))
 
 
-def test_the_upper_half_is_the_nearest_bfloat16():
+def test_high_is_the_nearest_bfloat16():
     weight = torch.randn(100_000) * torch.logspace(-30, 30, 100_000)
     high, low = ops.split(weight)
     assert low.dtype == torch.int16

@@ -1,7 +1,7 @@
-"""Every Triton kernel in every shipped configuration and precision, compiled for the devices it ships for, without one.
+"""Compiles every Triton kernel in every configuration and precision for the supported devices, without a GPU.
 
-Nothing spilled, nothing on a stack, tensor cores where they are meant, shared memory within the device's, addresses in
-64 bits, and global memory accessed 16 bytes at a time. A kernel is compiled once per session.
+Checks that there are no spills and no stack, that tensor cores are used where expected, that shared memory fits, that
+addresses are 64-bit, and that global memory is accessed 16 bytes at a time. A kernel is compiled once per session.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rlsedit_fast.kernels.precision import PRECISIONS  # noqa: E402
 
 CAPABILITIES = (80, 90)
 SHARED_KB = {80: 163, 90: 227}
-LEAST_SHARED_KB = 99  # of the other devices, which use the tables' default
+MIN_SHARED_KB = 99  # other devices, which use the default of the tables
 FLOATS = "base keys pending signs parts coefficients projected weight whitened rows moment x".split()
 DIMENSIONS = ("d", "height", "width")
-EDITS = (1, panel.FEW, 16, 32, 64, panel.MOST)
+EDITS = (1, panel.FEW, 16, 32, 64, panel.MAX_ROWS)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as one entry of its table has it compiled."""
+    """A kernel with the settings of one table entry."""
 
     kernel: Any
     table: str
@@ -47,7 +47,7 @@ class Launch:
 
 
 def launches():
-    """All that the launchers launch: the rows are those at which an entry of some table ends, or a program's edits."""
+    """Yields all launches, for the rows at which a table entry ends and for the edits per program."""
 
     def ends(table):
         return sorted({entry["rows"] for entries in tables.table(table).values() for entry in entries})
@@ -55,12 +55,12 @@ def launches():
     for precision in PRECISIONS:
         for table, kernel, edits in (
             ("panel", panel.rows_kernel, EDITS),
-            ("panel_triangle", panel.triangle_kernel, [n for n in EDITS if n <= panel.TRIANGLE_MOST]),
+            ("panel_triangle", panel.triangle_kernel, [n for n in EDITS if n <= panel.TRIANGLE_MAX_ROWS]),
         ):
             for n in edits:
-                if n > panel.FEW or precision == "ieee":  # few rows take no dot product
+                if n > panel.FEW or precision == "ieee":  # few rows use no dot product
                     yield Launch(kernel, table, n, precision, {"EDITS": n}, tensor_cores=n > panel.FEW)
-        for n in (16, panel.FINISH_MOST):
+        for n in (16, panel.FINISH_MAX_ROWS):
             for block in (0, 128):
                 yield Launch(panel.finish_kernel, "panel_finish", n, precision, {"EDITS": n, "BLOCK": block})
         for n in ends("downdate"):
@@ -72,7 +72,7 @@ def launches():
         for n in ends("moment"):
             yield Launch(moment.moment_kernel, "moment", n, precision, {"WIDEN": False})
             for dtype in ("*bf16", "*fp16"):
-                narrow = {"WIDEN": False, "PRECISION": "ieee"}  # in the settings of whatever precision is chosen
+                narrow = {"WIDEN": False, "PRECISION": "ieee"}  # in the settings of every precision
                 yield Launch(moment.moment_kernel, "moment", n, precision, narrow, {"x": dtype})
 
 
@@ -81,7 +81,7 @@ LAUNCHES = {str(launch): launch for launch in launches()}
 
 @cache
 def cuobjdump() -> Path | None:
-    """The disassembler that comes with triton."""
+    """Returns the disassembler of the triton package."""
     for place in ("backends/nvidia/bin/cuobjdump", "third_party/cuda/bin/cuobjdump"):
         if (tool := Path(triton.__file__).parent / place).exists():
             return tool
@@ -90,7 +90,7 @@ def cuobjdump() -> Path | None:
 
 @cache
 def compiled(name: str, capability: int):
-    """The kernel for aligned operands of widths divisible by 16, as the model's are."""
+    """Compiles a kernel for aligned operands with widths divisible by 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -117,7 +117,7 @@ def compiled(name: str, capability: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_compiles_to_what_it_is_meant_to_be(capability, name, tmp_path):
+def test_compiled_kernel(capability, name, tmp_path):
     if cuobjdump() is None:
         pytest.skip("this triton ships no cuobjdump")
     launch, kernel = LAUNCHES[name], compiled(name, capability)
@@ -127,7 +127,7 @@ def test_compiles_to_what_it_is_meant_to_be(capability, name, tmp_path):
     usage = subprocess.run([cuobjdump(), "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0 ", usage), usage
     own_table = f"sm_{capability}" in tables.table(launch.table)
-    assert kernel.metadata.shared <= (SHARED_KB[capability] if own_table else LEAST_SHARED_KB) << 10
+    assert kernel.metadata.shared <= (SHARED_KB[capability] if own_table else MIN_SHARED_KB) << 10
 
     ptx = kernel.asm["ptx"]
     narrow = bool(launch.types)
@@ -136,12 +136,12 @@ def test_compiles_to_what_it_is_meant_to_be(capability, name, tmp_path):
 
     addresses = [line for line in kernel.asm["ttgir"].splitlines() if "tt.addptr" in line and "tensor<" in line]
     assert addresses
-    assert all("i64" in line for line in addresses), "an address is computed in 32 bits"
+    assert all("i64" in line for line in addresses), "32-bit address"
 
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+|\d+)", ptx)
     direct = re.findall(r"(?:ld|st)\.global\S*", ptx)
     moved = [int(size, 0) for size in copies]
-    assert sum(size for size in moved if size == 16) >= 0.75 * sum(moved), "too much is copied in small pieces"
-    if launch.table in ("downdate", "correct", "moment"):  # the matrix itself is read and written past shared memory
+    assert sum(size for size in moved if size == 16) >= 0.75 * sum(moved), "narrow copies"
+    if launch.table in ("downdate", "correct", "moment"):  # the matrix is accessed without shared memory
         assert direct
-        assert all(".v4" in access for access in direct), "the matrix is accessed in small pieces"
+        assert all(".v4" in access for access in direct), "narrow access to the matrix"

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: right in the interpreter, their precisions by name, their tables whole."""
+"""Tests of the Triton kernels without a GPU: interpreter, precisions and tables."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: 
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.kernels import tables
-from rlsedit_fast.kernels.precision import PRECISIONS, REFUSED, chosen
+from rlsedit_fast.kernels.precision import PRECISIONS, REJECTED, chosen
 
 TABLES = sorted(path.stem for path in Path(tables.__file__).parent.glob("*.json"))
 
 
 def old_interpreter_with_new_numpy():
-    """Triton 3.6's interpreter turns one-element arrays into integers, which NumPy refuses from 2.4 on."""
+    """The interpreter of Triton 3.6 converts one-element arrays to integers, which NumPy >= 2.4 does not support."""
     triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
     return triton < (3, 7) and numpy >= (2, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(old_interpreter_with_new_numpy(), reason="Triton 3.6 interprets with NumPy before 2.4 only")
-def test_every_kernel_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, so the interpreter has a process of its own."""
+@pytest.mark.skipif(old_interpreter_with_new_numpy(), reason="the interpreter of Triton 3.6 requires NumPy < 2.4")
+def test_kernels_in_the_interpreter():
+    """Runs in a separate process, because Triton reads TRITON_INTERPRET on import."""
     cases = Path(__file__).with_name("triton_interpreted.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("RLSEDIT_TRITON_PRECISION", None)
@@ -40,7 +40,7 @@ def test_every_kernel_in_the_interpreter():
     assert "skipped" not in done.stdout
 
 
-def test_the_precision_is_the_argument_s_else_the_environment_s_else_tf32x3(monkeypatch):
+def test_precision_from_argument_environment_or_default(monkeypatch):
     monkeypatch.delenv("RLSEDIT_TRITON_PRECISION", raising=False)
     assert chosen(None) == "tf32x3"
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "bf16x6")
@@ -50,25 +50,25 @@ def test_the_precision_is_the_argument_s_else_the_environment_s_else_tf32x3(monk
     assert chosen(None) == "tf32x3"
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_coarse_precision_is_refused_with_the_reason(name, monkeypatch):
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_precision_raises(name, monkeypatch):
     with pytest.raises(InputError) as error:
         chosen(name)
-    assert f"input_precision={name!r} is refused" in str(error.value)
-    assert REFUSED[name] in str(error.value)
+    assert f"input_precision={name!r} is not supported" in str(error.value)
+    assert REJECTED[name] in str(error.value)
     assert all(good in str(error.value) for good in PRECISIONS)
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", name)
-    with pytest.raises(InputError, match=f"RLSEDIT_TRITON_PRECISION='{name}' is refused"):
+    with pytest.raises(InputError, match=f"RLSEDIT_TRITON_PRECISION='{name}' is not supported"):
         chosen(None)
 
 
-def test_an_unknown_precision_is_an_error_that_lists_the_known_ones():
+def test_unknown_precision_lists_the_known_ones():
     with pytest.raises(InputError, match="input_precision='fp32': expected one of tf32x3, bf16x6, ieee"):
         chosen("fp32")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_has_a_default_and_its_entries_ascend(name):
+def test_table_has_a_default_and_ascending_entries(name):
     table = tables.table(name)
     assert tables.DEFAULT in table
     for entries in table.values():
@@ -77,7 +77,7 @@ def test_a_table_has_a_default_and_its_entries_ascend(name):
         assert all(entry.keys() - PRECISIONS.keys() == entries[0].keys() - PRECISIONS.keys() for entry in entries)
 
 
-def test_the_first_entry_that_holds_the_rows_is_taken_and_a_precision_s_own_settings_replace_others():
+def test_configuration_lookup():
     entries = tables.table("correct")["default"]
     first, last = ({**entry} for entry in entries)
     own = first["ieee"]

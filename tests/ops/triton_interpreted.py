@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against float64: run by test_triton_kernels in a process of its own.
+"""The Triton kernels in Triton's interpreter against float64, run by test_triton_kernels in a separate process.
 
-The interpreter multiplies in float32, whatever the precision, and runs programs one after the other: rounding is held
-to float32's bounds here, and what the tensor cores do and races are for a GPU to show.
+The interpreter multiplies in float32 for every precision and runs programs sequentially, so these tests use float32
+bounds and cannot detect tensor core errors or races.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlsedit_fast import ops
 from rlsedit_fast.kernels import correct, downdate, moment, panel, tables
 
 U = 2.0**-24
-EMPTY = 12345  # what lies around an int16 tensor
+EMPTY = 12345  # padding of int16 tensors
 
 # (layers, d, n, r): every n and every kind of width, with and without pending rows
 CASES = [
@@ -31,12 +31,12 @@ CASES = [
 
 
 def bound(terms, magnitude):
-    """The rounding of sums of `terms` products in float32, in whatever order."""
+    """Returns the error bound of float32 sums of `terms` products in any order."""
     return terms * U / (1 - terms * U) * magnitude + torch.finfo(torch.float32).tiny
 
 
 def around(tensor):
-    """The tensor within a larger one of NaN (or `EMPTY`), so that neither rows nor layers lie together, and both."""
+    """Returns a copy of the tensor as a view of a larger tensor of NaN (or `EMPTY`), and the larger tensor."""
     *layers, height, width = tensor.shape
     filler = float("nan") if tensor.is_floating_point() else EMPTY
     whole = tensor.new_full((*(size + 1 for size in layers), height + 3, width + 5), filler)
@@ -46,13 +46,13 @@ def around(tensor):
 
 
 def untouched(view, whole):
-    """Whether all around the view still is what it was; the view is cleared."""
+    """Returns whether the padding around the view is unmodified; clears the view."""
     view.fill_(float("nan") if view.is_floating_point() else EMPTY)
     return bool((whole.isnan() if whole.is_floating_point() else whole == EMPTY).all())
 
 
 def operands(layers, d, n, r, seed=0):
-    """C_base, K, U_p and signs of both kinds."""
+    """Returns C_base, K, U_p and signs of both kinds."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(layers, d, d, generator=generator)
     base = base.tril() + base.tril(-1).mT
@@ -82,8 +82,8 @@ def test_panel(layers, d, n, r):
     assert all(untouched(*pair) for pair in views)
 
 
-@pytest.mark.parametrize(("layers", "d", "n", "r"), [case for case in CASES if case[2] <= panel.TRIANGLE_MOST])
-def test_panel_by_the_lower_triangle_alone(layers, d, n, r):
+@pytest.mark.parametrize(("layers", "d", "n", "r"), [case for case in CASES if case[2] <= panel.TRIANGLE_MAX_ROWS])
+def test_panel_triangle_variant(layers, d, n, r):
     base, *others = operands(layers, d, n, r)
     lower = torch.where(torch.ones(d, d).tril().bool(), base, float("nan"))
     check_panel(panel.panel(lower, *others, variant="triangle"), base, *others)
@@ -91,27 +91,27 @@ def test_panel_by_the_lower_triangle_alone(layers, d, n, r):
 
 @pytest.mark.parametrize("capability", ["default", "sm_90"])
 @pytest.mark.parametrize("processors", [1, 132])
-def test_panel_in_any_split_of_every_table(capability, processors, monkeypatch):
+def test_panel_splits_of_every_table(capability, processors, monkeypatch):
     assert capability in tables.table("panel")
     monkeypatch.setattr(panel, "device", lambda index: (capability, processors))
     for n in (1, 4, 16, 33):
         given = operands(1, 300, n, 20)
-        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MOST else ("full",):
+        for variant in panel.VARIANTS if n <= panel.TRIANGLE_MAX_ROWS else ("full",):
             check_panel(panel.panel(*given, variant=variant), *given)
 
 
 @pytest.mark.parametrize("variant", panel.VARIANTS)
-def test_panel_is_the_same_every_time_and_for_every_layer(variant):
+def test_panel_is_deterministic(variant):
     given = operands(3, 100, 5, 7)
     together = panel.panel(*given, variant=variant)
     assert torch.equal(panel.panel(*given, variant=variant), together)
     for layer in range(3):
-        # Its own launch may be split otherwise, so not bit for bit.
+        # A separate launch can be split differently, so the result is not bitwise equal.
         alone = panel.panel(*(tensor[layer : layer + 1] for tensor in given), variant=variant)
         torch.testing.assert_close(alone[0], together[layer], rtol=1e-5, atol=1e-4)
 
 
-def test_panel_of_columns_and_of_no_rows():
+def test_panel_of_transposed_views_and_no_rows():
     base, keys, pending, signs = operands(1, 40, 3, 4)
     columns = [tensor[0].T.contiguous().T for tensor in (base, keys, pending)]
     check_panel(ops.panel(*columns, signs[0], backend="triton")[None], base, keys, pending, signs)
@@ -133,7 +133,7 @@ def test_downdate(layers, d, r):
     assert untouched(rows, around_rows)
 
 
-def test_downdate_with_the_tiles_of_every_table(monkeypatch):
+def test_downdate_tiles_of_every_table(monkeypatch):
     for capability in tables.table("downdate"):
         monkeypatch.setattr(downdate, "device", lambda index, capability=capability: (capability, 132))
         for r in (20, 100):
@@ -152,7 +152,7 @@ def test_downdate_with_the_tiles_of_every_table(monkeypatch):
     ("layers", "d_v", "d_k", "n"),
     [(1, 1, 1, 1), (1, 5, 100, 3), (3, 100, 17, 16), (1, 257, 130, 17), (1, 130, 300, 100)],
 )
-def test_correct_on_whole_weights_and_on_halves(layers, d_v, d_k, n, transposed, sign):
+def test_correct_and_correct_split(layers, d_v, d_k, n, transposed, sign):
     torch.manual_seed(d_v)
     weight, whitened, rows = torch.randn(layers, d_v, d_k), torch.randn(layers, n, d_v), torch.randn(layers, n, d_k)
     truth = weight.double() + sign * whitened.double().mT @ rows.double()
@@ -166,7 +166,7 @@ def test_correct_on_whole_weights_and_on_halves(layers, d_v, d_k, n, transposed,
     ops.correct_split_(high, low, a, u, sign, backend="triton")
     joined = ops.join(high, low)
     assert ((joined - truth).abs() <= limit).all()
-    again = ops.split(joined)  # rounded as ops.split does, not cut off
+    again = ops.split(joined)  # rounded like ops.split, not truncated
     assert torch.equal(again[0], high)
     assert torch.equal(again[1], low)
     everything = [(got, whole), (high, whole_high), (low, whole_low), (a, around_a), (u, around_u)]
@@ -174,14 +174,14 @@ def test_correct_on_whole_weights_and_on_halves(layers, d_v, d_k, n, transposed,
 
 
 def around_as(tensor):
-    """`around` with the tensor's own order of dimensions."""
+    """`around` with the memory order of the tensor."""
     if tensor.stride(-1) == 1:
         return around(tensor)
     view, whole = around(tensor.mT)
     return view.mT, whole
 
 
-def test_halves_of_any_strides_and_what_is_not_finite():
+def test_correct_split_with_any_strides_and_special_values():
     weight = torch.tensor([[1.0, float("inf"), -0.0], [float("nan"), 3.3895e38, 1e-42]])
     expected = weight + torch.ones(2, 1) @ torch.tensor([[0.0, 1.0, 0.0]])
     high, low = ops.split(weight)
@@ -193,7 +193,7 @@ def test_halves_of_any_strides_and_what_is_not_finite():
     assert joined.signbit().tolist()[0] == expected.signbit().tolist()[0]
 
 
-def test_correct_with_the_tiles_of_every_table(monkeypatch):
+def test_correct_tiles_of_every_table(monkeypatch):
     for capability in tables.table("correct"):
         monkeypatch.setattr(correct, "device", lambda index, capability=capability: (capability, 132))
         for n in (20, 100):
@@ -222,8 +222,8 @@ def test_moment(layers, d, t, dtype):
     assert untouched(rows, around_rows)
 
 
-@pytest.mark.parametrize("name", ["tf32x3", "ieee"])  # the interpreter knows no bf16x6
-def test_a_precision_is_taken_from_the_environment_and_the_argument_outranks_it(name, monkeypatch):
+@pytest.mark.parametrize("name", ["tf32x3", "ieee"])  # the interpreter does not support bf16x6
+def test_precision_from_environment_and_argument(name, monkeypatch):
     given = operands(1, 20, 3, 2)
     seen = []
     launch = panel.rows_kernel.run
@@ -239,7 +239,7 @@ def test_a_precision_is_taken_from_the_environment_and_the_argument_outranks_it(
 
 
 @pytest.mark.parametrize("op", ["panel", "downdate_", "correct_", "correct_split_", "moment_"])
-def test_a_precision_that_is_refused_changes_nothing(op, monkeypatch):
+def test_rejected_precision_raises(op, monkeypatch):
     base, keys, pending, signs = operands(1, 20, 3, 2)
     weight = base.clone()
     halves = ops.split(weight)
@@ -252,21 +252,21 @@ def test_a_precision_that_is_refused_changes_nothing(op, monkeypatch):
     }[op]
     before = [tensor.clone() for tensor in given if isinstance(tensor, torch.Tensor)]
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "tf32")
-    with pytest.raises(ValueError, match=r"RLSEDIT_TRITON_PRECISION='tf32' is refused: .*positive definiteness"):
+    with pytest.raises(ValueError, match=r"RLSEDIT_TRITON_PRECISION='tf32' is not supported: .*positive definiteness"):
         getattr(ops, op)(*given, backend="triton")
     after = [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_what_the_kernels_cannot_take_is_refused():
+def test_unsupported_arguments_raise():
     base, keys, pending, signs = operands(1, 20, 40, 2)
     with pytest.raises(ValueError, match="variant='half': expected one of full, triangle"):
         panel.panel(base, keys, pending, signs, variant="half")
-    with pytest.raises(ValueError, match="up to 32 rows of keys, not 40"):
+    with pytest.raises(ValueError, match="at most 32 rows of keys, got 40"):
         panel.panel(base, keys, pending, signs, variant="triangle")
-    with pytest.raises(RuntimeError, match=r"float32 only, this is torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"float32 only, got torch\.float64"):
         ops.moment_(base.double(), keys, backend="triton")
-    with pytest.raises(RuntimeError, match=r"rows of float32, bfloat16 or float16, these are torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"rows must be float32, bfloat16 or float16, got torch\.float64"):
         ops.moment_(base, keys.double(), backend="triton")
     with pytest.raises(RuntimeError, match="contiguous rows or columns"):
         ops.downdate_(torch.zeros(1, 40, 40)[:, ::2, ::2], pending, signs, backend="triton")

@@ -1,4 +1,4 @@
-"""A layer, a prior and a stream of edits of any size, dtype and condition, and what rounding may cost."""
+"""Test problems (a weight, a prior, a stream of edits) of any size, dtype and condition, and their error bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("weight", "keys", "moment", "custom keys", "custom moment")
 
 @dataclass
 class Problem:
-    """A layer's weight, its prior, and edits in batches of ragged sizes."""
+    """A weight, a prior, and edits in batches of different sizes."""
 
     weight: Tensor
     prior: Prior
@@ -36,38 +36,38 @@ class Problem:
         return list(zip(self.keys.split(self.sizes), self.values.split(self.sizes), weights, strict=True))
 
     def rows(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The rows of the batches of these numbers."""
+        """Returns the rows of the given batches."""
         number = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        held = torch.isin(number, torch.tensor(chosen, dtype=torch.long))
-        return self.keys[held], self.values[held], None if self.weights is None else self.weights[held]
+        selected = torch.isin(number, torch.tensor(chosen, dtype=torch.long))
+        return self.keys[selected], self.values[selected], None if self.weights is None else self.weights[selected]
 
     def all(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.keys, self.values, self.weights
 
     def allowed(self) -> float:
-        """The relative error of C and W that rounding explains.
+        """Returns the relative error of C and W that rounding allows.
 
-        Rounding leaves errors of `eps sqrt(c_i c_j)` between the eigendirections of C, hence `sqrt(condition)`; they
-        add up at random, hence the square root of the number of roundings: rows of edits and terms of a dot product.
-        The start and the truth are both factored in float64, which loses `eps condition` of that dtype.
+        Rounding causes errors of `eps sqrt(c_i c_j)` between the eigendirections of C, hence `sqrt(condition)`. They
+        accumulate randomly, hence the square root of the number of roundings (rows of edits and terms of a dot
+        product). The initial state and the reference are factored in float64, which loses `eps condition` of float64.
         """
         eps, wide = torch.finfo(self.dtype).eps, torch.finfo(torch.float64).eps
         roundings = (len(self.keys) + self.keys.shape[1]) ** 0.5
         return 2 * roundings * (eps * self.condition**0.5 + wide * self.condition)
 
     def spread(self, seen: Tensor | None = None) -> float:
-        """The scale of the terms that J was made of: what its absolute error is relative to.
+        """Returns the magnitude of the terms of J, to which its absolute error is relative.
 
         Args:
-            seen: values that the state held on the way, where they are not the problem's.
+            seen: intermediate values of the state; default: the values of the problem.
         """
         values = self.values if seen is None else seen
         w = 1.0 if self.weights is None else self.weights.double()[:, None]
         start = evaluate_objective(self.weight, self.weight, self.prior, self.keys[:0], self.values[:0])
         keys, weight = self.keys.double(), self.weight.double()
         misfit = values.double() - keys @ weight.T
-        summed = (keys**2 @ weight.T**2).sqrt()  # the terms of those dot products, which round before they cancel
-        start += self.prior.mu**2 * (self.prior.anchor_energy or 0.0)  # J is then a difference of terms of that size
+        summed = (keys**2 @ weight.T**2).sqrt()  # terms of the dot products, which round before they cancel
+        start += self.prior.mu**2 * (self.prior.anchor_energy or 0.0)  # J is a difference of terms of this size
         return start + float((w * (misfit**2 + values.double() ** 2 + misfit.abs() * summed)).sum())
 
     def check(
@@ -77,10 +77,10 @@ class Problem:
         factor: float = 1.0,
         seen: Tensor | None = None,
     ) -> None:
-        """The state is what it would be had it been given these rows at once; `seen` as for `spread`.
+        """Asserts that the state equals the solution for these rows; `seen` as for `spread`.
 
-        What is rounded is C as it was before the edits, and W as a sum of the values' parts, which may cancel: where
-        the edits outnumber d_k, both end far smaller than what they were made of.
+        Errors are relative to the initial C and to the terms that W is summed from: with more edits than d_k, both
+        end up much smaller.
         """
         weight, inverse, objective = solve_all(self.weight, self.prior, *rows)
         start = solve_all(self.weight, self.prior, self.keys[:0], self.values[:0])[1]
@@ -88,9 +88,9 @@ class Problem:
         assert keys is not None
         assert values is not None
         gain = inverse @ (keys if weights is None else keys * weights[:, None]).T
-        made_of = torch.linalg.matrix_norm(gain, 2) * values.norm() if len(keys) else 0.0
+        summed = torch.linalg.matrix_norm(gain, 2) * values.norm() if len(keys) else 0.0
         allowed = factor * self.allowed()
-        scale = weight.norm() + self.weight.double().norm() + made_of
+        scale = weight.norm() + self.weight.double().norm() + summed
         assert (state.weight.double() - weight).norm() <= allowed * scale
         assert (state.precision_inverse().double() - inverse).norm() <= allowed * start.norm()
         assert abs(state.objective - objective) <= allowed * max(self.spread(), self.spread(seen))
@@ -110,19 +110,19 @@ def make_problem(
     weighted: bool = False,
     strength: float = 1.0,
 ) -> Problem:
-    """Edits with keys of norm `strength`, a prior whose spectrum runs from `condition ** -0.5` to `condition ** 0.5`.
+    """Returns a problem whose prior has eigenvalues from `condition ** -0.5` to `condition ** 0.5`.
 
     Args:
-        seed: of all random numbers.
-        d_k: keys' width.
-        d_v: values' width.
+        seed: random seed.
+        d_k: width of keys.
+        d_v: width of values.
         sizes: rows per batch.
-        kind: what holds the weight: one of `KINDS`.
-        condition: of S0; 1 for the kind "weight".
-        dtype: that the state computes in.
-        given: the dtype of the weight, keys, values and weights; by default `dtype`.
+        kind: kind of the prior, one of `KINDS`.
+        condition: condition number of S0; 1 for the kind "weight".
+        dtype: dtype of the state.
+        given: dtype of the weight, keys, values and weights; default: `dtype`.
         weighted: whether the edits have weights other than 1.
-        strength: the norm of the keys.
+        strength: norm of the keys.
     """
     sizes = [1, 3, 2, 5] if sizes is None else sizes
     given = given or dtype
@@ -152,7 +152,7 @@ def make_problem(
         elif kind == "custom keys":
             prior = Prior(lam=lam, mu=mu, anchor_keys=anchors, anchor_values=targets)
         else:
-            wide, wanted = anchors.double(), targets.double()  # J needs the three sums to agree with each other
+            wide, wanted = anchors.double(), targets.double()  # J needs three consistent sums
             prior = Prior(
                 lam=lam,
                 mu=mu,
@@ -174,7 +174,7 @@ def kinds() -> tuple[str, ...]:
 
 
 def contents(state: RLSState) -> dict[str, object]:
-    """Everything that a state holds, copied: what must not change where nothing may."""
+    """Returns copies of everything that a state stores."""
     return {
         "base": state._base.clone(),
         "pending": state._pending.rows.clone(),
@@ -191,7 +191,7 @@ def contents(state: RLSState) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def same() -> Callable[[dict[str, object], dict[str, object]], bool]:
-    """Whether two records of `contents` agree bit by bit."""
+    """Returns a function that compares two results of `contents` bit by bit."""
 
     def agree(one: dict[str, object], other: dict[str, object]) -> bool:
         def equal(a: object, b: object) -> bool:

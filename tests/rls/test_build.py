@@ -1,4 +1,4 @@
-"""What a state starts from is computed by blocks, which must not show."""
+"""The blocked float64 factorization and inverse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRIOR = Prior(lam=1.0)
 
 
 def made(d: int) -> torch.Tensor:
-    """A precision over features of three decades."""
+    """Returns a precision whose features span three decades."""
     generator = torch.Generator().manual_seed(d)
     scale = torch.logspace(0, -3, d, dtype=torch.float64)
     rows = torch.randn(2 * d, d, dtype=torch.float64, generator=generator) * scale
@@ -22,11 +22,11 @@ def made(d: int) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch) -> None:
-    monkeypatch.setattr(build, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(build, "MIN_BLOCK", 16)
 
 
 @pytest.mark.parametrize("d", [1, 16, 17, 203])
-def test_the_factor_by_blocks_is_the_factor(d) -> None:
+def test_blocked_factor(d) -> None:
     precision = made(d)
     found = build._factor_(precision.clone(), PRIOR, "layer").tril()
     size = precision.diagonal().sqrt()
@@ -35,7 +35,7 @@ def test_the_factor_by_blocks_is_the_factor(d) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 15, 16, 40, 202])
-def test_a_pivot_that_fails_in_any_block_is_named(index) -> None:
+def test_error_names_the_failed_pivot(index) -> None:
     lower = torch.linalg.cholesky(made(203))
     lower[index, index] = 0
     precision = lower @ lower.T
@@ -47,12 +47,12 @@ def test_a_pivot_that_fails_in_any_block_is_named(index) -> None:
 
 @pytest.mark.parametrize("d", [1, 16, 17, 203])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_inverse_by_blocks_is_the_inverse(d, dtype) -> None:
+def test_blocked_inverse(d, dtype) -> None:
     precision = made(d)
     found = build._inverse_(build._factor_(precision.clone(), PRIOR, "layer"), dtype)
     assert found.dtype == dtype
     assert torch.equal(found, found.T)
-    # Between the features' own scales; float64 loses the condition of what is left of them, float32 its rounding.
+    # Relative to the scales of the features; float64 loses the condition of the scaled matrix, float32 rounds once.
     size = precision.diagonal().sqrt()
     scaled = size[:, None] * found.double() * size
     truth = torch.linalg.inv(precision / (size[:, None] * size))
@@ -61,17 +61,16 @@ def test_the_inverse_by_blocks_is_the_inverse(d, dtype) -> None:
     assert float((scaled - truth).norm() / truth.norm()) <= allowed
 
 
-def test_a_moment_is_made_symmetric_by_chunks(monkeypatch) -> None:
+def test_chunked_symmetrization(monkeypatch) -> None:
     monkeypatch.setattr("rlsedit_fast.rls.prior.CHUNK", 5)
     moment = torch.randn(13, 13, generator=torch.Generator().manual_seed(0))
     exact = (moment.double() + moment.double().T) / 2
     assert torch.equal(symmetric(moment, moment.device), exact)
-    lopsided = exact.clone()
-    lopsided[12, 3] += 1
-    with pytest.raises(ValueError, match="not symmetric: it differs from its transpose by up to 1,"):
-        Prior(lam=1.0, mu=1.0, anchor_moment=lopsided)
+    asymmetric = exact.clone()
+    asymmetric[12, 3] += 1
+    with pytest.raises(ValueError, match="not symmetric: it differs from its transpose by up to 1 "):
+        Prior(lam=1.0, mu=1.0, anchor_moment=asymmetric)
 
 
-def test_a_failure_that_other_blocks_would_meet_earlier_is_named_all_the_same() -> None:
-    """Where rounding decides over the pivots before the one that failed."""
+def test_failed_pivot_with_an_earlier_rounding_failure() -> None:
     assert build._failed_pivot(torch.diag(torch.tensor([1.0, -1e-20, -1.0], dtype=torch.float64)), 2) == 0.0

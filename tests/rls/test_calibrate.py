@@ -1,4 +1,4 @@
-"""A layer on trial does to a batch what `RLSState` does under the same prior, from a single factorization."""
+"""`TrialLayer` matches `RLSState` with the same prior."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def anchors_and_keys(count: int = 6, d_k: int = 20) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("mu", [0.03, 1.0, 40.0])
 @pytest.mark.parametrize("ridge", [1e-3, 5.0])
-def test_projections_and_grams_are_those_of_a_state_times_mu_squared(mu: float, ridge: float) -> None:
+def test_panel_matches_the_state_up_to_mu_squared(mu: float, ridge: float) -> None:
     anchors, keys = anchors_and_keys()
     moment = anchors.T @ anchors
     trial = TrialLayer(moment, ridge, CPU, "layer").project(keys)
@@ -32,7 +32,7 @@ def test_projections_and_grams_are_those_of_a_state_times_mu_squared(mu: float, 
 
 
 @pytest.mark.parametrize("mu", [0.5, 8.0])
-def test_the_change_is_a_states_step_and_the_leakage_is_what_it_does_to_the_anchors(mu: float) -> None:
+def test_change_and_leakage_match_the_state(mu: float) -> None:
     anchors, keys = anchors_and_keys()
     moment, ridge = anchors.T @ anchors, 2.0
     wanted = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -45,7 +45,7 @@ def test_the_change_is_a_states_step_and_the_leakage_is_what_it_does_to_the_anch
     assert panel.leakage(shared) == pytest.approx(measured, rel=1e-10)
 
 
-def test_without_anchors_the_moment_is_the_identity_and_the_leakage_is_the_change_itself() -> None:
+def test_identity_moment_without_anchors() -> None:
     _, keys = anchors_and_keys()
     lam = 3.0
     wanted = torch.ones(6, 5, dtype=torch.float64)
@@ -61,13 +61,11 @@ def test_without_anchors_the_moment_is_the_identity_and_the_leakage_is_the_chang
     ("moment", "ridge", "error", "message"),
     [
         (torch.ones(4, 3), 1.0, InputError, "layer 7: anchor moment"),
-        (torch.eye(4) / 0, 1.0, InputError, "layer 7: anchor moment is not finite"),
-        (torch.zeros(4, 4), 0.0, PriorError, "layer 7: .*not positive definite; raise ridge or lam"),
+        (torch.eye(4) / 0, 1.0, InputError, "layer 7: anchor moment contains NaN or Inf"),
+        (torch.zeros(4, 4), 0.0, PriorError, "layer 7: .*not positive definite. Increase ridge or lam"),
         (-torch.eye(4), 0.5, PriorError, "with ridge 0.5 is not positive definite"),
     ],
 )
-def test_moments_that_no_prior_can_have_are_refused(
-    moment: Tensor, ridge: float, error: type[Exception], message: str
-) -> None:
+def test_bad_moments_raise(moment: Tensor, ridge: float, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TrialLayer(moment, ridge, CPU, "layer 7")

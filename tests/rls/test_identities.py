@@ -1,4 +1,4 @@
-"""The promise of recursive least squares: however the edits came and went, the state is the minimiser of those held."""
+"""After any stream of updates, removals and replacements, the state is the minimizer for the applied edits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ checked = settings(max_examples=30, deadline=None, suppress_health_check=[Health
 
 
 def pivot(state: RLSState, keys: torch.Tensor, weights: torch.Tensor | None) -> float:
-    """The smallest pivot of a removal, relative to the noise, from C in float64."""
+    """Returns the smallest pivot of a removal, relative to the noise, computed in float64."""
     w = torch.ones(len(keys), dtype=torch.float64) if weights is None else weights.double()
     root = keys.double() * w.sqrt()[:, None]
     kept = torch.eye(len(keys), dtype=torch.float64) - root @ state.precision_inverse().double() @ root.T
@@ -48,7 +48,7 @@ def pivot(state: RLSState, keys: torch.Tensor, weights: torch.Tensor | None) -> 
 
 @checked
 @given(stream=streams, kind=floats, delay=delays)
-def test_a_stream_of_updates_gives_what_all_edits_at_once_give(problem: Callable, stream, kind, delay) -> None:
+def test_updates_match_solving_all_at_once(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state(delay=delay)
     for keys, values, weights in case.batches():
@@ -58,7 +58,7 @@ def test_a_stream_of_updates_gives_what_all_edits_at_once_give(problem: Callable
 
 @checked
 @given(stream=streams, kind=floats, delay=delays, data=st.data())
-def test_what_was_removed_was_never_there(problem: Callable, stream, kind, delay, data) -> None:
+def test_removals_match_solving_the_remaining_edits(problem: Callable, stream, kind, delay, data) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     batches = case.batches()
     gone = data.draw(st.lists(st.integers(0, len(batches) - 1), max_size=4, unique=True))
@@ -68,7 +68,7 @@ def test_what_was_removed_was_never_there(problem: Callable, stream, kind, delay
     amplified = 1.0
     for index in gone:
         smallest = pivot(state, batches[index][0], batches[index][2])
-        if smallest < 0.05:  # strong edits have their own tests; here the error must stay one that rounding explains
+        if smallest < 0.05:  # strong edits have their own tests in test_accuracy
             gone = gone[: gone.index(index)]
             break
         state.remove(*batches[index])
@@ -78,7 +78,7 @@ def test_what_was_removed_was_never_there(problem: Callable, stream, kind, delay
 
 @checked
 @given(stream=streams, kind=floats, delay=delays)
-def test_a_replaced_value_is_the_value_that_was_given_at_first(problem: Callable, stream, kind, delay) -> None:
+def test_replacements_match_solving_the_new_values(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state(delay=delay)
     first = torch.roll(case.values, 1, dims=1) + 1
@@ -87,13 +87,13 @@ def test_a_replaced_value_is_the_value_that_was_given_at_first(problem: Callable
     inverse = state.precision_inverse()
     for (keys, values, weights), old in zip(case.batches(), first.split(case.sizes), strict=True):
         step = state.replace(keys, old, values, weights)
-    case.check(state, case.all(), factor=4, seen=first)  # the values that went are of twice the scale
+    case.check(state, case.all(), factor=4, seen=first)  # the old values have twice the scale
     assert torch.equal(state.precision_inverse(), inverse)
     left = values.double() - keys.double() @ state.weight.double().T
-    assert (step.left_over.double() - left).norm() <= 4 * case.allowed() * (case.spread() + 1) ** 0.5
+    assert (step.residual.double() - left).norm() <= 4 * case.allowed() * (case.spread() + 1) ** 0.5
 
 
-def test_a_replacement_is_a_removal_and_an_update(problem: Callable) -> None:
+def test_replace_equals_remove_and_update(problem: Callable) -> None:
     case = problem(dtype=torch.float64, weighted=True, kind="custom keys")
     one, two = case.state(), case.state()
     for batch in case.batches():
@@ -111,7 +111,7 @@ def test_a_replacement_is_a_removal_and_an_update(problem: Callable) -> None:
 
 @checked
 @given(stream=streams, kind=floats, delay=delays)
-def test_the_objective_by_recursion_is_the_objective_evaluated(problem: Callable, stream, kind, delay) -> None:
+def test_recursive_objective_matches_the_evaluated_objective(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state(delay=delay)
     seen: list[int] = []
@@ -120,29 +120,29 @@ def test_the_objective_by_recursion_is_the_objective_evaluated(problem: Callable
         step = state.update(keys, values, weights)
         seen.append(index)
         evaluated = evaluate_objective(state.weight, case.weight, case.prior, *case.rows(seen))
-        # Rounding of W itself moves the evaluated J as well, along the firmest direction of the precision.
-        firm = torch.finfo(case.dtype).eps ** 2 * case.condition**0.5 * float(state.weight.double().square().sum())
-        assert abs(step.objective - evaluated) <= case.allowed() * case.spread() + firm
+        # Rounding of W also changes the evaluated J, along the stiffest direction of the precision.
+        stiff = torch.finfo(case.dtype).eps ** 2 * case.condition**0.5 * float(state.weight.double().square().sum())
+        assert abs(step.objective - evaluated) <= case.allowed() * case.spread() + stiff
         assert step.objective == state.objective >= before
 
 
 @checked
 @given(stream=streams, kind=floats, delay=delays)
-def test_the_precision_inverse_is_symmetric_and_positive_definite(problem: Callable, stream, kind, delay) -> None:
+def test_precision_inverse_is_symmetric_positive_definite(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state(delay=delay)
     for batch in case.batches():
         state.update(*batch)
     inverse = state.precision_inverse()
     assert torch.equal(inverse, inverse.T)
-    # At condition 1e6 the smallest eigenvalue is of the size of float32's rounding of the largest.
+    # At condition 1e6 the smallest eigenvalue is comparable to the float32 rounding error of the largest.
     slack = case.allowed() * float(torch.linalg.matrix_norm(inverse.double(), 2))
     assert float(torch.linalg.eigvalsh(inverse.double()).min()) > (-slack if case.condition > 1e4 else 0)
 
 
 @checked
 @given(stream=streams, kind=floats, delay=st.sampled_from([1, 4, 128]))
-def test_deferred_is_eager(problem: Callable, stream, kind, delay) -> None:
+def test_deferred_updates_match_eager_updates(problem: Callable, stream, kind, delay) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     eager, deferred = case.state(delay=0), case.state(delay=delay)
     start = eager.precision_inverse()
@@ -150,8 +150,8 @@ def test_deferred_is_eager(problem: Callable, stream, kind, delay) -> None:
         eager.update(*batch)
         deferred.update(*batch)
     one, other = eager.precision_inverse(), deferred.precision_inverse()
-    # Each may be off by what rounding allows, to either side of the truth; what is left of C after firm edits is a
-    # difference from its start, each subtraction of which rounds at that size.
+    # Both can deviate in opposite directions. After strong edits C is a small difference from its initial value, and
+    # each subtraction rounds at the size of that value.
     between = 2 * case.allowed()
     subtractions = len(case.keys) ** 0.5 * torch.finfo(case.dtype).eps
     assert (one - other).norm() <= between * one.norm() + 2 * subtractions * start.norm()
@@ -162,7 +162,7 @@ def test_deferred_is_eager(problem: Callable, stream, kind, delay) -> None:
 
 @checked
 @given(stream=streams, kind=floats)
-def test_the_bounds_hold_and_are_of_the_objective(problem: Callable, stream, kind) -> None:
+def test_bounds_hold(problem: Callable, stream, kind) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state()
     original = case.weight.double()
@@ -171,7 +171,7 @@ def test_the_bounds_hold_and_are_of_the_objective(problem: Callable, stream, kin
         bounds, weight = state.bounds(), state.weight.double()
         keys, values, weights = case.rows(list(range(index + 1)))
         w = 1.0 if weights is None else weights.double()[:, None]
-        # J's and W's own rounding; the bounds are of exact arithmetic.
+        # Rounding of J and W; the bounds hold in exact arithmetic.
         lost = (case.allowed() * case.spread()) ** 0.5 + torch.finfo(case.dtype).eps * float(weight.norm())
         assert state.deviation() == pytest.approx(float((weight - original).norm()), rel=1e-5, abs=lost)
         assert state.deviation() <= bounds.weight + lost / case.prior.lam
@@ -188,7 +188,7 @@ def test_the_bounds_hold_and_are_of_the_objective(problem: Callable, stream, kin
 
 @checked
 @given(stream=streams, kind=floats)
-def test_a_step_says_what_was_left_over_and_how_far_the_weight_moved(problem: Callable, stream, kind) -> None:
+def test_step_reports_residual_and_change(problem: Callable, stream, kind) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     state = case.state()
     for keys, values, weights in case.batches():
@@ -197,17 +197,15 @@ def test_a_step_says_what_was_left_over_and_how_far_the_weight_moved(problem: Ca
         step = state.update(keys, values, weights)
         left = values.double() - keys.double() @ state.weight.double().T
         lost = case.allowed() * case.spread() ** 0.5
-        assert (step.left_over.double() - left).norm() <= lost
-        realised = 1 - left.norm(dim=1) / missing.norm(dim=1)
-        assert ((step.realised.double() - realised).abs() * missing.norm(dim=1)).max() <= 2 * lost
+        assert (step.residual.double() - left).norm() <= lost
+        realized = 1 - left.norm(dim=1) / missing.norm(dim=1)
+        assert ((step.realized.double() - realized).abs() * missing.norm(dim=1)).max() <= 2 * lost
         moved = float((state.weight.double() - before).norm())
         assert step.change == pytest.approx(moved, rel=case.allowed(), abs=case.allowed() * float(before.norm()))
 
 
 @pytest.mark.parametrize("operation", ["remove", "replace"])
-def test_a_removal_and_a_replacement_say_what_they_left_of_the_way_to_their_values(
-    problem: Callable, operation: str
-) -> None:
+def test_removal_and_replacement_report_residual_and_change(problem: Callable, operation: str) -> None:
     case = problem(dtype=torch.float64, weighted=True)
     state = case.state()
     state.update(*case.all())
@@ -218,24 +216,24 @@ def test_a_removal_and_a_replacement_say_what_they_left_of_the_way_to_their_valu
         state.remove(keys, values, weights) if operation == "remove" else state.replace(keys, values, wanted, weights)
     )
     missing, left = wanted - keys @ before.T, wanted - keys @ state.weight.T
-    torch.testing.assert_close(step.left_over, left, rtol=0, atol=1e-12)
-    torch.testing.assert_close(step.realised, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(step.residual, left, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step.realized, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
     assert step.change == pytest.approx(float((state.weight - before).norm()), rel=1e-11)
-    assert (step.realised < 0).all() if operation == "remove" else (step.realised > 0).all()
+    assert (step.realized < 0).all() if operation == "remove" else (step.realized > 0).all()
 
 
-def test_an_edit_that_is_there_already_is_realised_and_costs_nothing() -> None:
+def test_edit_without_change_is_realized() -> None:
     weight = torch.eye(3, 5, dtype=torch.float64)
     state = RLSState(weight, Prior(lam=1.0))
     keys = torch.eye(5, dtype=torch.float64)[:2]
     step = state.update(keys, keys @ weight.T)
-    assert step.realised.tolist() == [1.0, 1.0]
+    assert step.realized.tolist() == [1.0, 1.0]
     assert (step.objective, step.change) == (0.0, 0.0)
     assert torch.equal(state.weight, weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refresh_is_the_truth_whatever_the_state_had_become(problem: Callable, kind: str) -> None:
+def test_refresh_recovers_from_any_state(problem: Callable, kind: str) -> None:
     case = problem(kind=kind, dtype=torch.float32, condition=1e4, weighted=True)
     state = case.state()
     for batch in case.batches():
@@ -252,7 +250,7 @@ def test_a_refresh_is_the_truth_whatever_the_state_had_become(problem: Callable,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refresh_with_no_edits_is_the_start(problem: Callable, kind: str) -> None:
+def test_refresh_without_edits_restores_the_start(problem: Callable, kind: str) -> None:
     case = problem(kind=kind, dtype=torch.float64)
     state, fresh = case.state(), case.state()
     for batch in case.batches():
@@ -263,7 +261,7 @@ def test_a_refresh_with_no_edits_is_the_start(problem: Callable, kind: str) -> N
     assert (state.objective, state.edits) == (fresh.objective, 0)
 
 
-def test_a_weight_of_one_is_no_weight_and_a_weight_of_two_is_the_edit_twice(problem: Callable) -> None:
+def test_weight_two_equals_the_edit_twice(problem: Callable) -> None:
     case = problem(dtype=torch.float64)
     plain, ones, twos, twice = (case.state() for _ in range(4))
     plain.update(case.keys, case.values)
@@ -275,7 +273,7 @@ def test_a_weight_of_one_is_no_weight_and_a_weight_of_two_is_the_edit_twice(prob
     torch.testing.assert_close(twos.precision_inverse(), twice.precision_inverse(), rtol=0, atol=1e-12)
 
 
-def test_the_given_weight_is_copied_and_never_written_to(problem: Callable) -> None:
+def test_given_weight_is_not_modified(problem: Callable) -> None:
     for given_dtype in (torch.bfloat16, torch.float32, torch.float64):
         case = problem(dtype=torch.float32, given=given_dtype)
         before = case.weight.clone()
@@ -287,7 +285,7 @@ def test_the_given_weight_is_copied_and_never_written_to(problem: Callable) -> N
         assert state.weight.dtype == torch.float32
 
 
-def test_the_weight_stays_in_one_storage(problem: Callable) -> None:
+def test_weight_keeps_its_storage(problem: Callable) -> None:
     case = problem()
     state = case.state(delay=2)
     weight, place = state.weight, state.weight.data_ptr()

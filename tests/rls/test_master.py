@@ -1,4 +1,4 @@
-"""A weight that is kept in place is the exact one, rounded, whatever happens to the state."""
+"""A weight that is edited in place equals the exact weight, rounded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stream(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_place_and_copied_states_agree_through_updates_removals_and_refreshes(dtype, transposed) -> None:
+def test_in_place_matches_a_copied_state(dtype, transposed) -> None:
     weight = layer(dtype, transposed=transposed)
     copied, kept = (RLSState(weight.clone(), Prior(lam=2.0)), RLSState(weight, Prior(lam=2.0), in_place=True))
     batches = stream(6)
@@ -34,8 +34,8 @@ def test_in_place_and_copied_states_agree_through_updates_removals_and_refreshes
             state.update(*batch)
         state.remove(*batches[1])
         state.replace(*batches[2], batches[2][1] + 1)
-    # A weight that lies transposed has its K W^T rounded otherwise; a removal divides that by its pivot, lam^2 of
-    # lam^2 + |k|^2 in about.
+    # K W^T rounds differently for a transposed weight; a removal divides that by its pivot, about
+    # lam^2 / (lam^2 + |k|^2).
     ulp = torch.finfo(torch.float32).eps * float(copied.weight.abs().max())
     torch.testing.assert_close(kept.weight, copied.weight, rtol=0, atol=ulp * (4 + 64) / 4)
     rounded = ops.split(kept.weight)[0] if dtype == torch.bfloat16 else kept.weight.to(dtype)
@@ -48,7 +48,7 @@ def test_in_place_and_copied_states_agree_through_updates_removals_and_refreshes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_transaction_that_fails_puts_the_given_weight_back(dtype) -> None:
+def test_failed_transaction_restores_the_weight(dtype) -> None:
     weight = layer(dtype)
     state = RLSState(weight, Prior(lam=2.0), in_place=True)
     first, second = stream(2)
@@ -59,25 +59,28 @@ def test_a_transaction_that_fails_puts_the_given_weight_back(dtype) -> None:
         with state.transaction():
             state.update(*second)
             assert not torch.equal(weight, rounded)
-            raise InputError("made to fail")
+            raise InputError("expected failure")
 
-    with pytest.raises(InputError, match="made to fail"):
+    with pytest.raises(InputError, match="expected failure"):
         fail()
     assert torch.equal(weight, rounded)
     assert torch.equal(state.weight, exact)
 
 
-def test_memory_beside_the_weight_is_two_bytes_for_bf16_and_none_for_fp32() -> None:
-    sizes = {d: RLSState(layer(d), Prior(lam=1.0), in_place=True).memory_bytes() for d in DTYPES}
-    originals = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # W0, which a refresh starts from
-    beside = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}
+def test_memory_of_the_master(state_bytes: Callable) -> None:
+    sizes = {}
+    for dtype in DTYPES:
+        weight = layer(dtype)
+        sizes[dtype] = state_bytes(RLSState(weight, Prior(lam=1.0), in_place=True), weight)
+    originals = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # W0, for refresh
+    master = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 4}
     for dtype in (torch.bfloat16, torch.float16):
-        difference = originals[dtype] + beside[dtype] - originals[torch.float32] - beside[torch.float32]
+        difference = originals[dtype] + master[dtype] - originals[torch.float32] - master[torch.float32]
         assert sizes[dtype] - sizes[torch.float32] == 40 * 64 * difference
 
 
-def test_the_upper_half_alone_loses_what_both_halves_keep(problem: Callable) -> None:
-    """2,000 updates of relative size 1e-4: both halves stay with float32, a plain bfloat16 sum does not."""
+def test_both_halves_keep_small_updates_that_bfloat16_loses(problem: Callable) -> None:
+    """2,000 updates of relative size 1e-4."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(48, 64, generator=generator).bfloat16()
     exact = weight.double()
@@ -99,7 +102,7 @@ def test_the_upper_half_alone_loses_what_both_halves_keep(problem: Callable) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_backend_that_refuses_leaves_a_weight_in_place_as_it_was(dtype) -> None:
+def test_unsupported_backend_does_not_modify_the_weight(dtype) -> None:
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
     before, keys = weight.clone(), torch.eye(6)
     prior = Prior(lam=1.0, mu=1.0, anchor_keys=keys, anchor_values=torch.ones(6, 4))
@@ -107,12 +110,12 @@ def test_a_backend_that_refuses_leaves_a_weight_in_place_as_it_was(dtype) -> Non
         RLSState(weight, prior, in_place=True, backend="cuda")
     assert torch.equal(weight, before)
     RLSState(weight, prior, in_place=True)
-    assert not torch.equal(weight, before), "these anchors are told to do something else"
+    assert not torch.equal(weight, before), "these anchors change the initial weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_torch_makes_tensors_on_by_default_does_not_matter(dtype) -> None:
-    """A program may have set it to its GPU, and keep a weight elsewhere."""
+def test_default_device_has_no_effect(dtype) -> None:
+    """The default device can differ from the device of the weight."""
     stream_of = stream(4)
     plain, other = (RLSState(layer(dtype), Prior(lam=2.0), delay=2, in_place=True) for _ in range(2))
     for keys, values in stream_of:

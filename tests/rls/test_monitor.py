@@ -1,4 +1,4 @@
-"""The monitor sees a drift of C without the keys, and sees none where there is none."""
+"""The monitor detects a drift of C without the keys."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e6])
-def test_a_fresh_state_is_well(problem: Callable, dtype: torch.dtype, condition: float) -> None:
+def test_new_state_has_no_drift(problem: Callable, dtype: torch.dtype, condition: float) -> None:
     seen = problem(dtype=dtype, condition=condition, kind="keys").state().monitor()
     assert not seen.needs_refresh
     assert seen.residual <= torch.finfo(dtype).eps * condition
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_drift_of_the_precision_inverse_is_seen_and_a_refresh_ends_it(problem: Callable, dtype: torch.dtype) -> None:
+def test_drift_is_detected_and_refresh_removes_it(problem: Callable, dtype: torch.dtype) -> None:
     case = problem(dtype=dtype, weighted=True)
     state = case.state(delay=4)
     for batch in case.batches():
@@ -32,13 +32,13 @@ def test_a_drift_of_the_precision_inverse_is_seen_and_a_refresh_ends_it(problem:
     assert not state.monitor().needs_refresh
 
 
-def test_a_precision_inverse_that_is_not_finite_is_seen(problem: Callable) -> None:
+def test_nan_is_detected(problem: Callable) -> None:
     state = problem().state()
     state._base[0, 0] = torch.nan
     assert state.monitor().needs_refresh
 
 
-def test_what_is_kept_of_the_precision_follows_every_change(problem: Callable) -> None:
+def test_sketch_follows_every_change(problem: Callable) -> None:
     case = problem(sizes=[3, 2, 4, 1], weighted=True, condition=1.0)
     state = case.state(delay=3)
     batches = case.batches()
@@ -52,7 +52,7 @@ def test_what_is_kept_of_the_precision_follows_every_change(problem: Callable) -
     assert state.monitor().residual < 1e-12
 
 
-def test_monitoring_is_repeatable_and_changes_nothing(problem: Callable, record: Callable, same: Callable) -> None:
+def test_monitor_is_deterministic_and_read_only(problem: Callable, record: Callable, same: Callable) -> None:
     case = problem(dtype=torch.float32)
     state = case.state(delay=4)
     state.update(case.keys, case.values)

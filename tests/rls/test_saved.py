@@ -1,4 +1,4 @@
-"""A state made from what another one saved goes on as that one does, bit for bit."""
+"""A state restored from saved contents continues bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsedit_fast.rls import RLSState
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_saved_state_goes_on_bit_for_bit(problem: Callable, dtype: torch.dtype, in_place: bool) -> None:
+def test_restored_state_continues_bit_for_bit(problem: Callable, dtype: torch.dtype, in_place: bool) -> None:
     case = problem(sizes=[3, 5, 4, 2, 6], dtype=dtype)
     state = case.state(delay=7)
     batches = case.batches()
@@ -21,7 +21,7 @@ def test_a_saved_state_goes_on_bit_for_bit(problem: Callable, dtype: torch.dtype
         state.update(*batch)
     state.remove(*batches[1])
     saved = state.saved()
-    assert len(saved.pending) > 0, "rows are waiting"
+    assert len(saved.pending) > 0, "there are pending rows"
     original = state.original.clone()
     other = RLSState(original, state.prior, delay=7, dtype=dtype, saved=saved, in_place=in_place)
     assert torch.equal(other.original, state.original)
@@ -37,8 +37,8 @@ def test_a_saved_state_goes_on_bit_for_bit(problem: Callable, dtype: torch.dtype
     assert (other.objective, other.edits, other.monitor()) == (state.objective, state.edits, state.monitor())
 
 
-def test_what_was_saved_of_a_state_of_other_sizes_is_refused(problem: Callable) -> None:
+def test_saved_state_of_other_sizes_raises(problem: Callable) -> None:
     case, wider = problem(), problem(d_k=40)
     weight = case.state().original
-    with pytest.raises(InputError, match="what was saved"):
+    with pytest.raises(InputError, match="the saved state of layer has shapes"):
         RLSState(weight, case.state().prior, saved=wider.state().saved())

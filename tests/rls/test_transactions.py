@@ -1,4 +1,4 @@
-"""Snapshots come back bit by bit, several layers change together or not at all, and no stale panel is used."""
+"""Snapshots, transactions over several layers, and stale panels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsedit_fast.errors import InputError, UpdateError
 
 @pytest.mark.parametrize("delay", [0, 4, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_snapshot_is_restored_bit_by_bit(
+def test_restore_is_bitwise(
     problem: Callable, record: Callable, same: Callable, delay: int, dtype: torch.dtype
 ) -> None:
     case = problem(sizes=[2, 3, 6, 1, 2, 4], dtype=dtype, weighted=True)
@@ -32,7 +32,7 @@ def test_a_snapshot_is_restored_bit_by_bit(
     assert same(before, record(state))
     del taken
 
-    # What follows is what would have followed had nothing happened in between.
+    # The state continues as if nothing had happened in between.
     twin = case.state(delay=delay)
     twin.update(*batches[0])
     for batch in batches[4:]:
@@ -44,7 +44,7 @@ def test_a_snapshot_is_restored_bit_by_bit(
 
 
 @pytest.mark.parametrize("operation", ["flush", "refresh"])
-def test_a_snapshot_survives_what_rewrites_the_precision_inverse(
+def test_snapshot_survives_flush_and_refresh(
     problem: Callable, record: Callable, same: Callable, operation: str
 ) -> None:
     case = problem(sizes=[2, 3, 1])
@@ -63,7 +63,7 @@ def test_a_snapshot_survives_what_rewrites_the_precision_inverse(
     assert same(before, record(state))
 
 
-def test_nothing_is_flushed_under_a_snapshot_and_all_is_once_it_is_dropped(problem: Callable) -> None:
+def test_no_flush_while_a_snapshot_exists(problem: Callable) -> None:
     case = problem(sizes=[3] * 6)
     state = case.state(delay=4)
     batches = case.batches()
@@ -81,7 +81,7 @@ def test_nothing_is_flushed_under_a_snapshot_and_all_is_once_it_is_dropped(probl
     case.check(state, case.all())
 
 
-def test_an_earlier_snapshot_forgets_the_later_ones(problem: Callable, record: Callable, same: Callable) -> None:
+def test_restoring_a_snapshot_invalidates_later_ones(problem: Callable, record: Callable, same: Callable) -> None:
     case = problem(sizes=[2, 3, 1])
     state = case.state()
     batches = case.batches()
@@ -97,7 +97,7 @@ def test_an_earlier_snapshot_forgets_the_later_ones(problem: Callable, record: C
     assert same(before, record(state))
 
 
-def test_a_snapshot_of_another_state_is_refused(problem: Callable, record: Callable, same: Callable) -> None:
+def test_snapshot_of_another_state_raises(problem: Callable, record: Callable, same: Callable) -> None:
     case = problem()
     state, other = case.state(), case.state()
     before = record(state)
@@ -106,7 +106,7 @@ def test_a_snapshot_of_another_state_is_refused(problem: Callable, record: Calla
     assert same(before, record(state))
 
 
-def test_a_transaction_over_layers_changes_all_or_none(problem: Callable, record: Callable, same: Callable) -> None:
+def test_transaction_over_layers_changes_all_or_none(problem: Callable, record: Callable, same: Callable) -> None:
     cases = [problem(seed=seed, sizes=[2, 3], d_k=12 + seed) for seed in range(3)]
     states = [case.state(delay=2) for case in cases]
     for case, state in zip(cases, states, strict=True):
@@ -129,23 +129,20 @@ def test_a_transaction_over_layers_changes_all_or_none(problem: Callable, record
         case.check(state, case.all())
 
 
-def test_an_update_is_its_panel_and_its_innovation(problem: Callable) -> None:
+def test_update_equals_project_and_update_projected(problem: Callable) -> None:
     case = problem(weighted=True, sizes=[2, 4])
     one, two = case.state(), case.state()
     for keys, values, weights in case.batches():
         direct = one.update(keys, values, weights)
         panel = two.project(keys, weights)
         innovation = values - keys @ two.weight.T
-        seen = two.preview(panel, innovation)
         step = two.update_projected(panel, innovation)
-        for name in ("left_over", "realised"):
+        for name in ("residual", "realized"):
             torch.testing.assert_close(getattr(step, name), getattr(direct, name), rtol=0, atol=1e-13)
-            assert torch.equal(getattr(step, name), getattr(seen, name))
-        assert (seen.objective, seen.change) == (step.objective, step.change)
     torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=1e-13)
 
 
-def test_a_panel_is_what_the_formulas_say(problem: Callable) -> None:
+def test_panel_matches_its_definition(problem: Callable) -> None:
     case = problem(weighted=True)
     state = case.state()
     state.update(*case.batches()[0])
@@ -159,18 +156,17 @@ def test_a_panel_is_what_the_formulas_say(problem: Callable) -> None:
     assert torch.equal(panel.keys, keys)
 
 
-def test_a_preview_and_a_projection_change_nothing(problem: Callable, record: Callable, same: Callable) -> None:
+def test_project_is_read_only(problem: Callable, record: Callable, same: Callable) -> None:
     case = problem()
     state = case.state(delay=2)
     state.update(*case.batches()[0])
     before = record(state)
-    panel = state.project(case.keys)
-    state.preview(panel, case.values)
+    state.project(case.keys)
     assert same(before, record(state))
 
 
 @pytest.mark.parametrize("between", ["update", "remove", "replace", "refresh"])
-def test_a_stale_panel_is_refused(problem: Callable, record: Callable, same: Callable, between: str) -> None:
+def test_stale_panel_raises(problem: Callable, record: Callable, same: Callable, between: str) -> None:
     case = problem(sizes=[2, 3])
     state = case.state()
     (keys, values, _), (later, wanted, _) = case.batches()
@@ -185,20 +181,19 @@ def test_a_stale_panel_is_refused(problem: Callable, record: Callable, same: Cal
     else:
         state.refresh(keys, values)
     before = record(state)
-    for use in (state.update_projected, state.preview):
-        with pytest.raises(InputError, match="project again"):
-            use(panel, wanted)
+    with pytest.raises(InputError, match="project again"):
+        state.update_projected(panel, wanted)
     assert same(before, record(state))
 
 
-def test_a_panel_of_another_state_is_refused(problem: Callable) -> None:
+def test_panel_of_another_state_raises(problem: Callable) -> None:
     case = problem()
     state, other = case.state(), case.state()
     with pytest.raises(InputError, match="project again"):
         state.update_projected(other.project(case.keys), case.values)
 
 
-def test_a_panel_from_before_a_restored_snapshot_is_good_again(problem: Callable) -> None:
+def test_panel_is_valid_again_after_restore(problem: Callable) -> None:
     case = problem(sizes=[2, 3])
     state = case.state()
     (keys, values, _), (later, wanted, _) = case.batches()
@@ -209,7 +204,7 @@ def test_a_panel_from_before_a_restored_snapshot_is_good_again(problem: Callable
     case.check(state, case.rows([1]))
 
 
-def test_steady_updates_allocate_nothing_of_the_size_of_the_precision_inverse(problem: Callable) -> None:
+def test_updates_allocate_less_than_the_precision_inverse(problem: Callable) -> None:
     case = problem(d_k=512, d_v=8, sizes=[4] * 12, dtype=torch.float32)
     state = case.state(delay=16)
     batches = case.batches()
@@ -221,14 +216,14 @@ def test_steady_updates_allocate_nothing_of_the_size_of_the_precision_inverse(pr
     assert 0 < largest < 512 * 512 * 4
 
 
-def test_memory_is_the_weight_twice_the_precision_inverse_and_the_buffer(problem: Callable) -> None:
+def test_memory_of_a_state(problem: Callable, state_bytes: Callable) -> None:
     case = problem(d_k=32, d_v=8, dtype=torch.float32)
     expected = 4 * (32 * 32 + 2 * 8 * 32 + 16 * 32 + 16) + 8 * 2 * 32
-    assert case.state(delay=16).memory_bytes() == expected
+    assert state_bytes(case.state(delay=16)) == expected
 
 
 @pytest.mark.parametrize("delay", [0, 4, 8])
-def test_rows_that_waited_through_a_transaction_are_folded_in_behind_it(problem: Callable, delay: int) -> None:
+def test_settle_flushes_after_a_transaction(problem: Callable, state_bytes: Callable, delay: int) -> None:
     case = problem(sizes=[3] * 12)
     state = case.state(delay=delay)
     sizes = []
@@ -236,17 +231,15 @@ def test_rows_that_waited_through_a_transaction_are_folded_in_behind_it(problem:
         with state.transaction():
             state.update(*batch)
             state.settle()
-            assert len(state._pending) >= 3, "not while it may yet be taken back"
+            assert len(state._pending) >= 3, "no flush inside a transaction"
         state.settle()
         assert len(state._pending) <= delay
-        sizes.append(state.memory_bytes())
+        sizes.append(state_bytes(state))
     assert len(set(sizes[len(sizes) // 2 :])) == 1
     case.check(state, case.all())
 
 
-def test_a_snapshot_copies_the_weight_only_once_it_is_written(
-    problem: Callable, record: Callable, same: Callable
-) -> None:
+def test_snapshot_copies_the_weight_on_the_first_write(problem: Callable, record: Callable, same: Callable) -> None:
     case = problem()
     state = case.state()
     first, second, *_ = case.batches()
@@ -255,7 +248,7 @@ def test_a_snapshot_copies_the_weight_only_once_it_is_written(
     before = record(state)
     assert early.weight is None
     state.update(*first)
-    assert early.weight is twin.weight, "one copy for all"
+    assert early.weight is twin.weight, "shared copy"
     between, late = record(state), state.snapshot()
     state.replace(*first[:2], first[1] + 1, first[2])
     state.update(*second)
@@ -268,29 +261,29 @@ def test_a_snapshot_copies_the_weight_only_once_it_is_written(
     assert same(record(state), before)
 
 
-def test_a_buffer_that_a_large_transaction_has_left_is_let_go(problem: Callable) -> None:
+def test_buffer_shrinks_after_a_large_transaction(problem: Callable, state_bytes: Callable) -> None:
     case = problem(sizes=[3] * 12)
     state = case.state(delay=4)
-    usual = state.memory_bytes()
+    usual = state_bytes(state)
     with state.transaction():
         for batch in case.batches():
             state.update(*batch)
-    assert state.memory_bytes() > usual
+    assert state_bytes(state) > usual
     state.settle()
-    assert state.memory_bytes() == usual
+    assert state_bytes(state) == usual
     case.check(state, case.all())
 
 
-def test_rows_that_cannot_be_folded_in_wait_on(problem: Callable, monkeypatch, caplog) -> None:
+def test_rows_stay_pending_if_the_flush_fails(problem: Callable, monkeypatch, caplog) -> None:
     case = problem(sizes=[3, 3])
     state = case.state(delay=2)
 
-    def refuses(_base: object) -> None:
+    def fail(_base: object) -> None:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(state, "_downdate", refuses)
+    monkeypatch.setattr(state, "_downdate", fail)
     state.update(*case.batches()[0])
-    assert "wait on: no more" in caplog.text
+    assert "the rows stay pending: no more" in caplog.text
     monkeypatch.undo()
     state.update(*case.batches()[1])
     case.check(state, case.all())

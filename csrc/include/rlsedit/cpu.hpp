@@ -1,11 +1,11 @@
-// The CPU operations: raw pointers and 64-bit sizes, float32, row-major. Arguments are checked by the Python caller.
+// CPU operations on raw pointers with 64-bit sizes, float32, row-major. The Python caller checks the arguments.
 #pragma once
 
 #include <cstdint>
 
 namespace rlsedit {
 
-// F = K C. Of the symmetric C only the lower triangle is read.
+// F = K C. Only the lower triangle of the symmetric C is read.
 struct Panel {
     const float* base;    // C [d, d], rows `stride` apart
     int64_t stride;
@@ -18,12 +18,12 @@ struct Panel {
 
 enum class Isa { automatic, portable, avx2, avx512 };
 
-bool runs(Isa isa);  // is it compiled in, and does this processor have it?
+bool runs(Isa isa);  // whether it is compiled in and supported by this processor
 
 int64_t panel_workspace(int64_t d, int64_t n, int threads);
 void panel(const Panel& arguments, Isa isa);
 
-// W += sign A^T U for a float32 weight that is kept as the upper 16 bits, rounded, and what they lack.
+// W += sign A^T U for a float32 weight stored as its rounded upper 16 bits and the remainder.
 struct CorrectSplit {
     uint16_t* high;         // bfloat16 [d_v, d_k], rows `stride` apart
     int16_t* low;           // [d_v, d_k], rows `stride` apart
@@ -39,7 +39,7 @@ constexpr int64_t correct_split_workspace_per_thread = 192 * 128;
 
 void correct_split(const CorrectSplit& arguments, Isa isa);
 
-// Copies the lower triangle of base [d, d] over the upper one.
+// Copies the lower triangle of base [d, d] to the upper triangle.
 void mirror(float* base, int64_t stride, int64_t d, int threads);
 
 }  // namespace rlsedit

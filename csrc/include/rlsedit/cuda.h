@@ -1,10 +1,9 @@
-/* The C interface of the CUDA library: one build serves every torch version, or none.
+/* C interface of the CUDA library. It does not depend on torch.
  *
- * It holds the compiled kernels and launches them by name. Which to launch, in what order and on what grid is decided
- * in one place for this library and for kernels compiled at run time: rlsedit_fast/ops/cuda_plan.py. Nothing is
- * allocated or waited for. Every function that returns a status returns 0, or leaves its text in
- * rlsedit_cuda_last_error() and returns RLSEDIT_BAD_ARGUMENT (nothing was launched) or RLSEDIT_CUDA_FAILURE (CUDA
- * refused).
+ * The library contains the compiled kernels and launches them by name. rlsedit_fast/ops/cuda_plan.py decides which
+ * kernels to launch, in what order and on what grid, for this library and for kernels compiled at run time. Nothing is
+ * allocated or synchronized. A function with a status returns 0, RLSEDIT_BAD_ARGUMENT (nothing was launched) or
+ * RLSEDIT_CUDA_FAILURE (CUDA reported an error); rlsedit_cuda_last_error() returns the message.
  */
 #pragma once
 
@@ -18,14 +17,14 @@ enum { RLSEDIT_OK = 0, RLSEDIT_BAD_ARGUMENT = 1, RLSEDIT_CUDA_FAILURE = 2 };
 extern "C" {
 #endif
 
-/* The text of this thread's last failure; valid until its next one. */
+/* The last error message of this thread; valid until its next error. */
 RLSEDIT_API const char* rlsedit_cuda_last_error(void);
 
-/* Launches kernel `name` (without the prefix of csrc/cuda) on `stream`, a cudaStream_t of `device`.
+/* Launches kernel `name` (without the prefix rlsedit_) on `stream`, a cudaStream_t of `device`.
  *
- * types: what the arguments are, a letter each: p a pointer, q an int64, f a float32; it must be the kernel's own.
- * arguments: pointers to them.
- * shared: bytes of dynamic shared memory. */
+ * types: one letter per argument: p for a pointer, q for an int64, f for a float32; must match the kernel.
+ * arguments: pointers to the arguments.
+ * shared: dynamic shared memory in bytes. */
 RLSEDIT_API int rlsedit_cuda_launch(const char* name, const char* types, void** arguments, int64_t grid_x,
                                     int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared, int device,
                                     void* stream);

@@ -1,10 +1,9 @@
-// Just enough of CUDA to run the kernels on the host, one block after the other, so that indices, tails, barriers and
-// batched strides can be tested without a GPU.
+// A minimal CUDA emulation that runs the kernels on the host, one block at a time, to test indices, tails, barriers and
+// batch strides without a GPU.
 //
-// A block's threads are fibers that give way at barriers and shuffles only. Between two barriers they run one after
-// the other, in an order that can be turned round: a result that depends on the order shows a race. Built with
-// -fsanitize=thread, ThreadSanitizer is told of the fibers and of the barriers, and sees the races themselves. Shared
-// memory starts as NaN, and its end is watched.
+// The threads of a block are fibers that switch only at barriers and shuffles. Between barriers they run sequentially, in
+// forward or reverse order: a result that depends on the order reveals a race. With -fsanitize=thread, ThreadSanitizer is
+// informed of fibers and barriers and detects races directly. Shared memory starts as NaN and is followed by a guard.
 #pragma once
 
 #include <ucontext.h>
@@ -39,13 +38,13 @@ namespace cuda_on_host {
 
 constexpr int warp = 32;
 constexpr size_t stack_bytes = 256 << 10;
-constexpr size_t guard = 64;  // floats behind the block's shared memory
+constexpr size_t guard = 64;  // floats after the shared memory of the block
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[stack_bytes]};
     enum { ready, at_block_barrier, at_warp_barrier, done } state = ready;
-    int turn = 0;  // which of the warp's two buffers the next shuffle uses
+    int turn = 0;  // the buffer of the warp that the next shuffle uses
 #if defined(__SANITIZE_THREAD__)
     void* tsan = nullptr;
 #endif
@@ -56,11 +55,11 @@ inline ucontext_t scheduler;
 inline unsigned current;
 inline std::function<void()> body;
 inline float* shared;
-inline std::vector<float> exchanged[2];  // by thread, what a shuffle reads
+inline std::vector<float> exchanged[2];  // shuffle values by thread
 inline char block_barrier, warp_barriers[64], end_of_kernel;
 
 #if defined(__SANITIZE_THREAD__)
-#define CUDA_ON_HOST_OWN __attribute__((no_sanitize("thread")))  // the emulation itself is not looked at
+#define CUDA_ON_HOST_OWN __attribute__((no_sanitize("thread")))  // the emulation is not instrumented
 inline void* scheduler_tsan;
 inline void release(void* what) { __tsan_release(what); }
 inline void acquire(void* what) { __tsan_acquire(what); }
@@ -77,7 +76,7 @@ inline void acquire(void*) {}
 
 inline float* shared_memory() { return shared; }
 
-CUDA_ON_HOST_OWN inline void give_way() {
+CUDA_ON_HOST_OWN inline void switch_to_scheduler() {
     const unsigned self = current;
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
@@ -87,12 +86,12 @@ CUDA_ON_HOST_OWN inline void give_way() {
 
 CUDA_ON_HOST_OWN inline void run_body() {
     char* const stack = fibers[current].stack.get();
-    acquire(stack);  // who used this stack before has ended
+    acquire(stack);  // the previous user of this stack has finished
     body();
     release(stack);
     release(&end_of_kernel);
     fibers[current].state = Fiber::done;
-    give_way();
+    switch_to_scheduler();
 }
 
 CUDA_ON_HOST_OWN inline void resume(unsigned thread) {
@@ -107,11 +106,11 @@ CUDA_ON_HOST_OWN inline void resume(unsigned thread) {
 CUDA_ON_HOST_OWN inline void wait(decltype(Fiber::state) state, char* barrier) {
     release(barrier);
     fibers[current].state = state;
-    give_way();
+    switch_to_scheduler();
     acquire(barrier);
 }
 
-// Lets everybody of threads begin..end go on who waits in `state`, if all of them do.
+// Resumes threads begin..end if all of them wait in `state`.
 CUDA_ON_HOST_OWN inline bool open(decltype(Fiber::state) state, unsigned begin, unsigned end) {
     for (unsigned thread = begin; thread < end; ++thread)
         if (fibers[thread].state != state) return false;
@@ -144,14 +143,14 @@ CUDA_ON_HOST_OWN inline void run_block(unsigned threads, bool backwards) {
         }
         for (unsigned start = 0; start < threads; start += warp) moved |= open(Fiber::at_warp_barrier, start, start + warp);
         moved |= open(Fiber::at_block_barrier, 0, threads);
-        if (!moved && !all_done) stop("a barrier that not all threads reach");
+        if (!moved && !all_done) stop("a barrier is not reached by all threads");
     }
 #if defined(__SANITIZE_THREAD__)
     for (unsigned thread = 0; thread < threads; ++thread) __tsan_destroy_fiber(fibers[thread].tsan);
 #endif
 }
 
-// Runs `kernel` on the whole grid. `backwards` turns the order of blocks and of threads round.
+// Runs `kernel` on the whole grid; `backwards` reverses the order of blocks and threads.
 CUDA_ON_HOST_OWN inline void launch(std::function<void()> kernel, const uint3& grid, unsigned threads,
                                     size_t shared_bytes, bool backwards) {
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
@@ -164,7 +163,7 @@ CUDA_ON_HOST_OWN inline void launch(std::function<void()> kernel, const uint3& g
 #endif
     const size_t blocks = size_t{grid.x} * grid.y * grid.z;
     const size_t floats = (shared_bytes + 15) / 16 * 4;
-    // Fresh memory for every block, kept to the end: what two blocks do to it then counts as two things.
+    // New memory for every block, kept until the end, so that ThreadSanitizer does not mix accesses of two blocks.
     std::vector<std::unique_ptr<float[], decltype(&free)>> kept;
     for (size_t step = 0; step < blocks; ++step) {
         const size_t block = backwards ? blocks - 1 - step : step;
@@ -176,7 +175,7 @@ CUDA_ON_HOST_OWN inline void launch(std::function<void()> kernel, const uint3& g
         memset(shared + floats, 0x5a, guard * sizeof(float));
         run_block(threads, backwards);
         for (size_t at = 0; at < guard * sizeof(float); ++at)
-            if (reinterpret_cast<char*>(shared + floats)[at] != 0x5a) stop("a write behind the shared memory");
+            if (reinterpret_cast<char*>(shared + floats)[at] != 0x5a) stop("a write past the end of shared memory");
     }
     acquire(&end_of_kernel);
 }

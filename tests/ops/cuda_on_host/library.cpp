@@ -1,4 +1,4 @@
-// The interface of the CUDA library (csrc/include/rlsedit/cuda.h) on host memory: the same kernels, run by cuda_on_host.
+// The interface of the CUDA library (csrc/include/rlsedit/cuda.h) for host memory, with cuda_on_host.
 #include "cuda_on_host.hpp"
 
 #include "launcher.hpp"

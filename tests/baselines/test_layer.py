@@ -1,11 +1,11 @@
-"""A layer under a rule: what it checks, what it refuses, and that a failure leaves no trace."""
+"""Layers with a baseline rule: checks, unsupported operations and transactions."""
 
 import pytest
 import torch
 
+from rlsedit_fast.baselines import BASELINES, RULES, HistoryMEMIT, RuleLayer, make_layer, make_rule
 from rlsedit_fast.errors import InputError, PriorError, UpdateError
 from rlsedit_fast.rls import Prior, RLSState
-from rlsedit_fast.rules import OTHERS, RULES, HistoryMEMIT, RuleLayer, check, layer_under
 
 D_K, D_V = 16, 5
 
@@ -25,17 +25,17 @@ def layer(name, weight=None, **options):
         options = {"null_share": 0.5, **options}
     if name == "ultraedit":
         options = {"rate": 0.1, **options}
-    return layer_under(name, options, weight, prior(), delay=4, label="layer 3")
+    return make_layer(name, options, weight, prior(), delay=4, label="layer 3")
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_batch_is_written_in_place_and_its_left_over_is_told(name):
+def test_batch_is_written_in_place_and_the_residual_is_reported(name):
     weight = random(D_V, D_K, seed=1)
     state = layer(name, weight)
     start = weight.clone()
     keys, wanted = random(3, D_K, seed=2), random(3, D_V, seed=3)
     step = state.update_projected(state.project(keys), wanted)
-    torch.testing.assert_close(step.left_over, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(step.residual, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
     assert torch.equal(state.weight, weight)
     assert torch.equal(state.original, start)
     assert state.deviation() == pytest.approx(float((weight - start).norm()), rel=1e-5)
@@ -43,7 +43,7 @@ def test_a_batch_is_written_in_place_and_its_left_over_is_told(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_transaction_that_fails_leaves_weight_and_memory_as_they_were(name):
+def test_failed_transaction_restores_weight_and_memory(name):
     state, twin = layer(name), layer(name)
     first, second = ((random(3, D_K, seed=s), random(3, D_V, seed=s + 50)) for s in (2, 4))
     for one in (state, twin):
@@ -60,10 +60,10 @@ def test_a_transaction_that_fails_leaves_weight_and_memory_as_they_were(name):
     assert torch.equal(state.weight, before)
     for one in (state, twin):
         one.update_projected(one.project(second[0]), second[1])
-    assert torch.equal(state.weight, twin.weight), "the memory came back as well"
+    assert torch.equal(state.weight, twin.weight), "the memory is restored as well"
 
 
-def test_history_aware_memit_is_the_recursive_state_with_the_same_prior():
+def test_history_memit_matches_rls_with_the_same_prior():
     weight = random(D_V, D_K, seed=1, dtype=torch.float64)
     one = RuleLayer(weight, prior(), HistoryMEMIT())
     other = RLSState(weight, prior())
@@ -71,22 +71,22 @@ def test_history_aware_memit_is_the_recursive_state_with_the_same_prior():
         keys, wanted = random(4, D_K, seed=seed).double(), random(4, D_V, seed=seed + 50).double()
         weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
         steps = [s.update_projected(s.project(keys, weights), wanted) for s in (one, other)]
-        torch.testing.assert_close(steps[0].left_over, steps[1].left_over, rtol=0, atol=1e-10)
+        torch.testing.assert_close(steps[0].residual, steps[1].residual, rtol=0, atol=1e-10)
     torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_other_rules_cannot_take_back_and_say_what_to_do(name):
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_cannot_remove_edits(name):
     state = layer(name)
     keys, values = random(2, D_K, seed=2), random(2, D_V, seed=3)
-    for take in (state.remove, state.refresh):
-        with pytest.raises(InputError, match=f"rule='{name}' cannot take an edit back.*same_subject='separate'"):
-            take(keys, values)
+    for method in (state.remove, state.refresh):
+        with pytest.raises(InputError, match=f"rule='{name}' cannot remove an edit.*same_subject='separate'"):
+            method(keys, values)
     assert state.bounds().weight == float("inf")
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_keys_can_be_protected_where_a_rule_remembers_them(name):
+@pytest.mark.parametrize("name", BASELINES)
+def test_protecting_keys_requires_a_rule_that_accumulates_keys(name):
     state = layer(name)
     keys = random(2, D_K, seed=2)
     if name in ("memit-history", "alphaedit", "nse"):
@@ -96,28 +96,28 @@ def test_keys_can_be_protected_where_a_rule_remembers_them(name):
         state.update_projected(state.project(random(2, D_K, seed=4)), random(2, D_V, seed=5))
         assert (keys @ (state.weight - before).T).norm() < 1e-3 * (state.weight - before).norm()
     else:
-        with pytest.raises(InputError, match="prompts cannot be protected"):
+        with pytest.raises(InputError, match="cannot protect prompts"):
             state.update(keys, state.outputs(keys))
 
 
 @pytest.mark.parametrize("name", ["rome", "emmet", "ultraedit", "ft", "ft-bounded"])
-def test_weights_are_refused_where_they_mean_nothing(name):
+def test_unsupported_weights_raise(name):
     state = layer(name)
     before = state.weight.clone()
     panel = state.project(random(2, D_K, seed=2), torch.tensor([1.0, 2.0]))
-    with pytest.raises(InputError, match="no place for weights"):
+    with pytest.raises(InputError, match="does not support edit weights"):
         state.update_projected(panel, random(2, D_V, seed=3))
     assert torch.equal(state.weight, before)
 
 
-def test_a_key_that_is_there_twice_cannot_be_held_exactly():
+def test_duplicate_key_cannot_be_fitted_exactly():
     state = layer("emmet")
     key = random(1, D_K, seed=2)
-    with pytest.raises(UpdateError, match="depend on one another"):
+    with pytest.raises(UpdateError, match="linearly dependent"):
         state.update_projected(state.project(torch.cat((key, key))), random(2, D_V, seed=3))
 
 
-def test_bad_rows_and_stale_panels_change_nothing():
+def test_bad_rows_and_stale_panels_raise():
     state = layer("memit")
     before = state.weight.clone()
     panel = state.project(random(2, D_K, seed=2))
@@ -129,14 +129,14 @@ def test_bad_rows_and_stale_panels_change_nothing():
             state.project(bad)
     assert torch.equal(state.weight, before)
     state.update_projected(panel, random(2, D_V, seed=3))
-    with pytest.raises(InputError, match="not taken at the present state"):
+    with pytest.raises(InputError, match="not from the current state"):
         state.update_projected(panel, random(2, D_V, seed=3))
 
 
-def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
+def test_overflow_raises():
     state = layer("ft")
     before = state.weight.clone()
-    with pytest.raises(UpdateError, match="left the range"):
+    with pytest.raises(UpdateError, match="overflows"):
         state.update_projected(state.project(1e-30 * random(1, D_K, seed=2)), torch.full((1, D_V), 1e30))
     assert torch.equal(state.weight, before)
 
@@ -144,21 +144,21 @@ def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mend", {}, "expected one of rls, ft, ft-bounded, rome"),
-        ("memit", {"share": 0.4}, "'memit' has no share; it has none"),
-        ("rls", {"mu": 1.0}, "'rls' has no mu"),
-        ("rect", {"share": 0.0}, "above 0 and up to 1"),
+        ("unknown", {}, "expected one of rls, ft, ft-bounded, rome"),
+        ("memit", {"share": 0.4}, "'memit' has no option share; its options are none"),
+        ("rls", {"mu": 1.0}, "'rls' has no option mu"),
+        ("rect", {"share": 0.0}, "above 0 and at most 1"),
         ("rect", {"share": "much"}, "share='much', expected a number"),
         ("rect", {"share": True}, "share=True, expected a number"),
         ("rect", {"share": None}, "share=None, expected a number"),
-        ("ft", {"steps": None}, "steps=None, expected a whole number"),
-        ("ft", {"steps": 25.5}, "steps=25.5, expected a whole number"),
-        ("ft-bounded", {"bound": "5", "steps": "5"}, "bound='5', expected a number; steps='5', expected a whole"),
-        ("alphaedit", {"null_share": "all"}, "expected a number, or None"),
+        ("ft", {"steps": None}, "steps=None, expected an integer"),
+        ("ft", {"steps": 25.5}, "steps=25.5, expected an integer"),
+        ("ft-bounded", {"bound": "5", "steps": "5"}, "bound='5', expected a number; steps='5', expected an integer"),
+        ("alphaedit", {"null_share": "all"}, "expected a number or None"),
         ("memit", 3, "rule_options=3"),
-        ("memit", {3: 1.0, "share": 1.0}, "has no 3, share"),
+        ("memit", {3: 1.0, "share": 1.0}, "has no option 3, share"),
         ("prune", {"base": 1.0}, "above 1"),
-        ("nse", {"activation": 1.5}, "up to 1"),
+        ("nse", {"activation": 1.5}, "at most 1"),
         ("emmet", {"damping": -1.0}, "at least 0"),
         ("alphaedit", {"ridge": 0.0}, "above 0"),
         ("alphaedit", {"null_share": 0.0}, "above 0"),
@@ -168,27 +168,27 @@ def test_a_result_beyond_the_range_is_an_error_and_changes_nothing():
         ("ft-bounded", {"steps": 0}, "at least 1"),
     ],
 )
-def test_rules_and_settings_that_cannot_be_meant_are_refused(name, options, message):
+def test_unknown_rules_and_invalid_options_raise(name, options, message):
     with pytest.raises(InputError, match=message):
-        check(name, options)
+        make_rule(name, options)
 
 
-def test_whole_numbers_are_numbers_and_none_is_what_may_be_left_open():
-    assert check("emmet", {"damping": 1}).damping == 1
-    assert check("alphaedit", {"null_share": None}).null_share is None
-    assert check("rls", {}) is None
+def test_integers_and_none_are_valid_options():
+    assert make_rule("emmet", {"damping": 1}).damping == 1
+    assert make_rule("alphaedit", {"null_share": None}).null_share is None
+    assert make_rule("rls", {}) is None
 
 
-def test_priors_that_a_rule_cannot_work_under_are_refused():
+def test_unsupported_priors_raise():
     weight, bare = random(D_V, D_K), Prior(lam=1.0)
-    with pytest.raises(PriorError, match="needs anchors"):
-        layer_under("alphaedit", {}, weight, bare, delay=0, label="layer 3")
-    with pytest.raises(PriorError, match="no eigenvalue of the anchors' moment is below threshold=1e-09"):
+    with pytest.raises(PriorError, match="requires anchors"):
+        make_layer("alphaedit", {}, weight, bare, delay=0, label="layer 3")
+    with pytest.raises(PriorError, match="no eigenvalue of the anchor moment is below threshold=1e-09"):
         layer("alphaedit", null_share=None, threshold=1e-9)
     few = random(3, D_K)
     thin = Prior(lam=0.0, mu=1.0, anchor_moment=few.T @ few)
     with pytest.raises(PriorError, match="not positive definite"):
-        layer_under("memit", {}, weight, thin, delay=0, label="layer 3")
+        make_layer("memit", {}, weight, thin, delay=0, label="layer 3")
     custom = Prior(lam=1.0, mu=1.0, anchor_keys=few, anchor_values=random(3, D_V))
-    with pytest.raises(InputError, match="only 'rls' can"):
-        layer_under("memit", {}, weight, custom, delay=0, label="layer 3")
+    with pytest.raises(InputError, match="does not support custom anchor values"):
+        make_layer("memit", {}, weight, custom, delay=0, label="layer 3")
