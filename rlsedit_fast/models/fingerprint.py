@@ -27,8 +27,7 @@ _BOOKKEEPING = frozenset(
     task_specific_params transformers_version head_dim num_experts num_local_experts""".split()
 )
 """Config values that no forward pass reads. The last three follow from the shapes of the weights, and their names
-differ
-between versions."""
+differ between versions."""
 
 
 def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None = None) -> str:

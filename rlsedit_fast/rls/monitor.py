@@ -20,8 +20,7 @@ ill-conditioned precision, storing C in float32 alone can exceed `LIMITS`."""
 LIMITS = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Residual above which a refresh is recommended. In measured streams (bench/results/solver-accuracy.json) the relative
 error of C was less than half of the residual at condition number 1e2 of S and a sixteenth at 1e4, so 1e-3 corresponds
-to
-a relative error of 6e-5 at 1e4, within the float32 target of 1e-4."""
+to a relative error of 6e-5 at 1e4, within the float32 target of 1e-4."""
 
 
 @dataclass(frozen=True)

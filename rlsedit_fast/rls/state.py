@@ -29,15 +29,13 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_DELAY = 512
 """Pending rows before C is written: enough to make the flush compute-bound, few compared with d_k. Values between 128
-and
-1024 perform alike (bench/results/step-delay-cpu.json)."""
+and 1024 perform alike (bench/results/step-delay-cpu.json)."""
 
 REMOVAL_PIVOT_POWER = 0.25
 """The pivots of a removal, relative to the noise, must exceed `eps` to this power. An applied edit reduces the variance
 c of C in its direction to a fraction p (the pivot), with an error of about `eps c` from the subtraction. The removal
 multiplies the variance by `1/p` and the error by `1/p^2`, so the relative error is `eps / p^2`; it may be at most
-`sqrt(eps)`, half
-the digits."""
+`sqrt(eps)`, half the digits."""
 
 _versions = itertools.count(1)  # shared by all states, so that a panel matches only the state it came from
 _orders = itertools.count(1)
