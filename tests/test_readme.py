@@ -1,4 +1,4 @@
-"""The commands and Python examples of the README run."""
+"""The commands and Python examples of README and docs run."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def block(heading: str, language: str = "python") -> str:
+def block(heading: str, language: str = "python", file: str = "README.md") -> str:
     """Returns the first block of a language below a heading."""
-    _, _, rest = README.read_text().partition(f"\n## {heading}\n")
+    _, _, rest = (ROOT / file).read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     found = re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)
     assert found, heading
     return found.group(1)
@@ -95,7 +95,15 @@ def test_solver_example():
     keys, values, new_values = torch.randn(3, 20), torch.randn(3, 6), torch.randn(3, 6)
     names = {"rf": rf, "weight": weight, "K0": K0, "keys": keys, "values": values, "new_values": new_values}
     names |= {"all_keys": keys, "all_values": new_values}
-    exec(block("The solver alone"), names)
+    exec(block("The solver alone", file="docs/python.md"), names)
     once = rf.RLSState(weight, names["state"].prior)
     once.update(keys, new_values)
     torch.testing.assert_close(names["state"].weight, once.weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_relative_links_resolve(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / file).parent.joinpath(target).exists(), target

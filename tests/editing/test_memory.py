@@ -91,7 +91,7 @@ def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     plan = memory.plan(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
     told = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
     told += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
-    assert told == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as README has them"
+    assert told == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"
 
 
 def test_sizes_are_told_in_units_a_person_reads():
