@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,7 @@ def greedy(
     counts: Sequence[int],
     *,
     ends: Collection[int] = (),
+    enough: Callable[[int, list[int]], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues each row by the likeliest token at every step, and nothing else.
@@ -108,6 +109,8 @@ def greedy(
         rows: token ids, at least one a row.
         counts: most new tokens of each row.
         ends: tokens before which a continuation ends.
+        enough: called after each step with the index of a row and its new tokens; a batch ends when it is true of all
+            of its rows, which may then have fewer tokens than `counts`.
         progress: called after each batch with the rows done so far, and their number.
 
     Returns:
@@ -116,10 +119,15 @@ def greedy(
     said: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
         for decoder, part in batches(model, [len(row) for row in rows], _ROWS_AT_ONCE):
-            made = _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part), ends)
-            for i, new in zip(part, made, strict=True):
-                wanted = new[: counts[i]]
-                said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+            for made in _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part)):
+                for i, new in zip(part, made, strict=True):
+                    wanted = new[: counts[i]]
+                    said[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+                if all(
+                    len(said[i]) < len(new) or (enough is not None and enough(i, said[i]))
+                    for i, new in zip(part, made, strict=True)
+                ):
+                    break
             if progress is not None:
                 progress(len(said), len(rows))
     return [said[i] for i in range(len(rows))]
@@ -135,10 +143,10 @@ def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[t
     return [(decoder, group[at : at + most]) for group in groups for at in range(0, len(group), most)]
 
 
-def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]) -> list[list[int]]:
-    """The likeliest `count` tokens behind each row, or until every row has come to an end."""
+def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int) -> Iterator[list[list[int]]]:
+    """After each of `count` steps, the likeliest tokens behind each row so far."""
     ids, mask = pad_left(rows, decoder.device)
-    start, stops = ids.shape[1], torch.tensor(sorted(ends), dtype=torch.long, device=decoder.device)
+    start = ids.shape[1]
     every = torch.arange(len(rows), device=decoder.device)
     name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any]()
     for _ in range(count):
@@ -150,10 +158,7 @@ def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends
             fed = read_off(out).argmax(-1, keepdim=True).to(ids.device)
         inputs = {name: cache_of(out)}
         ids, mask = torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1)
-        if bool(torch.isin(ids[:, start:], stops).any(1).all()):
-            break
-    new: list[list[int]] = ids[:, start:].tolist()
-    return new
+        yield ids[:, start:].tolist()
 
 
 def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:
