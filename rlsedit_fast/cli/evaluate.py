@@ -28,6 +28,7 @@ _OPTIONAL = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosi
 """Metrics that are shown only if the data set contains the prompts for them."""
 
 _ITEMS = _FREE = 100
+_PROBED = 2000
 
 
 def _error(count: int) -> str:
@@ -59,7 +60,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=setup.at_least_one,
         metavar="N",
-        help=f"maximum number of anchor tokens from --text (default {setup.DEFAULT_TOKENS})",
+        help="maximum number of anchor tokens from --text (default 20 for each dimension of the widest key, at most "
+        "100000)",
     )
     group.add_argument(
         "--statistics",
@@ -110,6 +112,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         f"(default {_FREE}, standard error at most {_error(_FREE)})",
     )
     group.add_argument(
+        "--probed",
+        type=setup.at_least_one,
+        metavar="N",
+        default=_PROBED,
+        help="maximum number of tokens of --text on which perplexity and KL are measured; their standard errors are in "
+        f"the results (default {_PROBED})",
+    )
+    group.add_argument(
         "--jobs",
         type=setup.at_least_one,
         metavar="N",
@@ -137,8 +147,6 @@ def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in GroundSpec.__dataclass_fields__}
     if options.tasks is not None and options.items is None:
         given["items"] = _ITEMS
-    if options.model != DEMO and options.statistics is None and options.tokens is None:
-        given["tokens"] = setup.DEFAULT_TOKENS
     spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
     if options.preset == GENERIC and options.model != DEMO:
@@ -160,7 +168,13 @@ def run(options: argparse.Namespace) -> int:
         config = base.under(rule, **changes.get(rule, {}))
         for seed in options.seeds:
             plan = Plan(
-                label=rule, stream=options.stream, edits=options.edits, seed=seed, config=config, free=options.free
+                label=rule,
+                stream=options.stream,
+                edits=options.edits,
+                seed=seed,
+                config=config,
+                free=options.free,
+                probed=options.probed,
             )
             jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
     runs_done = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say, show=True))
@@ -191,8 +205,25 @@ def run(options: argparse.Namespace) -> int:
     lines += [f"failed, not included in the figures: {line}" for line in failed]
     if len(options.rules) > 1 and options.rule_settings is None:
         lines.append("rules without --rule-settings used their default settings, which are not tuned for this model")
-    emit(results, [*lines, f"results: {options.out}"], options.json)
+    emit(results, [*lines, _samples(every[0]), f"results: {options.out}"], options.json)
     return PARTIAL if failed else DONE
+
+
+def _samples(result: dict[str, Any]) -> str:
+    """The sample sizes of a run and their standard errors."""
+    from rlsedit_fast.evaluation.runs import row
+
+    free = row(result, "efficacy", "free")
+    text, error = (row(result, "perplexity", form, of="text") for form in ("text", "error"))
+    parts = []
+    if free is not None:
+        parts.append(f"{free['n']} free answers (--free, standard error at most {_error(free['n'])})")
+    if text is not None:
+        deviation = "" if error is None else f", standard error {error['value']:.2g}"
+        parts.append(f"{text['n']} tokens of text (--probed, perplexity {text['value']:.4g}{deviation})")
+    if result["anchors"] is not None:
+        parts.append(f"{result['anchors']['tokens']} tokens of anchors (--tokens)")
+    return f"samples per run: {'; '.join(parts)}"
 
 
 _NOT_FOR_DEMO = ("data", "among", "text", "tokens", "statistics", "dtype", "device")

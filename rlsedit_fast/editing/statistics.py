@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 _PIECE = 512
 """Most tokens of a row; a longer text is read in pieces, each without what stood before it."""
 _PASS = 4096
-"""Most tokens of a pass, padding included: bounds its memory, and is enough to fill a processor."""
+"""Most tokens of a pass, padding included: bounds its memory, and is enough to fill a GPU."""
+_CPU_FORWARD = 512
+"""Most tokens of a forward on a CPU, whose caches hold what they compute; a pass adds the keys of several at once."""
 _WINDOW = 8 * _PASS
 """Tokens among which rows of like length are put together, so that little of a pass is padding."""
 _SAVE_SECONDS = 300.0
@@ -203,7 +205,7 @@ def _passes(
         rows, position = _window(stream, width, None if tokens is None else tokens - state.place.before)
         if not rows:
             return
-        yield from _grouped(rows)[state.place.passes :]
+        yield from _grouped(rows, _PASS)[state.place.passes :]
         state.place = _Place(position, before=state.place.tokens, tokens=state.place.tokens)
 
 
@@ -220,11 +222,11 @@ def _window(stream: Iterator[tuple[int, list[int]]], width: int, room: int | Non
     return rows, position
 
 
-def _grouped(rows: list[Row]) -> list[list[Row]]:
-    """Rows of like length together, at most `_PASS` tokens with padding."""
+def _grouped(rows: list[Row], most: int) -> list[list[Row]]:
+    """Rows of similar length together, at most `most` tokens with padding."""
     groups: list[list[Row]] = [[]]
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > _PASS:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > most:
             groups.append([])
         groups[-1].append(row)
     return groups
@@ -236,15 +238,19 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
     Raises:
         InputError: keys that are not finite.
     """
-    ids, mask = pad(rows, decoder.device)
-    found, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
-    seen = mask.bool()
+    found: dict[int, list[Tensor]] = {projection.layer: [] for projection in projections}
+    for part in _grouped(rows, min(_CPU_FORWARD, _PASS)) if decoder.device.type == "cpu" else [rows]:
+        ids, mask = pad(part, decoder.device)
+        seen = mask.bool()
+        keys, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+        for layer, kept in found.items():
+            kept.append(keys[layer][seen.to(keys[layer].device)])
     place = state.place
     with held_back(1):  # a second one does not wait
         state.whole = False
         for projection in projections:
             total = state.sums[projection.layer]
-            ops.moment_(total, found[projection.layer][seen.to(total.device)])
+            ops.moment_(total, torch.cat(found[projection.layer]).to(total.device))
             if not bool(total.diagonal().isfinite().all()):  # it holds every key's own square
                 raise InputError(
                     f"{projection.name}: the anchor texts give keys that are not finite; check the weights"

@@ -1,4 +1,4 @@
-"""Edits of like age: groups of whole batches, over which forgetting is told."""
+"""Edits of like age: groups of whole batches, over which forgetting is reported."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Case:
     """One edit and what to ask about it.
 
     Attributes:
-        edit: what the model is told.
+        edit: what the model is to learn.
         asked: the edited prompt, with the answer before the edit.
         paraphrases: the same question under phrasings that editing never sees.
         neighbors: the same question about people who have the same answer and are not edited.
@@ -61,11 +61,11 @@ class Case:
         same_subject: other facts of the subject, under phrasings that the KL term does not look at.
         rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
             not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
-        multihop: what is to follow from this edit and from others, all of them told by the time this one is.
+        multihop: what is to follow from this edit and from others, all of them made by the time this one is.
         generation: beginnings of texts about the subject, which the model is to continue.
         references: texts about other subjects which have the new answer.
         spare: more of the neighbours' questions (or of the rebuilt ones), which are never asked: what an editor may be
-            told to keep, where what is asked then shows whether that reaches beyond what it was told.
+            given to keep, where what is asked then shows whether that reaches beyond what it was given.
     """
 
     edit: Edit
@@ -114,8 +114,8 @@ def related_cases(world: World, count: int, seed: int) -> list[Case]:
     return [replace(case, same_subject=()) for case in shuffled(made, rng)]
 
 
-def told_twice(cases: Sequence[Case], seed: int) -> list[Case]:
-    """Each case told again, in another order, with a target that is neither the first one nor the true answer."""
+def edited_twice(cases: Sequence[Case], seed: int) -> list[Case]:
+    """Each case edited again, in another order, with a target that is neither the first one nor the true answer."""
     rng = random.Random(seed)
     values = {relation.phrasings[0]: relation.values for relation in RELATIONS}
     again = [

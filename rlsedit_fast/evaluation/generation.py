@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import MultiHop
-from rlsedit_fast.evaluation.scoring import Progress
+from rlsedit_fast.evaluation.scoring import Progress, Score
 from rlsedit_fast.models.generation import batches, end_tokens, greedy
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import pad_left
 from rlsedit_fast.models.projections import input_device
-from rlsedit_fast.models.tokens import encode_plain
+from rlsedit_fast.models.tokens import Row, encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def continuations(
     return [said[i] for i in range(len(rows))]
 
 
-def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
+def says(text: str, answer: str) -> bool:
     """Whether a continuation is the answer and nothing more: the answer, then its natural end.
 
     An exact match under a natural stop, one of the two measures of The Mirage of Model Editing (Yang et al. 2025, arXiv
@@ -95,7 +95,7 @@ def says(text: str, answer: str, stops: Sequence[str] = STOPS) -> bool:
     if not said.startswith(wanted):
         return False
     rest = said[len(wanted) :].lstrip(" ")
-    ends = [stop for stop in stops if rest.startswith(stop)]
+    ends = [stop for stop in STOPS if rest.startswith(stop)]
     return not rest or any(stop != "." or not rest[1:2].isdecimal() for stop in ends)
 
 
@@ -104,14 +104,13 @@ def free_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[tuple[str, str]],
     *,
-    stops: Sequence[str] = STOPS,
+    known: Mapping[tuple[str, str], Score] | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """For each (prompt, answer), whether the model's own greedy continuation says the answer; see `says`."""
-    longest = max(len(encode_plain(tokenizer, prompt, answer).target) for prompt, answer in asked)
-    prompts = [prompt for prompt, _ in asked]
-    texts = continuations(model, tokenizer, prompts, tokens=longest + _BEYOND, progress=progress)
-    return [says(text, answer, stops) for text, (_, answer) in zip(texts, asked, strict=True)]
+    """For each (prompt, answer), whether the model's own greedy continuation says the answer; see `says` and
+    `free_answers`.
+    """
+    return free_answers(model, tokenizer, [(prompt, (answer,)) for prompt, answer in asked], known, progress)
 
 
 def free_multihop(
@@ -119,27 +118,97 @@ def free_multihop(
     tokenizer: PreTrainedTokenizerBase,
     chains: Sequence[MultiHop],
     *,
+    known: Mapping[tuple[str, str], Score] | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
     """For each chain of facts, whether any wording of its question is continued, greedily, by a right answer and its
-    end; see `says`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by free generation.
+    end; see `says` and `free_answers`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by
+    free generation.
     """
-    prompts = [prompt for chain in chains for prompt in chain.prompts]
-    longest = max(len(encode_plain(tokenizer, c.prompts[0], answer).target) for c in chains for answer in c.right)
-    texts = iter(continuations(model, tokenizer, prompts, tokens=longest + _BEYOND, progress=progress))
-    said = [[next(texts) for _ in chain.prompts] for chain in chains]
+    asked = [(prompt, chain.right) for chain in chains for prompt in chain.prompts]
+    said = iter(free_answers(model, tokenizer, asked, known, progress))
+    return [any([next(said) for _ in chain.prompts]) for chain in chains]
+
+
+def free_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[tuple[str, Sequence[str]]],
+    known: Mapping[tuple[str, str], Score] | None = None,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """For each prompt and its right answers, whether the model's own greedy continuation says one of these; see `says`.
+
+    A continuation has two tokens more than the longest answer, or fewer where its first ones decide already. Scores
+    give the first ones: up to the first difference, the tokens ranked first behind an answer's tokens are the greedy
+    continuation. Most prompts that are answered wrongly are decided by them, without a pass.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        asked: each prompt with at least one answer.
+        known: scores of this model by prompt and answer, in any number.
+        progress: called after each batch with the prompts done so far.
+    """
+    known = {} if known is None else known
+    ends = end_tokens(model, tokenizer)
+    longest, begun, prompts = 0, list[list[int]](), list[list[int]]()
+    for prompt, answers in asked:
+        rows = {answer: encode_plain(tokenizer, prompt, answer) for answer in answers}
+        longest = max(longest, *(len(row.target) for row in rows.values()))
+        first = [_said_first(known[prompt, answer], row) for answer, row in rows.items() if (prompt, answer) in known]
+        ids = max(first, key=len, default=[])
+        begun.append(ids[: next((at for at, token in enumerate(ids) if token in ends), None)])
+        prompts.append(encode_plain(tokenizer, prompt).ids)
+
+    def text(at: int, new: Sequence[int]) -> str:
+        return str(tokenizer.decode([*begun[at], *new], skip_special_tokens=True))
+
+    def decided(at: int, new: Sequence[int]) -> bool:
+        return not any(_may_say(text(at, new), answer) for answer in asked[at][1])
+
+    undecided = [at for at in range(len(asked)) if not decided(at, ())]
+
+    def report(done: int, _total: int = 0) -> None:
+        if progress is not None:
+            progress(len(asked) - len(undecided) + done, len(asked))
+
+    report(0)
+    made = greedy(
+        model,
+        [prompts[at] + begun[at] for at in undecided],
+        [longest + _BEYOND - len(begun[at]) for at in undecided],
+        ends=ends,
+        enough=lambda i, new: decided(undecided[i], new),
+        progress=report,
+    )
+    rest = dict(zip(undecided, made, strict=True))
     return [
-        any(says(text, answer) for text in wordings for answer in chain.right)
-        for chain, wordings in zip(chains, said, strict=True)
+        any(says(text(at, rest.get(at, ())), answer) for answer in answers) for at, (_, answers) in enumerate(asked)
     ]
+
+
+def _said_first(score: Score, row: Row) -> list[int]:
+    """The first tokens of the greedy continuation of a row's prompt, by the score of its target."""
+    same = [one == wanted for one, wanted in zip(score.predicted, row.target, strict=True)]
+    return list(score.predicted[: same.index(False) + 1 if False in same else len(same)])
+
+
+def _may_say(text: str, answer: str) -> bool:
+    """Whether it is open if a continuation that begins with `text` says the answer; see `says`."""
+    said, wanted = text.rstrip("\ufffd").strip(), answer.strip()  # without what is not yet a whole character
+    if not said.startswith(wanted):
+        return wanted.startswith(said)
+    rest = said[len(wanted) :].lstrip(" ")
+    return any(stop.startswith(rest) for stop in STOPS)
 
 
 def n_gram_entropy(text: str) -> float:
     """Weighted mean of the entropies of a text's 2- and 3-grams of words, bits: `(2/3 H_2 + 4/3 H_3) / 2`.
 
     Fluency as ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, after Zhang et al. 2018): a text that repeats
-    itself has little. Words and punctuation marks are told apart by a regular expression, where the release takes
-    NLTK's tokenizer.
+    itself has little. A regular expression splits words and punctuation marks, where the release takes NLTK's
+    tokenizer.
 
     Raises:
         InputError: fewer than three words.

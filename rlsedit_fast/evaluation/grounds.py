@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from rlsedit_fast.editing import Editor, KeyStatistics
 from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation.cases import Case, related_cases, told_twice, world_cases
+from rlsedit_fast.evaluation.cases import Case, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.consistency import likeness, reference_texts
 from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
@@ -29,7 +29,7 @@ DEMO = "demo"
 """The name of the shipped model, in place of a path."""
 
 Kind = Literal["plain", "conflicting", "related"]
-"""Streams: different subjects; each fact told twice with different targets; all the facts of a few subjects."""
+"""Streams: different subjects; each fact edited twice with different targets; all the facts of a few subjects."""
 
 PROBE_SEED = 20_262
 """Of the demo's running text."""
@@ -44,10 +44,10 @@ class GroundSpec:
 
     Attributes:
         model: `demo`, or what transformers' `from_pretrained` takes.
-        data: file of CounterFact, zsRE or MQuAKE (told apart by its fields), for any model but the demo's.
+        data: file of CounterFact, zsRE or MQuAKE (distinguished by its fields), for any model but the demo's.
         text: file of running text: the first part is what the model is to go on doing, the rest is probed.
         statistics: key statistics in place of that first part.
-        tokens: of that first part, at most; None takes all.
+        tokens: of that first part, at most; None goes by the width of the keys, see `Ground`.
         tasks: folder with `NAME.jsonl` of GLUE and MMLU.
         items: of each task, at most.
         device: to load the model onto.
@@ -81,33 +81,33 @@ class GroundSpec:
         """
         usual, files = GroundSpec(), {"model", "data", "text", "statistics", "tasks", "references"}
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "device"}
-        told = {
+        found = {
             name: _named(Path(value)) if name in files else value
             for name, value in given.items()
             if value != getattr(usual, name)
         }
-        return told | ({"probed": "what is about nobody who is edited"} if self.model == DEMO else {})
+        return found | ({"probed": "what is about nobody who is edited"} if self.model == DEMO else {})
 
 
 _SAMPLE = 65_536
-"""Bytes read at a file's beginning, middle and end to tell it from another one."""
+"""Bytes read at a file's beginning, middle and end that distinguish it from another one."""
 
 
 def _named(path: Path) -> str:
-    """A file's or a folder's name, and what tells its content from another one's; of what is not there the name."""
+    """A file's or a folder's name, and a digest of samples of its content; of what is not there the name."""
     inside = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         for one in inside:
             size = one.stat().st_size
-            told.update(f"{one.name if path.is_dir() else ''} {size} ".encode())
+            digest.update(f"{one.name if path.is_dir() else ''} {size} ".encode())
             with one.open("rb") as file:
                 for at in (0, size // 2, max(0, size - _SAMPLE)):
                     file.seek(at)
-                    told.update(file.read(_SAMPLE))
+                    digest.update(file.read(_SAMPLE))
     except OSError:
         return path.name
-    return f"{path.name} {told.hexdigest()[:12]}"
+    return f"{path.name} {digest.hexdigest()[:12]}"
 
 
 @lru_cache(maxsize=1)
@@ -152,7 +152,7 @@ def _demo_texts(seed: int, subjects: Collection[str]) -> list[str]:
 
 
 def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 0) -> tuple[list[Case], list[Case]]:
-    """The cases of a stream in the order in which they are told, and those of them that later ones supersede.
+    """The cases of a stream in the order in which they are edited, and those of them that later ones supersede.
 
     Of the demo's cases fewer prompts are asked than in the demonstration: two paraphrases, two neighbours, a namesake
     and two other facts, since there are many streams.
@@ -174,9 +174,9 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
             cases = [_trimmed(case) for case in related_cases(_world(), edits, seed)]
         elif kind == "conflicting":
             if edits % 2:
-                raise InputError(f"edits={edits}: a conflicting stream tells every fact twice; take an even number")
+                raise InputError(f"edits={edits}: a conflicting stream edits every fact twice; take an even number")
             superseded = [_trimmed(case) for case in world_cases(_world(), edits // 2, seed)]
-            cases = superseded + told_twice(superseded, seed)
+            cases = superseded + edited_twice(superseded, seed)
         else:
             cases = [_trimmed(case) for case in world_cases(_world(), edits, seed)]
     elif kind != "plain":

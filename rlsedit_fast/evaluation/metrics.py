@@ -34,11 +34,11 @@ class Metric:
 
     Attributes:
         forced: by comparing the NLL of two answers.
-        strict: by what is ranked first at every token of the answer: the new answer where it was told; where something
-            is to stay, the prediction before any edit.
+        strict: by what is ranked first at every token of the answer: the new answer where it was edited in; where
+            something is to stay, the prediction before any edit.
         prompts: how many prompts they are shares of.
-        said: every token of the answer that is right there is ranked first: the new one where it was told, else the old
-            one, whether or not the model knew it.
+        said: every token of the answer that is right there is ranked first: the new one where it was edited in, else
+            the old one, whether or not the model knew it.
         tokens: the mean share of places at which the prediction is right (of the new answer), or unchanged.
     """
 
@@ -102,7 +102,7 @@ Before = dict[Question, Score]
 Known = dict[tuple[str, str], Score]
 """Scores of a model in one state, by prompt and answer."""
 
-_TOLD = {"efficacy": "asked", "generalization": "paraphrases"}
+_EDITED = {"efficacy": "asked", "generalization": "paraphrases"}
 _KEPT = ("neighbors", "namesakes", "same_subject", "rebuilt")
 
 
@@ -159,14 +159,14 @@ def judge(
         progress: called after each batch with the prompts done so far, each answer counted.
     """
     known = {} if known is None else known
-    flat = [(case, q) for case in cases for group in (*_TOLD.values(), *_KEPT) for q in _questions(case, group)]
+    flat = [(case, q) for case in cases for group in (*_EDITED.values(), *_KEPT) for q in _questions(case, group)]
     chains = [chain for case in cases for chain in case.multihop]
     asked = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
     asked += [(prompt, answer) for c in chains for prompt in c.prompts for answer in (c.answer, *c.right)]
     new = [pair for pair in dict.fromkeys(asked) if pair not in known]
     known.update(zip(new, score(model, tokenizer, new, progress=progress), strict=True))
 
-    def told(case: Case, q: Question) -> Verdict:
+    def edited(case: Case, q: Question) -> Verdict:
         new, old = known[q.prompt, case.edit.target], known[q.prompt, q.answer]
         return Verdict(new.nll < old.nll, new.exact, new.exact, new.right)
 
@@ -182,7 +182,7 @@ def judge(
         return Verdict(forced, exact, exact, max(one.right for one in said))
 
     return [
-        {name: tuple(told(case, q) for q in _questions(case, group)) for name, group in _TOLD.items()}
+        {name: tuple(edited(case, q) for q in _questions(case, group)) for name, group in _EDITED.items()}
         | {name: tuple(kept(case, q) for q in _questions(case, name)) for name in _KEPT}
         | {"multihop": tuple(followed(chain) for chain in case.multihop)}
         for case in cases

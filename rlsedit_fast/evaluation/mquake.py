@@ -27,14 +27,14 @@ _FIELDS = (
 def mquake_cases(path: Path, count: int, *, seed: int = 0, order: int = 0, among: int | None = None) -> list[Case]:
     """`count` edits of MQuAKE (Zhong et al. 2023, arXiv 2305.14795), CF or T, as cases, a record's edits together.
 
-    Records are taken in random order, each whole. An edit that an earlier record told is not told again; a record's
-    multi-hop question goes with that edit of it which is told last. Passed over, and counted in a warning of the
+    Records are taken in random order, each whole. An edit that an earlier record makes is not made again; a record's
+    multi-hop question belongs to the last of its edits. Passed over, and counted in a warning of the
     package's log, are records
 
-    - that contradict one that is taken: the same statement is told with another target, or one tells what the other's
-      chain of facts, after its edits, takes for granted with another answer. The release's first files have such
+    - that contradict one that is taken: the same statement gets another target, or one edits a fact that the
+      other's chain, after its edits, needs with another answer. The release's first files have such
       records, and its second version of MQuAKE-CF-3k takes them out, since no model could satisfy both;
-    - that cannot be told: an edit changes nothing, its prompt has no place for its subject, or two of them disagree;
+    - that cannot be edited: an edit changes nothing, its prompt has no place for its subject, or two of them disagree;
     - with more new edits than are still wanted.
 
     Args:
@@ -55,14 +55,14 @@ def mquake_cases(path: Path, count: int, *, seed: int = 0, order: int = 0, among
     taken = _choose(path, records, count)
     if order:
         taken = shuffled(taken, random.Random(f"{seed}-{order}"))
-    told: dict[str, Case] = {}
+    made: dict[str, Case] = {}
     chains: dict[str, list[MultiHop]] = defaultdict(list)
     for record in taken:
         for statement, case in record.edits.items():
-            told.setdefault(statement, case)
-        places = {statement: at for at, statement in enumerate(told)}
+            made.setdefault(statement, case)
+        places = {statement: at for at, statement in enumerate(made)}
         chains[max(record.edits, key=places.__getitem__)].append(record.chain)
-    return [replace(case, multihop=tuple(chains[statement])) for statement, case in told.items()]
+    return [replace(case, multihop=tuple(chains[statement])) for statement, case in made.items()]
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class _Record:
     """One record.
 
     Attributes:
-        edits: a case by the statement that it tells, its prompt with the subject filled in.
+        edits: a case by the statement that it edits, its prompt with the subject filled in.
         granted: the answers that any unedited fact of the chain may have after the edits, by its statement.
         chain: what is to follow.
-        usable: whether its edits can be told, see `mquake_cases`.
+        usable: whether its edits can be made, see `mquake_cases`.
     """
 
     edits: Mapping[str, Case]
@@ -86,13 +86,13 @@ def _choose(path: Path, records: list[_Record], count: int) -> list[_Record]:
     taken: list[_Record] = []
     targets: dict[str, str] = {}
     granted: dict[str, frozenset[str]] = {}
-    passed = {"contradict others": 0, "cannot be told": 0, "have more edits than are still wanted": 0}
+    passed = {"contradict others": 0, "cannot be edited": 0, "have more edits than are still wanted": 0}
     for record in records:
         if len(targets) >= count:
             break
         own = {statement: case.edit.target for statement, case in record.edits.items()}
         if not record.usable:
-            passed["cannot be told"] += 1
+            passed["cannot be edited"] += 1
         elif (
             any(targets.get(statement, target) != target for statement, target in own.items())
             or any(targets[s] not in answers for s, answers in record.granted.items() if s in targets)

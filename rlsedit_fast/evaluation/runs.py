@@ -36,7 +36,7 @@ class Job:
 
 
 def path_of(folder: Path, plan: Plan) -> Path:
-    """Where a run's results go, by what tells it apart from others; the file says the rest."""
+    """Where a run's results go; the name has what most often differs between runs, and the file has the rest."""
     order = f"-o{plan.order}" if plan.order else ""
     name = f"{plan.label}-{plan.stream}-n{plan.edits}-b{plan.config.batch_size}-s{plan.seed}{order}.json"
     return folder / name.replace("/", "_").replace(" ", "_")
@@ -53,7 +53,7 @@ def make(
     Args:
         jobs: in any number.
         processes: at most.
-        say: told what is going on.
+        say: called with a line of progress.
         show: bars on stderr: of each phase of a run, or, with several processes, of the runs.
     """
     todo = [job for job in jobs if not job.done]
@@ -88,10 +88,18 @@ def run_of(job: Job) -> dict[str, Any]:
 
 def value(result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None) -> float | None:
     """One figure of a run, at the end of what was made or after some edits; None where it is not there."""
+    found = row(result, metric, form, of=of, edits=edits)
+    return None if found is None else float(found["value"])
+
+
+def row(
+    result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None
+) -> dict[str, Any] | None:
+    """The row of a figure, see `value`."""
     at = result["made"] if edits is None else edits
-    for row in reversed(result["rows"]):  # a stream that breaks off behind a look is looked at again in its place
-        if (row["edits"], row["of"], row["metric"], row["form"]) == (at, of, metric, form):
-            return float(row["value"])
+    for found in reversed(result["rows"]):  # a stream that breaks off behind a look is looked at again in its place
+        if (found["edits"], found["metric"], found["form"]) == (at, metric, form) and found["of"] == of:
+            return dict(found)
     return None
 
 
@@ -102,7 +110,7 @@ def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
     return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {said} ({result['seconds_run']:.0f} s)"
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -125,7 +133,7 @@ def _make_one(job: Job, *, show: bool = False) -> dict[str, Any]:
     cases, superseded = _cases(job.spec, job.plan.stream, job.plan.edits, job.plan.seed, job.plan.order)
     ground, unedited = _ground(job.spec)
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, say=_tell, show=show)
+    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, say=_print, show=show)
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlsedit_fast.models.prefixes import Prefixed, reading, runner
+from rlsedit_fast.models.projections import input_device
 from rlsedit_fast.models.tokens import Row, encode_plain
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from rlsedit_fast.models.projections import Decoder
 
-_TOKENS_AT_ONCE = 1024  # of a batch, with padding: rows of like length fill it
+_TOKENS_AT_ONCE = 1024  # of a batch, with padding: rows of similar length fill it
+_CPU_TOKENS_AT_ONCE = 256  # on a CPU, whose caches hold what they compute; less of it is padding too
 _LOGITS_AT_ONCE = 2**25  # numbers of a batch, 128 MiB in float32
 _PASS = 64  # tokens that take as long as a pass costs beside its tokens, about
 
@@ -134,7 +136,8 @@ class _Batch:
 def _plan(model: PreTrainedModel, reads: Sequence[_Read]) -> tuple[Decoder, list[_Batch]]:
     """The batches that cost least: of whole reads, or of those whose beginnings are run once."""
     width = model.get_input_embeddings().get_parameter("weight").shape[0]
-    whole, cut = _batches(reads, width), _batches(_cut(reads), width)
+    most = min(_CPU_TOKENS_AT_ONCE, _TOKENS_AT_ONCE) if input_device(model).type == "cpu" else _TOKENS_AT_ONCE
+    whole, cut = _batches(reads, width, most), _batches(_cut(reads), width, most)
     if sum(batch.cost for batch in cut) < sum(batch.cost for batch in whole):
         decoder = runner(model, try_prefixes=True)
         if decoder.prefixed:
@@ -159,8 +162,10 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
     return next((at for at in range(shorter) if one[at] != other[at]), shorter)
 
 
-def _batches(reads: Sequence[_Read], width: int) -> list[_Batch]:
-    """Reads of one beginning together, and of like length, in batches of bounded tokens and logits."""
+def _batches(reads: Sequence[_Read], width: int, most: int) -> list[_Batch]:
+    """Reads of one beginning together, and of similar length, in batches of at most `most` tokens and of bounded logits
+    (`width` a place).
+    """
     longest: dict[tuple[int, ...], int] = defaultdict(int)
     for read in reads:
         longest[read.ids[: read.cut]] = max(longest[read.ids[: read.cut]], read.rest)
@@ -177,7 +182,7 @@ def _batches(reads: Sequence[_Read], width: int) -> list[_Batch]:
             heads = beginnings | {read.ids[: read.cut]} if read.cut else beginnings
             lead_then, rest_then, places_then = max(lead, read.cut), max(rest, read.rest), places + read.places
             tokens_then = len(heads) * lead_then + (len(part) + 1) * rest_then
-            if not part or (tokens_then <= _TOKENS_AT_ONCE and places_then * width <= _LOGITS_AT_ONCE):
+            if not part or (tokens_then <= most and places_then * width <= _LOGITS_AT_ONCE):
                 break
             made.append(_Batch(part, tokens))
             part, beginnings, lead, rest, places = [], set(), 0, 0, 0

@@ -19,7 +19,9 @@ from rlsedit_fast.models.tokens import Row, encode_plain, pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOGITS_AT_ONCE = 2**26  # numbers of a pass, 256 MiB in float32
+_LOGITS_AT_ONCE = 2**24  # numbers of a pass, 64 MiB in float32: on a CPU larger passes take longer a token
+TOKENS = 2000
+"""Of text that are probed, unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,16 @@ class Stability:
         kl: mean `KL(base || now)` of the next-token distributions at these tokens, nats.
         top: share of them at which the likeliest next token is the base model's.
         tokens: how many there are.
+        perplexity_error: standard error of the perplexity, from the differences between the texts; NaN for one text.
+        kl_error: standard error of the KL, likewise.
     """
 
     perplexity: float
     kl: float
     top: float
     tokens: int
+    perplexity_error: float
+    kl_error: float
 
 
 class TextProbe:
@@ -63,7 +69,7 @@ class TextProbe:
         tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[str],
         *,
-        tokens: int = 2000,
+        tokens: int = TOKENS,
         length: int = 128,
         progress: Progress | None = None,
     ) -> None:
@@ -96,18 +102,21 @@ class TextProbe:
         self, model: PreTrainedModel, base: Callable[[Tensor], Tensor], progress: Progress | None
     ) -> Stability:
         """The model's predictions, and those that `base` gives beside them."""
-        nll = kl = 0.0
-        same = count = 0
+        nll, kl, counts = list[float](), list[float](), list[int]()
+        same = 0
         for found, following in self._passes(model):
             before = base(found).to(found.device).float()
-            nll -= float(found.gather(1, following[:, None]).sum(dtype=torch.float64))
-            kl += float((before.exp() * (before - found)).sum(dtype=torch.float64))
+            nll.append(-float(found.gather(1, following[:, None]).sum(dtype=torch.float64)))
             same += int((before.argmax(1) == found.argmax(1)).sum())
-            count += len(following)
+            kl.append(float(before.exp().mul_(before.sub_(found)).sum(dtype=torch.float64)))
+            counts.append(len(following))
             if progress is not None:
-                progress(count, sum(len(row) - 1 for row in self._rows))
-        mean = nll / count
-        return Stability(math.exp(mean) if mean < 700 else math.inf, max(kl / count, 0.0), same / count, count)
+                progress(sum(counts), sum(len(row) - 1 for row in self._rows))
+        mean, error = _mean(nll, counts)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        mean_kl, kl_error = _mean(kl, counts)
+        count = sum(counts)
+        return Stability(perplexity, max(mean_kl, 0.0), same / count, count, perplexity * error, kl_error)
 
     def _passes(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each text in turn: log-probabilities `[t - 1, vocabulary]`, and the tokens that follow."""
@@ -120,3 +129,15 @@ class TextProbe:
                 for row, found in zip(part, logits, strict=True):
                     following = torch.tensor(row[1:], device=found.device)
                     yield found[: len(row) - 1].float().log_softmax(-1), following
+
+
+def _mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """The mean over tokens, by each text's sum and number of tokens, and its standard error over texts (the ratio
+    estimator's; NaN for one text).
+    """
+    total, texts = sum(counts), len(counts)
+    mean = sum(sums) / total
+    if texts < 2:
+        return mean, math.nan
+    squares = sum((one - mean * count) ** 2 for one, count in zip(sums, counts, strict=True))
+    return mean, math.sqrt(squares * texts / (texts - 1)) / total

@@ -31,7 +31,7 @@ from rlsedit_fast.evaluation.consistency import Likeness, consistency
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
 from rlsedit_fast.evaluation.metrics import Before, Judged, Known, Metric, Report, judge, score_before, summarize
 from rlsedit_fast.evaluation.phases import Phases
-from rlsedit_fast.evaluation.stability import Stability, TextProbe
+from rlsedit_fast.evaluation.stability import TOKENS, Stability, TextProbe
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, answer
 from rlsedit_fast.files import written_whole
 
@@ -42,7 +42,11 @@ FORMAT = 2
 """Of a result file; another one is not taken for a finished run."""
 
 ALONG = 150
-"""Most cases that are asked at a checkpoint, evenly spaced, of those told by then."""
+"""Most cases that are asked at a checkpoint, evenly spaced, of those edited by then."""
+
+TOKENS_PER_DIMENSION, MOST_TOKENS = 20, 100_000
+"""Tokens of anchor texts that are read, where their number is not given: so many for each dimension of the widest key,
+and at most so many in all."""
 
 _FLUENT = 24  # texts whose fluency is measured, and cases whose consistency is
 
@@ -58,8 +62,9 @@ class Ground:
         texts: running text on which perplexity and KL are measured; of a seed, and of the subjects that are edited.
         tasks: items by task; may be empty.
         likeness: of texts, where there are reference texts; consistency is measured with it.
-        tokens: of anchors that are texts, at most; None takes all.
-        made_of: names of its files and what else tells it from another one of its name; in results.
+        tokens: of anchors that are texts, at most; None is `TOKENS_PER_DIMENSION` for each dimension of the widest key,
+            at most `MOST_TOKENS`.
+        made_of: names of its files and what else distinguishes it from another one of its name; in results.
     """
 
     name: str
@@ -80,11 +85,13 @@ class Unedited:
         scores: of questions.
         tasks: results by task.
         statistics: the anchors that were given as texts, and their key statistics.
+        probe: the texts and the number of their tokens that are probed, and the probe.
     """
 
     scores: Before = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     statistics: tuple[Any, KeyStatistics] | None = None
+    probe: tuple[Sequence[str], int, TextProbe] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,8 @@ class Plan:
         judged: most cases that are asked at the end, evenly spaced; None asks all. Along the way it is `ALONG` of them.
         free: most cases whose prompts are answered freely at the end, evenly spaced. The standard error of a share is
             `0.5 / sqrt(free)` at most.
+        probed: tokens of text, at most, on which perplexity and KL are measured; their standard errors are among the
+            figures.
     """
 
     label: str
@@ -120,8 +129,9 @@ class Plan:
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
     free: int = 300
+    probed: int = TOKENS
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As a result file has it."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return found
@@ -142,8 +152,8 @@ def finished(path: Path, ground: str, plan: Plan, made_of: Mapping[str, Any] | N
         found = json.loads(path.read_text(encoding="utf-8"))
         if (found["format"], found["ground"], found.get("made_of", {})) != (FORMAT, ground, made_of or {}):
             return None
-        then, now = dict(found["plan"]), plan.told()
-        usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).told()
+        then, now = dict(found["plan"]), plan.as_json()
+        usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).as_json()
         same = _agree(then.pop("config"), now.pop("config"), usual["config"]) and _agree(then, now, usual)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -177,7 +187,7 @@ def run(
     Args:
         ground: what it runs on.
         plan: its settings; `edits` is the number of cases.
-        cases: in the order in which they are told.
+        cases: in the order in which they are edited.
         path: of the result file.
         superseded: cases whose targets later ones replace: they should no longer be said.
         unedited: what other runs of this ground have found out about its model; what is lacking is added.
@@ -199,9 +209,9 @@ def run(
     replaced = {id(case) for case in superseded}
     with phases("scores before", "prompt") as progress:
         before = score_before(model, tokenizer, cases, known=unedited.scores, progress=progress)
-    with phases("text", "token") as progress:
-        texts = ground.texts(plan.seed, {case.edit.subject for case in cases})
-        probe = TextProbe(model, tokenizer, texts, progress=progress)
+    probe = _probe(
+        model, tokenizer, ground.texts(plan.seed, {case.edit.subject for case in cases}), plan, unedited, phases
+    )
     look = _Look(model, tokenizer, probe, ground.tasks, before, phases)
     _enter_text(look.enter, 0, probe.unedited)
     for task in ground.tasks:
@@ -209,7 +219,7 @@ def run(
             unedited.tasks[task] = look.task(task)
         _enter_task(look.enter, 0, task, unedited.tasks[task])
     editor = Editor(model, tokenizer, config=plan.config)
-    _anchor(editor, ground, plan.seed, unedited, phases)
+    anchors = _anchor(editor, ground, plan.seed, unedited, phases)
     if plan.protected:
         editor.protect(_never_asked(cases), weight=plan.protected)
     weights = _weights(plan, len(cases))
@@ -220,13 +230,13 @@ def run(
     failed: dict[str, Any] | None = None
     with phases("edits", "edit") as progress:
         for start, stop in groups:
-            told = [
+            edits = [
                 replace(case.edit, weight=w) for case, w in zip(cases[start:stop], weights[start:stop], strict=True)
             ]
             clock = _Clock(cuda, partial(progress, total=len(cases)), start)
             look.anew()
             try:
-                records = editor.edit(told, on_batch=clock.lap)
+                records = editor.edit(edits, on_batch=clock.lap)
             except (UpdateError, PriorError) as error:
                 failed = {"after": made_count + clock.edits, "reason": str(error)}
                 say(f"{plan.label}: stopped after {failed['after']} edits: {error}")
@@ -272,8 +282,9 @@ def run(
         "format": FORMAT,
         "ground": ground.name,
         "made_of": dict(ground.made_of),
-        "plan": plan.told(),
+        "plan": plan.as_json(),
         **doctor.context(),
+        "anchors": None if anchors is None else {"tokens": anchors.tokens, "source": anchors.source},
         "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in editor.priors],
         "made": made_count,
         "failed": failed,
@@ -336,19 +347,40 @@ class _Look:
             _enter_task(self.enter, edits, name, self.task(name))
 
 
-def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phases: Phases) -> None:
+def _probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    plan: Plan,
+    unedited: Unedited,
+    phases: Phases,
+) -> TextProbe:
+    """The unedited model's predictions on texts; they are made once for all runs with these texts."""
+    if unedited.probe is None or unedited.probe[:2] != (texts, plan.probed):
+        with phases("text", "token") as progress:
+            made = TextProbe(model, tokenizer, texts, tokens=plan.probed, progress=progress)
+        unedited.probe = texts, plan.probed, made
+    return unedited.probe[2]
+
+
+def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phases: Phases) -> KeyStatistics | None:
     """Gives the editor the ground's anchors; of texts, the statistics are collected once for all runs."""
     anchors = ground.anchors(seed)
     if anchors is None:
-        return
+        return None
     if not isinstance(anchors, KeyStatistics):
         texts, found = unedited.statistics or (None, None)
         if found is None or texts is not anchors or not set(editor.layers) <= set(found.moments):
+            tokens = ground.tokens
+            if tokens is None:
+                width = max(projection.weight.shape[1] for projection in editor.projections)
+                tokens = min(TOKENS_PER_DIMENSION * width, MOST_TOKENS)
             with phases("key statistics", "token") as progress:
-                found = editor.statistics(GivenTexts(anchors), tokens=ground.tokens, progress=progress)
+                found = editor.statistics(GivenTexts(anchors), tokens=tokens, progress=progress)
             unedited.statistics = anchors, found
         anchors = found
     editor.anchor(anchors)
+    return anchors
 
 
 class _Clock:
@@ -386,7 +418,7 @@ def _spread(cases: Sequence[Case], most: int | None) -> list[Case]:
 
 
 def _briefly(case: Case) -> Case:
-    """What is asked of a case when it has just been told, and at the end again: enough for what it later forgets."""
+    """What is asked of a case right after its edit, and at the end again: enough for what is forgotten later."""
     return replace(
         case,
         paraphrases=case.paraphrases[:1],
@@ -431,32 +463,35 @@ def _enter_ages(
 
 def _enter_free(look: _Look, edits: int, cases: Sequence[Case]) -> None:
     """What the model says by itself to the edited prompts, to a paraphrase of each, and to multi-hop questions."""
-    free = (
-        ("efficacy", [(case.asked.prompt, case.edit.target) for case in cases]),
-        ("generalization", [(case.paraphrases[0].prompt, case.edit.target) for case in cases if case.paraphrases]),
-    )
-    for metric, pairs in free:
-        if pairs:
-            with look.phases("free answers", "prompt") as progress:
-                said = free_accuracy(look.model, look.tokenizer, pairs, progress=progress)
-            look.enter(edits, "all", metric, "free", sum(said) / len(said), len(said))
+    pairs = {
+        "efficacy": [(case.asked.prompt, case.edit.target) for case in cases],
+        "generalization": [(case.paraphrases[0].prompt, case.edit.target) for case in cases if case.paraphrases],
+    }
+    with look.phases("free answers", "prompt") as progress:
+        asked = [pair for some in pairs.values() for pair in some]
+        said = iter(free_accuracy(look.model, look.tokenizer, asked, known=look.known, progress=progress))
+    for metric, some in pairs.items():
+        if some:
+            look.enter(edits, "all", metric, "free", sum(next(said) for _ in some) / len(some), len(some))
     chains = [chain for case in cases for chain in case.multihop]
     if chains:
         with look.phases("free answers", "prompt") as progress:
-            followed = free_multihop(look.model, look.tokenizer, chains, progress=progress)
+            followed = free_multihop(look.model, look.tokenizer, chains, known=look.known, progress=progress)
         look.enter(edits, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
 
 
 def _enter_text(enter: Enter, edits: int, found: Stability) -> None:
     for name in ("perplexity", "kl", "top"):
         enter(edits, "text", name, "text", getattr(found, name), found.tokens)
+    for name, error in (("perplexity", found.perplexity_error), ("kl", found.kl_error)):
+        enter(edits, "text", name, "error", None if math.isnan(error) else error, found.tokens)
 
 
-def _enter_task(enter: Enter, edits: int, task: str, told: TaskResult) -> None:
-    enter(edits, "task", task, "accuracy", told.accuracy, told.items)
-    enter(edits, "task", task, "error", told.error, told.items)
-    enter(edits, "task", task, "cut", told.cut, told.items)
-    enter(edits, "task", task, "left out", told.left_out, told.items)
+def _enter_task(enter: Enter, edits: int, task: str, found: TaskResult) -> None:
+    enter(edits, "task", task, "accuracy", found.accuracy, found.items)
+    enter(edits, "task", task, "error", found.error, found.items)
+    enter(edits, "task", task, "cut", found.cut, found.items)
+    enter(edits, "task", task, "left out", found.left_out, found.items)
 
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,7 @@ def greedy(
     counts: Sequence[int],
     *,
     ends: Collection[int] = (),
+    enough: Callable[[int, list[int]], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues each row with the most likely token at every step.
@@ -111,6 +112,8 @@ def greedy(
         rows: token ids, at least one per row.
         counts: maximum number of new tokens per row.
         ends: tokens before which a continuation ends.
+        enough: called after each step with the index of a row and its new tokens; a batch ends when it returns True for
+            all of its rows, which may then have fewer tokens than `counts`.
         progress: called after each batch with the number of finished rows and the number of rows.
 
     Returns:
@@ -119,10 +122,15 @@ def greedy(
     generated: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
         for decoder, part in batches(model, [len(row) for row in rows], _ROWS_AT_ONCE):
-            made = _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part), ends)
-            for i, new in zip(part, made, strict=True):
-                wanted = new[: counts[i]]
-                generated[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+            for made in _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part)):
+                for i, new in zip(part, made, strict=True):
+                    wanted = new[: counts[i]]
+                    generated[i] = wanted[: next((at for at, token in enumerate(wanted) if token in ends), None)]
+                if all(
+                    len(generated[i]) < len(new) or (enough is not None and enough(i, generated[i]))
+                    for i, new in zip(part, made, strict=True)
+                ):
+                    break
             if progress is not None:
                 progress(len(generated), len(rows))
     return [generated[i] for i in range(len(rows))]
@@ -140,10 +148,10 @@ def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[t
     return [(decoder, group[at : at + most]) for group in groups for at in range(0, len(group), most)]
 
 
-def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends: Collection[int]) -> list[list[int]]:
-    """Returns the most likely `count` tokens after each row, or fewer if every row has ended."""
+def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int) -> Iterator[list[list[int]]]:
+    """Yields, after each of `count` steps, the most likely new tokens of each row so far."""
     ids, mask = pad_left(rows, decoder.device)
-    start, stops = ids.shape[1], torch.tensor(sorted(ends), dtype=torch.long, device=decoder.device)
+    start = ids.shape[1]
     every = torch.arange(len(rows), device=decoder.device)
     name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any]()
     for _ in range(count):
@@ -155,10 +163,7 @@ def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int, ends
             fed = read_off(out).argmax(-1, keepdim=True).to(ids.device)
         inputs = {name: cache_of(out)}
         ids, mask = torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1)
-        if bool(torch.isin(ids[:, start:], stops).any(1).all()):
-            break
-    new: list[list[int]] = ids[:, start:].tolist()
-    return new
+        yield ids[:, start:].tolist()
 
 
 def _cut(ids: list[int], scores: list[float], ends: Iterable[int]) -> Sample:

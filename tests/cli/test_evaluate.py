@@ -11,6 +11,8 @@ from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_ground
+from rlsedit_fast.evaluation.stability import TOKENS
+from rlsedit_fast.evaluation.stream import MOST_TOKENS, TOKENS_PER_DIMENSION
 
 
 def test_conflicting_stream_finishes_under_a_rule_without_undo(tmp_path):
@@ -107,7 +109,14 @@ def test_default_sample_sizes_are_in_the_result(tmp_path, capsys):
     (run,) = (tmp_path / "runs").glob("*.json")
     found = json.loads(run.read_text())
     assert (found["plan"]["free"], found["made_of"]["items"]) == (100, 100)
-    assert "edits: 100%" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "edits: 100%" in shown.err
+    assert "samples per run: 2 free answers (--free, standard error at most 0.35); 2000 tokens of text" in shown.out
+    assert "(--probed, perplexity " in shown.out
+    assert ", standard error " in shown.out
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", "--help"])
-    assert " ".join(capsys.readouterr().out.split()).count("default 100, standard error at most 0.05") == 2
+    explained = " ".join(capsys.readouterr().out.split())
+    assert explained.count("default 100, standard error at most 0.05") == 2
+    assert f"{TOKENS_PER_DIMENSION} for each dimension of the widest key, at most {MOST_TOKENS})" in explained
+    assert f"standard errors are in the results (default {TOKENS})" in explained

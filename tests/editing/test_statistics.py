@@ -91,6 +91,23 @@ def test_moments_are_the_mean_over_exactly_the_tokens_asked_for(model, tokenizer
         assert (found.moments[layer] - moment).abs().max() < 100 * 2**-24 * moment.diagonal().max()
 
 
+def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, file, monkeypatch):
+    widths, real = [], statistics.read_keys
+    monkeypatch.setattr(
+        statistics, "read_keys", lambda *given: widths.append(given[2]["input_ids"].numel()) or real(*given)
+    )
+    whole, passes = run(decoder, tokenizer, file), len(widths)
+    monkeypatch.setattr(statistics, "_CPU_FORWARD", 32)
+    widths.clear()
+    parts = run(decoder, tokenizer, file)
+    assert len(widths) > passes
+    assert max(widths) <= 32
+    assert parts.tokens == whole.tokens
+    for layer in LAYERS:
+        apart = (parts.moments[layer] - whole.moments[layer]).abs().max()
+        assert apart < 100 * 2**-24 * whole.moments[layer].diagonal().max()
+
+
 def test_less_text_than_asked_for_is_told(decoder, tokenizer, file, caplog):
     found = run(decoder, tokenizer, file, tokens=10_000)
     assert f"after {found.tokens} of the 10000 tokens" in caplog.text

@@ -8,14 +8,22 @@ import torch
 
 from rlsedit_fast.editing import Edit
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation import demo
+from rlsedit_fast.evaluation import demo, generation
 from rlsedit_fast.evaluation.answers import answers
-from rlsedit_fast.evaluation.cases import Case, Question, related_cases, told_twice, world_cases
+from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
-from rlsedit_fast.evaluation.generation import continuations, fluency, free_accuracy, n_gram_entropy, says
+from rlsedit_fast.evaluation.generation import (
+    _may_say,
+    continuations,
+    fluency,
+    free_accuracy,
+    free_multihop,
+    n_gram_entropy,
+    says,
+)
 from rlsedit_fast.evaluation.metrics import evaluate, harmonic_mean, judge, score_before, summarize
 from rlsedit_fast.evaluation.scoring import score
-from rlsedit_fast.evaluation.stability import TextProbe
+from rlsedit_fast.evaluation.stability import TextProbe, _mean
 from rlsedit_fast.evaluation.tasks import Item, answer, read_task
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
@@ -145,6 +153,70 @@ def test_free_answers_of_the_demo_model_agree_with_strict_ones_where_it_is_sure(
     assert not any(free_accuracy(model, tokenizer, wrong))
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "still_open"),
+    [
+        ("", "Lyon", True),
+        (" Ly", "Lyon", True),
+        ("\n", "Lyon", True),
+        (" Paris", "Lyon", False),
+        (" Lyon", "Lyon", True),
+        (" Lyon.", "Lyon", True),  # a digit may follow
+        (" Lyon.\n", "Lyon", True),
+        (" Lyon. It", "Lyon", False),
+        (" Lyonnais", "Lyon", False),
+        (" Lyon <|end", "Lyon", True),
+        (" Zür", "Zürich", True),
+        (" Z\ufffd", "Zürich", True),  # a part of a character
+        (" B\ufffd", "Zürich", False),
+    ],
+)
+def test_whether_an_answer_is_said_is_open_until_its_end_is_there(text, answer, still_open):
+    assert _may_say(text, answer) is still_open
+
+
+def test_free_answers_are_the_same_with_scores_that_decide_most_of_them(monkeypatch):
+    model, tokenizer = load_demo_model()
+    asked = []
+    for at, person in enumerate(World.generate().people[:20]):
+        relation, other = RELATIONS[at % 4], RELATIONS[(at + 1) % 4]
+        prompt = relation.phrasings[at % 3].format(person.name)
+        asked += [(prompt, person.facts[relation.name]), (prompt, person.facts[other.name]), (prompt, "Port")]
+    plain = free_accuracy(model, tokenizer, asked)
+    assert 10 < sum(plain) < 30
+    scores = dict(zip(asked, score(model, tokenizer, asked), strict=True))
+    rows, real = [], generation.greedy
+    monkeypatch.setattr(
+        generation,
+        "greedy",
+        lambda model, given, *rest, **more: rows.extend(given) or real(model, given, *rest, **more),
+    )
+    reported = []
+    known = free_accuracy(
+        model, tokenizer, asked, known=scores, progress=lambda done, total: reported.append((done, total))
+    )
+    assert known == plain
+    assert sum(plain) <= len(rows) < 40, "most of those that are wrong need no pass"
+    assert reported[-1] == (60, 60)
+    some = dict(list(scores.items())[::2])
+    assert free_accuracy(model, tokenizer, asked, known=some) == plain
+
+
+def test_multihop_answers_are_the_same_with_scores():
+    model, tokenizer = load_demo_model()
+    chains = []
+    for person in World.generate().people[:6]:
+        prompts = tuple(phrasing.format(person.name) for phrasing in RELATIONS[0].phrasings[:2])
+        answer = person.facts[RELATIONS[0].name]
+        chains += [MultiHop(prompts, "?", "nothing", (answer,)), MultiHop(prompts, "?", "nothing")]
+    plain = free_multihop(model, tokenizer, chains)
+    assert plain[1::2] == [False] * 6
+    assert sum(plain[::2]) >= 5
+    asked = [(prompt, answer) for chain in chains for prompt in chain.prompts for answer in chain.right]
+    scores = dict(zip(asked, score(model, tokenizer, asked), strict=True))
+    assert free_multihop(model, tokenizer, chains, known=scores) == plain
+
+
 def test_continuations_do_not_depend_on_their_company_and_leave_the_generators_alone():
     model, tokenizer = load_demo_model()
     names = [person.name for person in World.generate().people[:6]]
@@ -217,6 +289,27 @@ def test_perplexity_and_kl_by_hand(tokenizer):
     assert now.kl == pytest.approx(kl / 3, rel=2e-2)
     assert now.perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.2)) / 3), rel=1e-2)
     assert now.top == pytest.approx(1 / 3)
+
+
+def test_the_standard_error_over_texts_by_hand():
+    mean, error = _mean([2.0, 6.0, 4.0], [1, 2, 1])
+    assert mean == pytest.approx(3.0)  # residuals -1, 0, 1
+    assert error == pytest.approx(math.sqrt((1 + 0 + 1) * 3 / 2) / 4)
+    assert math.isnan(_mean([2.0], [1])[1])
+
+
+def test_errors_of_text_are_those_of_its_mean_over_texts(tokenizer):
+    start = tuple(tokenizer("")["input_ids"])
+    says = {start: {"Lado": 0.5, "Veta": 0.5}, "Lado": {"speaks": 0.5, "plays": 0.5}}
+    says["Veta"] = {"speaks": 0.125, "plays": 0.875}
+    texts = ["Lado speaks", "Veta speaks", "Lado speaks"]
+    found = TextProbe(Parrot(tokenizer, says), tokenizer, texts).unedited
+    tokens = [len(tokenizer(text)["input_ids"]) - 1 for text in texts]
+    nll = [math.log(4), math.log(16), math.log(4)] if start else [math.log(2), math.log(8), math.log(2)]
+    mean, error = _mean(nll, tokens)
+    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-2)
+    assert found.perplexity_error == pytest.approx(math.exp(mean) * error, rel=2e-2)
+    assert found.kl_error < 1e-2
 
 
 def test_a_probe_keeps_to_its_tokens_and_wants_text(tokenizer):
@@ -363,7 +456,7 @@ def test_zsre_cases(tmp_path):
 def test_streams_of_conflicts_and_of_related_facts():
     world = World.generate()
     first = world_cases(world, 20, 1)
-    again = told_twice(first, 1)
+    again = edited_twice(first, 1)
     by_subject = {case.edit.subject: case for case in first}
     assert len(again) == 20
     for case in again:

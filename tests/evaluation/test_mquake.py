@@ -161,7 +161,7 @@ def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, c
             (case,) = mquake_cases(path, 1, seed=seed)
         assert case.edit.subject == "Dudley", "the only record of one edit that can be told"
         told |= {line.getMessage() for line in caplog.records}
-    assert f"{path}: 1 records taken, passed over: 3 cannot be told, 1 have more edits than are still wanted" in told
+    assert f"{path}: 1 records taken, passed over: 3 cannot be edited, 1 have more edits than are still wanted" in told
     with pytest.raises(InputError, match="3 edits"):
         mquake_cases(path, 4)
     assert len(mquake_cases(path, 2, among=4)) == 2

@@ -54,7 +54,7 @@ def spy_on_tokens(model, monkeypatch):
 @pytest.mark.parametrize("at_once", [16, 100, 1024])
 def test_scores_are_those_of_passes_of_their_own(demo, monkeypatch, at_once):
     model, tokenizer = demo
-    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(scoring, "_CPU_TOKENS_AT_ONCE", at_once)
     monkeypatch.setattr(scoring, "_PASS", 0)
     asked = questions(3)
     for found, (prompt, answer) in zip(score(model, tokenizer, asked), asked, strict=True):
@@ -70,7 +70,7 @@ def test_what_rows_begin_with_is_run_once_where_it_is_long(demo, monkeypatch):
     expected = [by_hand(model, tokenizer, *pair) for pair in asked]
     rows = [encode_plain(tokenizer, *pair) for pair in asked]
     monkeypatch.setattr(scoring, "_PASS", 0)
-    batches = _batches(_cut([_Read(tuple(row.ids[:-1]), row.prompt_length - 1) for row in rows]), 8)
+    batches = _batches(_cut([_Read(tuple(row.ids[:-1]), row.prompt_length - 1) for row in rows]), 8, 1024)
     prompt = rows[0].prompt_length
     assert sum(batch.tokens for batch in batches) <= prompt + 4 * 4 < 2 * prompt
     seen = spy_on_tokens(model, monkeypatch)
@@ -95,10 +95,9 @@ def test_no_read_is_cut_behind_the_first_place_that_is_wanted():
 
 
 def test_batches_are_bounded_in_tokens_and_in_logits(monkeypatch):
-    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE", 50)
     monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 100)
     reads = [_Read(tuple(range(at, at + 1 + at % 20)), 0) for at in range(60)]
-    batches = _batches(reads, 5)
+    batches = _batches(reads, 5, 50)
     assert sorted(read.ids for batch in batches for read in batch.reads) == sorted(read.ids for read in reads)
     assert all(batch.tokens <= 50 for batch in batches)
     assert all(sum(read.places for read in batch.reads) <= 20 for batch in batches)
@@ -106,6 +105,6 @@ def test_batches_are_bounded_in_tokens_and_in_logits(monkeypatch):
 
 def test_progress_ends_at_all_rows(demo):
     model, tokenizer = demo
-    told = []
-    score(model, tokenizer, questions(2), progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (32, 32)
+    reported = []
+    score(model, tokenizer, questions(2), progress=lambda done, total: reported.append((done, total)))
+    assert reported[-1] == (32, 32)

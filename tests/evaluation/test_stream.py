@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     return jobs, dict(zip(jobs, results, strict=True))
 
 
-def test_a_run_tells_all_metrics_at_its_checkpoints_and_at_its_end(made):
+def test_a_run_has_all_metrics_at_its_checkpoints_and_at_its_end(made):
     _, results = made
     found = results["rls"]
     assert (found["made"], found["failed"], found["ground"]) == (20, None, "demo")
@@ -148,7 +148,7 @@ def test_a_file_that_is_damaged_is_not_a_finished_run(tmp_path):
     assert stream.finished(tmp_path / "missing.json", "demo", plan()) is None
 
 
-def test_of_facts_told_twice_the_later_target_is_said_and_the_first_one_is_not(made):
+def test_of_facts_edited_twice_the_later_target_is_said_and_the_first_one_is_not(made):
     _, results = made
     found = results["conflicts"]
     assert value(found, "efficacy", "strict") >= 0.8
@@ -289,8 +289,8 @@ def test_everybody_may_be_edited_and_there_is_text_all_the_same():
     assert len(grounds._demo_texts(1, people)) == 300
 
 
-def test_a_stream_that_tells_every_fact_twice_is_of_an_even_number():
-    with pytest.raises(InputError, match="edits=5: a conflicting stream tells every fact twice"):
+def test_a_stream_that_edits_every_fact_twice_is_of_an_even_number():
+    with pytest.raises(InputError, match="edits=5: a conflicting stream edits every fact twice"):
         make_cases(GroundSpec(), "conflicting", 5, 1)
 
 
@@ -318,7 +318,7 @@ def test_a_run_that_fails_lets_no_other_begin(monkeypatch, tmp_path):
     assert len(begun) < 4
 
 
-def test_a_model_that_cannot_be_put_where_it_is_wanted_is_told_in_words(monkeypatch):
+def test_a_model_that_cannot_be_put_where_it_is_wanted_is_reported_in_words(monkeypatch):
     from rlsedit_fast.models import loading
 
     class Refuses:
@@ -331,7 +331,7 @@ def test_a_model_that_cannot_be_put_where_it_is_wanted_is_told_in_words(monkeypa
         loading.load_model("somewhere", dtype="auto", device="cuda")
 
 
-def test_seconds_are_told_by_phase_and_add_up(made):
+def test_seconds_are_given_by_phase_and_add_up(made):
     _, results = made
     for found in results.values():
         seconds = found["seconds_by_phase"]
@@ -386,6 +386,35 @@ def test_what_is_known_of_the_unedited_model_is_found_out_once(made, monkeypatch
     assert (len(collected), len(answered)) == (1, 3), "tasks before any edit, and at both ends"
     assert known.statistics[1].tokens == 2000
     assert first["rows"] == second["rows"]
+
+
+def test_anchors_go_by_the_width_of_the_keys_where_their_number_is_not_given(monkeypatch, tmp_path):
+    texts = grounds.anchor_texts(grounds._world(), 1)
+    ground = replace(make_ground(GroundSpec()), anchors=lambda _seed: texts)
+    cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
+    monkeypatch.setattr(stream, "TOKENS_PER_DIMENSION", 2)
+    found = stream.run(ground, plan(edits=2, checkpoints=()), cases, tmp_path / "run.json")
+    model, _ = ground.load()
+    assert found["anchors"]["tokens"] == 2 * model.config.intermediate_size
+    monkeypatch.setattr(stream, "MOST_TOKENS", 300)
+    found = stream.run(ground, plan(edits=2, checkpoints=()), cases, tmp_path / "fewer.json")
+    assert found["anchors"]["tokens"] == 300
+
+
+def test_text_is_probed_to_the_given_number_of_tokens_once_for_all_runs(monkeypatch, tmp_path):
+    ground, known, made = make_ground(GroundSpec()), stream.Unedited(), []
+    real = stream.TextProbe
+    monkeypatch.setattr(stream, "TextProbe", lambda *given, **rest: made.append(1) or real(*given, **rest))
+    cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
+    results = [
+        stream.run(ground, plan(edits=2, checkpoints=(), probed=probed), cases, tmp_path / f"{at}.json", unedited=known)
+        for at, probed in enumerate((100, 100, 50))
+    ]
+    assert len(made) == 2
+    for found, probed in zip(results, (100, 100, 50), strict=True):
+        rows = {(row["metric"], row["form"]): row for row in found["rows"] if row["of"] == "text"}
+        assert rows["perplexity", "text"]["n"] == rows["kl", "error"]["n"] == probed
+        assert 0 < rows["perplexity", "error"]["value"] < rows["perplexity", "text"]["value"]
 
 
 def test_no_more_prompts_are_answered_freely_than_are_asked_for(tmp_path):

@@ -103,6 +103,14 @@ def test_greedy_is_argmax_whatever_the_generation_config(family, make_model):
     assert model.training
 
 
+def test_greedy_ends_when_all_rows_of_a_batch_have_enough(make_model):
+    model = make_model("llama")
+    rows = [[7, 30, 31], [9, 40, 41]]
+    plain = greedy(model, rows, [6, 6])
+    assert greedy(model, rows, [6, 6], enough=lambda i, new: len(new) > i) == [new[:2] for new in plain]
+    assert greedy(model, rows, [1, 6], enough=lambda i, new: len(new) > 2) == [plain[0][:1], plain[1][:3]]
+
+
 def test_greedy_ends_before_an_end_token(make_model):
     model = make_model("llama")
     rows = [[7, 30, 31], [9, 40]]
