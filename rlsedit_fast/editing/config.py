@@ -49,6 +49,7 @@ def _one_of(name: str, choices: Any) -> tuple[str, Callable[[Any], bool], str]:
     return name, lambda value: value in known, f"one of {', '.join(known)}"
 
 
+_LEAST_LAYERS = 7  # by default; fewer fill up with fewer edits (docs/benchmarks.md)
 _MOST = sys.float_info.max  # what is beyond it is an infinity, or a whole number of hundreds of digits
 _COUNT, _FROM_0, _ABOVE_0 = _whole(1), _number(lambda x: 0 <= x <= _MOST), _number(lambda x: 0 < x <= _MOST)
 
@@ -98,8 +99,8 @@ class EditConfig:
 
     Attributes:
         layers: blocks whose MLP output projection is edited; None takes the published ones for a
-            model whose shape is recognised (`presets`), for any other those from an eighth to a quarter of the depth
-            (4 to 8 of 32).
+            model whose shape is recognized (`presets`), for any other model the layers from an eighth to a quarter of
+            the depth, or the last seven up to a quarter if these are more (2 to 8 of 32).
         layer_module: dotted name of the model's list of blocks, where it is not recognised.
         projection_module: dotted name of the projection within a block, where it is not recognised.
         batch_size: edits written at once.
@@ -118,7 +119,7 @@ class EditConfig:
         refine: rounds of refinement. An edit whose target is not ranked first at every token of the bare prompt is
             searched again in the edited model, and its value is moved by the difference. Checked are the edits of a
             batch once it is written, all edits of a call of several batches at its end, and then as many earlier edits
-            as the call made, in rotation. Requires `rls` and stored keys. None is 1 where these are given, else 0.
+            as the call made, in rotation. Requires `rls` and stored keys. None is 2 where these are given, else 0.
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu
@@ -254,7 +255,7 @@ class EditConfig:
         """`refine`, or what None stands for."""
         if self.refine is not None:
             return self.refine
-        return 1 if self.rule == baselines.RECURSIVE and self.keys is not None else 0
+        return 2 if self.rule == baselines.RECURSIVE and self.keys is not None else 0
 
     def under(self, rule: str, **changes: Any) -> EditConfig:
         """These settings for a rule: other rules cannot share a value between edits of one subject."""
@@ -265,4 +266,6 @@ class EditConfig:
         """The blocks that are edited in a model of `depth` blocks."""
         if self.layers is not None:
             return self.layers
-        return tuple(range(depth // 8, depth // 4 + 1)) if depth >= 4 else (0,)
+        last = depth // 4
+        first = max(1, min(depth // 8, last - _LEAST_LAYERS + 1)) if depth >= 8 else 0
+        return tuple(range(first, last + 1))

@@ -389,6 +389,7 @@ class Editor:
                 # Later batches may have undone what earlier ones stated.
                 again = [record.id for record in made] if len(made) > self.config.batch_size else []
                 session.refine([*session.earlier(made[0].id, len(made)), *again])
+                session.update_ranks(again)
             except BaseException as error:
                 if session.progress.writes == before:
                     if fresh:

@@ -114,20 +114,22 @@ class Recorder:
     def revise(
         self,
         records: Sequence[EditRecord],
-        rows: Sequence[EditRows],
+        rows: Mapping[int, EditRows],
         progress: Progress,
         objective: Sequence[float],
         active: int,
     ) -> None:
         """Prepares new records and new values in the last layer of active edits."""
         about = {
-            "revised": [record.id for record in records],
+            "revised": list(rows),
             "rewritten": [record_text(record) for record in records],
-            "rows": [len(one) for one in rows],
+            "rows": [len(one) for one in rows.values()],
             **_progress(progress, objective, active),
         }
         halved = self._config.keys == "fp16"
-        tensors = tensors_of([replace(one, keys=(), values=one.values[-1:]) for one in rows], "", halved=halved)
+        tensors = tensors_of(
+            [replace(one, keys=(), values=one.values[-1:]) for one in rows.values()], "", halved=halved
+        )
         self._prepare([Change(REVISE, about, tensors)])
 
     def protect(self, rows: Sequence[EditRows], prompts: Sequence[str]) -> None:

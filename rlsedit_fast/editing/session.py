@@ -151,32 +151,42 @@ class EditSession:
             measured: whether their records were measured in the present model.
         """
         records = [one for one in self.ledger.get(ids) if one.state == "active" and one.search_rank == 1]
-        ids = [record.id for record in records]
+        ids, without_gain = [record.id for record in records], set[int]()
         for attempt in range(self._config.effective_refine if ids else 0):
             if measured and not attempt:
-                ids = [record.id for record in records if not record.success]
-            else:
+                short = [record.id for record in records if not record.success]
+            else:  # of all edits, since refining some of them affects the others
                 ranks = self._measure(self.ledger.requests(ids)).rank.tolist()
-                ids = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1]
-            if not ids:
+                short = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1 and i not in without_gain]
+            if not short:
                 return
-            logger.info("%d active edits are not stated by the model; searching them again", len(ids))
-            partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
-            again = sorted(partners.union(ids))
+            logger.info("%d active edits are not stated by the model; searching them again", len(short))
+            partners = {partner for record in self.ledger.get(short) for partner in record.joint_with}
+            again = sorted(partners.union(short))
             groups = self._finder.groups(self.ledger.requests(again))
-            helped = set[int]()
             for part in _packed(groups, self._config.batch_size):
                 try:
                     self._raise_values([again[at] for at in part])
-                    helped.update(again[at] for at in part)
                 except _NoGain:
-                    continue
+                    without_gain.update(again[at] for at in part)
                 except RLSEditError as error:  # the edits are made, and stay as they are
-                    logger.warning("%d edits are not stated and could not be refined: %s", len(ids), error)
+                    logger.warning("%d edits are not stated and could not be refined: %s", len(short), error)
                     return
-            ids = [i for i in ids if i in helped]
-            if not ids:
-                return
+
+    def update_ranks(self, ids: Sequence[int]) -> None:
+        """Measures active edits again and updates the records of those whose targets have another rank now."""
+        records = [record for record in self.ledger.get(ids) if record.state == "active"]
+        if not records:
+            return
+        now = self._measure(self.ledger.requests([record.id for record in records]))
+        changed = [
+            replace(record, nll=nll, rank=rank)
+            for record, nll, rank in zip(records, now.nll.tolist(), now.rank.tolist(), strict=True)
+            if rank != record.rank
+        ]
+        if changed:
+            with self._change("records were updated", "Lower batch_size") as ending:
+                self._revise(ending, changed, {})
 
     def earlier(self, than: int, most: int) -> list[int]:
         """Returns at most `most` active edits with ids below `than`, in rotation from call to call."""
@@ -210,13 +220,18 @@ class EditSession:
                 replace(record, nll=nll, rank=rank)
                 for record, nll, rank in zip(self.ledger.get(ids), after.nll.tolist(), after.rank.tolist(), strict=True)
             ]
-            progress = replace(self.progress, writes=self.progress.writes + 1)
-            objective = tuple(state.objective for state in self.layers.states)
-            active = len(self.ledger.active)
-            if self._recorder:
-                ending.before.append(partial(self._recorder.revise, records, rows, progress, objective, active))
-            ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
-            ending.after.append(partial(self.ledger.revise, records, dict(zip(ids, rows, strict=True))))
+            self._revise(ending, records, dict(zip(ids, rows, strict=True)))
+
+    def _revise(self, ending: _Ending, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
+        """Ends a change with new records of active edits, and with new rows of some of them."""
+        assert self.layers is not None
+        progress = replace(self.progress, writes=self.progress.writes + bool(rows))
+        objective = tuple(state.objective for state in self.layers.states)
+        active = len(self.ledger.active)
+        if self._recorder:
+            ending.before.append(partial(self._recorder.revise, records, rows, progress, objective, active))
+        ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
+        ending.after.append(partial(self.ledger.revise, records, rows))
 
     def _affected(
         self, requests: Sequence[Request], replaced: Sequence[int], left_out: Collection[int]

@@ -89,7 +89,7 @@ def test_settings_can_be_changed_and_unknown_names_are_refused():
 def test_generic_layers_go_with_the_depth():
     generic = preset("generic", batch_size=7)
     assert generic == rf.EditConfig(batch_size=7)
-    assert generic.layers_of(32) == (4, 5, 6, 7, 8)
+    assert generic.layers_of(32) == (2, 3, 4, 5, 6, 7, 8)
     assert generic.layers_of(80) == tuple(range(10, 21))
 
 

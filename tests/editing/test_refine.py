@@ -93,6 +93,17 @@ def test_a_later_call_refines_as_many_earlier_edits_as_it_makes(monkeypatch):
     assert [record.rank == 1 for record in records] == said(editor, EDITS[:10])
 
 
+def test_records_of_a_call_of_several_batches_are_measured_at_its_end(tmp_path):
+    batches = []
+    with make_editor(tmp_path, refine=0) as editor:
+        records = editor.edit(EDITS, on_batch=batches.extend)
+        assert [record.rank == 1 for record in records] == said(editor, EDITS)
+        assert [one.rank for one in batches] != [one.rank for one in records], "the second batch affects the first"
+    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+        assert opened.history() == records
+        assert_same(opened, editor)
+
+
 def test_earlier_edits_are_checked_in_rotation():
     editor = make_editor(refine=0)
     editor.edit(EDITS[:7])
