@@ -122,6 +122,7 @@ def greedy(
     generated: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
         for decoder, part in batches(model, [len(row) for row in rows], _ROWS_AT_ONCE):
+            generated |= {i: [] for i in part}
             for made in _continued(decoder, [rows[i] for i in part], max(counts[i] for i in part)):
                 for i, new in zip(part, made, strict=True):
                     wanted = new[: counts[i]]

@@ -111,6 +111,10 @@ def test_greedy_ends_when_all_rows_of_a_batch_have_enough(make_model):
     assert greedy(model, rows, [1, 6], enough=lambda i, new: len(new) > 2) == [plain[0][:1], plain[1][:3]]
 
 
+def test_greedy_without_new_tokens(make_model):
+    assert greedy(make_model("llama"), [[7, 30], [9]], [0, 0]) == [[], []]
+
+
 def test_greedy_ends_before_an_end_token(make_model):
     model = make_model("llama")
     rows = [[7, 30, 31], [9, 40]]
