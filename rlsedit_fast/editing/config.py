@@ -112,14 +112,14 @@ class EditConfig:
         norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
             values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
         key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
-            with its own key and weight `w / contexts`, so that the edit holds in every one of them; `mean` gives it one
-            row with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
+            with its own key and a part of its weight, so that the edit holds in each of them; `mean` gives it one row
+            with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
         bare_weight: share of an edit's weight that the row of its bare prompt has; the other contexts have equal parts
             of the rest.
         refine: rounds of refinement. An edit whose target is not ranked first at every token of the bare prompt is
             searched again in the edited model, and its value is moved by the difference. Checked are the edits of a
             batch once it is written, all edits of a call of several batches at its end, and then as many earlier edits
-            as the call made, in rotation. Requires `rls` and stored keys. None is 2 where these are given, else 0.
+            as the call made, drawn at random. Requires `rls` and stored keys. None is 2 where these are given, else 0.
         values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
             `gradient` a single step from one forward and backward pass, far faster and far less often enough.
         adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu

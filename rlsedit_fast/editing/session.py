@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -83,7 +83,6 @@ class EditSession:
         self._finder = Finder(context.site, context.config)
         self._pilot: tuple[list[Request], Values] | None = None
         self._recorder = recorder
-        self._checked = 0  # id of the earlier edit that was checked last
 
     def search_pilot(self, requests: Sequence[Request]) -> Values:
         """The values of a pilot in the unedited model; its edits are not searched again if they come first."""
@@ -189,12 +188,9 @@ class EditSession:
                 self._revise(ending, changed, {})
 
     def earlier(self, than: int, most: int) -> list[int]:
-        """Returns at most `most` active edits with ids below `than`, in rotation from call to call."""
+        """Draws at most `most` active edits with ids below `than`, ascending; the same ones for the same arguments."""
         ids = [i for i in self.ledger.active if i < than]
-        start = bisect_right(ids, self._checked)
-        chosen = [*ids[start:], *ids[:start]][:most]
-        self._checked = chosen[-1] if chosen else 0
-        return chosen
+        return sorted(Random(than).sample(ids, min(most, len(ids))))
 
     def _measure(self, requests: Sequence[Request]) -> Measured:
         """What the model says at requests now; how much of a change arrived is not asked."""

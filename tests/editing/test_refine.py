@@ -104,14 +104,17 @@ def test_records_of_a_call_of_several_batches_are_measured_at_its_end(tmp_path):
         assert_same(opened, editor)
 
 
-def test_earlier_edits_are_checked_in_rotation():
-    editor = make_editor(refine=0)
-    editor.edit(EDITS[:7])
-    editor.undo(3)
-    seen = [editor._session.earlier(8, 4) for _ in range(3)]
-    assert seen == [[1, 2, 4, 5], [6, 7, 1, 2], [4, 5, 6, 7]]
-    assert editor._session.earlier(5, 10) == [1, 2, 4]
-    assert editor._session.earlier(1, 10) == []
+def test_earlier_edits_to_check_are_drawn_alike_before_and_after_reopening(tmp_path):
+    with make_editor(tmp_path, refine=0) as editor:
+        editor.edit(EDITS[:7])
+        editor.undo(3)
+        drawn = [editor._session.earlier(than, 3) for than in range(1, 30)]
+    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+        assert [opened._session.earlier(than, 3) for than in range(1, 30)] == drawn
+        assert opened._session.earlier(5, 10) == [1, 2, 4]
+    assert drawn[0] == []
+    assert set().union(*drawn) == {1, 2, 4, 5, 6, 7}
+    assert all(len(ids) == 3 for ids in drawn[5:])
 
 
 def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
