@@ -78,7 +78,7 @@ def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
         config = EditConfig(**changes)
         return config.effective_key_rows, config.effective_refine
 
-    assert effective() == ("contexts", 1)
+    assert effective() == ("contexts", 2)
     assert effective(keys="fp16", refine=3) == ("contexts", 3)
     assert effective(keys=None) == ("contexts", 0)
     assert effective(key_rows="mean", refine=0) == ("mean", 0)

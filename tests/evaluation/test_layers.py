@@ -228,7 +228,7 @@ def test_the_command_prints_the_trials_and_writes_them(desk, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--layers", "0"], "leave out --layers"),
+        (["--layers", "0"], "omit --layers"),
         (["--count", "1000"], "built-in list"),
         (["--limit", "3"], "--limit"),
     ],

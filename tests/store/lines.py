@@ -3,7 +3,8 @@
     python lines.py FOLDER POINTS
 
 For each kind of change, a child process exits at POINTS random lines (0: at every line) of those that are executed. The
-store must then equal its state before or after the change. A batch with refinement consists of two changes.
+store must then equal its state before or after the change. A batch with refinement consists of three changes: the
+batch, the refinement of its edits, and the refinement of earlier edits.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ CHANGES = {
 WATCHED = ("/store/", "/recording.py", "/editor.py")
 
 
-def ended_at(line: int, model, tokenizer, store: Path, operation: tuple, refine: int) -> tuple[bool, int]:
+def ended_at(
+    line: int, model, tokenizer, store: Path, operation: tuple, refine: int, *, earlier: bool = True
+) -> tuple[bool, int]:
     """Applies a change in a child that exits at line number `line`; returns if it completed, and the line count."""
     inward, outward = os.pipe()
     child = os.fork()
@@ -64,6 +67,8 @@ def ended_at(line: int, model, tokenizer, store: Path, operation: tuple, refine:
                 make_editor(model, tokenizer, store)
             else:
                 editor = make_editor(model, tokenizer, store, refine=refine)
+                if not earlier:
+                    session.EditSession.earlier = lambda *_: []
                 sys.settrace(on_call)
                 perform(editor, operation)
             sys.settrace(None)
@@ -107,24 +112,24 @@ def main(folder: Path, points: int) -> dict[str, int]:
                 perform(editor, operation)
             before = digest(editor)
         shutil.copytree(base, work)
-        refine, between = int(kind == "refine"), before
-        if refine:
-            ended_at(0, model, tokenizer, work, operations[-1], 0)
-            between = state_of(fresh, tokenizer, work)
+        refine, between = int(kind == "refine"), set()
+        for rounds, earlier in ((0, False), (1, False)) if refine else ():
+            ended_at(0, model, tokenizer, work, operations[-1], rounds, earlier=earlier)
+            between.add(state_of(fresh, tokenizer, work))
             shutil.rmtree(work)
             shutil.copytree(base, work)
         whole, lines = ended_at(0, model, tokenizer, work, operations[-1], refine)
         assert whole
         after = state_of(fresh, tokenizer, work)
         assert (after == before) == (kind == "open")
-        assert (between in (before, after)) == (kind != "refine")
+        assert len({before, after, *between}) == (4 if kind == "refine" else 1 if kind == "open" else 2)
         for line in sorted(draw.sample(range(1, lines + 1), points)) if points else range(1, lines + 1):
             shutil.rmtree(work)
             shutil.copytree(base, work)
             whole, _ = ended_at(line, model, tokenizer, work, operations[-1], refine)
             assert not whole
             found = state_of(fresh, tokenizer, work)
-            assert found in (before, between, after), f"{kind}, line {line} of {lines}"
+            assert found in {before, after, *between}, f"{kind}, line {line} of {lines}"
             counts["ended"] += 1
             counts["present" if found == after else "absent"] += 1
             # The change can be applied again.
