@@ -117,13 +117,13 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
     duplicates.sort()
     contradictions.sort()
     if contradictions and conflicts == "error":
-        told = (
+        lines = (
             f"{places[first]} says {edits[first].target!r}, {places[second]} {edits[second].target!r}"
             for first, second in contradictions
         )
         raise RequestError(
             f"{len(contradictions)} of {len(edits)} edits contradict another one with the same prompt; nothing was "
-            "modified:\n" + "\n".join(listed(told)),
+            "modified:\n" + "\n".join(listed(lines)),
             hint="remove one of each pair, or pass --conflicts later or first (Python: conflicts='later')",
         )
     gone = {index for index, _ in duplicates}

@@ -145,8 +145,8 @@ class Ledger:
             chosen = sorted(chosen)[-last:]  # ids count up with time
         if not chosen:
             given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
-            told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-            raise InputError(f"{told}: no active edit matches; nothing was modified", hint=_HISTORY)
+            criteria = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+            raise InputError(f"{criteria}: no active edit matches; nothing was modified", hint=_HISTORY)
         return chosen
 
     def edit(self, identity: int) -> Edit:

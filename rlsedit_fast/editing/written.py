@@ -63,11 +63,11 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
         return stored
     first = config_of(about["given"])
     if changed := [name for name in FIXED if getattr(given, name) != getattr(first, name)]:
-        told = "; ".join(
+        differences = "; ".join(
             f"{name}={getattr(given, name)!r}, the store's is {getattr(first, name)!r}" for name in changed
         )
         raise InputError(
-            f"{told}: these settings are fixed for all edits of a store; nothing was modified",
+            f"{differences}: these settings are fixed for all edits of a store; nothing was modified",
             hint="omit --config and the options of settings to use those of the store (Python: config=None), or create "
             "another store",
         )

@@ -61,7 +61,7 @@ class Case:
         same_subject: other facts of the subject, under phrasings that the KL term does not look at.
         rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
             not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
-        multihop: what is to follow from this edit and from others, all of them made by the time this one is.
+        multihop: questions whose answers follow from this edit and from others, all applied by then.
         generation: beginnings of texts about the subject, which the model is to continue.
         references: texts about other subjects which have the new answer.
         spare: more of the neighbours' questions (or of the rebuilt ones), which are never asked: what an editor may be

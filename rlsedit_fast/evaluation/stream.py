@@ -45,8 +45,7 @@ ALONG = 150
 """Most cases that are asked at a checkpoint, evenly spaced, of those edited by then."""
 
 TOKENS_PER_DIMENSION, MOST_TOKENS = 20, 100_000
-"""Tokens of anchor texts that are read, where their number is not given: so many for each dimension of the widest key,
-and at most so many in all."""
+"""Default number of anchor tokens: this many per dimension of the widest key, and at most `MOST_TOKENS`."""
 
 _FLUENT = 24  # texts whose fluency is measured, and cases whose consistency is
 

@@ -1,4 +1,4 @@
-"""What editing takes is told beforehand, and a lack of it changes nothing."""
+"""The memory of editing is estimated in advance, and insufficient memory leaves everything unmodified."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     layers = [SimpleNamespace(layer=layer, name="down_proj", weight=weight) for layer in range(4, 9)]
     defaults = rf.EditConfig()
     plan = memory.plan(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
-    told = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
-    told += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
-    assert told == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"
+    sizes = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
+    sizes += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
+    assert sizes == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"
 
 
 def test_sizes_are_told_in_units_a_person_reads():

@@ -144,8 +144,8 @@ def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(w
 
 
 def test_an_alias_of_what_is_told_contradicts_nothing(write):
-    told = rewrite("{} is employed by", "Triple H", "World Wrestling Federation", "AEW")
-    path = write(record(0, [CITIZEN], kept=[EMPLOYED]), record(1, [told]))
+    renamed = rewrite("{} is employed by", "Triple H", "World Wrestling Federation", "AEW")
+    path = write(record(0, [CITIZEN], kept=[EMPLOYED]), record(1, [renamed]))
     assert len(mquake_cases(path, 2)) == 2
 
 
@@ -154,14 +154,16 @@ def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, c
     nowhere = record(1, [rewrite("Ann speaks", "Ann", "Greek", "French")])
     twice = record(2, [CITIZEN, rewrite("{} is a citizen of", "Vince", "Chad", "America")])
     path = write(same, nowhere, twice, record(3, [CITIZEN, CAPITAL]), record(4, [SPORT]))
-    told = set()
+    logged = set()
     for seed in range(12):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             (case,) = mquake_cases(path, 1, seed=seed)
-        assert case.edit.subject == "Dudley", "the only record of one edit that can be told"
-        told |= {line.getMessage() for line in caplog.records}
-    assert f"{path}: 1 records taken, passed over: 3 cannot be edited, 1 have more edits than are still wanted" in told
+        assert case.edit.subject == "Dudley", "the only record of one edit that can be applied"
+        logged |= {line.getMessage() for line in caplog.records}
+    assert (
+        f"{path}: 1 records taken, passed over: 3 cannot be edited, 1 have more edits than are still wanted" in logged
+    )
     with pytest.raises(InputError, match="3 edits"):
         mquake_cases(path, 4)
     assert len(mquake_cases(path, 2, among=4)) == 2

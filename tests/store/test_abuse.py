@@ -344,7 +344,7 @@ def test_one_writer_at_a_time_and_the_lock_holder_is_named(tiny, tokenizer, tmp_
         editor.edit(make_edits(2, start=4))
 
 
-@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it or a newer one$"), (1, "wrote it$")])
+@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it or a newer one$"), (2, "wrote it$"), (1, "wrote it$")])
 def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advice):
     place, _ = used
     base = sqlite3.connect(place / "journal.db")
@@ -352,7 +352,7 @@ def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advi
     base.close()
     model = tiny()
     for open_it in (lambda: rf.Editor.open(place, model, tokenizer), lambda: read_history(place)):
-        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 2.*{advice}"):
+        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 3.*{advice}"):
             open_it()
     assert_same_weights(model, tiny())
 
