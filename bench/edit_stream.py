@@ -21,7 +21,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
@@ -51,7 +50,7 @@ WATCHED = (
     (layers, "amplify_values", "solve"),
     (session, "measure", "measure"),
 )
-DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search_steps=25)
+DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search={"steps": 25})
 """Settings of the random models: five layers, default contexts, KL prompt and stopping rule."""
 
 
@@ -114,10 +113,10 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, EditConfig]:
     """Returns model, tokenizer and settings."""
     if options.model == "demo":
         model, tokenizer = load_demo_model()
-        return model.to(options.device), tokenizer, replace(CONFIG, batch_size=options.batch_size)
-    config = replace(DEEP, batch_size=options.batch_size, search_memory=options.search_memory)
+        return model.to(options.device), tokenizer, CONFIG.replace(batch_size=options.batch_size)
+    config = DEEP.replace(batch_size=options.batch_size, search={"memory": options.search_memory})
     if options.model == "random":
-        config = replace(config, layers=(1, 2, 3))
+        config = config.replace(layers=(1, 2, 3))
     return random_llama(options.model, options.device), build_tokenizer(), config
 
 
@@ -182,12 +181,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "not_converged": short,
         "mean_steps": statistics.mean(record.search_steps for record in editor.history()),
         "memory_cap": options.memory_cap,
-        "prefixed": editor._context.site.decoder.prefixed,
+        "prefixed": editor.context.site.decoder.prefixed,
         "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled() if cuda else None,
-        "state_bytes": sum(layer.state for layer in editor.memory()),
+        "state_bytes": sum(layer.state for layer in editor.context.memory()),
         **memory,
         "batches": rows,
-        "config": asdict(editor.config),
+        "config": editor.config.to_dict(),
     }
 
 

@@ -12,7 +12,7 @@ anchors.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,18 @@ TOPICS = (
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "the prompt alone": {"context_prefixes": ("",)},
-    "3 topics": {"context_prefixes": TOPICS[:3]},
-    "6 topics": {"context_prefixes": TOPICS[:6]},
-    "10 topics": {"context_prefixes": TOPICS},
-    "10 sampled prefixes": {"context_prefixes": ("",), "context_samples": 10},
-    "search to 0.02": {"search_stop_nll": 0.02},
-    "search to 0.01": {"search_stop_nll": 0.01},
-    "search to 0.01, clamp 1.5": {"search_stop_nll": 0.01, "clamp": 1.5},
-    "no KL term": {"kl_factor": 0.0},
+    "the prompt alone": {"contexts": {"prefixes": ("",)}},
+    "3 topics": {"contexts": {"prefixes": TOPICS[:3]}},
+    "6 topics": {"contexts": {"prefixes": TOPICS[:6]}},
+    "10 topics": {"contexts": {"prefixes": TOPICS}},
+    "10 sampled prefixes": {"contexts": {"prefixes": ("",), "samples": 10}},
+    "search to 0.02": {"search": {"stop_nll": 0.02}},
+    "search to 0.01": {"search": {"stop_nll": 0.01}},
+    "search to 0.01, clamp 1.5": {"search": {"stop_nll": 0.01, "clamp": 1.5}},
+    "no KL term": {"search": {"kl_prompts": ()}},
     "at the last token": {"fact_token": "last"},
-    "adherence 0.99": {"adherence": 0.99},
-    "mean keys": {"key_rows": "mean"},
+    "adherence 0.99": {"prior": {"adherence": 0.99}},
+    "mean keys": {"contexts": {"rows": "mean"}},
 }
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     first = None
     for name in options.settings:
         try:
-            trial = trials.run(replace(config, **SETTINGS[name]))
+            trial = trials.run(config.replace(**SETTINGS[name]))
         except RLSEditError as error:
             print(f"{name}: {error}", flush=True)
             continue

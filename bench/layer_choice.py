@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def main() -> None:
         trials.collect_for({layer for group in groups for layer in group})
         for group in groups:
             try:
-                trials_done.append(trials.run(replace(config, layers=group)))
+                trials_done.append(trials.run(config.replace(layers=group)))
                 print(describe(trials_done[-1]), flush=True)
             except RLSEditError as error:
                 print(f"{group}: {error}", flush=True)
@@ -198,7 +198,7 @@ def main() -> None:
     if trials.divisible(singles[0]):
         near = max(trials_done, key=lambda trial: trial.score).layers[-1]
         named = [tuple(range(int(a), int(b) + 1)) for a, _, b in (group.partition("-") for group in options.groups)]
-        run([config.layers_of(depth), *windows(near, depth, options.widths), *named])
+        run([config.layers_for(depth), *windows(near, depth, options.widths), *named])
     best = max(trials_done, key=lambda trial: trial.score)
     rows = []
     for trial in trials_done:

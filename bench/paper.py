@@ -23,11 +23,11 @@ from report import write
 from report_runs import taken
 
 from rlsedit_fast.editing import EditConfig, Editor
-from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground
 from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of
 from rlsedit_fast.evaluation.stream import Plan
+from rlsedit_fast.statistics.sources import GivenTexts
 
 HERE = Path(__file__).resolve().parent
 TUNING_SEED = 0
@@ -39,7 +39,7 @@ BRIEF: dict[str, Any] = {"checkpoints": (), "judged": 200}
 ALONG: dict[str, Any] = {"checkpoints": (0.5, 1.0), "judged": JUDGED}
 """Settings of runs that are reported by age of the edits and along the stream."""
 
-BASE = replace(CONFIG, batch_size=10)
+BASE = CONFIG.replace(batch_size=10)
 """Demo settings; `same_subject="joint"`, only supported by the recursive rule, has no effect on different subjects."""
 
 
@@ -59,7 +59,7 @@ class Contender:
 def _under(base: EditConfig, changes: Mapping[str, Any]) -> EditConfig:
     """Applies the changes to the base settings, with the recursive rule unless the changes contain another rule."""
     rest = {name: value for name, value in changes.items() if name != "rule"}
-    return base.under(changes.get("rule", base.rule), **rest)
+    return base.for_rule(changes.get("rule", base.rule), **rest)
 
 
 def _grid(
@@ -75,7 +75,7 @@ def _grid(
     return made
 
 
-MOMENT: dict[str, Sequence[Any]] = {"lam": (0.0,), "adherence": (0.95, 0.975, 0.99)}
+MOMENT: dict[str, Sequence[Any]] = {"prior": [{"lam": 0.0, "adherence": a} for a in (0.95, 0.975, 0.99)]}
 """Grid of rules with a moment weight; contains the adherence of the recursive rule and the default of `EditConfig`."""
 
 GRIDS: dict[str, list[dict]] = {
@@ -157,7 +157,7 @@ def sweep(out: Path, prior: Mapping[str, float], edits: int, seed: int) -> Itera
     for kind, factors in FACTORS.items():
         for of_mu, of_lam in itertools.product(factors, factors):
             if 1.0 in (of_mu, of_lam):
-                chosen = {"mu": prior["mu"] * of_mu, "lam": prior["lam"] * of_lam}
+                chosen = {"prior": {"mu": prior["mu"] * of_mu, "lam": prior["lam"] * of_lam}}
                 contender = Contender(f"rls mu x{of_mu:g} lam x{of_lam:g}", chosen)
                 yield _job(out / "sweep", contender, edits, seed, kind=kind, **BRIEF)
 
@@ -204,7 +204,7 @@ def _job(
         edits=edits,
         seed=seed,
         order=order,
-        config=replace(contender.config(base), batch_size=batch_size),
+        config=contender.config(base).replace(batch_size=batch_size),
         forgetting=contender.forgetting,
         protected=contender.protected,
         **more,
@@ -241,9 +241,11 @@ def model(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         among=options.among,
     )
-    base = EditConfig(layers=options.layers and tuple(options.layers), batch_size=options.batch_size, search_ahead=100)
+    base = EditConfig(
+        layers=options.layers and tuple(options.layers), batch_size=options.batch_size, search={"ahead": 100}
+    )
     if options.clamp is not None:
-        base = replace(base, clamp=options.clamp)
+        base = base.replace(search={"clamp": options.clamp})
     out = options.out or HERE / "results" / "paper" / spec.name
     if spec.statistics is None:
         spec = _with_statistics(spec, base, out)

@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsedit_fast.editing.cache import folder
+from rlsedit_fast.statistics.cache import cache_folder
 
 MANIFEST = "real_model.json"
 BUILD = 1  # increment to rebuild existing checkpoints
@@ -112,7 +112,7 @@ def checkpoint(name: str, directory: str | Path | None = None, *, force: bool = 
     if name not in SOURCES:
         raise ValueError(f"unknown model {name!r}; expected one of {', '.join(SOURCES)}")
     source = SOURCES[name]
-    root = folder() / "models" if directory is None else Path(directory)
+    root = cache_folder() / "models" if directory is None else Path(directory)
     target = root / name
     if not force and _complete(target, source):
         return target

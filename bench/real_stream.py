@@ -28,8 +28,8 @@ from recording import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.statistics.sources import GivenTexts
 
 ANCHOR_TOKENS = 50_000
 WINDOW = 512
@@ -173,7 +173,7 @@ def main() -> None:
             edits=options.edits,
             layers=list(editor.layers),
             settings=changes,
-            adherence=editor.config.adherence,
+            adherence=editor.config.prior.adherence,
             batch_size=options.batch_size,
             threads=torch.get_num_threads(),
             mu=[prior.mu for prior in editor.priors],

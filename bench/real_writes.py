@@ -24,11 +24,11 @@ from recording import add_json, record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.finding import Finder
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.sources import GivenTexts
+from rlsedit_fast.editing.value_search import ValueFinder
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.statistics.sources import GivenTexts
 
 WINDOWS, WINDOW = 6, 256
 
@@ -70,14 +70,14 @@ def main() -> None:
     originals = {name: weight.clone() for name, weight in model.state_dict().items()}
     statistics: dict[tuple[int, ...], Any] = {}
     values: dict[tuple[int, ...], Any] = {}
-    search = Finder.find
+    search = ValueFinder.find
 
-    def found(finder: Finder, requests: Any, progress: Any) -> Any:
+    def found(finder: ValueFinder, requests: Any) -> Any:
         """Returns the values of the first search with the current hidden states."""
         site = finder._site
         key = (site.projection.layer, len(requests))
         if key not in values:
-            values[key] = search(finder, requests, progress)
+            values[key] = search(finder, requests)
         _, start = request_keys(site.decoder, [site.projection], requests, output_of=site.module)
         return replace(values[key], start=start)
 
@@ -86,7 +86,7 @@ def main() -> None:
         config = eval(f"dict({setting})", {})
         for name, weight in model.state_dict().items():
             weight.copy_(originals[name])
-        with mock.patch.object(Finder, "find", found):
+        with mock.patch.object(ValueFinder, "find", found):
             editor = rf.Editor(
                 model, tokenizer, config=rf.EditConfig(**{"batch_size": options.edits, "refine": 0} | config)
             )

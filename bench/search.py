@@ -10,7 +10,6 @@ above the edited layer, so that it does not depend on machine load.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 from recording import add_json, record
@@ -23,18 +22,16 @@ from rlsedit_fast.world import World, load_demo_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "constrained (default)": {},
-    "constrained 0.06": {"search_rate": 0.06},
-    "constrained 0.18": {"search_rate": 0.18},
-    "constrained, batch by batch": {"search_ahead": None},
-    "constrained, no KL term": {"kl_factor": 0.0},
-    "constrained, KL at '{} is a' only": {"kl_prompts": ("{} is a",)},
-    "normalized 0.06": {"search_descent": "normalized", "search_rate": 0.06, "search_stop_nll": 0.03},
-    "normalized 0.09": {"search_descent": "normalized", "search_stop_nll": 0.03},
-    "normalized 0.18": {"search_descent": "normalized", "search_rate": 0.18, "search_stop_nll": 0.03},
-    "adam 0.1": {"search_descent": "adam", "search_rate": 0.1, "search_steps": 100, "search_stop_nll": 0.03},
-    "adam 0.3": {"search_descent": "adam", "search_rate": 0.3, "search_steps": 100, "search_stop_nll": 0.03},
-    "gradient": {"values": "gradient"},
-    "gradient 0.3": {"values": "gradient", "search_rate": 0.3},
+    "constrained 0.06": {"search": {"learning_rate": 0.06}},
+    "constrained 0.18": {"search": {"learning_rate": 0.18}},
+    "constrained, batch by batch": {"search": {"ahead": None}},
+    "constrained, no KL term": {"search": {"kl_prompts": ()}},
+    "constrained, KL at '{} is a' only": {"search": {"kl_prompts": ("{} is a",)}},
+    "normalized 0.06": {"search": {"optimizer": "normalized", "learning_rate": 0.06, "stop_nll": 0.03}},
+    "normalized 0.09": {"search": {"optimizer": "normalized", "stop_nll": 0.03}},
+    "normalized 0.18": {"search": {"optimizer": "normalized", "learning_rate": 0.18, "stop_nll": 0.03}},
+    "adam 0.1": {"search": {"optimizer": "adam", "learning_rate": 0.1, "steps": 100, "stop_nll": 0.03}},
+    "adam 0.3": {"search": {"optimizer": "adam", "learning_rate": 0.3, "steps": 100, "stop_nll": 0.03}},
 }
 
 
@@ -43,7 +40,7 @@ def measure(name: str, changes: dict[str, Any], edits: int, batch_size: int, see
     world = World.generate()
     cases = world_cases(world, edits, seed)
     before = score_before(model, tokenizer, cases)
-    editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=batch_size, **changes))
+    editor = Editor(model, tokenizer, config=CONFIG.replace(batch_size=batch_size, **changes))
     editor.anchor(anchor_texts(world, seed))
     records = editor.edit([case.edit for case in cases])
     report = evaluate(model, tokenizer, cases, before)

@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
 from rlsedit_fast.editing import finding, inspection, layers
-from rlsedit_fast.editing.recording import Recorder
-from rlsedit_fast.editing.values import Values
+from rlsedit_fast.editing.persistence import Recorder
+from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.metrics import evaluate, score_before
@@ -64,7 +63,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
     editors = []
     for store in (None, place):
         model, tokenizer = load_demo_model()
-        editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=batch_size), store=store)
+        editor = Editor(model, tokenizer, config=CONFIG.replace(batch_size=batch_size), store=store)
         editor.anchor(anchor_texts(World.generate(), 0))
         editor.calibrate(edits[:100])
         editors.append(editor)
@@ -139,8 +138,13 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         mock.patch.object(finding, "search_within_memory", random_values),
     ):
         model, tokenizer = wide_model()
-        settings: dict[str, Any] = {"layers": (0,), "context_prefixes": ("",), "lam": 30.0, "refine": 0}
-        config = EditConfig(**settings, batch_size=batch_size, keys=keys)
+        settings: dict[str, Any] = {
+            "layers": (0,),
+            "contexts": {"prefixes": ("",)},
+            "prior": {"lam": 30.0},
+            "refine": 0,
+        }
+        config = EditConfig(batch_size=batch_size, stored_rows=keys, **settings)
         worst, most = place / "worst", -1
         editor = Editor(model, tokenizer, config=config, store=place / "store")
         began = time.perf_counter()
@@ -173,11 +177,11 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
         "d_k": D_K,
         "d_v": D_V,
         "making_seconds": making,
-        **found,
         "changes_replayed_worst": replayed,
         "same_weights": same,
         "sizes": sizes,
         "bytes_per_edit": per_edit,
+        **found,
     }
 
 
@@ -187,7 +191,7 @@ def rounding_cost(count: int, keys: Any) -> dict[str, Any]:
     cases = world_cases(world, count, 0)
     model, tokenizer = load_demo_model()
     before = score_before(model, tokenizer, cases)
-    editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=100, keys=keys))
+    editor = Editor(model, tokenizer, config=CONFIG.replace(batch_size=100, stored_rows=keys))
     editor.anchor(anchor_texts(world, 0))
     records = editor.edit([case.edit for case in cases])
     report = evaluate(model, tokenizer, cases, before)

@@ -5,15 +5,12 @@ pytest bench/test_editing.py --benchmark-only --benchmark-autosave
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from values import one_by_one
 
-from rlsedit_fast.editing.gradient import GradientScale, gradient_values
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.editing.value_search import search_values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.models.passes import quiet
@@ -42,27 +39,20 @@ def requests():
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_search(benchmark, site, requests, count):
-    found = benchmark(search_values, site, requests[:count], CONFIG)
+    found = benchmark(search_values, site, requests[:count], CONFIG.search)
     assert bool(found.converged.all())
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_search_as_published(benchmark, site, requests, count):
-    published = replace(CONFIG, search_descent="adam", search_steps=25, search_stop="loss")
-    found = benchmark(search_values, site, requests[:count], published)
+    published = CONFIG.replace(search={"optimizer": "adam", "steps": 25, "stop": "loss"})
+    found = benchmark(search_values, site, requests[:count], published.search)
     assert bool(found.nll.isfinite().all())
 
 
 def test_one_request_through_the_whole_model(benchmark, site, requests):
-    config = replace(CONFIG, search_descent="normalized", search_steps=25)
+    config = CONFIG.replace(search={"optimizer": "normalized", "steps": 25})
     assert bool(benchmark(one_by_one, site.decoder, requests[0], config).isfinite().all())
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_gradient_values(benchmark, site, requests, count):
-    groups = [[i] for i in range(count)]
-    found, _, _ = benchmark(gradient_values, site, requests[:count], CONFIG, groups, count, GradientScale())
-    assert len(found.delta) == count
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -11,7 +11,7 @@ All `_s` are seconds per request. `one_by_one_s` and `equal_steps_s` use all ste
 edit, which stops each request once the model generates its target (`rank_stop_s` in `results/values-cpu.json`, which is
 older than this name). `one_by_one_stop_s` is one request at a time with the same stopping rule, since the published
 rule rarely applies. One request at a time is measured on some requests of each batch (`alone`); `max_delta_error` is
-the largest ||ours - one by one|| / ||one by one|| of these at equal steps. `gradient_s` is `values="gradient"`.
+the largest ||ours - one by one|| / ||one by one|| of these at equal steps.
 `key_pass_s` is one forward pass for all keys of the batch, `step_s` one additional step of the search at equal steps.
 `peak_mib` is the peak memory of a contender: on CUDA from the allocator, on a CPU the growth of the process in a
 separate run. In the random model, clamp and stopping rule are loose, and targets of two tokens often do not converge,
@@ -30,7 +30,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,10 @@ from recording import add_json, record
 from torch import Tensor
 
 from rlsedit_fast.editing import EditConfig
-from rlsedit_fast.editing.config import DEFAULT_RATE
-from rlsedit_fast.editing.descent import NormalizedDescent, Slope
-from rlsedit_fast.editing.gradient import GradientScale, gradient_values
 from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.optimizers import Gradients, NormalizedOptimizer
 from rlsedit_fast.editing.requests import Request, prepare
-from rlsedit_fast.editing.values import Values, search_values
+from rlsedit_fast.editing.value_search import Values, search_values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
@@ -58,7 +56,7 @@ from rlsedit_fast.world.tokens import build_tokenizer
 
 SEED = 0
 SHOWN = (
-    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "nll_stop_s", "gradient_s"),
+    *("model", "fact_token", "requests", "one_by_one_s", "equal_steps_s", "nll_stop_s"),
     *("equal_steps_ratio", "nll_stop_ratio", "same_stop_ratio", "converging_ratio", "max_delta_error", "converged"),
     *("mean_steps_to_stop", "key_pass_over_step", "peak_mib"),
 )
@@ -78,14 +76,16 @@ class Task:
 def tasks(device: str) -> list[Task]:
     """Returns the tasks; random models are edited at the last token, and at the subject token only for timing."""
     prefixes = [text for text in anchor_texts(World.generate(), SEED) if len(text.split()) == PREFIX_WORDS][:5]
-    deep = EditConfig(layers=(4,), context_prefixes=("", *prefixes), fact_token="last", clamp=4.0, search_stop_nll=1.0)
+    deep = EditConfig(
+        layers=(4,), contexts={"prefixes": ("", *prefixes)}, fact_token="last", search={"clamp": 4.0, "stop_nll": 1.0}
+    )
     listed = [
         Task("random", deep, (8, 32), 3),
-        Task("random", replace(deep, fact_token="subject_last"), (8,), 3),
+        Task("random", deep.replace(fact_token="subject_last"), (8,), 3),
         Task("demo", CONFIG, (10, 100), 10),
     ]
     if torch.device(device).type == "cuda":
-        listed.append(Task("llama-3-8b", replace(deep, layers=(8,), fact_token="subject_last"), (8, 100), 2))
+        listed.append(Task("llama-3-8b", deep.replace(layers=(8,), fact_token="subject_last"), (8, 100), 2))
     return listed
 
 
@@ -98,7 +98,7 @@ def load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops: bool = False) -> Tensor:
-    """Returns the change `[d]` after `config.search_steps` steps for one request through the whole model."""
+    """Returns the change `[d]` after `config.search.steps` steps for one request through the whole model."""
     rows = [*request.contexts, *request.kl]
     contexts = len(request.contexts)
     ids, mask = pad([replace(row, ids=row.ids[:-1] if row.target else row.ids) for row in rows], decoder.device)
@@ -132,25 +132,25 @@ def one_by_one(decoder: Decoder, request: Request, config: EditConfig, *, stops:
         before, at_kl = before[kept][contexts:], torch.arange(contexts, len(ids), device=ids.device)
         in_target = target[:contexts] >= 0
         delta.requires_grad_()
-        descent = NormalizedDescent(config.search_rate or DEFAULT_RATE["normalized"], norm)
-        for step in range(config.search_steps + 1):
+        descent = NormalizedOptimizer(config.search.effective_learning_rate, norm)
+        for step in range(config.search.steps + 1):
             states.clear()
             log_probs = log_probabilities()
             token_nll = -log_probs[:contexts].gather(2, target[:contexts, :, None].clamp_min(0))[:, :, 0] * in_target
             loss = (token_nll.sum(1) / in_target.sum(1)).mean()
             if len(at_kl):
                 divergence = (before.exp() * (before - log_probs[at_kl, last[contexts:]])).sum(-1)
-                loss = loss + config.kl_factor * divergence.mean()
-            loss = loss + (config.weight_decay * delta.norm(dim=1) / norm.square()).sum()
-            if step == config.search_steps or (
+                loss = loss + config.search.loss.kl_factor * divergence.mean()
+            loss = loss + (config.search.loss.weight_decay * delta.norm(dim=1) / norm.square()).sum()
+            if step == config.search.steps or (
                 stops and _converged(log_probs, token_nll, in_target, target, contexts, config)
             ):
                 break
             (gradient,) = torch.autograd.grad(loss, delta)
             with torch.no_grad():
-                nothing = torch.zeros_like(gradient)
-                descent.step(delta, Slope(gradient, None, nothing, nothing[:, 0], nothing[:, 0]))
-                allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
+                zero = torch.zeros_like(gradient)
+                descent.step(delta, Gradients(gradient, None, zero, zero[:, 0], zero[:, 0]))
+                allowed = config.search.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
     finally:
         handle.remove()
@@ -162,7 +162,7 @@ def _converged(
 ) -> bool:
     """The stopping rule of the value search."""
     first = (log_probs[:contexts].argmax(-1) == target[:contexts]) | ~in_target
-    return bool(first.all()) and float((token_nll.detach().sum(1) / in_target.sum(1)).max()) <= config.search_stop_nll
+    return bool(first.all()) and float((token_nll.detach().sum(1) / in_target.sum(1)).max()) <= config.search.stop_nll
 
 
 class Clock:
@@ -231,39 +231,37 @@ def _resident() -> int:
 def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]:
     """Returns one row of the results: a batch of `count` requests."""
     model, tokenizer = load(task.model, device)
-    published = replace(task.config, search_descent="normalized", search_stop_nll=0.0)
-    short = replace(published, search_steps=1)
+    published = task.config.replace(search={"optimizer": "normalized", "stop_nll": 0.0})
+    short = published.replace(search={"steps": 1})
     edits = [case.edit for case in world_cases(World.generate(), count, SEED)]
     longest = model.config.max_position_embeddings
     requests = prepare(tokenizer, edits, published, longest=longest)
     few = min(task.alone, count)
     some = [i * count // few for i in range(few)]
     picked = [requests[i] for i in some]
-    alone = [[i] for i in range(count)]
     clock = Clock(device)
     with quiet(model):
         decoder = with_prefixes(find_decoder(model), longest=longest)
         projections = decoder.select(published.layers or ())
         site = find_site(decoder, projections)
-        stopping = replace(task.config, search_descent="normalized")
+        stopping = task.config.replace(search={"optimizer": "normalized"})
 
         def one_at_a_time(config: EditConfig, *, stops: bool) -> list[Tensor]:
             return [one_by_one(decoder, request, config, stops=stops) for request in picked]
 
         one_by_one(decoder, requests[0], short)  # warms up
-        first: Values = search_values(site, requests, task.config)
+        first: Values = search_values(site, requests, task.config.search)
         converging = [requests[i] for i in first.converged.nonzero()[:, 0].tolist()]
         runs: dict[str, Callable[[], Any]] = {
             "one_by_one": lambda: one_at_a_time(published, stops=False),
-            "equal_steps": lambda: search_values(site, requests, published),
-            "nll_stop": lambda: search_values(site, requests, task.config),
+            "equal_steps": lambda: search_values(site, requests, published.search),
+            "nll_stop": lambda: search_values(site, requests, task.config.search),
             "one_by_one_stop": lambda: one_at_a_time(stopping, stops=True),
-            "gradient": lambda: gradient_values(site, requests, task.config, alone, count, GradientScale()),
-            "one_step": lambda: search_values(site, requests, short),
+            "one_step": lambda: search_values(site, requests, short.search),
             "key_pass": lambda: request_keys(decoder, projections, requests),
         }
         if converging:
-            runs["converging"] = lambda: search_values(site, converging, task.config)
+            runs["converging"] = lambda: search_values(site, converging, task.config.search)
         found: dict[str, Any] = {}
         for _ in range(repeats):
             found = {name: clock.time(name, run) for name, run in runs.items()}
@@ -280,7 +278,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "fact_token": task.config.fact_token,
         "requests": count,
-        "contexts": len(task.config.context_prefixes),
+        "contexts": len(task.config.contexts.prefixes),
         "tokens": statistics.mean(row.prompt_length for request in requests for row in request.contexts),
         "steps": published.search_steps,
         "alone": few,
@@ -298,7 +296,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "step_s": step_s,
         "key_pass_over_step": clock.median("key_pass") / step_s,
         "peak_mib": clock.peak,
-        "config": asdict(task.config),
+        "config": task.config.to_dict(),
         "all_s": clock.seconds,
     }
 

@@ -1,31 +1,64 @@
 """Sequential knowledge editing of language models by recursive least squares (RLSEdit).
 
-`Editor` edits a transformers model in place. `RLSState` is the solver alone and works on plain tensors.
+`Editor` edits a transformers model in place. `RLSState` is the solver alone and operates on tensors.
 """
 
+from rlsedit_fast._version import __version__
+from rlsedit_fast.data import Edit, EditFile, edits_from_lists, load_edits, read_edits, resolve
 from rlsedit_fast.editing import (
-    Edit,
+    ContextConfig,
     EditConfig,
     Editor,
     EditRecord,
-    KeyStatistics,
-    edits_from_lists,
-    preset,
-    read_edits,
+    LossConfig,
+    PriorConfig,
+    Status,
+    ValueSearchConfig,
 )
-from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.errors import (
+    BackendError,
+    InputError,
+    ModelError,
+    PriorError,
+    RemovalError,
+    RequestError,
+    ResourceError,
+    RLSEditError,
+    StoreError,
+    UpdateError,
+)
 from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, TextFile
 
 __all__ = [
+    "BackendError",
+    "ContextConfig",
     "Edit",
     "EditConfig",
+    "EditFile",
     "EditRecord",
     "Editor",
+    "InputError",
     "KeyStatistics",
+    "LossConfig",
+    "ModelError",
     "Prior",
+    "PriorConfig",
+    "PriorError",
     "RLSEditError",
     "RLSState",
+    "RemovalError",
+    "RequestError",
+    "ResourceError",
+    "SelfGenerated",
+    "Status",
+    "StoreError",
+    "TextFile",
+    "UpdateError",
+    "ValueSearchConfig",
+    "__version__",
     "edits_from_lists",
-    "preset",
+    "load_edits",
     "read_edits",
+    "resolve",
 ]

@@ -12,7 +12,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.editing.value_search import search_values
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import find_decoder
@@ -25,15 +25,15 @@ EDITS = [
     rf.Edit("{} works as a", "Lado Toze", "mason"),
     rf.Edit("{} plays the", "Veta Fado Rekuno", "organ"),
 ]
-ONE = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."), search_steps=3, lam=1.0, batch_size=2)
+ONE = rf.EditConfig(
+    layers=(1, 2), contexts={"prefixes": ("", "People speak .")}, search={"steps": 3}, prior={"lam": 1.0}, batch_size=2
+)
 OTHER = rf.EditConfig(
     layers=(2,),
-    context_prefixes=("", "Bada plays the flute .", "Well ."),
-    kl_prompts=("{} speaks", "{} is a"),
+    contexts={"prefixes": ("", "Bada plays the flute .", "Well .")},
+    search={"kl_prompts": ("{} speaks", "{} is a"), "optimizer": "adam", "steps": 3},
     fact_token="subject_first",
-    search_descent="adam",
-    search_steps=3,
-    lam=1.0,
+    prior={"lam": 1.0},
     batch_size=2,
 )
 
@@ -68,7 +68,9 @@ def test_every_editor_has_its_own_contexts(make_model, tokenizer):
     """Contexts of the first editor in a process must not be used by later ones."""
     model = make_model("llama")
     for prefixes in (("", "People speak ."), ("", "Bada plays the flute .", "Well ."), ("",)):
-        config = rf.EditConfig(layers=(1,), context_prefixes=prefixes, kl_prompts=("{} speaks",) * len(prefixes))
+        config = rf.EditConfig(
+            layers=(1,), contexts={"prefixes": prefixes}, search={"kl_prompts": ("{} speaks",) * len(prefixes)}
+        )
         for request in rf.Editor(model, tokenizer, config=config).requests(EDITS):
             filled = request.edit.prompt.format(request.edit.subject)
             expected = [tokenizer(f"{prefix} {filled}")["input_ids"] for prefix in prefixes]
@@ -119,7 +121,7 @@ def test_name_and_path_of_a_model_have_no_effect(make_model, tokenizer, name):
         disguised.__class__ = type("OPTForCausalLM", (type(disguised),), {})
         assert fingerprint(disguised) == fingerprint(model)
         assert find_decoder(disguised).blocks_name == find_decoder(model).blocks_name
-        settings = rf.EditConfig(search_steps=2, lam=1.0)
+        settings = rf.EditConfig(search={"steps": 2}, prior={"lam": 1.0})
         editors = [rf.Editor(copy.deepcopy(one), tokenizer, config=settings) for one in (model, disguised)]
         assert editors[0].layers == editors[1].layers
         for editor in editors:
@@ -138,7 +140,12 @@ def facts(count):
 
 
 def demo_config(**changes):
-    base = {"layers": (0,), "context_prefixes": ("",), "kl_factor": 0.0, "lam": 0.1}
+    base = {
+        "layers": (0,),
+        "contexts": {"prefixes": ("",)},
+        "search": {"kl_prompts": ()},
+        "prior": {"lam": 0.1},
+    }
     return rf.EditConfig(**{**base, **changes})
 
 
@@ -148,14 +155,16 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
     before = weights(model)
     rate = 1.0 if descent == "adam" else None
     near = rf.Editor(
-        model, tokenizer, config=demo_config(search_descent=descent, search_rate=rate, search_stop_nll=0.05)
+        model, tokenizer, config=demo_config(search={"optimizer": descent, "learning_rate": rate, "stop_nll": 0.05})
     )
     reached = near.edit(facts(4))
     assert "does not state them" not in caplog.text
     assert all(r.search_converged and r.search_nll <= 0.05 and r.search_steps < 25 and r.success for r in reached)
 
     model, tokenizer = load_demo_model()
-    short = demo_config(search_descent=descent, search_rate=rate, search_stop_nll=0.05, clamp=0.01, search_steps=4)
+    short = demo_config(
+        search={"optimizer": descent, "learning_rate": rate, "stop_nll": 0.05, "clamp": 0.01, "steps": 4}
+    )
     records = rf.Editor(model, tokenizer, config=short).edit(facts(4))
     assert not any(record.search_converged for record in records)
     assert "4 of 4 edits were written and the model does not state them" in caplog.text
@@ -166,12 +175,14 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
 def test_search_stops_if_steps_exceed_the_clamp():
     """The first step of Adam, rate * sqrt(d), exceeds the clamp, where the total loss stays above the threshold."""
     model, tokenizer = load_demo_model()
-    config = demo_config(search_descent="adam", search_rate=10.0, search_stop_nll=0.05, weight_decay=20.0)
+    config = demo_config(
+        search={"optimizer": "adam", "learning_rate": 10.0, "stop_nll": 0.05, "loss": {"weight_decay": 20.0}}
+    )
     decoder = find_decoder(model)
     with quiet(model):
         site = find_site(decoder, decoder.select(config.layers))
         found = search_values(site, prepare(tokenizer, facts(10), config, longest=None), config)
-    step = config.search_rate * math.sqrt(found.delta.shape[1])
+    step = config.search.learning_rate * math.sqrt(found.delta.shape[1])
     assert step > 2 * float(found.delta.norm(dim=1).max()), "the clamp limits the step"
     assert bool(found.converged.all())
-    assert int(found.steps.max()) < config.search_steps
+    assert int(found.steps.max()) < config.search.steps

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,8 +83,11 @@ class LayerState(Protocol):
     def settle(self) -> None:
         """Completes deferred work after a transaction."""
 
-    def transaction(self) -> AbstractContextManager[None]:
-        """Restores the layer if the block raises."""
+    def snapshot(self) -> Any:
+        """Takes a snapshot for `restore`; no deferred work is completed while it is referenced."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Restores a snapshot of this layer bit for bit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,23 @@ class RulePanel:
 
     keys: Tensor
     weights: Tensor
+    version: int
+
+
+@dataclass(frozen=True, eq=False)
+class RuleSnapshot:
+    """Contents of a `RuleLayer` at one point.
+
+    Attributes:
+        tensors: copies of the tensors of the exact weight.
+        memory: memory of the rule.
+        edits: number of edits.
+        version: version of the layer.
+    """
+
+    tensors: list[Tensor]
+    memory: Any
+    edits: int
     version: int
 
 
@@ -266,17 +284,16 @@ class RuleLayer(Layer):
     def settle(self) -> None:
         """Does nothing: no work is deferred."""
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Restores the weight and the memory if the block raises."""
-        kept = [tensor.clone() for tensor in self._master.tensors]
-        memory, edits, version = self._memory, self._edits, self._version
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for tensor, old in zip(self._master.tensors, kept, strict=True):
-                    tensor.copy_(old)
-                self._master.settle()
-            self._memory, self._edits, self._version = memory, edits, version
-            raise
+    def snapshot(self) -> RuleSnapshot:
+        """Copies the weight and the memory for `restore`."""
+        return RuleSnapshot(
+            [tensor.clone() for tensor in self._master.tensors], self._memory, self._edits, self._version
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: RuleSnapshot) -> None:
+        """Restores a snapshot bit for bit."""
+        for tensor, old in zip(self._master.tensors, snapshot.tensors, strict=True):
+            tensor.copy_(old)
+        self._master.settle()
+        self._memory, self._edits, self._version = snapshot.memory, snapshot.edits, snapshot.version

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.status import status_lines
 from rlsedit_fast.cli.stores import add_store, open_editor
-from rlsedit_fast.editing.memory import size
 
 HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
 

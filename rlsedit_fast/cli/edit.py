@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
-from rlsedit_fast.cli.interrupts import Interrupts, interrupts
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
-from rlsedit_fast.editing import Edit, Editor, EditRecord
-from rlsedit_fast.editing.editor import PILOT
-from rlsedit_fast.editing.written import record_text
+from rlsedit_fast.data import Edit
+from rlsedit_fast.editing import Editor, EditRecord
+from rlsedit_fast.editing.session import PILOT
 from rlsedit_fast.errors import InputError, listed
+from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         "conflicts": facts.conflicts,
         "unread_fields": facts.unread,
         "layers": layers,
-        "config": asdict(editor.config),
+        "config": editor.config.to_dict(),
     }
     if options.dry_run:
         lines = [f"{len(facts.edits)} edits would be applied; nothing was modified", *_past_lines(past)]
@@ -125,10 +125,10 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     with _warnings_deferred():
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
-    with _warnings_deferred(), interrupts() as presses:
-        applied, error = _edit(editor, facts, presses, results)
+    with _warnings_deferred(), interrupts_counted(say) as interrupts:
+        applied, error = _edit(editor, facts, interrupts, results)
         if applied and before is not None:
-            error = _evaluate(editor, applied, before, presses, results) or error
+            error = _evaluate(editor, applied, before, interrupts, results) or error
         written = _write(editor, options)
         results |= written.to_json
         with written.attempt():
@@ -137,7 +137,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         say(*written.failures)
         raise error
     written.raise_failures()
-    if presses.seen:
+    if interrupts.pressed:
         return INTERRUPTED
     return PARTIAL if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
 
@@ -152,17 +152,17 @@ class _Interrupted(Exception):
 
 
 def _edit(
-    editor: Editor, facts: Facts, presses: Interrupts, results: dict[str, Any]
+    editor: Editor, facts: Facts, interrupts: Interrupts, results: dict[str, Any]
 ) -> tuple[dict[str, Edit], Exception | None]:
     """Applies the edits in batches and fills in `results`; returns the applied edits by place, and the error if any."""
     first = len(editor.history())
     error: Exception | None = None
     began = time.perf_counter()
-    with presses.patient(1), progress(len(facts.edits), "editing", "edit") as bar:
+    with interrupts.patient(1), progress(len(facts.edits), "editing", "edit") as bar:
 
         def on_batch(records: list[EditRecord]) -> None:
             bar.update(len(records))
-            if presses.seen:
+            if interrupts.pressed:
                 raise _Interrupted
 
         try:
@@ -181,7 +181,7 @@ def _edit(
     active = [record for record in records if record.state == "active"]
     results["not_converged"] = [places[record.id] for record in active if not record.search_converged]
     results["not_stated"] = [places[record.id] for record in active if not record.success]
-    results["records"] = [record_text(record) | {"place": places[record.id]} for record in records]
+    results["records"] = [record.to_dict() | {"place": places[record.id]} for record in records]
     results["deviation"] = [asdict(layer) for layer in editor.deviation()]
     applied = {
         places[record.id]: edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped
@@ -190,12 +190,12 @@ def _edit(
 
 
 def _evaluate(
-    editor: Editor, applied: dict[str, Edit], before: Said, presses: Interrupts, results: dict[str, Any]
+    editor: Editor, applied: dict[str, Edit], before: Said, interrupts: Interrupts, results: dict[str, Any]
 ) -> Exception | None:
     """Evaluates the applied edits, given by place; Ctrl-C skips the evaluation."""
     from rlsedit_fast.evaluation.outcome import ask, outcome, stated
 
-    with presses.patient(0):
+    with interrupts.patient(0):
         try:
             edits = list(applied.values())
             after = ask(editor.model, editor.tokenizer, edits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
             f"--config {options.config}: the field rule={base.rule!r} is not allowed here; remove it and pass --rules"
         )
     if options.model == DEMO and options.config is None and options.preset in ("auto", GENERIC):
-        base = replace(CONFIG, **setup.settings_given(options))
+        base = CONFIG.replace(**setup.settings_given(options))
     changes = _changes(options.rule_settings)
     if unused := sorted(set(changes) - set(options.rules)):
         raise InputError(
@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
         )
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
-        config = base.under(rule, **changes.get(rule, {}))
+        config = base.for_rule(rule, **changes.get(rule, {}))
         for seed in options.seeds:
             plan = Plan(
                 label=rule,
@@ -263,10 +263,13 @@ def _changes(path: Path | None) -> dict[str, dict[str, Any]]:
         return {}
     expected = 'a JSON object of objects such as {"rome": {"lam": 1}}'
     given = setup.read_json("--rule-settings", path, expected)
-    known = set(EditConfig.__dataclass_fields__)
     if not isinstance(given, dict) or not all(isinstance(fields, dict) for fields in given.values()):
         raise InputError(f"--rule-settings {path}: expected {expected}")
-    wrong = sorted({*given} - {*RULES} | {name for fields in given.values() for name in set(fields) - known})
-    if wrong:
-        raise InputError(f"--rule-settings {path}: unknown rules or fields of EditConfig: {', '.join(wrong)}")
+    if wrong := sorted({*given} - {*RULES}):
+        raise InputError(f"--rule-settings {path}: unknown rules: {', '.join(wrong)}")
+    for rule, changes in given.items():
+        try:
+            EditConfig().for_rule(rule, **changes)
+        except InputError as error:
+            raise InputError(f"--rule-settings {path}, rule {rule}: {error.message}", error.hint) from None
     return given

@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from rlsedit_fast.cli.output import say
 from rlsedit_fast.cli.setup import at_least_one
-from rlsedit_fast.editing import Edit, Editor
-from rlsedit_fast.editing.conflicts import Conflicts, resolve
-from rlsedit_fast.editing.formats import FORMATS, ZsreTarget, read_edits
+from rlsedit_fast.data import FORMATS, Edit, ZsreTarget, read_edits
+from rlsedit_fast.data.conflicts import Conflicts, resolve
+from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError, RequestError, listed
 
 
@@ -106,7 +106,7 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
     Raises:
         RequestError: an edit is invalid and --skip-bad is not given, or no edit is left.
     """
-    bad = editor.check(facts.edits)
+    bad = editor.context.find_invalid(facts.edits)
     if not bad:
         return facts
     left_out = [{"place": facts.places[i], "reason": f"{facts.places[i]}: {reason}"} for i, reason in bad.items()]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import Facts, add_facts, file_options_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
-from rlsedit_fast.editing import Edit, Editor
+from rlsedit_fast.data import Edit
+from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 
 if TYPE_CHECKING:

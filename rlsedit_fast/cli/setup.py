@@ -5,27 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlsedit_fast.baselines import RULES
 from rlsedit_fast.cli.output import progress, say
-from rlsedit_fast.editing import EditConfig, Editor, KeyStatistics, preset
-from rlsedit_fast.editing.cache import find
-from rlsedit_fast.editing.config import Values
-from rlsedit_fast.editing.presets import GENERIC, PRESETS, recognise
-from rlsedit_fast.editing.recovery import given_settings
-from rlsedit_fast.editing.sources import SelfGenerated, Source, TextFile
+from rlsedit_fast.editing import EditConfig, Editor
+from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
+from rlsedit_fast.editing.recovery import read_settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
+from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
+from rlsedit_fast.statistics.cache import find_cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TOKENS = 100_000
 """Tokens for the key statistics; several times the key dimension of current models."""
+
+_OPTIONS: dict[str, tuple[str | None, str]] = {
+    "batch_size": (None, "batch_size"),
+    "rule": (None, "rule"),
+    "fact_token": (None, "fact_token"),
+    "adherence": ("prior", "adherence"),
+    "lam": ("prior", "lam"),
+    "mu": ("prior", "mu"),
+    "search_ahead": ("search", "ahead"),
+}
+"""Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -88,12 +97,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--rule", choices=RULES, help="editing method (its settings: rule_options in --config) (default rls)"
     )
     group.add_argument("--fact-token", choices=get_args(FactToken), help="token whose representation is edited")
-    group.add_argument(
-        "--values",
-        choices=get_args(Values),
-        help="how to find the target value: search optimizes it until the model generates the target; gradient takes "
-        "one gradient step, which is much faster but less effective",
-    )
     group.add_argument(
         "--search-ahead", type=int, metavar="N", help="search the values of N edits together, if more than a batch"
     )
@@ -163,9 +166,13 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
         InputError: a setting is unknown or has an invalid value.
     """
     changes: dict[str, Any] = _read_config(options.config) if options.config else {}
-    for name in ("batch_size", "adherence", "lam", "mu", "rule", "fact_token", "values", "search_ahead"):
-        if (value := getattr(options, name, None)) is not None:
-            changes[name] = value
+    for option, (group, setting) in _OPTIONS.items():
+        if (value := getattr(options, option, None)) is None:
+            continue
+        if group is None:
+            changes[setting] = value
+        else:
+            changes[group] = {**changes.get(group, {}), setting: value}
     if options.layers is not None:
         changes["layers"] = _layers(options.layers)
     return changes
@@ -184,20 +191,18 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
                 f"--preset {options.preset}: the settings of an existing store apply to all of its edits; omit "
                 "--preset or create another store"
             )
-        return replace(stored, **changes)
-    if options.preset == "auto":
-        return EditConfig(**changes)
-    return preset(options.preset, **changes)
+        return stored.replace(**changes)
+    return EditConfig.from_preset(GENERIC if options.preset == "auto" else options.preset, **changes)
 
 
 def make_editor(options: argparse.Namespace) -> Editor:
     """Checks the settings before the slow loading of the model, and returns an editor, with a store if one is given."""
     place = getattr(options, "store", None)
-    stored = given_settings(place) if place is not None else None
+    stored = read_settings(place) if place is not None else None
     config = make_config(options, stored)
     model, tokenizer = load_model(options)
-    if options.preset == GENERIC and config.layers is None and recognise(model.config) is not None:
-        config = replace(config, layers=config.layers_of(model.config.get_text_config().num_hidden_layers))
+    if options.preset == GENERIC and config.layers is None and find_preset(model.config) is not None:
+        config = config.replace(layers=config.layers_for(model.config.get_text_config().num_hidden_layers))
     return Editor(model, tokenizer, config=config, store=place)
 
 
@@ -214,7 +219,7 @@ def anchor(editor: Editor, options: argparse.Namespace) -> str:
     elif options.text is not None or options.self_generate:
         found = gather(editor, make_source(editor, options), options.tokens)
     else:
-        found = find(editor.fingerprint(), editor.layers)
+        found = find_cached(editor.fingerprint(), editor.layers)
         if found is None:
             say(
                 "no anchors: only the weight change is penalized. To preserve the model's outputs on text, collect key "
@@ -258,13 +263,13 @@ def read_json(option: str, path: Path, expected: str) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     given = read_json("--config", path, "a JSON object with fields of EditConfig")
-    known = {field.name for field in fields(EditConfig)}
-    if not isinstance(given, dict) or (unknown := sorted(set(given) - known)):
-        raise InputError(
-            f"--config {path}: expected a JSON object with fields of EditConfig"
-            + (f"; unknown fields: {', '.join(unknown)}" if isinstance(given, dict) else "")
-        )
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if not isinstance(given, dict):
+        raise InputError(f"--config {path}: expected a JSON object with fields of EditConfig, got {given!r:.40}")
+    try:
+        EditConfig(**given)
+    except InputError as error:
+        raise InputError(f"--config {path}: {error.message}", error.hint) from None
+    return given
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -6,12 +6,13 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, file_options_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
-from rlsedit_fast.editing import Edit, Editor
-from rlsedit_fast.editing.memory import size
-from rlsedit_fast.editing.presets import recognise
+from rlsedit_fast.data import Edit
+from rlsedit_fast.editing import Editor
+from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 
@@ -45,10 +46,10 @@ def run(options: argparse.Namespace) -> int:
     if facts:
         facts = sift(editor, facts, options)
     edits = facts.edits if facts else [Edit(*one)] if all(one) else []
-    requests = editor.requests(edits) if edits else []
+    requests = editor.context.prepare(edits) if edits else []
     results: dict[str, Any] = {
         "model": type(editor.model).__name__,
-        "preset": getattr(recognise(editor.model.config), "name", None),
+        "preset": getattr(find_preset(editor.model.config), "name", None),
         "dtype": str(editor.model.dtype),
         "layers": describe_layers(editor),
         "edits": [_tokens(editor, request) for request in requests],
@@ -65,10 +66,10 @@ def run(options: argparse.Namespace) -> int:
 
 def describe_layers(editor: Editor) -> list[dict[str, Any]]:
     """Returns the edited projections with shape, dtype, device and memory in bytes."""
-    weights = {p.layer: p.weight for p in editor.projections}
+    weights = {p.layer: p.weight for p in editor.context.projections}
     return [
         asdict(layer) | {"shape": list(weights[layer.layer].shape), "dtype": str(weights[layer.layer].dtype)}
-        for layer in editor.memory()
+        for layer in editor.context.memory()
     ]
 
 
@@ -89,7 +90,7 @@ def _tokens(editor: Editor, request: Request) -> dict[str, Any]:
     words = editor.tokenizer.convert_ids_to_tokens(row.ids)
     prompt = words[: row.prompt_length]
     return {
-        "prompt": request.asks,
+        "prompt": request.prompt_key,
         "subject": request.edit.subject,
         "target": request.edit.target,
         "tokens": prompt,

@@ -17,10 +17,10 @@ from rlsedit_fast.cli.setup import (
     settle_text,
     show_warnings,
 )
-from rlsedit_fast.editing import cache
-from rlsedit_fast.editing.statistics import STATISTICS
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
+from rlsedit_fast.statistics.cache import cache_path
+from rlsedit_fast.statistics.key_statistics import STATISTICS
 
 HELP = "collect key covariance (mom2) statistics on text, once per model; edits then use them as anchors"
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         _check_replaceable(options.out)
     editor = make_editor(options)
     source = make_source(editor, options)
-    out = options.out or cache.place(editor.fingerprint(), editor.layers, source.name, options.tokens)
+    out = options.out or cache_path(editor.fingerprint(), editor.layers, source.name, options.tokens)
     checkpoint = out.with_name(f"{out.name}.part")
     if checkpoint.exists():
         say(f"resuming from {checkpoint}")

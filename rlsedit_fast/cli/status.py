@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.stores import add_store, open_editor
-from rlsedit_fast.editing.memory import size
 from rlsedit_fast.editing.recovery import read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
 from rlsedit_fast.errors import InputError

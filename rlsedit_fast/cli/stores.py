@@ -13,9 +13,9 @@ from typing import Any
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
 from rlsedit_fast.cli.output import add_json, emit, plain, say
-from rlsedit_fast.editing import Edit, Editor, EditRecord
-from rlsedit_fast.editing.written import record_text
-from rlsedit_fast.errors import InputError, listed
+from rlsedit_fast.data import Edit
+from rlsedit_fast.editing import Editor, EditRecord
+from rlsedit_fast.errors import InputError, StoreError, listed
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
 
@@ -53,13 +53,18 @@ def open_editor(options: argparse.Namespace) -> Editor:
         StoreError: the store does not exist, is damaged or is in use.
         InputError: the model is not known or cannot be loaded.
     """
+    if not Store.exists(options.store):
+        raise StoreError(
+            f"{str(options.store)!r} does not contain a store; pass the folder of a store",
+            hint="create one with `rlsedit edit --store DIR`",
+        )
     if options.model is None:
         with closing(Store(options.store, write=False)) as store:
             options.model = store.about["model"]
         if not options.model:
             raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
     model, tokenizer = setup.load_model(options)
-    return Editor.open(options.store, model, tokenizer)
+    return Editor(model, tokenizer, store=options.store)
 
 
 def add_change(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +98,7 @@ class Changed:
     def entries(self) -> list[dict[str, Any]]:
         """The records with the answers, JSON-serializable."""
         return [
-            record_text(record) | {"answer_before": before, "answer": after}
+            record.to_dict() | {"answer_before": before, "answer": after}
             for record, before, after in zip(self.records, self.before, self.after, strict=True)
         ]
 

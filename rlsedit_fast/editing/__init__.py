@@ -1,24 +1,18 @@
-"""Edits, their keys and values, and the editor that writes them into a model."""
+"""The editor: settings, value search, priors, layers, sessions and their persistence."""
 
-from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.conflicts import resolve
-from rlsedit_fast.editing.editor import Editor
-from rlsedit_fast.editing.edits import Edit, EditRecord
-from rlsedit_fast.editing.formats import edits_from_lists, read_edits
-from rlsedit_fast.editing.presets import preset
-from rlsedit_fast.editing.sources import SelfGenerated, TextFile
-from rlsedit_fast.editing.statistics import KeyStatistics
+from rlsedit_fast.editing.config import ContextConfig, EditConfig, LossConfig, PriorConfig, ValueSearchConfig
+from rlsedit_fast.editing.editor import Editor, LayerDeviation
+from rlsedit_fast.editing.records import EditRecord
+from rlsedit_fast.editing.status import Status
 
 __all__ = [
-    "Edit",
+    "ContextConfig",
     "EditConfig",
     "EditRecord",
     "Editor",
-    "KeyStatistics",
-    "SelfGenerated",
-    "TextFile",
-    "edits_from_lists",
-    "preset",
-    "read_edits",
-    "resolve",
+    "LayerDeviation",
+    "LossConfig",
+    "PriorConfig",
+    "Status",
+    "ValueSearchConfig",
 ]

@@ -1,271 +1,494 @@
-"""How a model is edited: every switch of the editor, its meaning and its published default."""
+"""Settings of an `Editor`, in groups."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+import json
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rlsedit_fast import baselines
+from rlsedit_fast.editing.presets import published
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
 KeyRows = Literal["contexts", "mean"]
-Values = Literal["search", "gradient"]
-Descent = Literal["constrained", "normalized", "adam"]
+Optimizer = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
-Keys = Literal["full", "fp16"]
+StoredRows = Literal["full", "fp16"]
 
-DEFAULT_RATE: dict[Descent, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
-GRADIENT_RATE = 0.6
+LEARNING_RATES: dict[Optimizer, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
+"""Default learning rates of the value search."""
 
+FILE_NAME = "edit_config.json"
+"""Name of the file that `EditConfig.save_pretrained` writes."""
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and fits(value)
+_LEAST_LAYERS = 7  # by default; fewer layers fill up with fewer edits (docs/benchmarks.md)
 
 
-def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, tuple) and all(map(fits, value))
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | range) else value
 
 
-def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
+def _check_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or len(set(layers)) != len(layers):
+        raise InputError(f"layers={layers}: expected at least one layer index, each given once; or None")
+    return layers
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+def _check_prefixes(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    if prefixes[:1] != ("",):
+        raise InputError(f"prefixes={prefixes!r:.80}: expected '' first, which stands for the bare prompt")
+    return prefixes
 
 
-def _one_of(name: str, choices: Any) -> tuple[str, Callable[[Any], bool], str]:
-    known = get_args(choices)
-    return name, lambda value: value in known, f"one of {', '.join(known)}"
+def _check_kl_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1]:
+        raise InputError(f"kl_prompts: {wrong[0]!r:.80}: expected '{{}}' once, in place of the subject")
+    return prompts
 
 
-_LEAST_LAYERS = 7  # by default; fewer fill up with fewer edits (docs/benchmarks.md)
-_MOST = sys.float_info.max  # what is beyond it is an infinity, or a whole number of hundreds of digits
-_COUNT, _FROM_0, _ABOVE_0 = _whole(1), _number(lambda x: 0 <= x <= _MOST), _number(lambda x: 0 < x <= _MOST)
+_Count = Annotated[int, Field(ge=1)]
+_Index = Annotated[int, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=0, lt=2**64)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Layers = Annotated[tuple[_Index, ...], BeforeValidator(_to_tuple), AfterValidator(_check_layers)]
+_Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_prefixes)]
+_KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
-# Names of fields, what their values must pass, and how that is put in words.
-_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "layers",
-        _or_none(lambda value: _all(_whole(0))(value) and 0 < len(value) == len(set(value))),
-        "at least one block index, counted from 0, and none twice; or None",
-    ),
-    ("layer_module projection_module", _or_none(_text), "a dotted name, or None"),
-    _one_of("fact_token", FactToken),
-    ("key_rows", _or_none(lambda value: value in get_args(KeyRows)), f"one of {', '.join(get_args(KeyRows))}, or None"),
-    _one_of("values", Values),
-    _one_of("search_descent", Descent),
-    _one_of("search_stop", Stop),
-    _one_of("same_subject", SameSubject),
-    _one_of("unconverged", Unconverged),
-    ("keys", _or_none(lambda value: value in get_args(Keys)), f"one of {', '.join(get_args(Keys))}, or None"),
-    ("norm_anchor", lambda value: isinstance(value, bool), "True or False"),
-    ("adherence bare_weight", _number(lambda x: 0 < x < 1), "a share strictly between 0 and 1, such as 0.8"),
-    ("batch_size search_steps search_stop_steps context_tokens", _COUNT, "a whole number of at least 1"),
-    ("search_ahead search_at_once search_memory", _or_none(_COUNT), "a whole number of at least 1, or None"),
-    ("context_samples delay", _whole(0), "a whole number of at least 0"),
-    ("refine", _or_none(_whole(0)), "a whole number of at least 0, or None"),
-    ("context_seed", lambda value: _whole(0)(value) and value < 2**64, "a whole number of at least 0, below 2^64"),
-    ("ridge kl_factor weight_decay search_stop_nll search_stop_loss", _FROM_0, "a finite number of at least 0"),
-    ("clamp", _ABOVE_0, "a finite number above 0"),
-    ("search_rate", _or_none(_ABOVE_0), "a finite number above 0, or None"),
-    ("lam mu", _or_none(_FROM_0), "a finite number of at least 0, or None to calibrate it"),
-    (
-        "context_prefixes",
-        lambda value: _all(_text)(value) and value[:1] == ("",),
-        "texts, at least one; the first must be '', the bare prompt",
-    ),
-    (
-        "kl_prompts",
-        _all(lambda value: _text(value) and value.count("{}") == 1),
-        "texts with one '{}' in each, where the subject stands",
-    ),
-)
+_Self = TypeVar("_Self", bound="_Settings")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """Settings of an `Editor`. Of several values a list is taken as a tuple.
+class _Settings(BaseModel):
+    """Validated, immutable settings; an invalid value raises InputError that names the setting."""
 
-    Attributes:
-        layers: blocks whose MLP output projection is edited; None takes the published ones for a
-            model whose shape is recognized (`presets`), for any other model the layers from an eighth to a quarter of
-            the depth, or the last seven up to a quarter if these are more (2 to 8 of 32).
-        layer_module: dotted name of the model's list of blocks, where it is not recognised.
-        projection_module: dotted name of the projection within a block, where it is not recognised.
-        batch_size: edits written at once.
-        fact_token: the token at which the model is edited.
-        rule: how a batch becomes a change of the weights: `rls`, or one of the rules that it is compared with, see
-            `rlsedit_fast.baselines`. They are given the same keys, values and priors (of which `mu^2` is the field's
-            moment weight); they take no edit back.
-        rule_options: settings of the rule by name, where it has any.
-        norm_anchor: whether each value is scaled to a reference norm of the unedited model, here the mean norm of the
-            values of the first search: norm-anchor scaling (Liu et al. 2026, arXiv 2602.02543), under any rule.
-        key_rows: rows that an edit has in a layer's least-squares problem: `contexts` gives each of its contexts a row
-            with its own key and a part of its weight, so that the edit holds in each of them; `mean` gives it one row
-            with the mean key, as published. None is `contexts` for `rls` and `mean` for other rules.
-        bare_weight: share of an edit's weight that the row of its bare prompt has; the other contexts have equal parts
-            of the rest.
-        refine: rounds of refinement. An edit whose target is not ranked first at every token of the bare prompt is
-            searched again in the edited model, and its value is moved by the difference. Checked are the edits of a
-            batch once it is written, all edits of a call of several batches at its end, and then as many earlier edits
-            as the call made, drawn at random. Requires `rls` and stored keys. None is 2 where these are given, else 0.
-        values: how the wanted hidden states are found: `search` is gradient descent until the target is said;
-            `gradient` a single step from one forward and backward pass, far faster and far less often enough.
-        adherence: share of each wanted change that is to arrive at the edited state, measured in the model. Finds mu
-            and lam from the first edits; later batches ask for more where a crowded layer would realize less. The
-            search leaves a margin, so that most edits are stated with part of their change; those that are not are
-            refined. On SmolLM2, 0.95 moves text twice as far as 0.8 (bench/results/real/writes-smollm2.json).
-        lam: how firmly the weight itself is held; a number wins over `adherence`.
-        mu: how firmly the anchors are held; a number wins over `adherence`.
-        ridge: lam^2 as a share of mu^2 times the mean diagonal of the anchor moment, where lam is calibrated.
-        delay: pending rows of each layer's state before they are folded into it.
-        context_prefixes: texts put before a prompt while its value is searched and written; see `key_rows`.
-        context_samples: how many more prefixes the model itself writes when the editor is made, which then stand among
-            `Editor.config.context_prefixes`. The published settings sample twenty.
-        context_tokens: most tokens of such a prefix.
-        context_seed: of these.
-        search_ahead: edits of one call whose values are searched together, where that is more than a batch; None
-            searches batch by batch. Batches are then written one after the other towards the states that were found,
-            as the edits of one batch of that size are. A batch about a subject that another one or an active edit is
-            about has its values searched when it comes.
-        search_at_once: most edits that go through the search together; None takes as many as a device has memory for,
-            found by halving when it runs out. It changes what the search takes, not what it finds.
-        search_memory: bytes that a search may take beyond the model, about; where given, at most as many edits go
-            through it together as were measured to fit.
-        search_descent: how the search goes downhill: `constrained` (to where the target is likely enough, as low in
-            the KL term as can be), `normalized` (steps of equal length along the gradient of the published loss) or
-            `adam`, as published.
-        search_rate: longest step relative to the hidden state for `constrained`, length of the first one for
-            `normalized`, the learning rate for `adam`; None takes 0.11, 0.09 and 0.1.
-            With `values="gradient"` it is the length of the change relative to the hidden state, 0.6.
-        search_steps: most steps of the value search.
-        search_stop: when a request leaves the search: `nll`, when in every context its target's tokens are ranked
-            first and their mean NLL is at most `search_stop_nll`; `rank`, when they have been ranked first at
-            `search_stop_steps` looks in a row; `loss`, as published, when the sum of all terms is below
-            `search_stop_loss`, which the clamp may well keep from ever happening.
-        search_stop_nll: nats.
-        search_stop_steps: looks in a row.
-        search_stop_loss: nats.
-        unconverged: what becomes of an edit that has not reached the stopping rule after `search_steps` (under `loss`:
-            and whose target's tokens are not ranked first): `keep` makes
-            it all the same, `skip` leaves it out (its record's state is `skipped`, and an edit that it was to replace
-            stays; of several that share a value the worst is left out first), `raise` refuses its batch.
-        clamp: largest norm of the change of a hidden state, relative to that hidden state.
-        kl_factor: weight of KL(before || after) on `kl_prompts`; 0 leaves the term out. The constrained descent weighs
-            nothing, so that for it any number above 0 is the same, but in the sum that `search_stop="loss"` looks at.
-        kl_prompts: prompts about the subject (`{}`) whose next-token distribution is to stay. One whose present
-            answer starts as the edited prompt's own does asks the edited question, and is left out for that edit.
-        weight_decay: weight of `||delta|| / ||h||^2`; for the constrained descent only in that same sum.
-        same_subject: edits of one subject have nearly one key. With `joint` those that are active share one value,
-            searched for all of them whenever one comes or goes, and an edit that asks what an active one asks takes
-            its place. With `separate` each is written as if it were alone, and they wear one another down.
-        keys: what is kept of each edit, in memory and in a store, to take it back exactly and to rebuild the layers:
-            its keys and values, (d_k + d_v) numbers a layer. `full` keeps them in the solver's dtype; `fp16` in half of
-            that, and writes the edit with the keys and values so rounded (by up to 2^-11 of each), so that taking it
-            back is as exact. With None nothing is kept: undo, replace, and an edit about a subject that has others
-            (unless `same_subject` is `separate`) are refused.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False)
 
-    layers: tuple[int, ...] | None = None
-    layer_module: str | None = None
-    projection_module: str | None = None
-    batch_size: int = 100
-    fact_token: FactToken = "subject_last"
-    rule: str = baselines.RECURSIVE
-    rule_options: Mapping[str, float | None] = field(default_factory=dict, hash=False)
-    norm_anchor: bool = False
-    key_rows: KeyRows | None = None
-    bare_weight: float = 0.5
-    refine: int | None = None
-    values: Values = "search"
-    adherence: float = 0.8
-    lam: float | None = None
-    mu: float | None = None
-    ridge: float = 0.01
-    delay: int = DEFAULT_DELAY
-    context_prefixes: tuple[str, ...] = ("", "The report says this.", "As everyone knows:")
-    context_samples: int = 0
-    context_tokens: int = 10
-    context_seed: int = 0
-    search_ahead: int | None = None
-    search_at_once: int | None = None
-    search_memory: int | None = None
-    search_descent: Descent = "constrained"
-    search_rate: float | None = None
-    search_steps: int = 25
-    search_stop: Stop = "nll"
-    search_stop_nll: float = 0.05
-    search_stop_steps: int = 2
-    search_stop_loss: float = 0.05
-    unconverged: Unconverged = "keep"
-    clamp: float = 0.75
-    kl_factor: float = 0.0625
-    kl_prompts: tuple[str, ...] = ("{} is a",)
-    weight_decay: float = 0.5
-    same_subject: SameSubject = "joint"
-    keys: Keys | None = "full"
+    if not TYPE_CHECKING:  # type checkers use the signature that pydantic derives from the fields
 
-    def __post_init__(self) -> None:
-        """Refuses settings that cannot be meant.
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise InputError(_describe(error, type(self))) from None
+
+    def replace(self: _Self, **changes: Any) -> _Self:
+        """Returns a copy with changed settings. A dict changes single settings of a group.
 
         Raises:
-            InputError: naming the field, what was given and what is expected.
-        """
-        for name in ("layers", "context_prefixes", "kl_prompts"):
-            if isinstance(given := getattr(self, name), list | range):
-                object.__setattr__(self, name, tuple(given))
-        for names, fits, expected in _EXPECTED:
-            for name in names.split():
-                if not fits(given := getattr(self, name)):
-                    raise InputError(f"{name}={given!r}: expected {expected}")
-        baselines.make_rule(self.rule, self.rule_options)
-        self._check_combinations()
+            InputError: a setting is unknown or invalid.
 
-    def _check_combinations(self) -> None:
-        """Raises InputError for settings that exclude one another."""
-        if self.rule != baselines.RECURSIVE:
-            for name, needed in (("key_rows", "mean"), ("refine", 0)):
-                if (given := getattr(self, name)) not in (None, needed):
-                    raise InputError(
-                        f"{name}={given!r} needs rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; leave {name} out"
-                    )
-        if self.refine and self.keys is None:
-            raise InputError(
-                f"refine={self.refine} takes edits out again, and keys=None keeps no rows; set one of them"
-            )
+        Example:
+            >>> from rlsedit_fast import EditConfig
+            >>> EditConfig().replace(batch_size=10, prior={"adherence": 0.9}).prior.adherence
+            0.9
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, value in changes.items():
+            group = values.get(name)
+            if isinstance(group, _Settings) and isinstance(value, Mapping):
+                value = group.replace(**value)
+            values[name] = value
+        return type(self)(**values)
+
+
+class ContextConfig(_Settings):
+    """Contexts of an edit: prefixes before the prompt, for which the edit is searched and written.
+
+    Attributes:
+        prefixes: texts placed before the prompt. The first is `""`, the bare prompt.
+        samples: number of additional prefixes that the model generates when the editor is created. They are added to
+            `Editor.config.contexts.prefixes`. The published settings of MEMIT sample twenty.
+        sample_tokens: maximum number of tokens of a sampled prefix.
+        seed: random seed of the samples.
+        rows: rows of an edit in the least-squares problem of a layer. `contexts`: one row per context, with the key of
+            that context and a part of the edit's weight, so that the edit holds in each context. `mean`: one row with
+            the mean key, as published. None: `contexts` for the rule `rls`, `mean` for other rules.
+        bare_weight: fraction of the edit's weight that the row of the bare prompt gets; the other contexts share the
+            rest equally. Without effect if an edit has one row.
+
+    Example:
+        >>> from rlsedit_fast import ContextConfig
+        >>> ContextConfig(prefixes=["", "In short:"]).prefixes
+        ('', 'In short:')
+    """
+
+    prefixes: _Prefixes = ("", "The report says this.", "As everyone knows:")
+    samples: _Index = 0
+    sample_tokens: _Count = 10
+    seed: _Seed = 0
+    rows: KeyRows | None = None
+    bare_weight: _Fraction = 0.5
+
+
+class PriorConfig(_Settings):
+    """Strength of the penalties on the weight change and on changed outputs on the anchors.
+
+    Attributes:
+        adherence: fraction of each target change that should arrive at the edited hidden state, measured in the model.
+            It determines mu and lam from a pilot batch; later batches compensate for crowded layers. The value search
+            leaves a margin, so that most edits succeed with a part of their change; the others are refined. On
+            SmolLM2-135M, 0.95 changes other text twice as much as 0.8 (bench/results/real/writes-smollm2.json).
+        lam: weight of `||W - W0||_F`; a number overrides `adherence`.
+        mu: weight of `||K0 (W - W0)^T||_F` over the anchors; a number overrides `adherence`. `mu^2` is MEMIT's
+            `mom2_update_weight`.
+        ridge: if lam is calibrated, `lam^2` relative to `mu^2` times the mean diagonal of the anchor moment.
+
+    Example:
+        >>> from rlsedit_fast import PriorConfig
+        >>> PriorConfig(adherence=0.9).mu is None
+        True
+    """
+
+    adherence: _Fraction = 0.8
+    lam: _NonNegative | None = None
+    mu: _NonNegative | None = None
+    ridge: _NonNegative = 0.01
+
+
+class LossConfig(_Settings):
+    """The published loss of MEMIT's value search, minimized by `adam` and `normalized`.
+
+    Attributes:
+        kl_factor: factor of KL(before || after) at the end of the KL prompts.
+        weight_decay: factor of `||delta|| / ||h||^2`.
+
+    Example:
+        >>> from rlsedit_fast import LossConfig
+        >>> LossConfig().kl_factor
+        0.0625
+    """
+
+    kl_factor: _NonNegative = 0.0625
+    weight_decay: _NonNegative = 0.5
+
+
+class ValueSearchConfig(_Settings):
+    """Search of the value of an edit: the hidden state at the edited token with which the model states the target.
+
+    Attributes:
+        optimizer: `constrained` moves to the nearest point where the target is likely enough and, among such points,
+            down the KL term. `normalized` takes gradient steps of equal length on the published loss; `adam` minimizes
+            the published loss as MEMIT does.
+        learning_rate: longest step relative to the hidden state (`constrained`), length of the first step relative to
+            the hidden state (`normalized`), or Adam's learning rate. None: 0.11, 0.09 and 0.1.
+        steps: maximum number of steps.
+        stop: when the search of an edit ends. `nll`: all target tokens are ranked first in every context, with a mean
+            NLL of at most `stop_nll`. `rank`: they were ranked first in `stop_evaluations` evaluations in a row.
+            `loss`: the published loss is below `stop_loss`, which the clamp may prevent.
+        stop_nll: nats.
+        stop_evaluations: number of evaluations.
+        stop_loss: nats.
+        clamp: largest norm of the change, relative to the hidden state.
+        kl_prompts: prompts about the subject (`{}`) whose next-token distribution is preserved; `()` for none. A prompt
+            whose answer starts like the one of the edited prompt is not used for that edit.
+        loss: the published loss; only for `adam` and `normalized`.
+        ahead: number of edits of a call that are searched together, if more than a batch. The batches are then written
+            one after the other. A batch that shares a subject with another one or with an active edit is searched when
+            it is written.
+        at_once: maximum number of edits in one forward pass of the search. None: as many as fit into device memory,
+            found by halving after an out-of-memory error. Results do not depend on it.
+        memory: approximate bytes that the search may use in addition to the model; limits the number of edits in one
+            forward pass.
+
+    Example:
+        >>> from rlsedit_fast import ValueSearchConfig
+        >>> ValueSearchConfig(optimizer="adam").effective_learning_rate
+        0.1
+    """
+
+    optimizer: Optimizer = "constrained"
+    learning_rate: _Positive | None = None
+    steps: _Count = 25
+    stop: Stop = "nll"
+    stop_nll: _NonNegative = 0.05
+    stop_evaluations: _Count = 2
+    stop_loss: _NonNegative = 0.05
+    clamp: _Positive = 0.75
+    kl_prompts: _KLPrompts = ("{} is a",)
+    loss: LossConfig = LossConfig()
+    ahead: _Count | None = None
+    at_once: _Count | None = None
+    memory: _Count | None = None
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> ValueSearchConfig:
+        if self.optimizer == "constrained" and (self.stop == "loss" or self.loss != LossConfig()):
+            given = "stop='loss'" if self.stop == "loss" else f"loss={self.loss!r}"
+            raise InputError(f"{given} has no meaning for optimizer='constrained'; set optimizer='adam'")
+        return self
 
     @property
-    def effective_key_rows(self) -> KeyRows:
-        """`key_rows`, or what None stands for."""
-        return self.key_rows or ("contexts" if self.rule == baselines.RECURSIVE else "mean")
+    def effective_kl_prompts(self) -> tuple[str, ...]:
+        """`kl_prompts`, or none if the loss gives them no weight."""
+        return self.kl_prompts if self.loss.kl_factor else ()
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """`learning_rate`, or the default of the optimizer."""
+        return self.learning_rate or LEARNING_RATES[self.optimizer]
+
+
+class EditConfig(_Settings):
+    """Settings of an `Editor`.
+
+    Groups accept an object or a dict. Some names of peft and of MEMIT's hyperparameter files are accepted as well:
+    `layers_to_transform` (`layers`), `v_num_grad_steps` (`search.steps`), `clamp_norm_factor` (`search.clamp`),
+    `mom2_update_weight` (`prior.mu` squared); and `v_lr`, `v_weight_decay` and `kl_factor`, which select
+    `search.optimizer="adam"` unless another one is given.
+
+    Attributes:
+        layers: indices of the decoder layers whose MLP output projection is edited. None: the published ones for a
+            model of a known architecture and shape (`presets`); for other models the layers from an eighth to a quarter
+            of the depth, or the last seven up to a quarter if these are more (2 to 8 of 32).
+        layer_module: dotted name of the list of decoder layers, for an unknown architecture.
+        projection_module: dotted name of the projection within a decoder layer, for an unknown architecture.
+        fact_token: the token whose hidden state is edited.
+        batch_size: number of edits written at once.
+        contexts: contexts of an edit.
+        prior: strength of the penalties.
+        search: value search.
+        rule: editing method: `rls`, or a baseline of `rlsedit_fast.baselines`, which gets the same keys, values and
+            priors and cannot undo edits.
+        rule_options: options of the rule, by name.
+        norm_anchor: scale each value to the mean norm of the values of the first search (norm-anchor scaling, Liu et
+            al. 2026, arXiv 2602.02543); for any rule.
+        same_subject: edits of one subject have nearly the same key. `joint`: active edits of one subject share one
+            value, searched for all of them whenever one is added or removed; an edit with the prompt of an active one
+            replaces it. `separate`: each edit is written independently, and they weaken each other.
+        unconverged: what happens to an edit whose search does not converge within `search.steps`. `keep`: it is written
+            nevertheless. `skip`: it is not written, its record has the state `skipped`, and an edit that it would
+            replace stays; of several edits that share a value the worst is skipped first. `raise`: its batch fails.
+        refine: rounds of refinement. An edit whose target is not ranked first at the bare prompt after the write is
+            searched again in the edited model, and its value is moved by the difference. The edits of a batch are
+            checked when it is written; at the end of a call of several batches all of its edits are checked, and as
+            many earlier edits as the call added, drawn at random. Requires `rls` and stored rows. None: 2 if these
+            are given, otherwise 0.
+        stored_rows: keys and values of each edit that are kept in memory and in the store, for exact removal and for
+            rebuilding the layers: `d_k + d_v` numbers per row and layer. `full`: in the dtype of the solver. `fp16`:
+            half of that; the edit is written with the rounded keys and values (relative error 2^-11), so removal is
+            equally exact. None: nothing is kept; undo, replace, and a second edit of one subject (with
+            `same_subject="joint"`) raise an error.
+        delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
+
+    Raises:
+        InputError: a setting is unknown or invalid, or settings exclude each other.
+
+    Example:
+        >>> from rlsedit_fast import EditConfig
+        >>> config = EditConfig(layers=range(3, 8), prior={"adherence": 0.9})
+        >>> config.layers, config.search.steps
+        ((3, 4, 5, 6, 7), 25)
+        >>> EditConfig(layers_to_transform=[4], mom2_update_weight=15000).prior.mu ** 2
+        15000.0
+    """
+
+    layers: _Layers | None = None
+    layer_module: str | None = None
+    projection_module: str | None = None
+    fact_token: FactToken = "subject_last"
+    batch_size: _Count = 100
+    contexts: ContextConfig = ContextConfig()
+    prior: PriorConfig = PriorConfig()
+    search: ValueSearchConfig = ValueSearchConfig()
+    rule: str = baselines.RECURSIVE
+    rule_options: Mapping[str, float | None] = Field(default_factory=dict)
+    norm_anchor: bool = False
+    same_subject: SameSubject = "joint"
+    unconverged: Unconverged = "keep"
+    refine: _Index | None = None
+    stored_rows: StoredRows | None = "full"
+    delay: _Index = DEFAULT_DELAY
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_names(cls, settings: Any) -> Any:
+        return _expanded(settings) if isinstance(settings, Mapping) else settings
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> EditConfig:
+        baselines.make_rule(self.rule, self.rule_options)
+        if self.rule != baselines.RECURSIVE:
+            for name, given, allowed in (
+                ("contexts.rows", self.contexts.rows, "mean"),
+                ("refine", self.refine, 0),
+            ):
+                if given not in (None, allowed):
+                    raise InputError(
+                        f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
+                    )
+        if self.refine and self.stored_rows is None:
+            raise InputError(f"refine={self.refine} requires stored rows, and stored_rows is None; change one of them")
+        return self
+
+    @property
+    def effective_rows(self) -> KeyRows:
+        """`contexts.rows`, or its default for the rule."""
+        return self.contexts.rows or ("contexts" if self.rule == baselines.RECURSIVE else "mean")
 
     @property
     def effective_refine(self) -> int:
-        """`refine`, or what None stands for."""
+        """`refine`, or its default."""
         if self.refine is not None:
             return self.refine
-        return 2 if self.rule == baselines.RECURSIVE and self.keys is not None else 0
+        return 2 if self.rule == baselines.RECURSIVE and self.stored_rows is not None else 0
 
-    def under(self, rule: str, **changes: Any) -> EditConfig:
-        """These settings for a rule: other rules cannot share a value between edits of one subject."""
-        apart = {} if rule == baselines.RECURSIVE else {"same_subject": "separate"}
-        return replace(self, rule=rule, **{**apart, **changes})
+    def for_rule(self, rule: str, **changes: Any) -> EditConfig:
+        """Returns these settings for another rule, with `changes` as in `replace`.
 
-    def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The blocks that are edited in a model of `depth` blocks."""
+        Rules other than `rls` cannot share a value between edits of one subject, so `same_subject` becomes `separate`.
+        """
+        separate = {} if rule == baselines.RECURSIVE else {"same_subject": "separate"}
+        return self.replace(**{"rule": rule, **separate, **changes})
+
+    def layers_for(self, depth: int) -> tuple[int, ...]:
+        """Returns the layers to edit in a model of `depth` decoder layers."""
         if self.layers is not None:
             return self.layers
         last = depth // 4
         first = max(1, min(depth // 8, last - _LEAST_LAYERS + 1)) if depth >= 8 else 0
         return tuple(range(first, last + 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as nested, JSON-serializable dicts."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> EditConfig:
+        """Returns the published settings for a model, changed as in `replace`.
+
+        Args:
+            name: a name in `rlsedit_fast.editing.presets.PRESETS`, or `generic` for the defaults.
+            **changes: settings to change.
+
+        Raises:
+            InputError: the preset or a setting is unknown, or a value is invalid.
+
+        Example:
+            >>> from rlsedit_fast import EditConfig
+            >>> EditConfig.from_preset("gpt2-xl", batch_size=10).layers
+            (13, 14, 15, 16, 17)
+        """
+        return cls(**published(name)).replace(**changes)
+
+    def replace(self, **changes: Any) -> EditConfig:
+        """See `_Settings.replace`; accepts the names of peft and MEMIT as well."""
+        return super().replace(**_expanded(changes))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `edit_config.json` into a folder, which is created if it does not exist."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> EditConfig:
+        """Reads `edit_config.json` of a folder, or a JSON file.
+
+        Raises:
+            InputError: the file cannot be read, or a setting is unknown or invalid.
+        """
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{file}: cannot be read as JSON ({error}); expected a JSON object with fields of EditConfig"
+            ) from error
+        if not isinstance(settings, dict):
+            raise InputError(f"{file}: expected a JSON object with fields of EditConfig, got {settings!r:.40}")
+        try:
+            return cls(**settings)
+        except InputError as error:
+            raise InputError(f"{file}: {error.message}", error.hint) from None
+
+
+_NAMES = {
+    "layers_to_transform": ("layers",),
+    "v_num_grad_steps": ("search", "steps"),
+    "clamp_norm_factor": ("search", "clamp"),
+    "v_lr": ("search", "learning_rate"),
+    "v_weight_decay": ("search", "loss", "weight_decay"),
+    "kl_factor": ("search", "loss", "kl_factor"),
+    "mom2_update_weight": ("prior", "mu"),
+}
+"""Names of peft and of MEMIT's hyperparameter files, and the settings that they stand for."""
+
+_SELECT_ADAM = {"v_lr", "v_weight_decay", "kl_factor"}
+
+
+def _expanded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the names of peft and MEMIT by the settings that they stand for.
+
+    Raises:
+        InputError: a setting is given under both names, or `mom2_update_weight` is not a number of at least 0.
+    """
+    found = {name: value for name, value in settings.items() if name not in _NAMES}
+    for name in (name for name in settings if name in _NAMES):
+        value, (*groups, last) = settings[name], _NAMES[name]
+        if name == "mom2_update_weight":
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise InputError(f"{name}={value!r}: expected a finite number of at least 0")
+            value = math.sqrt(value)
+        place = _group(found, groups)
+        if last in place:
+            raise InputError(f"{name} and {'.'.join((*groups, last))} are the same setting; pass one of them")
+        place[last] = value
+    if _SELECT_ADAM.intersection(settings):
+        _group(found, ["search"]).setdefault("optimizer", "adam")
+    return found
+
+
+def _group(settings: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Returns a nested group as a dict that is part of `settings`."""
+    for name in names:
+        group = settings.get(name, {})
+        if isinstance(group, _Settings):
+            group = {field: getattr(group, field) for field in group.model_fields_set}
+        settings[name] = dict(group)
+        settings = settings[name]
+    return settings
+
+
+def _describe(error: ValidationError, settings: type[_Settings]) -> str:
+    """Formats the errors of a validation: name, given value, expected values."""
+    return "; ".join(_describe_one(dict(one), settings) for one in error.errors(include_url=False))
+
+
+def _describe_one(one: dict[str, Any], settings: type[_Settings]) -> str:
+    name = ".".join(map(str, one["loc"]))
+    cause = one.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        group = name in settings.model_fields and isinstance(settings.model_fields[name].default, _Settings)
+        return f"{name}: {cause}" if group else str(cause)
+    if one["type"] == "extra_forbidden":
+        return _unknown(name, settings)
+    limits = {"greater_than_equal": "a number of at least {ge:g}", "greater_than": "a number above {gt:g}"}
+    limits |= {"less_than": "a number below {lt:g}"}
+    expected = limits[one["type"]].format(**one["ctx"]) if one["type"] in limits else one["msg"]
+    expected = expected.removeprefix("Input should be ")
+    return f"{name}={one['input']!r:.80}: expected {expected}"
+
+
+def _unknown(name: str, settings: type[_Settings]) -> str:
+    """States that a setting is unknown, and where a setting with this or a similar name is."""
+    places: dict[str, str] = {}
+    for field, about in settings.model_fields.items():
+        places[field] = field
+        group = about.default
+        if isinstance(group, _Settings):
+            for inner in type(group).model_fields:
+                places.setdefault(inner, f"{field}={{{inner!r}: ...}}")
+    if name in places:
+        return f"unknown setting {name!r}; it belongs to a group: {places[name]}"
+    near = get_close_matches(name, list(places), n=1)
+    return f"unknown setting {name!r}; {f'did you mean {places[near[0]]}?' if near else 'see EditConfig'}"

@@ -1,39 +1,33 @@
-"""The editor: a transformers model, the solver state of each edited layer, and the record of what was told."""
+"""The editor: edits a transformers model in place, with the solver state of each edited layer and a history."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from torch import Tensor
-
-from rlsedit_fast.baselines import RECURSIVE, LayerState, make_rule
-from rlsedit_fast.editing import memory
-from rlsedit_fast.editing.calibration import Pilot, Tradeoff, choose_priors, needs_pilot, tabulate
+from rlsedit_fast.baselines import RECURSIVE
+from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.edits import Edit, EditRecord, weight_trouble
-from rlsedit_fast.editing.inspection import inspect_model
-from rlsedit_fast.editing.interrupts import held_back
-from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.context import ModelContext, inspect_model
+from rlsedit_fast.editing.persistence import Recorder, describe_store, settings_of
+from rlsedit_fast.editing.priors import Tradeoff, tabulate
+from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.recovery import recover
-from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.sources import GivenTexts, Source, each_text
-from rlsedit_fast.editing.statistics import KeyStatistics
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
-from rlsedit_fast.editing.written import describe, settings_of
-from rlsedit_fast.errors import InputError, RLSEditError, StoreError
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
+from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
+from rlsedit_fast.statistics.key_statistics import KeyStatistics
+from rlsedit_fast.statistics.sources import GivenTexts, Source, each_text
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -42,21 +36,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAMPLED = 32
-"""Active edits that `status` asks the model about."""
+"""Number of active edits that `status` measures by default."""
 
-PILOT = 100
-"""Edits that the priors are calibrated on where the user names no pilot: the first of the stream."""
+_TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of `from_pretrained` that also apply to the tokenizer."""
 
 
 @dataclass(frozen=True)
 class LayerDeviation:
-    """How far an edited layer has gone from the pre-trained one, and how far it can have gone.
+    """Deviation of an edited layer from the pre-trained one, and its upper bounds.
 
     Attributes:
-        layer: index of the block.
+        layer: index of the decoder layer.
         weight: `||W - W0||_F`, measured.
-        weight_bound: `sqrt(J) / lam`, which it cannot exceed.
-        anchor_bound: what `||K0 (W - W0)^T||_F` over the anchors cannot exceed, `sqrt(J) / mu`.
+        weight_bound: upper bound of `||W - W0||_F`, `sqrt(J) / lam`.
+        anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
     """
 
     layer: int
@@ -68,9 +62,24 @@ class LayerDeviation:
 class Editor:
     """Edits a transformers model in place.
 
-    The model that is handed in stays an ordinary model: after every batch its weights are the edited ones. With a
-    store, what `edit` has returned, or handed to `on_batch`, is there when the store is opened again, whatever became
-    of the process or the power; a batch under way is then wholly there or wholly absent.
+    The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
+    store, every batch that `edit` has returned, or passed to `on_batch`, survives a crash or a power failure; a batch
+    that is being written is then stored completely or not at all.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        context: what was found in the model: the edited projections, validation of edits, memory estimate.
+
+    Example:
+        >>> from rlsedit_fast import Edit, EditConfig, Editor
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+        >>> editor = Editor(model, tokenizer, config=config)
+        >>> records = editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Kubeish")])
+        >>> [record.state for record in editor.undo([1])]
+        ['undone']
     """
 
     def __init__(
@@ -81,59 +90,48 @@ class Editor:
         config: EditConfig | None = None,
         store: str | Path | None = None,
     ) -> None:
-        """Looks the model over, with a forward over two tokens; nothing of it is changed, but where a store has edits.
+        """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
         Args:
-            model: a causal language model; with a store, the one that its edits were made in, without them.
+            model: causal language model; for a store with edits, the same model without them.
             tokenizer: its tokenizer.
-            config: which layers, and how; by default what the store has, else `EditConfig()`.
-            store: folder to keep the edits in. One that has some is taken up: the model's weights become the edited
-                ones, without a forward pass.
+            config: settings; by default those of the store, or `EditConfig()`.
+            store: folder of the edits. If it contains edits, they are applied without forward passes.
 
         Raises:
-            ModelError: the layers or their projections are not there, or cannot be edited (together).
-            InputError: a weight to be edited is not finite, the tokenizer has more tokens than the model, `config`
-                changes what holds for all edits of the store, or asks for what its rule cannot do.
-            StoreError: the store is another model's, is damaged, of another version, or being written by another
-                editor; nothing was changed.
+            ModelError: the layers or their projections are not found, or cannot be edited (together).
+            InputError: a weight to be edited contains NaN/Inf, the tokenizer has more tokens than the model, `config`
+                changes settings that are fixed for all edits of the store, or a store does not support the rule.
+            StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
+                modified.
         """
         given = config or EditConfig()
         held = Store(store) if store is not None and Store.exists(store) else None
         try:
             if held:
-                given = _check_store(held, model, config)
-            self._context = inspect_model(model, tokenizer, given)
+                given = settings_of(held.about, config)
+                _check_model(held, model)
+            self.context: ModelContext = inspect_model(model, tokenizer, given)
             self.model, self.tokenizer = model, tokenizer
-            self._moments: list[Tensor] | None = None
-            self._to_protect: list[tuple[list[str], list[Tensor], float]] = []
-            self._norms: list[Norms] = []
             if store is not None and (given.rule != RECURSIVE or given.norm_anchor):
                 raise InputError(
-                    f"store={str(store)!r} with rule={given.rule!r}, norm_anchor={given.norm_anchor}: what these go on "
-                    f"from batch to batch is not kept. Take rule={RECURSIVE!r} and no norm_anchor, or no store"
+                    f"store={str(store)!r} with rule={given.rule!r}, norm_anchor={given.norm_anchor}: a store does not "
+                    "contain the memory of these",
+                    hint=f"use rule={RECURSIVE!r} without norm_anchor, or no store",
                 )
             if store is not None and held is None:
                 path = str(getattr(model.config, "_name_or_path", ""))
                 path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
-                held = Store.create(store, describe(self.config, given, self.projections, fingerprint(model), path))
-            self._recorder = Recorder(held, self.config, self.projections) if held else None
-            self._session = EditSession(self._context, self._recorder)
+                identity = fingerprint(model)
+                held = Store.create(store, describe_store(self.config, given, self.context.projections, identity, path))
+            self._recorder = Recorder(held, self.config, self.context.projections) if held else None
+            self._session = EditSession(self.context, self._recorder)
             if self._recorder:
-                self._take_up(self._recorder, config)
+                self._recover(self._recorder, config)
         except BaseException:
             if held:
                 held.close()
             raise
-
-    def _take_up(self, recorder: Recorder, config: EditConfig | None) -> None:
-        """Goes on where a store is."""
-        store = recorder.store
-        about = store.about
-        if config is not None and about["config"] != (now := asdict(self.config)):
-            recorder.describe(about | {"config": now})
-        with quiet(self.model):
-            self._session.layers = recover(store, self._context, self._session.ledger, self._session.progress)
-        self._norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     @classmethod
     def from_pretrained(
@@ -144,35 +142,23 @@ class Editor:
         store: str | Path | None = None,
         **model_options: Any,
     ) -> Editor:
-        """Loads model and tokenizer with transformers and makes an editor of them.
+        """Loads a model and its tokenizer with transformers and creates an editor.
 
         Args:
-            path: whatever `AutoModelForCausalLM.from_pretrained` takes.
-            config: which layers, and how; by default what the store has, else `EditConfig()`.
-            store: folder to keep the edits in, see `Editor`.
-            **model_options: handed on to it, `dtype` and `device_map` for example.
+            path: folder or Hub name, as for `AutoModelForCausalLM.from_pretrained`.
+            config: see `Editor`.
+            store: see `Editor`.
+            **model_options: options of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`;
+                `revision`, `trust_remote_code`, `token` and `subfolder` are also passed to the tokenizer.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(path, **model_options)
-        return cls(model.eval(), AutoTokenizer.from_pretrained(path), config=config, store=store)
-
-    @classmethod
-    def open(cls, store: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-        """Takes up a store that is there: the model becomes the edited one; see `Editor`.
-
-        Raises:
-            StoreError: there is no store, or as `Editor` says.
-        """
-        if not Store.exists(store):
-            raise StoreError(
-                f"{str(store)!r} does not contain a store; pass the folder of a store",
-                hint="create one with `rlsedit edit --store DIR` (Python: Editor(..., store=DIR))",
-            )
-        return cls(model, tokenizer, store=store)
+        options = {name: model_options[name] for name in _TOKENIZER_OPTIONS if name in model_options}
+        return cls(model.eval(), AutoTokenizer.from_pretrained(path, **options), config=config, store=store)
 
     def close(self) -> None:
-        """Lets others write the store; the model stays edited. Without a store it does nothing."""
+        """Closes the store, so that other processes can open it; the model stays edited. No effect without a store."""
         if self._recorder:
             self._recorder.store.close()
 
@@ -184,54 +170,46 @@ class Editor:
 
     @property
     def config(self) -> EditConfig:
-        """The settings, with the context prefixes that the model wrote."""
-        return self._context.config
+        """The settings, with sampled context prefixes."""
+        return self.context.config
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The blocks that are edited, ascending."""
-        return self._context.layers
-
-    @property
-    def projections(self) -> list[Projection]:
-        """What is edited in them."""
-        return list(self._context.projections)
+        """Indices of the edited layers, ascending."""
+        return self.context.layers
 
     @property
     def priors(self) -> list[Prior]:
-        """What holds each edited layer, in the order of `layers`; nothing before calibration or the first edit."""
-        return [state.prior for _, state in self._edited]
+        """The prior of each edited layer; empty before the calibration or the first edit."""
+        return [state.prior for _, state in self._session.edited]
 
-    def memory(self) -> list[memory.LayerMemory]:
-        """What editing takes beside the model, layer by layer, before it is taken."""
-        rule = make_rule(self.config.rule, self.config.rule_options)
-        rows = len(self.config.context_prefixes) if self.config.effective_key_rows == "contexts" else 1
-        return memory.plan(self.projections, delay=self.config.delay, rows=rows, rule=rule)
+    @property
+    def protected(self) -> list[str]:
+        """The protected prompts, including those of a store."""
+        return self._session.protected
 
-    def anchor(self, what: Iterable[str] | KeyStatistics) -> int:
-        """Names what the model is to go on doing: the edited layers' outputs on every token of some text.
+    def anchor(self, texts: Iterable[str] | KeyStatistics) -> int:
+        """Sets the anchors: text on which the outputs of the edited layers are preserved, at every token.
 
         Args:
-            what: running text of the kind that matters, some thousands of tokens, more than d_k if that can be; or
-                what `statistics` collected from it.
+            texts: texts with thousands of tokens, ideally more than d_k; or key statistics collected from them.
 
         Returns:
-            The number of tokens seen.
+            The number of tokens.
 
         Raises:
-            InputError: the priors are set already, by `calibrate` or the first edit; no texts were given; or the
-                statistics are of another model or lack a layer.
+            InputError: the priors are already set, by `calibrate` or the first edit; there are no texts; or the
+                statistics belong to another model or lack a layer.
         """
-        if self._session.layers:
-            raise InputError("anchor(): the priors are set already, under other anchors; make a new editor")
-        if isinstance(what, KeyStatistics):
-            what.check(self.fingerprint(), self.layers)
-            found = what
+        self._check_not_started("anchor")
+        if isinstance(texts, KeyStatistics):
+            texts.check(self.fingerprint(), self.layers)
+            found = texts
         else:
-            # They are not kept, so nobody will ask whose they are; a fingerprint would read all of the weights.
-            found = self._context.collect(GivenTexts(what), identity="")
-        # Read only when a state is made, and then a chunk at a time; beside the model they would crowd it.
-        self._moments = [found.moments[layer].cpu() for layer in self.layers]
+            # The statistics are not saved, so they need no fingerprint, which reads all weights.
+            found = self.context.collect(GivenTexts(texts), identity="")
+        # The moments are read in parts when the states are built, so they stay in host memory.
+        self._session.moments = [found.moments[layer].cpu() for layer in self.layers]
         return found.tokens
 
     def statistics(
@@ -242,170 +220,126 @@ class Editor:
         progress: Callable[[int, int | None], None] | None = None,
         checkpoint: str | Path | None = None,
     ) -> KeyStatistics:
-        """Collects key statistics of the edited layers, for `anchor` and for keeping; see `statistics.collect`.
+        """Collects key statistics of the edited layers, for `anchor` and for saving; see `statistics.collect`.
 
         Raises:
-            InputError: there are edits already; or as `collect` says.
+            InputError: the model is already edited; or see `statistics.collect`.
         """
         if len(self._session.ledger):
-            raise InputError("statistics(): the model is edited already; collect them from the unedited one")
-        return self._context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
+            raise InputError("statistics(): the model is already edited; collect them from the unedited model")
+        return self.context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
 
     def fingerprint(self) -> str:
-        """Of the model as it was before any edit; one read of its weights. See `models.fingerprint`."""
+        """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
         originals = {
             f"{projection.name}.weight": state.original.T if projection.transposed else state.original
-            for projection, state in self._edited
+            for projection, state in self._session.edited
         }
         return fingerprint(self.model, instead=originals)
 
     def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
-        """Holds the edited layers to what they do now on every token of `prompts`, beside the anchors.
+        """Preserves the present outputs of the edited layers on every token of prompts, in addition to the anchors.
 
         Args:
-            prompts: texts whose continuations are to stay.
-            weight: how firmly each token, against an edit of weight 1. The more tokens, the less room for edits: the
-                comparison protects its many neighbours at 0.01 (bench/results/paper/demo, "rls protecting").
+            prompts: texts whose continuations should not change.
+            weight: weight of each token, compared to an edit with weight 1. Many tokens with a large weight leave less
+                freedom for edits: the comparison of rules protects its many neighbors with 0.01
+                (bench/results/paper/demo, "rls protecting").
 
         Returns:
-            The number of tokens that are held.
+            The number of protected tokens.
 
         Raises:
-            InputError: prompts that are not several texts, one without tokens or too long for the model, or a weight
-                that an edit may not have.
+            InputError: `prompts` is not a list of strings, a prompt is blank or too long for the model, or the weight
+                is invalid.
         """
-        if trouble := weight_trouble(weight):
-            raise InputError(trouble)
+        if reason := invalid_weight(weight):
+            raise InputError(reason)
         self._check_attached()
         texts = list(each_text(prompts))
         with quiet(self.model):
-            keys = self._context.text_keys(texts)
-            if self._session.layers is None:
-                self._to_protect.append((texts, [key.cpu() for key in keys], weight))
-            else:
-                self._session.protect(texts, keys, weight)
+            keys = self.context.text_keys(texts)
+            self._session.protect(texts, keys, weight)
         return len(keys[0])
 
-    @property
-    def protected(self) -> list[str]:
-        """The prompts that are protected, in a store's editor also those of earlier ones."""
-        waiting = self._to_protect if self._session.layers is None else []
-        return [*self._session.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
+    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior]:
+        """Sets the prior of each layer with a pilot batch; the model is not modified.
 
-    def calibrate(self, edits: Iterable[Edit]) -> list[Prior]:
-        """Finds each layer's prior from a pilot batch, changing nothing of the model.
-
-        `config.lam` and `config.mu` win where they are given; what is left open is set such that the share
-        `config.adherence` of the pilot's changes would be realised.
+        `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
+        realizes the fraction `config.prior.adherence` of its target changes.
 
         Args:
-            edits: the pilot, edits like those to come; a hundred are plenty.
+            edits: the pilot: edits similar to later ones; a hundred are enough.
 
         Returns:
-            The priors, in the order of `layers`, which all edits from now on are made under.
+            The priors, in the order of `layers`, which apply to all edits from now on.
 
         Raises:
-            InputError: the priors are set already, or `mu` was given and no anchors were.
-            RequestError: an edit of the pilot cannot be made.
-            ResourceError: there is less memory than the states take.
+            InputError: the priors are already set, or `mu` is given and there are no anchors.
+            RequestError: an edit of the pilot is invalid.
+            ResourceError: there is not enough memory.
         """
-        if self._session.layers:
-            raise InputError("calibrate(): the priors are set already; make a new editor")
-        requests = self._context.prepare(edits)
+        self._check_not_started("calibrate")
+        requests = self.context.prepare(edits)
         with quiet(self.model):
-            self._start(requests)
-        if self._recorder:
-            with held_back():
-                try:
-                    self._recorder.write_start()
-                except BaseException:
-                    self._forget_start()
-                    raise
+            self._session.start(requests)
+        with interrupts_deferred():
+            self._session.write_start()
         return self.priors
 
-    def assess(self, edits: Iterable[Edit], adherences: Sequence[float]) -> list[Tradeoff]:
-        """What `calibrate` would choose for each of some adherences, and what that would do to the pilot.
+    def assess(self, edits: Iterable[Edit | Mapping[str, Any]], adherences: Sequence[float]) -> list[Tradeoff]:
+        """Returns the priors that `calibrate` would choose for several adherences, and their effect on the pilot.
 
-        Nothing is set. The arguments and errors are those of `calibrate`.
+        Nothing is set. Arguments and errors are those of `calibrate`.
         """
-        if self._session.layers:
-            raise InputError("assess(): the priors are set already; make a new editor")
+        self._check_not_started("assess")
         with quiet(self.model):
-            pilot = self._pilot(self._context.prepare(edits))
-            return tabulate(self.config, self._moments_held(), pilot, adherences)
-
-    def check(self, edits: Iterable[Edit]) -> dict[int, str]:
-        """Which edits cannot be made, by their place in `edits`, and why; `edit` would refuse the whole call."""
-        return self._context.troubles(edits)
-
-    def requests(self, edits: Iterable[Edit]) -> list[Request]:
-        """Edits as tokens, with the token at which the model would be edited.
-
-        Raises:
-            RequestError: an edit that cannot be made as written.
-        """
-        return self._context.prepare(edits)
+            pilot = self._session.pilot(self.context.prepare(edits))
+            moments = None if self.config.prior.mu == 0 else self._session.moments
+            return tabulate(self.config, moments, pilot, adherences)
 
     def edit(
-        self, edits: Iterable[Edit], *, on_batch: Callable[[list[EditRecord]], None] | None = None
+        self,
+        edits: Iterable[Edit | Mapping[str, Any]],
+        *,
+        on_batch: Callable[[list[EditRecord]], None] | None = None,
     ) -> list[EditRecord]:
-        """Tells the model facts, `config.batch_size` at a time.
+        """Applies edits, `config.batch_size` at a time.
 
-        All edits are checked before the first is made. A batch is written whole or not at all; an error in one
-        leaves the batches before it in place, and says how many they are.
+        All edits are validated before the first one is applied. A batch is written completely or not at all. If a batch
+        fails, earlier batches stay applied, and the error states how many edits they have.
 
-        An edit that asks what an active one asks takes its place, and active edits of the same subject are written
-        again with it, sharing one value (`EditConfig.same_subject`). Edits that the model does not state after their
-        batch or at the end of the call are refined, and so are earlier ones, as many as the call made
+        An edit with the prompt of an active edit replaces it, and active edits of the same subject are written again
+        together with it, with one value (`EditConfig.same_subject`). Edits that the model does not state after their
+        batch or at the end of the call are refined, and so are earlier edits, as many as the call applies
         (`EditConfig.refine`).
 
         Args:
-            edits: at least one.
-            on_batch: called with the records of each batch when it has been written. Refinement after the last batch
-                may change `rank` and `nll` of records that it was given; the returned records are up to date.
+            edits: at least one edit, as `Edit` or as a dict with its fields.
+            on_batch: called with the records of each batch after it was written. A later refinement may change `rank`
+                and `nll`; the returned records are up to date.
 
         Returns:
-            A record per edit, in order, with what the model does after its batch. Look at `success`: an edit that the
-            model does not state is kept, unless `unconverged` says otherwise.
+            One record per edit, in order, with measurements in the edited model. Check `success`: an edit that the
+            model does not state stays applied, unless `EditConfig.unconverged` says otherwise.
 
         Raises:
-            RequestError: an edit that cannot be made as written; nothing was changed.
-            ModelError: an edited weight is not where it was, or what it was, after the last batch.
-            ResourceError: there is less memory than the work takes.
-            RLSEditError: a batch failed; it changed nothing.
+            RequestError: an edit is invalid; nothing was modified.
+            ModelError: an edited weight was moved or modified by other code.
+            ResourceError: there is not enough memory.
+            RLSEditError: a batch failed; it was not applied.
         """
-        requests = self._context.prepare(edits)
-        made: list[EditRecord] = []
-        session, fresh = self._session, self._session.layers is None
+        requests = self.context.prepare(edits)
         with quiet(self.model):
-            if fresh:
-                self._start(requests[:PILOT])
-            before = session.progress.writes
-            try:
-                for records in session.stream(requests):
-                    made += records
-                    if on_batch is not None:
-                        on_batch(records)
-                # Later batches may have undone what earlier ones stated.
-                again = [record.id for record in made] if len(made) > self.config.batch_size else []
-                session.refine([*session.earlier(made[0].id, len(made)), *again])
-                session.update_ranks(again)
-            except BaseException as error:
-                if session.progress.writes == before:
-                    if fresh:
-                        self._forget_start()
-                elif isinstance(error, RLSEditError):
-                    raise type(error)(f"{error}\nThe first {len(made)} of {len(requests)} edits are made.") from error
-                raise
-        made = session.ledger.get([record.id for record in made])
-        if failed := sum(not record.success and record.state == "active" for record in made):
+            records = self._session.apply(requests, on_batch)
+        if failed := sum(not record.success and record.state == "active" for record in records):
             logger.warning(
-                "%d of %d edits were written and the model does not state them; see `success`, and `search_converged` "
-                "for whether their search had found a value",
+                "%d of %d edits are applied but the model does not state their targets; see `success` and "
+                "`search_converged` of their records",
                 failed,
-                len(made),
+                len(records),
             )
-        return made
+        return records
 
     def select(
         self,
@@ -416,160 +350,125 @@ class Editor:
         since: datetime | None = None,
         until: datetime | None = None,
     ) -> list[int]:
-        """Ids of the active edits that all of what is given fits; of these the `last` so many, the newest ones.
+        """Returns the ids of the active edits that match all criteria, for `undo` and `replace`.
 
         Args:
-            ids: of active edits, as `history()` lists them.
-            subject: as asked for, up to white space.
-            last: how many, at least 1.
-            since: made at this time or after it; local time where it has no time zone.
-            until: made at this time or before it.
+            ids: ids of active edits.
+            subject: subject of the edits, up to white space.
+            last: number of edits; the most recent ones are selected.
+            since: earliest time of the edits; local time if it has no time zone.
+            until: latest time of the edits.
 
         Returns:
-            Them, ascending, but where ids are given without `last`: then in the order of these.
+            The ids, ascending; in the given order if only `ids` is given.
 
         Raises:
-            InputError: nothing is given, something is given as what it is not, an id is not that of an active edit, or
-                no active edit fits.
+            InputError: no criterion is given, a criterion is invalid, an id is not that of an active edit, or no
+                active edit matches.
         """
         return self._session.ledger.select(ids, subject=subject, last=last, since=since, until=until)
 
-    def undo(
-        self,
-        ids: int | Sequence[int] | None = None,
-        *,
-        subject: str | None = None,
-        last: int | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> list[EditRecord]:
-        """Takes edits back exactly: the weights become those that the rows of the edits that stay give by themselves.
+    def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
+        """Removes edits exactly: the weights become those that the stored rows of the remaining edits determine.
 
-        A row is an edit's keys and values in a layer as they were found when it was told. Those of later edits were
-        found in a model that held the undone ones too, and stay as they are: the weights are those of the remaining
-        rows, not of a fresh stream of the remaining edits, whose search may find other values. With no edit left, and
-        nothing protected, they are the original ones.
+        The rows of an edit are its keys and values in each layer, found when it was written. Those of later edits were
+        found in a model with the undone edits, and they stay: the weights are not those of a new stream of the
+        remaining edits, whose search may find other values. If no edit and no protected prompt remains, the weights are
+        the original ones.
 
-        All of them go in one exact removal a layer. Active edits that shared a value with one of them are told anew
-        without it, and keep their ids.
+        All edits are removed in one step per layer. Active edits that shared a value with one of them are written again
+        without it and keep their ids.
 
         Args:
-            ids: which, as in `select`, like the rest.
-            subject: see `select`.
-            last: see `select`.
-            since: see `select`.
-            until: see `select`.
+            ids: ids of active edits, such as `select` returns.
 
         Returns:
-            Their records, now `undone`.
+            Their records, now `undone`, in the order of `ids`.
 
         Raises:
-            InputError: no active edit fits, or an id is not that of one.
-            RequestError: the edits' keys are not kept.
-            ModelError: an edited weight is not where it was, or what it was, after the last batch.
-            StoreError: the store cannot be written; nothing was changed.
+            InputError: an id is not that of an active edit.
+            RequestError: the rows of the edits are not stored.
+            ModelError: an edited weight was moved or modified by other code.
+            StoreError: the store cannot be written; nothing was modified.
         """
-        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
+        selected = self.select(ids)
         with quiet(self.model):
-            self._session.undo(gone)
-        return self._session.ledger.get(gone)
+            self._session.undo(selected)
+        return self._session.ledger.get(selected)
 
     @overload
-    def replace(self, ids: int, *, target: str) -> EditRecord: ...
+    def replace(self, ids: int, target: str) -> EditRecord: ...
 
     @overload
-    def replace(
-        self,
-        ids: Sequence[int] | None = None,
-        *,
-        target: str,
-        subject: str | None = None,
-        last: int | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> list[EditRecord]: ...
+    def replace(self, ids: Sequence[int], target: str) -> list[EditRecord]: ...
 
-    def replace(
-        self,
-        ids: int | Sequence[int] | None = None,
-        *,
-        target: str,
-        subject: str | None = None,
-        last: int | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-    ) -> EditRecord | list[EditRecord]:
-        """Tells the model another target for facts: the old edits are taken back exactly and the new ones made.
+    def replace(self, ids: int | Sequence[int], target: str) -> EditRecord | list[EditRecord]:
+        """Gives edits a new target: the old edits are removed exactly, and new ones are applied.
 
-        What stays are the other edits' rows, as in `undo`: later edits keep the values that were found beside the old
-        ones. The new edits' are searched in the model without the old ones.
+        The rows of other edits stay, as in `undo`. The values of the new edits are searched in the model without the
+        old ones.
 
         Args:
-            ids: which, as in `select`, like the rest.
-            target: what the model is to say instead.
-            subject: see `select`.
-            last: see `select`.
-            since: see `select`.
-            until: see `select`.
+            ids: ids of active edits, such as `select` returns.
+            target: the new target.
 
         Returns:
-            The new edits' records, or the one record where `ids` is one id; the old ones' state is `replaced`.
+            The records of the new edits, or one record if `ids` is one id. The state of the old ones is `replaced`.
 
         Raises:
-            InputError: no active edit fits, or an id is not that of one.
-            RequestError: a new edit cannot be made as written, or the old ones' keys are not kept.
-            StoreError: the store cannot be written; nothing was changed.
+            InputError: an id is not that of an active edit.
+            RequestError: a new edit is invalid, or the rows of the old ones are not stored.
+            StoreError: the store cannot be written; nothing was modified.
         """
-        gone = self.select(ids, subject=subject, last=last, since=since, until=until)
-        self._session.check_kept("replace", gone)
-        requests = self._context.prepare([replace(edit, target=target) for edit in self._session.ledger.edits(gone)])
+        selected = self.select(ids)
+        self._session.check_stored("replace", selected)
+        edits = [replace(edit, target=target) for edit in self._session.ledger.edits(selected)]
+        requests = self.context.prepare(edits)
         with quiet(self.model):
-            records = self._session.apply_batch(requests, replaced=gone)
+            records = self._session.apply_batch(requests, replaced=selected)
         return records[0] if isinstance(ids, Integral) else records
 
     def consolidate(self) -> int:
-        """Reads the keys of the active edits again, rebuilds every layer in float64, and makes the store small again.
+        """Rebuilds every layer in float64 at the present keys of the active edits, and compacts the store.
 
-        Do it when `status` advises it. Later edits change what the deeper edited layers receive, so the keys that
-        earlier edits were written at age; they are read again in the present model, and the last layer is given what
-        is missing to the state that each edit wanted. Edits that the model does not state then are refined. Accumulated
-        rounding is gone, and the store forgets the rows of edits that are no longer active; the history keeps them.
+        Do this when `status` advises it. Later edits change the inputs of deeper edited layers, so stored keys become
+        outdated; they are read again, and the last layer gets what is missing to the goal of each edit. Edits that the
+        model then does not state are refined. Accumulated rounding errors are removed, and the store deletes the rows
+        of edits that are not active; the history keeps their records.
 
         Returns:
-            The bytes by which the store became smaller; below 0 where the snapshot takes more than was forgotten.
+            Bytes by which the store became smaller; negative if its new snapshot is larger than what was deleted.
 
         Raises:
             InputError: there are no edits.
-            RequestError: the edits' keys are not kept.
-            PriorError: a precision is not positive definite in float64.
-            StoreError: the store cannot be written; nothing was changed.
+            RequestError: the rows of the edits are not stored.
+            PriorError: a precision matrix is not positive definite in float64.
+            StoreError: the store cannot be written; nothing was modified.
         """
         if self._session.layers is None:
-            raise InputError("consolidate(): nothing has been edited yet")
+            raise InputError("consolidate(): there are no edits")
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
         with quiet(self.model):
             self._session.rebuild()
-            self._session.refine(self._session.ledger.active)
         if self._recorder is None:
             return 0
         try:
             self._recorder.store.compact()
-            self._recorder.snapshot(self._session.layers, self._session.progress)
+            self._recorder.snapshot(self._session.layers)
         except (StoreError, RuntimeError, MemoryError) as error:
-            logger.warning("the layers are rebuilt, which is in the store; it was not made smaller: %s", error)
+            logger.warning("the layers are rebuilt and stored, but the store was not compacted: %s", error)
         return before - sum(self._recorder.store.sizes().values())
 
     def status(self, *, budget: float = DEFAULT_BUDGET, sample: int = SAMPLED) -> Status:
-        """How the stream of edits is doing, and what to do about it; reads each layer's C once.
+        """Returns bounds, objective, remaining capacity and warnings; reads C of each layer once.
 
         Args:
-            budget: how far the outputs on the anchors, or the weights where there are none, may move, as a share of
-                their norms.
-            sample: most active edits that the model is run at again, evenly spaced; 0 runs none.
+            budget: allowed relative change of the outputs on the anchors, or of the weights without anchors.
+            sample: number of active edits to measure in the model, evenly spaced; 0 for none.
 
         Raises:
-            InputError: a budget that is not above 0, or a rule that has no objective to tell of.
-            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            InputError: the budget is not above 0, or the rule has no objective.
+            ModelError: an edited weight was moved or modified by other code.
         """
         if self.config.rule != RECURSIVE:
             raise InputError(
@@ -577,12 +476,12 @@ class Editor:
                 hint="list the edits with `rlsedit history` (Python: history())",
             )
         self._check_attached()
-        looked = None
+        measured = None
         if sample and self._session.layers:
             with quiet(self.model):
-                looked = self._session.sample(sample)
+                measured = self._session.sample(sample)
         layers = []
-        for (projection, state), norms in zip(self._edited, self._norms, strict=True):
+        for (projection, state), norms in zip(self._session.edited, self._session.norms, strict=True):
             health = state.monitor()
             layers.append(
                 LayerStatus.of(
@@ -601,44 +500,34 @@ class Editor:
             self._session.progress.trace,
             layers,
             batches=self._session.progress.batches,
-            adherence=adherence_asked(self.config, anchored=any(prior.mu for prior in self.priors)),
+            adherence=calibrated_adherence(self.config, anchored=any(prior.mu for prior in self.priors)),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
-            sample=looked,
+            sample=measured,
         )
 
     def history(self) -> list[EditRecord]:
-        """Every edit that was made, oldest first, with what became of it."""
+        """Returns the records of all edits, oldest first."""
         return self._session.ledger.records
 
     def deviation(self) -> list[LayerDeviation]:
-        """How far each edited layer has gone, and the bound on it; nothing before the first edit.
+        """Returns the deviation of each edited layer and its bounds; empty before the first edit.
 
         Raises:
-            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            ModelError: an edited weight was moved or modified by other code.
         """
         self._check_attached()
         return [
             LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
-            for projection, state in self._edited
+            for projection, state in self._session.edited
             for bounds in (state.bounds(),)
         ]
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the edited model and its tokenizer as an ordinary checkpoint.
-
-        Raises:
-            ModelError: see `changes`; nothing is written.
-        """
-        self._check_attached()
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-
     def changes(self) -> list[WeightChange]:
-        """What became of each edited weight; nothing before the first edit.
+        """Returns the original and the edited weight of each layer; empty before the first edit.
 
         Raises:
-            ModelError: an edited weight is not where it was, or what it was, after the last batch.
+            ModelError: an edited weight was moved or modified by other code.
         """
         self._check_attached()
         return [
@@ -649,97 +538,63 @@ class Editor:
                 stored=projection.weight,
                 transposed=projection.transposed,
             )
-            for projection, state in self._edited
+            for projection, state in self._session.edited
         ]
 
-    def save_delta(self, path: str | Path) -> DeltaReport:
-        """Writes the change alone, for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the edited model and its tokenizer as a checkpoint.
 
         Raises:
-            ModelError: see `changes`; nothing is written.
+            ModelError: an edited weight was moved or modified by other code; nothing was written.
+        """
+        self._check_attached()
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def save_delta(self, path: str | Path) -> DeltaReport:
+        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
+
+        Raises:
+            ModelError: an edited weight was moved or modified by other code; nothing was written.
         """
         active = sum(record.state == "active" for record in self.history())
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
     def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
-        """Writes the change as a LoRA adapter that `peft` loads; see `export.write_adapter`.
+        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`.
 
         Raises:
-            ModelError: see `changes`; nothing is written.
+            ModelError: an edited weight was moved or modified by other code; nothing was written.
         """
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._session.progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
 
-    @property
-    def _edited(self) -> list[tuple[Projection, LayerState]]:
-        """The projections with their states; nothing before calibration or the first edit."""
-        layers = self._session.layers
-        return list(zip(self._context.projections, layers.states, strict=True)) if layers else []
+    def _recover(self, recorder: Recorder, config: EditConfig | None) -> None:
+        """Restores the edits of a store."""
+        store, settings = recorder.store, self.config.to_dict()
+        if config is not None and store.about["config"] != settings:
+            recorder.describe(store.about | {"config": settings})
+        with quiet(self.model):
+            self._session.layers = recover(store, self.context, self._session.ledger, self._session.progress)
+        self._session.norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     def _check_attached(self) -> None:
-        """Raises ModelError where an edited weight is not what the states say."""
         if self._session.layers:
             self._session.layers.check_attached()
 
-    def _start(self, pilot: Sequence[Request]) -> None:
-        """Fresh states under priors chosen on the pilot."""
-        memory.check(self.memory())
-        moments = self._moments_held()
-        if moments is None:
-            logger.warning("no anchors: only the weights themselves are held; name what is to stay with anchor(texts)")
-        needed = needs_pilot(self.config, anchored=moments is not None)
-        tried = self._pilot(pilot) if needed else None
-        priors = choose_priors(self.config, self._moments, len(self.layers), tried)
-        del tried  # the factors that it holds would crowd the states
-        layers = EditedLayers(
-            self._context.site,
-            self._context.projections,
-            priors,
-            delay=self.config.delay,
-            bare_weight=self.config.bare_weight,
-            keys=self.config.keys,
-            rule=self.config.rule,
-            rule_options=self.config.rule_options,
-        )
-        held = []
-        for _, keys_of, weight in self._to_protect:
-            with layers.transaction():
-                held.append(layers.protect(keys_of, weight))
-        prompts = self.protected
-        self._norms = [Norms.of(state.original, state.prior) for state in layers.states]
-        if self._recorder:
-            self._recorder.begin(priors, held, prompts, [asdict(norms) for norms in self._norms])
-        self._session.layers, self._session.progress.protected = layers, prompts
-
-    def _moments_held(self) -> list[Tensor] | None:
-        """The anchors' moments, where they hold anything."""
-        return None if self.config.mu == 0 else self._moments
-
-    def _pilot(self, requests: Sequence[Request]) -> Pilot:
-        """A pilot of requests, with their values searched in the unedited model."""
-        pilot = _one_per_subject(requests)
-        return Pilot(self._context, self._moments_held(), pilot, self._session.search_pilot(pilot))
-
-    def _forget_start(self) -> None:
-        self._session.layers, self._norms, self._session.progress.protected = None, [], []
-        if self._recorder:
-            self._recorder.forget_start()
+    def _check_not_started(self, method: str) -> None:
+        if self._session.layers:
+            raise InputError(f"{method}(): the priors are already set and apply to all edits; create a new editor")
 
 
-def _one_per_subject(requests: Sequence[Request]) -> list[Request]:
-    """Several of one subject, or of one prompt, have nearly one key, and would make a pilot look hard to realise."""
-    return list({request.about or request.asks: request for request in requests}.values())
-
-
-def _check_store(store: Store, model: PreTrainedModel, config: EditConfig | None) -> EditConfig:
-    """The settings to go on with, once the model is found to be the store's."""
+def _check_model(store: Store, model: PreTrainedModel) -> None:
+    """Raises StoreError if the store was created with another model."""
     about = store.about
-    settings = settings_of(about, config)
     if (found := fingerprint(model)) != about["fingerprint"]:
         raise StoreError(
-            f"the store {str(store.directory)!r} was made with the model {about['fingerprint'][:16]} "
-            f"({about['model'] or 'without a path'}), this one is {found[:16]}: its weights, dtype or settings are "
-            "others, or it is edited already. Nothing was changed; load the model as it was before any edit"
+            f"the store {str(store.directory)!r} was created with the model {about['fingerprint'][:16]} "
+            f"({about['model'] or 'no path recorded'}), and this model is {found[:16]} (weights, dtype or config "
+            "mismatch, or the model is already edited); nothing was modified",
+            hint="load the unedited model that the store was created with",
         )
-    return settings

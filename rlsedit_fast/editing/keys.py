@@ -1,4 +1,4 @@
-"""Keys: the inputs of the edited projections, at the lookup tokens of requests or over running text."""
+"""Keys: inputs of the edited projections, at the edited tokens of requests or at all tokens of texts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.sources import each_text
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.prefixes import Prefixed
 from rlsedit_fast.models.projections import Decoder, Projection
 from rlsedit_fast.models.tokens import alike, encode_plain, pad
+from rlsedit_fast.statistics.sources import each_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS_AT_ONCE = 64  # bounds the memory of one pass over texts
-_WORTH_SHARING = 0.25  # share of a pass's tokens that shared prefixes must save before they are run on their own
+_WORTH_SHARING = 0.25  # fraction of the tokens of a pass that shared prefixes must save to be run separately
 
 
 def request_keys(
@@ -30,16 +30,16 @@ def request_keys(
     *,
     output_of: nn.Module | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The keys of requests at their lookup tokens, in each of their contexts, for several layers in one pass.
+    """Reads the keys of requests at their edited tokens, in each context, for several layers in one pass.
 
-    Tokens that all requests' contexts begin with are run once, rows of similar length share a forward pass, and no
-    pass runs deeper than it must.
+    Leading tokens that a context has in all requests run once, rows of similar length share a forward pass, and a pass
+    ends at the deepest layer that is read.
 
     Args:
         decoder: the model, in evaluation mode.
-        projections: the layers to read.
+        projections: the projections to read, ascending.
         requests: at least one; all have the same number of contexts, the bare prompt first.
-        output_of: a block, or the deepest of `projections`, whose output at the lookup tokens is returned as well. No
+        output_of: a decoder layer, or the deepest projection, whose output at the edited tokens is returned as well. No
             module may run between it and the deepest projection.
 
     Returns:
@@ -71,7 +71,7 @@ def request_keys(
 
 
 def _shared_prefixes(requests: Sequence[Request]) -> list[int]:
-    """For every context row, in order, how many leading tokens all requests share; 0 where sharing saves little."""
+    """Returns for each context row the number of leading tokens that all requests share; 0 if sharing saves little."""
     cuts, saved, total = [], 0, 0
     for rows in zip(*(request.contexts for request in requests), strict=True):
         most = min(row.lookup for row in rows)
@@ -90,20 +90,20 @@ def text_keys(
     *,
     longest: int | None,
 ) -> list[Tensor]:
-    """The keys of every token of some short texts.
+    """Reads the keys of every token of short texts.
 
     Args:
         decoder: the model, in evaluation mode.
-        tokenizer: the model's.
-        projections: the layers wanted.
-        texts: at least one, each with a token and no longer than the model takes.
-        longest: most tokens that the model takes; None where it sets no limit.
+        tokenizer: tokenizer of the model.
+        projections: the projections to read.
+        texts: at least one; none is blank or longer than `longest` tokens.
+        longest: maximum number of tokens of the model; None if there is no limit.
 
     Returns:
         `K [tokens, d_k]` per projection, float32.
 
     Raises:
-        InputError: no text, or one that is none, empty or too long.
+        InputError: there is no text, or a text is not a string, blank or too long.
     """
     texts = list(each_text(texts))
     rows = [encode_plain(tokenizer, text) for text in texts]
@@ -111,8 +111,9 @@ def text_keys(
     long = [text for text, row in zip(texts, rows, strict=True) if longest is not None and len(row.ids) > longest]
     if not rows or wrong or long:
         raise InputError(
-            f"{len(rows)} texts, of which {len(wrong)} are empty and {len(long)} longer than the {longest} tokens that "
-            f"the model takes{f', such as {long[0][:60]!r}' if long else ''}: expected at least one, each between"
+            f"{len(rows)} texts, {len(wrong)} of them blank and {len(long)} longer than the {longest} tokens that the "
+            f"model supports{f', such as {long[0][:60]!r}' if long else ''}; expected at least one text, each with 1 "
+            f"to {longest} tokens"
         )
     found: list[list[Tensor]] = [[] for _ in projections]
     for at in range(0, len(rows), _TEXTS_AT_ONCE):

@@ -1,10 +1,9 @@
-"""The edited layers together: a batch is written into all of them or into none."""
+"""The edited layers together: rows of edits are written into all of them, or removed from all of them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -13,37 +12,36 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
-from rlsedit_fast.editing.config import KeyRows, Keys
+from rlsedit_fast.editing.config import KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.rounding import rounded
-from rlsedit_fast.editing.values import Values
+from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
+from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
 from rlsedit_fast.rls.state import dtype_of
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 128  # protected rows that go in together
+_ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
 
 @dataclass(frozen=True)
 class EditRows:
-    """An edit's rows in every layer's least-squares problem: what its removal and a rebuild need, in host memory.
+    """Rows of an edit in the least-squares problem of every layer, in host memory; sufficient to remove the edit.
 
     Attributes:
         keys: per layer `[rows, d_k]`.
         values: per layer `[rows, d_v]`.
-        weight: of the edit; see `row_weights`.
-        goal: the edited state that the rows ask for, `[rows, d_v]`: the wanted one, and what was asked beyond it for
-            the adherence or by a refinement. With a mean key it is the mean over contexts. `reread` writes towards it.
-            None for protected rows.
+        weight: weight of the edit; see `row_weights`.
+        goal: edited hidden state that the rows aim at, `[rows, d_v]`, including what was added for the adherence or by
+            a refinement; with a mean key the one of the bare prompt. None for protected rows.
     """
 
     keys: tuple[Tensor, ...]
@@ -57,33 +55,46 @@ class EditRows:
 
 
 def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """Keys `[n, contexts, d]` as rows of the least-squares problem: one per context, or the mean of an edit's."""
+    """Returns keys `[n, contexts, d]` as rows: one per context, or the mean of each edit."""
     return per_context.flatten(0, 1) if key_rows == "contexts" else per_context.mean(1)
 
 
-def row_weights(rows: int, bare_weight: float) -> list[float]:
-    """Weights of an edit's rows, which sum to 1: the bare prompt's, and equal ones for the other contexts."""
-    return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
-
-
 def goals_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """States `[n, contexts, d]` beside `rows_of_contexts`; the bare prompt's stands for the mean key."""
+    """Returns states `[n, contexts, d]` for `rows_of_contexts`; for a mean key the one of the bare prompt."""
     return per_context.flatten(0, 1) if key_rows == "contexts" else per_context[:, 0]
 
 
+def row_weights(rows: int, bare_weight: float) -> list[float]:
+    """Returns the weights of an edit's rows, with sum 1: the bare prompt's, and equal ones for the other contexts."""
+    return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class LayersSnapshot:
+    """Contents of `EditedLayers` at one point.
+
+    Attributes:
+        states: snapshot of each layer.
+        protected: the protected rows.
+    """
+
+    states: list[Any]
+    protected: list[EditRows]
+
+
 class EditedLayers:
-    """The solver states of the edited layers; their weights are the model's own, kept current in place.
+    """The solver states of the edited layers. The weights are those of the model, updated in place.
 
     Args:
-        site: where the changes that are written were searched.
-        projections: the edited ones, ascending.
-        priors: one each.
-        delay: as in `RLSState`.
-        bare_weight: as in `EditConfig`.
-        keys: as in `EditConfig`; what is told is rounded to it before it is written.
-        saved: of each state, where they are to go on from there; the weights are then still the original ones.
-        rule: what a batch is written by; see `rlsedit_fast.baselines`.
-        rule_options: its settings.
+        site: the hidden state that the value search changes.
+        projections: the edited projections, ascending by layer.
+        priors: prior of each layer.
+        delay: see `RLSState`.
+        bare_weight: see `ContextConfig`.
+        stored_rows: see `EditConfig`; with `fp16` rows are rounded before they are written.
+        saved: saved contents of each state, to continue from; the weights of the model are still the original ones.
+        rule: editing method, see `rlsedit_fast.baselines`.
+        rule_options: options of the rule.
     """
 
     def __init__(
@@ -94,13 +105,13 @@ class EditedLayers:
         *,
         delay: int,
         bare_weight: float,
-        keys: Keys | None = "full",
+        stored_rows: StoredRows | None = "full",
         saved: Sequence[Saved] | None = None,
         rule: str = RECURSIVE,
         rule_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
-        self._halved, self._bare_weight = keys == "fp16", bare_weight
+        self._half, self._bare_weight = stored_rows == "fp16", bare_weight
         self.states: list[LayerState] = [
             make_layer(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
@@ -108,43 +119,50 @@ class EditedLayers:
         self._protected: list[EditRows] = []
         self._marks = [_mark(projection) for projection in projections]
 
+    @property
+    def objective(self) -> tuple[float, ...]:
+        """`J` of each layer."""
+        return tuple(state.objective for state in self.states)
+
+    @property
+    def protected(self) -> list[EditRows]:
+        """The protected rows."""
+        return list(self._protected)
+
     def check_attached(self) -> None:
-        """Raises ModelError if a weight was moved, cast, replaced or written to by something else."""
+        """Raises ModelError if a weight was moved, cast, replaced or modified by other code."""
         modules = dict(self._decoder.model.named_modules())
         for projection, mark in zip(self._projections, self._marks, strict=True):
             if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
                 raise ModelError(
-                    f"{projection.name} was replaced, moved, cast or written to by something else since the editor "
-                    "looked at it last; its state no longer fits. Put the model as it should be and make a new editor"
+                    f"{projection.name} was replaced, moved, cast or modified by other code since the last edit, so "
+                    "its solver state does not match",
+                    hint="load the model again and create a new editor",
                 )
 
-    @contextmanager
-    def transaction(self) -> Iterator[list[Callable[[], object]]]:
-        """Puts every layer, model included, back if the block raises.
-
-        Yields:
-            A list. The functions that the block puts there are called in order once all is written and found fit to
-            stay; if one raises, all is put back too.
+    def snapshot(self) -> LayersSnapshot:
+        """Takes a snapshot for `restore`. Pending work is not completed until `settle`.
 
         Raises:
-            ModelError: see `check_attached`; nothing is done.
-            UpdateError: a weight that was written is not finite in the model's dtype; nothing has changed.
+            ModelError: see `check_attached`.
         """
         self.check_attached()
-        protected, last = list(self._protected), list[Callable[[], object]]()
-        try:
-            with ExitStack() as stack:
-                for state in self.states:
-                    stack.enter_context(state.transaction())
-                yield last
-                _check_finite(self._projections)
-                for action in last:
-                    action()
-        except BaseException:
-            self._protected = protected
-            raise
-        finally:
-            self._marks = [_mark(projection) for projection in self._projections]
+        return LayersSnapshot([state.snapshot() for state in self.states], list(self._protected))
+
+    def restore(self, snapshot: LayersSnapshot) -> None:
+        """Restores the layers, including the weights of the model, bit for bit."""
+        for state, taken in zip(reversed(self.states), reversed(snapshot.states), strict=True):
+            state.restore(taken)
+        self._protected = list(snapshot.protected)
+        self._marks = [_mark(projection) for projection in self._projections]
+
+    def check_finite(self) -> None:
+        """Raises UpdateError if a written weight contains NaN/Inf in the dtype of the model."""
+        _check_finite(self._projections)
+
+    def settle(self) -> None:
+        """Completes pending work; called after a change was committed and its snapshot dropped."""
+        self._marks = [_mark(projection) for projection in self._projections]
         for state in self.states:
             state.settle()
 
@@ -152,103 +170,107 @@ class EditedLayers:
         self,
         requests: Sequence[Request],
         values: Values,
-        weights: Sequence[float],
         key_rows: KeyRows,
         *,
         adherence: float | None = None,
     ) -> list[EditRows]:
-        """Writes a batch, layer by layer; the model is read again before each.
+        """Writes a batch, layer by layer; the model is read again before each layer.
 
-        What a layer adds reaches the site through the blocks in between, which change it, so every layer takes its
-        share (`memit_share`) of what is still missing at the site. The last layer's output is the site's own, and
-        takes all of the rest.
+        The decoder layers between an edited layer and the edited hidden state transform what the layer adds. Every
+        layer therefore realizes its share (`memit_share`) of the change that is still missing. The output of the last
+        layer is the edited hidden state itself, so it realizes all of the rest.
 
         Args:
             requests: the batch.
-            values: of each request, the wanted states.
-            weights: of each request.
+            values: target states of each request.
             key_rows: rows per request.
-            adherence: share of the wanted change that is to arrive at the site. Where a layer full of edits would
-                shrink it below that, the last layer asks for more (`amplify_innovation`). None asks for the change.
+            adherence: fraction of the target change that should arrive. If a crowded layer would realize less, the
+                last layer aims at more (`amplify_innovation`). None: it aims at the target change.
 
         Returns:
-            What was written of each request; `update` with the same rows at the same states writes the same bits.
+            The rows of each request; `update` with them, from the same states, is equal bit for bit.
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
         each = row_weights(contexts, self._bare_weight)
+        weights = [request.edit.weight for request in requests]
         scaled = torch.tensor([float(weight) * one for weight in weights for one in each])
-        goal, asked = values.goal, torch.zeros(0)
+        goal, aimed = values.goal, torch.zeros(0)
         keys, written = list[Tensor](), list[Tensor]()
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
             assert now is not None
-            panel = self._panel(state, rows_of_contexts(read, key_rows), scaled)
+            rows = rows_of_contexts(read, key_rows)
+            # In their own memory: replayed rows are aligned in the same way, so that products round equally.
+            rows = rounded(rows) if self._half else rows.clone(memory_format=torch.contiguous_format)
+            panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
             if at == len(self.states) and adherence is not None and isinstance(state, RLSState):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
+            # Values are rounded before they are written, so that removing and replaying them is exact.
+            outputs = state.outputs(panel.keys)
+            value = rounded(outputs + innovation) if self._half else outputs + innovation
+            applied = value - outputs
+            state.update_projected(panel, applied)
             keys.append(panel.keys)
-            value, applied = self._apply(state, panel, innovation)
             written.append(value)
-            asked = rows_of_contexts(now, key_rows) + applied.to(now)
+            aimed = rows_of_contexts(now, key_rows) + applied.to(now)
             _check_finite([projection])  # the next layer reads the model
-        return _edit_rows(keys, written, contexts, weights, asked)
+        return _edit_rows(keys, written, contexts, weights, aimed)
 
-    def raise_values(
-        self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, share: float
+    def move_values(
+        self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, fraction: float
     ) -> list[EditRows]:
-        """Moves the edited states of edits that the layers hold further, by new values of their rows in the last layer.
+        """Moves the edited hidden states of active edits, by changing the values of their rows in the last layer.
 
-        The rows keep their keys and weights, so C does not change, and nothing is removed.
+        Keys and weights of the rows stay, so C does not change.
 
         Args:
             requests: the edits.
-            rows: theirs.
-            values: the changes that are still wanted, found in the present model.
-            key_rows: as in `write`.
-            share: of the changes that is to arrive, at the keys that the last layer receives now.
+            rows: their rows.
+            values: the changes that are still missing, found in the present model.
+            key_rows: see `write`.
+            fraction: fraction of the changes that should arrive, at the keys that the last layer receives now.
 
         Returns:
-            The rows that the layers hold now, in the same order.
+            The new rows, in the same order.
         """
         state, last = self.states[-1], len(self.states) - 1
         assert isinstance(state, RLSState)
-        keys, held, weights = self._rows(rows, last)
+        keys, old, weights = self._stacked(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
         change = values.delta.repeat_interleave(torch.tensor(counts, device=values.delta.device), dim=0).to(keys)
         (read,), _ = request_keys(self._decoder, self._projections[last:], requests)
         now = rows_of_contexts(read, key_rows).to(keys)
-        raised = amplify_values(state.project(keys, weights), now, change, values.delta.norm(dim=1), bare, share)
-        fresh = held + raised.to(held)
-        if self._halved:
-            fresh = rounded(fresh)
-        revised = [
-            replace(one, values=(*one.values[:last], value), goal=None if one.goal is None else one.goal + more)
-            for one, value, more in zip(
-                rows, *(side.cpu().split(counts) for side in (fresh, fresh - held)), strict=True
-            )
+        step = amplify_values(state.project(keys, weights), now, change, values.delta.norm(dim=1), bare, fraction)
+        new = old + step.to(old)
+        if self._half:
+            new = rounded(new)
+        moved = [
+            replace(one, values=(*one.values[:last], value), goal=None if one.goal is None else one.goal + added)
+            for one, value, added in zip(rows, *(side.cpu().split(counts) for side in (new, new - old)), strict=True)
         ]
-        self.exchange(rows, revised)
-        return revised
+        self.replace_values(rows, moved)
+        return moved
 
-    def exchange(self, held: Sequence[EditRows], fresh: Sequence[EditRows]) -> None:
-        """Gives rows that the layers hold the last layer's values of `fresh`."""
+    def replace_values(self, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
+        """Replaces the values of rows in the last layer; their keys and weights are equal."""
         state, last = self.states[-1], len(self.states) - 1
         assert isinstance(state, RLSState)
-        keys, old, weights = self._rows(held, last)
-        state.replace(keys, old, self._rows(fresh, last)[1], weights)
+        keys, values, weights = self._stacked(old, last)
+        state.replace(keys, values, self._stacked(new, last)[1], weights)
 
     def remove(
-        self, gone: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
+        self, removed: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
     ) -> tuple[bool, ...]:
-        """Takes rows out of every layer; a layer that cannot let go accurately is rebuilt from those that are kept.
+        """Removes rows from every layer; a layer that cannot remove them accurately is rebuilt from the kept rows.
 
         Args:
-            gone: to be taken out.
-            kept: all others but the protected ones.
-            rebuilt: which layers are to be rebuilt, where that was found before.
+            removed: rows to remove.
+            kept: all other rows, except the protected ones.
+            rebuilt: for a replay, which layers are rebuilt.
 
         Returns:
             Which layers were rebuilt.
@@ -256,47 +278,49 @@ class EditedLayers:
         done = []
         for layer, state in enumerate(self.states):
             if rebuilt is not None:
-                reason = "it was so before" if rebuilt[layer] else None
+                reason = "replay" if rebuilt[layer] else None
                 if not reason:
-                    state.remove(*self._rows(gone, layer))
+                    state.remove(*self._stacked(removed, layer))
             else:
-                reason = "no edit remains" if not kept else _remove_accurately(state, self._rows(gone, layer))
+                reason = "no edit remains" if not kept else _remove_accurately(state, self._stacked(removed, layer))
             if reason:
-                logger.info("%s is rebuilt from the %d edits that remain: %s", state.name, len(kept), reason)
-                state.refresh(*self._rows([*self._protected, *kept], layer))
+                logger.info("rebuilding %s from %d active edits: %s", state.name, len(kept), reason)
+                state.refresh(*self._stacked([*self._protected, *kept], layer))
             done.append(reason is not None)
         return tuple(done)
 
     def update(self, rows: Sequence[EditRows]) -> None:
-        """Puts rows in, as they are."""
+        """Adds rows."""
         for layer, state in enumerate(self.states):
-            state.update(*self._rows(rows, layer))
+            state.update(*self._stacked(rows, layer))
 
-    def rebuild(self, kept: Sequence[EditRows]) -> None:
-        """Makes every layer afresh in float64 from its prior, the protected rows and these."""
+    def rebuild(self, rows: Sequence[EditRows]) -> None:
+        """Rebuilds every layer in float64 from its prior, the protected rows and `rows`."""
         for layer, state in enumerate(self.states):
-            state.refresh(*self._rows([*self._protected, *kept], layer))
+            state.refresh(*self._stacked([*self._protected, *rows], layer))
 
-    def reread(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[EditRows]:
-        """Reads the keys of edits again in the present model, and rebuilds every layer from them.
+    def rebuild_at_present_keys(
+        self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows
+    ) -> list[EditRows]:
+        """Reads the keys of edits again in the present model and rebuilds every layer from them.
 
-        Later edits change what the deeper edited layers receive, so an edit's stored keys age. Every layer but the
-        last is rebuilt to give its stored values at the new keys. Then the model is read once more, and the last layer
-        is given what is missing to each edit's goal.
+        Later edits change the inputs of deeper edited layers, so stored keys become outdated. Every layer but the last
+        is rebuilt with its stored values at the present keys. Then the model is read again, and the last layer gets
+        what is missing to the goal of each edit.
 
         Args:
             requests: all active edits.
-            rows: theirs.
-            key_rows: as in `write`.
+            rows: their rows.
+            key_rows: see `write`.
 
         Returns:
-            The rows that the layers hold now, in the same order.
+            The new rows, in the same order.
         """
         last = len(self.states) - 1
         below = self._read_in_parts(requests, range(last), key_rows)[0] if last else []
         fresh = [replace(one, keys=(*(layer[at] for layer in below), one.keys[last])) for at, one in enumerate(rows)]
         for layer in range(last):
-            self.states[layer].refresh(*self._rows([*self._protected, *fresh], layer))
+            self.states[layer].refresh(*self._stacked([*self._protected, *fresh], layer))
         (deepest,), now = self._read_in_parts(requests, range(last, last + 1), key_rows)
         state = self.states[last]
         found = []
@@ -304,13 +328,13 @@ class EditedLayers:
             assert one.goal is not None
             missing = (one.goal - reached).to(state.original.device)
             values = state.outputs(key.to(missing.device, dtype_of(state.original))) + missing
-            values = (rounded(values) if self._halved else values).cpu()
+            values = (rounded(values) if self._half else values).cpu()
             found.append(replace(one, keys=(*one.keys[:last], key), values=(*one.values[:last], values)))
-        state.refresh(*self._rows([*self._protected, *found], last))
+        state.refresh(*self._stacked([*self._protected, *found], last))
         return found
 
     def key_shift(self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows) -> list[float]:
-        """How far keys have moved since edits were written: the median of `||now - then|| / ||then||`, per layer."""
+        """Returns the median of `||now - stored|| / ||stored||` over keys of edits, per layer."""
         keys, _ = self._read_in_parts(requests, range(len(self.states)), key_rows)
         return [
             float(torch.cat([(now - then).norm(dim=1) / then.norm(dim=1) for now, then in pairs]).median())
@@ -320,66 +344,52 @@ class EditedLayers:
             )
         ]
 
-    def _read_in_parts(
-        self, requests: Sequence[Request], places: range, key_rows: KeyRows
-    ) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Keys of edits in some layers, per layer and edit, and states at the site per edit, in host memory."""
-        keys: list[list[Tensor]] = [[] for _ in places]
-        states: list[Tensor] = []
-        projections = [self._projections[i] for i in places]
-        for part in parts(len(requests), _EDITS_AT_ONCE):
-            some = requests[part]
-            read, now = request_keys(self._decoder, projections, some, output_of=self._site.module)
-            assert now is not None
-            for kept, layer, i in zip(keys, read, places, strict=True):
-                rows = rows_of_contexts(layer, key_rows).to(dtype_of(self._projections[i].weight))
-                kept += (rounded(rows) if self._halved else rows).cpu().unflatten(0, (len(some), -1))
-            states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
-        return keys, states
-
-    @property
-    def protected(self) -> list[EditRows]:
-        """The rows that are protected."""
-        return list(self._protected)
-
     def protect(self, keys: Sequence[Tensor], weight: float) -> list[EditRows]:
-        """Holds every layer to its present outputs on `keys [t, d_k]`, per layer, as firmly as edits of that weight.
+        """Preserves the present outputs of every layer on `keys [t, d_k]`, per layer, with the weight of an edit.
 
         Returns:
-            The rows; `hold` with them, at the same states, does the same bit for bit.
+            The rows; `add_protected` with them, from the same states, is equal bit for bit.
         """
         rows: list[EditRows] = []
         for part in parts(len(keys[0]), _ROWS_AT_ONCE):
             held = []
             for state, layer_keys in zip(self.states, keys, strict=True):
                 some = layer_keys[part].to(state.original.device, dtype_of(state.original))
-                held.append((some, state.outputs(some)))  # of the very rows that go in: nothing is left over to write
-            here, outputs = zip(*held, strict=True)
-            rows += _edit_rows(here, outputs, 1, [weight] * len(here[0]))
-        self.hold(rows)
+                held.append((some, state.outputs(some)))  # outputs of exactly these rows, so that the residual is 0
+            these, outputs = zip(*held, strict=True)
+            rows += _edit_rows(these, outputs, 1, [weight] * len(these[0]))
+        self.add_protected(rows)
         return rows
 
-    def hold(self, rows: Sequence[EditRows]) -> None:
-        """Protects rows."""
+    def add_protected(self, rows: Sequence[EditRows]) -> None:
+        """Adds rows to every layer as protected ones."""
         for part in parts(len(rows), _ROWS_AT_ONCE):
             self.update(rows[part])
-        self.count_as_protected(rows)
+        self.register_protected(rows)
 
-    def protect_only(self, rows: Sequence[EditRows]) -> None:
-        """Notes that of all rows these are the protected ones."""
-        self._protected = list(rows)
+    def register_protected(self, rows: Sequence[EditRows], *, replace_all: bool = False) -> None:
+        """Marks rows that the layers already contain as protected, in addition to or instead of others."""
+        self._protected = list(rows) if replace_all else [*self._protected, *rows]
 
-    def count_as_protected(self, rows: Sequence[EditRows]) -> None:
-        """Notes rows that the states hold already as protected ones."""
-        self._protected += rows
+    def _read_in_parts(
+        self, requests: Sequence[Request], layers: range, key_rows: KeyRows
+    ) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Reads keys of edits, per layer and edit, and the edited hidden states per edit, into host memory."""
+        keys: list[list[Tensor]] = [[] for _ in layers]
+        states: list[Tensor] = []
+        projections = [self._projections[i] for i in layers]
+        for part in parts(len(requests), _EDITS_AT_ONCE):
+            some = requests[part]
+            read, now = request_keys(self._decoder, projections, some, output_of=self._site.module)
+            assert now is not None
+            for kept, layer, projection in zip(keys, read, projections, strict=True):
+                rows = rows_of_contexts(layer, key_rows).to(dtype_of(projection.weight))
+                kept += (rounded(rows) if self._half else rows).cpu().unflatten(0, (len(some), -1))
+            states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
+        return keys, states
 
-    def _panel(self, state: LayerState, keys: Tensor, weights: Tensor) -> Any:
-        # In memory of their own: what is replayed later lies as well aligned, and products round alike.
-        keys = rounded(keys) if self._halved else keys.clone(memory_format=torch.contiguous_format)
-        return state.project(keys, weights.to(keys.device))
-
-    def _rows(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and weights of edits in one layer, on its device."""
+    def _stacked(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns keys, values and weights of the rows of edits in one layer, on its device."""
         original = self.states[layer].original
         (d_v, d_k), device = original.shape, original.device
         keys = [rows.keys[layer] for rows in edits]
@@ -391,33 +401,18 @@ class EditedLayers:
             torch.tensor(weights, dtype=torch.float32, device=device),
         )
 
-    def _apply(self, state: LayerState, panel: Any, innovation: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one layer's part; returns the values, and the innovation that they are.
-
-        Values are rounded before they are written: what is kept of an edit is what was written, so that removing it
-        and writing it again are exact.
-        """
-        now = state.outputs(panel.keys)
-        values = now + innovation
-        if self._halved:
-            values = rounded(values)
-        applied = values - now
-        state.update_projected(panel, applied)
-        return values, applied
-
 
 def _check_finite(projections: Sequence[Projection]) -> None:
-    """Raises UpdateError where a written weight is not finite in the model's dtype."""
     for projection in projections:
         if not all_finite(projection.weight):
             raise UpdateError(
-                f"{projection.name}: a weight left the range of {projection.weight.dtype}; nothing was changed. Load "
-                "the model in bfloat16 or float32"
+                f"{projection.name}: a weight exceeds the range of {projection.weight.dtype}; nothing was modified",
+                hint="load the model in bfloat16 or float32",
             )
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:
-    """Differs once the weight lies elsewhere, has another dtype or was written to."""
+    """Returns a value that changes if the weight is moved, cast or modified."""
     weight = projection.parameter
     return weight.data_ptr(), weight.device, weight.dtype, weight._version
 
@@ -425,7 +420,7 @@ def _mark(projection: Projection) -> tuple[object, ...]:
 def _edit_rows(
     keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float], goal: Tensor | None = None
 ) -> list[EditRows]:
-    """A batch's rows, `[n each, d_k]` and `[n each, d_v]` per layer, `each` of them an edit's; weights are edits'."""
+    """Splits rows `[n each, d]` per layer into those of `n` edits with the given weights."""
     sides = [
         list(zip(*(layer.cpu().unflatten(0, (-1, each)) for layer in side), strict=True)) for side in (keys, values)
     ]
@@ -434,7 +429,7 @@ def _edit_rows(
 
 
 def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """Removes rows from a state; says why it must be rebuilt all the same, if it must."""
+    """Removes rows from a state; returns why the state must be rebuilt, or None."""
     try:
         state.remove(*rows)
     except RemovalError as error:

@@ -1,4 +1,4 @@
-"""The edits that were made and what became of them: the records that a user sees, and the rows that removal needs."""
+"""All edits of an editor: their records, and the rows that are needed to remove them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from datetime import datetime
 from numbers import Integral
 from typing import Any
 
+from rlsedit_fast.data.edits import Edit, normalized
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.conflicts import composed
-from rlsedit_fast.editing.edits import Edit, EditRecord, EditState
 from rlsedit_fast.editing.layers import EditRows
-from rlsedit_fast.editing.requests import Request, asked, shared_subject
+from rlsedit_fast.editing.records import EditRecord, EditState
+from rlsedit_fast.editing.requests import Request, prompt_key, subject_key
 from rlsedit_fast.errors import InputError
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"
@@ -21,22 +21,22 @@ _HISTORY = "list the edits with `rlsedit history` (Python: history())"
 
 @dataclass(frozen=True)
 class TransactionRecord:
-    """What one transaction did: it is entered here, and journalled, whole.
+    """Result of one transaction, as entered into the ledger and the journal.
 
     Attributes:
-        gone: ids of active edits that were taken out.
-        outcome: what became of them.
-        again: ids of active edits that were taken out and written again.
-        rebuilt: per layer, whether the taking out was a rebuild; empty where nothing was taken out.
-        edits: the new ones, as asked for.
-        records: the new edits' records, in the same order.
-        rewritten: the new records of `again`.
-        rows: what was written, by id, in the order written; without the edits that were skipped.
+        removed: ids of active edits that were removed.
+        outcome: new state of the removed edits.
+        rewritten_ids: ids of active edits that were removed and written again.
+        rebuilt: per layer, whether the removal rebuilt it; empty without a removal.
+        edits: the new edits.
+        records: records of the new edits, in the same order.
+        rewritten: new records of `rewritten_ids`.
+        rows: written rows by id, in the order in which they were written; without skipped edits.
     """
 
-    gone: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
     outcome: EditState = "undone"
-    again: tuple[int, ...] = ()
+    rewritten_ids: tuple[int, ...] = ()
     rebuilt: tuple[bool, ...] = ()
     edits: tuple[Edit, ...] = ()
     records: tuple[EditRecord, ...] = ()
@@ -46,16 +46,16 @@ class TransactionRecord:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What was written of a batch, by place in it.
+    """Result of writing a batch, by position in it.
 
     Attributes:
-        rows: the rows of those that were written.
-        figures: of each, fields of its record.
-        groups: those that share a value.
+        rows: rows of the edits that were written.
+        results: fields of the record of each edit.
+        groups: positions of edits that share a value.
     """
 
     rows: Mapping[int, EditRows]
-    figures: Sequence[Mapping[str, Any]]
+    results: Sequence[Mapping[str, Any]]
     groups: Sequence[Sequence[int]]
 
 
@@ -63,25 +63,25 @@ class Ledger:
     """The edits of one editor, in memory.
 
     Args:
-        config: the editor's settings.
-        ready: makes edits ready for the model.
+        config: settings of the editor.
+        prepare: tokenizes edits, see `requests.prepare`.
     """
 
-    def __init__(self, config: EditConfig, ready: Callable[[Sequence[Edit]], list[Request]]) -> None:
-        self._config, self._ready = config, ready
+    def __init__(self, config: EditConfig, prepare: Callable[[Sequence[Edit]], list[Request]]) -> None:
+        self._config, self._prepare = config, prepare
         self._records: list[EditRecord] = []
-        self._edits: dict[int, Edit] = {}  # the active ones, in the order of their ids
-        self._requests: dict[int, Request] = {}  # of active edits that were asked for
-        self._rows: dict[int, EditRows] = {}  # of active edits, unless nothing is kept
-        self._by_prompt: dict[str, set[int]] = defaultdict(set)  # active edits by what they ask
-        self._by_subject: dict[str, set[int]] = defaultdict(set)  # and by the subject whose change they share
+        self._edits: dict[int, Edit] = {}  # of active edits, by ascending id
+        self._requests: dict[int, Request] = {}  # of active edits, once they were needed
+        self._rows: dict[int, EditRows] = {}  # of active edits, if rows are stored
+        self._by_prompt: dict[str, set[int]] = defaultdict(set)  # active edits
+        self._by_subject: dict[str, set[int]] = defaultdict(set)  # active edits that share a value per subject
 
     def __len__(self) -> int:
         return len(self._records)
 
     @property
     def records(self) -> list[EditRecord]:
-        """All of them, oldest first."""
+        """All records, oldest first."""
         return list(self._records)
 
     @property
@@ -90,12 +90,12 @@ class Ledger:
         return list(self._edits)
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raises InputError unless the ids are those of active edits, each named once, at least one."""
+        """Raises InputError unless the ids are those of active edits, at least one, each given once."""
         wrong = [i for i in ids if i not in self._edits]
         if wrong or not ids or len(set(ids)) != len(ids):
             raise InputError(
-                f"ids {list(ids)}: {wrong or 'none or repeated ones'} are not those of active edits; nothing was "
-                "modified",
+                f"ids {list(ids)}: {f'{wrong} are not ids of active edits' if wrong else 'expected distinct ids'}; "
+                "nothing was modified",
                 hint=_HISTORY,
             )
 
@@ -108,28 +108,13 @@ class Ledger:
         since: datetime | None = None,
         until: datetime | None = None,
     ) -> list[int]:
-        """Ids of the active edits that all of what is given fits; of these the `last` so many.
-
-        Args:
-            ids: of active edits.
-            subject: as asked for, up to white space.
-            last: how many, at least 1.
-            since: not before this time; local time where it has no time zone.
-            until: not after this time.
-
-        Returns:
-            Them, ascending, but where ids are given without `last`: then in the order of these.
-
-        Raises:
-            InputError: nothing is given, something is given as what it is not, an id is not that of an active edit, or
-                nothing fits.
-        """
+        """Selects active edits; see `Editor.select`."""
         if ids is None and subject is None and last is None and since is None and until is None:
-            raise InputError("which edits? name ids, a subject, the last N, or times")
+            raise InputError("no selection given; pass ids, subject, last, since or until")
         if last is not None and (not _is_whole(last) or last < 1):
-            raise InputError(f"last={last!r}: expected a whole number of at least 1")
+            raise InputError(f"last={last!r}: expected an integer of at least 1")
         if subject is not None and not isinstance(subject, str):
-            raise InputError(f"subject={subject!r}: expected a text")
+            raise InputError(f"subject={subject!r}: expected a string")
         least, most = _moment("since", since), _moment("until", until)
         if ids is not None:
             ids = _listed(ids)
@@ -137,12 +122,12 @@ class Ledger:
         chosen = [
             i
             for i in (self.active if ids is None else ids)
-            if (subject is None or composed(self._edits[i].subject) == composed(subject))
+            if (subject is None or normalized(self._edits[i].subject) == normalized(subject))
             and (least is None or self._records[i - 1].time >= least)
             and (most is None or self._records[i - 1].time <= most)
         ]
         if last is not None:
-            chosen = sorted(chosen)[-last:]  # ids count up with time
+            chosen = sorted(chosen)[-last:]  # ids ascend with time
         if not chosen:
             given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
             criteria = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -150,38 +135,38 @@ class Ledger:
         return chosen
 
     def edit(self, identity: int) -> Edit:
-        """An active edit, as asked for."""
+        """Returns an active edit."""
         return self._edits[identity]
 
     def edits(self, ids: Sequence[int]) -> list[Edit]:
-        """Active edits, as asked for."""
+        """Returns active edits."""
         return [self._edits[i] for i in ids]
 
     def requests(self, ids: Sequence[int]) -> list[Request]:
-        """Active edits, made ready for a model."""
+        """Returns the requests of active edits."""
         if lacking := [i for i in ids if i not in self._requests]:
-            self._requests.update(zip(lacking, self._ready(self.edits(lacking)), strict=True))
+            self._requests.update(zip(lacking, self._prepare(self.edits(lacking)), strict=True))
         return [self._requests[i] for i in ids]
 
     def rows(self, ids: Sequence[int]) -> list[EditRows]:
-        """The rows of active edits."""
+        """Returns the rows of active edits."""
         return [self._rows[i] for i in ids]
 
     def rows_except(self, ids: Collection[int]) -> list[EditRows]:
-        """The rows of all active edits but these."""
+        """Returns the rows of all other active edits."""
         return [self._rows[i] for i in self._edits if i not in ids]
 
     def ids_by_prompt(self, requests: Sequence[Request]) -> list[int]:
-        """Active edits that ask what one of the requests asks."""
-        return sorted(set().union(*(self._by_prompt.get(request.asks, ()) for request in requests)))
+        """Returns the ids of active edits with the prompt of one of the requests."""
+        return sorted(set().union(*(self._by_prompt.get(request.prompt_key, ()) for request in requests)))
 
     def ids_by_subject(self, requests: Sequence[Request]) -> list[int]:
-        """Active edits that share their subject's change with one of the requests, or would."""
-        subjects = {request.about for request in requests if request.about is not None}
+        """Returns the ids of active edits that share, or would share, their value with one of the requests."""
+        subjects = {request.subject_key for request in requests if request.subject_key is not None}
         return sorted(set().union(*(self._by_subject.get(subject, ()) for subject in subjects)))
 
     def get(self, ids: Sequence[int]) -> list[EditRecord]:
-        """The records of these edits."""
+        """Returns the records of edits."""
         return [self._records[i - 1] for i in ids]
 
     def transaction(
@@ -189,23 +174,23 @@ class Ledger:
         requests: Sequence[Request],
         written: BatchResult,
         *,
-        again: Sequence[int],
+        rewritten_ids: Sequence[int],
         time: datetime,
         batch: int,
-        **taken_out: Any,
+        **removal: Any,
     ) -> TransactionRecord:
-        """What was done, with the records that come of it; nothing is entered yet.
+        """Returns the record of a transaction; it is not entered yet.
 
         Args:
             requests: the new edits.
-            written: what was written of these and then of `again`.
-            again: ids of active edits that were written again.
-            time: of the new records.
-            batch: number of the new edits' batch.
-            **taken_out: the fields of `TransactionRecord` that say what was taken out.
+            written: result of writing these, followed by `rewritten_ids`.
+            rewritten_ids: ids of active edits that were written again.
+            time: time of the new records.
+            batch: number of the new batch.
+            **removal: fields of `TransactionRecord` about removed edits.
         """
         first = len(self) + 1
-        ids = [*range(first, first + len(requests)), *again]
+        ids = [*range(first, first + len(requests)), *rewritten_ids]
         partners = {
             at: tuple(sorted(ids[other] for other in group if other != at)) for group in written.groups for at in group
         }
@@ -221,27 +206,27 @@ class Ledger:
                 batch=batch,
                 name=request.edit.name,
                 joint_with=partners.get(at, ()),
-                **written.figures[at],
+                **written.results[at],
             )
             for at, request in enumerate(requests)
         ]
         rewritten = [
-            replace(record, joint_with=partners[at], **written.figures[at])
-            for at, record in enumerate(self.get(again), start=len(requests))
+            replace(record, joint_with=partners[at], **written.results[at])
+            for at, record in enumerate(self.get(rewritten_ids), start=len(requests))
         ]
         return TransactionRecord(
-            again=tuple(again),
+            rewritten_ids=tuple(rewritten_ids),
             edits=tuple(request.edit for request in requests),
             records=tuple(records),
             rewritten=tuple(rewritten),
             rows={ids[at]: rows for at, rows in written.rows.items()},
-            **taken_out,
+            **removal,
         )
 
     def enter(self, transaction: TransactionRecord) -> None:
-        """Enters what a transaction did."""
+        """Enters a transaction."""
         kept = transaction.rows or {}
-        for i in transaction.gone:
+        for i in transaction.removed:
             self._records[i - 1] = replace(self._records[i - 1], state=transaction.outcome, joint_with=())
             self._forget(i)
         for edit, record in zip(transaction.edits, transaction.records, strict=True):
@@ -262,25 +247,25 @@ class Ledger:
             self._keep(identity, one)
 
     def enter_one(self, edit: Edit, record: EditRecord, rows: EditRows | None) -> None:
-        """Enters an edit with what has become of it so far."""
+        """Enters an edit with its present record."""
         self._records.append(record)
         if record.state == "active":
             self._edits[record.id] = edit
-            self._by_prompt[asked(edit)].add(record.id)
-            if (subject := shared_subject(edit, self._config)) is not None:
+            self._by_prompt[prompt_key(edit)].add(record.id)
+            if (subject := subject_key(edit, self._config)) is not None:
                 self._by_subject[subject].add(record.id)
             self._keep(record.id, rows)
 
     def _keep(self, identity: int, rows: EditRows | None) -> None:
-        if rows is not None and self._config.keys is not None:
+        if rows is not None and self._config.stored_rows is not None:
             self._rows[identity] = rows
 
     def _forget(self, identity: int) -> None:
         edit = self._edits.pop(identity)
         self._rows.pop(identity, None)
         self._requests.pop(identity, None)
-        self._by_prompt[asked(edit)].discard(identity)
-        if (subject := shared_subject(edit, self._config)) is not None:
+        self._by_prompt[prompt_key(edit)].discard(identity)
+        if (subject := subject_key(edit, self._config)) is not None:
             self._by_subject[subject].discard(identity)
 
 
@@ -289,24 +274,24 @@ def _is_whole(value: object) -> bool:
 
 
 def _listed(ids: Any) -> list[int]:
-    """One id or several, NumPy's integers included, as a list."""
+    """Returns one or several ids, including NumPy integers, as a list."""
     several = [ids] if _is_whole(ids) or not isinstance(ids, Iterable) or isinstance(ids, str | bytes) else list(ids)
     if wrong := [one for one in several if not _is_whole(one)]:
-        raise InputError(f"ids: {wrong[0]!r} is none; expected one id or a list of them, whole numbers as in history()")
+        raise InputError(f"ids: {wrong[0]!r}: expected one id or a list of ids, integers as in history()")
     return [int(one) for one in several]
 
 
 def _moment(name: str, time: datetime | None) -> datetime | None:
-    """A time with its time zone."""
+    """Returns a time with a time zone."""
     if time is None:
         return None
     if not isinstance(time, datetime):
-        raise InputError(
-            f"{name}={time!r}: expected a datetime; make one of a text with datetime.datetime.fromisoformat"
-        )
+        raise InputError(f"{name}={time!r}: expected a datetime; convert a string with datetime.datetime.fromisoformat")
     if time.utcoffset() is not None:
         return time
     try:
         return time.astimezone()
     except (OverflowError, ValueError, OSError) as error:
-        raise InputError(f"{name}={time!r}: no local time there ({error}); give it a time zone") from error
+        raise InputError(
+            f"{name}={time!r}: cannot be converted to local time ({error}); pass a datetime with a time zone"
+        ) from error

@@ -1,4 +1,4 @@
-"""What a store holds, read: its records and status without the model, or all of it, done again without its passes."""
+"""Reads a store: its records and status without the model, or everything, replayed without forward passes."""
 
 from __future__ import annotations
 
@@ -9,85 +9,82 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.edits import Edit, EditRecord
-from rlsedit_fast.editing.gradient import GradientScale
-from rlsedit_fast.editing.inspection import ModelContext
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
-from rlsedit_fast.editing.progress import Point, Progress
-from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, adherence_asked, assess
-from rlsedit_fast.editing.written import (
+from rlsedit_fast.editing.persistence import (
     EDIT,
     FIXED,
     PROTECT,
     REBUILD,
     REVISE,
-    config_of,
-    made_of,
-    record_of,
-    revised,
-    rows_of,
+    decode_edit,
+    decode_revision,
+    decode_rows,
+    decode_transaction,
     settings_of,
-    transaction_of,
 )
+from rlsedit_fast.editing.records import EditRecord, Point, Progress
+from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.rls import Prior, Saved
 from rlsedit_fast.store import Entry, Store
 
 
-def given_settings(directory: str | Path) -> EditConfig | None:
-    """The settings that a store was made with, as the user gave them; None where there is no store.
+def read_settings(directory: str | Path) -> EditConfig | None:
+    """Returns the settings that a store was created with, as the user passed them; None if there is no store.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the store is damaged.
     """
     if not Store.exists(directory):
         return None
     with Store(directory, write=False) as store:
-        about = store.about
-        settings, first = config_of(about["config"]), config_of(about["given"])
-    return replace(settings, **{name: getattr(first, name) for name in FIXED})
+        settings, given = EditConfig(**store.about["config"]), EditConfig(**store.about["given"])
+    return settings.replace(**{name: getattr(given, name) for name in FIXED})
 
 
 def read_history(directory: str | Path) -> list[EditRecord]:
-    """The records of a store, without the model, also while an editor writes it.
+    """Returns the records of a store, without the model, also while an editor writes to it.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: the store does not exist or is damaged.
     """
     with Store(directory, write=False) as store:
-        return read_ledger(store)[0].records
+        return _read_ledger(store)[0].records
 
 
-def read_ledger(store: Store) -> tuple[Ledger, Progress]:
-    """The edits of a store without their rows, and how far it has come."""
+def _read_ledger(store: Store) -> tuple[Ledger, Progress]:
+    """Returns the edits of a store without their rows, and the progress."""
 
-    def without_model(_edits: Sequence[Edit]) -> list[Request]:
-        raise AssertionError("only records are read")
+    def unavailable(_edits: Sequence[Edit]) -> list[Request]:
+        raise AssertionError("requests require a model")
 
-    ledger, progress = Ledger(settings_of(store.about), without_model), Progress()
-    for entry in _needed(store.entries):
+    ledger, progress = Ledger(settings_of(store.about), unavailable), Progress()
+    for entry in _required(store.entries):
         if entry.kind == REBUILD:
             _enter_history(ledger, entry, {})
         elif entry.kind == EDIT:
-            ledger.enter(transaction_of(entry))
+            ledger.enter(decode_transaction(entry))
         elif entry.kind == REVISE:
-            ledger.revise([record_of(text) for text in entry.about["rewritten"]], {})
-        _take_up_progress(progress, entry, {})
+            ledger.revise(_revised_records(entry), {})
+        _restore_progress(progress, entry)
     return ledger, progress
 
 
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
-    """The status of a store without the model; residuals and deviations are those of the last snapshot.
+    """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
 
     Raises:
-        StoreError: there is none, or it is damaged.
-        InputError: a budget that is not above 0.
+        StoreError: the store does not exist or is damaged.
+        InputError: the budget is not above 0.
     """
     with Store(directory, write=False) as store:
-        ledger, progress = read_ledger(store)
+        ledger, progress = _read_ledger(store)
         about, layers = store.about, list[LayerStatus]()
         newest = store.newest_snapshot()
         for at, layer in enumerate(about["layers"]) if progress.trace else ():
@@ -111,78 +108,69 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
             progress.trace,
             layers,
             batches=progress.batches,
-            adherence=adherence_asked(settings_of(about), anchored=anchored),
+            adherence=calibrated_adherence(settings_of(about), anchored=anchored),
             budget=budget,
             sizes=store.sizes(),
         )
 
 
-def recover(store: Store, around: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
-    """Brings layers, ledger and progress to where the store is: the newest whole snapshot, and what came after it.
+def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
+    """Restores the state of a store: the newest intact snapshot, and the changes after it.
 
-    The model's edited weights are the original ones, and are so again if this raises.
+    The edited weights of the model are the original ones; they are restored if this raises.
+
+    Args:
+        store: the store.
+        context: the model.
+        ledger: empty; receives the edits.
+        progress: empty; receives the progress.
 
     Returns:
-        The layers; None where nothing is in the store yet.
+        The layers; None if the store has no changes yet.
 
     Raises:
-        StoreError: a file that is needed is damaged, or was not kept.
+        StoreError: a required file is damaged or was not kept.
     """
-    entries = _needed(store.entries)
+    entries = _required(store.entries)
     if not entries:
         return None
-    originals = [projection.weight.clone() for projection in around.projections]
+    originals = [projection.weight.clone() for projection in context.projections]
     try:
-        return _Recovery(store, around, ledger, progress).run(entries)
+        return _Recovery(store, context, ledger, progress).run(entries)
     except BaseException:
-        for projection, original in zip(around.projections, originals, strict=True):
+        for projection, original in zip(context.projections, originals, strict=True):
             projection.write(original)
         raise
 
 
 class _Recovery:
-    def __init__(self, store: Store, around: ModelContext, ledger: Ledger, progress: Progress) -> None:
-        self._store, self._config, self._ledger, self._progress = store, around.config, ledger, progress
-        self._site, self._projections = around.site, around.projections
+    def __init__(self, store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> None:
+        self._store, self._config, self._ledger, self._progress = store, context.config, ledger, progress
+        self._site, self._projections = context.site, context.projections
 
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
-        snapshot, held = next(self._store.snapshots(), (None, {}))
+        snapshot, tensors = next(self._store.snapshots(), (None, {}))
         reached = snapshot.seq if snapshot else 0
-        saved = _saved(snapshot, held) if snapshot else None
-        alive = _alive([entry for entry in entries if entry.seq <= reached])
-        layers = self._begun(entries[0], saved)
-        _take_up_progress(self._progress, entries[0], {})
-        self._take_up_scale(entries[0], reached, held)
+        saved = _saved(snapshot, tensors) if snapshot else None
+        active = _active([entry for entry in entries if entry.seq <= reached])
+        layers = self._start(entries[0], saved)
+        _restore_progress(self._progress, entries[0])
         for entry in entries[1:]:
-            done = entry.seq <= reached
-            wanted = not done or (self._config.keys is not None and self._has_needed(entry, alive))
-            tensors = self._read(entry, done) if wanted else {}
+            included = entry.seq <= reached  # in the snapshot
+            needed = not included or (self._config.stored_rows is not None and self._has_rows_of(entry, active))
+            tensors = self._read(entry, included) if needed else {}
             if entry.kind == EDIT:
-                self._edit(layers, entry, tensors, done)
+                self._edit(layers, entry, tensors, included)
             elif entry.kind == REVISE:
-                self._revise(layers, entry, tensors, done)
-            elif entry.kind == PROTECT and wanted:
-                rows = self._rows(tensors, "protected.", entry.about["weights"])
-                if done:
-                    layers.count_as_protected(rows)
-                else:
-                    with layers.transaction():
-                        layers.hold(rows)
+                self._revise(layers, entry, tensors, included)
+            elif entry.kind == PROTECT and needed:
+                self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
             elif entry.kind == REBUILD:
-                self._rebuild(layers, entry, tensors, done)
-            _take_up_progress(self._progress, entry, tensors)
-            self._take_up_scale(entry, reached, held)
-        squares = self._progress.scale.squares
-        if squares is not None:
-            self._progress.scale = GradientScale(squares.to(self._projections[-1].weight.device))
+                self._rebuild(layers, entry, tensors, included)
+            _restore_progress(self._progress, entry)
         return layers
 
-    def _take_up_scale(self, entry: Entry, reached: int, held: Mapping[str, Tensor]) -> None:
-        """From the snapshot, once that is where the replay has come to: changes before it may not have been read."""
-        if entry.seq == reached and "scale" in held:
-            self._progress.scale = GradientScale(held["scale"])
-
-    def _begun(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
+    def _start(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
         priors = [
             Prior(**prior, anchor_moment=tensors.get(f"moment.{at}")) for at, prior in enumerate(entry.about["priors"])
@@ -192,118 +180,131 @@ class _Recovery:
             self._projections,
             priors,
             delay=self._config.delay,
-            bare_weight=self._config.bare_weight,
-            keys=self._config.keys,
+            bare_weight=self._config.contexts.bare_weight,
+            stored_rows=self._config.stored_rows,
             saved=saved,
         )
         for at, weights in enumerate(entry.about["protected"]):
-            rows = self._rows(tensors, f"protected.{at}.", weights)
-            if saved:
-                layers.count_as_protected(rows)
-            else:
-                with layers.transaction():
-                    layers.hold(rows)
+            self._protect(layers, self._rows(tensors, f"protected.{at}.", weights), included=saved is not None)
         return layers
 
-    def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
-        transaction, ledger, ids = transaction_of(entry), self._ledger, entry.about["written"]
-        weights = _weights(transaction, ledger)
+    def _protect(self, layers: EditedLayers, rows: Sequence[EditRows], included: bool) -> None:
+        if included:
+            layers.register_protected(rows)
+            return
+        with Transaction(layers) as transaction:
+            layers.add_protected(rows)
+            transaction.commit()
+
+    def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
+        record, ledger, ids = decode_transaction(entry), self._ledger, entry.about["written"]
+        weights = _weights(record, ledger)
         rows = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"]) if tensors else []
-        transaction = replace(transaction, rows=dict(zip(ids, rows, strict=True)) if rows else {})
-        if not done:
-            with layers.transaction():
-                out = [*transaction.gone, *transaction.again]
-                if out:
-                    layers.remove(ledger.rows(out), ledger.rows_except(set(out)), transaction.rebuilt)
+        record = replace(record, rows=dict(zip(ids, rows, strict=True)) if rows else {})
+        if not included:
+            with Transaction(layers) as transaction:
+                removed = [*record.removed, *record.rewritten_ids]
+                if removed:
+                    layers.remove(ledger.rows(removed), ledger.rows_except(set(removed)), record.rebuilt)
                 if rows:
                     layers.update(rows)
-        ledger.enter(transaction)
+                transaction.commit()
+        ledger.enter(record)
 
-    def _revise(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+    def _revise(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
         ledger, ids = self._ledger, entry.about["revised"]
-        fresh = dict[int, EditRows]()
+        revised = dict[int, EditRows]()
         if tensors:
-            held = ledger.rows(ids)
-            fresh = dict(zip(ids, revised(tensors, held, self._projections), strict=True))
-            if not done:
-                with layers.transaction():
-                    layers.exchange(held, list(fresh.values()))
-        ledger.revise([record_of(text) for text in entry.about["rewritten"]], fresh)
+            rows = ledger.rows(ids)
+            revised = dict(zip(ids, decode_revision(tensors, rows, self._projections), strict=True))
+            if not included:
+                with Transaction(layers) as transaction:
+                    layers.replace_values(rows, list(revised.values()))
+                    transaction.commit()
+        ledger.revise(_revised_records(entry), revised)
 
-    def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], done: bool) -> None:
+    def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
         weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
         rows: dict[int, EditRows] = {}
         if tensors:
             ids = entry.about["written"]
             found = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"])
             rows = dict(zip(ids, found, strict=True))
-            layers.protect_only(self._rows(tensors, "protected.", entry.about["weights"]))
+            protected = self._rows(tensors, "protected.", entry.about["weights"])
+            layers.register_protected(protected, replace_all=True)
         _enter_history(self._ledger, entry, rows)
-        if not done:
-            with layers.transaction():
+        if not included:
+            with Transaction(layers) as transaction:
                 layers.rebuild(self._ledger.rows(self._ledger.active))
+                transaction.commit()
 
     def _rows(
         self, tensors: Mapping[str, Tensor], prefix: str, weights: Sequence[float], counts: Sequence[int] | None = None
     ) -> list[EditRows]:
-        """Rows of edits, or protected ones, of which each stands alone."""
-        return rows_of(tensors, prefix, weights, [1] * len(weights) if counts is None else counts, self._projections)
+        """Returns the rows of edits, or protected rows with a count of 1 each."""
+        return decode_rows(
+            tensors, prefix, weights, [1] * len(weights) if counts is None else counts, self._projections
+        )
 
-    def _has_needed(self, entry: Entry, alive: set[int]) -> bool:
+    def _has_rows_of(self, entry: Entry, active: set[int]) -> bool:
         if entry.kind in (PROTECT, REBUILD):
             return True
-        return bool(alive.intersection(entry.about["revised" if entry.kind == REVISE else "written"]))
+        return bool(active.intersection(entry.about["revised" if entry.kind == REVISE else "written"]))
 
-    def _read(self, entry: Entry, done: bool) -> dict[str, Tensor]:
+    def _read(self, entry: Entry, included: bool) -> dict[str, Tensor]:
         try:
             return self._store.tensors(entry)
         except StoreError as error:
-            if self._config.keys is None and not done:
+            if self._config.stored_rows is None and not included:
                 raise StoreError(
-                    f"{error} Keys and values are not kept in this store (keys=None) once two snapshots hold them, and "
-                    "no snapshot is whole"
+                    f"{error} This store deletes keys and values once two snapshots include them (stored_rows=None), "
+                    "and no snapshot is intact"
                 ) from error
             raise
 
 
-def _needed(entries: Sequence[Entry]) -> list[Entry]:
-    """The first change and those from the last rebuild on, which says all that was before it."""
+def _required(entries: Sequence[Entry]) -> list[Entry]:
+    """Returns the first change and those from the last rebuild on, which replaces the changes before it."""
     last = max((at for at, entry in enumerate(entries) if entry.kind == REBUILD), default=1)
     return [*entries[:1], *entries[last:]]
 
 
-def _alive(entries: Sequence[Entry]) -> set[int]:
-    """Ids of the edits that are active after these."""
-    alive: set[int] = set()
+def _active(entries: Sequence[Entry]) -> set[int]:
+    """Returns the ids of the edits that are active after these changes."""
+    active: set[int] = set()
     for entry in entries:
         about = entry.about
         if entry.kind == EDIT:
-            alive |= set(about["written"])
-            alive -= set(about["gone"])
+            active |= set(about["written"])
+            active -= set(about["removed"])
         elif entry.kind == REBUILD:
-            alive = set(about["written"])
-    return alive
+            active = set(about["written"])
+    return active
 
 
-def _weights(transaction: TransactionRecord, ledger: Ledger) -> dict[int, float]:
-    weights = {record.id: record.weight for record in transaction.records}
-    return weights | {i: ledger.edit(i).weight for i in transaction.again}
+def _weights(record: TransactionRecord, ledger: Ledger) -> dict[int, float]:
+    weights = {one.id: one.weight for one in record.records}
+    return weights | {i: ledger.edit(i).weight for i in record.rewritten_ids}
+
+
+def _revised_records(entry: Entry) -> list[EditRecord]:
+    return [EditRecord.from_dict(text) for text in entry.about["rewritten"]]
 
 
 def _enter_history(ledger: Ledger, entry: Entry, rows: Mapping[int, EditRows]) -> None:
     for text in entry.about["history"]:
-        edit, record = made_of(text)
+        edit, record = decode_edit(text)
         ledger.enter_one(edit, record, rows.get(record.id))
 
 
-def _saved(entry: Entry, held: Mapping[str, Tensor]) -> list[Saved]:
+def _saved(entry: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
     return [
         Saved(
-            weight=held[f"{at}.weight"],
-            base=held[f"{at}.base"],
-            pending=held[f"{at}.pending"],
-            signs=held[f"{at}.signs"],
-            image=held[f"{at}.image"],
+            weight=tensors[f"{at}.weight"],
+            base=tensors[f"{at}.base"],
+            pending=tensors[f"{at}.pending"],
+            signs=tensors[f"{at}.signs"],
+            image=tensors[f"{at}.image"],
             floor=about["floor"],
             objective=about["objective"],
             edits=about["edits"],
@@ -312,7 +313,7 @@ def _saved(entry: Entry, held: Mapping[str, Tensor]) -> list[Saved]:
     ]
 
 
-def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+def _restore_progress(progress: Progress, entry: Entry) -> None:
     about = entry.about
     if entry.kind == PROTECT:
         progress.protected += about["prompts"]
@@ -324,6 +325,4 @@ def _take_up_progress(progress: Progress, entry: Entry, tensors: Mapping[str, Te
     progress.time = datetime.fromisoformat(about["time"])
     if entry.kind == REBUILD:
         progress.trace = [Point(edits, tuple(objective)) for edits, objective in about["trace"]]
-    progress.reached(Point(about["active"], tuple(about["objective"])))
-    if "scale" in tensors:
-        progress.scale = GradientScale(tensors["scale"])
+    progress.append(Point(about["active"], tuple(about["objective"])))

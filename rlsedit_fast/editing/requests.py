@@ -1,113 +1,123 @@
-"""Edits made ready for a model: checked one and all, then tokenised."""
+"""Requests: edits that were validated and tokenized for a model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlsedit_fast.data.edits import Edit, invalid_weight, normalized
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.conflicts import composed
-from rlsedit_fast.editing.edits import Edit, weight_trouble
 from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.models.tokens import Row, encode, encode_plain, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-_HALF = re.compile(r"[\ud800-\udfff]")
-_SPECIAL = 8
-"""Tokens that a tokenizer may put round a text, at most."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SPECIAL_TOKENS = 8  # maximum number of tokens that a tokenizer adds to a text
 
 
 @dataclass(frozen=True)
 class Request:
-    """An edit's texts as tokens.
+    """An edit as token ids.
 
     Attributes:
-        edit: as asked for.
-        contexts: prompt and target behind each context prefix, the bare prompt first.
-        kl: the prompts whose answers are to stay, without targets.
-        asks: what it asks, the same for edits that ask the same.
-        about: its subject, the same for edits whose values belong together; None where the lookup token is not the
-            subject's, so that edits of one subject have keys of their own.
+        edit: the edit.
+        contexts: prompt and target with each context prefix, the bare prompt first.
+        kl: the KL prompts, without targets.
+        prompt_key: normalized filled prompt; equal for edits with the same prompt.
+        subject_key: normalized subject; equal for edits that share a value. None if the edited token does not belong to
+            the subject, so that edits of one subject have different keys.
     """
 
     edit: Edit
     contexts: tuple[Row, ...]
     kl: tuple[Row, ...]
-    asks: str
-    about: str | None
+    prompt_key: str
+    subject_key: str | None
 
 
 def prepare(
-    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, *, longest: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Iterable[Edit | Mapping[str, Any]],
+    config: EditConfig,
+    *,
+    longest: int | None,
 ) -> list[Request]:
-    """Checks and tokenises all edits before anything is done with any of them.
+    """Validates and tokenizes all edits.
 
     Args:
-        tokenizer: the model's.
-        edits: at least one.
-        config: the editor's settings.
-        longest: most tokens that the model takes; None where it sets no limit.
+        tokenizer: tokenizer of the model.
+        edits: at least one edit, as `Edit` or as a dict with its fields.
+        config: settings of the editor.
+        longest: maximum number of tokens of the model; None if there is no limit.
 
     Raises:
-        RequestError: listing every edit that cannot be carried out, by its place in `edits`; or no edits were given,
-            or one that is in no list.
+        RequestError: an edit is invalid (all invalid edits are listed by index), there are no edits, or `edits` is not
+            a list.
     """
-    requests, refused = _attempt(tokenizer, edits, config, longest)
-    if not (count := len(requests) + len(refused)):
-        raise RequestError("no edits were given; give at least one")
-    if refused:
-        lines = listed((f"edit {place}: {reason}" for place, reason in refused.items()))
-        raise RequestError(f"{len(refused)} of {count} edits cannot be made, nothing was changed:\n" + "\n".join(lines))
+    requests, invalid = _attempt(tokenizer, edits, config, longest)
+    if not (count := len(requests) + len(invalid)):
+        raise RequestError("no edits were given; pass at least one")
+    if invalid:
+        lines = listed(f"edit {index}: {reason}" for index, reason in invalid.items())
+        raise RequestError(f"{len(invalid)} of {count} edits are invalid; nothing was modified:\n" + "\n".join(lines))
     return requests
 
 
-def troubles(
-    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, *, longest: int | None
+def find_invalid(
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Iterable[Edit | Mapping[str, Any]],
+    config: EditConfig,
+    *,
+    longest: int | None,
 ) -> dict[int, str]:
-    """Which edits `prepare` would refuse, by their place in `edits`, and why. Same arguments.
+    """Returns the reason for each invalid edit, by index. The arguments are those of `prepare`.
 
     Raises:
-        RequestError: an edit that is in no list.
+        RequestError: `edits` is not a list.
     """
     return _attempt(tokenizer, edits, config, longest)[1]
 
 
 def _attempt(
-    tokenizer: PreTrainedTokenizerBase, edits: Iterable[Edit], config: EditConfig, longest: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Iterable[Edit | Mapping[str, Any]],
+    config: EditConfig,
+    longest: int | None,
 ) -> tuple[list[Request], dict[int, str]]:
-    if isinstance(edits, Edit | str) or not isinstance(edits, Iterable):
-        raise RequestError(f"edits: expected a list of them, got {edits!r:.60}; put a single Edit in a list")
+    if isinstance(edits, Edit | str | Mapping) or not isinstance(edits, Iterable):
+        raise RequestError(f"edits: expected a list of edits, got {edits!r:.60}; put a single edit in a list")
     requests: list[Request] = []
-    refused: dict[int, str] = {}
-    for place, edit in enumerate(edits):
+    invalid: dict[int, str] = {}
+    for index, edit in enumerate(edits):
         try:
             requests.append(_prepare_one(tokenizer, edit, config, longest))
-        except RequestError as trouble:
-            refused[place] = str(trouble)
-    return requests, refused
+        except RequestError as error:
+            invalid[index] = str(error)
+    return requests, invalid
 
 
-def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditConfig, longest: int | None) -> Request:
+def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditConfig, longest: int | None) -> Request:
+    if isinstance(edit, Mapping):
+        edit = Edit.from_dict(edit)
     if not isinstance(edit, Edit):
-        raise RequestError(f"expected an Edit, got {type(edit).__name__}")
+        raise RequestError(f"expected an Edit or a dict with its fields, got {type(edit).__name__}")
     for field in ("prompt", "subject", "target"):
         if not isinstance(getattr(edit, field), str):
-            raise RequestError(f"{field}={getattr(edit, field)!r}: expected a text")
-        _check_whole(field, getattr(edit, field))
+            raise RequestError(f"{field}={getattr(edit, field)!r}: expected a string")
+        _check_characters(field, getattr(edit, field))
     if edit.name is not None and not isinstance(edit.name, str):
-        raise RequestError(f"name={edit.name!r}: expected a text, or None")
+        raise RequestError(f"name={edit.name!r}: expected a string, or None")
     if not edit.target.strip():
-        raise RequestError(f"target {edit.target!r} is empty; give what the model is to say")
-    if trouble := weight_trouble(edit.weight):
-        raise RequestError(trouble)
+        raise RequestError(f"target {edit.target!r} is empty; pass the text that the model should state")
+    if reason := invalid_weight(edit.weight):
+        raise RequestError(reason)
     for field in ("paraphrases", "neighborhood"):
         for text in getattr(edit, field):
-            _check_asked(tokenizer, field, text, edit.target, longest)
+            _check_evaluated(tokenizer, field, text, edit.target, longest)
     contexts = tuple(
         encode(
             tokenizer,
@@ -118,40 +128,50 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: Edit, config: EditCon
             fact_token=config.fact_token,
             span=edit.span,
         )
-        for prefix in config.context_prefixes
+        for prefix in config.contexts.prefixes
     )
-    prompts = config.kl_prompts if config.kl_factor else ()
-    kl = tuple(encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token) for prompt in prompts)
-    widest = max(len(row.ids) for row in (*contexts, *kl))
-    if longest is not None and widest > longest:
-        raise RequestError(f"{widest} tokens with its context: the model takes {longest}; shorten the prompt")
-    return Request(edit, contexts, kl, asked(edit), shared_subject(edit, config))
+    kl = tuple(
+        encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token)
+        for prompt in config.search.effective_kl_prompts
+    )
+    width = max(len(row.ids) for row in (*contexts, *kl))
+    if longest is not None and width > longest:
+        raise RequestError(
+            f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes"
+        )
+    return Request(edit, contexts, kl, prompt_key(edit), subject_key(edit, config))
 
 
-def _check_whole(field: str, text: str) -> None:
-    if _HALF.search(text):
-        raise RequestError(f"{field}={text!r:.80} holds half a character (a lone surrogate); mend it")
+def _check_characters(field: str, text: str) -> None:
+    if _SURROGATE.search(text):
+        raise RequestError(f"{field}={text!r:.80} contains half a character (a lone surrogate); correct the text")
 
 
-def _check_asked(
+def _check_evaluated(
     tokenizer: PreTrainedTokenizerBase, field: str, text: object, target: str, longest: int | None
 ) -> None:
-    """What is asked in the evaluation alone must be a text that the model can read, with the target behind it."""
+    """Checks a text that is only used by the evaluation, with the target after it."""
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"{field}: {text!r:.80}: expected texts that are not blank")
-    _check_whole(field, text)
-    # A token is a byte at least, so that most texts need not be tokenised to be found short enough.
-    if longest is not None and len(text.encode()) + len(target.encode()) > longest - _SPECIAL:
+        raise RequestError(f"{field}: {text!r:.80}: expected strings that are not blank")
+    _check_characters(field, text)
+    # A token has at least one byte, so most texts are short enough without being tokenized.
+    if longest is not None and len(text.encode()) + len(target.encode()) > longest - _SPECIAL_TOKENS:
         tokens = len(encode_plain(tokenizer, text, target).ids)
         if tokens > longest:
-            raise RequestError(f"{field}: {text[:60]!r}: {tokens} tokens with the target: the model takes {longest}")
+            raise RequestError(
+                f"{field}: {text[:60]!r}: {tokens} tokens with the target, and the model supports {longest}"
+            )
 
 
-def asked(edit: Edit) -> str:
-    """What an edit asks, the same for edits that ask the same; raises as `fill`."""
-    return composed(fill(edit.prompt, edit.subject)[0])
+def prompt_key(edit: Edit) -> str:
+    """Returns the normalized filled prompt of an edit.
+
+    Raises:
+        RequestError: the prompt does not contain the subject, see `fill`.
+    """
+    return normalized(fill(edit.prompt, edit.subject)[0])
 
 
-def shared_subject(edit: Edit, config: EditConfig) -> str | None:
-    """The subject whose change an edit shares with others; None where it has a key of its own."""
-    return composed(edit.subject) if config.fact_token != "last" and edit.span is None else None
+def subject_key(edit: Edit, config: EditConfig) -> str | None:
+    """Returns the normalized subject if the edit shares its value with other edits of the subject, otherwise None."""
+    return normalized(edit.subject) if config.fact_token != "last" and edit.span is None else None

@@ -1,497 +1,463 @@
-"""Edits applied and removed: layers, store and ledger change together, or none of them does."""
+"""A session applies and removes edits; each change is one transaction of layers, store and ledger."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from random import Random
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.batches import batches_of, unrelated
-from rlsedit_fast.editing.edits import EditRecord, EditState
-from rlsedit_fast.editing.finding import Finder
-from rlsedit_fast.editing.inspection import ModelContext
-from rlsedit_fast.editing.interrupts import held_back
+from rlsedit_fast.baselines import LayerState
+from rlsedit_fast.baselines.memory import check_memory
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
-from rlsedit_fast.editing.measurement import Measured, measure
-from rlsedit_fast.editing.progress import Point, Progress
-from rlsedit_fast.editing.recording import Recorder
+from rlsedit_fast.editing.objective import Measured, measure
+from rlsedit_fast.editing.persistence import Recorder
+from rlsedit_fast.editing.priors import Pilot, choose_priors, needs_pilot
+from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
+from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import Sample, adherence_asked
-from rlsedit_fast.editing.values import Values
-from rlsedit_fast.errors import RequestError, ResourceError, RLSEditError, listed
+from rlsedit_fast.editing.status import Norms, Sample, calibrated_adherence
+from rlsedit_fast.editing.transaction import Transaction
+from rlsedit_fast.editing.value_search import ValueFinder, Values
+from rlsedit_fast.errors import RequestError, RLSEditError, listed
+from rlsedit_fast.models.projections import Projection
 
 logger = logging.getLogger(__name__)
 
-_REFINED_SHARE = 0.99  # of the change that a second search asks for
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How a change is brought to its end, once all is written and found fit to stay.
-
-    Attributes:
-        before: called before the commit, and may still refuse: what prepares the change in the store.
-        after: called after it, and cannot fail: what enters it in memory.
-    """
-
-    before: list[Callable[[], object]]
-    after: list[Callable[[], object]]
-
-
-class _FellShort(Exception):
-    """Requests fell short for whose sake edits were taken out: the batch must be written again without them.
-
-    Attributes:
-        values: what was found for each of them, by its place in the batch.
-    """
-
-    def __init__(self, values: Mapping[int, Values]) -> None:
-        super().__init__()
-        self.values = values
-
-
-class _NoGain(Exception):
-    """Refining edits did not help them."""
+PILOT = 100
+"""Number of edits that the priors are calibrated on by default: the first edits of the stream."""
 
 
 class EditSession:
-    """Applies edits to a model's layers, a batch at a time, and keeps the ledger and the store in step.
+    """Applies and removes edits, batch by batch, and keeps layers, store and ledger consistent.
 
     Args:
         context: the model.
-        recorder: what writes into the store; None without one.
+        recorder: writes into the store; None without a store.
 
     Attributes:
         ledger: the edits.
-        progress: what else goes on from batch to batch.
-        layers: the edited layers; None until their priors are set.
+        progress: counters.
+        layers: the edited layers; None until the priors are set.
+        norms: norms of each layer; empty until the priors are set.
+        moments: `E[k k^T] [d_k, d_k]` of the anchors per layer; None without anchors.
+        waiting: protected texts, their keys per layer and their weight, to be added when the priors are set.
     """
 
     def __init__(self, context: ModelContext, recorder: Recorder | None) -> None:
         self.ledger = Ledger(context.config, context.prepare)
         self.progress = Progress()
         self.layers: EditedLayers | None = None
-        self._config, self._site = context.config, context.site
-        self._finder = Finder(context.site, context.config)
+        self.norms: list[Norms] = []
+        self.moments: list[Tensor] | None = None
+        self.waiting: list[tuple[list[str], list[Tensor], float]] = []
+        self._context, self._config, self._recorder = context, context.config, recorder
+        self._finder = ValueFinder(context.site, context.config)
+        self._refiner = Refiner(self, self._finder, context.config)
         self._pilot: tuple[list[Request], Values] | None = None
-        self._recorder = recorder
 
-    def search_pilot(self, requests: Sequence[Request]) -> Values:
-        """The values of a pilot in the unedited model; its edits are not searched again if they come first."""
-        # What a gradient search goes on from counts the edits that are made, and a pilot's are not.
-        values = self._finder.find(requests, Progress())
-        if self._config.values == "search":
-            self._pilot = list(requests), values
-        return values
+    @property
+    def edited(self) -> list[tuple[Projection, LayerState]]:
+        """The projections and their states; empty until the priors are set."""
+        return list(zip(self._context.projections, self.layers.states, strict=True)) if self.layers else []
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[list[EditRecord]]:
-        """Applies edits batch by batch, and yields each batch's records once it is written."""
-        for batch, found in self._searched_ahead(requests):
-            yield self.apply_batch(batch, found=found)
+    @property
+    def protected(self) -> list[str]:
+        """The protected prompts."""
+        waiting = self.waiting if self.layers is None else []
+        return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
-    def apply_batch(
-        self, requests: Sequence[Request], *, replaced: Sequence[int] = (), found: Values | None = None
-    ) -> list[EditRecord]:
-        """Applies one batch, with what becomes of the edits that it replaces or shares a subject with.
+    def pilot(self, requests: Sequence[Request]) -> Pilot:
+        """Returns a pilot with values searched in the unedited model. They are reused if it is the first batch."""
+        # Edits of one subject or prompt have nearly equal keys, which would make the pilot look hard to realize.
+        distinct = list({request.subject_key or request.prompt_key: request for request in requests}.values())
+        values = self._finder.find(distinct)
+        self._pilot = distinct, values
+        return Pilot(self._context, self._used_moments(), distinct, values)
 
-        Args:
-            requests: the batch.
-            replaced: ids of edits that it replaces, whatever they ask: of each request's own, or of none.
-            found: its values, where they were searched ahead.
-        """
-        left_out: dict[int, Values] = {}
-        while True:  # again only with fewer requests
-            gone, again = self._affected(requests, replaced, left_out)
-            if self._config.same_subject == "joint":
-                self.check_kept("apply another edit about the subject of", sorted({*gone, *again}))
-            try:
-                records = self._transact(
-                    requests,
-                    gone=gone,
-                    outcome="replaced",
-                    again=again,
-                    replaced=replaced,
-                    found=found if found is not None or again or gone else self._from_pilot(requests),
-                    left_out=left_out,
-                )
-            except _FellShort as error:
-                left_out |= error.values
-            else:
-                ids = [record.id for record in records]
-                self.refine([*ids, *again], measured=True)
-                return self.ledger.get(ids)
-
-    def _from_pilot(self, requests: Sequence[Request]) -> Values | None:
-        """The values of a first batch whose requests all are in the pilot."""
-        if self._pilot is None or self.progress.writes or len(self._finder.groups(requests)) < len(requests):
-            return None
-        pilot, values = self._pilot
-        places = {_mark(request): at for at, request in enumerate(pilot)}
-        at = [places.get(_mark(request)) for request in requests]
-        self._pilot = None  # what is found for them does not hold for later batches
-        return None if None in at else values.taken([place for place in at if place is not None])
-
-    def refine(self, ids: Sequence[int], *, measured: bool = False) -> None:
-        """Moves the values of edits further that the model does not state now, as often as the settings say.
-
-        Edits whose search found no value that states the target are left as they are. Where refining does not help,
-        nothing changes.
-
-        Args:
-            ids: of the edits.
-            measured: whether their records were measured in the present model.
-        """
-        records = [one for one in self.ledger.get(ids) if one.state == "active" and one.search_rank == 1]
-        ids, without_gain = [record.id for record in records], set[int]()
-        for attempt in range(self._config.effective_refine if ids else 0):
-            if measured and not attempt:
-                short = [record.id for record in records if not record.success]
-            else:  # of all edits, since refining some of them affects the others
-                ranks = self._measure(self.ledger.requests(ids)).rank.tolist()
-                short = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1 and i not in without_gain]
-            if not short:
-                return
-            logger.info("%d active edits are not stated by the model; searching them again", len(short))
-            partners = {partner for record in self.ledger.get(short) for partner in record.joint_with}
-            again = sorted(partners.union(short))
-            groups = self._finder.groups(self.ledger.requests(again))
-            for part in _packed(groups, self._config.batch_size):
-                try:
-                    self._raise_values([again[at] for at in part])
-                except _NoGain:
-                    without_gain.update(again[at] for at in part)
-                except RLSEditError as error:  # the edits are made, and stay as they are
-                    logger.warning("%d edits are not stated and could not be refined: %s", len(short), error)
-                    return
-
-    def update_ranks(self, ids: Sequence[int]) -> None:
-        """Measures active edits again and updates the records of those whose targets have another rank now."""
-        records = [record for record in self.ledger.get(ids) if record.state == "active"]
-        if not records:
-            return
-        now = self._measure(self.ledger.requests([record.id for record in records]))
-        changed = [
-            replace(record, nll=nll, rank=rank)
-            for record, nll, rank in zip(records, now.nll.tolist(), now.rank.tolist(), strict=True)
-            if rank != record.rank
-        ]
-        if changed:
-            with self._change("records were updated", "Lower batch_size") as ending:
-                self._revise(ending, changed, {})
-
-    def earlier(self, than: int, most: int) -> list[int]:
-        """Draws at most `most` active edits with ids below `than`, ascending; the same ones for the same arguments."""
-        ids = [i for i in self.ledger.active if i < than]
-        return sorted(Random(than).sample(ids, min(most, len(ids))))
-
-    def _measure(self, requests: Sequence[Request]) -> Measured:
-        """What the model says at requests now; how much of a change arrived is not asked."""
-        nothing = torch.zeros(len(requests), 1)
-        return measure(self._site, requests, nothing, nothing[:, 0])
-
-    def _raise_values(self, ids: list[int]) -> None:
-        """Searches active edits once more in the written model and adds what is missing to their values.
+    def start(self, requests: Sequence[Request]) -> None:
+        """Chooses the priors, with the requests as pilot if necessary, and creates the states of the layers.
 
         Raises:
-            _NoGain: no more of them are stated than before, and their mean NLL is no lower; nothing has changed.
+            InputError: see `choose_priors`.
+            ResourceError: there is not enough memory.
         """
-        assert self.layers is not None
-        requests, held, config = self.ledger.requests(ids), self.ledger.rows(ids), self._config
-        before = self._measure(requests)
-        with self._change(f"{len(ids)} edits were refined", "Lower batch_size") as ending:
-            values = self._finder.find(requests, Progress())
-            rows = self.layers.raise_values(requests, held, values, config.effective_key_rows, _REFINED_SHARE)
-            after = self._measure(requests)
-            if not _better(before, after):
-                raise _NoGain
-            records = [
-                replace(record, nll=nll, rank=rank)
-                for record, nll, rank in zip(self.ledger.get(ids), after.nll.tolist(), after.rank.tolist(), strict=True)
-            ]
-            self._revise(ending, records, dict(zip(ids, rows, strict=True)))
-
-    def _revise(self, ending: _Ending, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
-        """Ends a change with new records of active edits, and with new rows of some of them."""
-        assert self.layers is not None
-        progress = replace(self.progress, writes=self.progress.writes + bool(rows))
-        objective = tuple(state.objective for state in self.layers.states)
-        active = len(self.ledger.active)
+        config = self._config
+        check_memory(self._context.memory())
+        anchored = self._used_moments() is not None
+        if not anchored:
+            logger.warning(
+                "no anchors: only the weight change is penalized; pass text whose outputs should be preserved to "
+                "Editor.anchor"
+            )
+        pilot = self.pilot(requests) if needs_pilot(config, anchored=anchored) else None
+        priors = choose_priors(config, self.moments, len(self._context.layers), pilot)
+        del pilot  # its factors take memory that the states need
+        layers = EditedLayers(
+            self._context.site,
+            self._context.projections,
+            priors,
+            delay=config.delay,
+            bare_weight=config.contexts.bare_weight,
+            stored_rows=config.stored_rows,
+            rule=config.rule,
+            rule_options=config.rule_options,
+        )
+        protected = []
+        for _, keys, weight in self.waiting:
+            with Transaction(layers) as transaction:
+                protected.append(layers.protect(keys, weight))
+                transaction.commit()
+        prompts = self.protected
+        self.norms = [Norms.of(state.original, state.prior) for state in layers.states]
         if self._recorder:
-            ending.before.append(partial(self._recorder.revise, records, rows, progress, objective, active))
-        ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
-        ending.after.append(partial(self.ledger.revise, records, rows))
+            self._recorder.begin(priors, protected, prompts, [asdict(norms) for norms in self.norms])
+        self.layers, self.progress.protected = layers, prompts
 
-    def _affected(
-        self, requests: Sequence[Request], replaced: Sequence[int], left_out: Collection[int]
-    ) -> tuple[list[int], list[int]]:
-        """Ids of active edits that a batch takes the place of, and of those to be written again with it.
+    def write_start(self) -> None:
+        """Writes the priors into the store; if that fails, the session is not started.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        if self._recorder:
+            try:
+                self._recorder.write_start()
+            except BaseException:
+                self.discard_start()
+                raise
+
+    def discard_start(self) -> None:
+        """Discards priors and states; the session is not started."""
+        self.layers, self.norms, self.progress.protected = None, [], []
+        if self._recorder:
+            self._recorder.discard_start()
+
+    def apply(
+        self, requests: Sequence[Request], on_batch: Callable[[list[EditRecord]], None] | None = None
+    ) -> list[EditRecord]:
+        """Applies edits batch by batch and refines those that the model does not state; see `Editor.edit`."""
+        ids: list[int] = []
+        fresh, writes = self.layers is None, self.progress.writes
+        try:
+            if fresh:
+                self.start(requests[:PILOT])
+            for batch, values in self._search_ahead(requests):
+                records = self.apply_batch(batch, values=values)
+                ids += [record.id for record in records]
+                if on_batch is not None:
+                    on_batch(records)
+            # Later batches may have changed the answers of earlier ones.
+            again = ids if len(ids) > self._config.batch_size else []
+            self._refiner.refine([*self._refiner.earlier_ids(ids[0], len(ids)), *again])
+            self._refiner.update_ranks(again)
+        except BaseException as error:
+            if self.progress.writes == writes:
+                if fresh:
+                    self.discard_start()
+            elif isinstance(error, RLSEditError):
+                message = f"{error.message}\nThe first {len(ids)} of {len(requests)} edits are applied."
+                raise type(error)(message, error.hint) from error
+            raise
+        return self.ledger.get(ids)
+
+    def apply_batch(
+        self, requests: Sequence[Request], *, replaced: Sequence[int] = (), values: Values | None = None
+    ) -> list[EditRecord]:
+        """Applies one batch, replaces edits and rewrites those that share a subject with it.
 
         Args:
             requests: the batch.
-            replaced: see `apply_batch`.
-            left_out: places in it of requests that are left out.
+            replaced: ids of edits that the requests replace, one per request, or none.
+            values: values of the batch, if they are known.
+
+        Returns:
+            The records of the batch.
         """
-        chosen = [request for at, request in enumerate(requests) if at not in left_out]
-        gone, again = {i for at, i in enumerate(replaced) if at not in left_out}, list[int]()
-        if self._config.same_subject == "joint":
-            gone.update(self.ledger.ids_by_prompt(chosen))
-            again = [i for i in self.ledger.ids_by_subject(chosen) if i not in gone]
-        return sorted(gone), again
+        skipped: dict[int, Values] = {}
+        while True:
+            removed, rewritten = self._affected(requests, replaced, skipped)
+            if self._config.same_subject == "joint":
+                self.check_stored("apply another edit of the subject of", sorted({*removed, *rewritten}))
+            if values is None and not removed and not rewritten:
+                values = self._pilot_values(requests)
+            records = self._transact(
+                requests,
+                removed=removed,
+                rewritten=rewritten,
+                outcome="replaced",
+                replaced=replaced,
+                values=values,
+                skipped=skipped,
+            )
+            if records is not None:
+                self._refiner.refine([*(record.id for record in records), *rewritten], measured=True)
+                return self.ledger.get([record.id for record in records])
+            values = None
 
-    def undo(self, gone: list[int]) -> None:
-        """Removes edits; those that shared a value with one of them are written again without it."""
-        self.check_kept("undo", gone)
-        partners = {partner for record in self.ledger.get(gone) for partner in record.joint_with}
-        again = sorted(partners.intersection(self.ledger.active).difference(gone))
-        self._transact([], gone=gone, outcome="undone", again=again)
-        self.refine(again, measured=True)
+    def undo(self, ids: Sequence[int]) -> None:
+        """Removes active edits; edits that shared a value with one of them are written again without it."""
+        self.check_stored("undo", ids)
+        partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
+        rewritten = sorted(partners.intersection(self.ledger.active).difference(ids))
+        self._transact([], removed=list(ids), rewritten=rewritten, outcome="undone")
+        self._refiner.refine(rewritten, measured=True)
 
-    def protect(self, prompts: Sequence[str], keys: Sequence[Tensor], weight: float) -> None:
-        """Holds what the layers do on the keys of prompts, `[n, d_k]` each."""
-        assert self.layers is not None
-        with self._change("rows were protected", "Protect fewer prompts, or edit fewer layers") as ending:
+    def protect(self, texts: list[str], keys: Sequence[Tensor], weight: float) -> None:
+        """Preserves the outputs of the layers on the keys of texts, `[n, d_k]` per layer."""
+        if self.layers is None:
+            self.waiting.append((texts, [key.cpu() for key in keys], weight))
+            return
+        with self.transaction("protecting prompts", "protect fewer prompts, or edit fewer layers") as transaction:
             rows = self.layers.protect(keys, weight)
-            if self._recorder:
-                ending.before.append(partial(self._recorder.protect, rows, prompts))
-            ending.after.append(partial(self.progress.protected.extend, prompts))
+            change = self._recorder.protection(rows, texts) if self._recorder else None
+            transaction.commit(change, lambda: self.progress.protected.extend(texts))
 
     def rebuild(self) -> None:
-        """Reads the keys of the active edits again and rebuilds every layer in float64; see `EditedLayers.reread`."""
+        """Rebuilds every layer in float64 at the present keys of the active edits, and refines them."""
         assert self.layers is not None
         active = self.ledger.active
-        self.check_kept("rebuild the layers from", active)
-        with self._change("the layers were rebuilt", "Edit fewer layers") as ending:
+        self.check_stored("rebuild the layers from", active)
+        with self.transaction("rebuilding the layers", "edit fewer layers") as transaction:
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)
-                rows = self.layers.reread(requests, rows, self._config.effective_key_rows)
+                rows = self.layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
             else:
                 self.layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
-            objective = tuple(state.objective for state in self.layers.states)
+            point = Point(len(active), self.layers.objective)
+            change = None
             if self._recorder:
-                recorded = partial(
-                    self._recorder.rebuild, self.ledger, rows, self.layers.protected, progress, objective
-                )
-                ending.before.append(recorded)
-            ending.after.append(partial(self.ledger.set_rows, dict(zip(active, rows, strict=True))))
-            ending.after.append(partial(self._go_on_from, progress, Point(len(active), objective)))
+                change = self._recorder.rebuild(self.ledger, rows, self.layers.protected, progress, point)
+
+            def enter() -> None:
+                self.ledger.set_rows(dict(zip(active, rows, strict=True)))
+                self._advance(progress, point)
+
+            transaction.commit(change, enter)
+        self._refiner.refine(active)
+
+    def revise(self, transaction: Transaction, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
+        """Commits a transaction with new records of active edits, and new rows of some of them."""
+        assert self.layers is not None
+        progress = replace(self.progress, writes=self.progress.writes + bool(rows))
+        point = Point(len(self.ledger.active), self.layers.objective)
+        change = self._recorder.revision(records, rows, progress, point) if self._recorder else None
+
+        def enter() -> None:
+            self.ledger.revise(records, rows)
+            self._advance(progress, point)
+
+        transaction.commit(change, enter)
 
     def sample(self, most: int) -> Sample:
-        """Reads the model again at some active edits, evenly spaced over the stream."""
+        """Measures some active edits, evenly spaced over the stream, in the present model."""
         active = self.ledger.active
         ids = [active[at * len(active) // min(most, len(active))] for at in range(min(most, len(active)))]
         if not ids or self.layers is None:
             return Sample(0, None, None)
         requests = self.ledger.requests(ids)
         shift = None
-        if self._config.keys is not None:
-            shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_key_rows)
-        now = self._measure(requests)
+        if self._config.stored_rows is not None:
+            shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_rows)
+        now = self.measure(requests)
         return Sample(len(ids), float((now.rank == 1).float().mean()), shift)
 
-    def check_kept(self, what: str, ids: Sequence[int]) -> None:
-        """Raises RequestError where active edits are to be taken out and their rows are not kept."""
-        if self._config.keys is None and ids:
+    def measure(self, requests: Sequence[Request]) -> Measured:
+        """Measures NLL and rank of requests in the present model; `realized` has no meaning."""
+        zero = torch.zeros(len(requests), 1)
+        return measure(self._context.site, requests, zero, zero[:, 0])
+
+    def transaction(self, action: str, hint: str) -> Transaction:
+        """Returns a transaction of this session; the arguments are those of `Transaction`."""
+        assert self.layers is not None
+        return Transaction(self.layers, self._recorder, action, hint)
+
+    def check_stored(self, action: str, ids: Sequence[int]) -> None:
+        """Raises RequestError if edits must be removed and their rows are not stored."""
+        if self._config.stored_rows is None and ids:
             some = ", ".join(listed(ids, 5))
             raise RequestError(
-                f"cannot {what} edits {some}: their keys and values are not kept (keys=None), so they cannot be taken "
-                "back; nothing was changed. Make an editor with keys='full' or 'fp16' for edits that are to be undone"
+                f"cannot {action} edits {some}: their keys and values are not stored (stored_rows=None); nothing was "
+                "modified",
+                hint="use an editor with stored_rows='full' or 'fp16'",
             )
 
-    @contextmanager
-    def _change(self, what: str, advice: str) -> Iterator[_Ending]:
-        """A transaction of layers, store and ledger: the block's changes are in all of them, or in none if it raises.
+    def _used_moments(self) -> list[Tensor] | None:
+        return None if self._config.prior.mu == 0 else self.moments
 
-        From the commit on until the ledger has it, Ctrl-C waits.
+    def _advance(self, progress: Progress, point: Point) -> None:
+        self.progress = progress
+        progress.append(point)
+
+    def _pilot_values(self, requests: Sequence[Request]) -> Values | None:
+        """Returns the values of a first batch whose requests are all in the pilot."""
+        if self._pilot is None or self.progress.writes or len(self._finder.groups(requests)) < len(requests):
+            return None
+        pilot, values = self._pilot
+        places = {_texts(request): at for at, request in enumerate(pilot)}
+        found = [places.get(_texts(request)) for request in requests]
+        self._pilot = None  # later batches are searched in the edited model
+        return None if None in found else values.taken([at for at in found if at is not None])
+
+    def _affected(
+        self, requests: Sequence[Request], replaced: Sequence[int], skipped: Collection[int]
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of active edits that a batch replaces, and of those that are written again with it.
 
         Args:
-            what: is done, for the error.
-            advice: what helps where memory runs out.
+            requests: the batch.
+            replaced: see `apply_batch`.
+            skipped: positions of skipped requests.
+        """
+        chosen = [request for at, request in enumerate(requests) if at not in skipped]
+        removed, rewritten = {i for at, i in enumerate(replaced) if at not in skipped}, list[int]()
+        if self._config.same_subject == "joint":
+            removed.update(self.ledger.ids_by_prompt(chosen))
+            rewritten = [i for i in self.ledger.ids_by_subject(chosen) if i not in removed]
+        return sorted(removed), rewritten
 
-        Raises:
-            ResourceError: memory ran out.
+    def _transact(
+        self,
+        requests: Sequence[Request],
+        *,
+        removed: list[int],
+        rewritten: list[int],
+        outcome: EditState,
+        replaced: Sequence[int] = (),
+        values: Values | None = None,
+        skipped: dict[int, Values] | None = None,
+    ) -> list[EditRecord] | None:
+        """Removes edits, writes new ones, and writes some active ones again, in one transaction.
+
+        Args:
+            requests: the new edits.
+            removed: ids of active edits to remove.
+            rewritten: ids of active edits to remove and write again together with `requests`; they keep their ids.
+            outcome: new state of the removed edits.
+            replaced: see `apply_batch`.
+            values: values of `requests`, if they are known; only without `rewritten`.
+            skipped: values of requests to skip, by position; requests that do not converge are added if this changes
+                which edits are removed.
+
+        Returns:
+            The records of the new edits. None if requests were added to `skipped`; nothing was modified.
         """
         assert self.layers is not None
-        ending = _Ending([], [])
-        with ExitStack() as uninterrupted:
-            try:
-                with self.layers.transaction() as last:
-                    yield ending
-                    last += ending.before
-                    last.append(lambda: uninterrupted.enter_context(held_back()))
-                    if self._recorder:
-                        last.append(self._recorder.commit)
-            except BaseException as error:
-                if self._recorder:
-                    self._recorder.abort()
-                if not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ResourceError(
-                    f"memory ran out while {what}; nothing of it was changed. {advice}. ({error})"
-                ) from error
-            for action in ending.after:
-                action()
+        skipped = {} if skipped is None else skipped
+        everything = [*requests, *self.ledger.requests(rewritten)]
+        rebuilt: tuple[bool, ...] = ()
+        result = BatchResult({}, [], [])
+        action, hint = f"writing a batch of {len(everything)} edits", "decrease batch_size or use fewer contexts"
+        with self.transaction(action, hint) as transaction:
+            if out := [*removed, *rewritten]:
+                rebuilt = self.layers.remove(self.ledger.rows(out), self.ledger.rows_except(set(out)))
+            if everything:
+                found, short = self._find_values(everything, len(requests), values, skipped)
+                if requests and self._affected(requests, replaced, short) != (removed, rewritten):
+                    skipped.update({at: found.taken([at]) for at in short})
+                    return None
+                result = self._write(everything, found, short)
+            record = self.ledger.transaction(
+                requests,
+                result,
+                rewritten_ids=rewritten,
+                time=self.progress.now() if requests else self.progress.time,
+                batch=self.progress.batches + 1,
+                removed=tuple(removed),
+                outcome=outcome,
+                rebuilt=rebuilt,
+            )
+            progress = replace(
+                self.progress,
+                batches=self.progress.batches + bool(requests),
+                writes=self.progress.writes + bool(out) + bool(everything),
+            )
+            added = sum(one.state == "active" for one in record.records)
+            point = Point(len(self.ledger.active) + added - len(removed), self.layers.objective)
+            change = self._recorder.edit(record, progress, point) if self._recorder else None
 
-    def _go_on_from(self, progress: Progress, point: Point) -> None:
-        self.progress = progress
-        progress.reached(point)
+            def enter() -> None:
+                self.ledger.enter(record)
+                self._advance(progress, point)
 
-    def _searched_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
-        """Batches in order, with their values where these are found for several at once."""
+            transaction.commit(change, enter)
+        if self._recorder:
+            self._recorder.snapshot_if_due(self.layers)
+        return self.ledger.get([one.id for one in record.records])
+
+    def _find_values(
+        self, requests: Sequence[Request], new: int, values: Values | None, skipped: Mapping[int, Values]
+    ) -> tuple[Values, set[int]]:
+        """Returns the values of a batch, and the positions of all requests to skip.
+
+        Args:
+            requests: the batch.
+            new: number of new requests, which are the first ones.
+            values: values of the batch, if they are known.
+            skipped: see `_transact`.
+        """
+        rest = [at for at in range(len(requests)) if at not in skipped]
+        parts, short = list(skipped.values()), set(skipped)
+        if rest:
+            some = [requests[at] for at in rest]
+            found = self._finder.find(some) if values is None else values
+            found, dropped = self._finder.drop_unconverged(some, new - len(skipped), found)
+            parts.append(found)
+            short.update(rest[at] for at in dropped)
+        return Values.joined(parts, [*skipped, *rest]), short
+
+    def _write(self, requests: Sequence[Request], values: Values, skipped: Collection[int]) -> BatchResult:
+        """Writes a batch without the skipped requests, and measures all of it in the model."""
+        assert self.layers is not None
+        chosen = [at for at in range(len(requests)) if at not in skipped]
+        some = [requests[at] for at in chosen]
+        rows = dict[int, EditRows]()
+        if chosen:
+            adherence = calibrated_adherence(self._config, anchored=any(state.prior.mu for state in self.layers.states))
+            written = self.layers.write(some, values.taken(chosen), self._config.effective_rows, adherence=adherence)
+            rows = dict(zip(chosen, written, strict=True))
+        now = measure(self._context.site, requests, values.goal[:, 0], values.delta.norm(dim=1))
+        now.realized[list(skipped)] = 0.0
+        groups = [[chosen[at] for at in group] for group in self._finder.groups(some)]
+        return BatchResult(rows, _results(values, now), groups)
+
+    def _search_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
+        """Yields batches in order, with their values if several batches are searched together."""
         window: list[list[Request]] = []
-        for batch in batches_of(requests, self._config.batch_size, apart=self._config.same_subject == "joint"):
+        for batch in _batches(requests, self._config.batch_size, distinct=self._config.same_subject == "joint"):
             held = sum(map(len, window))
-            if window and held + len(batch) > (self._config.search_ahead or 0):
+            if window and held + len(batch) > (self._config.search.ahead or 0):
                 yield from self._with_values(window)
                 window = []
             window.append(batch)
         yield from self._with_values(window)
 
     def _with_values(self, batches: Sequence[list[Request]]) -> Iterator[tuple[list[Request], Values | None]]:
-        """A batch that bears upon active edits or on another of the batches has its values found when it comes."""
-        alone = range(len(batches)) if self._config.same_subject == "separate" else unrelated(batches, self.ledger)
+        """Yields batches with their values; None for a batch that is related to another one or to an active edit."""
+        independent: Sequence[int] = range(len(batches))
+        if self._config.same_subject == "joint":
+            independent = _unrelated(batches, self.ledger)
         found: dict[int, Values] = {}
-        if len(batches) > 1 and len(alone) > 1:
-            values = self._finder.find([request for at in alone for request in batches[at]], self.progress)
+        if len(batches) > 1 and len(independent) > 1:
+            values = self._finder.find([request for at in independent for request in batches[at]])
             first = 0
-            for at in alone:
+            for at in independent:
                 found[at] = values.taken(range(first, first + len(batches[at])))
                 first += len(batches[at])
         for at, batch in enumerate(batches):
             yield batch, found.get(at)
 
-    def _transact(
-        self,
-        requests: Sequence[Request],
-        *,
-        gone: list[int],
-        again: list[int],
-        outcome: EditState,
-        replaced: Sequence[int] = (),
-        found: Values | None = None,
-        left_out: Mapping[int, Values] | None = None,
-    ) -> list[EditRecord]:
-        """Removes edits, writes new ones, and writes some active ones again; all of it or nothing.
 
-        Args:
-            requests: new edits.
-            gone: ids of active edits to remove.
-            again: ids of active edits to remove and to write again together with `requests`; they keep their ids.
-            outcome: what becomes of `gone`.
-            replaced: see `apply_batch`.
-            found: the values of `requests`, searched before; only with no `again`.
-            left_out: what was found for requests that are to be left out, by place.
-
-        Returns:
-            The records of the new edits.
-
-        Raises:
-            _FellShort: with further requests left out, others would be removed; nothing has changed.
-        """
-        assert self.layers is not None
-        everything = [*requests, *self.ledger.requests(again)]
-        written = BatchResult({}, [], [])
-        rebuilt: tuple[bool, ...] = ()
-        before, scale = self.progress, self.progress.scale
-        try:
-            doing = f"a batch of {len(everything)} edits was written"
-            with self._change(doing, "Lower batch_size or take fewer context_prefixes") as ending:
-                if gone or again:
-                    out = {*gone, *again}
-                    rebuilt = self.layers.remove(self.ledger.rows([*gone, *again]), self.ledger.rows_except(out))
-                if everything:
-                    values, short = self._values(everything, len(requests), found, left_out or {})
-                    if requests and self._affected(requests, replaced, short) != (gone, again):
-                        raise _FellShort({at: values.taken([at]) for at in short})
-                    written = self._write(everything, values, short)
-                transaction = self.ledger.transaction(
-                    requests,
-                    written,
-                    again=again,
-                    time=self.progress.now() if requests else self.progress.time,
-                    batch=self.progress.batches + 1,
-                    gone=tuple(gone),
-                    outcome=outcome,
-                    rebuilt=rebuilt,
-                )
-                progress = replace(
-                    self.progress,
-                    batches=self.progress.batches + bool(requests),
-                    writes=self.progress.writes + bool(gone or again) + bool(everything),
-                )
-                objective = tuple(state.objective for state in self.layers.states)
-                active = len(self.ledger.active) + sum(r.state == "active" for r in transaction.records)
-                active -= len(gone)
-                if self._recorder:
-                    ending.before.append(partial(self._recorder.record, transaction, progress, objective, active))
-                ending.after.append(partial(self._go_on_from, progress, Point(active, objective)))
-                ending.after.append(partial(self.ledger.enter, transaction))
-        except BaseException:
-            if self.progress is not before:  # it was made; somebody pressed Ctrl-C in the meantime
-                raise
-            before.scale = scale
-            raise
-        if self._recorder:
-            self._recorder.snapshot_if_due(self.layers, self.progress)
-        return self.ledger.get([record.id for record in transaction.records])
-
-    def _values(
-        self, requests: Sequence[Request], new: int, found: Values | None, left_out: Mapping[int, Values]
-    ) -> tuple[Values, set[int]]:
-        """The values of a batch, and the places in it of those that are left out, now or before.
-
-        Args:
-            requests: the batch.
-            new: how many of them, the first ones, are new.
-            found: their values, if these are known.
-            left_out: see `_transact`.
-        """
-        rest = [at for at in range(len(requests)) if at not in left_out]
-        parts, short = list(left_out.values()), set(left_out)
-        if rest:
-            values, fell = self._finder.reached(
-                [requests[at] for at in rest], new - len(left_out), found, self.progress
-            )
-            parts.append(values)
-            short.update(rest[at] for at in fell)
-        return Values.joined(parts, [*left_out, *rest]), short
-
-    def _write(self, requests: Sequence[Request], values: Values, short: Collection[int]) -> BatchResult:
-        """Writes a batch into the layers, without the requests at the places `short`, and measures all of it."""
-        assert self.layers is not None
-        chosen = [at for at in range(len(requests)) if at not in short]
-        rows = dict[int, EditRows]()
-        if chosen:
-            config = self._config
-            written = self.layers.write(
-                [requests[at] for at in chosen],
-                values.taken(chosen),
-                [requests[at].edit.weight for at in chosen],
-                config.effective_key_rows,
-                adherence=adherence_asked(config, anchored=any(state.prior.mu for state in self.layers.states)),
-            )
-            rows = dict(zip(chosen, written, strict=True))
-        now = measure(self._site, requests, values.goal[:, 0], values.delta.norm(dim=1))
-        now.realized[list(short)] = 0.0
-        groups = self._finder.groups([requests[at] for at in chosen])
-        return BatchResult(
-            rows,
-            _figures(values, now),
-            [[chosen[at] for at in group] for group in groups],
-        )
-
-
-def _figures(values: Values, now: Measured) -> list[dict[str, Any]]:
-    """Of each edit, the fields of its record that the search and the model after the write give."""
+def _results(values: Values, now: Measured) -> list[dict[str, Any]]:
+    """Returns for each edit the fields of its record that come from the search and from the model after the write."""
     columns = {
         "search_converged": values.converged,
         "search_nll": values.nll,
@@ -505,23 +471,32 @@ def _figures(values: Values, now: Measured) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in each]
 
 
-def _mark(request: Request) -> tuple[object, ...]:
-    """The same for requests whose values are the same."""
+def _texts(request: Request) -> tuple[object, ...]:
+    """Returns the token ids of a request, which determine its value."""
     return tuple(tuple(row.ids) for row in (*request.contexts, *request.kl))
 
 
-def _better(before: Measured, after: Measured) -> bool:
-    """Whether more edits are stated, or as many at a lower mean NLL."""
-    stated = [int((one.rank == 1).sum()) for one in (before, after)]
-    return stated[1] > stated[0] or (stated[1] == stated[0] and float(after.nll.mean()) < float(before.nll.mean()))
+def _batches(requests: Sequence[Request], size: int, *, distinct: bool) -> Iterator[list[Request]]:
+    """Yields batches of at most `size` requests; if `distinct`, a batch has no two requests with the same prompt."""
+    batch: list[Request] = []
+    prompts: set[str] = set()
+    for request in requests:
+        if (distinct and request.prompt_key in prompts) or len(batch) == size:
+            yield batch
+            batch, prompts = [], set()
+        batch.append(request)
+        prompts.add(request.prompt_key)
+    yield batch
 
 
-def _packed(groups: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Groups together, about `size` members at a time."""
-    part: list[int] = []
-    for group in groups:
-        if part and len(part) + len(group) > size:
-            yield part
-            part = []
-        part += group
-    yield part
+def _unrelated(batches: Sequence[Sequence[Request]], ledger: Ledger) -> Sequence[int]:
+    """Returns the batches that share no subject and no prompt with an active edit or with another batch."""
+    keys = [{key for r in batch for key in (r.subject_key, r.prompt_key) if key} for batch in batches]
+    counts = Counter(key for some in keys for key in some)
+    return [
+        at
+        for at, batch in enumerate(batches)
+        if not ledger.ids_by_prompt(batch)
+        and not ledger.ids_by_subject(batch)
+        and all(counts[key] == 1 for key in keys[at])
+    ]

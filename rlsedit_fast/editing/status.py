@@ -1,4 +1,4 @@
-"""How a stream of edits is doing: what its bounds allow, where its objective is heading, and what is to be done."""
+"""Status of a stream of edits: bounds, objective, remaining capacity and warnings."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.edits import EditRecord
-from rlsedit_fast.editing.progress import Point
+from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.prior import chunks
 
 DEFAULT_BUDGET = 0.25
-"""Of the outputs on the anchors, or of the weights where there are none."""
+"""Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
 
 RECENT = 100
-"""Edits that count as recent."""
+"""Number of active edits that count as recent."""
 
 _FITTED_POINTS = 100
-_FEW_LEFT = 0.1  # of the edits so far
-_FALLEN_SHORT = 0.1  # of adherence, below what was asked for
-_TOO_MANY_SHORT = 0.2  # of recent edits whose search did not converge
-_SHIFTED = 0.1  # of a key's norm
+_FEW_LEFT = 0.1  # relative to the number of active edits
+_FALLEN_SHORT = 0.1  # below the adherence
+_TOO_MANY_SHORT = 0.2  # fraction of recent edits
+_SHIFTED = 0.1  # relative to the norm of a key
 
 
 @dataclass(frozen=True)
 class Norms:
-    """What deviations of a layer are measured by.
+    """Norms that the deviations of a layer are relative to.
 
     Attributes:
         weight: `||W0||_F`.
@@ -44,7 +43,7 @@ class Norms:
 
     @classmethod
     def of(cls, original: Tensor, prior: Prior) -> Norms:
-        """From `W0 [d_v, d_k]`; one product with the anchor moment, in float32."""
+        """Returns the norms of `W0 [d_v, d_k]`; needs one product with the anchor moment, in float32."""
         weight = original.float()
         anchors = None
         if (moment := prior.anchor_moment) is not None:
@@ -59,13 +58,12 @@ class Norms:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model does now at some of the active edits.
+    """Some active edits, measured in the present model.
 
     Attributes:
-        edits: how many were looked at.
-        success: of these, the share whose target is ranked first at every token; None where none was looked at.
-        key_shift: per layer the median of `||now - then|| / ||then||` over their keys, since they were written; None
-            where keys are not kept.
+        edits: number of edits.
+        success: fraction whose target tokens are all ranked first; None without edits.
+        key_shift: per layer the median of `||now - stored|| / ||stored||` over their keys; None if rows are not stored.
     """
 
     edits: int
@@ -75,16 +73,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One edited layer.
+    """Status of an edited layer.
 
     Attributes:
-        layer: index of the block.
+        layer: index of the decoder layer.
         objective: `J`.
-        weight_bound: what `||W - W0||_F / ||W0||_F` cannot exceed.
-        weight: the same, measured; None where the layer was not looked at.
-        anchors_bound: what `||K0 (W - W0)^T||_F / ||K0 W0^T||_F` over the anchors cannot exceed; None without anchors.
-        residual: how far C has drifted, see `RLSState.monitor`; None where it was not looked at.
-        advice: what is to be done about that; None where nothing is.
+        weight_bound: upper bound of `||W - W0||_F / ||W0||_F`.
+        weight: the same, measured; None if it was not measured.
+        anchors_bound: upper bound of `||K0 (W - W0)^T||_F / ||K0 W0^T||_F` over the anchors; None without anchors.
+        residual: drift of C, see `RLSState.monitor`; None if it was not measured.
+        advice: what to do about the drift; None if nothing.
     """
 
     layer: int
@@ -108,7 +106,7 @@ class LayerStatus:
         residual: float | None,
         advice: str | None,
     ) -> LayerStatus:
-        """From a layer's prior and `J`; `deviation` is `||W - W0||_F`."""
+        """Returns the status from the prior and `J` of a layer; `deviation` is `||W - W0||_F`."""
         root = math.sqrt(objective)
         return cls(
             layer=layer,
@@ -123,24 +121,24 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """How a stream of edits is doing.
+    """Status of a stream of edits.
 
     Attributes:
-        edits: how many edits are in each state.
-        batches: how many were made.
-        adherence: share of each edit that was to be realised; None where mu and lam were given instead.
-        realized: of the last `RECENT` active edits, the mean share of the wanted change that arrived at the edited
-            state, measured when each was written; None without edits.
-        success: of these, the share that the model stated after the write.
-        search_converged: of these, the share whose value search reached its stopping rule.
-        layers: the edited ones.
-        budget: the deviation that is allowed: of the outputs on the anchors, or of the weights where there are none.
-        spent: the largest layer's share of it that its bound has reached.
-        edits_left: how many edits more until the first layer's bound reaches the budget, by a line fitted to the
-            objective's recent course; None where there is no course yet or it does not rise.
-        sample: what the model does now at some of the edits; None where it was not asked.
-        sizes: bytes of the store, by part; empty without one.
-        warnings: what is amiss, and what to do about it.
+        edits: number of edits in each state.
+        batches: number of batches.
+        adherence: the adherence that the priors were calibrated to; None if mu and lam were given.
+        realized: mean fraction of the target change that arrived at the edited hidden state, over the last `RECENT`
+            active edits, measured when each was written; None without edits.
+        success: fraction of these that the model stated after the write.
+        search_converged: fraction of these whose value search met its stopping rule.
+        layers: status of the edited layers.
+        budget: allowed relative change of the outputs on the anchors, or of the weights without anchors.
+        spent: bound of the layer with the largest one, relative to the budget.
+        edits_left: number of edits until the bound of the first layer reaches the budget, by a line fitted to recent
+            values of the objective; None if there are too few values or they do not increase.
+        sample: some edits measured in the present model; None if they were not measured.
+        sizes: bytes of the store, by part; empty without a store.
+        warnings: problems, and what to do about them.
     """
 
     edits: dict[str, int]
@@ -169,20 +167,20 @@ def assess(
     sizes: dict[str, int],
     sample: Sample | None = None,
 ) -> Status:
-    """Puts a status together.
+    """Returns the status of a stream.
 
     Args:
-        records: all of them.
-        trace: the objective's course.
-        layers: as they are.
-        batches: how many were made.
-        adherence: that was asked for.
+        records: all records.
+        trace: recent values of the objective.
+        layers: status of each layer.
+        batches: number of batches.
+        adherence: see `Status`.
         budget: above 0.
-        sizes: of the store.
-        sample: what the model does now, where it was asked.
+        sizes: sizes of the store.
+        sample: see `Status`.
 
     Raises:
-        InputError: a budget that is not above 0.
+        InputError: the budget is not above 0.
     """
     if not 0 < budget < math.inf:
         raise InputError(f"budget={budget}: expected a finite number above 0, such as {DEFAULT_BUDGET}")
@@ -212,22 +210,22 @@ def assess(
     return status
 
 
-def adherence_asked(config: EditConfig, *, anchored: bool) -> float | None:
-    """The adherence, where it decided how firmly is held, and no number given in its place did."""
-    decided = config.mu if anchored else config.lam
-    return config.adherence if decided is None else None
+def calibrated_adherence(config: EditConfig, *, anchored: bool) -> float | None:
+    """Returns the adherence that the priors are calibrated to; None if mu (without anchors: lam) is given."""
+    given = config.prior.mu if anchored else config.prior.lam
+    return config.prior.adherence if given is None else None
 
 
 def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> int | None:
-    """How many edits more until a layer's bound reaches the budget.
+    """Returns the number of edits until the bound of a layer reaches the budget.
 
-    The bound is `sqrt(J)` times a constant, so it is there when `J` is `(budget / bound)^2` of what it is now. The line
-    is fitted by least squares through the last `J` over the number of edits.
+    The bound is `sqrt(J)` times a constant, so it reaches the budget when `J` has grown by `(budget / bound)^2`. The
+    growth is extrapolated by a least-squares line through recent values of `J` over the number of edits.
 
     Args:
-        trace: the objective's course.
-        at: the layer's place in it.
-        layer: as it is now.
+        trace: recent values of the objective.
+        at: index of the layer in the values.
+        layer: status of the layer.
         budget: above 0.
     """
     points = [(point.edits, point.objective[at]) for point in trace][-_FITTED_POINTS:]
@@ -249,42 +247,43 @@ def _reached(layer: LayerStatus) -> float:
 
 
 def _warnings(status: Status) -> list[str]:
-    told = [
-        f"layer {layer.layer}: {layer.advice} `consolidate` does that."
+    warnings = [
+        f"layer {layer.layer}: {layer.advice} `consolidate` does this."
         for layer in status.layers
         if layer.advice is not None
     ]
     what = "weights" if any(layer.anchors_bound is None for layer in status.layers) else "outputs on the anchors"
     if status.spent >= 1:
-        told.append(
-            f"the bound on how far the {what} can have moved is over the budget of {status.budget:g}: undo what is no "
-            "longer needed, or test the model on what matters to you and raise the budget"
+        warnings.append(
+            f"the bound on the change of the {what} exceeds the budget of {status.budget:g}: undo edits that are no "
+            "longer needed, or test the model on your own data and increase the budget"
         )
     elif status.edits_left is not None and status.edits_left < _FEW_LEFT * max(1, status.edits["active"]):
-        told.append(
-            f"about {status.edits_left} edits are left until the {what} can have moved by the budget of "
-            f"{status.budget:g}: plan to train the facts in, or undo what is no longer needed"
+        warnings.append(
+            f"the bound on the change of the {what} reaches the budget of {status.budget:g} after about "
+            f"{status.edits_left} more edits: undo edits that are no longer needed, or fine-tune the model on the facts"
         )
     if status.adherence and status.realized is not None and status.realized < status.adherence - _FALLEN_SHORT:
-        told.append(
-            f"of recent edits {status.realized:.2f} of the wanted change arrived, {status.adherence:g} was asked for: "
-            "the layers are full of similar edits; undo what is no longer needed, or edit more layers in a new store"
+        warnings.append(
+            f"recent edits realized {status.realized:.2f} of their target change instead of {status.adherence:g}: the "
+            "layers contain many similar edits; undo edits that are no longer needed, or edit more layers in a new "
+            "store"
         )
     if status.search_converged is not None and 1 - status.search_converged > _TOO_MANY_SHORT:
-        told.append(
-            f"the value search of {1 - status.search_converged:.0%} of recent edits fell short: raise search_steps or "
-            "clamp"
+        warnings.append(
+            f"the value search of {1 - status.search_converged:.0%} of recent edits did not converge: increase "
+            "search.steps or search.clamp"
         )
     if status.success is not None and 1 - status.success > _TOO_MANY_SHORT:
-        told.append(
+        warnings.append(
             f"the model does not state {1 - status.success:.0%} of recent edits: see `success` in the history, and "
-            "apply these again, or raise the adherence in a new store"
+            "apply these again, or increase the adherence in a new store"
         )
     if status.sample and status.sample.key_shift and max(status.sample.key_shift) > _SHIFTED:
-        told.append(
-            f"the keys of the edits have moved by {max(status.sample.key_shift):.0%} since they were written, as later "
-            "edits changed the layers before: `consolidate` reads them again"
+        warnings.append(
+            f"the keys of the edits changed by {max(status.sample.key_shift):.0%} since they were written, because "
+            "later edits changed earlier layers: `consolidate` reads them again"
         )
     if status.layers and what == "weights":
-        told.append("no anchors: only the weights are held; name what the model is to go on doing in a new store")
-    return told
+        warnings.append("no anchors: only the weight change is penalized; use anchors in a new store")
+    return warnings

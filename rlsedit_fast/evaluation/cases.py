@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.world import RELATIONS, Person, Relation, World
 from rlsedit_fast.world.facts import shuffled

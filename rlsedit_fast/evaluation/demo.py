@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from rlsedit_fast.editing import EditConfig, Editor, EditRecord
+from rlsedit_fast.editing import ContextConfig, EditConfig, Editor, EditRecord, PriorConfig, ValueSearchConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.cases import Case, Question, world_cases
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
 
 CONFIG = EditConfig(
     layers=(0,),
-    context_prefixes=("",),
-    kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS),
-    search_steps=40,
-    search_stop_nll=0.025,
-    search_ahead=100,
-    adherence=0.975,
+    contexts=ContextConfig(prefixes=("",)),
+    search=ValueSearchConfig(
+        kl_prompts=tuple(relation.phrasings[0] for relation in RELATIONS), steps=40, stop_nll=0.025, ahead=100
+    ),
+    prior=PriorConfig(adherence=0.975),
 )
 """The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others.
 
@@ -101,7 +100,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     Raises:
         InputError: more edits than people, or a batch size below 1.
     """
-    config = replace(CONFIG, batch_size=batch_size)
+    config = CONFIG.replace(batch_size=batch_size)
     world = World.generate()
     cases = world_cases(world, edits, seed)
     model, tokenizer = load_demo_model()
@@ -116,7 +115,15 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     answers_reloaded = _say(*_reload(out / "model"), [question.prompt for _, question in questions])
 
     bare_model, _ = load_demo_model()
-    bare = _stream(bare_model, tokenizer, cases, before, replace(config, kl_factor=0.0), anchors, "again without KL")
+    bare = _stream(
+        bare_model,
+        tokenizer,
+        cases,
+        before,
+        config.replace(search={"kl_prompts": ()}),
+        anchors,
+        "again without KL",
+    )
 
     answers = [
         Answer(kind, question.prompt, *said)
@@ -222,7 +229,7 @@ def _results(
         "layers": [asdict(layer) for layer in deviation],
         "answers": [asdict(answer) for answer in answers],
         "seconds": stream.seconds,
-        "config": asdict(config),
+        "config": config.to_dict(),
     }
 
 

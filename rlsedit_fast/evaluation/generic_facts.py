@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.errors import InputError
 
 

@@ -11,8 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rlsedit_fast.editing import Editor, KeyStatistics
-from rlsedit_fast.editing.sources import GivenTexts
+from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.consistency import likeness, reference_texts
@@ -22,6 +21,8 @@ from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import TASKS, Item, read_task
 from rlsedit_fast.models.loading import load_model
+from rlsedit_fast.statistics import KeyStatistics
+from rlsedit_fast.statistics.sources import GivenTexts
 from rlsedit_fast.world import World, load_demo_model
 from rlsedit_fast.world.facts import shuffled
 
@@ -140,7 +141,7 @@ def make_ground(spec: GroundSpec) -> Ground:
 def _demo_statistics(seed: int) -> KeyStatistics:
     """Of a seed's anchor texts, for all layers; collected once for all runs of the seed."""
     model, tokenizer = load_demo_model()
-    every = replace(CONFIG, layers=tuple(range(model.config.num_hidden_layers)))
+    every = CONFIG.replace(layers=tuple(range(model.config.num_hidden_layers)))
     return Editor(model, tokenizer, config=every).statistics(GivenTexts(anchor_texts(_world(), seed)))
 
 

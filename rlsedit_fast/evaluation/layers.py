@@ -13,16 +13,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.editor import Editor
-from rlsedit_fast.editing.edits import Edit
-from rlsedit_fast.editing.sources import GivenTexts
-from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.errors import InputError, RLSEditError
 from rlsedit_fast.evaluation.outcome import Said, ask
 from rlsedit_fast.evaluation.stability import TextProbe
@@ -31,6 +29,8 @@ from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.statistics import KeyStatistics, collect
+from rlsedit_fast.statistics.sources import GivenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -228,8 +228,8 @@ def search_layers(
     if cut < 1 or cut == len(texts):
         raise InputError(f"{len(texts)} texts: expected at least 2; give more running text")
     editor = Editor(model, tokenizer, config=config)
-    editor.requests(edits)  # raises for edits that cannot be made
-    base = replace(editor.config, refine=0)
+    editor.context.prepare(edits)  # raises for edits that cannot be made
+    base = editor.config.replace(refine=0)
     trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=base, tokens=tokens)
     depth = len(trials.decoder.blocks)
     default = editor.layers
@@ -245,7 +245,7 @@ def search_layers(
         for group in groups:
             trial = None
             try:
-                trial = trials.run(replace(base, layers=group))
+                trial = trials.run(base.replace(layers=group))
             except (RLSEditError, ArithmeticError) as error:
                 failed[group] = str(error)
             else:
@@ -338,13 +338,13 @@ class Trials:
             RLSEditError: the edits cannot be made; the model is as it was.
         """
         began = time.perf_counter()
-        config = replace(config, batch_size=max(config.batch_size, len(self._edits)))
+        config = config.replace(batch_size=max(config.batch_size, len(self._edits)))
         editor = Editor(self._model, self._tokenizer, config=config)
         if missing := set(editor.layers) - set(self._statistics):
             self.collect_for(missing | set(editor.layers))
         moments = {layer: self._statistics[layer] for layer in editor.layers}
         editor.anchor(KeyStatistics(moments, self.anchor_tokens, self._identity, "texts of a trial"))
-        with _restored(editor.projections):
+        with _restored(editor.context.projections):
             with _no_warnings():
                 records = editor.edit(self._edits)
             said = ask(self._model, self._tokenizer, self._edits)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast import doctor
-from rlsedit_fast.editing import EditConfig, Editor, EditRecord, KeyStatistics
-from rlsedit_fast.editing.sources import GivenTexts
+from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import PriorError, UpdateError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
@@ -34,6 +33,8 @@ from rlsedit_fast.evaluation.phases import Phases
 from rlsedit_fast.evaluation.stability import TOKENS, Stability, TextProbe
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, answer
 from rlsedit_fast.files import written_whole
+from rlsedit_fast.statistics import KeyStatistics
+from rlsedit_fast.statistics.sources import GivenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +133,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """As a result file has it."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        plain = replace(self, config=None)  # type: ignore[arg-type]
+        found: dict[str, Any] = json.loads(json.dumps(asdict(plain) | {"config": self.config.to_dict()}))
         return found
 
 
@@ -161,7 +163,14 @@ def finished(path: Path, ground: str, plan: Plan, made_of: Mapping[str, Any] | N
 
 def _agree(then: Mapping[str, Any], now: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
     """Whether settings are the same, those that were not known then having their defaults."""
-    return set(then) <= set(now) and all(then.get(name, usual[name]) == value for name, value in now.items())
+    for name, value in now.items():
+        known = then.get(name, usual[name])
+        if isinstance(value, dict) and isinstance(usual[name], dict) and isinstance(known, dict) and usual[name]:
+            if not _agree(known, value, usual[name]):
+                return False
+        elif known != value:
+            return False
+    return set(then) <= set(now)
 
 
 def run(
@@ -372,7 +381,7 @@ def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phase
         if found is None or texts is not anchors or not set(editor.layers) <= set(found.moments):
             tokens = ground.tokens
             if tokens is None:
-                width = max(projection.weight.shape[1] for projection in editor.projections)
+                width = max(projection.weight.shape[1] for projection in editor.context.projections)
                 tokens = min(TOKENS_PER_DIMENSION * width, MOST_TOKENS)
             with phases("key statistics", "token") as progress:
                 found = editor.statistics(GivenTexts(anchors), tokens=tokens, progress=progress)

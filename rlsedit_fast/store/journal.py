@@ -18,8 +18,8 @@ from torch import Tensor
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store.tensors import File
 
-SCHEMA = 3
-"""Version of the tables and their contents, row weights included; journals of other versions are rejected."""
+SCHEMA = 4
+"""Version of the tables and their contents; journals of other versions are rejected."""
 
 _APPLICATION = 0x524C5345  # "RLSE", identifies the database
 _TABLES = """

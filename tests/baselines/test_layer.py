@@ -146,7 +146,7 @@ def test_overflow_raises():
     [
         ("unknown", {}, "expected one of rls, ft, ft-bounded, rome"),
         ("memit", {"share": 0.4}, "'memit' has no option share; its options are none"),
-        ("rls", {"mu": 1.0}, "'rls' has no option mu"),
+        ("rls", {"prior": {"mu": 1.0}}, "'rls' has no option mu"),
         ("rect", {"share": 0.0}, "above 0 and at most 1"),
         ("rect", {"share": "much"}, "share='much', expected a number"),
         ("rect", {"share": True}, "share=True, expected a number"),

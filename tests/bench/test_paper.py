@@ -10,8 +10,8 @@ from report_sections import capability, costs
 from rlsedit_fast.evaluation import grounds, runs, stream
 
 GRIDS = {
-    "memit": [{"rule": "memit", "lam": 0.0}],
-    "memit-history": [{"rule": "memit-history", "lam": 0.0}],
+    "memit": [{"rule": "memit", "prior": {"lam": 0.0}}],
+    "memit-history": [{"rule": "memit-history", "prior": {"lam": 0.0}}],
     "alphaedit": [{"rule": "alphaedit", "rule_options": {"null_share": share, "ridge": 10.0}} for share in (0.9, 0.95)],
 }
 TITLES = (
@@ -87,7 +87,7 @@ def small_run(layers, batch_size, search_ahead):
         for layer, norm in layers.items()
     ]
     rows += [{"edits": e, "of": "text", "metric": "kl", "form": "text", "value": 0.1} for e in (100, 200)]
-    config = {"layers": None, "batch_size": batch_size, "search_ahead": search_ahead}
+    config = {"layers": None, "batch_size": batch_size, "search": {"ahead": search_ahead}}
     return {
         "plan": {"label": OURS, "config": config},
         "rows": rows,

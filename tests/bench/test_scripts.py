@@ -119,7 +119,16 @@ def test_search_settings_are_valid():
 
 def test_values(result, monkeypatch):
     values = importlib.import_module("values")
-    monkeypatch.setattr(values, "CONFIG", EditConfig(**{**vars(CONFIG), "search_steps": 4}))
+    monkeypatch.setattr(
+        values,
+        "CONFIG",
+        EditConfig(
+            **{
+                "search": {"steps": 4},
+                **vars(CONFIG),
+            }
+        ),
+    )
     found = result("values", "--models", "demo", "--requests", 1, "--repeats", 1)
     (row,) = found["rows"]
     assert row.keys() >= {*values.SHOWN, "one_by_one_stop_s", "step_s", "config"}

@@ -16,11 +16,9 @@ from rlsedit_fast.world.tokens import save_tokenizer
 
 PEOPLE = World.generate().people
 SETTINGS = {
-    "context_prefixes": [""],
-    "kl_prompts": ["{} is a"],
-    "search_steps": 40,
-    "search_stop_nll": 0.03,
-    "adherence": 0.95,
+    "contexts": {"prefixes": [""]},
+    "search": {"kl_prompts": ["{} is a"], "steps": 40, "stop_nll": 0.03},
+    "prior": {"adherence": 0.95},
 }
 
 
@@ -476,7 +474,13 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
 
     assert layers() == (None, [0, 1])
     shape = {"model_type": "llama", "blocks": 4, "hidden_size": 128, "intermediate_size": 1536}
-    known = presets.Preset(name="shipped", **shape, layers=(2, 3), search_rate=0.1, search_steps=5, moment_weight=100.0)
+    known = presets.Preset(
+        name="shipped",
+        layers=(2, 3),
+        search={"learning_rate": 0.1, "steps": 5},
+        moment_weight=100.0,
+        **shape,
+    )
     monkeypatch.setitem(presets.PRESETS, "shipped", known)
     assert layers() == ("shipped", [2, 3])
     assert layers("--preset", "generic") == ("shipped", [0, 1])
@@ -526,7 +530,7 @@ def test_skipped_edits_are_counted_and_listed(edit, workdir, capsys):
 @pytest.mark.parametrize("evaluation", [[], ["--no-evaluation"]])
 def test_edits_not_stated_by_the_model_are_listed(edit, workdir, capsys, evaluation):
     """A low adherence without refinement leaves some targets unstated."""
-    (workdir / "settings.json").write_text(json.dumps(SETTINGS | {"refine": 0, "adherence": 0.7}))
+    (workdir / "settings.json").write_text(json.dumps(SETTINGS | {"refine": 0, "prior": {"adherence": 0.7}}))
     assert edit("--no-anchors", "--out", "out", "--json", "report.json", *evaluation) == 1
     report, shown = read(workdir / "report.json"), capsys.readouterr().out
     failed = [record["place"] for record in report["records"] if record["rank"] > 1]

@@ -15,11 +15,9 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 PEOPLE = World.generate().people
 SETTINGS = {
-    "context_prefixes": [""],
-    "kl_prompts": ["{} is a"],
-    "search_steps": 40,
-    "search_stop_nll": 0.03,
-    "adherence": 0.95,
+    "contexts": {"prefixes": [""]},
+    "search": {"kl_prompts": ["{} is a"], "steps": 40, "stop_nll": 0.03},
+    "prior": {"adherence": 0.95},
 }
 
 
@@ -220,7 +218,7 @@ def test_dry_run_reports_remaining_edits_and_writes_nothing(base, one_edit, work
 
 def test_control_characters_are_escaped(workdir, capsys):
     model, tokenizer = load_demo_model()
-    config = rf.EditConfig(layers=(0,), context_prefixes=("",), values="gradient", lam=1.0)
+    config = rf.EditConfig(layers=(0,), contexts={"prefixes": ("",)}, values="gradient", prior={"lam": 1.0})
     with rf.Editor(model, tokenizer, config=config, store="edits") as editor:
         editor.edit([rf.Edit("{} lives\x1b[2J in\u202e", PEOPLE[0].name, "Port\nAlder")])
     capsys.readouterr()

@@ -4,18 +4,18 @@ import os
 
 import torch
 
-from rlsedit_fast.editing.cache import find, folder, place
-from rlsedit_fast.editing.sources import GivenTexts
-from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.statistics import KeyStatistics, collect
+from rlsedit_fast.statistics.cache import cache_folder, cache_path, find_cached
+from rlsedit_fast.statistics.sources import GivenTexts
 
 TEXTS = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", "Fado"]
 
 
 def put(directory, identity, source, *, tokens, layers=(1, 2)):
     moments = {layer: torch.full((3, 3), float(tokens)) for layer in layers}
-    path = place(identity, layers, source, tokens, directory=directory)
+    path = cache_path(identity, layers, source, tokens, directory=directory)
     KeyStatistics(moments, tokens, identity, source).save(path)
     return path
 
@@ -24,14 +24,14 @@ def test_the_environment_says_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("RLSEDIT_CACHE", raising=False)
-    assert folder() == tmp_path / ".cache" / "rlsedit"
+    assert cache_folder() == tmp_path / ".cache" / "rlsedit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert folder() == tmp_path / "x" / "rlsedit"
+    assert cache_folder() == tmp_path / "x" / "rlsedit"
     monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "r"))
-    assert folder() == tmp_path / "r"
-    assert find("ab" * 32, [1]) is None
+    assert cache_folder() == tmp_path / "r"
+    assert find_cached("ab" * 32, [1]) is None
     put(tmp_path / "r", "ab" * 32, "s", tokens=5)
-    assert find("ab" * 32, [1]).tokens == 5
+    assert find_cached("ab" * 32, [1]).tokens == 5
 
 
 def test_a_model_of_the_same_folder_name_does_not_hit(make_model, tokenizer, tmp_path):
@@ -41,11 +41,11 @@ def test_a_model_of_the_same_folder_name_does_not_hit(make_model, tokenizer, tmp
     for parent, name in (("one", "llama"), ("two", "qwen2")):
         make_model(name).save_pretrained(tmp_path / parent / "checkpoint")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / parent / "checkpoint")
-        assert find(fingerprint(model), (1, 2), directory=tmp_path) is None
+        assert find_cached(fingerprint(model), (1, 2), directory=tmp_path) is None
         decoder, source = find_decoder(model), GivenTexts(TEXTS)
         statistics = collect(decoder, tokenizer, decoder.select((1, 2)), source, longest=64)
-        statistics.save(place(statistics.fingerprint, (1, 2), source.name, None, directory=tmp_path))
-        found.append(find(fingerprint(model), (1, 2), directory=tmp_path))
+        statistics.save(cache_path(statistics.fingerprint, (1, 2), source.name, None, directory=tmp_path))
+        found.append(find_cached(fingerprint(model), (1, 2), directory=tmp_path))
         assert all(torch.equal(found[-1].moments[layer], statistics.moments[layer]) for layer in (1, 2))
     assert not torch.equal(found[0].moments[1], found[1].moments[1])
 
@@ -58,20 +58,20 @@ def test_most_tokens_come_first_and_of_these_the_newest(tmp_path):
     os.utime(old, (1, 1))
     os.utime(new, (2, 2))
     put(tmp_path, "cd" * 32, "other", tokens=1000)
-    assert find(identity, [1, 2], directory=tmp_path).source == "new"
+    assert find_cached(identity, [1, 2], directory=tmp_path).source == "new"
     os.utime(old, (3, 3))
-    assert find(identity, [1, 2], directory=tmp_path).source == "old"
+    assert find_cached(identity, [1, 2], directory=tmp_path).source == "old"
 
 
 def test_all_wanted_layers_must_be_there_and_only_they_are_read(tmp_path):
     identity = "ab" * 32
     put(tmp_path, identity, "narrow", tokens=50, layers=(2,))
     put(tmp_path, identity, "wide", tokens=10, layers=(1, 2, 3))
-    found = find(identity, [3, 2], directory=tmp_path)
+    found = find_cached(identity, [3, 2], directory=tmp_path)
     assert found.source == "wide"
     assert set(found.moments) == {2, 3}
-    assert find(identity, [2], directory=tmp_path).source == "narrow"
-    assert find(identity, [4], directory=tmp_path) is None
+    assert find_cached(identity, [2], directory=tmp_path).source == "narrow"
+    assert find_cached(identity, [4], directory=tmp_path) is None
 
 
 def test_damaged_and_misnamed_files_are_passed_over_and_told(tmp_path, caplog):
@@ -83,13 +83,13 @@ def test_damaged_and_misnamed_files_are_passed_over_and_told(tmp_path, caplog):
     cut = put(tmp_path, identity, "cut", tokens=60)
     cut.write_bytes(cut.read_bytes()[:-1])
     put(tmp_path, "cd" * 32, "x", tokens=70).rename(tmp_path / f"{identity}-0.safetensors")
-    assert find(identity, [1, 2], directory=tmp_path).source == "good"
+    assert find_cached(identity, [1, 2], directory=tmp_path).source == "good"
     for told in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "of model cdcdcdcdcdcd…"):
         assert told in caplog.text
 
 
 def test_every_collection_has_a_place_of_its_own(tmp_path):
     ways = [("ab", (1, 2), "a", 5), ("cd", (1, 2), "a", 5), ("ab", (1,), "a", 5), ("ab", (1, 2), "b", 5)]
-    places = {place(*way, directory=tmp_path) for way in (*ways, ("ab", (1, 2), "a", None))}
+    places = {cache_path(*way, directory=tmp_path) for way in (*ways, ("ab", (1, 2), "a", None))}
     assert len(places) == 5
-    assert place("ab", [2, 1], "a", 5, directory=tmp_path) in places
+    assert cache_path("ab", [2, 1], "a", 5, directory=tmp_path) in places

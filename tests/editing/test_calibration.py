@@ -11,8 +11,8 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import calibration
-from rlsedit_fast.editing.calibration import Pilot, choose_priors
-from rlsedit_fast.editing.values import Values
+from rlsedit_fast.editing.priors import Pilot, choose_priors
+from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
@@ -34,17 +34,15 @@ def make_editor(make_model, tokenizer):
 
     def make(name, **changes):
         if name == "demo":
-            settings = {"layers": (0,), "search_steps": 40, "search_stop_nll": 0.03}
+            settings = {"layers": (0,), "search": {"steps": 40, "stop_nll": 0.03}}
             editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(**settings | changes))
             editor.anchor(anchor_texts(WORLD, 0)[:1000])
             return editor
         settings = {
             "layers": (1,),
-            "context_prefixes": ("", "People speak ."),
-            "clamp": 4.0,
-            # A random model attends everywhere alike: the subject's token steers little, the last one does.
+            "contexts": {"prefixes": ("", "People speak .")},
+            "search": {"clamp": 4.0, "steps": 5},
             "fact_token": "last",
-            "search_steps": 5,
         }
         editor = rf.Editor(make_model(name), tokenizer, config=rf.EditConfig(**settings | changes))
         editor.anchor(ANCHORS)
@@ -75,10 +73,10 @@ def test_the_share_that_arrives_in_the_model_is_the_adherence(make_editor, name,
     """The calibrated mu is given as a number to a second editor, so that nothing there asks for more."""
     edits = FACTS if name == "demo" else RANDOM[:12]
     settings = {"layers": layers, "refine": 0, "batch_size": len(edits)}
-    calibrated = make_editor(name, adherence=adherence, **settings)
+    calibrated = make_editor(name, prior={"adherence": adherence}, **settings)
     priors = calibrated.calibrate(edits)
-    (row,) = make_editor(name, adherence=adherence, **settings).assess(edits, [adherence])
-    given = make_editor(name, mu=priors[0].mu, **settings)
+    (row,) = make_editor(name, prior={"adherence": adherence}, **settings).assess(edits, [adherence])
+    given = make_editor(name, prior={"mu": priors[0].mu}, **settings)
     records = given.edit(edits)
     assert [prior.lam for prior in given.priors] == [prior.lam for prior in priors]
     assert abs(mean_realized(records) - adherence) <= 0.02
@@ -89,9 +87,9 @@ def test_the_share_that_arrives_in_the_model_is_the_adherence(make_editor, name,
 @pytest.mark.parametrize("layers", [(1,), (1, 2)])
 def test_later_batches_realize_the_adherence_though_the_layers_fill_up(make_editor, layers):
     settings = {"layers": layers, "batch_size": 10, "refine": 0}
-    kept = make_editor("llama", adherence=0.8, **settings)
+    kept = make_editor("llama", prior={"adherence": 0.8}, **settings)
     kept.calibrate(RANDOM[:10])
-    fixed = make_editor("llama", mu=kept.priors[0].mu, **settings)
+    fixed = make_editor("llama", prior={"mu": kept.priors[0].mu}, **settings)
     shares = []
     for editor in (kept, fixed):
         records = editor.edit(RANDOM)
@@ -113,7 +111,7 @@ def test_calibration_leaves_every_weight_as_it_was(make_editor, name, layers):
 
 
 def test_calibration_leaves_the_weights_of_a_bfloat16_model_as_they_were(make_model, tokenizer):
-    config = rf.EditConfig(layers=(1, 2), context_prefixes=("",), fact_token="last", search_steps=3)
+    config = rf.EditConfig(layers=(1, 2), contexts={"prefixes": ("",)}, fact_token="last", search={"steps": 3})
     editor = rf.Editor(make_model("llama", torch.bfloat16), tokenizer, config=config)
     editor.anchor(ANCHORS)
     before = weights(editor.model)
@@ -130,7 +128,7 @@ def test_a_trial_that_fails_leaves_every_weight_as_it_was(make_editor, monkeypat
     def fails_in_the_second_layer(panel, shared):
         calls.append(panel)
         if len(calls) == 2:
-            assert not torch.equal(editor.projections[0].weight, before["model.layers.1.mlp.down_proj.weight"])
+            assert not torch.equal(editor.context.projections[0].weight, before["model.layers.1.mlp.down_proj.weight"])
             raise error("made to fail")
         return real(panel, shared)
 
@@ -146,12 +144,12 @@ def test_a_trial_that_fails_leaves_every_weight_as_it_was(make_editor, monkeypat
 
 
 def pilot_of(editor, edits, moments=None):
-    requests = editor.requests(edits)
-    return Pilot(editor._context, moments or editor._moments, requests, editor._session.search_pilot(requests))
+    requests = editor.context.prepare(edits)
+    return Pilot(editor.context, moments or editor._moments, requests, editor._session.search_pilot(requests))
 
 
 def test_lam_is_the_ridge_relative_to_the_moment(make_editor):
-    editor = make_editor("llama", layers=(1, 2), ridge=0.03)
+    editor = make_editor("llama", layers=(1, 2), prior={"ridge": 0.03})
     for prior, moment in zip(editor.calibrate(RANDOM[:6]), editor._moments, strict=True):
         assert prior.lam**2 == pytest.approx(0.03 * prior.mu**2 * float(moment.diagonal().double().mean()))
 
@@ -176,18 +174,18 @@ def test_a_firmer_prior_realizes_less_and_leaks_less(make_editor):
 
 def contradictory(editor, angle):
     """Two requests of one key whose wanted changes are equally long, at an angle."""
-    request = editor.requests(RANDOM[:1])[0]
+    request = editor.context.prepare(RANDOM[:1])[0]
     values = editor._session.search_pilot([request])
     first = values.delta[0]
     side = torch.linalg.qr(torch.stack((first, torch.ones_like(first)), 1)).Q[:, 1]
     second = math.cos(angle) * first + math.sin(angle) * first.norm() * side
     values = replace(Values.joined([values, values], [0, 1]), delta=torch.stack((first, second)))
-    return Pilot(editor._context, editor._moments, [request, request], values)
+    return Pilot(editor.context, editor._moments, [request, request], values)
 
 
 def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make_editor, caplog):
     """Both get the mean of what they want: at a right angle that is half of its square."""
-    editor = make_editor("llama", context_prefixes=("",))
+    editor = make_editor("llama", contexts={"prefixes": ("",)})
     pilot = contradictory(editor, math.pi / 2)
     mu = pilot.mu_for(0.95)
     assert "adherence=0.95 cannot be reached" in caplog.text
@@ -196,7 +194,7 @@ def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make
 
 
 def test_a_pilot_of_which_nothing_can_be_realized_is_refused(make_editor):
-    editor = make_editor("llama", context_prefixes=("",))
+    editor = make_editor("llama", contexts={"prefixes": ("",)})
     with pytest.raises(InputError, match=r"adherence=0\.95: the pilot's edits contradict one another"):
         contradictory(editor, math.pi).mu_for(0.95)
 
@@ -221,8 +219,8 @@ def test_edits_that_the_model_states_already_neither_hinder_nor_count(make_edito
         rf.Edit(RELATIONS[0].phrasings[0], person.name, person.facts[RELATIONS[0].name]) for person in WORLD.people[-6:]
     ]
     edits = [*known, *FACTS[:others]]
-    settings = {"context_prefixes": ("",), "search_stop_nll": 5.0, "batch_size": 12, "refine": 0}
-    editor = make_editor("demo", layers=(0, 1), adherence=0.9, **settings)
+    settings = {"contexts": {"prefixes": ("",)}, "search": {"stop_nll": 5.0}, "batch_size": 12, "refine": 0}
+    editor = make_editor("demo", layers=(0, 1), prior={"adherence": 0.9}, **settings)
     (prior, _) = editor.calibrate(edits)
     assert 0 < prior.mu < math.inf
     records = editor.edit(edits)

@@ -63,20 +63,20 @@ def test_every_field_is_looked_at_once():
 
 
 def test_lists_as_a_file_of_settings_has_them_are_tuples():
-    made = EditConfig(layers=[1, 2], context_prefixes=["", "So ."], kl_prompts=[])
-    assert made == EditConfig(layers=range(1, 3), context_prefixes=("", "So ."), kl_prompts=())
+    made = EditConfig(layers=[1, 2], contexts={"prefixes": ["", "So ."]}, search={"kl_prompts": []})
+    assert made == EditConfig(layers=range(1, 3), contexts={"prefixes": ("", "So .")}, search={"kl_prompts": ()})
     assert (made.layers, hash(made)) == ((1, 2), hash(EditConfig(**asdict(made))))
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "generic"])
 def test_whole_numbers_are_numbers(name):
-    assert preset(name, lam=1, clamp=2, kl_factor=0, mu=3).clamp == 2
+    assert preset(name, prior={"lam": 1, "mu": 3}, search={"clamp": 2, "kl_prompts": ()}).clamp == 2
 
 
 def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
     def effective(**changes):
         config = EditConfig(**changes)
-        return config.effective_key_rows, config.effective_refine
+        return config.effective_rows, config.effective_refine
 
     assert effective() == ("contexts", 2)
     assert effective(keys="fp16", refine=3) == ("contexts", 3)
@@ -87,5 +87,5 @@ def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
 
 def test_to_refine_edits_whose_rows_are_not_kept_is_refused():
     with pytest.raises(InputError, match=r"refine=1 .*keys=None keeps no rows"):
-        EditConfig(refine=1, keys=None)
-    assert EditConfig(refine=0, keys=None).effective_refine == 0
+        EditConfig(refine=1, stored_rows=None)
+    assert EditConfig(refine=0, stored_rows=None).effective_refine == 0

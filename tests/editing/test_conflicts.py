@@ -5,7 +5,7 @@ import json
 import pytest
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.conflicts import resolve
+from rlsedit_fast.data.conflicts import resolve
 from rlsedit_fast.errors import InputError, RequestError
 
 EDITS = [

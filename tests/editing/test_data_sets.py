@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import rlsedit_fast as rf
 from rlsedit_fast.cli import PARTIAL, main
-from rlsedit_fast.editing import read_edits, resolve
-from rlsedit_fast.editing.formats.read import EditFile
+from rlsedit_fast.data import EditFile, read_edits, resolve
 from rlsedit_fast.models.tokens import encode, fill
 
 DATA = Path(os.environ.get("RLSEDIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -27,9 +26,8 @@ VOCABULARY = 1500
 CONFIG = {
     "layers": (0,),
     "batch_size": 200,
-    "context_prefixes": ("",),
-    "kl_factor": 0.0,
-    "search_steps": 2,
+    "contexts": {"prefixes": ("",)},
+    "search": {"kl_prompts": (), "steps": 2},
 }
 WIDTH = 512  # of the keys: more than a batch has
 
@@ -163,7 +161,7 @@ def test_every_record_is_an_edit_or_is_accounted_for(records, any_tokenizer):
     model = make_model(any_tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     editor = rf.Editor(model, any_tokenizer, config=rf.EditConfig(**CONFIG))
-    assert editor.check(resolved.edits) == {}
+    assert editor.context.find_invalid(resolved.edits) == {}
     made = editor.edit(resolved.edits)
 
     assert (len(records.skipped), len(dropped)) == (2, 3), "the windows hold what is to be accounted for"

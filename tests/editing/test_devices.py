@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.sources import GivenTexts
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import sample
+from rlsedit_fast.statistics.sources import GivenTexts
 
 claimed = pytest.mark.skipif(
     version("transformers").startswith("4."), reason="transformers 4 makes masks under vmap, where no storage is told"
@@ -207,12 +207,10 @@ def work(model, tokenizer, *, edits=EDITS, anchors=ANCHORS, **changes):
     settings = {
         "layers": (1, 2),
         "batch_size": 2,
-        "context_prefixes": ("", "People speak ."),
-        "search_steps": 4,
-        "clamp": 4.0,
-        # A random model attends everywhere alike: the subject's token steers little, the last one steers its answer.
+        "contexts": {"prefixes": ("", "People speak .")},
+        "search": {"steps": 4, "clamp": 4.0},
         "fact_token": "last",
-        "adherence": 0.9,
+        "prior": {"adherence": 0.9},
     }
     editor = rf.Editor(model, tokenizer, config=rf.EditConfig(**settings | changes))
     editor.anchor(anchors)
@@ -286,7 +284,9 @@ def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, ke
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mu": 0.0}, {"lam": 0.1}, {"search_descent": "adam", "same_subject": "separate"}], ids=str
+    "changes",
+    [{"prior": {"mu": 0.0}}, {"prior": {"lam": 0.1}}, {"search": {"optimizer": "adam"}, "same_subject": "separate"}],
+    ids=str,
 )
 @claimed
 def test_no_setting_mixes_devices(make_model, tokenizer, changes):
@@ -305,7 +305,7 @@ def test_search_behind_a_normalisation_resumes_across_the_border(make_model, tok
     prompt = EDITS[0].prompt.replace("{}", EDITS[0].subject)
     known = tokenizer.decode(score(plain, tokenizer, [(prompt, EDITS[0].target)])[0].predicted[0])
     edits = [replace(EDITS[0], target=known), *EDITS[1:]]
-    settings = {"edits": edits, "layers": (2,), "context_prefixes": ("",), "search_stop_nll": 20.0}
+    settings = {"edits": edits, "layers": (2,), "contexts": {"prefixes": ("",)}, "search": {"stop_nll": 20.0}}
     alone = work(plain, tokenizer, **settings)
     assert [record.search_steps for record in alone.history()[:2]] == [0, 4], "one leaves the batch before the other"
     with CLAIMS:
@@ -329,7 +329,7 @@ def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
             assert {tensor.device for tensor in kept} == {device}
             seldom = [state.prior.anchor_moment, *(side[layer] for row in rows for side in (row.keys, row.values))]
             assert {tensor.device for tensor in seldom} == {HOST}, "what is read seldom does not crowd the model"
-        assert [layer.device for layer in editor.memory()] == [str(A), str(B)]
+        assert [layer.device for layer in editor.context.memory()] == [str(A), str(B)]
         assert editor.fingerprint() == fingerprint(plain)
 
 
@@ -392,7 +392,7 @@ def test_a_model_whose_other_weights_are_offloaded_is_edited_and_anchored(make_m
     accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path)
     assert model.get_input_embeddings().weight.is_meta
     for one in (model, plain):
-        editor = rf.Editor(one, tokenizer, config=rf.EditConfig(layers=(1, 2), context_prefixes=("",)))
+        editor = rf.Editor(one, tokenizer, config=rf.EditConfig(layers=(1, 2), contexts={"prefixes": ("",)}))
         editor.anchor(["Lado speaks Kubeish .", "Veta plays the organ ."])
         editor.edit([rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")])
     for layer in (1, 2):

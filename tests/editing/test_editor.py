@@ -30,11 +30,10 @@ def config(**changes):
     base = {
         "layers": (1, 2),
         "batch_size": 2,
-        "context_prefixes": ("", "People speak ."),
-        "clamp": 4.0,
-        # A random model attends everywhere alike: the subject's token steers little, the last one steers its answer.
+        "contexts": {"prefixes": ("", "People speak .")},
+        "search": {"clamp": 4.0},
         "fact_token": "last",
-        "adherence": 0.9,
+        "prior": {"adherence": 0.9},
     }
     return rf.EditConfig(**{**base, **changes})
 
@@ -64,7 +63,7 @@ def target_nll(model, tokenizer, edits=EDITS):
 def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name, dtype, key_rows):
     model = make_model(name, dtype)
     before, start = target_nll(model, tokenizer), weights(model)
-    editor = make_editor(model, tokenizer, key_rows=key_rows)
+    editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
     records = editor.edit(EDITS)
     assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
     assert [r.batch for r in records] == [1, 1, 2, 2, 3, 3]
@@ -83,7 +82,7 @@ def test_undo_leaves_the_state_of_a_model_without_the_edits(make_model, tokenize
     from rlsedit_fast.rls.reference import solve_all
 
     model = make_model("llama")
-    editor = make_editor(model, tokenizer, key_rows=key_rows)
+    editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
     records = editor.edit(EDITS)
     editor.undo([records[1].id, records[4].id])
     kept = editor._session.ledger.rows([r.id for r in editor.history() if r.state == "active"])
@@ -95,13 +94,13 @@ def test_undo_leaves_the_state_of_a_model_without_the_edits(make_model, tokenize
         weight, _, _ = solve_all(state.original, state.prior, keys, values, importance.repeat_interleave(rows))
         error = (state.weight.double() - weight).norm() / weight.norm()
         assert float(error) < 1e-4
-        projection = editor.projections[layer]
+        projection = editor.context.projections[layer]
         assert torch.equal(projection.weight, state.weight)
 
 
 def test_the_first_batch_realizes_what_the_pilot_promised(make_model, tokenizer):
     model = make_model("llama")
-    editor = make_editor(model, tokenizer, adherence=0.8, batch_size=6)
+    editor = make_editor(model, tokenizer, prior={"adherence": 0.8}, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
     mean = sum(r.realized for r in records) / len(records)
     assert abs(mean - 0.8) < 0.1
@@ -110,7 +109,7 @@ def test_the_first_batch_realizes_what_the_pilot_promised(make_model, tokenizer)
 def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
     priors, realized = [], []
     for adherence in (0.5, 0.99):
-        editor = make_editor(make_model("llama"), tokenizer, adherence=adherence, batch_size=6)
+        editor = make_editor(make_model("llama"), tokenizer, prior={"adherence": adherence}, batch_size=6)
         realized.append(sum(r.realized for r in editor.edit(EDITS)))
         priors.append(editor.priors[0])
     assert realized[1] > realized[0] + 1
@@ -119,7 +118,7 @@ def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
 
 
 def test_explicit_numbers_win(make_model, tokenizer):
-    for given in ({"lam": 0.3, "mu": 7.0}, {"lam": 0.3}, {"mu": 7.0}):
+    for given in ({"prior": {"lam": 0.3, "mu": 7.0}}, {"prior": {"lam": 0.3}}, {"prior": {"mu": 7.0}}):
         editor = make_editor(make_model("llama"), tokenizer, **given)
         for prior in editor.calibrate(EDITS):
             for name, value in given.items():
@@ -129,7 +128,7 @@ def test_explicit_numbers_win(make_model, tokenizer):
 
 
 def test_open_mu_beside_a_given_lam_shows_the_adherence(make_model, tokenizer):
-    editor = make_editor(make_model("llama"), tokenizer, lam=0.01, adherence=0.8, batch_size=6)
+    editor = make_editor(make_model("llama"), tokenizer, prior={"lam": 0.01, "adherence": 0.8}, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
     assert abs(sum(r.realized for r in records) / len(records) - 0.8) < 0.1
 
@@ -167,7 +166,7 @@ def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model, tokenizer, monkeypatch, key_rows):
     model = make_model("llama")
-    editor = make_editor(model, tokenizer, key_rows=key_rows)
+    editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
     editor.edit(EDITS[:2])
     start = weights(model)
     states = [(s.weight.clone(), s.precision_inverse(), s.objective, s.edits) for s in editor._session.layers.states]
@@ -295,22 +294,22 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
     for changes, message in [
         ({"layers": ()}, "layers"),
         ({"layers": (1, 1)}, "twice"),
-        ({"adherence": 1.0}, "adherence"),
-        ({"key_rows": "each"}, "key_rows='each'"),
+        ({"prior": {"adherence": 1.0}}, "adherence"),
+        ({"contexts": {"rows": "each"}}, "key_rows='each'"),
         ({"values": "guess"}, "values='guess'"),
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
-        ({"clamp": 0.0}, "clamp"),
+        ({"search": {"clamp": 0.0}}, "clamp"),
         ({"unconverged": "drop"}, "unconverged='drop'"),
-        ({"search_at_once": 0}, "search_at_once"),
-        ({"context_samples": -1}, "context_samples"),
-        ({"context_tokens": 0}, "context_tokens"),
-        ({"lam": -1.0}, "lam"),
-        ({"mu": math.inf}, "mu"),
+        ({"search": {"at_once": 0}}, "search_at_once"),
+        ({"contexts": {"samples": -1}}, "context_samples"),
+        ({"contexts": {"sample_tokens": 0}}, "context_tokens"),
+        ({"prior": {"lam": -1.0}}, "lam"),
+        ({"prior": {"mu": math.inf}}, "mu"),
         ({"ridge": -0.1}, "ridge"),
-        ({"kl_prompts": ("who is",)}, "kl_prompts"),
-        ({"context_prefixes": ()}, "context_prefixes"),
-        ({"context_prefixes": ("So .",)}, "first must be ''"),
+        ({"search": {"kl_prompts": ("who is",)}}, "kl_prompts"),
+        ({"contexts": {"prefixes": ()}}, "context_prefixes"),
+        ({"contexts": {"prefixes": ("So .",)}}, "first must be ''"),
     ]:
         with pytest.raises(InputError, match=message):
             config(**changes)
@@ -332,7 +331,7 @@ def test_anchors_and_priors_are_fixed_once_edits_are_made(make_model, tokenizer)
 
 
 def test_default_layers_follow_the_depth():
-    assert [rf.EditConfig().layers_of(depth) for depth in (1, 4, 12, 30)] == [
+    assert [rf.EditConfig().layers_for(depth) for depth in (1, 4, 12, 30)] == [
         (0,),
         (0, 1),
         (1, 2, 3),
@@ -366,7 +365,7 @@ def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
     model = make_model("llama", torch.bfloat16)
     editor = make_editor(model, tokenizer, batch_size=1)
     editor.edit(EDITS)
-    for projection, state in zip(editor.projections, editor._session.layers.states, strict=True):
+    for projection, state in zip(editor.context.projections, editor._session.layers.states, strict=True):
         assert state.weight.dtype == torch.float32
         assert torch.equal(projection.weight, ops.split(state.weight)[0])  # whose halves round as the masters do
         assert not torch.equal(projection.weight.float(), state.weight)
@@ -385,7 +384,7 @@ def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer
 def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype, key_rows):
     model = make_model("llama", dtype).cuda()
     start, before = weights(model), target_nll(model, tokenizer)
-    editor = make_editor(model, tokenizer, key_rows=key_rows)
+    editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
     records = editor.edit(EDITS)
     assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
     assert all(layer.weight <= layer.weight_bound for layer in editor.deviation())
@@ -404,7 +403,7 @@ def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
         editor.protect(prompts, weight=weight)
     editor.edit(EDITS)
     (layer, _) = editor._session.layers.states
-    keys = editor._context.text_keys(PROTECTED)[0]
+    keys = editor.context.text_keys(PROTECTED)[0]
     return float((layer.outputs(keys) - keys @ layer.original.T).norm()), editor
 
 
@@ -492,7 +491,7 @@ def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, toke
 def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer):
     editor = make_editor(make_model("llama", torch.bfloat16), tokenizer)
     editor.edit(EDITS[:2])
-    for projection, state in zip(editor.projections, editor._session.layers.states, strict=True):
+    for projection, state in zip(editor.context.projections, editor._session.layers.states, strict=True):
         weight, extra = state._master.tensors
         assert weight.data_ptr() == projection.weight.data_ptr()
         assert extra.nbytes == 2 * projection.weight.numel()
@@ -500,9 +499,11 @@ def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer)
 
 def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_model, tokenizer):
     def contexts(name="llama", **changes):
-        editor = rf.Editor(make_model(name), tokenizer, config=config(context_samples=4, context_tokens=6, **changes))
-        rows = editor.requests(EDITS[:1])[0].contexts
-        prefixes = editor.config.context_prefixes
+        editor = rf.Editor(
+            make_model(name), tokenizer, config=config(contexts={"samples": 4, "sample_tokens": 6}, **changes)
+        )
+        rows = editor.context.prepare(EDITS[:1])[0].contexts
+        prefixes = editor.config.contexts.prefixes
         starts = [tokenizer(prefix)["input_ids"] for prefix in prefixes]
         begins = [row.ids[: len(start)] == start for row, start in zip(rows, starts, strict=True)]
         assert all(begins)
@@ -515,7 +516,7 @@ def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_mode
     assert len(first) == 6
     assert all(1 <= len(prefix.split()) <= 6 for prefix in first[2:])
     assert contexts() == first
-    assert contexts(context_seed=1) != first
+    assert contexts(contexts={"seed": 1}) != first
     assert contexts("gpt2") != first
 
 
@@ -524,8 +525,8 @@ def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tok
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
     monkeypatch.setattr(inspection, "sample", lambda *_args, **_options: drawn)
-    editor = rf.Editor(make_model("llama"), tokenizer, config=config(context_samples=3))
-    assert len(editor.config.context_prefixes) == 3
+    editor = rf.Editor(make_model("llama"), tokenizer, config=config(contexts={"samples": 3}))
+    assert len(editor.config.contexts.prefixes) == 3
     assert "of 3 sampled context prefixes 1 are left" in caplog.text
 
 
@@ -541,7 +542,7 @@ def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenize
     monkeypatch.setattr(values, "search_values", counted)
     for at_once in (None, 2):
         model = make_model("llama")
-        make_editor(model, tokenizer, batch_size=6, search_at_once=at_once).edit(EDITS)
+        make_editor(model, tokenizer, batch_size=6, search={"at_once": at_once}).edit(EDITS)
         found.append(weights(model))
     assert sizes == [6, 2, 2, 2]
     for name, value in found[0].items():
@@ -561,7 +562,7 @@ def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
 def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog):
     """Rows that wait are folded in behind each batch: none pile up. Where that fails they wait on, and it is told."""
     model, tokenizer = load_demo_model()
-    config = rf.EditConfig(layers=(0,), context_prefixes=("",), lam=0.1, batch_size=5, delay=8)
+    config = rf.EditConfig(layers=(0,), contexts={"prefixes": ("",)}, prior={"lam": 0.1}, batch_size=5, delay=8)
     editor = rf.Editor(model, tokenizer, config=config)
     edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
     waiting: list[int] = []

@@ -38,12 +38,10 @@ def make_editor(model, tokenizer, **changes):
         **{
             "layers": (2,) if changes.pop("single", False) else (1, 2),
             "batch_size": 5,
-            "context_prefixes": ("",),
-            "clamp": 4.0,
-            "fact_token": "last",  # a random model's subject token steers little
-            "adherence": 0.9,
-            "search_steps": 15,
-            "search_stop_nll": 1.0,
+            "contexts": {"prefixes": ("",)},
+            "search": {"clamp": 4.0, "steps": 15, "stop_nll": 1.0},
+            "fact_token": "last",
+            "prior": {"adherence": 0.9},
         }
         | changes
     )
@@ -101,7 +99,7 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
     for at in (2, 0, 3, 1):
         editor.undo([record.id for record in records[5 * at : 5 * at + 5]])
     now = model.state_dict()
-    edited = [f"{projection.name}.weight" for projection in editor.projections]
+    edited = [f"{projection.name}.weight" for projection in editor.context.projections]
     for name, value in start.items():
         if name not in edited:
             assert torch.equal(now[name], value), f"{name} is not one of the edited weights"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.formats import edits_from_lists, read_edits
+from rlsedit_fast.data import edits_from_lists, read_edits
 from rlsedit_fast.errors import InputError, RequestError
 
 DATA = Path(os.environ.get("RLSEDIT_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -11,21 +11,20 @@ import torch
 import rlsedit_fast as rf
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.layers import row_weights
-from rlsedit_fast.editing.rounding import rounded
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls.reference import solve_all
+from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.world import World, load_demo_model
 
 WORLD = World.generate()
 EDITS = [replace(case.edit, weight=1.0 + at % 2) for at, case in enumerate(world_cases(WORLD, 12, 0))]
 CONFIG = rf.EditConfig(
     layers=(0, 1),
-    context_prefixes=("", "The report says this .", "As everyone knows :", "People speak ."),
-    search_steps=40,
-    search_stop_nll=0.03,
-    adherence=0.9,
+    contexts={"prefixes": ("", "The report says this .", "As everyone knows :", "People speak .")},
+    search={"steps": 40, "stop_nll": 0.03},
+    prior={"adherence": 0.9},
     batch_size=12,
     refine=0,
 )
@@ -33,7 +32,7 @@ CONTEXTS = len(CONFIG.context_prefixes)
 
 
 def make_editor(**changes):
-    editor = rf.Editor(*load_demo_model(), config=replace(CONFIG, **changes))
+    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(**changes))
     editor.anchor(anchor_texts(WORLD, 0)[:1000])
     return editor
 
@@ -49,10 +48,10 @@ def weights(editor):
 
 def states(editor):
     """The edited state of each edit in each of its contexts, and the last layer's keys there."""
-    context = editor._context
+    context = editor.context
     with quiet(editor.model):
         keys, found = request_keys(
-            context.decoder, context.projections[-1:], editor.requests(EDITS), output_of=context.site.module
+            context.decoder, context.projections[-1:], editor.context.prepare(EDITS), output_of=context.site.module
         )
     return found, keys[0]
 
@@ -67,7 +66,13 @@ def realized(editor, delta, start):
 def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
     equal = {"layers": layers, "bare_weight": 1 / CONTEXTS}
     equal["mu"] = calibrated(**equal)
-    rows, mean = (make_editor(**equal, key_rows=key_rows) for key_rows in ("contexts", "mean"))
+    rows, mean = (
+        make_editor(
+            contexts={"rows": key_rows},
+            **equal,
+        )
+        for key_rows in ("contexts", "mean")
+    )
     start, keys = states(rows)
     apart = (keys[:, 0] - keys[:, 1:].mean(1)).norm(dim=1) / keys[:, 0].norm(dim=1)
     assert float(apart.median()) > 0.2, "the bare prompt's key differs from the contexts', or this shows nothing"
@@ -86,7 +91,7 @@ def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
 def test_weight_of_the_bare_prompt_shifts_what_arrives_from_the_other_contexts_to_it():
     shares = []
     for bare_weight in (1 / CONTEXTS, 0.5, 0.9):
-        editor = make_editor(mu=30.0, bare_weight=bare_weight)
+        editor = make_editor(prior={"mu": 30.0}, contexts={"bare_weight": bare_weight})
         start, _ = states(editor)
         editor.edit(EDITS)
         wanted = torch.stack([held.goal[0] for held in editor._session.ledger.rows(range(1, 13))]) - start[:, 0]
@@ -98,7 +103,7 @@ def test_weight_of_the_bare_prompt_shifts_what_arrives_from_the_other_contexts_t
 
 @pytest.mark.parametrize("bare_weight", [0.5, 0.7])
 def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
-    editor = make_editor(mu=calibrated(), bare_weight=bare_weight)
+    editor = make_editor(prior={"mu": calibrated()}, contexts={"bare_weight": bare_weight})
     start, _ = states(editor)
     records = editor.edit(EDITS)
     for record, rows, first in zip(records, editor._session.ledger.rows(range(1, 13)), start, strict=True):
@@ -110,7 +115,7 @@ def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
     assert [state.edits for state in editor._session.layers.states] == [12 * CONTEXTS] * 2
     _, _, each = editor._session.layers._rows(editor._session.ledger.rows([2]), 0)
     assert each.tolist() == pytest.approx([2 * bare_weight, *[2 * (1 - bare_weight) / 3] * 3])
-    mean = make_editor(key_rows="mean")
+    mean = make_editor(contexts={"rows": "mean"})
     mean.edit(EDITS)
     assert {len(rows) for rows in mean._session.ledger.rows(range(1, 13))} == {1}
     assert [rows.weight for rows in mean._session.ledger.rows([1, 2])] == [1.0, 2.0]
@@ -118,7 +123,7 @@ def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
 
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 def test_undo_takes_back_all_rows_of_an_edit(keys):
-    editor = make_editor(keys=keys, batch_size=4)
+    editor = make_editor(stored_rows=keys, batch_size=4)
     start = weights(editor)
     editor.edit(EDITS)
     editor.undo([1, 6, 7])
@@ -136,10 +141,10 @@ def test_undo_takes_back_all_rows_of_an_edit(keys):
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 def test_a_store_with_rows_per_edit_opens_to_the_same_bits(tmp_path, keys, key_rows):
-    undisturbed = make_editor(keys=keys, key_rows=key_rows, batch_size=4)
+    undisturbed = make_editor(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
     undisturbed.edit(EDITS)
     undisturbed.undo([2, 9])
-    config = replace(CONFIG, keys=keys, key_rows=key_rows, batch_size=4)
+    config = CONFIG.replace(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
     with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
         editor.anchor(anchor_texts(WORLD, 0)[:1000])
         editor.edit(EDITS)

@@ -15,7 +15,7 @@ from rlsedit_fast.models.projections import find_decoder
 
 def test_keys_are_read_in_each_context_at_the_lookup_token(model, tokenizer):
     decoder = find_decoder(model)
-    config = EditConfig(layers=(1, 2), context_prefixes=("", "People speak .", "Lado speaks"))
+    config = EditConfig(layers=(1, 2), contexts={"prefixes": ("", "People speak .", "Lado speaks")})
     edits = [Edit("The home of {} is in", "Fado Veta", "Port Alder"), Edit("{} speaks", "Lado", "Kubeish")]
     requests = prepare(tokenizer, edits, config, longest=64)
     block = decoder.blocks[2]
@@ -39,7 +39,8 @@ def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model
         decoder = with_prefixes(decoder, longest=64)
         assert decoder.prefixed
     config = EditConfig(
-        layers=(1,), context_prefixes=("", "People speak in the home of Fado .", "Lado plays the organ and speaks")
+        layers=(1,),
+        contexts={"prefixes": ("", "People speak in the home of Fado .", "Lado plays the organ and speaks")},
     )
     prompts = ["The home of {} is in", "The native language of {} is"]
     names = ["Fado Veta", "Lado", "Toze Lado Rekuno", "Voluvu Lado"]

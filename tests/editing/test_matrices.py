@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlsedit_fast.editing.statistics import KeyStatistics
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.statistics import KeyStatistics
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import finding, measurement
-from rlsedit_fast.editing.measurement import measure
+from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.models.passes import hidden_of, quiet
 from rlsedit_fast.world import World, load_demo_model
@@ -52,9 +52,9 @@ def goals(monkeypatch):
 
 def check(records, editor, before, goals):
     """Records of a first batch against the model now and before; without goals, only what the model says."""
-    module = editor._context.site.module
+    module = editor.context.site.module
     edits = [rf.Edit(record.prompt, record.subject, record.target, record.weight) for record in records]
-    rows = [request.contexts[0] for request in editor.requests(edits)]
+    rows = [request.contexts[0] for request in editor.context.prepare(edits)]
     name = next(name for name, one in editor.model.named_modules() if one is module)
     for record, row, edit in zip(records, rows, edits, strict=True):
         with quiet(editor.model):
@@ -73,11 +73,10 @@ def test_the_figures_are_those_of_the_model_in_every_family(make_model, tokenize
     config = rf.EditConfig(
         layers=(2,),
         batch_size=len(EDITS),
-        context_prefixes=("", "People speak ."),
+        contexts={"prefixes": ("", "People speak .")},
         fact_token="last",
-        clamp=4.0,
-        search_steps=8,
-        lam=1.0,
+        search={"clamp": 4.0, "steps": 8},
+        prior={"lam": 1.0},
         refine=0,
     )
     editor = rf.Editor(make_model(family), tokenizer, config=config)
@@ -89,11 +88,11 @@ def test_the_figures_are_those_of_the_model_in_every_family(make_model, tokenize
 def test_the_figures_are_those_of_the_shipped_model_and_behind_a_second_round_of_what_it_wrote(goals):
     cases = world_cases(World.generate(), 12, 0)
     edits = [rf.Edit(case.edit.prompt, case.edit.subject, case.edit.target) for case in cases]
-    config = rf.EditConfig(layers=(0, 1), search_steps=40, search_stop_nll=0.03, adherence=0.5, refine=0)
+    config = rf.EditConfig(layers=(0, 1), search={"steps": 40, "stop_nll": 0.03}, prior={"adherence": 0.5}, refine=0)
     plain = rf.Editor(*load_demo_model(), config=config)
     records = plain.edit(edits)
     check(records, plain, load_demo_model()[0], goals)
-    refined = rf.Editor(*load_demo_model(), config=replace(config, refine=1))
+    refined = rf.Editor(*load_demo_model(), config=config.replace(refine=1))
     pairs = list(zip(records, refined.edit(edits), strict=True))
     again = [new for old, new in pairs if not old.success and old.search_rank == 1]
     assert 0 < len(again) < 12
@@ -103,20 +102,20 @@ def test_the_figures_are_those_of_the_shipped_model_and_behind_a_second_round_of
 
 
 def test_rows_are_in_order_however_they_are_run(make_model, tokenizer, monkeypatch):
-    editor = rf.Editor(make_model("llama"), tokenizer, config=rf.EditConfig(layers=(1,), context_prefixes=("",)))
-    requests = editor.requests([*EDITS, *(rf.Edit("{} speaks", edit.subject, edit.target) for edit in EDITS)])
+    editor = rf.Editor(make_model("llama"), tokenizer, config=rf.EditConfig(layers=(1,), contexts={"prefixes": ("",)}))
+    requests = editor.context.prepare([*EDITS, *(rf.Edit("{} speaks", edit.subject, edit.target) for edit in EDITS)])
     goal = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     wanted = 100 * torch.arange(1.0, 9.0)
     with quiet(editor.model):
-        together = measure(editor._context.site, requests, goal, wanted)
+        together = measure(editor.context.site, requests, goal, wanted)
         monkeypatch.setattr(measurement, "_ROWS_AT_ONCE", 1)
-        alone = measure(editor._context.site, requests, goal, wanted)
+        alone = measure(editor.context.site, requests, goal, wanted)
     torch.testing.assert_close(alone.realized, together.realized, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone.nll, together.nll, rtol=1e-4, atol=1e-4)
     assert torch.equal(alone.rank, together.rank)
     for at, request in enumerate(requests):
         with quiet(editor.model):
-            state, nll, rank = plain(editor.model, editor._context.site.module, request.contexts[0])
+            state, nll, rank = plain(editor.model, editor.context.site.module, request.contexts[0])
         assert float(together.realized[at]) == pytest.approx(
             1 - float((goal[at] - state).norm()) / (100 * at + 100), abs=1e-5
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +13,16 @@ from rlsedit_fast.editing import memory
 from rlsedit_fast.errors import ResourceError
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
-CONFIG = rf.EditConfig(layers=(1, 2), context_prefixes=("", "People speak ."))
+CONFIG = rf.EditConfig(layers=(1, 2), contexts={"prefixes": ("", "People speak .")})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_bytes, dtype):
     editor = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
-    plan = editor.memory()
+    plan = editor.context.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
-    for layer, state, projection in zip(plan, editor._session.layers.states, editor.projections, strict=True):
+    for layer, state, projection in zip(plan, editor._session.layers.states, editor.context.projections, strict=True):
         grown = 4 * editor.config.delay * (96 + 1)  # of the pending rows, when a batch finds their buffer full
         assert layer.state == state_bytes(state, projection.weight) + grown
         assert layer.writing == sum(tensor.nbytes for tensor in state._master.tensors)
@@ -46,10 +45,10 @@ def remembered(value):
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BASELINES), ("alphaedit", {"null_share": 0.3})])
 def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
-    config = replace(CONFIG, rule=name, rule_options=options, same_subject="separate")
+    config = CONFIG.replace(rule=name, rule_options=options, same_subject="separate")
     editor = rf.Editor(make_model("llama"), tokenizer, config=config)
     editor.anchor(["Toze Lado lives in Port Alder ."])
-    plan = editor.memory()
+    plan = editor.context.memory()
     editor.edit([EDIT, rf.Edit("{} lives in", "Lado Toze", "Port Alder")])
     for layer, state in zip(plan, editor._session.layers.states, strict=True):
         kept = [state.original, *remembered(state._memory)]
@@ -78,7 +77,7 @@ def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, mo
     def fails(*_args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("rlsedit_fast.editing.finding.search_within_memory", fails)
+    monkeypatch.setattr("rlsedit_fast.editing.value_search.search_within_memory", fails)
     with pytest.raises(ResourceError, match="fewer context_prefixes"):
         editor.edit([rf.Edit("{} speaks", "Lado Toze", "Kubeish")])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

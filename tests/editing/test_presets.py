@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.calibration import choose_priors
-from rlsedit_fast.editing.presets import PRESETS, preset, published, recognise
+from rlsedit_fast.editing.presets import PRESETS, find_preset, preset, published
+from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.errors import InputError, PriorError
 
 
@@ -30,19 +30,24 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_a_published_model_gets_its_published_settings(name):
     model_config, layers, rate, steps, moment_weight = TABLE[name]
-    found = recognise(model_config)
+    found = find_preset(model_config)
     assert found is PRESETS[name]
     config = found.config()
     assert config == published(name)
     assert config.layers == layers
     assert max(layers) < model_config.num_hidden_layers
-    assert (config.search_descent, config.search_rate, config.search_steps) == ("adam", rate, steps)
-    assert (config.search_stop, config.search_stop_loss) == ("loss", 0.05)
-    assert config.mu**2 == pytest.approx(moment_weight)
-    assert (config.lam, config.clamp, config.kl_factor, config.weight_decay) == (0.0, 0.75, 0.0625, 0.5)
+    assert (config.search.optimizer, config.search.learning_rate, config.search.steps) == ("adam", rate, steps)
+    assert (config.search.stop, config.search.stop_loss) == ("loss", 0.05)
+    assert config.prior.mu**2 == pytest.approx(moment_weight)
+    assert (config.prior.lam, config.search.clamp, config.search.loss.kl_factor, config.search.loss.weight_decay) == (
+        0.0,
+        0.75,
+        0.0625,
+        0.5,
+    )
     assert config.same_subject == "separate"
     assert (config.key_rows, config.refine) == ("mean", 0)
-    assert (config.kl_prompts, config.batch_size) == (("{} is a",), 100)
+    assert (config.search.kl_prompts, config.batch_size) == (("{} is a",), 100)
 
 
 def test_the_table_is_complete():
@@ -61,7 +66,7 @@ def test_the_table_is_complete():
     ],
 )
 def test_a_name_or_a_like_shape_is_not_enough(other):
-    assert recognise(other) is None
+    assert find_preset(other) is None
 
 
 def test_the_text_part_of_a_larger_model_is_looked_at():
@@ -69,13 +74,13 @@ def test_the_text_part_of_a_larger_model_is_looked_at():
         def get_text_config(self):
             return GPT2_XL
 
-    assert recognise(Composite()) is PRESETS["gpt2-xl"]
+    assert find_preset(Composite()) is PRESETS["gpt2-xl"]
 
 
 def test_settings_can_be_changed_and_unknown_names_are_refused():
-    config = published("llama-3-8b", lam=0.5, batch_size=10)
-    assert (config.lam, config.batch_size, config.search_descent) == (0.5, 10, "adam")
-    assert preset("llama-3-8b", lam=0.5, batch_size=10) == config
+    config = published("llama-3-8b", prior={"lam": 0.5}, batch_size=10)
+    assert (config.prior.lam, config.batch_size, config.search.optimizer) == (0.5, 10, "adam")
+    assert preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10) == config
     with pytest.raises(InputError, match=r"no preset 'llama'; there are gpt2-xl, .*, and generic"):
         preset("llama")
     with pytest.raises(InputError, match="no preset 'generic'"):
@@ -89,8 +94,8 @@ def test_settings_can_be_changed_and_unknown_names_are_refused():
 def test_generic_layers_go_with_the_depth():
     generic = preset("generic", batch_size=7)
     assert generic == rf.EditConfig(batch_size=7)
-    assert generic.layers_of(32) == (2, 3, 4, 5, 6, 7, 8)
-    assert generic.layers_of(80) == tuple(range(10, 21))
+    assert generic.layers_for(32) == (2, 3, 4, 5, 6, 7, 8)
+    assert generic.layers_for(80) == tuple(range(10, 21))
 
 
 def test_lam_0_holds_by_a_full_moment_and_says_what_to_do_without_one():

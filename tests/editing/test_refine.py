@@ -20,12 +20,15 @@ WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 20, 0)]
 # So low an adherence leaves edits whose search had found a value short of their targets.
 CONFIG = rf.EditConfig(
-    layers=(0, 1), context_prefixes=("", "People speak ."), search_steps=40, search_stop_nll=0.03, adherence=0.4
+    layers=(0, 1),
+    contexts={"prefixes": ("", "People speak .")},
+    search={"steps": 40, "stop_nll": 0.03},
+    prior={"adherence": 0.4},
 )
 
 
 def make_editor(store=None, **changes):
-    editor = rf.Editor(*load_demo_model(), config=replace(CONFIG, batch_size=10, **changes), store=store)
+    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(batch_size=10, **changes), store=store)
     editor.anchor(anchor_texts(WORLD, 0)[:600])
     return editor
 
@@ -195,10 +198,10 @@ def test_ctrl_c_in_a_round_leaves_the_edits_made(monkeypatch):
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, keys, snapshot):
-    undisturbed = make_editor(keys=keys)
+    undisturbed = make_editor(stored_rows=keys)
     start = weights(undisturbed)
     undisturbed.edit(EDITS)
-    with make_editor(tmp_path, keys=keys) as editor:
+    with make_editor(tmp_path, stored_rows=keys) as editor:
         editor.edit(EDITS)
         if snapshot:
             editor._recorder.snapshot(editor._session.layers, editor._session.progress)
@@ -217,5 +220,5 @@ def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, k
 
 def test_an_edit_whose_search_found_no_value_that_states_it_is_not_refined(monkeypatch):
     monkeypatch.setattr(session.EditSession, "_raise_values", lambda *_: pytest.fail("nothing had been found"))
-    editor = make_editor(clamp=0.01)
+    editor = make_editor(search={"clamp": 0.01})
     assert all(record.search_rank > 1 and not record.success for record in editor.edit(EDITS[:4]))

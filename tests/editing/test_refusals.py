@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.edits import WEIGHT_WITHIN
+from rlsedit_fast.data.edits import WEIGHT_RANGE
 from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
@@ -24,7 +24,13 @@ EDITS = [
 
 
 def config(**changes):
-    base = {"layers": (1, 2), "context_prefixes": ("",), "fact_token": "last", "lam": 1.0, "search_steps": 2}
+    base = {
+        "layers": (1, 2),
+        "contexts": {"prefixes": ("",)},
+        "fact_token": "last",
+        "prior": {"lam": 1.0},
+        "search": {"steps": 2},
+    }
     return rf.EditConfig(**{**base, **changes})
 
 
@@ -132,7 +138,7 @@ def test_what_is_no_list_of_edits_is_refused(editor, wrong):
 
 def test_edits_may_come_one_by_one(editor):
     assert len(editor.calibrate(edit for edit in EDITS)) == 2
-    assert editor.check(edit for edit in [*EDITS, EDITS[0].target]) == {5: "expected an Edit, got str"}
+    assert editor.context.find_invalid(edit for edit in [*EDITS, EDITS[0].target]) == {5: "expected an Edit, got str"}
     assert [record.target for record in editor.edit(edit for edit in EDITS[:2])] == ["Port Alder", "mason"]
     with pytest.raises(RequestError, match="no edits"):
         editor.edit(edit for edit in [])
@@ -177,12 +183,12 @@ def test_a_weight_that_float32_cannot_work_with_is_refused_before_the_first_edit
     wrong = replace(EDITS[1], weight=weight)
     with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: weight=.*from 1e-30 to 1e\+30"):
         editor.edit([EDITS[0], wrong])
-    assert list(editor.check([EDITS[0], wrong])) == [1]
+    assert list(editor.context.find_invalid([EDITS[0], wrong])) == [1]
     with pytest.raises(InputError, match=r"weight=.*from 1e-30 to 1e\+30"):
         editor.protect(["Lado speaks ."], weight=weight)
 
 
-@pytest.mark.parametrize("weight", WEIGHT_WITHIN)
+@pytest.mark.parametrize("weight", WEIGHT_RANGE)
 def test_the_outermost_weights_can_be_written(editor, weight):
     assert len(editor.edit([replace(EDITS[0], weight=weight), EDITS[1]])) == 2
 
@@ -211,7 +217,7 @@ def test_a_lam_beside_which_no_mu_gives_the_adherence_is_refused(make_model, tok
     """The pilot's key lies where no anchor does, so that lam alone decides."""
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(layers=(1,), lam=lam, adherence=0.5))
     before = {name: value.clone() for name, value in editor.model.state_dict().items()}
-    key = editor._context.request_keys(editor.requests(EDITS[:1]))[0][0, 0]
+    key = editor.context.request_keys(editor.context.prepare(EDITS[:1]))[0][0, 0]
     key = key.double()  # the moment is then singular up to the rounding of float64
     editor._moments = [torch.eye(len(key), dtype=key.dtype) - key[:, None] * key / key.square().sum()]
     with pytest.raises(InputError, match=message):

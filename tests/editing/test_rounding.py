@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlsedit_fast.editing.rounding import packed, rounded, unpacked
+from rlsedit_fast.rls.rounding import packed, rounded, unpacked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

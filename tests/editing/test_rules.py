@@ -19,14 +19,18 @@ from rlsedit_fast.world import World, load_demo_model
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 12, 0)]
 CONFIG = EditConfig(
-    layers=(0,), context_prefixes=("",), search_steps=40, search_stop_nll=0.03, batch_size=6, adherence=0.95
+    layers=(0,),
+    contexts={"prefixes": ("",)},
+    search={"steps": 40, "stop_nll": 0.03},
+    batch_size=6,
+    prior={"adherence": 0.95},
 )
 OPTIONS = {"alphaedit": {"null_share": 0.7, "ridge": 0.01}, "ultraedit": {"rate": 10.0}, "ft-bounded": {"bound": 0.02}}
 
 
 def make_editor(rule="rls", **changes):
     options = changes.pop("rule_options", OPTIONS.get(rule, {}))
-    editor = rf.Editor(*load_demo_model(), config=replace(CONFIG, rule=rule, rule_options=options, **changes))
+    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(rule=rule, rule_options=options, **changes))
     editor.anchor(anchor_texts(WORLD, 0)[:1000])
     return editor
 
@@ -55,7 +59,9 @@ def test_every_rule_writes_into_the_model_and_the_edits_are_said(rule):
 
 
 def test_history_aware_memit_with_lam_0_is_the_recursive_rule():
-    one, other = (make_editor(rule, lam=0.0, mu=0.5, search_ahead=12) for rule in ("rls", "memit-history"))
+    one, other = (
+        make_editor(rule, prior={"lam": 0.0, "mu": 0.5}, search={"ahead": 12}) for rule in ("rls", "memit-history")
+    )
     start = weight(one)
     one.edit(EDITS)
     other.edit(EDITS)
@@ -101,18 +107,18 @@ def test_settings_that_only_the_recursive_rule_knows_are_refused_with_the_settin
         with pytest.raises(InputError, match=f"{name}={value!r} needs rule='rls', got rule='{rule}'; leave {name} out"):
             EditConfig(rule=rule, rule_options=options, **{name: value})
     plain = EditConfig(rule=rule, rule_options=options)
-    same = EditConfig(rule=rule, rule_options=options, key_rows="mean", refine=0)
+    same = EditConfig(rule=rule, rule_options=options, contexts={"rows": "mean"}, refine=0)
     for config in (plain, same):
-        assert (config.effective_key_rows, config.effective_refine) == ("mean", 0)
+        assert (config.effective_rows, config.effective_refine) == ("mean", 0)
 
 
 def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
     model, tokenizer = load_demo_model()
-    editor = rf.Editor(model.to(torch.bfloat16), tokenizer, config=replace(CONFIG, rule="memit"))
+    editor = rf.Editor(model.to(torch.bfloat16), tokenizer, config=CONFIG.replace(rule="memit"))
     editor.anchor(anchor_texts(WORLD, 0)[:1000])
     editor.edit(EDITS)
     (state,) = editor._session.layers.states
-    stored = editor.projections[0].weight
+    stored = editor.context.projections[0].weight
     assert state.weight.dtype == torch.float32
     assert not torch.equal(state.weight, stored.float()), "the master has the lower bits"
     assert float((state.weight - stored.float()).abs().max()) <= float(stored.float().abs().max()) * 2**-7
@@ -120,13 +126,13 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
 
 def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
     editor = make_editor(norm_anchor=True)
-    first = editor._session._finder.find(editor.requests(EDITS[:6]), editor._session.progress)
-    later = editor._session._finder.find(editor.requests(EDITS[6:]), editor._session.progress)
+    first = editor._session._finder.find(editor.context.prepare(EDITS[:6]), editor._session.progress)
+    later = editor._session._finder.find(editor.context.prepare(EDITS[6:]), editor._session.progress)
     norms = first.goal[:, 0].norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
     assert torch.allclose(later.goal[:, 0].norm(dim=1), norms.mean(), rtol=1e-5)
     other = make_editor()
-    plain = other._session._finder.find(editor.requests(EDITS[:6]), other._session.progress)
+    plain = other._session._finder.find(editor.context.prepare(EDITS[:6]), other._session.progress)
     assert float(norms.mean()) == pytest.approx(float(plain.goal[:, 0].norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert said(editor) >= 10

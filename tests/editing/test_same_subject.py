@@ -11,11 +11,9 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 CONFIG = {
     "layers": (0,),
-    "context_prefixes": ("",),
-    "kl_prompts": ("{} is a",),
-    "search_steps": 40,
-    "search_stop_nll": 0.03,
-    "adherence": 0.975,
+    "contexts": {"prefixes": ("",)},
+    "search": {"kl_prompts": ("{} is a",), "steps": 40, "stop_nll": 0.03},
+    "prior": {"adherence": 0.975},
 }
 
 
@@ -116,7 +114,7 @@ def test_failure_while_telling_anew_leaves_everything_as_it_was(demo, people, mo
     editor.edit(edits[:2])
     before = {name: value.clone() for name, value in editor.model.state_dict().items()}
     history = editor.history()
-    monkeypatch.setattr("rlsedit_fast.editing.finding.search_within_memory", lambda *_: 1 / 0)
+    monkeypatch.setattr("rlsedit_fast.editing.value_search.search_within_memory", lambda *_: 1 / 0)
     for failing in (lambda: editor.edit(edits[2:]), lambda: editor.undo(1), lambda: editor.edit(edits[:1])):
         with pytest.raises(ZeroDivisionError):
             failing()

@@ -11,7 +11,7 @@ import rlsedit_fast as rf
 from rlsedit_fast.editing import finding
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.parts import fitting
+from rlsedit_fast.editing.value_search import requests_within
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
@@ -21,17 +21,16 @@ WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 24, 0)]
 CONFIG = EditConfig(
     layers=(0,),
-    context_prefixes=("",),
-    search_steps=40,
-    search_stop_nll=0.03,
-    lam=0.1,
+    contexts={"prefixes": ("",)},
+    search={"steps": 40, "stop_nll": 0.03},
+    prior={"lam": 0.1},
     batch_size=6,
-    refine=0,  # whose searches would count among those that are looked at
+    refine=0,
 )
 
 
 def make_editor(**changes):
-    return rf.Editor(*load_demo_model(), config=replace(CONFIG, **changes))
+    return rf.Editor(*load_demo_model(), config=CONFIG.replace(**changes))
 
 
 def weight(editor):
@@ -53,7 +52,7 @@ def searches(monkeypatch):
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1)])
 def test_batches_are_written_towards_the_states_of_one_large_batch(searches, layers):
-    ahead, large = make_editor(search_ahead=24, layers=layers), make_editor(batch_size=24, layers=layers)
+    ahead, large = make_editor(search={"ahead": 24}, layers=layers), make_editor(batch_size=24, layers=layers)
     start = weight(ahead)
     sizes = []
     records = ahead.edit(EDITS, on_batch=lambda made: sizes.append(len(made)))
@@ -70,10 +69,10 @@ def test_batches_are_written_towards_the_states_of_one_large_batch(searches, lay
 
 
 def test_windows_hold_whole_batches(searches):
-    make_editor(search_ahead=15).edit(EDITS)
+    make_editor(search={"ahead": 15}).edit(EDITS)
     assert searches == [12, 12]
     searches.clear()
-    make_editor(search_ahead=4).edit(EDITS)
+    make_editor(search={"ahead": 4}).edit(EDITS)
     assert searches == [6, 6, 6, 6], "a window is never less than a batch"
 
 
@@ -82,7 +81,7 @@ def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(
     relation = next(r for r in RELATIONS if r.phrasings[0] != EDITS[0].prompt)
     other = rf.Edit(relation.phrasings[0], subject, relation.values[0])
     stream = [*EDITS[:6], other, *EDITS[6:11], *EDITS[12:18]]
-    editor = make_editor(search_ahead=24)
+    editor = make_editor(search={"ahead": 24})
     records = editor.edit(stream)
     # The third batch and none else is apart from the others; the second tells the first's subject anew.
     assert searches == [6, 7, 6]
@@ -94,7 +93,7 @@ def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(
 
 
 def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
-    editor = make_editor(search_ahead=24)
+    editor = make_editor(search={"ahead": 24})
     real, count = EditedLayers.write, []
 
     def write(self, *args, **kwargs):
@@ -111,7 +110,7 @@ def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
 
 def test_edits_that_fall_short_are_skipped_in_their_own_batch():
     hopeless = rf.Edit(RELATIONS[0].phrasings[0], WORLD.people[-1].name, "<pad> <pad> <pad>")
-    editor = make_editor(search_ahead=24, unconverged="skip")
+    editor = make_editor(search={"ahead": 24}, unconverged="skip")
     records = editor.edit([*EDITS[:8], hopeless, *EDITS[8:15]])
     assert [record.state for record in records] == ["active"] * 8 + ["skipped"] + ["active"] * 7
 
@@ -119,10 +118,10 @@ def test_edits_that_fall_short_are_skipped_in_their_own_batch():
 def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
     whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
     requests = whole.requests(EDITS)
-    each = 10**9 / fitting(whole._context.site, requests, 10**9)
-    tight = make_editor(batch_size=24, search_memory=int(8.5 * each))
-    assert fitting(tight._context.site, requests, tight.config.search_memory) == 8
-    assert fitting(tight._context.site, requests, 1) == 1
+    each = 10**9 / requests_within(whole.context.site, requests, 10**9)
+    tight = make_editor(batch_size=24, search={"memory": int(8.5 * each)})
+    assert requests_within(tight.context.site, requests, tight.config.search.memory) == 8
+    assert requests_within(tight.context.site, requests, 1) == 1
     whole.edit(EDITS)
     tight.edit(EDITS)
     torch.testing.assert_close(weight(tight), weight(whole), rtol=1e-4, atol=1e-4)
@@ -130,7 +129,9 @@ def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, c
 
 def test_what_is_measured_grows_with_the_rows(searches):
     few = make_editor()
-    many = make_editor(context_prefixes=("", "People speak .", "Lado speaks", "Veta plays the organ"))
+    many = make_editor(contexts={"prefixes": ("", "People speak .", "Lado speaks", "Veta plays the organ")})
     budget = 10**9
-    fit = {editor: fitting(editor._context.site, editor.requests(EDITS), budget) for editor in (few, many)}
+    fit = {
+        editor: requests_within(editor.context.site, editor.context.prepare(EDITS), budget) for editor in (few, many)
+    }
     assert fit[few] > 1.8 * fit[many]

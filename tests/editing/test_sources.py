@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from rlsedit_fast.editing.sources import GivenTexts, SelfGenerated, TextFile
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.statistics.sources import GivenTexts, SelfGenerated, TextFile
 
 WORDS = ("Lado", "speaks", "Kubeish", ".", "Veta", "plays", "the", "organ")
 

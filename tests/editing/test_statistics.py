@@ -7,12 +7,12 @@ import torch
 
 from rlsedit_fast import ops
 from rlsedit_fast.editing import statistics
-from rlsedit_fast.editing.sources import GivenTexts, SelfGenerated, TextFile
-from rlsedit_fast.editing.statistics import KeyStatistics, collect
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.projections import find_decoder
+from rlsedit_fast.statistics import KeyStatistics, collect
+from rlsedit_fast.statistics.sources import GivenTexts, SelfGenerated, TextFile
 
 LAYERS = (1, 2)
 WORDS = ("Lado", "speaks", "Kubeish", ".", "Veta", "plays", "the", "organ", "and", "Fado")

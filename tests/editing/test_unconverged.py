@@ -26,7 +26,12 @@ def hopeless(person, relation=0):
 
 def make_editor(unconverged, **changes):
     model, tokenizer = load_demo_model()
-    settings = {"layers": (0,), "context_prefixes": ("",), "search_steps": 40, "search_stop_nll": 0.03, "lam": 0.1}
+    settings = {
+        "layers": (0,),
+        "contexts": {"prefixes": ("",)},
+        "search": {"steps": 40, "stop_nll": 0.03},
+        "prior": {"lam": 0.1},
+    }
     return rf.Editor(model, tokenizer, config=rf.EditConfig(**settings | {"unconverged": unconverged} | changes))
 
 
@@ -50,7 +55,7 @@ def test_kept_edits_are_made_and_tell_their_rank():
 
 
 def test_the_rank_is_the_worst_of_the_targets_tokens():
-    editor = make_editor("keep", search_steps=1, clamp=1e-9)
+    editor = make_editor("keep", search={"steps": 1, "clamp": 1e-9})
     edit = fact(PEOPLE[0])
     (record,) = editor.edit([edit])
     ids = editor.tokenizer(f"{edit.prompt.format(edit.subject)} {edit.target}", return_tensors="pt")["input_ids"]

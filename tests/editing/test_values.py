@@ -1,14 +1,13 @@
 """The value search on a batch finds what each request alone would, and stops each by its own rule."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from rlsedit_fast.editing import Edit, EditConfig, values
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.values import search_values
+from rlsedit_fast.editing.value_search import search_values
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder
@@ -21,13 +20,9 @@ EDITS = [
 ]
 CONFIG = EditConfig(
     layers=(1, 2),
-    context_prefixes=("", "People speak ."),
-    # A random model attends everywhere alike, so the subject's token steers little; the last token steers its answer.
+    contexts={"prefixes": ("", "People speak .")},
     fact_token="last",
-    search_steps=20,
-    search_stop_nll=1.0,
-    clamp=4.0,
-    kl_prompts=("{} is a", "{} speaks"),
+    search={"steps": 20, "stop_nll": 1.0, "clamp": 4.0, "kl_prompts": ("{} is a", "{} speaks")},
 )
 
 
@@ -67,7 +62,7 @@ def plain_search(model, tokenizer, edit, config, place=None):
             said = [(row, logits_of(row)[-1].log_softmax(-1)) for row in request.kl]
             before = [(row, scores) for row, scores in said if scores.argmax() != first]
         rule, stop = steps_of(config, delta, h), stop_of(config)
-        for step in range(config.search_steps + 1):
+        for step in range(config.search.steps + 1):
             nlls, rank = [], 1
             for row in request.contexts:
                 scores = logits_of(row)[row.prompt_length - 1 : -1].log_softmax(-1)
@@ -76,18 +71,18 @@ def plain_search(model, tokenizer, edit, config, place=None):
                 rank = max(rank, int((scores > wanted).sum(1).max()) + 1)
             kls = [(was.exp() * (was - logits_of(row)[-1].log_softmax(-1))).sum() for row, was in before]
             fit = torch.stack(nlls).mean()
-            kl = config.kl_factor * torch.stack(kls).mean() if kls else None
-            decay = config.weight_decay * delta.norm() / h.norm() ** 2
+            kl = config.search.loss.kl_factor * torch.stack(kls).mean() if kls else None
+            decay = config.search.loss.weight_decay * delta.norm() / h.norm() ** 2
             worst = max(float(nll.detach()) for nll in nlls)
             done = stop(rank, worst, float((fit + decay + (0 if kl is None else kl)).detach()))
-            if done or step == config.search_steps:
-                return delta.detach().clone(), step, done or (config.search_stop == "loss" and rank == 1)
+            if done or step == config.search.steps:
+                return delta.detach().clone(), step, done or (config.search.stop == "loss" and rank == 1)
             towards, away, shorter = (
                 torch.zeros(64) if term is None else torch.autograd.grad(term, delta)[0] for term in (fit, kl, decay)
             )
             with torch.no_grad():
                 rule(step, towards, away if kl is not None else None, shorter, worst, float(fit))
-                delta *= min(1.0, config.clamp * float(h.norm()) / float(delta.norm()))
+                delta *= min(1.0, config.search.clamp * float(h.norm()) / float(delta.norm()))
     finally:
         handle.remove()
 
@@ -98,20 +93,20 @@ def stop_of(config):
 
     def rank_in_a_row(rank, _worst, _loss):
         row[0] = row[0] + 1 if rank == 1 else 0
-        return row[0] >= config.search_stop_steps
+        return row[0] >= config.search.stop_evaluations
 
     return {
-        "nll": lambda rank, worst, _loss: rank == 1 and worst <= config.search_stop_nll,
+        "nll": lambda rank, worst, _loss: rank == 1 and worst <= config.search.stop_nll,
         "rank": rank_in_a_row,
-        "loss": lambda _rank, _worst, loss: loss < config.search_stop_loss,
-    }[config.search_stop]
+        "loss": lambda _rank, _worst, loss: loss < config.search.stop_loss,
+    }[config.search.stop]
 
 
 def steps_of(config, delta, h):
     """Each descent, for one request."""
     optimizer = torch.optim.Adam([delta], lr=0.1)
     energies, seen = [], [torch.zeros(64), torch.zeros(64)]
-    goal = min(0.35, {"nll": config.search_stop_nll, "rank": 1, "loss": config.search_stop_loss}[config.search_stop])
+    goal = min(0.35, {"nll": config.search.stop_nll, "rank": 1, "loss": config.search.stop_loss}[config.search.stop])
 
     def adam(_step, towards, away, shorter, _worst, _fit):
         delta.grad = towards + shorter + (0 if away is None else away)
@@ -130,7 +125,7 @@ def steps_of(config, delta, h):
         odds = [-math.log(math.expm1(max(nll, 1e-6))) for nll in (0.85 * goal, worst)]
         newton = (odds[0] - odds[1]) * -math.expm1(-fit) / float(towards.norm())
         move = min(max(newton, 0.05 * longest), longest) * direction
-        looks = step > 0 if config.search_stop == "loss" else step in range(3, 1000, 2)
+        looks = step > 0 if config.search.stop == "loss" else step in range(3, 1000, 2)
         if away is not None and looks:
             moved, bent = delta - seen[0], away - seen[1]
             seen[:] = delta.detach().clone(), away
@@ -139,7 +134,7 @@ def steps_of(config, delta, h):
             move = move - min(length, 0.5 * longest) * along / along.norm()
         delta.add_(move)
 
-    return {"adam": adam, "normalized": normalized, "constrained": constrained}[config.search_descent]
+    return {"adam": adam, "normalized": normalized, "constrained": constrained}[config.search.optimizer]
 
 
 def compare(model, tokenizer, config, place=None):
@@ -157,7 +152,7 @@ def compare(model, tokenizer, config, place=None):
 @pytest.mark.parametrize("fact_token", ["last", "subject_last"])
 @pytest.mark.parametrize("descent", ["constrained", "normalized", "adam"])
 def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer, descent, fact_token):
-    steps = compare(model, tokenizer, replace(CONFIG, search_descent=descent, fact_token=fact_token))
+    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": descent}, fact_token=fact_token))
     assert fact_token != "last" or descent == "adam" or len(set(steps)) > 1, (
         "the requests stop at different steps, or this shows nothing of the per-request stop"
     )
@@ -169,8 +164,8 @@ def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
 ):
     monkeypatch.setattr(tokenizer, "padding_side", padding_side)
     model = make_model(family)
-    config = replace(
-        CONFIG, layers=(1,), search_steps=9, search_descent="normalized" if padding_side == "left" else "constrained"
+    config = CONFIG.replace(
+        layers=(1,), search={"steps": 9, "optimizer": "normalized" if padding_side == "left" else "constrained"}
     )
     with quiet(model):
         decoder = find_decoder(model)
@@ -182,19 +177,19 @@ def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
 @pytest.mark.parametrize(
     "rule",
     [
-        {"search_stop": "rank", "search_stop_steps": 1},
-        {"search_stop": "rank", "search_stop_steps": 3},
-        {"search_stop": "loss", "search_stop_loss": 1.0},
+        {"search": {"stop": "rank", "stop_evaluations": 1}},
+        {"search": {"stop": "rank", "stop_evaluations": 3}},
+        {"search": {"stop": "loss", "stop_loss": 1.0}},
     ],
 )
 def test_every_stopping_rule_stops_each_request_by_itself(model, tokenizer, rule, descent):
-    steps = compare(model, tokenizer, replace(CONFIG, search_descent=descent, **rule))
+    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": descent}, **rule))
     assert min(steps) < CONFIG.search_steps
 
 
 def test_a_target_that_stays_first_is_waited_for(model, tokenizer):
     once, thrice = (
-        search(model, tokenizer, EDITS, replace(CONFIG, search_stop="rank", search_stop_steps=looks))
+        search(model, tokenizer, EDITS, CONFIG.replace(search={"stop": "rank", "stop_evaluations": looks}))
         for looks in (1, 3)
     )
     held = thrice.converged
@@ -204,9 +199,9 @@ def test_a_target_that_stays_first_is_waited_for(model, tokenizer):
 
 
 def test_under_the_published_rule_a_target_ranked_first_counts_as_reached(model, tokenizer):
-    config = replace(CONFIG, search_stop="loss", search_stop_loss=0.0)
+    config = CONFIG.replace(search={"stop": "loss", "stop_loss": 0.0})
     found = search(model, tokenizer, EDITS, config)
-    assert found.steps.tolist() == [config.search_steps] * 3
+    assert found.steps.tolist() == [config.search.steps] * 3
     assert found.converged.tolist() == (found.rank == 1).tolist()
     assert bool(found.converged.any())
 
@@ -218,7 +213,9 @@ def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, we
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
-    found = search(model, tokenizer, EDITS, replace(CONFIG, search_descent=descent, weight_decay=weight_decay))
+    found = search(
+        model, tokenizer, EDITS, CONFIG.replace(search={"optimizer": descent, "loss": {"weight_decay": weight_decay}})
+    )
     assert bool((found.start.norm(dim=-1) < 1).all())
     assert bool(found.delta.isfinite().all())
     assert bool((found.delta.norm(dim=1) > 0).all())
@@ -227,21 +224,52 @@ def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, we
 
 def test_value_makes_the_target_likelier(model, tokenizer):
     found = search(model, tokenizer, EDITS)
-    untouched = search(model, tokenizer, EDITS, EditConfig(**{**vars(CONFIG), "clamp": 1e-9}))
+    untouched = search(
+        model,
+        tokenizer,
+        EDITS,
+        EditConfig(
+            **{
+                "search": {"clamp": 1e-9},
+                **vars(CONFIG),
+            }
+        ),
+    )
     assert bool((found.nll < untouched.nll).all())
 
 
 def test_clamp_bounds_the_change(model, tokenizer):
-    tight = EditConfig(**{**vars(CONFIG), "clamp": 0.2, "search_stop_nll": 0.0})
+    tight = EditConfig(
+        **{
+            "search": {"clamp": 0.2, "stop_nll": 0.0},
+            **vars(CONFIG),
+        }
+    )
     found = search(model, tokenizer, EDITS, tight)
-    loose = search(model, tokenizer, EDITS, EditConfig(**{**vars(tight), "clamp": 100.0}))
+    loose = search(
+        model,
+        tokenizer,
+        EDITS,
+        EditConfig(
+            **{
+                "search": {"clamp": 100.0},
+                **vars(tight),
+            }
+        ),
+    )
     assert bool((found.delta.norm(dim=1) < loose.delta.norm(dim=1)).all())
     assert not bool(found.converged.any())
     assert found.steps.tolist() == [tight.search_steps] * 3
 
 
 def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
-    tight = EditConfig(**{**vars(CONFIG), "clamp": 0.05, "search_stop_nll": 0.0, "fact_token": "subject_last"})
+    tight = EditConfig(
+        **{
+            "search": {"clamp": 0.05, "stop_nll": 0.0},
+            "fact_token": "subject_last",
+            **vars(CONFIG),
+        }
+    )
     found = search(model, tokenizer, EDITS, tight)
     lengths = []
     for request in prepare(tokenizer, EDITS, tight, longest=64):
@@ -254,7 +282,12 @@ def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
 
 
 def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, tokenizer):
-    lenient = EditConfig(**{**vars(CONFIG), "search_stop_nll": 50.0})
+    lenient = EditConfig(
+        **{
+            "search": {"stop_nll": 50.0},
+            **vars(CONFIG),
+        }
+    )
     found = search(model, tokenizer, EDITS, lenient)
     assert bool((found.steps > 0).all())
     assert bool(found.converged.any())
@@ -265,7 +298,7 @@ def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, toke
 def test_requests_that_are_done_leave_the_batch(model, tokenizer):
     rows = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
-    found = search(model, tokenizer, EDITS, replace(CONFIG, kl_factor=0.0))
+    found = search(model, tokenizer, EDITS, CONFIG.replace(search={"kl_prompts": ()}))
     handle.remove()
     assert len(found.steps.unique()) > 1, "they stop at different steps, or this shows nothing"
     searched = rows[-int(found.steps.max()) - 1 :]
@@ -277,14 +310,14 @@ def test_requests_that_are_done_leave_the_batch(model, tokenizer):
     ("settings", "share"),
     [
         # A large weight keeps the distribution that the search without it changes.
-        ({"search_descent": "normalized", "kl_factor": 100.0, "search_stop_nll": 0.0}, 0.5),
+        ({"search": {"optimizer": "normalized", "loss": {"kl_factor": 100.0}, "stop_nll": 0.0}}, 0.5),
         # The target is reached all the same.
-        ({"search_descent": "constrained", "search_rate": 0.05}, 0.9),
+        ({"search": {"optimizer": "constrained", "learning_rate": 0.05}}, 0.9),
     ],
 )
 def test_kl_term_holds_what_follows_its_prompt(model, tokenizer, settings, share):
-    held = replace(CONFIG, **settings)
-    free = replace(held, kl_factor=0.0)
+    held = CONFIG.replace(**settings)
+    free = held.replace(search={"kl_prompts": ()})
     decoder = find_decoder(model)
 
     def moved(config):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlsedit_fast.cli import main
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import consistency as measured
 from rlsedit_fast.evaluation.cases import Case, Question

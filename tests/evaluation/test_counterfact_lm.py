@@ -58,7 +58,9 @@ def test_it_learns_the_facts_and_can_be_edited(files, monkeypatch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     asked = [("The mother tongue of Subject2 Name is", "Port Louis")]
     assert score(model, tokenizer, asked)[0].exact, "loaded again with transformers alone"
-    editor = rf.Editor(model.eval(), tokenizer, config=rf.EditConfig(layers=(0,), lam=0.1, search_steps=40))
+    editor = rf.Editor(
+        model.eval(), tokenizer, config=rf.EditConfig(layers=(0,), prior={"lam": 0.1}, search={"steps": 40})
+    )
     assert editor.edit([rf.Edit("The mother tongue of {} is", "Subject2 Name", "Greek")])[0].id == 1
 
 

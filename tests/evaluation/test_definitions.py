@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import demo, generation
 from rlsedit_fast.evaluation.answers import answers

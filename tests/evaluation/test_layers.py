@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from rlsedit_fast.cli import main
 from rlsedit_fast.cli.layers import named
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError, RequestError
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.generic_facts import MOST, generic_edits
@@ -26,7 +25,7 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer
 
 WORLD = World.generate()
-SETTINGS = replace(CONFIG, layers=None, search_ahead=None, search_steps=15, kl_prompts=(RELATIONS[0].phrasings[0],))
+SETTINGS = CONFIG.replace(layers=None, search={"ahead": None, "steps": 15, "kl_prompts": (RELATIONS[0].phrasings[0],)})
 
 
 def made_up_edits(count):
@@ -210,7 +209,7 @@ def desk(tmp_path, monkeypatch, texts):
     ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "text.txt").write_text("\n".join(f"{text} {text}" for text in texts))
-    (tmp_path / "settings.json").write_text(json.dumps({"context_prefixes": [""], "search_steps": 5}))
+    (tmp_path / "settings.json").write_text(json.dumps({"contexts": {"prefixes": [""]}, "search": {"steps": 5}}))
     return tmp_path
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, Question, world_cases
 from rlsedit_fast.evaluation.metrics import efficacy_strict, evaluate, score_before

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rlsedit_fast.cli import main
-from rlsedit_fast.editing import Edit
+from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question
 from rlsedit_fast.evaluation.demo import anchor_texts
@@ -294,7 +294,7 @@ def test_the_command_runs_a_stream_of_records_and_shows_what_follows_from_them(t
         "rls",
         "memit",
     ]
-    settings = {"layers": [0], "context_prefixes": [""], "search_steps": 40, "search_stop_nll": 0.025}
+    settings = {"layers": [0], "contexts": {"prefixes": [""]}, "search": {"steps": 40, "stop_nll": 0.025}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     command += ["--config", str(tmp_path / "config.json")]
     command += ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]

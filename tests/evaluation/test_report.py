@@ -31,8 +31,8 @@ def run(
         if label.startswith("rls"):
             enter(edits, "layer 0", "deviation", "bound", bound)
     settings = {"label": label, "stream": stream, "edits": 200, "seed": seed, "order": 0, "judged": None}
-    fields = {"rule": label, "rule_options": {}, "batch_size": 10, "lam": None, "ridge": 0.01, "layers": [0]}
-    fields |= {"adherence": EditConfig().adherence} | config
+    fields = {"rule": label, "rule_options": {}, "batch_size": 10, "prior": {"lam": None, "ridge": 0.01}, "layers": [0]}
+    fields |= {"prior": {"adherence": EditConfig().adherence}} | config
     return {
         "plan": settings | {"config": fields},
         "rows": rows,

@@ -17,7 +17,7 @@ from rlsedit_fast.evaluation.runs import Job, path_of, run_of, value
 from rlsedit_fast.evaluation.stream import Plan
 from rlsedit_fast.evaluation.tasks import Item
 
-CONFIG = replace(CONFIG, batch_size=5, search_ahead=20)
+CONFIG = CONFIG.replace(batch_size=5, search={"ahead": 20})
 
 
 def plan(label="rls", **changes):
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     plans = [
         plan(),
-        plan("memit", config=replace(CONFIG, rule="memit")),
+        plan("memit", config=CONFIG.replace(rule="memit")),
         plan("conflicts", stream="conflicting"),
         plan("forgetting", forgetting=0.5),
     ]
@@ -116,7 +116,7 @@ def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypat
     jobs, results = made
     monkeypatch.setattr(runs, "_make_one", lambda job: pytest.fail(f"{job.plan.label} was made again"))
     assert runs.make([jobs["rls"]], say=lambda line: None) == [results["rls"]]
-    other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=replace(CONFIG, adherence=0.9)))
+    other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=CONFIG.replace(prior={"adherence": 0.9})))
     assert not other.done, "the file of one setting is not that of another"
     longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
     assert not longer.done
@@ -133,7 +133,7 @@ def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_co
     path.write_text(json.dumps(found))
     settings, of = jobs["rls"].plan, jobs["rls"].spec.made_of
     assert stream.finished(path, "demo", settings, of) == found
-    assert stream.finished(path, "demo", replace(settings, config=replace(CONFIG, norm_anchor=True)), of) is None
+    assert stream.finished(path, "demo", replace(settings, config=CONFIG.replace(norm_anchor=True)), of) is None
     assert stream.finished(path, "demo", replace(settings, protected=0.5), of) is None
     found["plan"]["config"]["gone since"] = 1
     path.write_text(json.dumps(found))
@@ -168,7 +168,7 @@ def test_a_stream_that_breaks_off_says_where_and_why_and_measures_what_there_is(
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
     again = replace(cases[10].edit, target=cases[12].edit.target)  # one key, two values: not to be held exactly
     same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
-    config = replace(CONFIG, rule="emmet", rule_options={"damping": 0.0}, same_subject="separate")
+    config = CONFIG.replace(rule="emmet", rule_options={"damping": 0.0}, same_subject="separate")
     found = stream.run(ground, plan(config=config), same, tmp_path / "run.json")
     assert found["made"] == found["failed"]["after"] == 10
     assert "linearly dependent" in found["failed"]["reason"]
@@ -181,7 +181,7 @@ def test_what_no_rule_is_to_blame_for_is_raised_and_leaves_no_file(tmp_path):
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
     again = replace(cases[12].edit, subject=cases[0].edit.subject)
     same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
-    config = replace(CONFIG, rule="memit", same_subject="joint")
+    config = CONFIG.replace(rule="memit", same_subject="joint")
     with pytest.raises(InputError, match="cannot remove an edit"):
         stream.run(make_ground(GroundSpec()), plan(config=config), same, tmp_path / "run.json")
     assert not list(tmp_path.iterdir())

@@ -88,7 +88,7 @@ def test_records_have_what_the_plain_model_does(batch, scores):
 def test_the_share_that_arrives_is_the_adherence(batch):
     _, editor, records = batch
     arrived = sum(record.realized for record in records) / len(records)
-    assert arrived == pytest.approx(editor.config.adherence, abs=0.02)
+    assert arrived == pytest.approx(editor.config.prior.adherence, abs=0.02)
 
 
 @pytest.mark.slow
@@ -107,4 +107,4 @@ def test_gemma_states_what_it_is_edited_to_state(gemma, anchor_texts, counterfac
     after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
     assert sum(score.first for score in after) >= 38
     arrived = sum(record.realized for record in records) / len(records)
-    assert arrived == pytest.approx(editor.config.adherence, abs=0.02)
+    assert arrived == pytest.approx(editor.config.prior.adherence, abs=0.02)

@@ -50,12 +50,11 @@ def tiny_config(**changes) -> rf.EditConfig:
     base = {
         "layers": (0, 1),
         "batch_size": 2,
-        "context_prefixes": ("",),
+        "contexts": {"prefixes": ("",)},
         "fact_token": "last",
-        "adherence": 0.9,
-        "search_steps": 3,
+        "prior": {"adherence": 0.9},
+        "search": {"steps": 3, "clamp": 4.0},
         "delay": 8,
-        "clamp": 4.0,
     }
     return rf.EditConfig(**{**base, **changes})
 

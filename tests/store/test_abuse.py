@@ -26,7 +26,7 @@ from rlsedit_fast.store.journal import Journal
 
 from .conftest import ANCHORS, assert_same, assert_same_weights, history_of, make_edits, make_tiny, tiny_config, weights
 
-CONFIG = tiny_config(values="gradient", lam=0.5, mu=2.0)
+CONFIG = tiny_config(values="gradient", prior={"lam": 0.5, "mu": 2.0})
 
 
 def make_editor(model, tokenizer, store) -> rf.Editor:
@@ -372,7 +372,7 @@ def test_other_models_are_rejected(tiny, tokenizer, used):
 
 
 def test_nan_in_the_model_rejects_the_batch(tiny, tokenizer, tmp_path):
-    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(layers=(0,), lam=0.5), store=tmp_path)
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(layers=(0,), prior={"lam": 0.5}), store=tmp_path)
     editor.edit(make_edits(4))
     with torch.no_grad():
         editor.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.measurement import measure
+from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.answers import answers
 from rlsedit_fast.evaluation.cases import world_cases
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
     edits = [case.edit for case in world_cases(world, 500, 0)]
     model, tokenizer = load_demo_model()
     before = answers(model, tokenizer, questions(edits))
-    with rf.Editor(model, tokenizer, config=replace(CONFIG, batch_size=50), store=store) as editor:
+    with rf.Editor(model, tokenizer, config=CONFIG.replace(batch_size=50), store=store) as editor:
         editor.anchor(anchor_texts(world, 0))
         editor.edit(edits)
     return store, edits, before, sorted(random.Random(3).sample(range(1, 501), 250))
@@ -217,7 +217,9 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
 def test_consolidation_of_one_layer_only_removes_rounding(tiny, tokenizer, key_rows):
     """The keys of a single layer do not change with later edits, so the same problem is solved again."""
     prefixes = ("", "People speak .")
-    config = tiny_config(layers=(1,), batch_size=4, context_prefixes=prefixes, key_rows=key_rows, adherence=0.7)
+    config = tiny_config(
+        layers=(1,), batch_size=4, contexts={"prefixes": prefixes, "rows": key_rows}, prior={"adherence": 0.7}
+    )
     editor = rf.Editor(tiny(), tokenizer, config=config)
     editor.anchor(ANCHORS)
     editor.calibrate(make_edits(4))
@@ -239,7 +241,7 @@ def distances(editor):
     ids = editor._session.ledger.active
     goals = torch.stack([rows.goal[0] for rows in editor._session.ledger.rows(ids)])
     with quiet(editor.model):
-        found = measure(editor._context.site, editor._session.ledger.requests(ids), goals, torch.ones(len(ids)))
+        found = measure(editor.context.site, editor._session.ledger.requests(ids), goals, torch.ones(len(ids)))
     return 1 - found.realized
 
 
@@ -282,7 +284,7 @@ def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
 
 
 def test_edits_left_is_extrapolated_from_the_objective():
-    from rlsedit_fast.editing.progress import Point
+    from rlsedit_fast.editing.records import Point
     from rlsedit_fast.editing.status import LayerStatus, edits_left
 
     trace = [Point(n, (2.0 * n,)) for n in (10, 20, 30, 50)]
@@ -294,12 +296,12 @@ def test_edits_left_is_extrapolated_from_the_objective():
 
 
 def test_unused_adherence_is_not_reported():
-    from rlsedit_fast.editing.status import adherence_asked
+    from rlsedit_fast.editing.status import calibrated_adherence
 
-    assert adherence_asked(rf.EditConfig(adherence=0.9), anchored=True) == 0.9
-    assert adherence_asked(rf.EditConfig(lam=1.0, adherence=0.9), anchored=True) == 0.9
-    assert adherence_asked(rf.EditConfig(mu=1.0), anchored=True) is None
-    assert adherence_asked(rf.EditConfig(lam=1.0), anchored=False) is None
+    assert calibrated_adherence(rf.EditConfig(prior={"adherence": 0.9}), anchored=True) == 0.9
+    assert calibrated_adherence(rf.EditConfig(prior={"lam": 1.0, "adherence": 0.9}), anchored=True) == 0.9
+    assert calibrated_adherence(rf.EditConfig(prior={"mu": 1.0}), anchored=True) is None
+    assert calibrated_adherence(rf.EditConfig(prior={"lam": 1.0}), anchored=False) is None
 
 
 def test_drift_warning_recommends_consolidation(tiny, tokenizer, monkeypatch):

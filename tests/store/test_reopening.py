@@ -34,10 +34,10 @@ def run_part(editor: rf.Editor, part: int) -> None:
     [
         (torch.float32, {}),
         (torch.bfloat16, {"values": "gradient"}),
-        (torch.float16, {"keys": "fp16"}),
-        (torch.float32, {"context_prefixes": CONTEXTS}),
-        (torch.bfloat16, {"context_prefixes": CONTEXTS, "keys": "fp16", "values": "gradient"}),
-        (torch.float32, {"context_prefixes": CONTEXTS, "key_rows": "mean"}),
+        (torch.float16, {"stored_rows": "fp16"}),
+        (torch.float32, {"contexts": {"prefixes": CONTEXTS}}),
+        (torch.bfloat16, {"contexts": {"prefixes": CONTEXTS}, "stored_rows": "fp16", "values": "gradient"}),
+        (torch.float32, {"contexts": {"prefixes": CONTEXTS, "rows": "mean"}}),
     ],
     ids=str,
 )
@@ -73,7 +73,9 @@ def test_joint_edits_of_one_subject_are_restored(tiny, tokenizer, tmp_path):
     assert [r.state for r in editors[1].history()][3:] == ["replaced", "undone", "active"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"keys": "fp16"}, {"keys": None}, {"values": "gradient"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"stored_rows": "fp16"}, {"stored_rows": None}, {"values": "gradient"}], ids=str
+)
 def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer, tmp_path, monkeypatch, changes):
     from rlsedit_fast.editing.layers import EditedLayers
     from rlsedit_fast.store import directory
@@ -86,7 +88,7 @@ def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer
         one.anchor(ANCHORS)
         one.protect(["Lado speaks Kubeish ."])
         one.edit(make_edits(7))
-        if config.keys is not None:
+        if config.stored_rows is not None:
             one.undo([1, 7])
         one.protect(["Veta plays the organ ."])
         one.edit(make_edits(3, start=7))
@@ -98,7 +100,7 @@ def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer
     monkeypatch.setattr(EditedLayers, "transaction", lambda self: replayed.append(1) or real(self))
     opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
     assert len(replayed) <= 2
-    if config.keys is not None:
+    if config.stored_rows is not None:
         assert_same(opened, whole)
     assert_same_weights(opened.model, whole.model)
     for one in (opened, whole):
@@ -111,7 +113,7 @@ def test_without_keys_the_store_is_small_and_undo_is_rejected(tiny, tokenizer, t
     from rlsedit_fast.store import directory
 
     monkeypatch.setattr(directory, "MAX_REPLAYED", 2)
-    config = tiny_config(keys=None, fact_token="subject_last")
+    config = tiny_config(stored_rows=None, fact_token="subject_last")
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.edit(make_edits(20))
         before = weights(editor.model)
@@ -139,7 +141,7 @@ def test_without_keys_the_store_is_small_and_undo_is_rejected(tiny, tokenizer, t
 def test_fp16_keys_need_half_the_space_and_undo_is_as_exact(tiny, tokenizer, tmp_path):
     sizes, errors = [], []
     for keys in ("full", "fp16"):
-        config = tiny_config(keys=keys, lam=1.0, values="gradient", batch_size=20)
+        config = tiny_config(stored_rows=keys, prior={"lam": 1.0}, values="gradient", batch_size=20)
         editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path / keys)
         editor.edit(make_edits(12))
         sizes.append(sum(path.stat().st_size for path in (tmp_path / keys / "changes").iterdir()))
@@ -156,13 +158,13 @@ def test_fp16_keys_need_half_the_space_and_undo_is_as_exact(tiny, tokenizer, tmp
 
 
 def test_calibration_and_settings_are_restored(tiny, tokenizer, tmp_path):
-    config = tiny_config(context_samples=2)
+    config = tiny_config(contexts={"samples": 2})
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.anchor(ANCHORS)
         priors = editor.calibrate(make_edits(6))
     opened = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path)
     assert opened.config == editor.config
-    assert opened.config.context_prefixes != config.context_prefixes
+    assert opened.config.contexts.prefixes != config.contexts.prefixes
     assert [(p.lam, p.mu) for p in opened.priors] == [(p.lam, p.mu) for p in priors]
     assert all(torch.equal(a.anchor_moment, b.anchor_moment) for a, b in zip(opened.priors, priors, strict=True))
     opened.edit(make_edits(2))
@@ -179,17 +181,17 @@ def test_fixed_settings_are_rejected_and_others_may_change(tiny, tokenizer, tmp_
     for changes, message in [
         ({"delay": 9}, "delay=9, the store's is 8"),
         ({"layers": (1,)}, "layers"),
-        ({"lam": 1.0}, "lam"),
+        ({"prior": {"lam": 1.0}}, "lam"),
     ]:
         with pytest.raises(InputError, match=message):
             rf.Editor(tiny(), tokenizer, config=tiny_config(**changes), store=tmp_path)
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search={"steps": 2}), store=tmp_path) as editor:
         assert editor.config.batch_size == 3
     with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
-        assert editor.config.search_steps == 3, "the store is unchanged until an edit is applied"
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search_steps=2), store=tmp_path) as editor:
+        assert editor.config.search.steps == 3, "the store is unchanged until an edit is applied"
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search={"steps": 2}), store=tmp_path) as editor:
         editor.edit(make_edits(1, start=2))
-    assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search_steps == 2
+    assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search.steps == 2
 
 
 def test_failed_first_batch_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
@@ -227,7 +229,9 @@ def test_from_pretrained_with_a_store(tiny, tokenizer, tmp_path):
 
 def test_scale_of_gradient_values_is_restored_from_the_snapshot(tiny, tokenizer, tmp_path):
     """The batch before the snapshot was undone and is not replayed."""
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient", lam=0.5), store=tmp_path) as editor:
+    with rf.Editor(
+        tiny(), tokenizer, config=tiny_config(values="gradient", prior={"lam": 0.5}), store=tmp_path
+    ) as editor:
         editor.edit(make_edits(4))
         editor.edit(make_edits(2, start=40))
         editor.undo([5, 6])

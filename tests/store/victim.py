@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import finding
-from rlsedit_fast.editing.values import Values
+from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import ANCHORS, make_edits, make_tiny, tiny_config
@@ -39,7 +39,9 @@ def values_by_name(site, requests, config, groups, at_once):
     """Replaces the slow value search by values that depend only on the texts."""
     deltas = []
     for request in requests:
-        seed = int.from_bytes(hashlib.sha256(f"{request.asks} {request.edit.target}".encode()).digest()[:6], "big")
+        seed = int.from_bytes(
+            hashlib.sha256(f"{request.prompt_key} {request.edit.target}".encode()).digest()[:6], "big"
+        )
         deltas.append(torch.randn(16, generator=torch.Generator().manual_seed(seed)))
     delta, count = torch.stack(deltas), len(requests)
     done = torch.ones(count, dtype=torch.bool)
@@ -89,7 +91,7 @@ def perform(editor: rf.Editor, operation: tuple) -> None:
 
 def make_editor(model, tokenizer, store=None, *, refine: int = 0) -> rf.Editor:
     """By default without refinement, so that an operation is one change of the store."""
-    config = tiny_config(lam=0.5, mu=2.0, kl_factor=0.0, refine=refine)
+    config = tiny_config(prior={"lam": 0.5, "mu": 2.0}, search={"kl_prompts": ()}, refine=refine)
     editor = rf.Editor(model, tokenizer, config=config, store=store)
     if not editor.priors:
         editor.anchor(ANCHORS)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from rlsedit_fast.editing.edits import Edit
-from rlsedit_fast.editing.formats.fields import unread
-from rlsedit_fast.editing.formats.layouts import FORMATS, Format, ZsreTarget, detect, layout
-from rlsedit_fast.editing.formats.source import load
+from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.data.fields import unread
+from rlsedit_fast.data.layouts import FORMATS, Format, ZsreTarget, detect, layout
+from rlsedit_fast.data.source import load
 from rlsedit_fast.errors import InputError, RequestError, listed
 
 
@@ -62,7 +62,7 @@ def read_edits(
 
     | format | fields |
     |---|---|
-    | `edits` | `prompt`, `subject`, `target`; optional `id`, `weight`, `paraphrases`, `neighborhood`, `span` |
+    | `edits` | `prompt`, `subject`, `target`; optional `name`, `weight`, `paraphrases`, `neighborhood`, `span` |
     | `counterfact` | `case_id`, `requested_rewrite` (`prompt`, `subject`, `target_new.str`), `paraphrase_prompts`, \
 `neighborhood_prompts`; or EasyEdit's `prompt`, `subject`, `target_new`, `rephrase_prompt`, `locality_prompt` |
     | `zsre` | `src`, `subject`, `alt` or `answers`, `rephrase`, `loc` |
@@ -70,7 +70,7 @@ def read_edits(
 
     An unknown field is an error in `edits` and is listed as unread in the other formats. A prompt has `{}` in place of
     the subject or contains the subject; `{}` in the `paraphrases` of `edits` is also replaced by the subject. Conflicts
-    between edits are not checked here, see `rlsedit_fast.editing.conflicts`.
+    between edits are not checked here, see `rlsedit_fast.data.resolve`.
 
     Args:
         path: the file.
@@ -86,6 +86,15 @@ def read_edits(
     Raises:
         RequestError: the file cannot be read, is not JSON, or has an invalid record; names file, line and field.
         InputError: an unknown format or target.
+
+    Example:
+        >>> import json, tempfile
+        >>> from rlsedit_fast import read_edits
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     _ = file.write(json.dumps({"prompt": "{} lives in", "subject": "Ann", "target": "Rome"}))
+        ...     file.flush()
+        ...     read_edits(file.name).format
+        'edits'
     """
     if format not in (*FORMATS, "auto"):
         raise InputError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
@@ -120,6 +129,32 @@ def read_edits(
         )
     ignored = set[str]().union(*(unread(value.content, taken) for value in values)) if found != "edits" else set()
     return EditFile(edits, skipped, places, found, sorted(ignored))
+
+
+def load_edits(path: str | Path, **options: Any) -> list[Edit]:
+    """Returns the edits of a file; shorthand for `read_edits(path, ...).edits`.
+
+    Args:
+        path: the file.
+        **options: keyword arguments of `read_edits`.
+
+    Returns:
+        The edits, in file order.
+
+    Raises:
+        RequestError: see `read_edits`.
+        InputError: see `read_edits`.
+
+    Example:
+        >>> import json, tempfile
+        >>> from rlsedit_fast import load_edits
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     _ = file.write(json.dumps({"prompt": "{} lives in", "subject": "Ann", "target": "Rome"}))
+        ...     file.flush()
+        ...     load_edits(file.name)[0].target
+        'Rome'
+    """
+    return read_edits(path, **options).edits
 
 
 def _skip(place: str, problems: Sequence[tuple[str, str]]) -> Skipped:

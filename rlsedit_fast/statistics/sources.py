@@ -1,4 +1,4 @@
-"""Where running text comes from: given texts, a text file, or the model itself; always read as a stream."""
+"""Sources of running text: given texts, a text file, or the model itself; all are read as streams."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlsedit_fast.models.generation import sample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TEXTS_AT_ONCE = 64  # to a call of the tokenizer
-_PARAGRAPH = 8192  # characters at which a paragraph is taken for ended, so that a file without blank lines streams
-_READ = 1 << 20  # bytes at once, where a file is only hashed
+_TEXTS_AT_ONCE = 64  # per call of the tokenizer
+_PARAGRAPH = 8192  # maximum number of characters of a paragraph, so that a file without blank lines is streamed
+_READ = 1 << 20  # bytes per read while hashing a file
 
 
 class Source(Protocol):
-    """A stream of tokenised texts.
+    """A stream of tokenized texts.
 
     Attributes:
-        name: what text it is; two sources of one name give the same texts.
-        repeatable: whether it can be read again, and from where it was left.
+        name: description of the text; sources with equal names give equal texts.
+        repeatable: whether it can be read again, from any position.
     """
 
     @property
@@ -36,12 +36,21 @@ class Source(Protocol):
     def repeatable(self) -> bool: ...
 
     def read(self, tokenizer: PreTrainedTokenizerBase, start: int) -> Iterator[tuple[int, list[int]]]:
-        """The texts' token ids from position `start` on (0 is the beginning), each with the position behind it."""
+        """Yields the token ids of each text from position `start` on, with the position after the text."""
 
 
 @dataclass(frozen=True)
 class GivenTexts:
-    """Texts that the caller holds; blank ones are passed over."""
+    """Texts in memory; blank ones are skipped.
+
+    Attributes:
+        texts: the texts.
+
+    Example:
+        >>> from rlsedit_fast.statistics import GivenTexts
+        >>> GivenTexts(["A text."]).repeatable
+        False
+    """
 
     texts: Iterable[str]
     name = "texts given by the caller"
@@ -53,22 +62,31 @@ class GivenTexts:
         Raises:
             InputError: see `each_text`.
         """
-        return _tokenised(tokenizer, islice(enumerate(each_text(self.texts), start=1), start, None))
+        return _tokenized(tokenizer, islice(enumerate(each_text(self.texts), start=1), start, None))
 
 
 class TextFile:
-    """A UTF-8 file: `.jsonl` with a field `text` in every line, anything else as plain text.
+    """A UTF-8 file: `.jsonl` with a field `text` in every line, otherwise plain text.
 
-    Plain text is read by paragraphs, which end at a blank line or, where none comes, after 8,192 characters.
+    Plain text is read by paragraphs, which end at a blank line, or after 8,192 characters without one.
+
+    Example:
+        >>> import tempfile
+        >>> from rlsedit_fast import TextFile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        ...     _ = file.write("A paragraph.")
+        ...     file.flush()
+        ...     TextFile(file.name).repeatable
+        True
     """
 
     repeatable = True
 
     def __init__(self, path: str | Path) -> None:
-        """Reads the file once, for its name in the statistics: its own and its SHA-256, but not its folder.
+        """Reads the file once to compute its name in the statistics: file name and SHA-256, without the folder.
 
         Raises:
-            InputError: there is no such file, or it cannot be read.
+            InputError: the file does not exist or cannot be read.
         """
         self._path = Path(path)
         digest = hashlib.sha256()
@@ -78,7 +96,7 @@ class TextFile:
                     digest.update(piece)
         except OSError as error:
             raise InputError(
-                f"text file {str(path)!r} cannot be read ({error.strerror}); name a readable file"
+                f"text file {str(path)!r} cannot be read ({error.strerror}); pass a readable file"
             ) from error
         self.name = f"{self._path.name}, sha256 {digest.hexdigest()}"
 
@@ -86,10 +104,10 @@ class TextFile:
         """See `Source`.
 
         Raises:
-            InputError: the file is not UTF-8, or a line of a `.jsonl` file has no text in `text`.
+            InputError: the file is not UTF-8, or a line of a `.jsonl` file has no string in `text`.
         """
         texts = self._records if self._path.suffix == ".jsonl" else self._paragraphs
-        return _tokenised(tokenizer, texts(start))
+        return _tokenized(tokenizer, texts(start))
 
     def _paragraphs(self, start: int) -> Iterator[tuple[int, str]]:
         held, size = [], 0
@@ -114,13 +132,13 @@ class TextFile:
                 text = None
             if not isinstance(text, str):
                 raise InputError(
-                    f"{self._path.name}, line {place}: expected a JSON object with a text in the field 'text', got "
+                    f"{self._path.name}, line {place}: expected a JSON object with a string in the field 'text', got "
                     f"{line.strip()[:80]!r}; correct the line"
                 )
             yield place, text
 
     def _lines(self, start: int, *, longest: int) -> Iterator[tuple[int, str]]:
-        """Lines, in pieces where one has more than `longest` characters; a position counts these."""
+        """Yields lines, split after `longest` characters, with their positions, which count the pieces."""
         try:
             with self._path.open(encoding="utf-8-sig") as file:
                 place = 0
@@ -134,13 +152,24 @@ class TextFile:
 
 @dataclass(frozen=True)
 class SelfGenerated:
-    """The model's own text without end, at temperature 1.
+    """Unlimited text that the model generates at temperature 1.
 
     Attributes:
-        model: which model.
-        seed: of the samples.
-        length: most tokens of a text, the one it starts from included; fewer where the model takes no more.
-        batch: texts sampled at once; each batch has a seed of its own, so any can be made without those before it.
+        model: the model.
+        seed: random seed.
+        length: maximum number of tokens of a text, including the first; at most the maximum of the model.
+        batch: number of texts sampled at once. Each batch has its own seed, so it can be sampled without earlier ones.
+
+    Raises:
+        InputError: `length` is below 2 or `batch` below 1.
+
+    Example:
+        >>> from rlsedit_fast import SelfGenerated
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> position, ids = next(SelfGenerated(model, batch=1, length=4).read(tokenizer, 0))
+        >>> position
+        1
     """
 
     model: PreTrainedModel
@@ -156,7 +185,7 @@ class SelfGenerated:
 
     @property
     def name(self) -> str:
-        """What text it is."""
+        """Description of the text."""
         return f"self-generated, seed {self.seed}, temperature 1.0, {self.batch} texts at once, {self._length} tokens"
 
     @property
@@ -167,7 +196,7 @@ class SelfGenerated:
         """See `Source`."""
         place = start
         while True:
-            # Hashed, for some generators look at no more than the lower half of a seed.
+            # Hashed, since some generators use only the lower half of a seed.
             mixed = hashlib.sha256(f"{self.seed} {place // self.batch}".encode()).digest()
             seed = int.from_bytes(mixed[:4], "big")
             samples = sample(self.model, tokenizer, texts=self.batch, length=self._length, seed=seed)
@@ -177,25 +206,25 @@ class SelfGenerated:
 
 
 def each_text(texts: Iterable[str]) -> Iterator[str]:
-    """Some texts one by one.
+    """Yields texts after checking that they are a list of strings.
 
     Raises:
-        InputError: a single text, of which every letter would pass for one; or what is no text or no texts.
+        InputError: `texts` is a single string or not iterable, or a text is not a string.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise InputError(f"texts: expected a list of texts, got {texts!r:.60}; put a single one in a list")
+        raise InputError(f"texts: expected a list of strings, got {texts!r:.60}; put a single text in a list")
     return (_text(place, text) for place, text in enumerate(texts))
 
 
 def _text(place: int, text: object) -> str:
     if not isinstance(text, str):
-        raise InputError(f"texts: expected a list of texts, got {text!r:.60} at place {place}; leave it out or mend it")
+        raise InputError(f"texts: expected strings, got {text!r:.60} at index {place}; remove or correct it")
     return text
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
+def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
     some = ((place, text) for place, text in texts if text.strip())
     while group := list(islice(some, _TEXTS_AT_ONCE)):
-        # verbose: texts longer than the model takes are read in pieces, so its warning would mislead
+        # verbose: texts longer than the maximum of the model are split, so its warning would mislead
         ids = tokenizer([text for _, text in group], verbose=False)["input_ids"]
         yield from ((place, row) for (place, _), row in zip(group, ids, strict=True) if row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.errors import InputError
 
 Texts = Sequence[str | Sequence[str] | None]
@@ -39,6 +39,11 @@ def edits_from_lists(
 
     Raises:
         InputError: the lengths differ, or an entry is not a string.
+
+    Example:
+        >>> from rlsedit_fast import edits_from_lists
+        >>> edits_from_lists(["{} lives in"], subject=["Ann"], target_new=["Rome"])[0].target
+        'Rome'
     """
     lists: dict[str, Sequence[object]] = {"prompts": prompts, "target_new": target_new, "subject": subject}
     optional: dict[str, Sequence[object] | None] = {

@@ -1,4 +1,4 @@
-"""How much memory editing takes, told before it is taken."""
+"""Memory that editing needs, computed from shapes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from rlsedit_fast.baselines import Rule
+from rlsedit_fast.baselines.base import Rule
 from rlsedit_fast.errors import ResourceError
-from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls.prior import CHUNK
 from rlsedit_fast.rls.state import dtype_of
+
+if TYPE_CHECKING:
+    from rlsedit_fast.models.projections import Projection
 
 _FLOAT, _DOUBLE = 4, 8
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes that one edited layer takes beside the model.
+    """Bytes that an edited layer needs in addition to the model.
 
     Attributes:
-        layer: index of the block.
-        name: of the projection.
-        device: where it lies, and so where this is taken.
-        state: for as long as the editor lives: C and pending rows, or what another rule remembers, at most; W0; the
-            part of the master that the model has not.
-        anchors: where there are any, their moment, for as long as the editor lives, in the host's memory.
-        writing: more, while a batch is written: a copy of the weight to go back to.
-        building: more, for the moment in which the state is made in float64; other rules compute each batch so. A
-            rebuild takes some copies of W besides, and keeps the old C of every layer until it is through.
-        per_edit: of the rows of an edit, by which it can be taken back, in host memory; in the last layer with the
-            states that they ask for.
+        layer: index of the decoder layer.
+        name: name of the projection.
+        device: device of the projection, on which the memory is allocated.
+        state: during the lifetime of the editor: C and pending rows, or the memory of another rule, at most; W0; the
+            part of the exact weight that the model does not hold.
+        anchors: anchor moment, if there is one, in host memory, during the lifetime of the editor.
+        writing: additional bytes while a batch is written: a copy of the weight for a rollback.
+        building: additional bytes while the state is built in float64; other rules need them for each batch. A rebuild
+            also needs some copies of W and keeps the old C of every layer until all layers are done.
+        per_edit: stored rows of an edit, in host memory; in the last layer including the states that they aim at.
     """
 
     layer: int
@@ -46,16 +48,16 @@ class LayerMemory:
     per_edit: int
 
 
-def plan(
+def plan_memory(
     projections: Sequence[Projection], *, delay: int, rows: int = 1, rule: Rule | None = None
 ) -> list[LayerMemory]:
-    """What editing these projections takes, computed from shapes alone.
+    """Returns the memory that editing needs, per projection, computed from shapes.
 
     Args:
-        projections: the edited ones.
-        delay: as in `RLSState`.
-        rows: of an edit in each layer.
-        rule: None for the recursive one.
+        projections: the edited projections.
+        delay: see `RLSState`.
+        rows: number of rows of an edit in each layer.
+        rule: the baseline rule; None for `rls`.
     """
     layers = []
     for projection in projections:
@@ -65,13 +67,13 @@ def plan(
         beside = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
         kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
         if rule is None:
-            # C; pending rows, whose buffer doubles once with batches that find it full; the monitor's sketch
+            # C; pending rows, whose buffer doubles once if a batch finds it full; the sketch of the monitor
             kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
-            # S0, which its factor replaces, and chunks; C and W are told above
+            # S0, which its factor replaces, and chunks; C and W are counted above
             building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
         else:
             kept += _DOUBLE * rule.memory_numel(d_v, d_k)
-            # W, its change and the sum; what it remembers, with the batch, its factor and a copy
+            # W, its change and the sum; the memory of the rule with the batch, its factor and a copy
             building = 3 * d_v * d_k + (3 * d_k * d_k if rule.memory_numel(d_v, d_k) >= d_k * d_k else 0)
         layers.append(
             LayerMemory(
@@ -88,17 +90,17 @@ def plan(
     return layers
 
 
-def check(layers: Sequence[LayerMemory]) -> None:
-    """Compares a plan with what is free, device by device; a device that does not tell is taken at its word.
+def check_memory(layers: Sequence[LayerMemory]) -> None:
+    """Compares a plan with the free memory of each device; devices that do not report it are not checked.
 
     Raises:
-        ResourceError: there is too little, with the figures and what to do.
+        ResourceError: there is not enough memory.
     """
     wanted: dict[str, int] = defaultdict(int)
     writing: dict[str, int] = defaultdict(int)
     building: dict[str, int] = defaultdict(int)
     for layer in layers:
-        wanted[layer.device] += layer.state  # the anchors are there already
+        wanted[layer.device] += layer.state  # the anchors are already in memory
         writing[layer.device] += layer.writing
         building[layer.device] = max(building[layer.device], layer.building)
     for device, bytes_wanted in wanted.items():
@@ -106,19 +108,19 @@ def check(layers: Sequence[LayerMemory]) -> None:
         total, free = bytes_wanted + more, available(torch.device(device))
         if free is not None and total > free:
             raise ResourceError(
-                f"editing takes {size(total)} on {device} ({size(bytes_wanted)} to stay, {size(more)} while states "
-                f"are made or written) and {size(free)} are free; nothing was changed. Edit fewer layers, or spread "
-                "the model over more devices with device_map"
+                f"editing needs {size(total)} on {device} ({size(bytes_wanted)} permanently, {size(more)} while states "
+                f"are built or written) and {size(free)} are free; nothing was modified. Edit fewer layers, or "
+                "distribute the model over more devices with device_map"
             )
 
 
 def available(device: torch.device) -> int | None:
-    """Free bytes on a device, None where that cannot be told; within a container, what its limit leaves."""
+    """Returns the free bytes on a device, within the limit of a container; None if unknown."""
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
         free, whole = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - allocated
-        # A program may have been given a share of the device; torch before 2.8 does not tell.
+        # A process may be limited to a fraction of the device; torch before 2.8 does not report it.
         share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 1.0)(device)
         return min(free, max(0, int(share * whole) - allocated))
     if device.type != "cpu":
@@ -129,7 +131,7 @@ def available(device: torch.device) -> int | None:
 
 
 def size(count: int) -> str:
-    """Bytes for a person."""
+    """Formats a number of bytes."""
     value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]

@@ -1,4 +1,4 @@
-"""Edits that ask the same thing: which of them are to be made, and what became of the others."""
+"""Duplicate and contradictory edits of one file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlsedit_fast.editing.edits import Edit
+from rlsedit_fast.data.edits import Edit, normalized
 from rlsedit_fast.errors import InputError, RequestError, listed
 from rlsedit_fast.models.tokens import fill
 
@@ -17,21 +17,20 @@ Conflicts = Literal["later", "first", "keep", "error"]
 
 @dataclass(frozen=True)
 class Resolved:
-    """Edits without duplicates, and without contradictions unless these were to be kept.
+    """Edits without duplicates and, unless `conflicts="keep"`, without contradictions.
 
-    All indices are into the edits as given.
+    All indices refer to the edits as given.
 
     Attributes:
-        edits: those that are to be made, in the order given.
+        edits: the edits to apply, in the given order.
         kept: their indices.
-        duplicates: `(dropped, kept)`: the same prompt and target.
-        contradictions: `(dropped, kept)`: the same prompt and another target. With `keep` nothing is dropped, and the
-            pair is `(earlier, last)`.
-        same_subject: kept edits about one subject, two or more each: what is made of them is
-            `EditConfig.same_subject`.
-        conflicts: the rule that was followed.
+        duplicates: `(dropped, kept)` pairs with the same prompt and target.
+        contradictions: `(dropped, kept)` pairs with the same prompt and different targets. With `conflicts="keep"`
+            nothing is dropped and the pairs are `(earlier, last)`.
+        same_subject: groups of two or more kept edits with the same subject; see `EditConfig.same_subject`.
+        conflicts: the rule that was applied.
         given: the edits as given.
-        places: what to call each of them in a report.
+        places: name of each edit in reports.
     """
 
     edits: list[Edit]
@@ -44,9 +43,9 @@ class Resolved:
     places: Sequence[str]
 
     def describe(self) -> list[str]:
-        """Lines that say what was dropped, what contradicts, and which edits share a subject; none if nothing did."""
+        """Returns lines that list dropped edits, contradictions and shared subjects; empty if there are none."""
         duplicates = [
-            f"{self.places[dropped]} dropped: {self.places[kept]} says the same" for dropped, kept in self.duplicates
+            f"{self.places[dropped]} dropped: same as {self.places[kept]}" for dropped, kept in self.duplicates
         ]
         contradictions = [self._contradiction(first, second) for first, second in self.contradictions]
         shared = [
@@ -64,7 +63,7 @@ class Resolved:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain lists and numbers, complete."""
+        """Returns the indices as plain lists, JSON-serializable."""
         return {
             "conflicts": self.conflicts,
             "given": len(self.given),
@@ -75,29 +74,38 @@ class Resolved:
         }
 
     def _contradiction(self, first: int, second: int) -> str:
-        what = (
-            f"{self.places[first]} ({self.given[first].target!r}) {'kept' if self.conflicts == 'keep' else 'dropped'}"
+        state = "kept" if self.conflicts == "keep" else "dropped"
+        return (
+            f"{self.places[first]} ({self.given[first].target!r}) {state}: {self.places[second]} has the same prompt "
+            f"and the target {self.given[second].target!r}"
         )
-        return f"{what}: {self.places[second]} asks the same and says {self.given[second].target!r}"
 
 
 def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Sequence[str] | None = None) -> Resolved:
-    """Finds edits whose filled prompts agree, up to white space and Unicode's composed forms, and keeps one of each.
+    """Finds edits with the same filled prompt, up to white space and Unicode normalization, and keeps one of each.
 
-    An edit whose prompt has no place for its subject is kept and compared with none: the editor refuses it, with the
-    reason.
+    An edit whose prompt does not contain its subject is kept and not compared; the editor rejects it with the reason.
 
     Args:
-        edits: any number.
-        conflicts: which of several stays: the `later` or the `first`, at its own place; `keep` keeps the last one of
-            each target, so that contradictory ones follow one another; `error` refuses contradictions. Duplicates are
-            always reduced to one: the first with `first`, else the last.
-        places: what to call each edit in a report, as `EditFile.places`; by default its index, and its name if it has
+        edits: any number of edits.
+        conflicts: which edit to keep: the `later` or the `first` one, at its own position; `keep` keeps the last edit
+            for each target; `error` raises an error for contradictions. Duplicates are always reduced to one: the first
+            with `first`, otherwise the last.
+        places: name of each edit in reports, such as `EditFile.places`; by default its index, and its name if it has
             one.
 
+    Returns:
+        The edits to apply and what was dropped.
+
     Raises:
-        InputError: an unknown rule, or not one place per edit.
-        RequestError: contradictions, with `error`.
+        InputError: an unknown rule, or the number of places differs from the number of edits.
+        RequestError: there are contradictions and `conflicts` is `error`.
+
+    Example:
+        >>> from rlsedit_fast import Edit, resolve
+        >>> edits = [Edit("{} lives in", "Ann", "Rome"), Edit("{} lives in", "Ann", "Oslo")]
+        >>> [edit.target for edit in resolve(edits).edits]
+        ['Oslo']
     """
     if conflicts not in get_args(Conflicts):
         raise InputError(f"conflicts={conflicts!r}: expected one of {', '.join(get_args(Conflicts))}")
@@ -105,12 +113,12 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
         places = [f"edit {i}{f' ({edit.name})' if getattr(edit, 'name', None) else ''}" for i, edit in enumerate(edits)]
     if len(places) != len(edits):
         raise InputError(f"{len(places)} places for {len(edits)} edits: expected one each")
-    asked: dict[object, list[int]] = defaultdict(list)
+    by_prompt: dict[object, list[int]] = defaultdict(list)
     for index, edit in enumerate(edits):
-        asked[_question(edit, index)].append(index)
+        by_prompt[_prompt_key(edit, index)].append(index)
     duplicates: list[tuple[int, int]] = []
     contradictions: list[tuple[int, int]] = []
-    for group in asked.values():
+    for group in by_prompt.values():
         same, other = _compare(group, edits, conflicts)
         duplicates += same
         contradictions += other
@@ -118,7 +126,7 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
     contradictions.sort()
     if contradictions and conflicts == "error":
         lines = (
-            f"{places[first]} says {edits[first].target!r}, {places[second]} {edits[second].target!r}"
+            f"{places[first]} has the target {edits[first].target!r}, {places[second]} {edits[second].target!r}"
             for first, second in contradictions
         )
         raise RequestError(
@@ -126,15 +134,15 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
             "modified:\n" + "\n".join(listed(lines)),
             hint="remove one of each pair, or pass --conflicts later or first (Python: conflicts='later')",
         )
-    gone = {index for index, _ in duplicates}
+    dropped = {index for index, _ in duplicates}
     if conflicts != "keep":
-        gone |= {index for index, _ in contradictions}
-    kept = [index for index in range(len(edits)) if index not in gone]
-    about: dict[str, list[int]] = defaultdict(list)
+        dropped |= {index for index, _ in contradictions}
+    kept = [index for index in range(len(edits)) if index not in dropped]
+    by_subject: dict[str, list[int]] = defaultdict(list)
     for index in kept:
-        if _sound(edits[index]):
-            about[composed(edits[index].subject)].append(index)
-    shared = [group for group in about.values() if len(group) > 1]
+        if _is_valid(edits[index]):
+            by_subject[normalized(edits[index].subject)].append(index)
+    shared = [group for group in by_subject.values() if len(group) > 1]
     return Resolved(
         [edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, list(edits), list(places)
     )
@@ -143,42 +151,37 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
 def _compare(
     group: Sequence[int], edits: Sequence[Edit], conflicts: Conflicts
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Duplicates and contradictions among edits that ask the same."""
+    """Returns the duplicates and contradictions among edits with the same prompt."""
     duplicates: list[tuple[int, int]] = []
     contradictions: list[tuple[int, int]] = []
     winner, *rest = group if conflicts == "first" else group[::-1]
     if not rest:
         return duplicates, contradictions
-    said = {_target(edits[winner]): winner}
+    by_target = {_target(edits[winner]): winner}
     for index in rest:
         target = _target(edits[index])
-        if target in said:
-            duplicates.append((index, said[target]))
+        if target in by_target:
+            duplicates.append((index, by_target[target]))
             continue
         contradictions.append((index, winner))
         if conflicts == "keep":
-            said[target] = index
+            by_target[target] = index
     return duplicates, contradictions
 
 
-def _question(edit: Edit, index: int) -> object:
-    """What an edit asks, the same for edits that ask the same; the index where that cannot be told."""
-    if not _sound(edit):
+def _prompt_key(edit: Edit, index: int) -> object:
+    """Returns the normalized filled prompt, or the index if the prompt cannot be filled."""
+    if not _is_valid(edit):
         return index
     try:
-        return composed(fill(edit.prompt, edit.subject)[0])
+        return normalized(fill(edit.prompt, edit.subject)[0])
     except RequestError:
         return index
 
 
-def _sound(edit: object) -> bool:
+def _is_valid(edit: object) -> bool:
     return isinstance(edit, Edit) and all(isinstance(text, str) for text in (edit.prompt, edit.subject, edit.target))
 
 
 def _target(edit: Edit) -> str:
     return unicodedata.normalize("NFC", edit.target).strip()
-
-
-def composed(text: str) -> str:
-    """The text in Unicode's composed forms, its white space single blanks: equal for texts that read the same."""
-    return " ".join(unicodedata.normalize("NFC", text).split())

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from difflib import get_close_matches
 from typing import Any
 
-from rlsedit_fast.editing.formats.source import DuplicateKeys
+from rlsedit_fast.data.source import DuplicateKeys
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import fill
 

@@ -1,14 +1,14 @@
-"""From settings to priors: given numbers as they are, the rest from the adherence that a pilot batch must show.
+"""Choice of the priors: given numbers, or those at which a pilot batch realizes the adherence.
 
-The pilot is written into the model on trial, through the layers as `EditedLayers.write` goes through them, and what
-arrives at the site is measured; then the weights are put back.
+The pilot is written into the model layer by layer, as by `EditedLayers.write`; the fraction of the change that arrives
+at the edited hidden state is measured, and the weights are restored.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,12 +16,12 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.inspection import ModelContext
+from rlsedit_fast.editing.config import EditConfig, PriorConfig
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.layers import goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.values import Values
+from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.calibrate import TrialLayer
@@ -29,26 +29,26 @@ from rlsedit_fast.rls.shares import memit_share, realized_fraction
 
 logger = logging.getLogger(__name__)
 
-_LOG_SPAN = 12.0  # mu is searched within a factor of e^12 of the scale at which it equals lam
-_WIDE_LOG_SPAN = 27.0  # and, where the model need not be run, within e^27 of the pilot's own scale
-_CLOSE = 0.004  # of the adherence, at which the search for mu ends
+_LOG_SPAN = 12.0  # mu beside a given lam is searched within a factor of e^12 of lam / sqrt(mean diagonal of the moment)
+_WIDE_LOG_SPAN = 27.0  # without forward passes, mu is searched within a factor of e^27 of the scale of the pilot
+_CLOSE = 0.004  # error of the adherence at which the search for mu ends
 _MOST_TRIALS = 8
-_SHORT_OF_LIMIT = 0.01  # below what the smallest mu reaches, where the adherence is out of reach
+_SHORT_OF_LIMIT = 0.01  # below the fraction that the smallest mu realizes, if the adherence cannot be reached
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """What a prior does to the pilot edits.
+    """Effect of a prior on the pilot edits.
 
     Attributes:
-        adherence: as asked for.
+        adherence: the requested adherence.
         lam: per layer.
         mu: per layer; 0 without anchors.
-        realized: share of the pilot's wanted changes that arrives at the site, measured on the pilot written on trial:
-            mean over the edits of `1 - ||arrived - wanted|| / ||wanted||` at the bare prompt, or at the mean key where
-            an edit has one row.
-        leakage: per layer `||K0 dW^T||_F / ||R||_F`, what the pilot does to the anchors; `||dW||_F / ||R||_F` without
-            anchors.
+        realized: fraction of the target changes of the pilot that arrives at the edited hidden state, measured after
+            writing the pilot: mean over the edits of `1 - ||state - goal|| / ||target change||` at the bare prompt, or
+            at the mean key if an edit has one row.
+        leakage: per layer `||K0 dW^T||_F / ||R||_F`, the effect of the pilot on the anchors; without anchors
+            `||dW||_F / ||R||_F`.
     """
 
     adherence: float
@@ -59,55 +59,56 @@ class Tradeoff:
 
 
 def needs_pilot(config: EditConfig, *, anchored: bool) -> bool:
-    """Whether a number of the prior must be found from a pilot."""
-    return (config.mu is None or config.lam is None) if anchored and config.mu != 0 else config.lam is None
+    """Returns whether mu or lam must be found with a pilot."""
+    prior = config.prior
+    return (prior.mu is None or prior.lam is None) if anchored and prior.mu != 0 else prior.lam is None
 
 
 def choose_priors(
     config: EditConfig, moments: Sequence[Tensor] | None, layers: int, pilot: Pilot | None
 ) -> list[Prior]:
-    """A prior per layer.
+    """Returns the prior of each layer.
 
-    Without anchors, or with mu=0, only lam holds the weights, and lam is found from the adherence if it is open. Mu,
-    where it is open, is the one at which the pilot shows `config.adherence`.
+    Without anchors, or with mu = 0, lam is calibrated unless given. Otherwise mu is, and lam follows from `ridge`.
 
     Args:
-        config: the editor's settings.
+        config: settings of the editor.
         moments: `E[k k^T] [d_k, d_k]` per layer, or None without anchors.
-        layers: how many are edited.
-        pilot: the pilot, on the same moments; None where nothing is open.
+        layers: number of edited layers.
+        pilot: the pilot, with the same moments; None if nothing is calibrated.
 
     Raises:
-        InputError: mu is given and there are no anchors, or lam is given and no mu beside it gives the adherence.
+        InputError: mu is given and there are no anchors, or lam is given and no mu gives the adherence.
     """
-    if config.mu == 0:
+    prior = config.prior
+    if prior.mu == 0:
         moments = None
-    elif moments is None and config.mu is not None:
+    elif moments is None and prior.mu is not None:
         raise InputError(
-            f"mu={config.mu} requires anchors, and there are none",
+            f"mu={prior.mu} requires anchors, and there are none",
             hint="pass --text, --statistics or --self-generate (Python: Editor.anchor(texts))",
         )
     if moments is None:
-        lam = config.lam
+        lam = prior.lam
         if lam is None:
             assert pilot is not None
-            lam = pilot.mu_for(config.adherence)
+            lam = pilot.mu_for(prior.adherence)
         return [Prior(lam=lam) for _ in range(layers)]
-    mu = config.mu
+    mu = prior.mu
     if mu is None:
         assert pilot is not None
-        mu = pilot.mu_for(config.adherence) if config.lam is None else _mu_beside(config, moments, pilot)
-    lams = [mu * math.sqrt(ridge) if config.lam is None else config.lam for ridge in _ridges(config.ridge, moments)]
+        mu = pilot.mu_for(prior.adherence) if prior.lam is None else _mu_with_lam(prior, moments, pilot)
+    lams = [mu * math.sqrt(ridge) if prior.lam is None else prior.lam for ridge in _ridges(prior.ridge, moments)]
     return [Prior(lam=lam, mu=mu, anchor_moment=moment) for lam, moment in zip(lams, moments, strict=True)]
 
 
 def tabulate(
     config: EditConfig, moments: Sequence[Tensor] | None, pilot: Pilot, adherences: Sequence[float]
 ) -> list[Tradeoff]:
-    """What `choose_priors` gives for each adherence, and what that does to the pilot."""
+    """Returns the priors that `choose_priors` gives for each adherence, and their effect on the pilot."""
     rows = []
     for adherence in adherences:
-        priors = choose_priors(replace(config, adherence=adherence), moments, len(pilot.layers), pilot)
+        priors = choose_priors(config.replace(prior={"adherence": adherence}), moments, len(pilot.layers), pilot)
         mu = priors[0].mu or priors[0].lam
         trial = pilot.trial(mu, [(prior.lam / mu) ** 2 for prior in priors] if priors[0].mu else None)
         lams, mus = [prior.lam for prior in priors], [prior.mu for prior in priors]
@@ -117,20 +118,20 @@ def tabulate(
 
 @dataclass(frozen=True)
 class Trial:
-    """What a pilot written on trial showed; see `Tradeoff`."""
+    """Measurements of a pilot that was written and restored; see `Tradeoff`."""
 
     realized: float
     leakage: list[float]
 
 
 class Pilot:
-    """A batch that is written into a model on trial, under any prior.
+    """A batch that is written into a model under a prior and restored afterwards.
 
     Args:
         context: the model, unedited.
-        moments: `E[k k^T] [d_k, d_k]` per layer; None where no anchors hold, and `mu` stands for lam.
-        requests: the pilot, at least one.
-        values: theirs.
+        moments: `E[k k^T] [d_k, d_k]` per layer; None without anchors, in which case `mu` stands for lam.
+        requests: the pilot, at least one request.
+        values: values of the requests.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Pilot:
         config = context.config
         self.layers = context.projections
         self._context, self._requests = context, requests
-        self._key_rows = config.effective_key_rows
-        self._ridge = config.ridge if moments is not None else 0.0
+        self._key_rows = config.effective_rows
+        self._ridge = config.prior.ridge if moments is not None else 0.0
         self._moments = moments or [torch.eye(p.weight.shape[1], device=p.weight.device) for p in self.layers]
         values = replace(values, delta=_changes(values.delta))
         self._norms = values.delta.norm(dim=1)
@@ -149,14 +150,15 @@ class Pilot:
         assert now is not None
         self._now = now
         self._rows = values.start.shape[1] if self._key_rows == "contexts" else 1
-        self._weights = torch.tensor(row_weights(self._rows, config.bare_weight) * len(requests)).double()
+        self._weights = torch.tensor(row_weights(self._rows, config.contexts.bare_weight) * len(requests)).double()
         self._fitted: tuple[list[float], list[TrialLayer]] | None = None
 
     def mu_for(self, adherence: float) -> float:
-        """The mu at which the pilot shows an adherence, at the ridge of the settings; says so where none does.
+        """Returns the mu at which the pilot realizes an adherence, with the ridge of the settings; warns if none does.
 
-        The first guess is closed form: the layers together, every one's output reaching the site as it is. From there
-        the secant on `log(realized / (1 - realized))` over `log mu`, which is nearly a line, takes a few trials.
+        The first guess is closed form and assumes that the outputs of all layers reach the edited hidden state
+        unchanged. It is improved by the secant method on `log(realized / (1 - realized))` over `log mu`, which is
+        almost linear, in a few trials.
         """
         guess, reached = self._first_guess(adherence)
         if len(self.layers) == 1:
@@ -172,7 +174,7 @@ class Pilot:
         best, found = min(points, key=lambda point: abs(point[1] - aim))
         if abs(found - adherence) > 2 * _CLOSE:
             logger.warning(
-                "adherence=%g is not reached: of the pilot's wanted changes %.3f arrives at the edited site",
+                "adherence=%g is not reached: %.3f of the target changes of the pilot is realized",
                 adherence,
                 found,
             )
@@ -180,7 +182,7 @@ class Pilot:
 
     @torch.no_grad()
     def trial(self, mu: float, ridges: Sequence[float] | None = None) -> Trial:
-        """Writes the pilot, measures what arrives, and puts the weights back.
+        """Writes the pilot, measures the realized change, and restores the weights.
 
         Args:
             mu: positive.
@@ -198,14 +200,14 @@ class Pilot:
                 change = panel.change(shared)
                 leakage.append(panel.leakage(shared) / total)
                 self.layers[at].write(self.layers[at].weight.double() + change)
-                # The last layer's output at the lookup token is the site's own.
-                judged = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
-                left = missing[:: self._rows] - (judged @ change.T).to(missing)
+                # The output of the last layer at the edited token is the edited hidden state itself.
+                bare = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
+                left = missing[:: self._rows] - (bare @ change.T).to(missing)
         realized = float(realized_fraction(left, self._norms.to(left)).mean())
         return Trial(realized, leakage)
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
-        """The mu at which the closed form gives an adherence, or nearly the most that it can; and what it gives."""
+        """Returns the mu at which the closed form gives the adherence, or almost the maximum; and that fraction."""
         layers = self._under(None)
         grams = [
             layer.project(rows_of_contexts(key, self._key_rows)).gram
@@ -235,17 +237,18 @@ class Pilot:
         if most < adherence:
             aim = most - _SHORT_OF_LIMIT
             logger.warning(
-                "adherence=%g cannot be reached: the pilot's edits contradict one another or share keys, and at most "
-                "%.3f of the wanted changes arrives",
+                "adherence=%g cannot be reached: edits of the pilot contradict each other or share keys, and at most "
+                "%.3f of the target changes can be realized",
                 adherence,
                 most,
             )
             if aim <= 0:
                 raise InputError(
-                    f"adherence={adherence}: the pilot's edits contradict one another; at most {most:.3f} of the "
-                    "wanted changes arrives. Calibrate on different edits"
+                    f"adherence={adherence}: edits of the pilot contradict each other; at most {most:.3f} of the "
+                    "target changes can be realized",
+                    hint="calibrate on other edits",
                 )
-        return math.exp(_falling_root(realized, aim, low, high)), aim
+        return math.exp(float(brentq(lambda log_mu: realized(log_mu) - aim, low, high, xtol=1e-12))), aim
 
     def _under(self, ridges: Sequence[float] | None) -> list[TrialLayer]:
         wanted = list(ridges) if ridges is not None else _ridges(self._ridge, self._moments)
@@ -258,7 +261,7 @@ class Pilot:
         return self._fitted[1]
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys in a layer and states at the site, in the model as it is now."""
+        """Reads keys in a layer and the edited hidden states in the present model."""
         context = self._context
         (keys,), now = request_keys(
             context.decoder, [self.layers[layer]], self._requests, output_of=context.site.module
@@ -268,7 +271,7 @@ class Pilot:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """Puts the weights back, bit for bit."""
+        """Restores the weights bit for bit after the block."""
         originals = [projection.weight.clone() for projection in self.layers]
         try:
             yield
@@ -278,9 +281,9 @@ class Pilot:
 
 
 def _changes(delta: Tensor) -> Tensor:
-    """Wanted changes `[n, d]`, with a random one of the others' mean length for an edit that wants none.
+    """Returns target changes `[n, d]`; a zero change is replaced by a random one of the mean length of the others.
 
-    How its keys crowd the layers counts all the same.
+    The keys of such an edit occupy the layers nevertheless.
     """
     norms = delta.norm(dim=1)
     some = norms > 0
@@ -290,26 +293,26 @@ def _changes(delta: Tensor) -> Tensor:
 
 
 def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:
-    """`lam^2 / mu^2` per layer: a share of the moment's mean diagonal."""
+    """Returns `lam^2 / mu^2` per layer: a fraction of the mean diagonal of the moment."""
     return [ridge * float(moment.diagonal().double().mean()) for moment in moments]
 
 
 def _solved(gram: Tensor, wanted: Tensor, noise: Tensor) -> Tensor:
-    """`(G + diag(noise))^-1 wanted`."""
+    """Returns `(G + diag(noise))^-1 wanted`."""
     total = gram.clone()
     total.diagonal().add_(noise.to(total))
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(total))
 
 
 def _next_point(points: Sequence[tuple[float, float]], aim: float) -> float:
-    """Where to look next for the log mu at which `aim` is realized, from what was seen."""
+    """Returns the next log mu of the secant search for the one at which `aim` is realized."""
 
     def odds(share: float) -> float:
         share = min(max(share, 1e-4), 1 - 1e-4)
         return math.log(share / (1 - share))
 
     at, found = points[-1]
-    slope = -2.0  # what a ridge gives
+    slope = -2.0  # the slope of a ridge regression
     if len(points) > 1:
         before, then = points[-2]
         if at != before and (odds(found) - odds(then)) / (at - before) < -0.2:
@@ -317,31 +320,25 @@ def _next_point(points: Sequence[tuple[float, float]], aim: float) -> float:
     return at + max(-3.0, min(3.0, (odds(aim) - odds(found)) / slope))
 
 
-def _falling_root(realized: Callable[[float], float], aim: float, low: float, high: float) -> float:
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if realized(middle) > aim else (low, middle)
-    return 0.5 * (low + high)
-
-
-def _mu_beside(config: EditConfig, moments: Sequence[Tensor], pilot: Pilot) -> float:
-    """The mu at which the pilot shows the adherence beside a given lam."""
-    lam = config.lam
+def _mu_with_lam(prior: PriorConfig, moments: Sequence[Tensor], pilot: Pilot) -> float:
+    """Returns the mu at which the pilot realizes the adherence with a given lam."""
+    lam = prior.lam
     assert lam is not None
     scale = lam / math.sqrt(float(moments[0].diagonal().double().mean())) or 1.0
 
     def excess(log_mu: float) -> float:
         mu = scale * math.exp(log_mu)
-        return pilot.trial(mu, [(lam / mu) ** 2] * len(moments)).realized - config.adherence
+        return pilot.trial(mu, [(lam / mu) ** 2] * len(moments)).realized - prior.adherence
 
     if excess(_LOG_SPAN) > 0:
         raise InputError(
-            f"lam={config.lam}: no mu beside it brings what the pilot realizes down to adherence={config.adherence}, "
-            "as lam alone holds what no anchor reaches; raise lam or the adherence, leave lam open, or anchor more text"
+            f"lam={lam}: with every mu the pilot realizes more than adherence={prior.adherence}, because anchors do "
+            "not constrain directions in which only lam acts",
+            hint="increase lam or the adherence, omit lam, or use more text for the anchors",
         )
     if excess(-_LOG_SPAN) < 0:
         raise InputError(
-            f"lam={config.lam} alone leaves less than adherence={config.adherence} of the pilot realized; lower lam or "
-            "the adherence, or leave lam open"
+            f"lam={lam}: the pilot realizes less than adherence={prior.adherence} even without anchors",
+            hint="decrease lam or the adherence, or omit lam",
         )
     return scale * math.exp(float(brentq(excess, -_LOG_SPAN, _LOG_SPAN, xtol=1e-2)))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlsedit_fast.editing.edits import Edit
-from rlsedit_fast.editing.formats.fields import Fields
+from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.data.fields import Fields
 
 Format = Literal["edits", "counterfact", "zsre", "mquake"]
 ZsreTarget = Literal["alt", "answers"]
@@ -62,7 +62,7 @@ def detect(records: Sequence[Any]) -> Format:
 
 def _edits(record: object) -> Iterator[Draft]:
     fields = Fields(record)
-    fields.allow_only(("prompt", "subject", "target", "id", "weight", "paraphrases", "neighborhood", "span"))
+    fields.allow_only(("prompt", "subject", "target", "name", "weight", "paraphrases", "neighborhood", "span"))
     prompt, subject, target = (fields.text(name) for name in ("prompt", "subject", "target"))
     filled = fields.filled("prompt", prompt, subject)
     edit = Edit(
@@ -70,7 +70,7 @@ def _edits(record: object) -> Iterator[Draft]:
         subject,
         target,
         weight=fields.weight("weight"),
-        name=fields.label("id"),
+        name=fields.label("name"),
         span=fields.span("span", filled),
         paraphrases=tuple(text.replace("{}", subject) for text in fields.texts("paraphrases")),
         neighborhood=fields.texts("neighborhood"),

@@ -1,0 +1,85 @@
+"""The edit: a prompt, a subject and a new target."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from rlsedit_fast.errors import RequestError
+
+WEIGHT_RANGE = 1e-30, 1e30
+"""Range of edit weights. A weight is stored in float32 together with its inverse and its products with keys."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A fact that the model should state.
+
+    Attributes:
+        prompt: text that the target continues, with `{}` in place of the subject.
+        subject: subject of the fact.
+        target: text that the model should generate after the prompt.
+        weight: weight of the edit relative to other edits and to the anchors, within `WEIGHT_RANGE`.
+        name: your own name for the edit, shown in reports and in the history.
+        span: characters `[start, stop)` of the prompt with its subject filled in. The model is edited at the last token
+            that overlaps them. Overrides `EditConfig.fact_token`.
+        paraphrases: other prompts, subject included, that the target should also continue; used by the evaluation.
+        neighborhood: prompts about other subjects whose continuations should not change; used by the evaluation.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> Edit("The capital of {} is", "France", "Lyon").filled_prompt
+        'The capital of France is'
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    weight: float = 1.0
+    name: str | None = None
+    span: tuple[int, int] | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighborhood: tuple[str, ...] = ()
+
+    @property
+    def filled_prompt(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a JSON-serializable dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Edit:
+        """Returns the edit with the given fields; lists become tuples.
+
+        Raises:
+            RequestError: a field is missing or unknown.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                suggestion = f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}"
+                raise RequestError(f"unknown field {name!r}; {suggestion}")
+        if missing := [name for name in known[:3] if name not in values]:
+            raise RequestError(f"missing fields: {', '.join(missing)}")
+        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**given)
+
+
+def invalid_weight(weight: object) -> str | None:
+    """Returns why a weight is invalid, or None."""
+    least, most = WEIGHT_RANGE
+    if isinstance(weight, int | float) and not isinstance(weight, bool) and least <= weight <= most:
+        return None
+    return f"weight={weight!r:.60}: expected a number from {least:g} to {most:g}; the default is 1"
+
+
+def normalized(text: str) -> str:
+    """Returns the text in Unicode NFC with runs of white space as single spaces, so that equal texts compare equal."""
+    return " ".join(unicodedata.normalize("NFC", text).split())

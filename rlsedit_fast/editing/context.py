@@ -1,0 +1,152 @@
+"""The model and where it is edited: its projections, the hidden state that is searched, sampled contexts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rlsedit_fast.baselines import make_rule
+from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
+from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.keys import text_keys
+from rlsedit_fast.editing.presets import find_preset
+from rlsedit_fast.editing.requests import Request, find_invalid, prepare
+from rlsedit_fast.errors import InputError, ModelError
+from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.prefixes import with_prefixes
+from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.sites import Site, find_site
+from rlsedit_fast.rls.checks import all_finite
+from rlsedit_fast.statistics.collection import collect
+from rlsedit_fast.statistics.key_statistics import KeyStatistics
+from rlsedit_fast.statistics.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """A model and where it is edited; see `inspect_model`.
+
+    Attributes:
+        model: the causal language model.
+        tokenizer: its tokenizer.
+        config: the settings, with sampled context prefixes instead of their number.
+        decoder: the decoder layers.
+        projections: the edited projections, ascending by layer.
+        site: the hidden state that the value search changes.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: EditConfig
+    decoder: Decoder
+    projections: Sequence[Projection]
+    site: Site
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the edited layers, ascending."""
+        return tuple(projection.layer for projection in self.projections)
+
+    def prepare(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Request]:
+        """Validates and tokenizes edits; see `requests.prepare`."""
+        return prepare(self.tokenizer, edits, self.config, longest=max_tokens(self.model))
+
+    def find_invalid(self, edits: Iterable[Edit | Mapping[str, Any]]) -> dict[int, str]:
+        """Returns the reason for each edit that `prepare` rejects, by index."""
+        return find_invalid(self.tokenizer, edits, self.config, longest=max_tokens(self.model))
+
+    def text_keys(self, texts: Iterable[str]) -> list[Tensor]:
+        """Reads the keys of every token of texts in each edited layer; see `keys.text_keys`."""
+        return text_keys(self.decoder, self.tokenizer, self.projections, texts, longest=max_tokens(self.model))
+
+    def collect(self, source: Source, **options: Any) -> KeyStatistics:
+        """Collects key statistics of the edited layers; see `statistics.collect` for the options."""
+        return collect(
+            self.decoder, self.tokenizer, self.projections, source, longest=max_tokens(self.model), **options
+        )
+
+    def memory(self) -> list[LayerMemory]:
+        """Returns the memory that editing needs in addition to the model, per edited layer."""
+        rule = make_rule(self.config.rule, self.config.rule_options)
+        rows = len(self.config.contexts.prefixes) if self.config.effective_rows == "contexts" else 1
+        return plan_memory(self.projections, delay=self.config.delay, rows=rows, rule=rule)
+
+
+def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> ModelContext:
+    """Finds where a model is edited, with a forward pass over two tokens, and samples contexts if requested.
+
+    Args:
+        model: causal language model; it is not modified.
+        tokenizer: its tokenizer.
+        config: settings of the editor.
+
+    Raises:
+        ModelError: the layers or their projections are not found, or cannot be edited (together).
+        InputError: a weight to be edited contains NaN/Inf, or the tokenizer has more tokens than the model.
+    """
+    decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
+    known = find_preset(model.config)
+    layers = known.layers if known and config.layers is None else config.layers_for(len(decoder.blocks))
+    projections: Sequence[Projection] = decoder.select(layers)
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if tokenizer.vocab_size > rows:  # without tokens that a user added, which edits may not use
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {rows} embeddings; pass the tokenizer of "
+            "the model"
+        )
+    for projection in projections:
+        if not all_finite(projection.weight):
+            raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
+    with quiet(model):
+        decoder = with_prefixes(decoder, longest=max_tokens(model))
+        site = find_site(decoder, projections)
+    if not site.direct and len(projections) > 1:
+        projections = _single_layer(model, projections, config)
+    return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def max_tokens(model: PreTrainedModel) -> int | None:
+    """Returns the maximum number of tokens of a model, or None if there is no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _single_layer(
+    model: PreTrainedModel, projections: Sequence[Projection], config: EditConfig
+) -> Sequence[Projection]:
+    """Returns the last projection: in this architecture several layers cannot share a change."""
+    reason = (
+        f"{type(model).__name__} normalizes or scales the output of a projection before it adds it to the residual "
+        "stream, so that a change cannot be distributed over layers"
+    )
+    if config.layers is not None:
+        raise ModelError(f"layers={config.layers}: {reason}; pass one layer")
+    logger.info("%s; only layer %d is edited", reason, projections[-1].layer)
+    return projections[-1:]
+
+
+def _with_sampled_contexts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig
+) -> EditConfig:
+    """Returns the settings with the context prefixes that the model generates."""
+    contexts = config.contexts
+    if not contexts.samples:
+        return config
+    samples = sample(model, tokenizer, texts=contexts.samples, length=contexts.sample_tokens + 1, seed=contexts.seed)
+    texts = [str(tokenizer.decode(drawn.ids, skip_special_tokens=True)).strip() for drawn in samples]
+    distinct = [text for text in dict.fromkeys(texts) if text and text not in contexts.prefixes]
+    if len(distinct) < len(texts):
+        logger.warning(
+            "%d of %d sampled context prefixes are used; the others are blank or duplicates", len(distinct), len(texts)
+        )
+    return config.replace(contexts={"prefixes": (*contexts.prefixes, *distinct), "samples": 0})

@@ -1,0 +1,373 @@
+"""How edits, rows and settings are stored: their encoding in a store, and the writer of an editor's changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast._version import __version__
+from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
+from rlsedit_fast.editing.records import EditRecord, Point, Progress
+from rlsedit_fast.errors import InputError, StoreError
+from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls.rounding import packed, unpacked
+from rlsedit_fast.rls.state import dtype_of
+from rlsedit_fast.store import Change, Entry, Store
+
+logger = logging.getLogger(__name__)
+
+START, EDIT, REVISE, PROTECT, REBUILD = "start", "edit", "revise", "protect", "rebuild"
+"""Kinds of changes in a store."""
+
+FIXED = (
+    *("layers", "layer_module", "projection_module", "fact_token", "contexts", "prior", "same_subject"),
+    *("stored_rows", "delay"),
+)
+"""Settings that hold for all edits of a store. Others may change between edits."""
+
+_SAVED = ("weight", "base", "pending", "signs", "image")
+
+
+def describe_store(
+    config: EditConfig, given: EditConfig, projections: Sequence[Projection], identity: str, model: str
+) -> dict[str, Any]:
+    """Returns the metadata of a new store.
+
+    Args:
+        config: the settings, with sampled context prefixes.
+        given: the settings as the user passed them.
+        projections: the edited projections.
+        identity: fingerprint of the model.
+        model: path or name of the model; empty if unknown.
+    """
+    return {
+        "fingerprint": identity,
+        "model": model,
+        "given": given.to_dict(),
+        "config": config.to_dict(),
+        "layers": [
+            {"layer": p.layer, "name": p.name, "shape": list(p.weight.shape), "dtype": str(p.weight.dtype)}
+            for p in projections
+        ],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+    }
+
+
+def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> EditConfig:
+    """Returns the settings for further edits of a store.
+
+    Args:
+        about: metadata of the store.
+        given: settings of the user; those that are not in `FIXED` override the stored ones.
+
+    Raises:
+        InputError: a setting in `FIXED` differs from the one that the store was created with.
+    """
+    stored = EditConfig(**about["config"])
+    if given is None:
+        return stored
+    first = EditConfig(**about["given"])
+    changed = [
+        (path, mine, theirs)
+        for name in FIXED
+        for path in _paths(first, name)
+        if (mine := attrgetter(path)(given)) != (theirs := attrgetter(path)(first))
+    ]
+    if changed:
+        differences = "; ".join(f"{path}={mine!r}, the store has {theirs!r}" for path, mine, theirs in changed)
+        raise InputError(
+            f"{differences}: these settings are fixed for all edits of a store; nothing was modified",
+            hint="omit --config and the options of settings to use those of the store (Python: config=None), or create "
+            "another store",
+        )
+    return given.replace(**{name: getattr(stored, name) for name in FIXED})
+
+
+def _paths(config: EditConfig, name: str) -> list[str]:
+    """Returns the dotted names of the settings of a group, or the name itself."""
+    fields = getattr(type(getattr(config, name)), "model_fields", None)
+    return [name] if fields is None else [f"{name}.{field}" for field in fields]
+
+
+def encode_rows(edits: Sequence[EditRows], prefix: str, *, half: bool = False) -> dict[str, Tensor]:
+    """Returns the rows of edits, concatenated, as one tensor per layer and side, and their goals.
+
+    Args:
+        edits: rows of the edits.
+        prefix: prefix of the tensor names.
+        half: pack the rows as float16, see `rls.rounding`.
+    """
+    goals = [rows.goal for rows in edits if rows.goal is not None]
+    tensors: dict[str, Tensor] = {f"{prefix}goals": torch.cat(goals)} if goals else {}
+    for side in ("keys", "values") if edits else ():
+        for at in range(len(getattr(edits[0], side))):
+            name, whole = f"{prefix}{side}.{at}", torch.cat([getattr(rows, side)[at] for rows in edits])
+            if half:
+                tensors[name], tensors[f"{name}.exponents"] = packed(whole)
+            else:
+                tensors[name] = whole
+    return tensors
+
+
+def decode_rows(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    weights: Sequence[float],
+    counts: Sequence[int],
+    projections: Sequence[Projection],
+) -> list[EditRows]:
+    """Returns the rows that `encode_rows` encoded.
+
+    Args:
+        tensors: the encoded tensors.
+        prefix: prefix of their names.
+        weights: weight of each edit.
+        counts: number of rows of each edit.
+        projections: the edited projections.
+    """
+    if not weights:
+        return []
+    sides = []
+    for side in ("keys", "values"):
+        each = [
+            _decoded(tensors, f"{prefix}{side}.{at}", projection).split(list(counts))
+            for at, projection in enumerate(projections)
+        ]
+        sides.append(list(zip(*each, strict=True)))
+    goals = tensors[f"{prefix}goals"].split(list(counts)) if f"{prefix}goals" in tensors else [None] * len(weights)
+    return [EditRows(k, v, weight, g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
+
+
+def decode_revision(
+    tensors: Mapping[str, Tensor], rows: Sequence[EditRows], projections: Sequence[Projection]
+) -> list[EditRows]:
+    """Returns rows with the values in the last layer and the goals of a stored revision."""
+    counts = [len(one) for one in rows]
+    values = _decoded(tensors, "values.0", projections[-1])
+    revised = zip(rows, values.split(counts), tensors["goals"].split(counts), strict=True)
+    return [replace(one, values=(*one.values[:-1], value), goal=goal) for one, value, goal in revised]
+
+
+def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -> Tensor:
+    rows = tensors[name]
+    if f"{name}.exponents" in tensors:
+        rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
+    return rows
+
+
+def decode_transaction(entry: Entry) -> TransactionRecord:
+    """Returns a transaction of the journal, without its rows."""
+    about = entry.about
+    made = [decode_edit(text) for text in about["made"]]
+    return TransactionRecord(
+        removed=tuple(about["removed"]),
+        outcome=about["outcome"],
+        rewritten_ids=tuple(about["rewritten_ids"]),
+        rebuilt=tuple(about["rebuilt"]),
+        edits=tuple(edit for edit, _ in made),
+        records=tuple(record for _, record in made),
+        rewritten=tuple(EditRecord.from_dict(text) for text in about["rewritten"]),
+    )
+
+
+def encode_edit(edit: Edit, record: EditRecord) -> dict[str, Any]:
+    """Returns an edit and its record, JSON-serializable."""
+    return {"edit": edit.to_dict(), "record": record.to_dict()}
+
+
+def decode_edit(text: Mapping[str, Any]) -> tuple[Edit, EditRecord]:
+    """Returns the edit and the record that `encode_edit` encoded."""
+    return Edit.from_dict(text["edit"]), EditRecord.from_dict(text["record"])
+
+
+class Recorder:
+    """Writes the changes of an editor into a store.
+
+    Args:
+        store: store that is open for writing.
+        config: settings of the editor.
+        projections: the edited projections.
+    """
+
+    def __init__(self, store: Store, config: EditConfig, projections: Sequence[Projection]) -> None:
+        self.store = store
+        self._stored_rows = config.stored_rows
+        # C and W are most of a snapshot. The shapes suffice: states would assemble bfloat16 weights.
+        self._snapshot_bytes = sum(
+            p.weight.shape[1] * sum(p.weight.shape) * dtype_of(p.weight).itemsize for p in projections
+        )
+        self._start: Change | None = None
+        self._about: dict[str, Any] | None = None
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Replaces the metadata of the store with the next change."""
+        self._about = about
+
+    def begin(
+        self,
+        priors: Sequence[Prior],
+        protected: Sequence[Sequence[EditRows]],
+        prompts: Sequence[str],
+        norms: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Sets the start of the store, which is written with the first change.
+
+        Args:
+            priors: prior of each layer.
+            protected: protected rows of each call of `Editor.protect`.
+            prompts: the protected prompts.
+            norms: norms of each layer, see `status.Norms`.
+        """
+        about = {
+            "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in priors],
+            "protected": [[row.weight for row in rows] for rows in protected],
+            "prompts": list(prompts),
+            "norms": list(norms),
+        }
+        tensors = {f"moment.{i}": p.anchor_moment for i, p in enumerate(priors) if p.anchor_moment is not None}
+        for at, rows in enumerate(protected):
+            tensors |= encode_rows(rows, f"protected.{at}.")
+        self._start = Change(START, about, tensors)
+
+    def discard_start(self) -> None:
+        """Discards the start that `begin` set."""
+        self._start = None
+
+    def write_start(self) -> None:
+        """Writes the start now."""
+        if self._start:
+            try:
+                self.prepare()
+                self.commit()
+            except BaseException:
+                self.abort()
+                raise
+
+    def edit(self, transaction: TransactionRecord, progress: Progress, point: Point) -> Change:
+        """Returns the change of a transaction, with the progress that it leads to."""
+        rows = transaction.rows or {}
+        about = {
+            "removed": transaction.removed,
+            "outcome": transaction.outcome,
+            "rewritten_ids": transaction.rewritten_ids,
+            "rebuilt": transaction.rebuilt,
+            "made": [encode_edit(*pair) for pair in zip(transaction.edits, transaction.records, strict=True)],
+            "rewritten": [record.to_dict() for record in transaction.rewritten],
+            "written": list(rows),
+            "rows": [len(one) for one in rows.values()],
+            **_progress(progress, point),
+        }
+        return Change(EDIT, about, self._encoded(list(rows.values())))
+
+    def revision(
+        self, records: Sequence[EditRecord], rows: Mapping[int, EditRows], progress: Progress, point: Point
+    ) -> Change:
+        """Returns the change of records and of values in the last layer of active edits."""
+        about = {
+            "revised": list(rows),
+            "rewritten": [record.to_dict() for record in records],
+            "rows": [len(one) for one in rows.values()],
+            **_progress(progress, point),
+        }
+        last = [replace(one, keys=(), values=one.values[-1:]) for one in rows.values()]
+        return Change(REVISE, about, self._encoded(last))
+
+    def protection(self, rows: Sequence[EditRows], prompts: Sequence[str]) -> Change:
+        """Returns the change of protecting the rows of prompts."""
+        about = {"weights": [row.weight for row in rows], "prompts": list(prompts)}
+        return Change(PROTECT, about, encode_rows(rows, "protected."))
+
+    def rebuild(
+        self,
+        ledger: Ledger,
+        rows: Sequence[EditRows],
+        protected: Sequence[EditRows],
+        progress: Progress,
+        point: Point,
+    ) -> Change:
+        """Returns the change of a rebuild from the rows of the active edits; it replaces all earlier changes."""
+        active = ledger.active
+        edits = dict(zip(active, ledger.edits(active), strict=True))
+        about = {
+            "history": [encode_edit(edits.get(record.id) or _edit_of(record), record) for record in ledger.records],
+            "written": active,
+            "rows": [len(one) for one in rows],
+            "weights": [row.weight for row in protected],
+            "prompts": progress.protected,
+            "trace": [[point.edits, point.objective] for point in progress.trace],
+            **_progress(progress, point),
+        }
+        return Change(REBUILD, about, self._encoded(rows) | encode_rows(protected, "protected."))
+
+    def prepare(self, change: Change | None = None) -> None:
+        """Writes a change, after the start if that was not written yet; to be committed or aborted."""
+        if self._about is not None:
+            self.store.describe(self._about)
+            self._about = None
+        self.store.prepare([one for one in (self._start, change) if one is not None])
+
+    def commit(self) -> None:
+        """Commits the prepared changes."""
+        self.store.commit()
+        self._start = None
+
+    def abort(self) -> None:
+        """Discards the prepared changes."""
+        self.store.abort()
+
+    def snapshot_if_due(self, layers: EditedLayers) -> None:
+        """Writes a snapshot if one is due; if writing fails, the next change tries again."""
+        if self.store.snapshot_due(self._snapshot_bytes):
+            try:
+                self.snapshot(layers)
+            except (StoreError, RuntimeError, MemoryError) as error:  # the edits are stored in any case
+                logger.warning("the edits are stored, but the snapshot could not be written: %s", error)
+
+    def snapshot(self, layers: EditedLayers) -> None:
+        """Writes a snapshot."""
+        about, tensors = [], dict[str, Tensor]()
+        for at, state in enumerate(layers.states):
+            assert isinstance(state, RLSState)  # stores require the rule rls
+            saved, health = state.saved(), state.monitor()
+            if health.needs_refresh:
+                logger.warning("%s: %s `consolidate` does this.", state.name, health.advice)
+            about.append(
+                {
+                    "floor": saved.floor,
+                    "objective": saved.objective,
+                    "edits": saved.edits,
+                    "monitor": asdict(health),
+                    "deviation": state.deviation(),
+                }
+            )
+            tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED}
+        self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
+
+    def _encoded(self, rows: Sequence[EditRows]) -> dict[str, Tensor]:
+        return encode_rows(rows, "", half=self._stored_rows == "fp16")
+
+
+def _edit_of(record: EditRecord) -> Edit:
+    return Edit(record.prompt, record.subject, record.target, record.weight, record.name)
+
+
+def _progress(progress: Progress, point: Point) -> dict[str, Any]:
+    return {
+        "batches": progress.batches,
+        "writes": progress.writes,
+        "time": progress.time.isoformat(),
+        "objective": list(point.objective),
+        "active": point.edits,
+    }

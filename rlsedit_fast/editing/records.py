@@ -1,0 +1,132 @@
+"""Records of edits, and the progress of a stream of edits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+EditState = Literal["active", "undone", "replaced", "skipped"]
+
+TRACE_LENGTH = 1000
+"""Number of recent values of the objective that are kept."""
+
+_BEGINNING = datetime.min.replace(tzinfo=timezone.utc)
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """An edit and its result, as listed by `Editor.history()`.
+
+    Attributes:
+        id: number of the edit, counted from 1 within an editor.
+        time: when its batch was written.
+        prompt: prompt of the edit.
+        subject: subject of the edit.
+        target: target of the edit.
+        weight: weight of the edit.
+        state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
+            converge.
+        batch: number of its batch, counted from 1.
+        search_converged: whether the value search met its stopping rule.
+        search_nll: mean NLL of the target tokens with the value that the search found, in the worst context, nats.
+        search_rank: rank of the worst target token over all contexts with that value; 1 is first.
+        search_steps: number of steps of the search.
+        realized: fraction of the target change that arrived at the edited hidden state, measured in the model after the
+            write: `1 - ||state - goal|| / ||target change||` at the bare prompt. 0 for a skipped edit.
+        nll: mean NLL of the target tokens after the bare prompt, after the write, nats.
+        rank: rank of the worst target token after the bare prompt, after the write; 1 is first.
+        name: name of the edit.
+        joint_with: ids of the other active edits of the same subject, with which it shares one value.
+
+    Example:
+        >>> from rlsedit_fast import Edit, EditConfig, Editor
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+        >>> editor = Editor(*load_demo_model(), config=config)
+        >>> (record,) = editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Kubeish")])
+        >>> record.id, record.state, record.batch
+        (1, 'active', 1)
+    """
+
+    id: int
+    time: datetime
+    prompt: str
+    subject: str
+    target: str
+    weight: float
+    state: EditState
+    batch: int
+    search_converged: bool
+    search_nll: float
+    search_rank: int
+    search_steps: int
+    realized: float
+    nll: float
+    rank: int
+    name: str | None = None
+    joint_with: tuple[int, ...] = ()
+
+    @property
+    def success(self) -> bool:
+        """Whether the model stated the target after the write: each of its tokens ranked first (`rank == 1`)."""
+        return self.rank == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a JSON-serializable dict."""
+        return asdict(self) | {"time": self.time.isoformat()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditRecord:
+        """Returns the record of a dict written by `to_dict`."""
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields | {"time": datetime.fromisoformat(fields["time"])})
+
+
+@dataclass(frozen=True)
+class Point:
+    """The objective after a change.
+
+    Attributes:
+        edits: number of active edits.
+        objective: `J` of each layer.
+    """
+
+    edits: int
+    objective: tuple[float, ...]
+
+
+@dataclass
+class Progress:
+    """Counters of an editor.
+
+    Attributes:
+        batches: number of batches.
+        writes: number of writes and removals, each of which rounds the weights.
+        trace: recent values of the objective.
+        protected: the protected prompts.
+        time: time of the last record. It never decreases.
+    """
+
+    batches: int = 0
+    writes: int = 0
+    trace: list[Point] = field(default_factory=list)
+    protected: list[str] = field(default_factory=list)
+    time: datetime = _BEGINNING
+
+    def now(self) -> datetime:
+        """Returns the current time, at least the time of the last record."""
+        time = datetime.now(timezone.utc)
+        if time < self.time:
+            logger.warning("the clock (%s) is behind the last edit (%s); recording the latter", time, self.time)
+        self.time = max(time, self.time)
+        return self.time
+
+    def append(self, point: Point) -> None:
+        """Adds a point to the trace."""
+        self.trace.append(point)
+        del self.trace[:-TRACE_LENGTH]

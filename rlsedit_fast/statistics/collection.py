@@ -1,0 +1,250 @@
+"""Collects key statistics from a stream of text, with checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlsedit_fast import ops
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.interrupts import interrupts_deferred
+from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.passes import quiet, read_keys
+from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.tokens import Row, pad
+from rlsedit_fast.statistics.key_statistics import KeyStatistics, read_matrices, write_matrices
+from rlsedit_fast.statistics.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 512
+"""Maximum number of tokens of a row; a longer text is split, and each piece is read without the text before it."""
+_PASS = 4096
+"""Maximum number of tokens of a pass, including padding: bounds its memory and is enough to fill a GPU."""
+_CPU_FORWARD = 512
+"""Maximum number of tokens of a forward pass on a CPU, so that it fits into the caches; a pass has several of them."""
+_WINDOW = 8 * _PASS
+"""Number of tokens within which rows are sorted by length, so that there is little padding."""
+_SAVE_SECONDS = 300.0
+"""Interval between checkpoints, which are as large as the sums: 4 d_k^2 bytes per layer."""
+
+_UNFINISHED = "rlsedit-fast key statistics under way 1"
+"""File type of checkpoints."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Progress of a collection: a window of the source, and the number of its passes that are done.
+
+    Attributes:
+        position: position in the source at which the window begins.
+        before: number of tokens in earlier windows.
+        passes: number of passes done in the window.
+        tokens: number of tokens done in total.
+    """
+
+    position: int = 0
+    before: int = 0
+    passes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _State:
+    """Sums and their progress. `place` changes in one step, so that an interrupt finds both consistent.
+
+    Attributes:
+        sums: by layer, sum of `k k^T` over the tokens done.
+        place: the progress.
+        consistent: False while a pass is added, when some layers include it and others do not.
+    """
+
+    sums: dict[int, Tensor]
+    place: _Place
+    consistent: bool = True
+
+
+def collect(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Sequence[Projection],
+    source: Source,
+    *,
+    tokens: int | None = None,
+    longest: int | None,
+    progress: Callable[[int, int | None], None] | None = None,
+    checkpoint: str | Path | None = None,
+    identity: str | None = None,
+) -> KeyStatistics:
+    """Computes the mean of `k k^T` over the tokens of a stream of text, for all projections at once.
+
+    A pass has at most 4,096 tokens and ends at the deepest projection. The sums are float32, one matrix per layer. Over
+    10^6 tokens with 192 features (condition number 4·10^5), the root mean square error was 2·10^-7 of
+    `sqrt(M_ii M_jj)`, and 3·10^-7 of the largest eigenvalue; with float64 sums 2.5·10^-8 and 5·10^-8, for twice the
+    memory. Both are small compared to the sampling error of 10^-3. The error grows with the square root of the number
+    of passes.
+
+    With a checkpoint, the progress is saved every five minutes, at the end, and after an interrupt or error. A later
+    call with the same arguments resumes from it and gives the result of an uninterrupted run, bit for bit if the
+    forward passes are reproducible. The caller deletes the file once the statistics are saved.
+
+    Args:
+        decoder: the model.
+        tokenizer: tokenizer of the model.
+        projections: the projections whose keys are collected.
+        source: the text.
+        tokens: exact number of tokens to read, if the text has as many; None reads all of a finite text.
+        longest: maximum number of tokens of the model; None if there is no limit.
+        progress: called after each pass with the number of tokens done, and `tokens`.
+        checkpoint: file for the progress of the collection.
+        identity: fingerprint of the model; computed by default, which reads all weights.
+
+    Returns:
+        The statistics, each moment on the device of its projection. A text that is too short gives a warning.
+
+    Raises:
+        InputError: there is no text, keys contain NaN/Inf, or the checkpoint is damaged, belongs to another collection,
+            or cannot be used because the text cannot be read again.
+    """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens={tokens}: expected at least 1, or None to read all of the text")
+    if checkpoint is not None and not source.repeatable:
+        raise InputError(f"checkpoint={str(checkpoint)!r}: {source.name} cannot be read again; pass a text file")
+    width = min(longest or _PIECE, _PIECE)
+    identity = fingerprint(decoder.model) if identity is None else identity
+    about = {"fingerprint": identity, "source": source.name, "tokens asked for": tokens}
+    about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
+    state = _State(
+        {p.layer: p.weight.new_zeros((p.weight.shape[1],) * 2, dtype=torch.float32) for p in projections}, _Place()
+    )
+    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), about)
+    if file is not None:
+        file.restore(state)
+    with quiet(decoder.model):
+        try:
+            for part in _passes(source, tokenizer, state, tokens, width):
+                _add(decoder, projections, part, state)
+                if progress is not None:
+                    progress(state.place.tokens, tokens)
+                if file is not None and file.due():
+                    file.write(state)
+        finally:
+            if file is not None and state.consistent and state.place.tokens:
+                file.write(state)
+    done = state.place.tokens
+    if not done:
+        raise InputError("anchor texts: there are none, or all are blank; pass texts whose outputs should be preserved")
+    if tokens is not None and done < tokens:
+        logger.warning("%s: the text ended after %d of %d tokens", source.name, done, tokens)
+    return KeyStatistics({layer: total.div_(done) for layer, total in state.sums.items()}, done, identity, source.name)
+
+
+def _passes(
+    source: Source, tokenizer: PreTrainedTokenizerBase, state: _State, tokens: int | None, width: int
+) -> Iterator[list[Row]]:
+    """Yields the passes after `state.place`, and advances it to the next window."""
+    stream = source.read(tokenizer, state.place.position)
+    while tokens is None or state.place.before < tokens:
+        rows, position = _window(stream, width, None if tokens is None else tokens - state.place.before)
+        if not rows:
+            return
+        yield from _grouped(rows, _PASS)[state.place.passes :]
+        state.place = _Place(position, before=state.place.tokens, tokens=state.place.tokens)
+
+
+def _window(stream: Iterator[tuple[int, list[int]]], width: int, limit: int | None) -> tuple[list[Row], int]:
+    """Reads whole texts in rows of at most `width` tokens until there are enough; the last is cut at `limit` tokens."""
+    rows: list[Row] = []
+    held = position = 0
+    enough = _WINDOW if limit is None else min(_WINDOW, limit)
+    while held < enough and (item := next(stream, None)) is not None:
+        position, ids = item
+        ids = ids if limit is None else ids[: limit - held]
+        held += len(ids)
+        rows += [Row(ids[at : at + width], -1, 0) for at in range(0, len(ids), width)]
+    return rows, position
+
+
+def _grouped(rows: list[Row], most: int) -> list[list[Row]]:
+    """Groups rows of similar length, at most `most` tokens each, including padding."""
+    groups: list[list[Row]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(row.ids) > most:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], state: _State) -> None:
+    """Adds one pass to the sums of all layers.
+
+    Raises:
+        InputError: keys contain NaN/Inf.
+    """
+    found: dict[int, list[Tensor]] = {projection.layer: [] for projection in projections}
+    for part in _grouped(rows, min(_CPU_FORWARD, _PASS)) if decoder.device.type == "cpu" else [rows]:
+        ids, mask = pad(part, decoder.device)
+        seen = mask.bool()
+        keys, _ = read_keys(decoder, projections, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+        for layer, kept in found.items():
+            kept.append(keys[layer][seen.to(keys[layer].device)])
+    place = state.place
+    with interrupts_deferred(1):  # a second press interrupts
+        state.consistent = False
+        for projection in projections:
+            total = state.sums[projection.layer]
+            ops.moment_(total, torch.cat(found[projection.layer]).to(total.device))
+            if not bool(total.diagonal().isfinite().all()):  # it contains the square of every key
+                raise InputError(f"{projection.name}: the keys of the anchor texts contain NaN/Inf; check the weights")
+        state.place = replace(place, passes=place.passes + 1, tokens=place.tokens + sum(len(row.ids) for row in rows))
+        state.consistent = True
+
+
+class _Checkpoint:
+    """The checkpoint file of a collection, and when to write it."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path = path
+        self._about = about
+        self._written = time.monotonic()
+
+    def restore(self, state: _State) -> None:
+        """Restores `state` from the file, if it exists.
+
+        Raises:
+            InputError: the file is damaged or belongs to another collection.
+        """
+        if not self._path.exists():
+            return
+        sums, found = read_matrices(self._path, _UNFINISHED)
+        place = _Place(**found.pop("place"))
+        wanted = self._about | {"layers": sorted(state.sums)}
+        found["layers"] = sorted(sums)
+        if other := [name for name in wanted if wanted[name] != found.get(name)]:
+            raise InputError(
+                f"checkpoint {str(self._path)!r} belongs to another collection ({', '.join(other)} mismatch); delete "
+                "it to start again, or pass another file"
+            )
+        for layer, total in state.sums.items():
+            total.copy_(sums[layer])
+        state.place = place
+        logger.info("resuming from %s: %d tokens are done", self._path, place.tokens)
+
+    def due(self) -> bool:
+        """Returns whether the file should be written."""
+        return time.monotonic() - self._written >= _SAVE_SECONDS
+
+    def write(self, state: _State) -> None:
+        """Writes the file atomically."""
+        write_matrices(self._path, _UNFINISHED, state.sums, self._about | {"place": asdict(state.place)})
+        self._written = time.monotonic()
