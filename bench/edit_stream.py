@@ -30,7 +30,7 @@ from recording import add_json, record
 from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import finding, layers, session
+from rlsedit_fast.editing import layers, session, value_search
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls.state import RLSState
@@ -40,7 +40,7 @@ from rlsedit_fast.world.tokens import build_tokenizer
 SEED = 0
 PARTS = ("values", "keys", "solve", "write", "measure", "store", "other")
 WATCHED = (
-    (finding, "search_within_memory", "values"),
+    (value_search, "search_within_memory", "values"),
     (layers, "request_keys", "keys"),
     (RLSState, "project", "solve"),
     (RLSState, "update_projected", "solve"),

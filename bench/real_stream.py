@@ -4,7 +4,7 @@
 
 DIR contains `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt` (perplexity). The edits are kept in
 a store in `--work`, so that an interrupted run can be resumed. `--set` changes a setting, such as `--set
-adherence=0.9`.
+prior={'adherence': 0.9}`.
 
 Evaluated at the end on at most `--asked` evenly spaced edits, before and after: efficacy and generalization (new target
 more likely than the true one; strict: each token ranked first) and specificity (true answer more likely than the new

@@ -1,7 +1,7 @@
 """Compares settings of writing one batch into a real model with the same values.
 
     python bench/real_writes.py smollm2 --data counterfact-10k.json --text DIR --json bench/results/real/writes.json \
-        --settings "adherence=0.95" "adherence=0.8" "adherence=0.95, key_rows='mean'"
+        --settings "prior={'adherence': 0.95}" "contexts={'rows': 'mean'}"
 
 The values of 100 CounterFact edits are searched once, in the unedited model. Each setting writes them in one batch
 without refinement. Text is the first 1,536 tokens of the WikiText-2 test set; anchors are 50,000 tokens of its
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--settings", nargs="+", default=["adherence=0.8"], metavar="NAME=VALUE,...")
+    parser.add_argument("--settings", nargs="+", default=["prior={'adherence': 0.8}"], metavar="NAME=VALUE,...")
     add_json(parser)
     options = parser.parse_args()
     path = checkpoint(options.model)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import finding, inspection, layers
+from rlsedit_fast.editing import context, layers, value_search
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.evaluation.cases import world_cases
@@ -82,7 +82,7 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
     sizes, per_edit = editors[1].status(sample=0).sizes, bytes_per_edit(editors[1], len(edits))
     editors[1].close()
     began = time.perf_counter()
-    opened = Editor.open(place, *load_demo_model())
+    opened = Editor(*load_demo_model(), store=place)
     opening = time.perf_counter() - began
     same = torch.equal(opened._session.layers.states[0].weight, editors[0]._session.layers.states[0].weight)
     return {
@@ -133,9 +133,9 @@ def copied(source: str, target: str) -> None:
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
     """Applies a stream with random keys and values and opens its store in the worst case."""
     with (
-        mock.patch.object(inspection, "request_keys", random_keys),
+        mock.patch.object(context, "request_keys", random_keys),
         mock.patch.object(layers, "request_keys", random_keys),
-        mock.patch.object(finding, "search_within_memory", random_values),
+        mock.patch.object(value_search, "search_within_memory", random_values),
     ):
         model, tokenizer = wide_model()
         settings: dict[str, Any] = {
@@ -163,7 +163,7 @@ def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> 
     for name, folder in (("worst", worst), ("at_the_end", place / "store")):
         model, tokenizer = wide_model()
         began = time.perf_counter()
-        opened = Editor.open(folder, model, tokenizer)
+        opened = Editor(model, tokenizer, store=folder)
         found[f"open_seconds_{name}"] = time.perf_counter() - began
         found[f"edits_{name}"] = len(opened.history())
         opened.close()

@@ -146,7 +146,7 @@ def demo_config(**changes):
         "search": {"kl_prompts": ()},
         "prior": {"lam": 0.1},
     }
-    return rf.EditConfig(**{**base, **changes})
+    return rf.EditConfig(**base).replace(**changes)
 
 
 @pytest.mark.parametrize("descent", ["normalized", "adam"])

@@ -96,7 +96,10 @@ class _Settings(BaseModel):
         for name, value in changes.items():
             group = values.get(name)
             if isinstance(group, _Settings) and isinstance(value, Mapping):
-                value = group.replace(**value)
+                try:
+                    value = group.replace(**value)
+                except InputError as error:
+                    raise InputError(f"{name}: {error.message}", error.hint) from None
             values[name] = value
         return type(self)(**values)
 

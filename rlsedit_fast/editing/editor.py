@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from numbers import Integral
 from pathlib import Path
@@ -14,12 +14,19 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, inspect_model
-from rlsedit_fast.editing.persistence import Recorder, describe_store, settings_of
+from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord
-from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.status import (
+    DEFAULT_BUDGET,
+    LayerDeviation,
+    Status,
+    assess,
+    calibrated_adherence,
+    layer_deviations,
+    layer_statuses,
+)
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.interrupts import interrupts_deferred
@@ -28,7 +35,6 @@ from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts, Source, each_text
-from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,29 +48,14 @@ _TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "token", "subfolder", "ca
 """Options of `from_pretrained` that also apply to the tokenizer."""
 
 
-@dataclass(frozen=True)
-class LayerDeviation:
-    """Deviation of an edited layer from the pre-trained one, and its upper bounds.
-
-    Attributes:
-        layer: index of the decoder layer.
-        weight: `||W - W0||_F`, measured.
-        weight_bound: upper bound of `||W - W0||_F`, `sqrt(J) / lam`.
-        anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
-    """
-
-    layer: int
-    weight: float
-    weight_bound: float
-    anchor_bound: float
-
-
 class Editor:
     """Edits a transformers model in place.
 
     The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
     store, every batch that `edit` has returned, or passed to `on_batch`, survives a crash or a power failure; a batch
     that is being written is then stored completely or not at all.
+
+    Methods that read or write the edited weights raise `ModelError` if a weight was moved or modified by other code.
 
     Attributes:
         model: the model.
@@ -105,29 +96,19 @@ class Editor:
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
         """
-        given = config or EditConfig()
-        held = Store(store) if store is not None and Store.exists(store) else None
+        held, given = open_store(store, model, config)
         try:
-            if held:
-                given = settings_of(held.about, config)
-                _check_model(held, model)
             self.context: ModelContext = inspect_model(model, tokenizer, given)
             self.model, self.tokenizer = model, tokenizer
-            if store is not None and (given.rule != RECURSIVE or given.norm_anchor):
-                raise InputError(
-                    f"store={str(store)!r} with rule={given.rule!r}, norm_anchor={given.norm_anchor}: a store does not "
-                    "contain the memory of these",
-                    hint=f"use rule={RECURSIVE!r} without norm_anchor, or no store",
-                )
             if store is not None and held is None:
-                path = str(getattr(model.config, "_name_or_path", ""))
-                path = str(Path(path).resolve()) if path and Path(path).is_dir() else path
-                identity = fingerprint(model)
-                held = Store.create(store, describe_store(self.config, given, self.context.projections, identity, path))
+                held = create_store(store, self.context, given)
             self._recorder = Recorder(held, self.config, self.context.projections) if held else None
             self._session = EditSession(self.context, self._recorder)
             if self._recorder:
-                self._recover(self._recorder, config)
+                if config is not None:
+                    self._recorder.update_settings(self.config)
+                with quiet(model):
+                    self._session.recover()
         except BaseException:
             if held:
                 held.close()
@@ -325,7 +306,6 @@ class Editor:
 
         Raises:
             RequestError: an edit is invalid; nothing was modified.
-            ModelError: an edited weight was moved or modified by other code.
             ResourceError: there is not enough memory.
             RLSEditError: a batch failed; it was not applied.
         """
@@ -371,13 +351,10 @@ class Editor:
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Removes edits exactly: the weights become those that the stored rows of the remaining edits determine.
 
-        The rows of an edit are its keys and values in each layer, found when it was written. Those of later edits were
-        found in a model with the undone edits, and they stay: the weights are not those of a new stream of the
-        remaining edits, whose search may find other values. If no edit and no protected prompt remains, the weights are
-        the original ones.
-
-        All edits are removed in one step per layer. Active edits that shared a value with one of them are written again
-        without it and keep their ids.
+        The rows of an edit are its keys and values in each layer, found when it was written. Rows of later edits were
+        found in a model with the undone edits and stay as they are, so the weights are not those of a new stream of the
+        remaining edits. If no edit and no protected prompt remains, the weights are the original ones. Active edits
+        that shared a value with an undone one are written again without it and keep their ids.
 
         Args:
             ids: ids of active edits, such as `select` returns.
@@ -388,7 +365,6 @@ class Editor:
         Raises:
             InputError: an id is not that of an active edit.
             RequestError: the rows of the edits are not stored.
-            ModelError: an edited weight was moved or modified by other code.
             StoreError: the store cannot be written; nothing was modified.
         """
         selected = self.select(ids)
@@ -433,8 +409,8 @@ class Editor:
 
         Do this when `status` advises it. Later edits change the inputs of deeper edited layers, so stored keys become
         outdated; they are read again, and the last layer gets what is missing to the goal of each edit. Edits that the
-        model then does not state are refined. Accumulated rounding errors are removed, and the store deletes the rows
-        of edits that are not active; the history keeps their records.
+        model then does not state are refined. The store deletes the rows of edits that are not active; the history
+        keeps their records.
 
         Returns:
             Bytes by which the store became smaller; negative if its new snapshot is larger than what was deleted.
@@ -468,7 +444,6 @@ class Editor:
 
         Raises:
             InputError: the budget is not above 0, or the rule has no objective.
-            ModelError: an edited weight was moved or modified by other code.
         """
         if self.config.rule != RECURSIVE:
             raise InputError(
@@ -480,21 +455,7 @@ class Editor:
         if sample and self._session.layers:
             with quiet(self.model):
                 measured = self._session.sample(sample)
-        layers = []
-        for (projection, state), norms in zip(self._session.edited, self._session.norms, strict=True):
-            health = state.monitor()
-            layers.append(
-                LayerStatus.of(
-                    projection.layer,
-                    norms,
-                    state.prior.lam,
-                    state.prior.mu,
-                    state.objective,
-                    deviation=state.deviation(),
-                    residual=health.residual,
-                    advice=health.advice if health.needs_refresh else None,
-                )
-            )
+        layers = layer_statuses(self._session.edited, self._session.norms)
         return assess(
             self.history(),
             self._session.progress.trace,
@@ -511,24 +472,12 @@ class Editor:
         return self._session.ledger.records
 
     def deviation(self) -> list[LayerDeviation]:
-        """Returns the deviation of each edited layer and its bounds; empty before the first edit.
-
-        Raises:
-            ModelError: an edited weight was moved or modified by other code.
-        """
+        """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
         self._check_attached()
-        return [
-            LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
-            for projection, state in self._session.edited
-            for bounds in (state.bounds(),)
-        ]
+        return layer_deviations(self._session.edited)
 
     def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer; empty before the first edit.
-
-        Raises:
-            ModelError: an edited weight was moved or modified by other code.
-        """
+        """Returns the original and the edited weight of each layer; empty before the first edit."""
         self._check_attached()
         return [
             WeightChange(
@@ -542,42 +491,21 @@ class Editor:
         ]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint.
-
-        Raises:
-            ModelError: an edited weight was moved or modified by other code; nothing was written.
-        """
+        """Writes the edited model and its tokenizer as a checkpoint."""
         self._check_attached()
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def save_delta(self, path: str | Path) -> DeltaReport:
-        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
-
-        Raises:
-            ModelError: an edited weight was moved or modified by other code; nothing was written.
-        """
+        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`."""
         active = sum(record.state == "active" for record in self.history())
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
     def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`.
-
-        Raises:
-            ModelError: an edited weight was moved or modified by other code; nothing was written.
-        """
+        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`."""
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._session.progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
-
-    def _recover(self, recorder: Recorder, config: EditConfig | None) -> None:
-        """Restores the edits of a store."""
-        store, settings = recorder.store, self.config.to_dict()
-        if config is not None and store.about["config"] != settings:
-            recorder.describe(store.about | {"config": settings})
-        with quiet(self.model):
-            self._session.layers = recover(store, self.context, self._session.ledger, self._session.progress)
-        self._session.norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     def _check_attached(self) -> None:
         if self._session.layers:
@@ -586,15 +514,3 @@ class Editor:
     def _check_not_started(self, method: str) -> None:
         if self._session.layers:
             raise InputError(f"{method}(): the priors are already set and apply to all edits; create a new editor")
-
-
-def _check_model(store: Store, model: PreTrainedModel) -> None:
-    """Raises StoreError if the store was created with another model."""
-    about = store.about
-    if (found := fingerprint(model)) != about["fingerprint"]:
-        raise StoreError(
-            f"the store {str(store.directory)!r} was created with the model {about['fingerprint'][:16]} "
-            f"({about['model'] or 'no path recorded'}), and this model is {found[:16]} (weights, dtype or config "
-            "mismatch, or the model is already edited); nothing was modified",
-            hint="load the unedited model that the store was created with",
-        )

@@ -7,23 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from operator import attrgetter
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast._version import __version__
+from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.errors import InputError, StoreError
+from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.rls.rounding import packed, unpacked
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,30 +46,72 @@ FIXED = (
 _SAVED = ("weight", "base", "pending", "signs", "image")
 
 
-def describe_store(
-    config: EditConfig, given: EditConfig, projections: Sequence[Projection], identity: str, model: str
-) -> dict[str, Any]:
-    """Returns the metadata of a new store.
+def open_store(
+    directory: str | Path | None, model: PreTrainedModel, config: EditConfig | None
+) -> tuple[Store | None, EditConfig]:
+    """Opens a store for writing, if there is one, and returns it with the settings for further edits.
 
     Args:
-        config: the settings, with sampled context prefixes.
-        given: the settings as the user passed them.
-        projections: the edited projections.
-        identity: fingerprint of the model.
-        model: path or name of the model; empty if unknown.
+        directory: folder of the store; None without a store.
+        model: the unedited model.
+        config: settings of the user.
+
+    Raises:
+        InputError: a setting is fixed by the store and differs, or a store does not support the rule.
+        StoreError: the store was created with another model, is damaged, has another version, or is in use.
     """
-    return {
-        "fingerprint": identity,
-        "model": model,
+    if directory is None:
+        return None, config or EditConfig()
+    if config is not None and (config.rule != RECURSIVE or config.norm_anchor):
+        raise InputError(
+            f"store={str(directory)!r} with rule={config.rule!r}, norm_anchor={config.norm_anchor}: a store does not "
+            "contain the memory of these",
+            hint=f"use rule={RECURSIVE!r} without norm_anchor, or no store",
+        )
+    if not Store.exists(directory):
+        return None, config or EditConfig()
+    store = Store(directory)
+    try:
+        about, found = store.about, fingerprint(model)
+        settings = settings_of(about, config)
+        if found != about["fingerprint"]:
+            raise StoreError(
+                f"the store {str(directory)!r} was created with the model {about['fingerprint'][:16]} "
+                f"({about['model'] or 'no path recorded'}), and this model is {found[:16]} (weights, dtype or config "
+                "mismatch, or the model is already edited); nothing was modified",
+                hint="load the unedited model that the store was created with",
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store, settings
+
+
+def create_store(directory: str | Path, context: ModelContext, given: EditConfig) -> Store:
+    """Creates a store for the edits of a model.
+
+    Args:
+        directory: folder that is empty or does not exist.
+        context: the model.
+        given: the settings as the user passed them.
+
+    Raises:
+        StoreError: the folder is not empty or is not writable.
+    """
+    path = str(getattr(context.model.config, "_name_or_path", ""))
+    about = {
+        "fingerprint": fingerprint(context.model),
+        "model": str(Path(path).resolve()) if path and Path(path).is_dir() else path,
         "given": given.to_dict(),
-        "config": config.to_dict(),
+        "config": context.config.to_dict(),
         "layers": [
             {"layer": p.layer, "name": p.name, "shape": list(p.weight.shape), "dtype": str(p.weight.dtype)}
-            for p in projections
+            for p in context.projections
         ],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
     }
+    return Store.create(directory, about)
 
 
 def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> EditConfig:
@@ -211,9 +260,11 @@ class Recorder:
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
 
-    def describe(self, about: dict[str, Any]) -> None:
-        """Replaces the metadata of the store with the next change."""
-        self._about = about
+    def update_settings(self, config: EditConfig) -> None:
+        """Replaces the settings in the metadata of the store with the next change."""
+        about, settings = self.store.about, config.to_dict()
+        if about["config"] != settings:
+            self._about = about | {"config": settings}
 
     def begin(
         self,

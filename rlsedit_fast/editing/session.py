@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
+from rlsedit_fast.editing.batching import search_ahead
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
@@ -20,6 +20,7 @@ from rlsedit_fast.editing.objective import Measured, measure
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.priors import Pilot, choose_priors, needs_pilot
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
+from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import Norms, Sample, calibrated_adherence
@@ -72,6 +73,17 @@ class EditSession:
         """The protected prompts."""
         waiting = self.waiting if self.layers is None else []
         return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
+
+    def recover(self) -> None:
+        """Restores the edits of the store.
+
+        Raises:
+            StoreError: a required file is damaged.
+        """
+        if self._recorder:
+            store = self._recorder.store
+            self.layers = recover(store, self._context, self.ledger, self.progress)
+            self.norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     def pilot(self, requests: Sequence[Request]) -> Pilot:
         """Returns a pilot with values searched in the unedited model. They are reused if it is the first batch."""
@@ -148,7 +160,7 @@ class EditSession:
         try:
             if fresh:
                 self.start(requests[:PILOT])
-            for batch, values in self._search_ahead(requests):
+            for batch, values in search_ahead(requests, self._config, self.ledger, self._finder):
                 records = self.apply_batch(batch, values=values)
                 ids += [record.id for record in records]
                 if on_batch is not None:
@@ -429,32 +441,6 @@ class EditSession:
         groups = [[chosen[at] for at in group] for group in self._finder.groups(some)]
         return BatchResult(rows, _results(values, now), groups)
 
-    def _search_ahead(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], Values | None]]:
-        """Yields batches in order, with their values if several batches are searched together."""
-        window: list[list[Request]] = []
-        for batch in _batches(requests, self._config.batch_size, distinct=self._config.same_subject == "joint"):
-            held = sum(map(len, window))
-            if window and held + len(batch) > (self._config.search.ahead or 0):
-                yield from self._with_values(window)
-                window = []
-            window.append(batch)
-        yield from self._with_values(window)
-
-    def _with_values(self, batches: Sequence[list[Request]]) -> Iterator[tuple[list[Request], Values | None]]:
-        """Yields batches with their values; None for a batch that is related to another one or to an active edit."""
-        independent: Sequence[int] = range(len(batches))
-        if self._config.same_subject == "joint":
-            independent = _unrelated(batches, self.ledger)
-        found: dict[int, Values] = {}
-        if len(batches) > 1 and len(independent) > 1:
-            values = self._finder.find([request for at in independent for request in batches[at]])
-            first = 0
-            for at in independent:
-                found[at] = values.taken(range(first, first + len(batches[at])))
-                first += len(batches[at])
-        for at, batch in enumerate(batches):
-            yield batch, found.get(at)
-
 
 def _results(values: Values, now: Measured) -> list[dict[str, Any]]:
     """Returns for each edit the fields of its record that come from the search and from the model after the write."""
@@ -474,29 +460,3 @@ def _results(values: Values, now: Measured) -> list[dict[str, Any]]:
 def _texts(request: Request) -> tuple[object, ...]:
     """Returns the token ids of a request, which determine its value."""
     return tuple(tuple(row.ids) for row in (*request.contexts, *request.kl))
-
-
-def _batches(requests: Sequence[Request], size: int, *, distinct: bool) -> Iterator[list[Request]]:
-    """Yields batches of at most `size` requests; if `distinct`, a batch has no two requests with the same prompt."""
-    batch: list[Request] = []
-    prompts: set[str] = set()
-    for request in requests:
-        if (distinct and request.prompt_key in prompts) or len(batch) == size:
-            yield batch
-            batch, prompts = [], set()
-        batch.append(request)
-        prompts.add(request.prompt_key)
-    yield batch
-
-
-def _unrelated(batches: Sequence[Sequence[Request]], ledger: Ledger) -> Sequence[int]:
-    """Returns the batches that share no subject and no prompt with an active edit or with another batch."""
-    keys = [{key for r in batch for key in (r.subject_key, r.prompt_key) if key} for batch in batches]
-    counts = Counter(key for some in keys for key in some)
-    return [
-        at
-        for at, batch in enumerate(batches)
-        if not ledger.ids_by_prompt(batch)
-        and not ledger.ids_by_subject(batch)
-        and all(counts[key] == 1 for key in keys[at])
-    ]

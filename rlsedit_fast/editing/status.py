@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.prior import chunks
 
@@ -120,6 +122,23 @@ class LayerStatus:
 
 
 @dataclass(frozen=True)
+class LayerDeviation:
+    """Deviation of an edited layer from the pre-trained one, and its upper bounds.
+
+    Attributes:
+        layer: index of the decoder layer.
+        weight: `||W - W0||_F`, measured.
+        weight_bound: upper bound of `||W - W0||_F`, `sqrt(J) / lam`.
+        anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
+    """
+
+    layer: int
+    weight: float
+    weight_bound: float
+    anchor_bound: float
+
+
+@dataclass(frozen=True)
 class Status:
     """Status of a stream of edits.
 
@@ -154,6 +173,35 @@ class Status:
     sample: Sample | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+
+def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms]) -> list[LayerStatus]:
+    """Measures edited layers and returns their status; reads C of each layer once."""
+    found = []
+    for (projection, state), norm in zip(edited, norms, strict=True):
+        health = state.monitor()
+        found.append(
+            LayerStatus.of(
+                projection.layer,
+                norm,
+                state.prior.lam,
+                state.prior.mu,
+                state.objective,
+                deviation=state.deviation(),
+                residual=health.residual,
+                advice=health.advice if health.needs_refresh else None,
+            )
+        )
+    return found
+
+
+def layer_deviations(edited: Sequence[tuple[Projection, LayerState]]) -> list[LayerDeviation]:
+    """Measures the deviation of edited layers and returns it with its bounds."""
+    return [
+        LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
+        for projection, state in edited
+        for bounds in (state.bounds(),)
+    ]
 
 
 def assess(

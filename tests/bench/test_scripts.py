@@ -107,8 +107,10 @@ def test_precision(result):
 
 def test_search(result, few_anchors):
     few_anchors("search")
-    rows = result("search", "--edits", 2, "--batch-size", 2, "--settings", "constrained (default)", "gradient")["rows"]
-    assert [row["setting"] for row in rows] == ["constrained (default)", "gradient"]
+    rows = result("search", "--edits", 2, "--batch-size", 2, "--settings", "constrained (default)", "normalized 0.09")[
+        "rows"
+    ]
+    assert [row["setting"] for row in rows] == ["constrained (default)", "normalized 0.09"]
     assert all(row.keys() >= {*SEARCHED, "same_subject_unchanged"} for row in rows)
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlsedit_fast.cli import main
+from rlsedit_fast.editing import value_search
+from rlsedit_fast.statistics import collection
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer
 
@@ -30,7 +32,7 @@ def records(count):
         target = next(value for value in relation.values if value != person.facts[relation.name])
         made.append(
             {
-                "id": f"fact {i}",
+                "name": f"fact {i}",
                 "prompt": relation.phrasings[0],
                 "subject": person.name,
                 "target": target,
@@ -167,9 +169,8 @@ def test_ctrl_c_finishes_the_batch_and_keeps_applied_edits(edit, workdir, monkey
 
 
 def test_second_ctrl_c_discards_the_current_batch(edit, workdir, monkeypatch):
-    from rlsedit_fast.editing import finding
 
-    real, calls = finding.search_within_memory, []
+    real, calls = value_search.search_within_memory, []
 
     def pressed(*args):
         calls.append(1)
@@ -179,7 +180,7 @@ def test_second_ctrl_c_discards_the_current_batch(edit, workdir, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    monkeypatch.setattr(finding, "search_within_memory", pressed)
+    monkeypatch.setattr(value_search, "search_within_memory", pressed)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
     report = read(workdir / "report.json")
     assert report["made"] == 4
@@ -217,9 +218,9 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
 
 
 def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
-    from rlsedit_fast.editing import Editor, finding
+    from rlsedit_fast.editing import Editor, value_search
 
-    real, saved, calls = finding.search_within_memory, Editor.save_pretrained, []
+    real, saved, calls = value_search.search_within_memory, Editor.save_pretrained, []
 
     def pressed(*args):
         calls.append(1)
@@ -233,7 +234,7 @@ def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return saved(*args)
 
-    monkeypatch.setattr(finding, "search_within_memory", pressed)
+    monkeypatch.setattr(value_search, "search_within_memory", pressed)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
     assert edit("--no-anchors", "--batch-size", "4", "--out", "out", "--json", "report.json") == 130
     assert read(workdir / "report.json")["files"] == ["checkpoint: out"]
@@ -242,9 +243,8 @@ def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
 
 def fail_at(batch, error, monkeypatch):
     """Makes the value search of the given batch raise `error`."""
-    from rlsedit_fast.editing import finding
 
-    real, calls = finding.search_within_memory, []
+    real, calls = value_search.search_within_memory, []
 
     def fails(*args):
         calls.append(1)
@@ -252,7 +252,7 @@ def fail_at(batch, error, monkeypatch):
             raise error
         return real(*args)
 
-    monkeypatch.setattr(finding, "search_within_memory", fails)
+    monkeypatch.setattr(value_search, "search_within_memory", fails)
 
 
 def test_failing_batch_keeps_earlier_batches_and_is_reported(edit, workdir, monkeypatch, capsys):
@@ -384,11 +384,10 @@ def test_show_marks_the_token_and_lists_the_layers(base, workdir, capsys):
 
 
 def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monkeypatch):
-    from rlsedit_fast.editing import statistics
 
     command = ["statistics", "--model", str(base), "--layers", "0,1", "--text", "text.txt", "--tokens", "3000"]
     assert main([*command, "--json", "whole.json", "--out", "whole.safetensors"]) == 0
-    real, calls = statistics._add, []
+    real, calls = collection._add, []
 
     def interrupted(*args):
         calls.append(1)
@@ -396,9 +395,9 @@ def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monk
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(statistics, "_PASS", 512)
+    monkeypatch.setattr(collection, "_PASS", 512)
     assert main([*command, "--out", "small.safetensors"]) == 0
-    monkeypatch.setattr(statistics, "_add", interrupted)
+    monkeypatch.setattr(collection, "_add", interrupted)
     assert main([*command, "--json", "cached.json"]) == 130
     assert list((workdir / "cache").glob("*.part"))
     capsys.readouterr()

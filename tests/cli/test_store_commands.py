@@ -26,7 +26,7 @@ def records(first, last):
     for i, person in enumerate(PEOPLE[first:last], start=first):
         relation = RELATIONS[i % len(RELATIONS)]
         target = next(value for value in relation.values if value != person.facts[relation.name])
-        made.append({"id": f"fact {i}", "prompt": relation.phrasings[0], "subject": person.name, "target": target})
+        made.append({"name": f"fact {i}", "prompt": relation.phrasings[0], "subject": person.name, "target": target})
     return made
 
 
@@ -218,7 +218,7 @@ def test_dry_run_reports_remaining_edits_and_writes_nothing(base, one_edit, work
 
 def test_control_characters_are_escaped(workdir, capsys):
     model, tokenizer = load_demo_model()
-    config = rf.EditConfig(layers=(0,), contexts={"prefixes": ("",)}, values="gradient", prior={"lam": 1.0})
+    config = rf.EditConfig(layers=(0,), contexts={"prefixes": ("",)}, prior={"lam": 1.0})
     with rf.Editor(model, tokenizer, config=config, store="edits") as editor:
         editor.edit([rf.Edit("{} lives\x1b[2J in\u202e", PEOPLE[0].name, "Port\nAlder")])
     capsys.readouterr()
@@ -231,7 +231,7 @@ def test_control_characters_are_escaped(workdir, capsys):
 def test_other_and_missing_models_are_rejected(one_edit, workdir, capsys):
     shutil.copytree(one_edit, workdir / "edits")
     model, tokenizer = load_demo_model()
-    with rf.Editor.open("edits", model, tokenizer) as editor:
+    with rf.Editor(model, tokenizer, store="edits") as editor:
         editor.save_pretrained("out")
     assert main(["undo", "--store", "edits", "1", "--model", "out"]) == 2
     assert "load the model as it was before any edit" in capsys.readouterr().err
@@ -271,9 +271,9 @@ def test_prompts_are_protected_only_once(edit, base, workdir, capsys):
     again = capsys.readouterr().err
     assert "2 of 3 prompts are already protected" in again
     assert "tokens of 1 prompts" in again
-    with rf.Editor.open("edits", *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store="edits") as editor:
         editor.consolidate()
-    with rf.Editor.open("edits", *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store="edits") as editor:
         assert editor.protected == (workdir / "protect.txt").read_text().splitlines()
 
 
@@ -283,7 +283,7 @@ def test_prompts_are_protected_if_all_edits_are_already_in_the_store(edit, base,
     (workdir / "protect.txt").write_bytes(b"\xef\xbb\xbf" + f"{prompt}\n{prompt}\r\n".encode())
     assert edit("facts.jsonl", "--store", "edits", "--protect", "protect.txt") == 0
     assert "tokens of 1 prompts" in capsys.readouterr().err
-    with rf.Editor.open("edits", *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store="edits") as editor:
         assert editor.protected == [prompt]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import calibration
+from rlsedit_fast.editing import priors as priors_module
+from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError, UpdateError
@@ -35,7 +36,7 @@ def make_editor(make_model, tokenizer):
     def make(name, **changes):
         if name == "demo":
             settings = {"layers": (0,), "search": {"steps": 40, "stop_nll": 0.03}}
-            editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(**settings | changes))
+            editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(**settings).replace(**changes))
             editor.anchor(anchor_texts(WORLD, 0)[:1000])
             return editor
         settings = {
@@ -44,7 +45,7 @@ def make_editor(make_model, tokenizer):
             "search": {"clamp": 4.0, "steps": 5},
             "fact_token": "last",
         }
-        editor = rf.Editor(make_model(name), tokenizer, config=rf.EditConfig(**settings | changes))
+        editor = rf.Editor(make_model(name), tokenizer, config=rf.EditConfig(**settings).replace(**changes))
         editor.anchor(ANCHORS)
         return editor
 
@@ -145,12 +146,12 @@ def test_a_trial_that_fails_leaves_every_weight_as_it_was(make_editor, monkeypat
 
 def pilot_of(editor, edits, moments=None):
     requests = editor.context.prepare(edits)
-    return Pilot(editor.context, moments or editor._moments, requests, editor._session.search_pilot(requests))
+    return Pilot(editor.context, moments or editor._session.moments, requests, editor._session._finder.find(requests))
 
 
 def test_lam_is_the_ridge_relative_to_the_moment(make_editor):
     editor = make_editor("llama", layers=(1, 2), prior={"ridge": 0.03})
-    for prior, moment in zip(editor.calibrate(RANDOM[:6]), editor._moments, strict=True):
+    for prior, moment in zip(editor.calibrate(RANDOM[:6]), editor._session.moments, strict=True):
         assert prior.lam**2 == pytest.approx(0.03 * prior.mu**2 * float(moment.diagonal().double().mean()))
 
 
@@ -159,7 +160,7 @@ def test_the_choice_carries_over_between_scales_of_the_anchors(make_editor, scal
     editor = make_editor("llama")
     plain, scaled = (
         choose_priors(editor.config, moments, 1, pilot_of(editor, RANDOM[:6], moments))[0]
-        for moments in (editor._moments, [scale * moment for moment in editor._moments])
+        for moments in (editor._session.moments, [scale * moment for moment in editor._session.moments])
     )
     assert scaled.mu == pytest.approx(plain.mu / math.sqrt(scale), rel=1e-5)  # the scaled moments round in float32
     assert scaled.lam == pytest.approx(plain.lam, rel=1e-5)
@@ -175,12 +176,12 @@ def test_a_firmer_prior_realizes_less_and_leaks_less(make_editor):
 def contradictory(editor, angle):
     """Two requests of one key whose wanted changes are equally long, at an angle."""
     request = editor.context.prepare(RANDOM[:1])[0]
-    values = editor._session.search_pilot([request])
+    values = editor._session._finder.find([request])
     first = values.delta[0]
     side = torch.linalg.qr(torch.stack((first, torch.ones_like(first)), 1)).Q[:, 1]
     second = math.cos(angle) * first + math.sin(angle) * first.norm() * side
     values = replace(Values.joined([values, values], [0, 1]), delta=torch.stack((first, second)))
-    return Pilot(editor.context, editor._moments, [request, request], values)
+    return Pilot(editor.context, editor._session.moments, [request, request], values)
 
 
 def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make_editor, caplog):
@@ -201,13 +202,13 @@ def test_a_pilot_of_which_nothing_can_be_realized_is_refused(make_editor):
 
 def test_a_pilot_whose_keys_are_zero_is_refused(make_editor, monkeypatch):
     editor = make_editor("llama")
-    real = calibration.request_keys
+    real = priors_module.request_keys
 
     def zero(*args, **options):
         keys, states = real(*args, **options)
         return [0 * key for key in keys], states
 
-    monkeypatch.setattr(calibration, "request_keys", zero)
+    monkeypatch.setattr(priors_module, "request_keys", zero)
     with pytest.raises(InputError, match="keys of the pilot edits are all zero"):
         editor.calibrate(RANDOM[:6])
 
@@ -241,15 +242,14 @@ def test_assessing_is_refused_once_the_priors_are_set(make_editor):
 
 
 def test_the_pilots_values_are_those_of_the_first_batch(make_editor, monkeypatch):
-    from rlsedit_fast.editing import finding
 
-    sizes, real = [], finding.search_within_memory
+    sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):
         sizes.append(len(requests))
         return real(site, requests, *rest)
 
-    monkeypatch.setattr(finding, "search_within_memory", spy)
+    monkeypatch.setattr(value_search, "search_within_memory", spy)
     editor = make_editor("llama", batch_size=3, refine=0)
     editor.edit(RANDOM[:6])
     assert sizes == [6, 3], "the pilot, and the second batch in the edited model"

@@ -51,7 +51,7 @@ def test_keep_keeps_one_of_each_target_in_their_order():
 
 
 def test_contradictions_can_be_refused_and_duplicates_are_none():
-    with pytest.raises(RequestError, match=r"1 of 6 edits(.|\n)*edit 2 says 'Nice', edit 4 ' Lyon'"):
+    with pytest.raises(RequestError, match=r"1 of 6 edits(.|\n)*edit 2 has the target 'Nice', edit 4 ' Lyon'"):
         resolve(EDITS, conflicts="error")
     assert resolve([EDITS[1], EDITS[5], EDITS[3]], conflicts="error").kept == [1, 2]
 
@@ -82,14 +82,14 @@ def test_the_report_names_places_and_is_short_where_there_is_much():
     places = [f"facts.jsonl:{number}" for number in range(1, 7)]
     assert resolve(EDITS, places=places).describe() == [
         "duplicates dropped: 2",
-        "  facts.jsonl:1 dropped: facts.jsonl:5 says the same",
-        "  facts.jsonl:2 dropped: facts.jsonl:6 says the same",
+        "  facts.jsonl:1 dropped: same as facts.jsonl:5",
+        "  facts.jsonl:2 dropped: same as facts.jsonl:6",
         "contradictions: 1",
-        "  facts.jsonl:3 ('Nice') dropped: facts.jsonl:5 asks the same and says ' Lyon'",
+        "  facts.jsonl:3 ('Nice') dropped: facts.jsonl:5 has the same prompt and the target ' Lyon'",
         "subjects with several edits: 1",
         "  'France': facts.jsonl:4, facts.jsonl:5",
     ]
-    assert "edit 5 (again) says the same" in resolve(EDITS).describe()[2]
+    assert "same as edit 5 (again)" in resolve(EDITS).describe()[2]
     assert "  edit 2 ('Nice') kept: edit 4" in "\n".join(resolve(EDITS, conflicts="keep").describe())
     assert resolve(EDITS[:2]).describe() == []
     many = resolve([rf.Edit("{} is", f"s{i % 50}", "a") for i in range(100)]).describe()

@@ -212,7 +212,7 @@ def work(model, tokenizer, *, edits=EDITS, anchors=ANCHORS, **changes):
         "fact_token": "last",
         "prior": {"adherence": 0.9},
     }
-    editor = rf.Editor(model, tokenizer, config=rf.EditConfig(**settings | changes))
+    editor = rf.Editor(model, tokenizer, config=rf.EditConfig(**settings).replace(**changes))
     editor.anchor(anchors)
     editor.protect(["Lado Toze speaks Nafiish ."])
     editor.assess(edits, [0.5])
@@ -267,11 +267,11 @@ def test_claims_hold_operations_to_one_device():
 @claimed
 def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, key_rows, spread):
     plain, model = make_model(name), make_model(name)
-    alone = work(plain, tokenizer, key_rows=key_rows)
+    alone = work(plain, tokenizer, contexts={"rows": key_rows})
     assert len(difference(plain, model)) == 2
     with CLAIMS:
         spread(model, device_map(name, A, B))
-        editor = work(model, tokenizer, key_rows=key_rows)
+        editor = work(model, tokenizer, contexts={"rows": key_rows})
         assert editor.deviation() == alone.deviation()
     assert not difference(model, plain)
     for record, same in zip(editor.history(), alone.history(), strict=True):
@@ -362,7 +362,7 @@ def test_checkpoint_of_a_spread_model_is_an_ordinary_one(make_model, tokenizer, 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, key_rows):
     plain, model = make_model(name), make_model(name)
-    work(plain, tokenizer, key_rows=key_rows)
+    work(plain, tokenizer, contexts={"rows": key_rows})
     by_accelerate(model, device_map(name, HOST, HOST))
 
     def hooks():
@@ -370,7 +370,7 @@ def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, 
 
     before = hooks()
     assert before.keys() >= device_map(name, HOST, HOST).keys()
-    work(model, tokenizer, key_rows=key_rows)
+    work(model, tokenizer, contexts={"rows": key_rows})
     assert not difference(model, plain)
     assert hooks() == before
 

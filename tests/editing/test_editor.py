@@ -8,7 +8,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast import ops
-from rlsedit_fast.editing import finding, inspection
+from rlsedit_fast.editing import context, value_search
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score
@@ -35,7 +35,7 @@ def config(**changes):
         "fact_token": "last",
         "prior": {"adherence": 0.9},
     }
-    return rf.EditConfig(**{**base, **changes})
+    return rf.EditConfig(**base).replace(**changes)
 
 
 def make_editor(model, tokenizer, **changes):
@@ -197,7 +197,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
     def fails(*_args, **_kwargs):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(finding, "search_within_memory", fails)
+    monkeypatch.setattr(value_search, "search_within_memory", fails)
     with pytest.raises(UpdateError):
         editor.replace(3, target="pilot")
     assert_same(start, model)
@@ -207,7 +207,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
 def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
-    real, calls = finding.search_within_memory, []
+    real, calls = value_search.search_within_memory, []
 
     def fails_third(*args, **kwargs):
         calls.append(1)
@@ -215,7 +215,7 @@ def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokeniz
             raise UpdateError("made to fail")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(finding, "search_within_memory", fails_third)
+    monkeypatch.setattr(value_search, "search_within_memory", fails_third)
     with pytest.raises(UpdateError, match="first 4 of 6"):
         editor.edit(EDITS)
     assert len(editor.history()) == 4
@@ -230,7 +230,7 @@ def test_failing_first_batch_leaves_the_editor_as_new(make_model, tokenizer, mon
         def fails(*_args, error=error, **_kwargs):
             raise error("made to fail")
 
-        monkeypatch.setattr(finding, "search_within_memory", fails)
+        monkeypatch.setattr(value_search, "search_within_memory", fails)
         with pytest.raises(error):
             editor.edit(EDITS)
         monkeypatch.undo()
@@ -293,30 +293,29 @@ def test_nan_in_the_model_is_an_error_and_writes_nothing(make_model, tokenizer, 
 def test_wrong_settings_are_refused(make_model, tokenizer):
     for changes, message in [
         ({"layers": ()}, "layers"),
-        ({"layers": (1, 1)}, "twice"),
+        ({"layers": (1, 1)}, "each given once"),
         ({"prior": {"adherence": 1.0}}, "adherence"),
-        ({"contexts": {"rows": "each"}}, "key_rows='each'"),
-        ({"values": "guess"}, "values='guess'"),
+        ({"contexts": {"rows": "each"}}, "rows='each'"),
         ({"fact_token": "middle"}, "fact_token"),
         ({"batch_size": 0}, "batch_size"),
         ({"search": {"clamp": 0.0}}, "clamp"),
         ({"unconverged": "drop"}, "unconverged='drop'"),
-        ({"search": {"at_once": 0}}, "search_at_once"),
-        ({"contexts": {"samples": -1}}, "context_samples"),
-        ({"contexts": {"sample_tokens": 0}}, "context_tokens"),
+        ({"search": {"at_once": 0}}, "at_once"),
+        ({"contexts": {"samples": -1}}, "samples"),
+        ({"contexts": {"sample_tokens": 0}}, "sample_tokens"),
         ({"prior": {"lam": -1.0}}, "lam"),
         ({"prior": {"mu": math.inf}}, "mu"),
-        ({"ridge": -0.1}, "ridge"),
+        ({"prior": {"ridge": -0.1}}, "ridge"),
         ({"search": {"kl_prompts": ("who is",)}}, "kl_prompts"),
-        ({"contexts": {"prefixes": ()}}, "context_prefixes"),
-        ({"contexts": {"prefixes": ("So .",)}}, "first must be ''"),
+        ({"contexts": {"prefixes": ()}}, "prefixes"),
+        ({"contexts": {"prefixes": ("So .",)}}, "expected '' first"),
     ]:
         with pytest.raises(InputError, match=message):
             config(**changes)
     with pytest.raises(ModelError, match="0 to 3"):
         rf.Editor(make_model("llama"), tokenizer, config=config(layers=(4,)))
     with pytest.raises(InputError, match=r"mu=2\.0"):
-        rf.Editor(make_model("llama"), tokenizer, config=config(mu=2.0)).edit(EDITS)
+        rf.Editor(make_model("llama"), tokenizer, config=config(prior={"mu": 2.0})).edit(EDITS)
 
 
 def test_anchors_and_priors_are_fixed_once_edits_are_made(make_model, tokenizer):
@@ -524,22 +523,21 @@ def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tok
     from rlsedit_fast.models.generation import Sample
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
-    monkeypatch.setattr(inspection, "sample", lambda *_args, **_options: drawn)
+    monkeypatch.setattr(context, "sample", lambda *_args, **_options: drawn)
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(contexts={"samples": 3}))
     assert len(editor.config.contexts.prefixes) == 3
     assert "of 3 sampled context prefixes 1 are left" in caplog.text
 
 
 def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenizer, monkeypatch):
-    from rlsedit_fast.editing import values
 
-    real, sizes, found = values.search_values, [], []
+    real, sizes, found = value_search.search_values, [], []
 
     def counted(site, requests, *rest):
         sizes.append(len(requests))
         return real(site, requests, *rest)
 
-    monkeypatch.setattr(values, "search_values", counted)
+    monkeypatch.setattr(value_search, "search_values", counted)
     for at_once in (None, 2):
         model = make_model("llama")
         make_editor(model, tokenizer, batch_size=6, search={"at_once": at_once}).edit(EDITS)
@@ -590,10 +588,9 @@ def test_a_float64_model_is_protected_and_edited_in_float64(make_model, tokenize
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("values", ["search", "gradient"])
-def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode, values):
+def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode):
     edits = [rf.Edit("{} lives in", "Toze Lado", "Port Alder")]
-    settings = config(values=values, lam=1.0)
+    settings = config(prior={"lam": 1.0})
     plain, within = (rf.Editor(make_model("llama"), tokenizer, config=settings) for _ in range(2))
     plain.edit(edits)
     with mode():

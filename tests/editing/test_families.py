@@ -43,8 +43,7 @@ def make_editor(model, tokenizer, **changes):
             "fact_token": "last",
             "prior": {"adherence": 0.9},
         }
-        | changes
-    )
+    ).replace(**changes)
     editor = rf.Editor(model, tokenizer, config=config)
     editor.anchor([edit.prompt.format(edit.subject) for edit in facts(60)[20:]])
     return editor

@@ -86,13 +86,13 @@ def lines(*records):
 def test_every_field_of_a_line_arrives(write):
     full = {
         **PLAIN,
-        "id": 41,
+        "name": 41,
         "weight": 2,
         "paraphrases": ["{} has the capital", "France's capital is"],
         "neighborhood": ["The capital of Spain is"],
         "span": [15, 21],
     }
-    read = read_edits(write(lines(full, "", "  ", {**PLAIN, "id": None, "weight": None}), "facts.jsonl"))
+    read = read_edits(write(lines(full, "", "  ", {**PLAIN, "name": None, "weight": None}), "facts.jsonl"))
     assert read.edits == [
         rf.Edit(
             "The capital of {} is",
@@ -202,7 +202,7 @@ def test_explicit_format_is_used(write):
         ({"target": None}, "target: missing"),
         ({"targt": "Nice", "target": None}, "targt: unknown field; did you mean 'target'?"),
         ({"paraphrase": ["x"]}, "paraphrase: unknown field; did you mean 'paraphrases'?"),
-        ({"colour": 3}, "colour: unknown field; expected: prompt, subject, target, id,"),
+        ({"colour": 3}, "colour: unknown field; expected: prompt, subject, target, name,"),
         ({"subject": 3}, "subject: expected a string, got 3"),
         ({"subject": " "}, "subject: is blank (' ')"),
         ({"prompt": "The capital is"}, "prompt: prompt 'The capital is'"),
@@ -211,7 +211,7 @@ def test_explicit_format_is_used(write):
         ({"weight": 10**400}, "weight: expected a finite number above 0, got 1000"),
         ({"weight": float("nan")}, "weight: expected a finite number above 0, got nan"),
         ({"weight": True}, "weight: expected a finite number above 0, got True"),
-        ({"id": 1.5}, "id: expected a string or an integer, got 1.5"),
+        ({"name": 1.5}, "name: expected a string or an integer, got 1.5"),
         ({"paraphrases": ["x", 3]}, "paraphrases: expected non-blank strings, got 3"),
         ({"neighborhood": [""]}, "neighborhood: expected non-blank strings, got ''"),
         ({"span": [3]}, "span: expected [start, stop]"),

@@ -64,13 +64,10 @@ def realized(editor, delta, start):
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1)])
 def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
-    equal = {"layers": layers, "bare_weight": 1 / CONTEXTS}
-    equal["mu"] = calibrated(**equal)
+    equal = {"layers": layers, "contexts": {"bare_weight": 1 / CONTEXTS}}
+    mu = calibrated(**equal)
     rows, mean = (
-        make_editor(
-            contexts={"rows": key_rows},
-            **equal,
-        )
+        make_editor(layers=layers, contexts={"rows": key_rows, "bare_weight": 1 / CONTEXTS}, prior={"mu": mu})
         for key_rows in ("contexts", "mean")
     )
     start, keys = states(rows)
@@ -113,7 +110,7 @@ def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
         delta = rows.goal - first
         torch.testing.assert_close(delta, delta[:1].expand_as(delta), rtol=0, atol=1e-4)
     assert [state.edits for state in editor._session.layers.states] == [12 * CONTEXTS] * 2
-    _, _, each = editor._session.layers._rows(editor._session.ledger.rows([2]), 0)
+    _, _, each = editor._session.layers._stacked(editor._session.ledger.rows([2]), 0)
     assert each.tolist() == pytest.approx([2 * bare_weight, *[2 * (1 - bare_weight) / 3] * 3])
     mean = make_editor(contexts={"rows": "mean"})
     mean.edit(EDITS)
@@ -148,9 +145,9 @@ def test_a_store_with_rows_per_edit_opens_to_the_same_bits(tmp_path, keys, key_r
     with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
         editor.anchor(anchor_texts(WORLD, 0)[:1000])
         editor.edit(EDITS)
-    with rf.Editor.open(tmp_path, *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store=tmp_path) as editor:
         editor.undo([2, 9])
-    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert all(torch.equal(value, weights(opened)[name]) for name, value in weights(undisturbed).items())
         ids = opened._session.ledger.active
         pairs = zip(*(one._session.ledger.rows(ids) for one in (opened, undisturbed)), strict=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlsedit_fast.editing import Edit, EditConfig
+from rlsedit_fast import Edit, EditConfig
 from rlsedit_fast.editing.keys import request_keys, text_keys
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.models.passes import read_keys

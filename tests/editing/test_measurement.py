@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import finding, measurement
+from rlsedit_fast.editing import objective, value_search
 from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.models.passes import hidden_of, quiet
@@ -39,14 +39,14 @@ def plain(model, module, row):
 @pytest.fixture
 def goals(monkeypatch):
     """The state at the bare prompt that the last search for an edit wants, by the edit."""
-    found, real = {}, finding.search_within_memory
+    found, real = {}, value_search.search_within_memory
 
     def spy(site, requests, *rest):
         values, at_once = real(site, requests, *rest)
         found.update((request.edit, goal) for request, goal in zip(requests, values.goal[:, 0], strict=True))
         return values, at_once
 
-    monkeypatch.setattr(finding, "search_within_memory", spy)
+    monkeypatch.setattr(value_search, "search_within_memory", spy)
     return found
 
 
@@ -108,7 +108,7 @@ def test_rows_are_in_order_however_they_are_run(make_model, tokenizer, monkeypat
     wanted = 100 * torch.arange(1.0, 9.0)
     with quiet(editor.model):
         together = measure(editor.context.site, requests, goal, wanted)
-        monkeypatch.setattr(measurement, "_ROWS_AT_ONCE", 1)
+        monkeypatch.setattr(objective, "_ROWS_AT_ONCE", 1)
         alone = measure(editor.context.site, requests, goal, wanted)
     torch.testing.assert_close(alone.realized, together.realized, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone.nll, together.nll, rtol=1e-4, atol=1e-4)

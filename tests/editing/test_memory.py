@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.baselines import BASELINES
-from rlsedit_fast.editing import memory
+from rlsedit_fast.baselines import BASELINES, memory
 from rlsedit_fast.errors import ResourceError
 
 EDIT = rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder")
@@ -87,7 +86,7 @@ def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     weight = torch.empty(4096, 14_336, dtype=torch.bfloat16, device="meta")
     layers = [SimpleNamespace(layer=layer, name="down_proj", weight=weight) for layer in range(4, 9)]
     defaults = rf.EditConfig()
-    plan = memory.plan(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
+    plan = memory.plan_memory(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
     sizes = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
     sizes += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
     assert sizes == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"

@@ -5,7 +5,8 @@ import torch
 from transformers import GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.presets import PRESETS, find_preset, preset, published
+from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.presets import PRESETS, find_preset
 from rlsedit_fast.editing.priors import choose_priors
 from rlsedit_fast.errors import InputError, PriorError
 
@@ -32,8 +33,8 @@ def test_a_published_model_gets_its_published_settings(name):
     model_config, layers, rate, steps, moment_weight = TABLE[name]
     found = find_preset(model_config)
     assert found is PRESETS[name]
-    config = found.config()
-    assert config == published(name)
+    config = EditConfig(**found.settings())
+    assert config == EditConfig.from_preset(name)
     assert config.layers == layers
     assert max(layers) < model_config.num_hidden_layers
     assert (config.search.optimizer, config.search.learning_rate, config.search.steps) == ("adam", rate, steps)
@@ -46,7 +47,7 @@ def test_a_published_model_gets_its_published_settings(name):
         0.5,
     )
     assert config.same_subject == "separate"
-    assert (config.key_rows, config.refine) == ("mean", 0)
+    assert (config.contexts.rows, config.refine) == ("mean", 0)
     assert (config.search.kl_prompts, config.batch_size) == (("{} is a",), 100)
 
 
@@ -78,21 +79,19 @@ def test_the_text_part_of_a_larger_model_is_looked_at():
 
 
 def test_settings_can_be_changed_and_unknown_names_are_refused():
-    config = published("llama-3-8b", prior={"lam": 0.5}, batch_size=10)
+    config = EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10)
     assert (config.prior.lam, config.batch_size, config.search.optimizer) == (0.5, 10, "adam")
-    assert preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10) == config
-    with pytest.raises(InputError, match=r"no preset 'llama'; there are gpt2-xl, .*, and generic"):
-        preset("llama")
-    with pytest.raises(InputError, match="no preset 'generic'"):
-        published("generic")
-    with pytest.raises(InputError, match="no setting 'layer'; did you mean 'layers'"):
-        preset("generic", layer=(1,))
+    assert EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10) == config
+    with pytest.raises(InputError, match=r"unknown preset 'llama'; expected one of gpt2-xl, .*, generic"):
+        EditConfig.from_preset("llama")
+    with pytest.raises(InputError, match="unknown setting 'layer'; did you mean layers"):
+        EditConfig.from_preset("generic", layer=(1,))
     with pytest.raises(InputError, match="batch_size=0"):
-        published("gpt2-xl", batch_size=0)
+        EditConfig.from_preset("gpt2-xl", batch_size=0)
 
 
 def test_generic_layers_go_with_the_depth():
-    generic = preset("generic", batch_size=7)
+    generic = EditConfig.from_preset("generic", batch_size=7)
     assert generic == rf.EditConfig(batch_size=7)
     assert generic.layers_for(32) == (2, 3, 4, 5, 6, 7, 8)
     assert generic.layers_for(80) == tuple(range(10, 21))
@@ -102,7 +101,7 @@ def test_lam_0_holds_by_a_full_moment_and_says_what_to_do_without_one():
     torch.manual_seed(0)
     keys, weight = torch.randn(3, 8), torch.randn(4, 8)
     rows = torch.randn(50, 8)
-    config = published("gpt2-xl")
+    config = EditConfig.from_preset("gpt2-xl")
     (prior,) = choose_priors(config, [rows.T @ rows / 50], 1, None)
     assert (prior.lam, prior.mu**2) == (0.0, pytest.approx(20_000))
     state = rf.RLSState(weight, prior)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import finding, session
+from rlsedit_fast.editing import refinement, value_search
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
@@ -86,7 +87,7 @@ def test_edits_that_are_not_stated_get_a_second_round_and_others_do_not():
 def test_a_later_call_refines_as_many_earlier_edits_as_it_makes(monkeypatch):
     editor = make_editor(refine=1)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_better", lambda *_: False)
+        patch.setattr(refinement, "_is_better", lambda *_: False)
         short = failed(editor.edit(EDITS[:10]))
     assert short
     editor.edit(EDITS[10:])
@@ -102,7 +103,7 @@ def test_records_of_a_call_of_several_batches_are_measured_at_its_end(tmp_path):
         records = editor.edit(EDITS, on_batch=batches.extend)
         assert [record.rank == 1 for record in records] == said(editor, EDITS)
         assert [one.rank for one in batches] != [one.rank for one in records], "the second batch affects the first"
-    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert opened.history() == records
         assert_same(opened, editor)
 
@@ -111,25 +112,25 @@ def test_earlier_edits_to_check_are_drawn_alike_before_and_after_reopening(tmp_p
     with make_editor(tmp_path, refine=0) as editor:
         editor.edit(EDITS[:7])
         editor.undo(3)
-        drawn = [editor._session.earlier(than, 3) for than in range(1, 30)]
-    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
-        assert [opened._session.earlier(than, 3) for than in range(1, 30)] == drawn
-        assert opened._session.earlier(5, 10) == [1, 2, 4]
+        drawn = [editor._session._refiner.earlier_ids(than, 3) for than in range(1, 30)]
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
+        assert [opened._session._refiner.earlier_ids(than, 3) for than in range(1, 30)] == drawn
+        assert opened._session._refiner.earlier_ids(5, 10) == [1, 2, 4]
     assert drawn[0] == []
     assert set().union(*drawn) == {1, 2, 4, 5, 6, 7}
     assert all(len(ids) == 3 for ids in drawn[5:])
 
 
 def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
-    sizes, real = [], finding.search_within_memory
+    sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):
         sizes.append(len(requests))
         return real(site, requests, *rest)
 
-    monkeypatch.setattr(finding, "search_within_memory", spy)
-    monkeypatch.setattr(session, "_better", lambda *_: True)
-    monkeypatch.setattr(session, "_REFINED_SHARE", 0.01)  # so that no round helps
+    monkeypatch.setattr(value_search, "search_within_memory", spy)
+    monkeypatch.setattr(refinement, "_is_better", lambda *_: True)
+    monkeypatch.setattr(refinement, "_FRACTION", 0.01)  # so that no round helps
     for rounds in (0, 1, 3):
         sizes.clear()
         editor = make_editor(refine=rounds)
@@ -142,7 +143,7 @@ def test_a_round_without_gain_leaves_everything_as_it_was(monkeypatch, tmp_path)
     plain.edit(EDITS[:10])
     assert failed(plain.history())
     asked = []
-    monkeypatch.setattr(session, "_better", lambda *measured: asked.append(measured))
+    monkeypatch.setattr(refinement, "_is_better", lambda *measured: asked.append(measured))
     refined = make_editor(tmp_path / "refined", refine=3)
     refined.edit(EDITS[:10])
     assert len(asked) == 1, "a round that does not help is the last one"
@@ -158,26 +159,26 @@ def test_a_round_without_gain_leaves_everything_as_it_was(monkeypatch, tmp_path)
 def test_a_round_that_fails_leaves_the_edits_made_and_warns(monkeypatch, caplog, error):
     plain, refined = make_editor(refine=0), make_editor(refine=1)
     plain.edit(EDITS)
-    real, calls = session.EditSession._raise_values, []
+    real, calls = refinement.Refiner._move_values, []
 
     def fails(self, ids):
         calls.append(list(ids))
-        monkeypatch.setattr(finding, "search_within_memory", raising)
+        monkeypatch.setattr(value_search, "search_within_memory", raising)
         try:
-            real(self, ids)
+            return real(self, ids)
         finally:
-            monkeypatch.setattr(finding, "search_within_memory", search)
+            monkeypatch.setattr(value_search, "search_within_memory", search)
 
     def raising(*_args):
         raise error("made to fail")
 
-    search = finding.search_within_memory
-    monkeypatch.setattr(session.EditSession, "_raise_values", fails)
+    search = value_search.search_within_memory
+    monkeypatch.setattr(refinement.Refiner, "_move_values", fails)
     batches = []
     records = refined.edit(EDITS, on_batch=batches.append)
     assert len(calls) == 3, "behind each batch, and at the end of the call"
     assert [len(batch) for batch in batches] == [10, 10]
-    assert "could not be refined: made to fail" in caplog.text
+    assert "were not refined: made to fail" in caplog.text
     assert [record.state for record in records] == ["active"] * 20
     assert_same(refined, plain)
 
@@ -189,7 +190,7 @@ def test_ctrl_c_in_a_round_leaves_the_edits_made(monkeypatch):
     def pressed(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session.EditedLayers, "raise_values", pressed)
+    monkeypatch.setattr(EditedLayers, "move_values", pressed)
     with pytest.raises(KeyboardInterrupt):
         refined.edit(EDITS[:10])
     assert_same(refined, plain)
@@ -204,21 +205,21 @@ def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, k
     with make_editor(tmp_path, stored_rows=keys) as editor:
         editor.edit(EDITS)
         if snapshot:
-            editor._recorder.snapshot(editor._session.layers, editor._session.progress)
+            editor._recorder.snapshot(editor._session.layers)
     with Store(tmp_path, write=False) as store:
         assert [entry.kind for entry in store.entries].count("revise") >= 2
-    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert_same(opened, undisturbed)
         for one in (opened, undisturbed):
             one.undo([2, 5, 11, 12])
         assert_same(opened, undisturbed)
-    with rf.Editor.open(tmp_path, *load_demo_model()) as opened:
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert_same(opened, undisturbed)
         opened.undo(opened._session.ledger.active)
         assert all(torch.equal(value, start[name]) for name, value in weights(opened).items())
 
 
 def test_an_edit_whose_search_found_no_value_that_states_it_is_not_refined(monkeypatch):
-    monkeypatch.setattr(session.EditSession, "_raise_values", lambda *_: pytest.fail("nothing had been found"))
+    monkeypatch.setattr(refinement.Refiner, "_move_values", lambda *_: pytest.fail("nothing had been found"))
     editor = make_editor(search={"clamp": 0.01})
     assert all(record.search_rank > 1 and not record.success for record in editor.edit(EDITS[:4]))

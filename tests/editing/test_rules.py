@@ -103,9 +103,12 @@ def test_several_layers_share_as_memit_does_under_another_rule():
 @pytest.mark.parametrize("rule", BASELINES)
 def test_settings_that_only_the_recursive_rule_knows_are_refused_with_the_settings(rule):
     options = OPTIONS.get(rule, {})
-    for name, value in (("key_rows", "contexts"), ("refine", 1)):
-        with pytest.raises(InputError, match=f"{name}={value!r} needs rule='rls', got rule='{rule}'; leave {name} out"):
-            EditConfig(rule=rule, rule_options=options, **{name: value})
+    for name, value, given in (
+        ("contexts.rows", "contexts", {"contexts": {"rows": "contexts"}}),
+        ("refine", 1, {"refine": 1}),
+    ):
+        with pytest.raises(InputError, match=f"{name}={value!r} requires rule='rls', got rule='{rule}'; omit {name}"):
+            EditConfig(rule=rule, rule_options=options, **given)
     plain = EditConfig(rule=rule, rule_options=options)
     same = EditConfig(rule=rule, rule_options=options, contexts={"rows": "mean"}, refine=0)
     for config in (plain, same):
@@ -126,13 +129,13 @@ def test_a_bfloat16_model_keeps_exact_masters_under_any_rule():
 
 def test_norm_anchoring_gives_every_value_the_norm_of_the_first_ones():
     editor = make_editor(norm_anchor=True)
-    first = editor._session._finder.find(editor.context.prepare(EDITS[:6]), editor._session.progress)
-    later = editor._session._finder.find(editor.context.prepare(EDITS[6:]), editor._session.progress)
+    first = editor._session._finder.find(editor.context.prepare(EDITS[:6]))
+    later = editor._session._finder.find(editor.context.prepare(EDITS[6:]))
     norms = first.goal[:, 0].norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
     assert torch.allclose(later.goal[:, 0].norm(dim=1), norms.mean(), rtol=1e-5)
     other = make_editor()
-    plain = other._session._finder.find(editor.context.prepare(EDITS[:6]), other._session.progress)
+    plain = other._session._finder.find(editor.context.prepare(EDITS[:6]))
     assert float(norms.mean()) == pytest.approx(float(plain.goal[:, 0].norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert said(editor) >= 10

@@ -38,7 +38,7 @@ def demo():
 
 
 def make_editor(demo, people, **changes):
-    editor = rf.Editor(*demo, config=rf.EditConfig(**{**CONFIG, **changes}))
+    editor = rf.Editor(*demo, config=rf.EditConfig(**CONFIG).replace(**changes))
     editor.anchor([r.phrasings[0].format(p.name) + " " + p.facts[r.name] for p in people[100:160] for r in RELATIONS])
     return editor
 

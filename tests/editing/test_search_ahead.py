@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import finding
+from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.value_search import requests_within
@@ -40,13 +40,13 @@ def weight(editor):
 @pytest.fixture
 def searches(monkeypatch):
     """The sizes of the searches that are made."""
-    sizes, real = [], finding.search_within_memory
+    sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):
         sizes.append(len(requests))
         return real(site, requests, *rest)
 
-    monkeypatch.setattr(finding, "search_within_memory", spy)
+    monkeypatch.setattr(value_search, "search_within_memory", spy)
     return sizes
 
 

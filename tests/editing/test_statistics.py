@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from rlsedit_fast import ops
-from rlsedit_fast.editing import statistics
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import read_keys
 from rlsedit_fast.models.projections import find_decoder
-from rlsedit_fast.statistics import KeyStatistics, collect
+from rlsedit_fast.statistics import KeyStatistics, collect, collection
 from rlsedit_fast.statistics.sources import GivenTexts, SelfGenerated, TextFile
 
 LAYERS = (1, 2)
@@ -26,8 +25,8 @@ class Stop(Exception):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Several passes to a window and several windows to sixty texts."""
-    monkeypatch.setattr(statistics, "_PASS", 64)
-    monkeypatch.setattr(statistics, "_WINDOW", 200)
+    monkeypatch.setattr(collection, "_PASS", 64)
+    monkeypatch.setattr(collection, "_WINDOW", 200)
 
 
 @pytest.fixture
@@ -92,12 +91,12 @@ def test_moments_are_the_mean_over_exactly_the_tokens_asked_for(model, tokenizer
 
 
 def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, file, monkeypatch):
-    widths, real = [], statistics.read_keys
+    widths, real = [], collection.read_keys
     monkeypatch.setattr(
-        statistics, "read_keys", lambda *given: widths.append(given[2]["input_ids"].numel()) or real(*given)
+        collection, "read_keys", lambda *given: widths.append(given[2]["input_ids"].numel()) or real(*given)
     )
     whole, passes = run(decoder, tokenizer, file), len(widths)
-    monkeypatch.setattr(statistics, "_CPU_FORWARD", 32)
+    monkeypatch.setattr(collection, "_CPU_FORWARD", 32)
     widths.clear()
     parts = run(decoder, tokenizer, file)
     assert len(widths) > passes
@@ -141,7 +140,7 @@ def test_passes_are_bounded_and_the_text_streams(decoder, tokenizer, monkeypatch
         done.append(tokens)
         ahead.append(len(taken) * 8 - tokens)
 
-    monkeypatch.setattr(statistics, "read_keys", spy)
+    monkeypatch.setattr(collection, "read_keys", spy)
     run(decoder, tokenizer, GivenTexts(endless()), tokens=3000, longest=12, progress=progress)
     assert max(rows * width for rows, width in shapes) <= 64
     assert max(width for _, width in shapes) == 12, "longer texts are read in pieces"
@@ -201,7 +200,7 @@ def test_an_interrupt_waits_until_all_layers_have_the_pass(decoder, tokenizer, f
 
 def test_a_failure_amid_a_pass_leaves_the_checkpoint_before(decoder, tokenizer, file, tmp_path, monkeypatch):
     whole = run(decoder, tokenizer, file)
-    monkeypatch.setattr(statistics, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(collection, "_SAVE_SECONDS", 0.0)
     calls = []
 
     def failing(moment, rows):
@@ -273,7 +272,7 @@ def test_the_model_is_read_in_evaluation_mode_and_left_as_it_was(make_model, tok
 
 def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(statistics, "_WINDOW", 64 * 64)
+    monkeypatch.setattr(collection, "_WINDOW", 64 * 64)
     passes, exact = [], torch.zeros(96, 96, dtype=torch.float64)
 
     def keys(_decoder, projections, inputs):
@@ -282,7 +281,7 @@ def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, mon
         exact.addmm_(seen.flatten(0, 1).double().T, seen.flatten(0, 1).double())
         return {projections[0].layer: seen}, None
 
-    monkeypatch.setattr(statistics, "read_keys", keys)
+    monkeypatch.setattr(collection, "read_keys", keys)
     endless = (" ".join(WORDS[:7]) for _ in iter(int, 1))  # with the first token 8 to a text
     found = run(decoder, tokenizer, GivenTexts(endless), layers=(1,), tokens=64 * 1000)
     assert len(passes) == 1000

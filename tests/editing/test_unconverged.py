@@ -32,7 +32,7 @@ def make_editor(unconverged, **changes):
         "search": {"steps": 40, "stop_nll": 0.03},
         "prior": {"lam": 0.1},
     }
-    return rf.Editor(model, tokenizer, config=rf.EditConfig(**settings | {"unconverged": unconverged} | changes))
+    return rf.Editor(model, tokenizer, config=rf.EditConfig(**settings).replace(unconverged=unconverged, **changes))
 
 
 def says(editor, edit):
@@ -75,7 +75,7 @@ def test_skipped_edits_are_recorded_and_leave_no_trace():
     assert [r.id for r in editor.history()] == [1, 2, 3]
     assert (records[1].realized, records[1].search_converged) == (0.0, False)
     torch.testing.assert_close(weight(editor), weight(without), rtol=1e-4, atol=1e-5)
-    with pytest.raises(rf.errors.InputError, match="not those of active edits"):
+    with pytest.raises(rf.errors.InputError, match="not ids of active edits"):
         editor.undo(2)
     editor.undo([1, 3])
     assert torch.equal(weight(editor), weight(make_editor("skip")))
@@ -126,7 +126,8 @@ def test_refused_batches_change_nothing_and_name_the_edits():
     editor = make_editor("raise", batch_size=2)
     start = weight(editor)
     with pytest.raises(
-        UpdateError, match=rf"1 of 2 edits did not reach.*'{PEOPLE[1].name}' -> '<pad> <pad> <pad>' \(rank"
+        UpdateError,
+        match=rf"the value search of 1 of 2 edits did not converge.*'{PEOPLE[1].name}' -> '<pad> <pad> <pad>' \(rank",
     ):
         editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
     assert torch.equal(weight(editor), start)
@@ -169,6 +170,6 @@ def test_of_a_subjects_edits_only_those_are_left_out_that_must_be():
 
 def test_only_edits_that_were_written_are_warned_about(caplog):
     make_editor("skip").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
-    assert "does not state them" not in caplog.text
+    assert "does not state their targets" not in caplog.text
     make_editor("keep").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
-    assert "1 of 2 edits were written and the model does not state them" in caplog.text
+    assert "1 of 2 edits are applied but the model does not state their targets" in caplog.text

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlsedit_fast.editing import Edit, EditConfig, values
+from rlsedit_fast import Edit, EditConfig
+from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.editing.value_search import search_values
 from rlsedit_fast.models.passes import quiet
@@ -31,7 +32,7 @@ def search(model, tokenizer, edits, config=CONFIG, groups=None):
     with quiet(model):
         site = find_site(with_prefixes(decoder, longest=64), decoder.select(config.layers))
         assert site.decoder.prefixed
-        return search_values(site, prepare(tokenizer, edits, config, longest=64), config, groups)
+        return search_values(site, prepare(tokenizer, edits, config, longest=64), config.search, groups)
 
 
 def plain_search(model, tokenizer, edit, config, place=None):
@@ -228,10 +229,9 @@ def test_value_makes_the_target_likelier(model, tokenizer):
         model,
         tokenizer,
         EDITS,
-        EditConfig(
+        CONFIG.replace(
             **{
                 "search": {"clamp": 1e-9},
-                **vars(CONFIG),
             }
         ),
     )
@@ -239,10 +239,9 @@ def test_value_makes_the_target_likelier(model, tokenizer):
 
 
 def test_clamp_bounds_the_change(model, tokenizer):
-    tight = EditConfig(
+    tight = CONFIG.replace(
         **{
             "search": {"clamp": 0.2, "stop_nll": 0.0},
-            **vars(CONFIG),
         }
     )
     found = search(model, tokenizer, EDITS, tight)
@@ -250,24 +249,22 @@ def test_clamp_bounds_the_change(model, tokenizer):
         model,
         tokenizer,
         EDITS,
-        EditConfig(
+        tight.replace(
             **{
                 "search": {"clamp": 100.0},
-                **vars(tight),
             }
         ),
     )
     assert bool((found.delta.norm(dim=1) < loose.delta.norm(dim=1)).all())
     assert not bool(found.converged.any())
-    assert found.steps.tolist() == [tight.search_steps] * 3
+    assert found.steps.tolist() == [tight.search.steps] * 3
 
 
 def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
-    tight = EditConfig(
+    tight = CONFIG.replace(
         **{
             "search": {"clamp": 0.05, "stop_nll": 0.0},
             "fact_token": "subject_last",
-            **vars(CONFIG),
         }
     )
     found = search(model, tokenizer, EDITS, tight)
@@ -282,17 +279,16 @@ def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
 
 
 def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, tokenizer):
-    lenient = EditConfig(
+    lenient = CONFIG.replace(
         **{
             "search": {"stop_nll": 50.0},
-            **vars(CONFIG),
         }
     )
     found = search(model, tokenizer, EDITS, lenient)
     assert bool((found.steps > 0).all())
     assert bool(found.converged.any())
     # The steps ran out on what is not ranked first even then, and no NLL makes up for it.
-    assert found.converged.tolist() == (found.steps < lenient.search_steps).tolist()
+    assert found.converged.tolist() == (found.steps < lenient.search.steps).tolist()
 
 
 def test_requests_that_are_done_leave_the_batch(model, tokenizer):
@@ -354,7 +350,7 @@ def test_parts_that_fit_memory_find_what_the_batch_finds(model, tokenizer, monke
     decoder = find_decoder(model)
     edits = [*EDITS, *(Edit(e.prompt, "Voluvu Lado", e.target) for e in EDITS)]
     groups = [[5, 0], [1], [2], [3], [4]]
-    real, sizes = values.search_values, []
+    real, sizes = value_search.search_values, []
 
     def narrow(site, requests, config, groups):
         sizes.append(len(requests))
@@ -366,8 +362,8 @@ def test_parts_that_fit_memory_find_what_the_batch_finds(model, tokenizer, monke
         site = find_site(decoder, decoder.select(CONFIG.layers))
         requests = prepare(tokenizer, edits, CONFIG, longest=64)
         whole = search_values(site, requests, CONFIG, groups)
-        monkeypatch.setattr(values, "search_values", narrow)
-        found, at_once = values.search_within_memory(site, requests, CONFIG, groups, 6)
+        monkeypatch.setattr(value_search, "search_values", narrow)
+        found, at_once = value_search.search_within_memory(site, requests, CONFIG, groups, 6)
     assert at_once == {1: 1, 2: 1, 3: 3, 6: 6}[room]
     assert sizes[0] == 6
     torch.testing.assert_close(found.delta, whole.delta, rtol=1e-3, atol=1e-3)
@@ -381,10 +377,10 @@ def test_memory_for_not_even_one_is_an_error(model, tokenizer, monkeypatch):
     def fails(*_args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(values, "search_values", fails)
+    monkeypatch.setattr(value_search, "search_values", fails)
     decoder = find_decoder(model)
     requests = prepare(tokenizer, EDITS, CONFIG, longest=64)
     with quiet(model):
         site = find_site(decoder, decoder.select(CONFIG.layers))
         with pytest.raises(torch.OutOfMemoryError):
-            values.search_within_memory(site, requests, CONFIG, [[0], [1], [2]], 3)
+            value_search.search_within_memory(site, requests, CONFIG, [[0], [1], [2]], 3)

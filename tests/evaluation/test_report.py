@@ -31,8 +31,8 @@ def run(
         if label.startswith("rls"):
             enter(edits, "layer 0", "deviation", "bound", bound)
     settings = {"label": label, "stream": stream, "edits": 200, "seed": seed, "order": 0, "judged": None}
-    fields = {"rule": label, "rule_options": {}, "batch_size": 10, "prior": {"lam": None, "ridge": 0.01}, "layers": [0]}
-    fields |= {"prior": {"adherence": EditConfig().adherence}} | config
+    fields = {"rule": label, "rule_options": {}, "batch_size": 10, "layers": [0]}
+    fields |= {"prior": EditConfig().prior.model_dump()} | config
     return {
         "plan": settings | {"config": fields},
         "rows": rows,
@@ -159,11 +159,14 @@ def test_page_is_self_contained_and_responsive(folder):
 
 
 def test_grid_marks_the_selected_setting(folder):
-    tried = [run("memit_0", 0, efficacy=0.8, rule="memit", lam=0.0), run("memit_1", 0, rule="memit", lam=0.0)]
-    tried[1]["plan"]["config"]["adherence"] = 0.99
+    tried = [
+        run("memit_0", 0, efficacy=0.8, rule="memit", prior={"lam": 0.0, "adherence": EditConfig().prior.adherence}),
+        run("memit_1", 0, rule="memit", prior={"lam": 0.0, "adherence": EditConfig().prior.adherence}),
+    ]
+    tried[1]["plan"]["config"]["prior"]["adherence"] = 0.99
     _, text = written(folder(rules=[run("rls", 1), run("memit", 1)], tuning=tried))
     assert "| memit | lam 0, adherence 0.99 ← |" in text
-    assert f"| memit | lam 0, adherence {EditConfig().adherence:g} |" in text
+    assert f"| memit | lam 0, adherence {EditConfig().prior.adherence:g} |" in text
 
 
 def test_folder_without_results_is_rejected(tmp_path):

@@ -94,7 +94,7 @@ def test_the_share_that_arrives_is_the_adherence(batch):
 @pytest.mark.slow
 def test_the_share_that_arrives_in_one_layer_is_the_adherence(smollm2, anchor_texts, counterfact):
     edits = [fact.edit for fact in counterfact(12, 100)]
-    _, records = edited(smollm2, anchor_texts, edits, layers=(5,), adherence=0.95, refine=0)
+    _, records = edited(smollm2, anchor_texts, edits, layers=(5,), prior={"adherence": 0.95}, refine=0)
     assert sum(record.realized for record in records) / len(records) == pytest.approx(0.95, abs=0.02)
 
 

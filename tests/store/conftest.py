@@ -56,7 +56,7 @@ def tiny_config(**changes) -> rf.EditConfig:
         "search": {"steps": 3, "clamp": 4.0},
         "delay": 8,
     }
-    return rf.EditConfig(**{**base, **changes})
+    return rf.EditConfig(**base).replace(**changes)
 
 
 @pytest.fixture

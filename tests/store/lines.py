@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from rlsedit_fast.editing import finding, session
+from rlsedit_fast.editing import refinement, value_search
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import make_tiny
@@ -68,7 +67,7 @@ def ended_at(
             else:
                 editor = make_editor(model, tokenizer, store, refine=refine)
                 if not earlier:
-                    session.EditSession.earlier = lambda *_: []
+                    refinement.Refiner.earlier_ids = lambda *_: []
                 sys.settrace(on_call)
                 perform(editor, operation)
             sys.settrace(None)
@@ -95,8 +94,8 @@ def state_of(model_of, tokenizer, store: Path) -> bytes:
 def main(folder: Path, points: int) -> dict[str, int]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    finding.search_within_memory = values_by_name
-    session._better = lambda *_: True  # accept every refinement, since values are random
+    value_search.search_within_memory = values_by_name
+    refinement._is_better = lambda *_: True  # accept every refinement, since values are random
     directory.MAX_REPLAYED = 6
     draw, tokenizer = random.Random(1), build_tokenizer()
     model = make_tiny(len(tokenizer))

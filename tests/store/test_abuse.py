@@ -26,7 +26,7 @@ from rlsedit_fast.store.journal import Journal
 
 from .conftest import ANCHORS, assert_same, assert_same_weights, history_of, make_edits, make_tiny, tiny_config, weights
 
-CONFIG = tiny_config(values="gradient", prior={"lam": 0.5, "mu": 2.0})
+CONFIG = tiny_config(prior={"lam": 0.5, "mu": 2.0})
 
 
 def make_editor(model, tokenizer, store) -> rf.Editor:
@@ -60,9 +60,9 @@ def used(tiny, tokenizer, tmp_path):
     editor = make_editor(tiny(), tokenizer, place)
     editor.edit(make_edits(8))
     editor.undo(3)
-    editor._recorder.snapshot(editor._session.layers, editor._session.progress)
+    editor._recorder.snapshot(editor._session.layers)
     editor.edit(make_edits(4, start=8))
-    editor._recorder.snapshot(editor._session.layers, editor._session.progress)
+    editor._recorder.snapshot(editor._session.layers)
     editor.edit(make_edits(2, start=12))
     editor.close()
     return place, editor
@@ -107,7 +107,7 @@ def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_p
         (disk / "filler").unlink()
         editor.edit(make_edits(2, start=made))
         editor.close()
-        assert_same(rf.Editor.open(disk / "store", tiny(), tokenizer), editor)
+        assert_same(rf.Editor(tiny(), tokenizer), editor, store=disk / "store")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def test_changes_that_cannot_be_written_are_not_applied(tiny, tokenizer, tmp_pat
     for action in actions:
         action()
     editor.close()
-    assert_same(rf.Editor.open(tmp_path, make_tiny(len(tokenizer)), tokenizer), editor)
+    assert_same(rf.Editor(make_tiny(len(tokenizer)), tokenizer), editor, store=tmp_path)
 
 
 @pytest.mark.parametrize("doubtful", [False, True])
@@ -167,11 +167,11 @@ def test_failed_commit_is_rolled_back(tiny, tokenizer, tmp_path, monkeypatch, do
         with unchanged(editor), pytest.raises(StoreError, match="closed for writing"):
             editor.edit(make_edits(2, start=4))
         editor.close()
-        editor = rf.Editor.open(tmp_path, tiny(), tokenizer)
+        editor = rf.Editor(tiny(), tokenizer, store=tmp_path)
         assert len(editor.history()) == 4
     editor.edit(make_edits(2, start=4))
     editor.close()
-    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
 
 
 def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp_path, monkeypatch, caplog):
@@ -190,7 +190,7 @@ def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp
     editor.edit(make_edits(2, start=2))
     assert "the edits are in the store, but no new snapshot is" in caplog.text
     editor.close()
-    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
 
 
 def test_consolidation_without_compaction_is_logged(tiny, tokenizer, tmp_path, monkeypatch, caplog):
@@ -209,7 +209,7 @@ def test_consolidation_without_compaction_is_logged(tiny, tokenizer, tmp_path, m
     monkeypatch.undo()
     editor.edit(make_edits(2, start=6))
     editor.close()
-    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
 
 
 def test_read_only_folder_can_be_read_but_not_opened(tiny, tokenizer, tmp_path, used):
@@ -222,7 +222,7 @@ def test_read_only_folder_can_be_read_but_not_opened(tiny, tokenizer, tmp_path, 
         assert read_status(copy).edits["active"] == 13
         model = tiny()
         with pytest.raises(StoreError, match="Make the folder of the store writable"):
-            rf.Editor.open(copy, model, tokenizer)
+            rf.Editor(model, tokenizer, store=copy)
         assert_same_weights(model, tiny())
         with pytest.raises(StoreError, match="cannot be created"):
             rf.Editor(model, tokenizer, config=CONFIG, store=tmp_path / "disk" / "other")
@@ -266,7 +266,7 @@ def test_damaged_files_are_named_and_not_used(tiny, tokenizer, tmp_path, used, c
             model = tiny()
             opened, message = None, ""
             try:
-                opened = rf.Editor.open(copy, model, tokenizer)
+                opened = rf.Editor(model, tokenizer, store=copy)
             except StoreError as error:
                 message = str(error)
             if opened is None:
@@ -290,12 +290,12 @@ def test_damaged_snapshot_falls_back_to_the_one_before(tiny, tokenizer, used, ca
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    opened = rf.Editor.open(place, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=place)
     assert_same(opened, editor)
     assert newest.name in caplog.text
     opened.close()
     older.unlink()
-    assert_same(rf.Editor.open(place, tiny(), tokenizer), editor)
+    assert_same(rf.Editor(tiny(), tokenizer), editor, store=place)
     assert older.name in caplog.text
 
 
@@ -318,7 +318,7 @@ def test_truncated_write_ahead_log_is_detected(tiny, tokenizer, tmp_path, how):
         log.unlink()
     model = tiny()
     with pytest.raises(StoreError, match=r"journal\.db"):
-        rf.Editor.open(copy, model, tokenizer)
+        rf.Editor(model, tokenizer, store=copy)
     assert_same_weights(model, tiny())
 
 
@@ -327,7 +327,7 @@ def test_one_writer_at_a_time_and_the_lock_holder_is_named(tiny, tokenizer, tmp_
         editor.edit(make_edits(2))
         model = tiny()
         with pytest.raises(StoreError, match=f"is locked by process {os.getpid()} on .* since .*one writer"):
-            rf.Editor.open(tmp_path, model, tokenizer)
+            rf.Editor(model, tokenizer, store=tmp_path)
         assert_same_weights(model, tiny())
         other = (
             "from rlsedit_fast.store import Store; from rlsedit_fast.errors import StoreError\n"
@@ -338,21 +338,21 @@ def test_one_writer_at_a_time_and_the_lock_holder_is_named(tiny, tokenizer, tmp_
         assert len(read_history(tmp_path)) == 2, "reading needs no lock"
         editor.edit(make_edits(2, start=2))
         assert len(read_history(tmp_path)) == 4
-    with rf.Editor.open(tmp_path, tiny(), tokenizer) as opened:
+    with rf.Editor(tiny(), tokenizer, store=tmp_path) as opened:
         assert_same(opened, editor)
     with unchanged(editor), pytest.raises(StoreError, match="closed for writing"):
         editor.edit(make_edits(2, start=4))
 
 
-@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it or a newer one$"), (2, "wrote it$"), (1, "wrote it$")])
+@pytest.mark.parametrize(("schema", "advice"), [(7, "wrote it or a newer one$"), (3, "wrote it$"), (1, "wrote it$")])
 def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advice):
     place, _ = used
     base = sqlite3.connect(place / "journal.db")
     base.execute(f"PRAGMA user_version = {schema}")
     base.close()
     model = tiny()
-    for open_it in (lambda: rf.Editor.open(place, model, tokenizer), lambda: read_history(place)):
-        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 3.*{advice}"):
+    for open_it in (lambda: rf.Editor(model, tokenizer, store=place), lambda: read_history(place)):
+        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 4.*{advice}"):
             open_it()
     assert_same_weights(model, tiny())
 
@@ -366,7 +366,7 @@ def test_other_models_are_rejected(tiny, tokenizer, used):
     for model in (other, tiny(torch.bfloat16), editor.model, finite):
         before = weights(model)
         with pytest.raises(StoreError, match=r"was made with the model .*Nothing was changed"):
-            rf.Editor.open(place, model, tokenizer)
+            rf.Editor(model, tokenizer, store=place)
         now = model.state_dict()
         assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
 
@@ -381,7 +381,7 @@ def test_nan_in_the_model_rejects_the_batch(tiny, tokenizer, tmp_path):
         editor.edit(make_edits(2, start=4))
     assert (editor._recorder.store.last, history_of(editor)) == (last, history)
     editor.close()
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert history_of(opened) == history
 
 
@@ -411,7 +411,7 @@ def test_ctrl_c_during_commit_is_deferred(tiny, tokenizer, tmp_path, monkeypatch
     monkeypatch.undo()
     editor.edit(make_edits(2, start=8))
     editor.close()
-    assert_same(rf.Editor.open(tmp_path, tiny(), tokenizer), editor)
+    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
 
 
 def test_prepared_changes_are_synced_before_commit(tmp_path, monkeypatch):
@@ -480,7 +480,7 @@ def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenize
 
     ask()
     editor.close()
-    opened = rf.Editor.open(tmp_path / "store", make_tiny(len(tokenizer)), tokenizer)
+    opened = rf.Editor(make_tiny(len(tokenizer)), tokenizer, store=tmp_path / "store")
     assert_same(opened, editor)
     assert len(opened.history()) > 3
 
@@ -540,7 +540,7 @@ def test_exception_from_outside_after_the_commit_loses_nothing(tiny, tokenizer, 
     with unchanged(editor), pytest.raises(StoreError, match="Open it again"):
         editor.edit(make_edits(2, start=4))
     editor.close()
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert [record.state for record in opened.history()] == ["active"] * 6
 
 
@@ -566,7 +566,7 @@ def test_calibration_is_interrupted_before_or_after_its_commit(tiny, tokenizer, 
     else:
         editor.edit(make_edits(4))
     editor.close()
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert len(opened.priors) == 2
     assert len(opened.history()) == (0 if from_outside else 4)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.editing import records
 from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.answers import answers
@@ -50,12 +51,12 @@ def stream(made, tmp_path):
 def test_undoing_a_random_half_equals_applying_only_the_other_half(stream):
     """Undone one by one and in groups, with reopening; the original answers return."""
     store, edits, before, undone = stream
-    editor = rf.Editor.open(store, *load_demo_model())
+    editor = rf.Editor(*load_demo_model(), store=store)
     order = random.Random(4).sample(undone, len(undone))
     for identity in order[:60]:
         editor.undo(identity)
     editor.close()
-    editor = rf.Editor.open(store, *load_demo_model())
+    editor = rf.Editor(*load_demo_model(), store=store)
     for at in range(60, 250, 38):
         editor.undo(order[at : at + 38])
 
@@ -86,17 +87,17 @@ def test_contradicting_edit_replaces_the_old_one_and_both_are_listed(stream):
     store, edits, *_ = stream
     other = next(edit.target for edit in edits if edit.prompt == edits[0].prompt and edit.target != edits[0].target)
     contradiction = replace(edits[0], target=other)
-    with rf.Editor.open(store, *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store=store) as editor:
         (record,) = editor.edit([contradiction])
         assert answers(editor.model, editor.tokenizer, questions([contradiction])) == [other]
-    with rf.Editor.open(store, *load_demo_model()) as editor:
+    with rf.Editor(*load_demo_model(), store=store) as editor:
         history = {r.id: r for r in editor.history()}
         assert (history[1].state, history[1].target) == ("replaced", edits[0].target)
         assert (history[record.id].state, history[record.id].target) == ("active", other)
 
 
 def test_edits_are_selected_by_id_subject_number_and_time(tiny, tokenizer, tmp_path):
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
         editor.anchor(ANCHORS)
         edits = make_edits(6)
         editor.edit(edits)
@@ -113,9 +114,9 @@ def test_edits_are_selected_by_id_subject_number_and_time(tiny, tokenizer, tmp_p
             with pytest.raises(InputError):
                 editor.select(**wrong)
         with pytest.raises(InputError, match="no active edit matches"):
-            editor.undo(since=datetime.now() + timedelta(days=1))
-        assert [r.id for r in editor.undo(subject=edits[1].subject)] == [2, 7]
-        made = editor.replace(last=2, target="organ")
+            editor.undo(editor.select(since=datetime.now()) + timedelta(days=1))
+        assert [r.id for r in editor.undo(editor.select(subject=edits[1].subject))] == [2, 7]
+        made = editor.replace(editor.select(last=2), target="organ")
         subjects = [edits[5].subject, make_edits(1, 20)[0].subject]
         assert [(r.subject, r.target) for r in made] == [(subject, "organ") for subject in subjects]
         assert editor.replace(1, target="organ").id == 11
@@ -140,7 +141,6 @@ def test_undo_removes_all_edits_with_one_removal_per_layer(tiny, tokenizer, monk
 
 
 def test_order_is_kept_if_the_clock_goes_backwards(tiny, tokenizer, tmp_path, monkeypatch, caplog):
-    from rlsedit_fast.editing import progress
 
     class Clock(datetime):
         moment = datetime(2030, 5, 1, tzinfo=timezone.utc)
@@ -149,17 +149,17 @@ def test_order_is_kept_if_the_clock_goes_backwards(tiny, tokenizer, tmp_path, mo
         def now(cls, tz=None):
             return cls.moment
 
-    monkeypatch.setattr(progress, "datetime", Clock)
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+    monkeypatch.setattr(records, "datetime", Clock)
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
         editor.edit(make_edits(2))
     Clock.moment -= timedelta(days=400)
-    with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
+    with rf.Editor(tiny(), tokenizer, store=tmp_path) as editor:
         editor.edit(make_edits(2, start=2))
         times = [record.time for record in editor.history()]
         assert times == sorted(times)
-        assert "the clock says 2029-03-27" in caplog.text
+        assert "the clock (2029-03-27" in caplog.text
         assert editor.select(since=times[2]) == [1, 2, 3, 4]
-        editor.undo(last=2)
+        editor.undo(editor.select(last=2))
     assert [r.state for r in editor.history()] == ["active", "active", "undone", "undone"]
 
 
@@ -167,7 +167,7 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
     from rlsedit_fast.store import directory
 
     monkeypatch.setattr(directory, "MAX_REPLAYED", 3)
-    config = tiny_config(values="gradient")
+    config = tiny_config()
     with rf.Editor(tiny(), tokenizer, config=config, store=tmp_path) as editor:
         editor.anchor(ANCHORS)
         editor.protect(["Lado speaks Kubeish ."])
@@ -185,12 +185,12 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
         assert editor.status().sample.key_shift == pytest.approx([0.0, 0.0], abs=1e-5)
         assert all(len(state._pending) == 0 for state in editor._session.layers.states), "no row is pending"
     assert len(list((tmp_path / "changes").iterdir())) == 2
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert_same(opened, editor)
     opened.close()
     (snapshot,) = (tmp_path / "snapshots").iterdir()
     snapshot.write_bytes(b"gone")
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert_same(opened, editor)
     for one in (opened, rf.Editor(tiny(), tokenizer, config=config)):
         if one is not opened:  # the same without a store
@@ -206,7 +206,7 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
     opened.undo(opened._session.ledger.active)
     opened.consolidate()
     opened.close()
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert [state.edits for state in opened._session.layers.states] == [len(opened._session.layers.protected)] * 2
     assert {record.state for record in opened.history()} == {"undone"}
     with pytest.raises(InputError, match="nothing has been edited"):
@@ -248,7 +248,7 @@ def distances(editor):
 def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
     from rlsedit_fast.editing.recovery import read_status
 
-    with rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"), store=tmp_path) as editor:
+    with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
         assert editor.status().edits_left is None
         editor.anchor(ANCHORS)
         editor.edit(make_edits(12))
@@ -272,14 +272,14 @@ def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
         assert editor.status(sample=3).sample.edits == 3
         assert editor.status(sample=0).sample is None
         assert editor.status(budget=1e-3).edits_left == 0
-        assert "over the budget" in " ".join(editor.status(budget=1e-3).warnings)
-        assert "fell short" in " ".join(status.warnings)
+        assert "exceeds the budget" in " ".join(editor.status(budget=1e-3).warnings)
+        assert "did not converge" in " ".join(status.warnings)
         with pytest.raises(InputError, match="budget=0"):
             editor.status(budget=0)
     without = read_status(tmp_path, budget=5.0)
     assert (without.edits, without.edits_left, without.spent) == (status.edits, status.edits_left, status.spent)
     assert all(layer.residual > 0 for layer in without.layers), "from the last snapshot"
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer).status(budget=5.0)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path).status(budget=5.0)
     assert opened.layers == status.layers
 
 
@@ -307,7 +307,7 @@ def test_unused_adherence_is_not_reported():
 def test_drift_warning_recommends_consolidation(tiny, tokenizer, monkeypatch):
     from rlsedit_fast.rls import monitor
 
-    editor = rf.Editor(tiny(), tokenizer, config=tiny_config(values="gradient"))
+    editor = rf.Editor(tiny(), tokenizer, config=tiny_config())
     editor.anchor(ANCHORS)
     editor.edit(make_edits(6))
     assert not [w for w in editor.status().warnings if "drifted" in w]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
+from rlsedit_fast.editing import value_search
 from rlsedit_fast.errors import InputError, RequestError, StoreError
 from rlsedit_fast.store import Store
 
@@ -36,7 +37,7 @@ def run_part(editor: rf.Editor, part: int) -> None:
         (torch.bfloat16, {"values": "gradient"}),
         (torch.float16, {"stored_rows": "fp16"}),
         (torch.float32, {"contexts": {"prefixes": CONTEXTS}}),
-        (torch.bfloat16, {"contexts": {"prefixes": CONTEXTS}, "stored_rows": "fp16", "values": "gradient"}),
+        (torch.bfloat16, {"contexts": {"prefixes": CONTEXTS}, "stored_rows": "fp16"}),
         (torch.float32, {"contexts": {"prefixes": CONTEXTS, "rows": "mean"}}),
     ],
     ids=str,
@@ -50,7 +51,7 @@ def test_reopened_editor_equals_the_closed_one(tiny, tokenizer, tmp_path, dtype,
         run_part(editor, part)
         editor.close()
         assert_same(editor, whole)
-    opened = rf.Editor.open(tmp_path / "store", tiny(dtype), tokenizer)
+    opened = rf.Editor(tiny(dtype), tokenizer, store=tmp_path / "store")
     assert_same(opened, whole)
     assert opened.config == config
     assert [r.time for r in opened.history()] == [r.time for r in editor.history()]
@@ -64,7 +65,7 @@ def test_joint_edits_of_one_subject_are_restored(tiny, tokenizer, tmp_path):
         editor.edit([*make_edits(3), edits[0]])
         editor.edit([edits[1]])
     editors[1].close()
-    editors[1] = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    editors[1] = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert [r.joint_with for r in editors[1].history()] == [(), (), (), (5,), (4,)]
     for editor in editors:
         editor.edit([rf.Edit("{} is", "Toze Lado", "mason")])
@@ -98,7 +99,7 @@ def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer
     replayed: list[int] = []
     real = EditedLayers.transaction
     monkeypatch.setattr(EditedLayers, "transaction", lambda self: replayed.append(1) or real(self))
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert len(replayed) <= 2
     if config.stored_rows is not None:
         assert_same(opened, whole)
@@ -124,24 +125,24 @@ def test_without_keys_the_store_is_small_and_undo_is_rejected(tiny, tokenizer, t
             lambda: editor.edit(make_edits(1)),
             lambda: editor.edit([rf.Edit("{} sees", make_edits(1)[0].subject, "mason")]),
         ):
-            with pytest.raises(RequestError, match=r"not kept \(keys=None\)"):
+            with pytest.raises(RequestError, match=r"not kept \(stored_rows=None\)"):
                 refused()
         assert all(torch.equal(value, editor.model.state_dict()[name]) for name, value in before.items())
         editor.edit(make_edits(2, start=20))
     (tmp_path / "snapshots").joinpath(max(p.name for p in (tmp_path / "snapshots").iterdir())).write_bytes(b"x")
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
+    opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert_same_weights(opened.model, editor.model)
     opened.close()
     for path in (tmp_path / "snapshots").iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(StoreError, match="keys=None"):
-        rf.Editor.open(tmp_path, tiny(), tokenizer)
+    with pytest.raises(StoreError, match="stored_rows=None"):
+        rf.Editor(tiny(), tokenizer, store=tmp_path)
 
 
 def test_fp16_keys_need_half_the_space_and_undo_is_as_exact(tiny, tokenizer, tmp_path):
     sizes, errors = [], []
     for keys in ("full", "fp16"):
-        config = tiny_config(stored_rows=keys, prior={"lam": 1.0}, values="gradient", batch_size=20)
+        config = tiny_config(stored_rows=keys, prior={"lam": 1.0}, batch_size=20)
         editor = rf.Editor(tiny(), tokenizer, config=config, store=tmp_path / keys)
         editor.edit(make_edits(12))
         sizes.append(sum(path.stat().st_size for path in (tmp_path / keys / "changes").iterdir()))
@@ -187,15 +188,14 @@ def test_fixed_settings_are_rejected_and_others_may_change(tiny, tokenizer, tmp_
             rf.Editor(tiny(), tokenizer, config=tiny_config(**changes), store=tmp_path)
     with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search={"steps": 2}), store=tmp_path) as editor:
         assert editor.config.batch_size == 3
-    with rf.Editor.open(tmp_path, tiny(), tokenizer) as editor:
+    with rf.Editor(tiny(), tokenizer, store=tmp_path) as editor:
         assert editor.config.search.steps == 3, "the store is unchanged until an edit is applied"
     with rf.Editor(tiny(), tokenizer, config=tiny_config(batch_size=3, search={"steps": 2}), store=tmp_path) as editor:
         editor.edit(make_edits(1, start=2))
-    assert rf.Editor.open(tmp_path, tiny(), tokenizer).config.search.steps == 2
+    assert rf.Editor(tiny(), tokenizer, store=tmp_path).config.search.steps == 2
 
 
 def test_failed_first_batch_leaves_an_empty_store(tiny, tokenizer, tmp_path, monkeypatch):
-    from rlsedit_fast.editing import finding
     from rlsedit_fast.errors import UpdateError
 
     editor = rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path)
@@ -203,7 +203,7 @@ def test_failed_first_batch_leaves_an_empty_store(tiny, tokenizer, tmp_path, mon
     def fails(*_args, **_options):
         raise UpdateError("made to fail")
 
-    monkeypatch.setattr(finding, "search_within_memory", fails)
+    monkeypatch.setattr(value_search, "search_within_memory", fails)
     with pytest.raises(UpdateError):
         editor.edit(make_edits(2))
     monkeypatch.undo()
@@ -223,19 +223,5 @@ def test_from_pretrained_with_a_store(tiny, tokenizer, tmp_path):
     again = rf.Editor.from_pretrained(tmp_path / "model", store=str(store))
     assert_same(again, editor)
     with pytest.raises(StoreError, match="does not contain a store"):
-        rf.Editor.open(tmp_path / "none", tiny(), tokenizer)
+        rf.Editor(tiny(), tokenizer, store=tmp_path / "none")
     assert not (tmp_path / "none").exists()
-
-
-def test_scale_of_gradient_values_is_restored_from_the_snapshot(tiny, tokenizer, tmp_path):
-    """The batch before the snapshot was undone and is not replayed."""
-    with rf.Editor(
-        tiny(), tokenizer, config=tiny_config(values="gradient", prior={"lam": 0.5}), store=tmp_path
-    ) as editor:
-        editor.edit(make_edits(4))
-        editor.edit(make_edits(2, start=40))
-        editor.undo([5, 6])
-        editor._recorder.snapshot(editor._session.layers, editor._session.progress)
-        editor.protect(["Lado speaks Kubeish ."])
-    opened = rf.Editor.open(tmp_path, tiny(), tokenizer)
-    assert torch.equal(opened._session.progress.scale.squares, editor._session.progress.scale.squares)

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import finding
+from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
@@ -129,7 +129,7 @@ def messages(pipe: int):
 def main(store: str, seed: int, kills: int, batches: int) -> dict:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    finding.search_within_memory = values_by_name
+    value_search.search_within_memory = values_by_name
     directory.MAX_REPLAYED = 25
     draw, tokenizer = random.Random(seed), build_tokenizer()
     todo, model = operations(batches), make_tiny(len(tokenizer))
@@ -186,7 +186,7 @@ def main(store: str, seed: int, kills: int, batches: int) -> dict:
         else:
             assert os.WEXITSTATUS(status) == 0, "a child failed"
             finished = True
-    with rf.Editor.open(store, make_tiny(len(tokenizer)), tokenizer) as editor:
+    with rf.Editor(make_tiny(len(tokenizer)), tokenizer, store=store) as editor:
         assert digest(editor) == digests[-1]
     return {
         "operations": len(todo),
