@@ -158,7 +158,7 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
         model, tokenizer, config=demo_config(search={"optimizer": descent, "learning_rate": rate, "stop_nll": 0.05})
     )
     reached = near.edit(facts(4))
-    assert "does not state them" not in caplog.text
+    assert "does not state their targets" not in caplog.text
     assert all(r.search_converged and r.search_nll <= 0.05 and r.search_steps < 25 and r.success for r in reached)
 
     model, tokenizer = load_demo_model()
@@ -167,7 +167,7 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
     )
     records = rf.Editor(model, tokenizer, config=short).edit(facts(4))
     assert not any(record.search_converged for record in records)
-    assert "4 of 4 edits were written and the model does not state them" in caplog.text
+    assert "4 of 4 edits were written and the model does not state their targets" in caplog.text
     assert all(r.search_nll > 0.05 and r.search_steps == 4 and r.state == "active" for r in records)
     assert not same(weights(model), before)
 

@@ -509,7 +509,7 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
         "the published search does not converge for these edits"
     )
     config = read(workdir / "report.json")["config"]
-    assert (config["mu"], config["search_descent"], config["key_rows"]) == (10.0, "adam", "mean")
+    assert (config["prior"]["mu"], config["search"]["optimizer"], config["contexts"]["rows"]) == (10.0, "adam", "mean")
 
 
 def test_skipped_edits_are_counted_and_listed(edit, workdir, capsys):
@@ -579,8 +579,8 @@ def test_skipped_records_are_reported_if_none_is_left(edit, workdir, capsys):
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
-        ("paraphrases", "so " * 400, "tokens with the target: the model takes"),
-        ("neighborhood", "\ud83d speaks", "holds half a character"),
+        ("paraphrases", "so " * 400, "tokens with the target, and the model supports"),
+        ("neighborhood", "\ud83d speaks", "contains half a character"),
         ("neighborhood", " ", "expected non-blank strings"),
     ],
 )

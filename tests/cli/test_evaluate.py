@@ -72,8 +72,8 @@ def test_given_setting_overrides_the_demo_settings(tmp_path):
     assert main(command) == 0
     (run,) = tmp_path.glob("*.json")
     config = json.loads(run.read_text())["plan"]["config"]
-    assert config["adherence"] == EditConfig().adherence == 0.8 != CONFIG.adherence
-    assert config["search_stop_nll"] == CONFIG.search.stop_nll, "other settings are those of the demo"
+    assert config["prior"]["adherence"] == EditConfig().prior.adherence == 0.8 != CONFIG.prior.adherence
+    assert config["search"]["stop_nll"] == CONFIG.search.stop_nll, "other settings are those of the demo"
 
 
 @pytest.mark.parametrize(

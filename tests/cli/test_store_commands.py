@@ -174,7 +174,7 @@ def test_exports_are_written_if_all_edits_are_already_in_the_store(base, one_edi
     ("command", "message"),
     [
         (["history", "--store", "none"], "does not contain a store"),
-        (["undo", "--store", "edits"], "which edits"),
+        (["undo", "--store", "edits"], "no selection given"),
         (["undo", "--store", "edits", "77"], "hint: list the edits with `rlsedit history`"),
         (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit matches"),
         (["undo", "--store", "edits", "1", "--out", "facts.jsonl"], "already exists"),
@@ -234,7 +234,7 @@ def test_other_and_missing_models_are_rejected(one_edit, workdir, capsys):
     with rf.Editor(model, tokenizer, store="edits") as editor:
         editor.save_pretrained("out")
     assert main(["undo", "--store", "edits", "1", "--model", "out"]) == 2
-    assert "load the model as it was before any edit" in capsys.readouterr().err
+    assert "load the unedited model" in capsys.readouterr().err
     assert main(["undo", "--store", "edits", "1", "--model", "nowhere/at/all"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert main(["undo", "--store", "edits", "--since", "2001-01-01"]) == 0

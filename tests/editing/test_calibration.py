@@ -235,7 +235,7 @@ def test_assessing_is_refused_once_the_priors_are_set(make_editor):
     editor = make_editor("llama")
     editor.edit(RANDOM[:2])
     before = weights(editor.model)
-    with pytest.raises(InputError, match=r"assess\(\): the priors are set already"):
+    with pytest.raises(InputError, match=r"assess\(\): the priors are already set"):
         editor.assess(RANDOM[:2], [0.5])
     assert_same(before, editor.model)
     assert len(editor.edit(RANDOM[2:4])) == 2

@@ -209,7 +209,7 @@ def test_the_command_line_accounts_for_every_record(byte_level_tokenizer, tmp_pa
     numbers = [int(place.partition("(record ")[2].rstrip(")")) for place in (*made, *left_out, *dropped)]
     assert sorted(numbers) == list(range(1, 51)), "each record of the file is in one of the three, and in one only"
     assert (report["made"], report["edits"], report["not_made"]) == (45, 45, [])
-    for number, reason in ((4, "target_new"), (18, "someone else"), (21, "the model takes 64")):
+    for number, reason in ((4, "target_new"), (18, "someone else"), (21, "the model supports 64")):
         (told,) = (told for place, told in left_out.items() if place.endswith(f"(record {number})"))
         assert reason in told
         assert told in said

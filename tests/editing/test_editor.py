@@ -118,8 +118,8 @@ def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
 
 
 def test_explicit_numbers_win(make_model, tokenizer):
-    for given in ({"prior": {"lam": 0.3, "mu": 7.0}}, {"prior": {"lam": 0.3}}, {"prior": {"mu": 7.0}}):
-        editor = make_editor(make_model("llama"), tokenizer, **given)
+    for given in ({"lam": 0.3, "mu": 7.0}, {"lam": 0.3}, {"mu": 7.0}):
+        editor = make_editor(make_model("llama"), tokenizer, prior=given)
         for prior in editor.calibrate(EDITS):
             for name, value in given.items():
                 assert getattr(prior, name) == value
@@ -159,7 +159,7 @@ def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer
     assert target_nll(model, tokenizer, [new])[0] < before
     assert [r.state for r in editor.history()] == ["replaced", *["active"] * 6]
     assert record == editor.history()[-1]
-    with pytest.raises(InputError, match="not those of active edits"):
+    with pytest.raises(InputError, match="not ids of active edits"):
         editor.undo(1)
 
 
@@ -247,7 +247,7 @@ BAD = [
     ([rf.Edit("{} and {}", "Lado", "Port Alder")], "found 2"),
     ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=0.0)], "weight=0.0"),
     ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=float("nan"))], "weight=nan"),
-    ([rf.Edit("{} " + "speaks " * 100, "Lado", "Port Alder")], "the model takes 64"),
+    ([rf.Edit("{} " + "speaks " * 100, "Lado", "Port Alder")], "the model supports 64"),
     ([rf.Edit("{} lives in", 3, "Port Alder")], "subject=3"),
     (["Lado lives in Port Alder"], "expected an Edit"),
 ]
@@ -278,12 +278,12 @@ def test_nan_in_the_model_is_an_error_and_writes_nothing(make_model, tokenizer, 
     with torch.no_grad():
         model.model.layers[layer].mlp.down_proj.weight[0, 0] = float("nan")
     if layer == 1:
-        with pytest.raises(InputError, match="not finite"):
+        with pytest.raises(InputError, match="NaN/Inf"):
             rf.Editor(model, tokenizer, config=config())
         return
     editor = make_editor(model, tokenizer)
     start = weights(model)
-    with pytest.raises(RLSEditError, match="not finite"):
+    with pytest.raises(RLSEditError, match="NaN/Inf"):
         editor.edit(EDITS)
     now = model.state_dict()
     assert all(torch.equal(value.nan_to_num(), now[key].nan_to_num()) for key, value in start.items())
@@ -437,7 +437,11 @@ def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
 
 def test_wrong_prompts_to_protect_are_refused(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
-    for prompts, weight, message in (([], 1.0, "0 texts"), ([" "], 1.0, "1 are empty"), (["a " * 99], 1.0, "1 longer")):
+    for prompts, weight, message in (
+        ([], 1.0, "0 texts"),
+        ([" "], 1.0, "1 of them blank"),
+        (["a " * 99], 1.0, "1 longer"),
+    ):
         with pytest.raises(InputError, match=message):
             editor.protect(prompts, weight=weight)
     with pytest.raises(InputError, match="weight=0"):
@@ -463,7 +467,7 @@ def test_weights_that_something_else_touched_are_noticed(make_model, tokenizer, 
         meddle(model)
     before = weights(model)
     for action in (lambda: editor.edit(EDITS[2:4]), lambda: editor.undo(1), lambda: editor.protect(PROTECTED)):
-        with pytest.raises(ModelError, match="make a new editor"):
+        with pytest.raises(ModelError, match="create a new editor"):
             action()
     assert_same(before, model)
     assert len(editor.history()) == 2
@@ -499,7 +503,7 @@ def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer)
 def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_model, tokenizer):
     def contexts(name="llama", **changes):
         editor = rf.Editor(
-            make_model(name), tokenizer, config=config(contexts={"samples": 4, "sample_tokens": 6}, **changes)
+            make_model(name), tokenizer, config=config(contexts={"samples": 4, "sample_tokens": 6, **changes})
         )
         rows = editor.context.prepare(EDITS[:1])[0].contexts
         prefixes = editor.config.contexts.prefixes
@@ -515,7 +519,7 @@ def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_mode
     assert len(first) == 6
     assert all(1 <= len(prefix.split()) <= 6 for prefix in first[2:])
     assert contexts() == first
-    assert contexts(contexts={"seed": 1}) != first
+    assert contexts(seed=1) != first
     assert contexts("gpt2") != first
 
 
@@ -526,7 +530,7 @@ def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tok
     monkeypatch.setattr(context, "sample", lambda *_args, **_options: drawn)
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(contexts={"samples": 3}))
     assert len(editor.config.contexts.prefixes) == 3
-    assert "of 3 sampled context prefixes 1 are left" in caplog.text
+    assert "1 of 3 sampled context prefixes are used" in caplog.text
 
 
 def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenizer, monkeypatch):
@@ -553,7 +557,9 @@ def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
     model = make_model("llama")
     model.resize_token_embeddings(100)
     assert len(find_decoder(model).projections) == 4
-    with pytest.raises(InputError, match=f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeds 100"):
+    with pytest.raises(
+        InputError, match=f"the tokenizer has {tokenizer.vocab_size} tokens and the model 100 embeddings"
+    ):
         rf.Editor(model, tokenizer, config=config())
 
 
@@ -621,6 +627,8 @@ def test_memory_that_runs_out_in_a_rebuild_is_an_error_of_the_package(make_model
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr(state, "build", fails)
-    with pytest.raises(rf.errors.ResourceError, match="while the layers were rebuilt; nothing of it was changed"):
+    with pytest.raises(
+        rf.errors.ResourceError, match="out of memory while rebuilding the layers; nothing was modified"
+    ):
         editor.consolidate()
     assert all(map(torch.equal, before, [one.weight for one in editor._session.layers.states]))

@@ -114,6 +114,6 @@ def test_a_normalised_projection_is_recognised_by_what_it_does(make_model, token
         site = find_site(decoder, decoder.select((1, 2)))
     assert site.direct == (family not in NORMALISED)
     if family in NORMALISED:
-        with pytest.raises(rf.errors.ModelError, match="name one layer"):
+        with pytest.raises(rf.errors.ModelError, match="pass one layer"):
             rf.Editor(model, tokenizer, config=rf.EditConfig(layers=(1, 2)))
         assert rf.Editor(model, tokenizer).layers == (1,)

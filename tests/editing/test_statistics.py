@@ -241,7 +241,9 @@ def test_a_checkpoint_of_another_collection_is_refused(decoder, make_model, toke
         "layers": (decoder, file, {"tokens": 300, "layers": (1,)}),
     }
     for what, (whose, source, options) in others.items():
-        with pytest.raises(InputError, match=rf"c\.partial' is of another collection, by its {what}; remove it"):
+        with pytest.raises(
+            InputError, match=rf"c\.partial' belongs to another collection \({what} mismatch\); delete it"
+        ):
             run(whose, tokenizer, source, checkpoint=checkpoint, **options)
         assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:-1])
@@ -295,7 +297,7 @@ def test_another_model_and_missing_layers_are_refused():
     held = KeyStatistics({layer: torch.zeros(2, 2) for layer in (4, 11)}, 9, "ab" * 32, "text")
     held.check("ab" * 32, [4])
     held.check("ab" * 32, [11, 4])
-    with pytest.raises(InputError, match=r"of model abababababab…, this model is cdcdcdcdcdcd…"):
+    with pytest.raises(InputError, match=r"from the model abababababab…, and this model is cdcdcdcdcdcd…"):
         held.check("cd" * 32, [4])
     with pytest.raises(InputError, match=r"layers \[4, 11\] and lack \[5\]"):
         held.check("ab" * 32, [4, 5])

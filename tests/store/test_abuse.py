@@ -107,7 +107,7 @@ def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_p
         (disk / "filler").unlink()
         editor.edit(make_edits(2, start=made))
         editor.close()
-        assert_same(rf.Editor(tiny(), tokenizer), editor, store=disk / "store")
+        assert_same(rf.Editor(tiny(), tokenizer, store=disk / "store"), editor)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def test_failed_commit_is_rolled_back(tiny, tokenizer, tmp_path, monkeypatch, do
         assert len(editor.history()) == 4
     editor.edit(make_edits(2, start=4))
     editor.close()
-    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
+    assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
 
 
 def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp_path, monkeypatch, caplog):
@@ -188,9 +188,9 @@ def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp
 
     monkeypatch.setattr(Store, "snapshot", snapshot)
     editor.edit(make_edits(2, start=2))
-    assert "the edits are in the store, but no new snapshot is" in caplog.text
+    assert "the edits are stored, but the snapshot could not be written" in caplog.text
     editor.close()
-    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
+    assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
 
 
 def test_consolidation_without_compaction_is_logged(tiny, tokenizer, tmp_path, monkeypatch, caplog):
@@ -205,11 +205,11 @@ def test_consolidation_without_compaction_is_logged(tiny, tokenizer, tmp_path, m
 
     monkeypatch.setattr(Journal, "compact", compact)
     editor.consolidate()
-    assert "it was not made smaller" in caplog.text
+    assert "the store was not compacted" in caplog.text
     monkeypatch.undo()
     editor.edit(make_edits(2, start=6))
     editor.close()
-    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
+    assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
 
 
 def test_read_only_folder_can_be_read_but_not_opened(tiny, tokenizer, tmp_path, used):
@@ -295,7 +295,7 @@ def test_damaged_snapshot_falls_back_to_the_one_before(tiny, tokenizer, used, ca
     assert newest.name in caplog.text
     opened.close()
     older.unlink()
-    assert_same(rf.Editor(tiny(), tokenizer), editor, store=place)
+    assert_same(rf.Editor(tiny(), tokenizer, store=place), editor)
     assert older.name in caplog.text
 
 
@@ -365,7 +365,7 @@ def test_other_models_are_rejected(tiny, tokenizer, used):
         finite.model.embed_tokens.weight[5, 3] = float("nan")
     for model in (other, tiny(torch.bfloat16), editor.model, finite):
         before = weights(model)
-        with pytest.raises(StoreError, match=r"was made with the model .*Nothing was changed"):
+        with pytest.raises(StoreError, match=r"was created with the model .*nothing was modified"):
             rf.Editor(model, tokenizer, store=place)
         now = model.state_dict()
         assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
@@ -411,7 +411,7 @@ def test_ctrl_c_during_commit_is_deferred(tiny, tokenizer, tmp_path, monkeypatch
     monkeypatch.undo()
     editor.edit(make_edits(2, start=8))
     editor.close()
-    assert_same(rf.Editor(tiny(), tokenizer), editor, store=tmp_path)
+    assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
 
 
 def test_prepared_changes_are_synced_before_commit(tmp_path, monkeypatch):
@@ -473,7 +473,7 @@ def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenize
             message = str(error)
         if message:
             check.__exit__(None, None, None)
-            assert "nothing was changed" in message
+            assert "nothing was modified" in message
             return
         assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
         assert read_history(tmp_path / "store")[-1] == record
@@ -501,7 +501,7 @@ def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenize
 def test_requests_that_no_model_can_read_are_rejected(tiny, tokenizer, tmp_path, edit):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(2))
-    with unchanged(editor), pytest.raises(RequestError, match="nothing was changed"):
+    with unchanged(editor), pytest.raises(RequestError, match="nothing was modified"):
         editor.edit([*make_edits(2, start=2), edit])
 
 

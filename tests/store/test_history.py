@@ -209,7 +209,7 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
     opened = rf.Editor(tiny(), tokenizer, store=tmp_path)
     assert [state.edits for state in opened._session.layers.states] == [len(opened._session.layers.protected)] * 2
     assert {record.state for record in opened.history()} == {"undone"}
-    with pytest.raises(InputError, match="nothing has been edited"):
+    with pytest.raises(InputError, match="there are no edits"):
         rf.Editor(tiny(), tokenizer, config=config).consolidate()
 
 
