@@ -7,7 +7,13 @@ import importlib
 
 import pytest
 
-PACKAGES = ("rlsedit_fast.rls", "rlsedit_fast.baselines")
+PACKAGES = (
+    "rlsedit_fast",
+    "rlsedit_fast.rls",
+    "rlsedit_fast.baselines",
+    "rlsedit_fast.data",
+    "rlsedit_fast.statistics",
+)
 
 
 def public_objects():

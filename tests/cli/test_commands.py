@@ -354,7 +354,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--out", "out", "--statistics", "none.safetensors"), "does not exist"),
         (("--out", "out", "--protect", "none.txt"), "cannot be read"),
         (("--out", "out", "--config", "text.txt"), "cannot be read as JSON"),
-        (("--out", "out", "--config", "other.json"), "unknown fields: laters"),
+        (("--out", "out", "--config", "other.json"), "unknown setting 'laters'"),
     ],
 )
 def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, options, message):
@@ -476,7 +476,8 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
     known = presets.Preset(
         name="shipped",
         layers=(2, 3),
-        search={"learning_rate": 0.1, "steps": 5},
+        learning_rate=0.1,
+        steps=5,
         moment_weight=100.0,
         **shape,
     )

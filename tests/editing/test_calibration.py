@@ -196,7 +196,7 @@ def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make
 
 def test_a_pilot_of_which_nothing_can_be_realized_is_refused(make_editor):
     editor = make_editor("llama", contexts={"prefixes": ("",)})
-    with pytest.raises(InputError, match=r"adherence=0\.95: the pilot's edits contradict one another"):
+    with pytest.raises(InputError, match=r"adherence=0\.95: edits of the pilot contradict each other"):
         contradictory(editor, math.pi).mu_for(0.95)
 
 

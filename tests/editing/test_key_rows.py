@@ -28,7 +28,7 @@ CONFIG = rf.EditConfig(
     batch_size=12,
     refine=0,
 )
-CONTEXTS = len(CONFIG.context_prefixes)
+CONTEXTS = len(CONFIG.contexts.prefixes)
 
 
 def make_editor(**changes):

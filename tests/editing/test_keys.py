@@ -13,6 +13,11 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder
 
 
+def assert_close(found, expected):
+    """Compares float32 results of different batch shapes; rounding errors are relative to the largest entry."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
 def test_keys_are_read_in_each_context_at_the_lookup_token(model, tokenizer):
     decoder = find_decoder(model)
     config = EditConfig(layers=(1, 2), contexts={"prefixes": ("", "People speak .", "Lado speaks")})
@@ -27,9 +32,9 @@ def test_keys_are_read_in_each_context_at_the_lookup_token(model, tokenizer):
         ]
         for found, layer in zip(keys, (1, 2), strict=True):
             each = [seen[layer][0, row.lookup] for (seen, _), row in zip(alone, request.contexts, strict=True)]
-            torch.testing.assert_close(found[i], torch.stack(each))
+            assert_close(found[i], torch.stack(each))
         states = [output[0, row.lookup] for (_, output), row in zip(alone, request.contexts, strict=True)]
-        torch.testing.assert_close(hidden[i], torch.stack(states))
+        assert_close(hidden[i], torch.stack(states))
 
 
 @pytest.mark.parametrize("prefixed", [True, False])

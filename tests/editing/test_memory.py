@@ -32,7 +32,7 @@ def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_byte
         assert layer.per_edit == sum(tensor.nbytes for tensor in rows)
     anchored = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     anchored.anchor(["Toze Lado lives in Port Alder ."])
-    assert [layer.anchors for layer in plan] == [moment.nbytes for moment in anchored._moments]
+    assert [layer.anchors for layer in plan] == [moment.nbytes for moment in anchored._session.moments]
 
 
 def remembered(value):
@@ -86,7 +86,7 @@ def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     weight = torch.empty(4096, 14_336, dtype=torch.bfloat16, device="meta")
     layers = [SimpleNamespace(layer=layer, name="down_proj", weight=weight) for layer in range(4, 9)]
     defaults = rf.EditConfig()
-    plan = memory.plan_memory(layers, delay=defaults.delay, rows=len(defaults.context_prefixes))
+    plan = memory.plan_memory(layers, delay=defaults.delay, rows=len(defaults.contexts.prefixes))
     sizes = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
     sizes += [memory.size(sum(getattr(layer, what) for layer in plan)) for what in ("writing", "anchors", "per_edit")]
     assert sizes == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"

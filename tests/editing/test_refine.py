@@ -81,7 +81,7 @@ def test_edits_that_are_not_stated_get_a_second_round_and_others_do_not():
         assert torch.equal(one.values[1], other.values[1]) == (at + 1 not in short)
     for one, other in zip(plain._session.layers.states, refined._session.layers.states, strict=True):
         assert torch.equal(one.precision_inverse(), other.precision_inverse())
-    assert torch.equal(plain.projections[0].weight, refined.projections[0].weight)
+    assert torch.equal(plain.context.projections[0].weight, refined.context.projections[0].weight)
 
 
 def test_a_later_call_refines_as_many_earlier_edits_as_it_makes(monkeypatch):

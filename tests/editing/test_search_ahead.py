@@ -117,7 +117,7 @@ def test_edits_that_fall_short_are_skipped_in_their_own_batch():
 
 def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
     whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
-    requests = whole.requests(EDITS)
+    requests = whole.context.prepare(EDITS)
     each = 10**9 / requests_within(whole.context.site, requests, 10**9)
     tight = make_editor(batch_size=24, search={"memory": int(8.5 * each)})
     assert requests_within(tight.context.site, requests, tight.config.search.memory) == 8

@@ -109,7 +109,7 @@ def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, 
 
 def test_less_text_than_asked_for_is_told(decoder, tokenizer, file, caplog):
     found = run(decoder, tokenizer, file, tokens=10_000)
-    assert f"after {found.tokens} of the 10000 tokens" in caplog.text
+    assert f"after {found.tokens} of 10000 tokens" in caplog.text
     caplog.clear()
     run(decoder, tokenizer, file, tokens=found.tokens)
     assert not caplog.text
@@ -258,7 +258,7 @@ def test_texts_that_cannot_be_read_again_take_no_checkpoint(decoder, tokenizer, 
 
 def test_keys_that_are_not_finite_are_refused_and_not_saved(decoder, tokenizer, file, tmp_path):
     decoder.model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(InputError, match=r"layers\.2\.mlp\.down_proj: .* not finite"):
+    with pytest.raises(InputError, match=r"layers\.2\.mlp\.down_proj: .* NaN/Inf"):
         run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
     assert not (tmp_path / "c.partial").exists()
 
