@@ -34,7 +34,9 @@ world = World.generate()
 cases = world_cases(world, count, seed)
 model, tokenizer = load_demo_model()
 before = score_before(model, tokenizer, cases)
-editor = Editor(model, tokenizer, config=replace(CONFIG, batch_size=10))
+# Earlier versions have a dataclass of settings.
+config = CONFIG.replace(batch_size=10) if hasattr(CONFIG, "replace") else replace(CONFIG, batch_size=10)
+editor = Editor(model, tokenizer, config=config)
 editor.anchor(anchor_texts(world, seed))
 edits = [case.edit for case in cases]
 records, began = [], time.perf_counter()

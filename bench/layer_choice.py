@@ -24,7 +24,7 @@ import torch
 from recording import add_json, record
 from torch import Tensor, nn
 
-from rlsedit_fast.editing import Edit, EditConfig, read_edits
+from rlsedit_fast import Edit, EditConfig, read_edits
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.evaluation.grounds import running_text
 from rlsedit_fast.evaluation.layers import Trial, Trials, compare, single_layers, windows

@@ -59,7 +59,9 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
 
         return timed
 
-    timed = {name: counted(getattr(Recorder, name)) for name in ("record", "revise", "commit", "snapshot_if_due")}
+    timed = {
+        name: counted(getattr(Recorder, name)) for name in ("edit", "revision", "prepare", "commit", "snapshot_if_due")
+    }
     editors = []
     for store in (None, place):
         model, tokenizer = load_demo_model()

@@ -272,7 +272,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
     errors = (equal.delta[some] - truth).norm(dim=1) / truth.norm(dim=1)
     shares = {"one_by_one": few, "one_by_one_stop": few, "converging": len(converging)}
     each = {name: clock.median(name) / shares.get(name, count) for name in runs if name not in ("one_step", "key_pass")}
-    step_s = (clock.median("equal_steps") - clock.median("one_step")) / (published.search_steps - 1)
+    step_s = (clock.median("equal_steps") - clock.median("one_step")) / (published.search.steps - 1)
     return {
         "model": task.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -280,7 +280,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "requests": count,
         "contexts": len(task.config.contexts.prefixes),
         "tokens": statistics.mean(row.prompt_length for request in requests for row in request.contexts),
-        "steps": published.search_steps,
+        "steps": published.search.steps,
         "alone": few,
         "prefixed": decoder.prefixed,
         **{f"{name}_s": seconds for name, seconds in each.items()},
@@ -289,7 +289,7 @@ def measure(task: Task, count: int, repeats: int, device: str) -> dict[str, Any]
         "same_stop_ratio": each["one_by_one_stop"] / each["nll_stop"],
         "converging_ratio": each["one_by_one"] / each["converging"] if converging else None,
         "max_delta_error": float(errors.max()),  # in bfloat16 this includes rounding
-        "stopped_before_the_last_step": int((equal.steps < published.search_steps).sum()),  # must be 0 for equal steps
+        "stopped_before_the_last_step": int((equal.steps < published.search.steps).sum()),  # must be 0 for equal steps
         "converged": int(stopped.converged.sum()),
         "mean_steps_to_stop": float(stopped.steps.double().mean()),
         "key_pass_s": clock.median("key_pass"),

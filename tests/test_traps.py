@@ -71,7 +71,7 @@ def test_every_editor_has_its_own_contexts(make_model, tokenizer):
         config = rf.EditConfig(
             layers=(1,), contexts={"prefixes": prefixes}, search={"kl_prompts": ("{} speaks",) * len(prefixes)}
         )
-        for request in rf.Editor(model, tokenizer, config=config).requests(EDITS):
+        for request in rf.Editor(model, tokenizer, config=config).context.prepare(EDITS):
             filled = request.edit.prompt.format(request.edit.subject)
             expected = [tokenizer(f"{prefix} {filled}")["input_ids"] for prefix in prefixes]
             assert [row.ids[: row.prompt_length] for row in request.contexts] == expected
@@ -167,7 +167,7 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
     )
     records = rf.Editor(model, tokenizer, config=short).edit(facts(4))
     assert not any(record.search_converged for record in records)
-    assert "4 of 4 edits were written and the model does not state their targets" in caplog.text
+    assert "4 of 4 edits are applied but the model does not state their targets" in caplog.text
     assert all(r.search_nll > 0.05 and r.search_steps == 4 and r.state == "active" for r in records)
     assert not same(weights(model), before)
 
@@ -181,7 +181,7 @@ def test_search_stops_if_steps_exceed_the_clamp():
     decoder = find_decoder(model)
     with quiet(model):
         site = find_site(decoder, decoder.select(config.layers))
-        found = search_values(site, prepare(tokenizer, facts(10), config, longest=None), config)
+        found = search_values(site, prepare(tokenizer, facts(10), config, longest=None), config.search)
     step = config.search.learning_rate * math.sqrt(found.delta.shape[1])
     assert step > 2 * float(found.delta.norm(dim=1).max()), "the clamp limits the step"
     assert bool(found.converged.all())

@@ -291,8 +291,8 @@ class EditConfig(_Settings):
         >>> config = EditConfig(layers=range(3, 8), prior={"adherence": 0.9})
         >>> config.layers, config.search.steps
         ((3, 4, 5, 6, 7), 25)
-        >>> EditConfig(layers_to_transform=[4], mom2_update_weight=15000).prior.mu ** 2
-        15000.0
+        >>> EditConfig(layers_to_transform=[4], mom2_update_weight=16).prior.mu
+        4.0
     """
 
     layers: _Layers | None = None

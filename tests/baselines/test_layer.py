@@ -43,20 +43,19 @@ def test_batch_is_written_in_place_and_the_residual_is_reported(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_failed_transaction_restores_weight_and_memory(name):
+def test_restoring_a_snapshot_restores_weight_and_memory(name):
     state, twin = layer(name), layer(name)
     first, second = ((random(3, D_K, seed=s), random(3, D_V, seed=s + 50)) for s in (2, 4))
     for one in (state, twin):
         one.update_projected(one.project(first[0]), first[1])
     before = state.weight.clone()
 
-    def broken():
-        with state.transaction():
-            state.update_projected(state.project(second[0]), second[1])
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        broken()
+    taken = state.snapshot()
+    state.update_projected(state.project(second[0]), second[1])
+    assert not torch.equal(state.weight, before)
+    state.restore(taken)
+    del taken
+    state.settle()
     assert torch.equal(state.weight, before)
     for one in (state, twin):
         one.update_projected(one.project(second[0]), second[1])
@@ -146,7 +145,7 @@ def test_overflow_raises():
     [
         ("unknown", {}, "expected one of rls, ft, ft-bounded, rome"),
         ("memit", {"share": 0.4}, "'memit' has no option share; its options are none"),
-        ("rls", {"prior": {"mu": 1.0}}, "'rls' has no option mu"),
+        ("rls", {"mu": 1.0}, "'rls' has no option mu"),
         ("rect", {"share": 0.0}, "above 0 and at most 1"),
         ("rect", {"share": "much"}, "share='much', expected a number"),
         ("rect", {"share": True}, "share=True, expected a number"),

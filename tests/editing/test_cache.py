@@ -84,7 +84,7 @@ def test_damaged_and_misnamed_files_are_passed_over_and_told(tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:-1])
     put(tmp_path, "cd" * 32, "x", tokens=70).rename(tmp_path / f"{identity}-0.safetensors")
     assert find_cached(identity, [1, 2], directory=tmp_path).source == "good"
-    for told in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "of model cdcdcdcdcdcd…"):
+    for told in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "from the model cdcdcdcdcdcd…"):
         assert told in caplog.text
 
 

@@ -57,7 +57,8 @@ def nlls(model, tokenizer):
 def test_the_adapter_says_what_the_edited_model_says(make_model, tokenizer, family, dtype, tmp_path):
     """In float32, as the masters are: a bfloat16 model rounds its edited weights, and peft adds to unrounded ones."""
     peft = pytest.importorskip("peft")
-    editor = make_editor(make_model(family, dtype), tokenizer, single=family in NORMALISED)
+    # A refinement writes rows again, with directions that differ by rounding, which may count as further rank.
+    editor = make_editor(make_model(family, dtype), tokenizer, single=family in NORMALISED, refine=0)
     editor.edit(EDITS)
     report = editor.save_adapter(tmp_path)
     assert all(module.used == module.needed <= len(EDITS) for module in report.modules)

@@ -163,7 +163,7 @@ def test_windows_contain_the_layer_and_end_within_the_model():
     ("changes", "error", "told"),
     [
         ({"edits": made_up_edits(2)}, InputError, "at least 4"),
-        ({"edits": [*made_up_edits(4), Edit("no place", "nobody", "x")]}, RequestError, "nothing was changed"),
+        ({"edits": [*made_up_edits(4), Edit("no place", "nobody", "x")]}, RequestError, "nothing was modified"),
         ({"texts": ["one text"]}, InputError, "more running text"),
         ({"config": CONFIG}, InputError, "leave them out"),
     ],

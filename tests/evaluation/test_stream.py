@@ -253,9 +253,13 @@ def test_the_command_makes_its_runs_once_and_prints_means(tmp_path, capsys):
 
 def test_the_command_refuses_rules_and_settings_that_do_not_exist(tmp_path, capsys):
     settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"rome": {"steps": 1}, "mend": {}}))
-    assert main(["evaluate", "--rule-settings", str(settings)]) == 2
-    assert "mend, steps" in capsys.readouterr().err
+    for given, message in (
+        ({"rome": {}, "mend": {}}, "unknown rules: mend"),
+        ({"rome": {"steps": 1}}, "rule rome: unknown setting 'steps'; it belongs to a group: search="),
+    ):
+        settings.write_text(json.dumps(given))
+        assert main(["evaluate", "--rule-settings", str(settings)]) == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--rules", "mend"])
 
