@@ -2,8 +2,8 @@
 
     python bench/layers_together.py --json bench/results/layers-together-cpu.json
 
-Every operation accepts a leading dimension of layers on its tensors. `together_ms` is a step of all layers with one call
-per operation on stacked tensors; `apart_ms` is the same step layer by layer. A step is panel, factor and correction;
+Every operation accepts a leading dimension of layers on its tensors. `together_ms` is a step of all layers with one
+call per operation on stacked tensors; `apart_ms` is the same step layer by layer. A step is panel, factor, correction;
 `flush_*` is the downdate that follows once per `DELAY` rows. `ratio` is apart / together: above 1 the common call is
 faster. The two alternate, and times are medians. Shapes: the seven layers of SmolLM2-135M, five layers with d_k 4,096,
 and experts of a mixture, whose many small states are the case in which a common call can help.

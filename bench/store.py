@@ -59,7 +59,8 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
 
         return timed
 
-    timed = {
+    names = ("edit", "revision", "prepare", "commit", "snapshot_if_due")
+    timed = {name: counted(getattr(Recorder, name)) for name in names}
         name: counted(getattr(Recorder, name)) for name in ("edit", "revision", "prepare", "commit", "snapshot_if_due")
     }
     editors = []
