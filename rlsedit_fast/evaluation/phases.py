@@ -11,10 +11,11 @@ from typing import Protocol
 from tqdm import tqdm
 
 
-class Report(Protocol):
-    """Called with the number done so far and the total; None where the total is not known."""
+class PhaseProgress(Protocol):
+    """Function that reports the progress of a phase."""
 
-    def __call__(self, done: int, total: int | None) -> None: ...
+    def __call__(self, done: int, total: int | None) -> None:
+        """Reports the number of finished units and the total number, or None if the total is unknown."""
 
 
 class Phases:
@@ -36,7 +37,7 @@ class Phases:
         self._since = time.perf_counter()
 
     @contextmanager
-    def __call__(self, name: str, unit: str) -> Iterator[Report]:
+    def __call__(self, name: str, unit: str) -> Iterator[PhaseProgress]:
         """Within it the time counts to this phase.
 
         Args:
