@@ -25,7 +25,7 @@ from report_runs import taken
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground
-from rlsedit_fast.evaluation.runs import Job, make, path_of, run_of
+from rlsedit_fast.evaluation.runs import Job, load_result, result_path, run_jobs
 from rlsedit_fast.evaluation.stream import Plan
 from rlsedit_fast.statistics.sources import GivenTexts
 
@@ -111,7 +111,7 @@ def tuning(
                 config=_under(base, changes),
                 **BRIEF,
             )
-            jobs.setdefault(rule, []).append(Job(spec or GroundSpec(), plan, path_of(out / "tuning", plan)))
+            jobs.setdefault(rule, []).append(Job(spec or GroundSpec(), plan, result_path(out / "tuning", plan)))
     return jobs
 
 
@@ -119,7 +119,7 @@ def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) ->
     """Of each rule the settings that its runs of the grid speak for; see `report_runs.taken`."""
     best = {rule: Contender(rule, grid[0]) for rule, grid in grids.items()}
     for rule, tried in jobs.items():
-        at = taken([run_of(job) for job in tried])
+        at = taken([load_result(job) for job in tried])
         best[rule] = Contender(rule, grids[rule][at])
         print(f"{rule}: {best[rule].changes}")
     return best
@@ -209,23 +209,23 @@ def _job(
         protected=contender.protected,
         **more,
     )
-    return Job(spec or GroundSpec(), plan, path_of(folder, plan))
+    return Job(spec or GroundSpec(), plan, result_path(folder, plan))
 
 
 def demo(options: argparse.Namespace) -> None:
     out, edits, seeds = options.out or HERE / "results" / "paper" / DEMO, options.edits, options.seeds
     tried = tuning(out, GRIDS, TUNING_EDITS)
-    make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
+    run_jobs([job for jobs in tried.values() for job in jobs], processes=options.jobs)
     best = tuned(GRIDS, tried)
     main = list(side_by_side(out, best, edits, seeds))
     # The most important runs first, so that a partial report can be written at any time.
-    make([job for job in main if job.plan.label in CLOSEST and job.plan.edits == edits], processes=options.jobs)
-    make([job for job in main if job.plan.seed == seeds[0]], processes=options.jobs)
-    ours = next(run_of(job) for job in main if (job.plan.label, job.plan.seed) == (CLOSEST[0], seeds[0]))
-    make(list(hard(out, best, edits // 2, seeds[0])), processes=options.jobs)
-    make(list(sweep(out, ours["priors"][0], edits // 2, seeds[0])), processes=options.jobs)
-    make(main, processes=options.jobs)
-    make(list(orders(out, best, edits // 2, seeds[0])), processes=options.jobs)
+    run_jobs([job for job in main if job.plan.label in CLOSEST and job.plan.edits == edits], processes=options.jobs)
+    run_jobs([job for job in main if job.plan.seed == seeds[0]], processes=options.jobs)
+    ours = next(load_result(job) for job in main if (job.plan.label, job.plan.seed) == (CLOSEST[0], seeds[0]))
+    run_jobs(list(hard(out, best, edits // 2, seeds[0])), processes=options.jobs)
+    run_jobs(list(sweep(out, ours["priors"][0], edits // 2, seeds[0])), processes=options.jobs)
+    run_jobs(main, processes=options.jobs)
+    run_jobs(list(orders(out, best, edits // 2, seeds[0])), processes=options.jobs)
     print(*write(out))
 
 
@@ -251,10 +251,10 @@ def model(options: argparse.Namespace) -> None:
         spec = _with_statistics(spec, base, out)
     grids = {rule: grid for rule, grid in GRIDS.items() if options.rules is None or rule in options.rules}
     tried = tuning(out, grids, options.tuning_edits, spec, base)
-    make([job for jobs in tried.values() for job in jobs], processes=options.jobs)
+    run_jobs([job for jobs in tried.values() for job in jobs], processes=options.jobs)
     best = tuned(grids, tried)
     contenders = [RECURSIVE[0], *best.values()]
-    if any(case.spare for case in make_cases(spec, "plain", options.edits, options.seeds[0])[0]):
+    if any(case.held_out for case in make_cases(spec, "plain", options.edits, options.seeds[0])[0]):
         contenders += protecting(best)
     else:
         print("the data have no unused prompts, so none are protected")
@@ -264,8 +264,8 @@ def model(options: argparse.Namespace) -> None:
         for one in contenders
     ]
     # The most important runs first, so that a partial report can be written at any time.
-    make([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
-    make(jobs, processes=options.jobs)
+    run_jobs([job for job in jobs if job.plan.label in CLOSEST], processes=options.jobs)
+    run_jobs(jobs, processes=options.jobs)
     print(*write(out))
 
 
@@ -276,7 +276,7 @@ def _with_statistics(spec: GroundSpec, base: EditConfig, out: Path) -> GroundSpe
         SystemExit: the file contains statistics of another text.
     """
     path, source = out / "statistics.safetensors", out / "statistics-of.txt"
-    text = str(spec.made_of["text"])
+    text = str(spec.identity["text"])
     if path.exists() and source.exists() and source.read_text(encoding="utf-8").strip() != text:
         raise SystemExit(
             f"{path} was collected on {source.read_text(encoding='utf-8').strip()}, not {text}; choose another --out"

@@ -61,8 +61,6 @@ def batch_cost(edits: list[Edit], batch_size: int, place: Path) -> dict[str, Any
 
     names = ("edit", "revision", "prepare", "commit", "snapshot_if_due")
     timed = {name: counted(getattr(Recorder, name)) for name in names}
-        name: counted(getattr(Recorder, name)) for name in ("edit", "revision", "prepare", "commit", "snapshot_if_due")
-    }
     editors = []
     for store in (None, place):
         model, tokenizer = load_demo_model()

@@ -9,6 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+__all__ = [
+    "BackendError",
+    "InputError",
+    "ModelError",
+    "PriorError",
+    "RLSEditError",
+    "RemovalError",
+    "RequestError",
+    "ResourceError",
+    "StoreError",
+    "UpdateError",
+]
+
 
 class RLSEditError(Exception):
     """Base class of all errors of this package.
@@ -16,6 +29,12 @@ class RLSEditError(Exception):
     Attributes:
         message: what was given and what is expected.
         hint: what to do, naming the Python argument and the command-line option; None where the message includes it.
+
+    Example:
+        >>> from rlsedit_fast.errors import RLSEditError
+        >>> print(RLSEditError("layers=[40] do not exist", hint="pass --layers (Python: EditConfig(layers=...))"))
+        layers=[40] do not exist
+        hint: pass --layers (Python: EditConfig(layers=...))
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -28,39 +47,148 @@ class RLSEditError(Exception):
 
 
 class InputError(RLSEditError, ValueError):
-    """An argument has the wrong shape, dtype or value, or is not finite."""
+    """An argument has the wrong shape, dtype or value, or is not finite.
+
+    It is also a `ValueError`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> from rlsedit_fast.errors import InputError
+        >>> try:
+        ...     ops.moment_(torch.zeros(2, 2), torch.ones(4, 3))
+        ... except InputError as error:
+        ...     print(error)
+        moment_: rows has shape [4, 3], expected [any, 2]
+    """
 
 
 class PriorError(RLSEditError, ValueError):
-    """The prior is zero (lam = mu = 0) or not positive definite."""
+    """The prior is zero (lam = mu = 0) or not positive definite.
+
+    It is also a `ValueError`.
+
+    Example:
+        >>> from rlsedit_fast.errors import PriorError
+        >>> from rlsedit_fast.rls import Prior
+        >>> try:
+        ...     Prior(lam=0.0)
+        ... except PriorError as error:
+        ...     print(error)
+        lam and mu are both 0; at least one of them must be positive.
+    """
 
 
 class RemovalError(RLSEditError):
-    """A batch cannot be removed from the current state; the state must be rebuilt from the remaining edits."""
+    """A batch cannot be removed from the current state; the state must be rebuilt from the remaining edits.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.errors import RemovalError
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0))
+        >>> _ = state.update(torch.tensor([[1.0, 0.0]]), torch.ones(1, 1))
+        >>> try:  # this key was not applied
+        ...     state.remove(torch.tensor([[2.0, 0.0]]), torch.ones(1, 1))
+        ... except RemovalError:
+        ...     print(state.weight)  # unchanged
+        tensor([[0.5000, 0.0000]])
+    """
 
 
 class UpdateError(RLSEditError, ArithmeticError):
-    """The factorization of a batch failed or its result is not finite."""
+    """The factorization of a batch failed or its result is not finite.
+
+    It is also an `ArithmeticError`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.errors import UpdateError
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0))
+        >>> try:  # the square of the key overflows float32
+        ...     state.update(torch.tensor([[1e30, 0.0]]), torch.ones(1, 1))
+        ... except UpdateError:
+        ...     print(state.weight)  # unchanged
+        tensor([[0., 0.]])
+    """
 
 
 class BackendError(RLSEditError, RuntimeError):
-    """A backend that was selected by name is not available."""
+    """A backend that was selected by name is not available.
+
+    It is also a `RuntimeError`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> from rlsedit_fast.errors import BackendError
+        >>> try:  # the cuda backend does not run on CPU tensors
+        ...     ops.moment_(torch.zeros(2, 2), torch.ones(4, 2), backend="cuda")
+        ... except BackendError as error:
+        ...     print(str(error).partition(":")[0])
+        backend 'cuda' cannot run moment_
+    """
 
 
 class RequestError(RLSEditError, ValueError):
-    """An edit request is invalid."""
+    """An edit request is invalid.
+
+    It is also a `ValueError`.
+
+    Example:
+        >>> from rlsedit_fast.errors import RequestError
+        >>> from rlsedit_fast.models import fill
+        >>> try:
+        ...     fill("The capital of {} is", "")
+        ... except RequestError as error:
+        ...     print(error)
+        prompt 'The capital of {} is': the subject '' is empty; expected the entity that the fact is about
+    """
 
 
 class ModelError(RLSEditError, ValueError):
-    """The model has no editable projection where one is expected, or a weight was modified by other code."""
+    """The model has no editable projection where one is expected, or a weight was modified by other code.
+
+    It is also a `ValueError`.
+
+    Example:
+        >>> from rlsedit_fast.errors import ModelError
+        >>> from rlsedit_fast.models import find_decoder
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> try:
+        ...     find_decoder(model).select([7])
+        ... except ModelError as error:
+        ...     print(error)
+        layers [7] do not exist; the model has layers 0 to 3
+    """
 
 
 class ResourceError(RLSEditError, MemoryError):
-    """There is not enough memory."""
+    """There is not enough memory.
+
+    It is also a `MemoryError`. The message states which memory is insufficient and which settings require less.
+
+    Example:
+        >>> from rlsedit_fast.errors import ResourceError
+        >>> issubclass(ResourceError, MemoryError)
+        True
+    """
 
 
 class StoreError(RLSEditError):
-    """A store cannot be opened, read or written, or belongs to another model."""
+    """A store cannot be opened, read or written, or belongs to another model.
+
+    Example:
+        >>> from rlsedit_fast.errors import StoreError
+        >>> from rlsedit_fast.store import Store
+        >>> try:
+        ...     Store("missing")
+        ... except StoreError as error:
+        ...     print(error)
+        'missing' does not contain a store (no journal.db); pass the folder of a store
+    """
 
 
 def listed(lines: Iterable[object], most: int = 10, *, where: str = "") -> list[str]:

@@ -64,6 +64,7 @@ def correct_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes `W <- W + sign * A^T U` for one tile `[ROWS, COLUMNS]` of one layer."""
     layer = tl.program_id(2).to(tl.int64)
     i = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -111,6 +112,7 @@ def correct_split_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes `W <- W + sign * A^T U` for one tile of a split weight: joins the halves, adds, and splits again."""
     layer = tl.program_id(2).to(tl.int64)
     i = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)

@@ -31,6 +31,7 @@ def downdate_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes `C_base <- C_base - U_p^T D U_p` for one tile of the lower triangle and its mirror image."""
     ti, tj = lower_tile(tl.program_id(0))
     layer = tl.program_id(1).to(tl.int64)
     base += layer * base_layer

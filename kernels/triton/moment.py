@@ -30,6 +30,7 @@ def moment_kernel(
     WIDEN: tl.constexpr,  # Triton's interpreter multiplies 16-bit operands incorrectly
     PRECISION: tl.constexpr,
 ):
+    """Computes `M <- M + X^T X` for one tile of the lower triangle and its mirror image."""
     ti, tj = lower_tile(tl.program_id(0))
     layer = tl.program_id(1).to(tl.int64)
     moment += layer * moment_layer

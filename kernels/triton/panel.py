@@ -75,6 +75,7 @@ def rows_kernel(
     EDITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes `C K^T` and `U_p K^T` for one block of rows of C or U_p and one part of the columns."""
     block = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
     edit_blocks = tl.cdiv(n, EDITS)
@@ -144,6 +145,7 @@ def triangle_kernel(
     EDITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes the sums of `C K^T` over one run of columns of the lower triangle of C, and their mirrored sums."""
     block = (tl.cdiv(d, ROWS) - 1 - tl.program_id(0)).to(tl.int64)  # longest first
     run = tl.program_id(1).to(tl.int64)
     edit_blocks = tl.cdiv(n, EDITS)
@@ -236,6 +238,7 @@ def finish_kernel(
     BLOCK: tl.constexpr,  # rows per block of the triangle variant, 0 for the full variant
     PRECISION: tl.constexpr,
 ):
+    """Adds the parts of `C K^T` and subtracts `U_p^T D U_p K^T`, for one block of columns of F."""
     edit_blocks = tl.cdiv(n, EDITS)
     layer = (tl.program_id(1) // edit_blocks).to(tl.int64)
     i = ((tl.program_id(1) % edit_blocks) * EDITS + tl.arange(0, EDITS)).to(tl.int64)

@@ -34,7 +34,13 @@ __all__ += ["AlphaEdit", "Batch", "BoundedFineTuning", "FineTuning", "HistoryMEM
 __all__ += ["RulePanel", "UltraEdit", "make_layer", "make_rule"]
 
 RECURSIVE = "rls"
-"""Name of this package's own rule, whose layer is an `RLSState`."""
+"""Name of this package's own rule, whose layer is an `RLSState`.
+
+Example:
+    >>> from rlsedit_fast.baselines import BASELINES, RECURSIVE
+    >>> RECURSIVE, RECURSIVE in BASELINES
+    ('rls', False)
+"""
 
 BASELINES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -52,10 +58,22 @@ BASELINES: dict[str, type[Rule]] = {
         UltraEdit,
     )
 }
-"""The baselines by name."""
+"""The baselines by name.
+
+Example:
+    >>> from rlsedit_fast.baselines import BASELINES
+    >>> BASELINES["memit"]
+    <class 'rlsedit_fast.baselines.memit.MEMIT'>
+"""
 
 RULES: tuple[str, ...] = (RECURSIVE, *BASELINES)
-"""Names of all rules."""
+"""Names of all rules.
+
+Example:
+    >>> from rlsedit_fast.baselines import RULES
+    >>> RULES[0], len(RULES)
+    ('rls', 12)
+"""
 
 
 _EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", float | None: "a number or None"}

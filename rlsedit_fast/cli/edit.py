@@ -25,7 +25,7 @@ from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
-    from rlsedit_fast.evaluation.outcome import Said
+    from rlsedit_fast.evaluation.outcome import CollectedAnswers
 
 HELP = "apply edits from a file to a model"
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
-    from rlsedit_fast.evaluation.outcome import ask, outcome
+    from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
     facts = sift(editor, facts, options)
     facts, known, past = _new_facts(editor, facts, again=options.again)
@@ -118,10 +118,10 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         )
     results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)
-    before: Said | None = None
+    before: CollectedAnswers | None = None
     if not options.no_evaluation:
-        before = ask(editor.model, editor.tokenizer, facts.edits)
-        results["before"] = asdict(outcome(facts.edits, before, before))
+        before = collect_answers(editor.model, editor.tokenizer, facts.edits)
+        results["before"] = asdict(compute_outcome(facts.edits, before, before))
     with _warnings_deferred():
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
@@ -190,19 +190,19 @@ def _edit(
 
 
 def _evaluate(
-    editor: Editor, applied: dict[str, Edit], before: Said, interrupts: Interrupts, results: dict[str, Any]
+    editor: Editor, applied: dict[str, Edit], before: CollectedAnswers, interrupts: Interrupts, results: dict[str, Any]
 ) -> Exception | None:
     """Evaluates the applied edits, given by place; Ctrl-C skips the evaluation."""
-    from rlsedit_fast.evaluation.outcome import ask, outcome, stated
+    from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome, stated
 
     with interrupts.patient(0):
         try:
             edits = list(applied.values())
-            after = ask(editor.model, editor.tokenizer, edits)
+            after = collect_answers(editor.model, editor.tokenizer, edits)
             # Restrict "before" to the edits that were applied.
             results |= {
-                "before": asdict(outcome(edits, before, before)),
-                "after": asdict(outcome(edits, after, before)),
+                "before": asdict(compute_outcome(edits, before, before)),
+                "after": asdict(compute_outcome(edits, after, before)),
             }
             # Later batches may have changed the answers measured right after an edit.
             results["not_stated"] = [place for place, edit in applied.items() if not stated(edit, after)]

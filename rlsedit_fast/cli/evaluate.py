@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.demo import CONFIG
     from rlsedit_fast.evaluation.figures import over_seeds
     from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
-    from rlsedit_fast.evaluation.runs import Job, make, path_of
+    from rlsedit_fast.evaluation.runs import Job, result_path, run_jobs
     from rlsedit_fast.evaluation.stream import Plan
 
     setup.show_warnings()
@@ -176,8 +176,9 @@ def run(options: argparse.Namespace) -> int:
                 free=options.free,
                 probed=options.probed,
             )
-            jobs.setdefault(rule, []).append(Job(spec, plan, path_of(options.out, plan)))
-    runs_done = iter(make([job for each in jobs.values() for job in each], processes=options.jobs, say=say, show=True))
+            jobs.setdefault(rule, []).append(Job(spec, plan, result_path(options.out, plan)))
+    every_job = [job for each in jobs.values() for job in each]
+    runs_done = iter(run_jobs(every_job, processes=options.jobs, log=say, show=True))
     found = {rule: [next(runs_done) for _ in each] for rule, each in jobs.items()}
     every = [result for each in found.values() for result in each]
     shown = (*_SHOWN, *(figure for figure in _OPTIONAL if over_seeds(every, *figure) is not None))

@@ -144,9 +144,10 @@ def report(results: dict[str, Any], lines: Sequence[str], done: Changed, options
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:
     """Returns the answer of the model to the prompt of each edit."""
-    from rlsedit_fast.evaluation.answers import answers
+    from rlsedit_fast.evaluation.answers import generate_answers
 
-    return answers(editor.model, editor.tokenizer, [(fill(e.prompt, e.subject)[0], e.target) for e in edits])
+    questions = [(fill(e.prompt, e.subject)[0], e.target) for e in edits]
+    return generate_answers(editor.model, editor.tokenizer, questions)
 
 
 def answer_lines(records: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> list[str]:

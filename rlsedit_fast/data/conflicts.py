@@ -13,6 +13,14 @@ from rlsedit_fast.errors import InputError, RequestError, listed
 from rlsedit_fast.models.tokens import fill
 
 Conflicts = Literal["later", "first", "keep", "error"]
+"""Rules of `resolve`.
+
+Example:
+    >>> from typing import get_args
+    >>> from rlsedit_fast.data import Conflicts
+    >>> get_args(Conflicts)
+    ('later', 'first', 'keep', 'error')
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,12 @@ class Resolved:
         conflicts: the rule that was applied.
         given: the edits as given.
         places: name of each edit in reports.
+
+    Example:
+        >>> from rlsedit_fast import Edit, resolve
+        >>> found = resolve([Edit("{} lives in", "Ann", "Rome"), Edit("{} lives in", "Ann", "Rome")])
+        >>> found.describe()
+        ['duplicates dropped: 1', '  edit 0 dropped: same as edit 1']
     """
 
     edits: list[Edit]

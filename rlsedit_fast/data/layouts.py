@@ -10,9 +10,33 @@ from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.data.fields import Fields
 
 Format = Literal["edits", "counterfact", "zsre", "mquake"]
+"""File formats of `read_edits`.
+
+Example:
+    >>> from typing import get_args
+    >>> from rlsedit_fast.data import Format
+    >>> get_args(Format)
+    ('edits', 'counterfact', 'zsre', 'mquake')
+"""
+
 ZsreTarget = Literal["alt", "answers"]
+"""Fields of zsRE records that can be the target.
+
+Example:
+    >>> from typing import get_args
+    >>> from rlsedit_fast.data import ZsreTarget
+    >>> get_args(ZsreTarget)
+    ('alt', 'answers')
+"""
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+"""All file formats.
+
+Example:
+    >>> from rlsedit_fast.data import FORMATS
+    >>> "counterfact" in FORMATS
+    True
+"""
 
 _DETECT_FROM = 10  # number of records inspected to detect the format; more than one, since a record may be invalid
 

@@ -22,6 +22,11 @@ class Skipped:
         place: position in the file: `facts.jsonl:12`, `facts.json:12 (record 3)`.
         field: the first invalid field; None if the record as a whole is invalid.
         reason: the problem of that field, and those of further fields.
+
+    Example:
+        >>> from rlsedit_fast.data import Skipped
+        >>> print(Skipped("facts.jsonl:3", "target", "missing"))
+        facts.jsonl:3: target: missing
     """
 
     place: str
@@ -42,6 +47,17 @@ class EditFile:
         places: position of each edit in the file.
         format: format of the file.
         unread: fields that are ignored, such as the answer before the edit.
+
+    Example:
+        >>> import json, tempfile
+        >>> from rlsedit_fast import read_edits
+        >>> record = {"prompt": "Ann lives in", "subject": "Ann", "target_new": "Rome", "ground_truth": "Oslo"}
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     json.dump([record], file)
+        ...     file.flush()
+        ...     found = read_edits(file.name)
+        >>> found.format, len(found.edits), found.unread
+        ('counterfact', 1, ['ground_truth'])
     """
 
     edits: list[Edit]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.models.passes import hidden_of, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
-from rlsedit_fast.models.sites import Seen, Site
+from rlsedit_fast.models.sites import Site, SiteState
 from rlsedit_fast.models.tokens import alike
 from rlsedit_fast.rls import realized_fraction
 
@@ -149,7 +149,7 @@ def gather(site: Site, requests: Sequence[Request]) -> tuple[PromptRows, PromptR
     parts = []
     for listed, of in ((contexts, range(len(contexts))), (prompts, range(len(contexts), len(texts)))):
         part = batch.taken(torch.tensor(of, dtype=torch.long, device=batch.ids.device))
-        seen = site.look(part) if len(of) else Seen(None, torch.zeros(0, device=batch.ids.device))
+        seen = site.capture(part) if len(of) else SiteState(None, torch.zeros(0, device=batch.ids.device))
         device = seen.state.device
         before = part.before.tolist()
         lookup = torch.tensor([row.lookup - cut for (_, row), cut in zip(listed, before, strict=True)])

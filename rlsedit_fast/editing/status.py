@@ -158,6 +158,15 @@ class Status:
         sample: some edits measured in the present model; None if they were not measured.
         sizes: bytes of the store, by part; empty without a store.
         warnings: problems, and what to do about them.
+
+    Example:
+        >>> from rlsedit_fast import Edit, EditConfig, Editor
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+        >>> editor = Editor(*load_demo_model(), config=config)
+        >>> records = editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Kubeish")])
+        >>> editor.status().edits["active"]
+        1
     """
 
     edits: dict[str, int]

@@ -1,4 +1,4 @@
-"""What a model says of itself: greedy answers, in as few tokens as the targets have."""
+"""Greedy answers of a model to prompts, with as many tokens as the targets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[str, str]]) -> list[str]:
-    """Continues the prompt of each (prompt, target) greedily, by as many tokens as the target has, or up to the end of
-    the text if the model ends it before; blanks around an answer are left out.
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Continues prompts greedily.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        asked: in any number.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        questions: pairs (prompt, target).
+
+    Returns:
+        The continuation of each prompt without surrounding whitespace. It has as many tokens as the target, or fewer
+        if the model ends the text.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import generate_answers
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> generate_answers(model, tokenizer, [("Toze Lado Rekuno plays the", "harp")])
+        ['clarinet']
     """
-    rows = [encode_plain(tokenizer, prompt, target) for prompt, target in asked]
+    rows = [encode_plain(tokenizer, prompt, target) for prompt, target in questions]
     prompts = [row.ids[: row.prompt_length] for row in rows]
-    said = greedy(model, prompts, [len(row.target) for row in rows], ends=end_tokens(model, tokenizer))
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+    generated = greedy(model, prompts, [len(row.target) for row in rows], ends=end_tokens(model, tokenizer))
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]

@@ -1,4 +1,4 @@
-"""Evaluation cases: an edit, and the prompts that show whether it took, spread, and did harm."""
+"""Evaluation cases: an edit, and prompts that measure its efficacy, generalization and specificity."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ from rlsedit_fast.world import RELATIONS, Person, Relation, World
 from rlsedit_fast.world.facts import shuffled
 
 NEIGHBORS = 3
-"""Neighbours asked per case."""
-SPARE = 3
-"""Further ones that are not asked, per case."""
+"""Maximum number of neighborhood prompts per case."""
+HELD_OUT = 3
+"""Maximum number of further neighborhood prompts per case that are not evaluated."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what the unedited world answers."""
+    """A prompt and its answer before the edits.
+
+    Attributes:
+        prompt: the prompt.
+        answer: the answer that continues it.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Question
+        >>> Question("The capital of Peru is", "Lima").answer
+        'Lima'
+    """
 
     prompt: str
     answer: str
@@ -28,13 +38,19 @@ class Question:
 
 @dataclass(frozen=True)
 class MultiHop:
-    """Questions whose answer follows from several facts, of which edits change some.
+    """A question whose answer follows from several facts, some of which are edited.
 
     Attributes:
-        prompts: wordings of one question.
-        answer: before the edits.
-        new_answer: after them.
-        aliases: other names of the new answer, any of which is as right.
+        prompts: wordings of the question.
+        answer: answer before the edits.
+        new_answer: answer after the edits.
+        aliases: other names of the new answer, which are also correct.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import MultiHop
+        >>> chain = MultiHop(("The capital of the country of Vince is",), "Washington", "Tripoli", ("Tarabulus",))
+        >>> chain.correct_answers
+        ('Tripoli', 'Tarabulus')
     """
 
     prompts: tuple[str, ...]
@@ -43,33 +59,47 @@ class MultiHop:
     aliases: tuple[str, ...] = ()
 
     @property
-    def right(self) -> tuple[str, ...]:
-        """Everything that is a right answer after the edits."""
+    def correct_answers(self) -> tuple[str, ...]:
+        """The new answer and its aliases."""
         return (self.new_answer, *self.aliases)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One edit and what to ask about it.
+    """One edit and the prompts that evaluate it.
 
     Attributes:
-        edit: what the model is to learn.
-        asked: the edited prompt, with the answer before the edit.
-        paraphrases: the same question under phrasings that editing never sees.
-        neighbors: the same question about people who have the same answer and are not edited.
+        edit: the edit.
+        question: the edited prompt, with the answer before the edit.
+        paraphrases: the same question in other words, which are not used for editing.
+        neighbors: the same question about other subjects that have the same answer and are not edited.
         namesakes: the same question about unedited people who share two of the subject's three names, if any.
-        same_subject: other facts of the subject, under phrasings that the KL term does not look at.
-        rebuilt: the edited question about subjects of other records of the data set that have the same answer and are
-            not edited: a neighbourhood rebuilt from the records, to be named so wherever a figure of it is quoted.
-        multihop: questions whose answers follow from this edit and from others, all applied by then.
-        generation: beginnings of texts about the subject, which the model is to continue.
-        references: texts about other subjects which have the new answer.
-        spare: more of the neighbours' questions (or of the rebuilt ones), which are never asked: what an editor may be
-            given to keep, where what is asked then shows whether that reaches beyond what it was given.
+        same_subject: other facts of the subject, in words that differ from the KL prompts.
+        rebuilt: the same question about subjects of other records of the data set that have the same answer and are
+            not edited. Results on this neighborhood must be labeled as rebuilt, since data sets do not contain it.
+        multihop: questions whose answers follow from this edit and from earlier ones.
+        generation: prompts for texts about the subject.
+        references: texts about other subjects that have the new answer.
+        held_out: further neighborhood (or rebuilt) prompts that are not evaluated. An editor may protect them, so that
+            the evaluated prompts show whether protection generalizes.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> from rlsedit_fast.evaluation import Case, Question
+        >>> case = Case(
+        ...     edit=Edit("The capital of {} is", "Peru", "Quito"),
+        ...     question=Question("The capital of Peru is", "Lima"),
+        ...     paraphrases=(Question("Peru is governed from", "Lima"),),
+        ...     neighbors=(),
+        ...     namesakes=(),
+        ...     same_subject=(Question("The language of Peru is", "Spanish"),),
+        ... )
+        >>> len(case.paraphrases)
+        1
     """
 
     edit: Edit
-    asked: Question
+    question: Question
     paraphrases: tuple[Question, ...]
     neighbors: tuple[Question, ...]
     namesakes: tuple[Question, ...]
@@ -78,17 +108,32 @@ class Case:
     multihop: tuple[MultiHop, ...] = ()
     generation: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
-    spare: tuple[Question, ...] = ()
+    held_out: tuple[Question, ...] = ()
 
 
 def world_cases(world: World, count: int, seed: int) -> list[Case]:
-    """`count` false facts about as many different people of a world, in random order.
+    """Creates cases with false facts about different people, one per person, in random order.
+
+    Args:
+        world: the world.
+        count: number of cases.
+        seed: random seed.
+
+    Returns:
+        The cases.
 
     Raises:
-        InputError: more edits than people.
+        InputError: `count` is below 1 or above the number of people.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import world_cases
+        >>> from rlsedit_fast.world import World
+        >>> case = world_cases(World.generate(), 3, seed=0)[0]
+        >>> case.edit.target != case.question.answer, len(case.paraphrases), len(case.neighbors)
+        (True, 4, 3)
     """
     if not 1 <= count <= len(world.people):
-        raise InputError(f"edits={count}: expected 1 to {len(world.people)}, the people of the world, one fact each")
+        raise InputError(f"edits={count}: expected 1 to {len(world.people)}, the number of people in the world")
     rng = random.Random(seed)
     people = shuffled(world.people, rng)
     edited, others = people[:count], _Others.of(people[count:])
@@ -96,16 +141,30 @@ def world_cases(world: World, count: int, seed: int) -> list[Case]:
 
 
 def related_cases(world: World, count: int, seed: int) -> list[Case]:
-    """`count` false facts, all the facts there are of as few people as that takes, in random order.
+    """Creates cases with false facts about as few people as possible, in random order.
 
-    Of these people nothing else is left to ask, so `same_subject` is empty.
+    All facts of these people are edited, so `Case.same_subject` is empty.
+
+    Args:
+        world: the world.
+        count: number of cases.
+        seed: random seed.
+
+    Returns:
+        The cases.
 
     Raises:
-        InputError: more edits than facts.
+        InputError: `count` is below 1 or above the number of facts.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import related_cases
+        >>> from rlsedit_fast.world import World
+        >>> len({case.edit.subject for case in related_cases(World.generate(), 8, seed=0)})
+        2
     """
     most = len(world.people) * len(RELATIONS)
     if not 1 <= count <= most:
-        raise InputError(f"edits={count}: expected 1 to {most}, the facts of the world")
+        raise InputError(f"edits={count}: expected 1 to {most}, the number of facts in the world")
     rng = random.Random(seed)
     people = shuffled(world.people, rng)
     needed = -(-count // len(RELATIONS))
@@ -115,7 +174,23 @@ def related_cases(world: World, count: int, seed: int) -> list[Case]:
 
 
 def edited_twice(cases: Sequence[Case], seed: int) -> list[Case]:
-    """Each case edited again, in another order, with a target that is neither the first one nor the true answer."""
+    """Edits each case again, in another order, with a target that differs from the first target and the true answer.
+
+    Args:
+        cases: cases of `world_cases`.
+        seed: random seed.
+
+    Returns:
+        One case per given case.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import edited_twice, world_cases
+        >>> from rlsedit_fast.world import World
+        >>> first = world_cases(World.generate(), 1, seed=0)
+        >>> second = edited_twice(first, seed=0)
+        >>> second[0].edit.subject == first[0].edit.subject, second[0].edit.target == first[0].edit.target
+        (True, False)
+    """
     rng = random.Random(seed)
     values = {relation.phrasings[0]: relation.values for relation in RELATIONS}
     again = [
@@ -124,7 +199,9 @@ def edited_twice(cases: Sequence[Case], seed: int) -> list[Case]:
             edit=replace(
                 case.edit,
                 target=next(
-                    v for v in shuffled(values[case.edit.prompt], rng) if v not in (case.edit.target, case.asked.answer)
+                    v
+                    for v in shuffled(values[case.edit.prompt], rng)
+                    if v not in (case.edit.target, case.question.answer)
                 ),
             ),
         )
@@ -135,16 +212,16 @@ def edited_twice(cases: Sequence[Case], seed: int) -> list[Case]:
 
 @dataclass(frozen=True)
 class _Others:
-    """Unedited people, by a fact that they share with someone and by two of their three names."""
+    """Unedited people by a fact, and by two of their three names."""
 
     peers: dict[tuple[str, str], list[Person]]
     sharing: dict[tuple[int, str, str], list[Person]]
 
     @classmethod
-    def of(cls, spared: Sequence[Person]) -> _Others:
+    def of(cls, unedited: Sequence[Person]) -> _Others:
         peers: dict[tuple[str, str], list[Person]] = defaultdict(list)
         sharing: dict[tuple[int, str, str], list[Person]] = defaultdict(list)
-        for person in spared:
+        for person in unedited:
             for name, value in person.facts.items():
                 peers[name, value].append(person)
             for pair in _name_pairs(person):
@@ -161,9 +238,9 @@ def _case(person: Person, relation: Relation, others: _Others, rng: random.Rando
         other
         for pair in _name_pairs(person)
         for other in others.sharing.get(pair, ())
-        if other.facts[relation.name] != target  # who has it already could not show harm
+        if other.facts[relation.name] != target  # otherwise a wrong edit could not be detected
     ]
-    # Drawn in the order in which a case has them: the streams of earlier results are the same ones.
+    # The order of random draws is part of the recorded results.
     drawn = [Question(edited_prompt.format(other.name), old) for other in shuffled(peers, rng)]
     return Case(
         Edit(edited_prompt, person.name, target),
@@ -177,7 +254,7 @@ def _case(person: Person, relation: Relation, others: _Others, rng: random.Rando
             if other is not relation
             for phrasing in shuffled(other.phrasings[1:], rng)[:2]
         ),
-        spare=tuple(drawn[NEIGHBORS : NEIGHBORS + SPARE]),
+        held_out=tuple(drawn[NEIGHBORS : NEIGHBORS + HELD_OUT]),
     )
 
 

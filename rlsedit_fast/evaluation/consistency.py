@@ -1,4 +1,4 @@
-"""Consistency: whether what a model writes about a subject reads like texts about subjects that have the new answer."""
+"""Consistency: similarity of generated texts about a subject and reference texts about subjects with the new answer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def reference_texts(path: Path) -> Texts:
-    """A file of reference texts in the form of ROME's `attribute_snippets.json`: a JSON list of objects with
-    `relation_id`, `target_id` and `samples`, each with a `text`.
+    """Reads reference texts in the format of ROME's `attribute_snippets.json`.
+
+    Args:
+        path: JSON list of objects with `relation_id`, `target_id` and `samples`, a list of objects with a `text`.
+
+    Returns:
+        The texts by the ids of relation and answer.
 
     Raises:
-        InputError: a file that cannot be read so.
+        InputError: the file cannot be read or has another format.
     """
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for at, entry in enumerate(read_records(path), 1):
@@ -32,75 +37,90 @@ def reference_texts(path: Path) -> Texts:
             found[entry["relation_id"], entry["target_id"]] += [sample["text"] for sample in entry["samples"]]
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"{path}, record {at} lacks {error}; expected reference texts as ROME's attribute_snippets.json has "
-                "them: relation_id, target_id, and samples, a list of objects with a text"
+                f"{path}, record {at} lacks {error}; expected the format of ROME's attribute_snippets.json: "
+                "relation_id, target_id, and samples, a list of objects with a text"
             ) from error
     return {ids: tuple(texts) for ids, texts in found.items()}
 
 
-class Likeness:
-    """How alike two texts are: the cosine of their TF-IDF vectors, as scikit-learn makes them by default.
+class TextSimilarity:
+    """Cosine similarity of the TF-IDF vectors of two texts, with the default settings of scikit-learn.
 
     Args:
-        texts: what the inverse document frequencies are taken from.
+        texts: texts that determine the inverse document frequencies.
 
     Raises:
         InputError: scikit-learn is not installed, or no text has a word.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import TextSimilarity
+        >>> similarity = TextSimilarity(["cat dog", "cat owl"])
+        >>> round(similarity("Cat dog", "dog, cat"), 6), similarity("cat", "dog")
+        (1.0, 0.0)
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
         try:
             from sklearn.feature_extraction.text import TfidfVectorizer
         except ImportError as error:
-            raise InputError("references: consistency needs scikit-learn; pip install scikit-learn") from error
+            raise InputError("references: consistency requires scikit-learn; pip install scikit-learn") from error
         self._vectors = TfidfVectorizer()
         try:
             self._vectors.fit(texts)
         except ValueError as error:
-            raise InputError(f"references: no reference text has a word ({error}); give texts with words") from error
+            raise InputError(
+                f"references: no reference text has a word ({error}); expected texts with words"
+            ) from error
 
     def __call__(self, one: str, other: str) -> float:
-        """From 0, where they share no word that is known, to 1."""
+        """Returns the similarity, from 0 (no common word that occurs in `texts`) to 1."""
         first, second = self._vectors.transform([one, other])
         return float((first @ second.T).sum())
 
 
 @lru_cache(maxsize=1)
-def likeness(path: Path) -> Likeness:
-    """`Likeness` by all the texts of a file of reference texts.
+def reference_similarity(path: Path) -> TextSimilarity:
+    """Returns the text similarity with the document frequencies of all texts of a file.
+
+    Args:
+        path: see `reference_texts`.
 
     Raises:
-        InputError: see `reference_texts` and `Likeness`.
+        InputError: see `reference_texts` and `TextSimilarity`.
     """
-    return Likeness([text for texts in reference_texts(path).values() for text in texts])
+    return TextSimilarity([text for texts in reference_texts(path).values() for text in texts])
 
 
 def consistency(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[Case],
-    alike: Likeness,
+    similarity: TextSimilarity,
     *,
     tokens: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float:
-    """Mean likeness, over cases, of what a model writes behind a case's `generation` prompts and its `references`.
+    """Measures the consistency of generated texts with reference texts.
 
-    As ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, and its released evaluation): the texts of a case's
-    prompts, the prompts included, are joined, and so are its references; each text is sampled from the five likeliest
-    tokens. A text has `tokens` tokens behind its prompt, where the release counts the prompt in.
+    The metric follows ROME (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, and its released evaluation): the texts
+    generated from a case's prompts, prompts included, are joined, and so are its references. Texts are sampled from the
+    five most likely tokens. A text has `tokens` new tokens; the release includes the prompt in this number.
 
     Args:
-        model: as it is now.
-        tokenizer: its tokenizer.
-        cases: at least one, each with prompts and references.
-        alike: by all the reference texts there are, so that a word of every text counts little.
-        tokens: most new tokens of a text.
-        seed: of the sampling.
-        progress: called after each batch with the texts done so far.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        cases: at least one case, each with `generation` and `references`.
+        similarity: text similarity with the document frequencies of all reference texts.
+        tokens: maximum number of new tokens per text.
+        seed: random seed of the sampling.
+        progress: called after each batch with the number of finished texts and the number of texts.
+
+    Returns:
+        The mean similarity over the cases, from 0 to 1.
     """
     prompts = [prompt for case in cases for prompt in case.generation]
     texts = iter(continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed, progress=progress))
-    said = [" ".join(f"{prompt} {next(texts)}" for prompt in case.generation) for case in cases]
-    return sum(alike(text, " ".join(case.references)) for text, case in zip(said, cases, strict=True)) / len(cases)
+    joined = [" ".join(f"{prompt} {next(texts)}" for prompt in case.generation) for case in cases]
+    pairs = zip(joined, cases, strict=True)
+    return sum(similarity(text, " ".join(case.references)) for text, case in pairs) / len(cases)

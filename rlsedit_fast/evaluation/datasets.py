@@ -1,4 +1,4 @@
-"""Cases from the data sets that the field evaluates on: CounterFact and zsRE."""
+"""Cases from the data sets CounterFact and zsRE."""
 
 from __future__ import annotations
 
@@ -15,31 +15,55 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, Question
 
 REBUILT = 5
-"""Most prompts of a rebuilt neighbourhood, and of those that are kept aside as `Case.spare`."""
+"""Maximum number of prompts of a rebuilt neighborhood, and of `Case.held_out`."""
 
 Texts = Mapping[tuple[str, str], tuple[str, ...]]
-"""Reference texts by the ids of a relation and of an answer."""
+"""Reference texts by the ids of relation and answer."""
 
 
 def counterfact_cases(
     path: Path, count: int, *, seed: int = 0, among: int | None = None, references: Texts | None = None
 ) -> list[Case]:
-    """`count` records of CounterFact as cases, of different subjects, in random order.
+    """Reads cases with different subjects from a CounterFact file, in random order.
 
-    Both forms are read: the original one (Meng et al. 2022), and EasyEdit's flat fields. Records that contain no
-    place for their subject are passed over. The neighbourhood has what the file gives; beside it, `rebuilt` asks the
-    same question about subjects of other records, not among the edited ones, that have the same answer.
+    The original format (Meng et al. 2022, arXiv 2202.05262) and the flat fields of EasyEdit are supported. Records
+    whose prompt does not contain the subject exactly once are skipped. `Case.neighbors` has the prompts of the file;
+    `Case.rebuilt` has the same question about unedited subjects of other records that have the same answer.
 
     Args:
-        path: a JSON list of records.
-        count: how many.
-        seed: of the choice and the order.
-        among: only the first so many records of the file, such as those that a model was trained to know.
-        references: texts for `Case.references`, which a record's ids name; a case has `Case.generation` with them.
+        path: JSON list of records.
+        count: number of cases.
+        seed: random seed of the choice and the order.
+        among: use only the first records of the file, such as those that a model was trained on.
+        references: texts for `Case.references`, by the ids of relation and new answer; `Case.generation` is then filled
+            as well.
+
+    Returns:
+        The cases.
 
     Raises:
-        InputError: a file that cannot be read so, or fewer usable records; or references, and records without the ids
-            or the prompts that go with them, which only the original form has.
+        InputError: the file cannot be read, has another format or too few usable records; or `references` is given and
+            a record lacks ids or generation prompts, which only the original format has.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from rlsedit_fast.evaluation import counterfact_cases
+        >>> record = {
+        ...     "requested_rewrite": {
+        ...         "prompt": "The mother tongue of {} is",
+        ...         "subject": "Ann",
+        ...         "target_new": {"str": "French"},
+        ...         "target_true": {"str": "Greek"},
+        ...     },
+        ...     "paraphrase_prompts": ["Ann speaks"],
+        ...     "neighborhood_prompts": ["The mother tongue of Bo is"],
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "counterfact.json")
+        ...     _ = path.write_text(json.dumps([record]))
+        ...     (case,) = counterfact_cases(path, 1)
+        >>> case.edit.prompt, case.edit.target, case.neighbors
+        ('The mother tongue of {} is', 'French', (Question(prompt='The mother tongue of Bo is', answer='Greek'),))
     """
     records = [counterfact_record(record) for record in read_records(path)][:among]
     rng = random.Random(seed)
@@ -53,7 +77,7 @@ def counterfact_cases(
         if len(chosen) == count:
             break
     if len(chosen) < count:
-        raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
+        raise _too_few(path, len(chosen), count)
     peers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
         if record["template"] is not None and record["subject"] not in chosen:
@@ -65,10 +89,32 @@ def counterfact_cases(
 
 
 def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
-    """`count` records of zsRE in MEND's form as cases: the edit teaches `alt`, and `loc` is to stay as it is.
+    """Reads cases with different subjects from a zsRE file in MEND's format, in random order.
+
+    The target is `alt`, the paraphrase `rephrase`, and the neighborhood prompt `loc`.
+
+    Args:
+        path: JSON list of records.
+        count: number of cases.
+        seed: random seed of the choice and the order.
+
+    Returns:
+        The cases.
 
     Raises:
-        InputError: a file that cannot be read so, or fewer records of different subjects.
+        InputError: the file cannot be read, has another format or too few usable records.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from rlsedit_fast.evaluation import zsre_cases
+        >>> record = {"subject": "UniFirst", "src": "What does UniFirst make?", "rephrase": "UniFirst makes what?"}
+        >>> record |= {"alt": "aircraft", "answers": ["uniform"], "loc": "nq question: who?", "loc_ans": "Walter"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "zsre.json")
+        ...     _ = path.write_text(json.dumps([record]))
+        ...     (case,) = zsre_cases(path, 1)
+        >>> case.edit.prompt, case.edit.target, case.question.answer
+        ('What does {} make?', 'aircraft', 'uniform')
     """
     records = read_records(path)
     random.Random(seed).shuffle(records)
@@ -88,17 +134,20 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
                 )
                 chosen.setdefault(subject, case)
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{path}: a record lacks {error}; expected zsRE in MEND's form") from error
+            raise InputError(f"{path}: a record lacks {error}; expected zsRE in MEND's format") from error
         if len(chosen) == count:
             return list(chosen.values())
-    raise InputError(f"{path}: {len(chosen)} records of different subjects, {count} were asked for; ask for fewer")
+    raise _too_few(path, len(chosen), count)
 
 
 def read_records(path: Path) -> list[Any]:
-    """A file's JSON list.
+    """Reads a JSON list of records.
+
+    Args:
+        path: the file.
 
     Raises:
-        InputError: it cannot be read as one, or has no record.
+        InputError: the file cannot be read, or is not a JSON list with at least one record.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +159,26 @@ def read_records(path: Path) -> list[Any]:
 
 
 def counterfact_record(record: Any) -> dict[str, Any]:
-    """A record of either form in one; `template` is None where the prompt has no place for the subject."""
+    """Converts a CounterFact record, in the original or EasyEdit's format, to common fields.
+
+    Args:
+        record: the record.
+
+    Returns:
+        A dictionary with `subject`, `template` (the prompt with `{}`; None if the prompt does not contain the subject
+        exactly once), `prompt`, `target_new`, `ground_truth`, `paraphrases`, `neighborhood` (pairs of prompt and
+        answer), `ids` (of relation and new answer, or None) and `generation` (prompts).
+
+    Raises:
+        InputError: a field is missing.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import counterfact_record
+        >>> record = {"prompt": "The mother tongue of Ann is", "subject": "Ann", "target_new": "French"}
+        >>> record |= {"ground_truth": "Greek", "rephrase_prompt": "Ann speaks", "locality_prompt": "Bo speaks"}
+        >>> counterfact_record(record | {"locality_ground_truth": "Greek"})["template"]
+        'The mother tongue of {} is'
+    """
     try:
         if "requested_rewrite" in record:
             rewrite = record["requested_rewrite"]
@@ -127,7 +195,9 @@ def counterfact_record(record: Any) -> dict[str, Any]:
             neighborhood = [(record["locality_prompt"], record["locality_ground_truth"])]
             ids, generation = (None, None), ()
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"a record lacks {error}; expected CounterFact, or EasyEdit's form of it") from error
+        raise InputError(
+            f"a record lacks {error}; expected CounterFact in its original or EasyEdit's format"
+        ) from error
     return {
         "subject": subject,
         "template": _template(prompt, subject),
@@ -141,6 +211,13 @@ def counterfact_record(record: Any) -> dict[str, Any]:
     }
 
 
+def _too_few(path: Path, found: int, count: int) -> InputError:
+    return InputError(
+        f"{path}: {count} edits requested, but it has only {found} usable records of different subjects; request fewer "
+        "edits"
+    )
+
+
 def _template(prompt: str, subject: str) -> str | None:
     if "{" in prompt or "}" in prompt or prompt.count(subject) != 1:
         return None
@@ -150,8 +227,8 @@ def _template(prompt: str, subject: str) -> str | None:
 def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]], rng: random.Random) -> Case:
     old, template = record["ground_truth"], record["template"]
     others = peers[template, old]
-    # By turns, and alike for all cases: no subject that one of them asks about is spare to another.
-    rebuilt, spare = (
+    # Alternating, and the same for all cases: no evaluated subject of one case is held out in another.
+    rebuilt, held_out = (
         tuple(Question(template.replace("{}", subject), old) for subject in rng.sample(some, min(REBUILT, len(some))))
         for some in (others[::2], others[1::2])
     )
@@ -163,7 +240,7 @@ def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]]
         (),
         (),
         rebuilt=rebuilt,
-        spare=spare,
+        held_out=held_out,
     )
 
 
@@ -171,7 +248,6 @@ def _with_texts(case: Case, record: dict[str, Any], references: Texts, path: Pat
     if None in record["ids"] or not record["generation"]:
         raise InputError(
             f"{path}: the record of {record['subject']!r} lacks generation_prompts, requested_rewrite.relation_id or "
-            "target_new.id, without which no reference text belongs to it; give CounterFact in its original form, or "
-            "no references"
+            "target_new.id, which select its reference texts; pass CounterFact in its original format, or no references"
         )
     return replace(case, generation=record["generation"], references=tuple(references.get(record["ids"], ())))

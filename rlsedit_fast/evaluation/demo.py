@@ -1,6 +1,6 @@
-"""The main job from one command: a stream of edits into the shipped model, and what became of the model.
+"""Demonstration: applies a stream of edits to the demo model and evaluates it.
 
-`run` does the work and returns plain numbers; `table` words them; `plot` draws them.
+`run` edits and evaluates and returns the results; `table` formats them; `plot` plots the retention.
 """
 
 from __future__ import annotations
@@ -34,21 +34,27 @@ CONFIG = EditConfig(
     ),
     prior=PriorConfig(adherence=0.975),
 )
-"""The demo's settings. The KL term looks at one phrasing of each relation; other facts are then asked in others.
+"""Settings for the demo model. The KL prompts have one phrasing per relation; evaluation uses the others.
 
-The adherence is above the default since a thousand edits crowd 1,536 features: each later one takes a little back."""
+The adherence is above the default, because a thousand edits of 1,536 features reduce the effect of earlier ones.
+
+Example:
+    >>> from rlsedit_fast.evaluation import CONFIG
+    >>> CONFIG.layers
+    (0,)
+"""
 
 _ANCHOR_SENTENCES = 4000
 
 
 @dataclass(frozen=True)
 class Age:
-    """Edits of like age: a group of consecutive edits, and how many of them were answered right.
+    """Efficacy of a group of consecutive edits.
 
     Attributes:
-        first: number of the group's first edit, from 1.
-        last: number of its last.
-        when_made: strict efficacy just after the group's last batch.
+        first: number of the first edit, from 1.
+        last: number of the last edit.
+        when_made: strict efficacy directly after the last batch of the group.
         at_end: strict efficacy after the whole stream.
     """
 
@@ -59,13 +65,21 @@ class Age:
 
     @property
     def retained(self) -> float | None:
-        """`at_end / when_made`; None where nothing took when made."""
+        """`at_end / when_made`; None if `when_made` is 0."""
         return self.at_end / self.when_made if self.when_made else None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to a prompt before, after, and when plain transformers has loaded its checkpoint."""
+    """Generated answers to one prompt.
+
+    Attributes:
+        kind: role of the prompt, such as "paraphrase".
+        prompt: the prompt.
+        before: answer before the edits.
+        after: answer after the edits.
+        reloaded: answer of the saved checkpoint, loaded with transformers.
+    """
 
     kind: str
     prompt: str
@@ -75,8 +89,16 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One stream of edits into a fresh copy of the demo model, and what it measured."""
+class StreamResult:
+    """Result of a stream of edits of the demo model.
+
+    Attributes:
+        editor: the editor with the edited model.
+        records: records of the edits.
+        ages: efficacy by group of edits.
+        report: metrics after the stream.
+        seconds: seconds of editing.
+    """
 
     editor: Editor
     records: list[EditRecord]
@@ -86,19 +108,19 @@ class Stream:
 
 
 def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
-    """Edits the shipped model, measures, saves it, loads it again; and edits once more without the KL term.
+    """Edits the demo model, evaluates, saves and reloads it; then edits another copy without the KL term.
 
     Args:
-        edits: how many facts are changed, of as many people.
-        batch_size: edits written at once.
-        seed: of the choice of people, facts and anchor sentences.
-        out: folder for the edited checkpoint.
+        edits: number of edited facts, one per person.
+        batch_size: edits per batch.
+        seed: random seed of the choice of people, facts and anchor sentences.
+        out: output folder; the checkpoint is written to its subfolder `model`.
 
     Returns:
-        Plain numbers and texts, ready for JSON.
+        The results, JSON-serializable.
 
     Raises:
-        InputError: more edits than people, or a batch size below 1.
+        InputError: there are more edits than people, or the batch size is below 1.
     """
     config = CONFIG.replace(batch_size=batch_size)
     world = World.generate()
@@ -106,13 +128,13 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     model, tokenizer = load_demo_model()
     before = score_before(model, tokenizer, cases)
     questions = _samples(cases)
-    answers_before = _say(model, tokenizer, [question.prompt for _, question in questions])
+    answers_before = _complete(model, tokenizer, [question.prompt for _, question in questions])
     anchors = anchor_texts(world, seed)
 
     stream = _stream(model, tokenizer, cases, before, config, anchors, "editing")
-    answers_after = _say(model, tokenizer, [question.prompt for _, question in questions])
+    answers_after = _complete(model, tokenizer, [question.prompt for _, question in questions])
     stream.editor.save_pretrained(out / "model")
-    answers_reloaded = _say(*_reload(out / "model"), [question.prompt for _, question in questions])
+    answers_reloaded = _complete(*_reload(out / "model"), [question.prompt for _, question in questions])
 
     bare_model, _ = load_demo_model()
     bare = _stream(
@@ -126,8 +148,8 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     )
 
     answers = [
-        Answer(kind, question.prompt, *said)
-        for (kind, question), *said in zip(questions, answers_before, answers_after, answers_reloaded, strict=True)
+        Answer(kind, question.prompt, *texts)
+        for (kind, question), *texts in zip(questions, answers_before, answers_after, answers_reloaded, strict=True)
     ]
     return _results(stream, bare, answers, edits=edits, batch_size=batch_size, seed=seed, config=config)
 
@@ -140,7 +162,7 @@ def _stream(
     config: EditConfig,
     anchors: Sequence[str],
     title: str,
-) -> Stream:
+) -> StreamResult:
     editor = Editor(model, tokenizer, config=config)
     editor.anchor(anchors)
     groups = age_groups(len(cases), config.batch_size)
@@ -157,7 +179,7 @@ def _stream(
         Age(start + 1, stop, made, efficacy_strict(model, tokenizer, cases[start:stop]))
         for (start, stop), made in zip(groups, when_made, strict=True)
     ]
-    return Stream(editor, records, ages, evaluate(model, tokenizer, cases, before), seconds)
+    return StreamResult(editor, records, ages, evaluate(model, tokenizer, cases, before), seconds)
 
 
 def _advance(bar: tqdm[None], made: Sequence[EditRecord]) -> None:
@@ -165,40 +187,54 @@ def _advance(bar: tqdm[None], made: Sequence[EditRecord]) -> None:
 
 
 def anchor_texts(world: World, seed: int) -> list[str]:
-    """Sentences about anyone, edited or not: who edits cannot know who will be edited."""
+    """Returns anchor sentences about random people, including edited ones, since later edits are not known in advance.
+
+    Args:
+        world: the world.
+        seed: random seed of the choice.
+
+    Returns:
+        4,000 sentences, or all of a smaller world.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import anchor_texts
+        >>> from rlsedit_fast.world import World
+        >>> len(anchor_texts(World.generate(), seed=0))
+        4000
+    """
     sentences = shuffled(list(world.sentences()), random.Random(seed))[:_ANCHOR_SENTENCES]
     return [f"{prompt.format(name)} {answer} ." for prompt, name, answer in sentences]
 
 
 def _samples(cases: Sequence[Case]) -> list[tuple[str, Question]]:
-    """A few prompts to show: the first case that has all kinds, one prompt of each."""
+    """Returns prompts of each kind for the first case that has neighbors, as (kind, question)."""
     case = next((c for c in cases if c.neighbors), cases[0])
     kinds = [
-        ("edited", (case.asked,)),
+        ("edited", (case.question,)),
         ("paraphrase", case.paraphrases),
         ("other fact", case.same_subject),
-        ("neighbour", case.neighbors),
+        ("neighbor", case.neighbors),
     ]
     return [(kind, questions[0]) for kind, questions in kinds if questions]
 
 
-def _say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Greedy continuations up to the full stop."""
+def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """Returns greedy continuations up to the period."""
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    said = greedy(model, rows, [4] * len(rows), ends=[tokenizer.get_vocab()["."]])
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+    generated = greedy(model, rows, [4] * len(rows), ends=[tokenizer.get_vocab()["."]])
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
 
 
 def _reload(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What anybody with transformers alone would do."""
+    """Loads a checkpoint with transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 
 
 def _results(
-    stream: Stream,
-    bare: Stream,
+    stream: StreamResult,
+    bare: StreamResult,
     answers: Sequence[Answer],
     *,
     edits: int,
@@ -223,8 +259,8 @@ def _results(
         "deviation": max(layer.weight for layer in deviation),
         "deviation_bound": max(layer.weight_bound for layer in deviation),
         "not_converged": sum(not record.search_converged for record in stream.records),
-        "metrics": asdict(report),
-        "metrics_without_kl": asdict(bare.report),
+        "metrics": report.to_json(),
+        "metrics_without_kl": bare.report.to_json(),
         "ages": [asdict(age) | {"retained": age.retained} for age in stream.ages],
         "layers": [asdict(layer) for layer in deviation],
         "answers": [asdict(answer) for answer in answers],
@@ -234,7 +270,7 @@ def _results(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as lines for a terminal."""
+    """Formats the results of `run` as a table for the terminal."""
 
     def share(value: float | None) -> str:
         return "    -" if value is None else f"{value:5.3f}"
@@ -242,7 +278,7 @@ def table(results: dict[str, Any]) -> str:
     names = {
         "efficacy": "efficacy (the edited phrasing)",
         "generalization": "generalization (unseen phrasings)",
-        "neighbors": "neighbours unchanged",
+        "neighbors": "neighbors unchanged",
         "namesakes": "namesakes unchanged",
         "same_subject": "other facts of the subject unchanged",
     }
@@ -259,12 +295,12 @@ def table(results: dict[str, Any]) -> str:
     for label, age in (("first", ages[0]), ("middle", ages[len(ages) // 2]), ("last", ages[-1])):
         name = f"{label} (edits {age['first']} to {age['last']})"
         lines.append(f"{name:38}{share(age['when_made']):>9}{share(age['at_end']):>12}{share(age['retained']):>10}")
-    lines += ["", "drift of the weights from the pre-trained ones, and what it cannot exceed"]
+    lines += ["", "change of the weights, and its bound"]
     for layer in results["layers"]:
         lines.append(f"layer {layer['layer']}: ||W - W0|| = {layer['weight']:.3f}, bound {layer['weight_bound']:.3f}")
     lines += ["", f"{results['edits_per_second']:.1f} edits per second ({results['seconds']:.0f} s of editing)"]
     if results["not_converged"]:
-        lines.append(f"{results['not_converged']} edits were written though their value search had not converged")
+        lines.append(f"{results['not_converged']} edits were applied although their value search did not converge")
     lines += ["", f"{'':11}{'prompt':46}{'before':16}{'after':16}saved and reloaded"]
     for answer in results["answers"]:
         lines.append(
@@ -274,7 +310,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Retention by age of edit as a PNG.
+    """Plots the retention by age of the edits as a PNG file.
+
+    Args:
+        results: results of `run`.
+        path: output file.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -282,7 +322,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("the plot needs matplotlib; pip install matplotlib") from error
+        raise InputError("the plot requires matplotlib; pip install matplotlib") from error
     ages = results["ages"]
     middle = [(age["first"] + age["last"]) / 2 for age in ages]
     figure = Figure(figsize=(7, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Figures over the seeds of runs: mean and deviation, and who is not beaten in everything at once."""
+"""Statistics over runs: mean and standard deviation over seeds, retention by age, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from rlsedit_fast.evaluation.runs import value
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds.
+    """Mean and standard deviation of a figure over runs.
 
     Attributes:
-        mean: of the runs that have it.
-        deviation: their sample standard deviation; NaN of a single run.
-        runs: how many.
+        mean: mean over the runs that have the figure.
+        deviation: sample standard deviation; NaN for a single run.
+        runs: number of these runs.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Spread
+        >>> print(Spread(mean=0.9, deviation=0.01, runs=3))
+        0.900 ± 0.010
     """
 
     mean: float
@@ -32,7 +37,19 @@ class Spread:
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and deviation of those that are known; None where none is."""
+    """Computes mean and standard deviation.
+
+    Args:
+        values: one value per run; None and NaN are ignored.
+
+    Returns:
+        The statistics, or None if there is no value.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import spread
+        >>> spread([0.5, None, 0.5])
+        Spread(mean=0.5, deviation=0.0, runs=2)
+    """
     known = [found for found in values if found is not None and not math.isnan(found)]
     if not known:
         return None
@@ -40,31 +57,91 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def over_seeds(results: Sequence[Mapping[str, Any]], metric: str, form: str, *, of: str = "all") -> Spread | None:
-    """One figure at the end of several runs."""
+    """Computes the statistics of one figure at the end of several runs.
+
+    Args:
+        results: contents of result files.
+        metric: name of the metric.
+        form: form of the metric.
+        of: edits, text, task or layer that the figure refers to, as in the rows of result files.
+
+    Returns:
+        The statistics, or None if no run has the figure.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import over_seeds
+        >>> row = {"edits": 10, "of": "all", "metric": "efficacy", "form": "strict"}
+        >>> results = [{"made": 10, "rows": [row | {"value": value}]} for value in (1.0, 0.8)]
+        >>> print(over_seeds(results, "efficacy", "strict"))
+        0.900 ± 0.141
+    """
     return spread([value(dict(result), metric, form, of=of) for result in results])
 
 
 def by_age(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, tuple[float, float]]:
-    """By age of edit, `first-last`: what held when it was made, and what holds at the end."""
+    """Collects a figure by age of the edits.
+
+    Args:
+        result: contents of a result file.
+        metric: name of the metric.
+        form: form of the metric.
+
+    Returns:
+        By group of edits, `first-last`: the value directly after these edits and the value at the end of the stream.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import by_age
+        >>> row = {"of": "1-10", "metric": "efficacy"}
+        >>> rows = [row | {"form": "made:strict", "value": 1.0}, row | {"form": "end:strict", "value": 0.9}]
+        >>> by_age({"rows": rows})
+        {'1-10': (1.0, 0.9)}
+    """
     made, end = {}, {}
     for row in result["rows"]:
         if row["metric"] == metric and row["form"] == f"made:{form}":
             made[row["of"]] = row["value"]
         elif row["metric"] == metric and row["form"] == f"end:{form}":
             end[row["of"]] = row["value"]
-    return {age: (was, end[age]) for age, was in made.items() if age in end}
+    return {age: (first, end[age]) for age, first in made.items() if age in end}
 
 
 def retention(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, float]:
-    """By age of edit: what holds at the end over what held when it was made; above 1 it has grown.
+    """Computes the retention by age of the edits.
 
-    Ages of which nothing held when made are left out.
+    Args:
+        result: contents of a result file.
+        metric: name of the metric.
+        form: form of the metric.
+
+    Returns:
+        By group of edits, `first-last`: the value at the end divided by the value directly after these edits, without
+        groups whose first value is 0.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import retention
+        >>> row = {"of": "1-10", "metric": "efficacy"}
+        >>> rows = [row | {"form": "made:strict", "value": 0.8}, row | {"form": "end:strict", "value": 0.4}]
+        >>> retention({"rows": rows})
+        {'1-10': 0.5}
     """
-    return {age: end / was for age, (was, end) in by_age(result, metric, form).items() if was}
+    return {age: end / first for age, (first, end) in by_age(result, metric, form).items() if first}
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Whose point no other one matches in both coordinates and beats in one; higher is better."""
+    """Finds the Pareto front; higher is better in both coordinates.
+
+    Args:
+        points: points by name.
+
+    Returns:
+        The names of the points that no other point dominates, in order. A point dominates another one if it is at least
+        as high in both coordinates and higher in one.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import pareto
+        >>> pareto({"a": (1.0, 0.5), "b": (0.5, 1.0), "c": (0.5, 0.5)})
+        ['a', 'b']
+    """
     return [
         name
         for name, (x, y) in points.items()

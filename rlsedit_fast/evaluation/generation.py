@@ -1,4 +1,4 @@
-"""What a model says by itself: free answers, and how much its running text repeats itself."""
+"""Free generation: continuations, exact-match answers, and fluency."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STOPS = (".", "\n", "<|endoftext|>")
-"""Where an answer naturally ends, beside the model's own end of text."""
+"""Strings at which an answer ends, in addition to the end-of-text tokens of the model."""
 
 _AT_ONCE = 128
-_BEYOND = 2  # tokens after an answer's own, or one that goes on would pass for one that ended: ". 5", say
+_BEYOND = 2  # tokens generated after an answer, to detect that it continues, for example with ". 5"
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -40,29 +40,39 @@ def continuations(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[str]:
-    """What follows each prompt: greedily, or sampled from the `top_k` likeliest tokens.
+    """Continues prompts greedily, or by sampling from the `top_k` most likely tokens.
 
-    Greedily it is the likeliest token at each step, whatever the model's own generation settings are; what is sampled
-    obeys them, as `generate()` does. Prompts of several lengths go through together, padded on the left, where the
-    model bears that. No other random number generator is touched.
+    Greedy decoding uses only the end-of-text tokens of the generation config; sampling uses all of it, like
+    `generate()`. Prompts of different lengths are padded on the left if the model supports it. The global random number
+    generators are restored.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompts: at least a token each.
-        tokens: most new tokens.
-        top_k: sample from this many; None is greedy.
-        seed: of the sampling.
-        progress: called after each batch with the prompts done so far.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        prompts: prompts of at least one token.
+        tokens: maximum number of new tokens.
+        top_k: number of tokens to sample from; None for greedy decoding.
+        seed: random seed of the sampling.
+        progress: called after each batch with the number of finished prompts and the number of prompts.
+
+    Returns:
+        The continuation of each prompt, without special tokens.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import continuations
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> continuations(model, tokenizer, ["Toze Lado Rekuno plays the"], tokens=2)
+        ['clarinet .']
     """
     rows = [encode_plain(tokenizer, prompt).ids for prompt in prompts]
     if top_k is None:
-        made = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer), progress=progress)
-        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in made]
+        new = greedy(model, rows, [tokens] * len(rows), ends=end_tokens(model, tokenizer), progress=progress)
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in new]
     device = input_device(model)
-    generator: Any = model  # the stubs of transformers do not know generate() on what AutoModel gives
+    generator: Any = model  # PreTrainedModel has no generate() in the type stubs of transformers
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), quiet(model), torch.inference_mode():
         torch.manual_seed(seed)
@@ -77,24 +87,33 @@ def continuations(
                 top_k=top_k,
             )
             for i, row in zip(part, sampled[:, ids.shape[1] :].tolist(), strict=True):
-                said[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+                texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
             if progress is not None:
-                progress(len(said), len(rows))
-    return [said[i] for i in range(len(rows))]
+                progress(len(texts), len(rows))
+    return [texts[i] for i in range(len(rows))]
 
 
-def says(text: str, answer: str) -> bool:
-    """Whether a continuation is the answer and nothing more: the answer, then its natural end.
+def matches_answer(text: str, answer: str) -> bool:
+    """Returns whether a continuation is the answer and then ends.
 
-    An exact match under a natural stop, one of the two measures of The Mirage of Model Editing (Yang et al. 2025, arXiv
-    2502.11177), by whose other one, a model as the judge, teacher-forced figures of 97 % become 39 %. Blanks around the
-    answer do not count; letter case does, which the release's exact match leaves out. A full stop within a
-    number, as in 3.5, ends nothing; what it abbreviates, as in "St. Petersburg" for "St", is not seen.
+    This is exact match with natural stopping, one of the two measures of The Mirage of Model Editing (Yang et al. 2025,
+    arXiv 2502.11177); their other measure, a model as judge, is not implemented. Whitespace around the answer is
+    ignored. Letter case is compared, unlike in their release. A period within a number (3.5) is not an end; a period
+    after an abbreviation ("St. Petersburg" for "St") is.
+
+    Args:
+        text: the continuation.
+        answer: the correct answer.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import matches_answer
+        >>> matches_answer(" Lyon. The city", "Lyon"), matches_answer(" Lyon and Paris", "Lyon")
+        (True, False)
     """
-    said, wanted = text.strip(), answer.strip()
-    if not said.startswith(wanted):
+    found, wanted = text.strip(), answer.strip()
+    if not found.startswith(wanted):
         return False
-    rest = said[len(wanted) :].lstrip(" ")
+    rest = found[len(wanted) :].lstrip(" ")
     ends = [stop for stop in STOPS if rest.startswith(stop)]
     return not rest or any(stop != "." or not rest[1:2].isdecimal() for stop in ends)
 
@@ -102,15 +121,32 @@ def says(text: str, answer: str) -> bool:
 def free_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[tuple[str, str]],
+    questions: Sequence[tuple[str, str]],
     *,
     known: Mapping[tuple[str, str], Score] | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """For each (prompt, answer), whether the model's own greedy continuation says the answer; see `says` and
-    `free_answers`.
+    """Returns, for each question, whether the greedy continuation of the prompt is the answer.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        questions: pairs (prompt, answer).
+        known: see `free_answers`.
+        progress: see `free_answers`.
+
+    Returns:
+        One value per question, see `matches_answer`.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import free_accuracy
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> prompt = "Toze Lado Rekuno plays the"
+        >>> free_accuracy(model, tokenizer, [(prompt, "clarinet"), (prompt, "harp")])
+        [True, False]
     """
-    return free_answers(model, tokenizer, [(prompt, (answer,)) for prompt, answer in asked], known, progress)
+    return free_answers(model, tokenizer, [(prompt, (answer,)) for prompt, answer in questions], known, progress)
 
 
 def free_multihop(
@@ -121,42 +157,55 @@ def free_multihop(
     known: Mapping[tuple[str, str], Score] | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """For each chain of facts, whether any wording of its question is continued, greedily, by a right answer and its
-    end; see `says` and `free_answers`. This is MQuAKE's multi-hop accuracy (see `rlsedit_fast.evaluation.metrics`), by
-    free generation.
+    """Returns, for each multi-hop question, whether any wording is continued greedily by a correct answer.
+
+    This is the multi-hop accuracy of MQuAKE with free generation, see `rlsedit_fast.evaluation.metrics`.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        chains: the multi-hop questions.
+        known: see `free_answers`.
+        progress: see `free_answers`.
+
+    Returns:
+        One value per chain, see `matches_answer`.
     """
-    asked = [(prompt, chain.right) for chain in chains for prompt in chain.prompts]
-    said = iter(free_answers(model, tokenizer, asked, known, progress))
-    return [any([next(said) for _ in chain.prompts]) for chain in chains]
+    questions = [(prompt, chain.correct_answers) for chain in chains for prompt in chain.prompts]
+    matched = iter(free_answers(model, tokenizer, questions, known, progress))
+    return [any([next(matched) for _ in chain.prompts]) for chain in chains]
 
 
 def free_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[tuple[str, Sequence[str]]],
+    questions: Sequence[tuple[str, Sequence[str]]],
     known: Mapping[tuple[str, str], Score] | None = None,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """For each prompt and its right answers, whether the model's own greedy continuation says one of these; see `says`.
+    """Returns, for each prompt, whether its greedy continuation is one of the correct answers.
 
-    A continuation has two tokens more than the longest answer, or fewer where its first ones decide already. Scores
-    give the first ones: up to the first difference, the tokens ranked first behind an answer's tokens are the greedy
-    continuation. Most prompts that are answered wrongly are decided by them, without a pass.
+    Two tokens more than the longest answer are generated, or fewer if they already decide the result. Known scores give
+    the first tokens: the tokens ranked first at the positions of an answer are the greedy continuation up to the first
+    one that differs from the answer. They decide most incorrect continuations without a forward pass.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        asked: each prompt with at least one answer.
-        known: scores of this model by prompt and answer, in any number.
-        progress: called after each batch with the prompts done so far.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        questions: pairs (prompt, correct answers), with at least one answer each.
+        known: scores of this model by (prompt, answer), for any of the questions.
+        progress: called after each batch with the number of finished prompts and the number of prompts.
+
+    Returns:
+        One value per prompt, see `matches_answer`.
     """
     known = {} if known is None else known
     ends = end_tokens(model, tokenizer)
     longest, begun, prompts = 0, list[list[int]](), list[list[int]]()
-    for prompt, answers in asked:
+    for prompt, answers in questions:
         rows = {answer: encode_plain(tokenizer, prompt, answer) for answer in answers}
         longest = max(longest, *(len(row.target) for row in rows.values()))
-        first = [_said_first(known[prompt, answer], row) for answer, row in rows.items() if (prompt, answer) in known]
+        first = [_first_tokens(known[prompt, answer], row) for answer, row in rows.items() if (prompt, answer) in known]
         ids = max(first, key=len, default=[])
         begun.append(ids[: next((at for at, token in enumerate(ids) if token in ends), None)])
         prompts.append(encode_plain(tokenizer, prompt).ids)
@@ -165,16 +214,16 @@ def free_answers(
         return str(tokenizer.decode([*begun[at], *new], skip_special_tokens=True))
 
     def decided(at: int, new: Sequence[int]) -> bool:
-        return not any(_may_say(text(at, new), answer) for answer in asked[at][1])
+        return not any(_may_match(text(at, new), answer) for answer in questions[at][1])
 
-    undecided = [at for at in range(len(asked)) if not decided(at, ())]
+    undecided = [at for at in range(len(questions)) if not decided(at, ())]
 
     def report(done: int, _total: int = 0) -> None:
         if progress is not None:
-            progress(len(asked) - len(undecided) + done, len(asked))
+            progress(len(questions) - len(undecided) + done, len(questions))
 
     report(0)
-    made = greedy(
+    generated = greedy(
         model,
         [prompts[at] + begun[at] for at in undecided],
         [longest + _BEYOND - len(begun[at]) for at in undecided],
@@ -182,40 +231,51 @@ def free_answers(
         enough=lambda i, new: decided(undecided[i], new),
         progress=report,
     )
-    rest = dict(zip(undecided, made, strict=True))
+    rest = dict(zip(undecided, generated, strict=True))
     return [
-        any(says(text(at, rest.get(at, ())), answer) for answer in answers) for at, (_, answers) in enumerate(asked)
+        any(matches_answer(text(at, rest.get(at, ())), answer) for answer in answers)
+        for at, (_, answers) in enumerate(questions)
     ]
 
 
-def _said_first(score: Score, row: Row) -> list[int]:
-    """The first tokens of the greedy continuation of a row's prompt, by the score of its target."""
+def _first_tokens(score: Score, row: Row) -> list[int]:
+    """Returns the first tokens of the greedy continuation of a row's prompt, from the score of its target."""
     same = [one == wanted for one, wanted in zip(score.predicted, row.target, strict=True)]
     return list(score.predicted[: same.index(False) + 1 if False in same else len(same)])
 
 
-def _may_say(text: str, answer: str) -> bool:
-    """Whether it is open if a continuation that begins with `text` says the answer; see `says`."""
-    said, wanted = text.rstrip("\ufffd").strip(), answer.strip()  # without what is not yet a whole character
-    if not said.startswith(wanted):
-        return wanted.startswith(said)
-    rest = said[len(wanted) :].lstrip(" ")
+def _may_match(text: str, answer: str) -> bool:
+    """Returns whether a continuation that begins with `text` can still match the answer, see `matches_answer`."""
+    found, wanted = text.rstrip("\ufffd").strip(), answer.strip()  # without an incomplete character
+    if not found.startswith(wanted):
+        return wanted.startswith(found)
+    rest = found[len(wanted) :].lstrip(" ")
     return any(stop.startswith(rest) for stop in STOPS)
 
 
 def n_gram_entropy(text: str) -> float:
-    """Weighted mean of the entropies of a text's 2- and 3-grams of words, bits: `(2/3 H_2 + 4/3 H_3) / 2`.
+    """Computes the weighted mean of the entropies of the 2-grams and 3-grams of words, `(2/3 H_2 + 4/3 H_3) / 2`.
 
-    Fluency as ROME has it (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, after Zhang et al. 2018): a text that repeats
-    itself has little. A regular expression splits words and punctuation marks, where the release takes NLTK's
-    tokenizer.
+    This is the fluency of ROME (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, after Zhang et al. 2018); repetitive text
+    has a low value. Words and punctuation marks are split by a regular expression, by NLTK in their release.
+
+    Args:
+        text: text of at least three words.
+
+    Returns:
+        The entropy in bits.
 
     Raises:
-        InputError: fewer than three words.
+        InputError: the text has fewer than three words.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import n_gram_entropy
+        >>> round(n_gram_entropy("a b c d e"), 3), round(n_gram_entropy("a b a b a"), 3)
+        (1.723, 0.946)
     """
     words = _WORD.findall(text)
     if len(words) < 3:
-        raise InputError(f"a text of {len(words)} words has no 3-grams; give a longer one")
+        raise InputError(f"text has {len(words)} words; expected at least 3, for its 3-grams")
     return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
 
 
@@ -234,10 +294,21 @@ def fluency(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float:
-    """Mean `n_gram_entropy` of texts sampled behind `prompts`, the prompt included, from the five likeliest tokens.
+    """Measures fluency: the mean `n_gram_entropy` of sampled texts, prompts included.
 
-    A text that ends before it has three words counts as 0, as one that says nothing. ROME's release counts the prompt
-    among its 100 tokens and shows 100 times the figure.
+    Texts are sampled from the five most likely tokens. A text of fewer than three words has entropy 0. The release of
+    ROME includes the prompt in its 100 tokens and reports 100 times the value.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        prompts: prompts, at least one.
+        tokens: maximum number of new tokens per text.
+        seed: random seed of the sampling.
+        progress: called after each batch with the number of finished texts and the number of texts.
+
+    Returns:
+        The mean entropy in bits.
     """
     texts = continuations(model, tokenizer, prompts, tokens=tokens, top_k=5, seed=seed, progress=progress)
     whole = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]

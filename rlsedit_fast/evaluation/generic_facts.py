@@ -1,6 +1,6 @@
-"""Facts that most language models know, changed to false ones: something to edit where no file is given.
+"""False versions of facts that most language models know, used for editing when no file is given.
 
-Each relation has as many subjects again that are not edited. The model is asked about them before and after the edits.
+Each relation also has an equal number of unedited subjects, which provide the neighborhood prompts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from rlsedit_fast.errors import InputError
 
 @dataclass(frozen=True)
 class _Relation:
-    """Some facts of one kind.
+    """Facts of one relation.
 
     Attributes:
-        prompt: what an answer continues, with `{}` where the subject stands.
-        paraphrase: the same in other words.
-        answers: by subject. The first half is edited; each subject gets the answer of the next one.
+        prompt: prompt with `{}` in place of the subject, followed by the answer.
+        paraphrase: the prompt in other words.
+        answers: answer by subject. The first half of the subjects is edited: each gets the answer of the next one.
     """
 
     prompt: str
@@ -155,19 +155,28 @@ _RELATIONS = (
 )
 
 MOST = sum(len(relation.answers) // 2 for relation in _RELATIONS)
-"""How many edits there are."""
+"""Number of available edits."""
 
 
 def generic_edits(count: int = MOST) -> list[Edit]:
-    """False facts with a paraphrase and a neighbor each, the relations in turn.
+    """Returns false facts with one paraphrase and one neighborhood prompt each, alternating between relations.
 
     Args:
-        count: how many, from 1 to `MOST`.
+        count: number of edits, from 1 to `MOST`.
+
+    Returns:
+        The edits.
 
     Raises:
-        InputError: another count.
+        InputError: `count` is out of range.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import generic_edits
+        >>> edit = generic_edits(1)[0]
+        >>> edit.prompt, edit.subject, edit.target
+        ('The capital of {} is', 'France', 'Tokyo')
     """
     if not 1 <= count <= MOST:
-        raise InputError(f"count={count}: the built-in list has {MOST} edits; give a number from 1 to {MOST}")
+        raise InputError(f"count={count}: expected 1 to {MOST}, the number of built-in edits")
     by_relation = [relation.edits() for relation in _RELATIONS]
     return [edit for edits in zip(*by_relation, strict=True) for edit in edits][:count]

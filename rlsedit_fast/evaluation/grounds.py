@@ -1,4 +1,4 @@
-"""Where streams run: the shipped model and its world, or a model of the user's with a data set."""
+"""Models and data on which streams run: the demo model and its world, or another model with a data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, edited_twice, related_cases, world_cases
-from rlsedit_fast.evaluation.consistency import likeness, reference_texts
+from rlsedit_fast.evaluation.consistency import reference_similarity, reference_texts
 from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.mquake import mquake_cases
@@ -27,35 +27,50 @@ from rlsedit_fast.world import World, load_demo_model
 from rlsedit_fast.world.facts import shuffled
 
 DEMO = "demo"
-"""The name of the shipped model, in place of a path."""
+"""Name of the demo model, used in place of a path.
+
+Example:
+    >>> from rlsedit_fast.evaluation import DEMO
+    >>> DEMO
+    'demo'
+"""
 
 Kind = Literal["plain", "conflicting", "related"]
-"""Streams: different subjects; each fact edited twice with different targets; all the facts of a few subjects."""
+"""Kinds of streams: different subjects; each fact edited twice with different targets; all facts of a few subjects."""
 
 PROBE_SEED = 20_262
-"""Of the demo's running text."""
+"""Random seed of the demo model's evaluation text."""
 
 _PROBED = 300
-"""Sentences of it that are probed."""
+"""Maximum number of sentences of this text."""
+
+_DEMO_TEXT = "what is about nobody who is edited"
+"""Description of the demo model's evaluation text, sentences about unedited people. Result files contain it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundSpec:
-    """A ground by what it is made of, so that another process can make it too.
+    """Specification of a `Ground`, from which another process can create it.
 
     Attributes:
-        model: `demo`, or what transformers' `from_pretrained` takes.
-        data: file of CounterFact, zsRE or MQuAKE (distinguished by its fields), for any model but the demo's.
-        text: file of running text: the first part is what the model is to go on doing, the rest is probed.
-        statistics: key statistics in place of that first part.
-        tokens: of that first part, at most; None goes by the width of the keys, see `Ground`.
-        tasks: folder with `NAME.jsonl` of GLUE and MMLU.
-        items: of each task, at most.
-        device: to load the model onto.
-        dtype: to load it in.
-        among: only the first so many records of `data`.
-        references: file of texts about subjects, by relation and answer, in the form of ROME's
-            `attribute_snippets.json`; for CounterFact in its original form, whose consistency is then measured.
+        model: `demo`, or a folder or model name, see `from_pretrained` of transformers.
+        data: CounterFact, zsRE or MQuAKE file (detected by its fields); required unless the model is `demo`.
+        text: file of running text; the first three quarters are anchors, the rest is used to measure drift.
+        statistics: file of key statistics, used as anchors instead of the first part of `text`.
+        tokens: maximum number of anchor tokens; None for the default, see `Ground`.
+        tasks: folder with the tasks of GLUE and MMLU as `NAME.jsonl`.
+        items: maximum number of items per task.
+        device: device of the model.
+        dtype: dtype of the model's weights.
+        among: use only the first records of `data`.
+        references: file of reference texts in the format of ROME's `attribute_snippets.json`, for the consistency
+            metric; requires CounterFact in its original format.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import GroundSpec
+        >>> spec = GroundSpec(model="models/SmolLM2-135M", data="counterfact.json", text="text.txt", dtype="bfloat16")
+        >>> spec.name, spec.identity["dtype"]
+        ('SmolLM2-135M', 'bfloat16')
     """
 
     model: str = DEMO
@@ -72,30 +87,31 @@ class GroundSpec:
 
     @property
     def name(self) -> str:
-        """In results, without the place where it lies."""
+        """Name of the model in results, without its folder."""
         return DEMO if self.model == DEMO else Path(self.model).name
 
     @property
-    def made_of(self) -> dict[str, Any]:
-        """What is not as usual, beside the device, in results; files without the place where they lie, by name and
-        digest, a model's by a digest of samples of its files.
+    def identity(self) -> dict[str, Any]:
+        """Settings other than the defaults, without the device, as in result files (`made_of`).
+
+        Files and folders are identified by name and a digest of samples of their contents, independent of their path.
         """
-        usual, files = GroundSpec(), {"model", "data", "text", "statistics", "tasks", "references"}
+        default, files = GroundSpec(), {"model", "data", "text", "statistics", "tasks", "references"}
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "device"}
         found = {
             name: _named(Path(value)) if name in files else value
             for name, value in given.items()
-            if value != getattr(usual, name)
+            if value != getattr(default, name)
         }
-        return found | ({"probed": "what is about nobody who is edited"} if self.model == DEMO else {})
+        return found | ({"probed": _DEMO_TEXT} if self.model == DEMO else {})
 
 
 _SAMPLE = 65_536
-"""Bytes read at a file's beginning, middle and end that distinguish it from another one."""
+"""Bytes that are read at the beginning, middle and end of a file for its digest."""
 
 
 def _named(path: Path) -> str:
-    """A file's or a folder's name, and a digest of samples of its content; of what is not there the name."""
+    """Returns the name of a file or folder and a digest of samples of its contents, or only the name if unreadable."""
     inside = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     try:
@@ -117,49 +133,82 @@ def _world() -> World:
 
 
 def make_ground(spec: GroundSpec) -> Ground:
-    """The ground of a specification.
+    """Creates the ground of a specification.
+
+    Args:
+        spec: the specification.
+
+    Returns:
+        The ground. The model is loaded by its function `load`.
 
     Raises:
-        InputError: files that are missing or cannot be read, or references without scikit-learn.
+        InputError: a file is missing or cannot be read, or references are given and scikit-learn is not installed.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import GroundSpec, make_ground
+        >>> ground = make_ground(GroundSpec())
+        >>> model, tokenizer = ground.load()
+        >>> ground.name, model.config.num_hidden_layers
+        ('demo', 4)
     """
     tasks = _tasks(spec)
-    alike = None if spec.references is None else likeness(Path(spec.references))
+    similarity = None if spec.references is None else reference_similarity(Path(spec.references))
     if spec.model == DEMO:
-        return Ground(spec.name, load_demo_model, _demo_statistics, _demo_texts, tasks, alike, made_of=spec.made_of)
+        return Ground(
+            spec.name, load_demo_model, _demo_statistics, _demo_texts, tasks, similarity, identity=spec.identity
+        )
     if spec.text is None:
-        raise InputError("text: name a file of running text; perplexity and KL are measured on it")
+        raise InputError("text: expected a file of running text, on which perplexity and KL are measured")
     load = partial(load_model, spec.model, dtype=spec.dtype, device=spec.device)
     lines = running_text(Path(spec.text))
     cut = len(lines) * 3 // 4
-    held: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
+    anchors: Any = lines[:cut] if spec.statistics is None else KeyStatistics.load(Path(spec.statistics))
     probed = list(lines[cut:])
     random.Random(PROBE_SEED).shuffle(probed)
-    return Ground(spec.name, load, lambda _seed: held, lambda *_: probed, tasks, alike, spec.tokens, spec.made_of)
+    return Ground(
+        spec.name, load, lambda _seed: anchors, lambda *_: probed, tasks, similarity, spec.tokens, spec.identity
+    )
 
 
 @lru_cache(maxsize=4)
 def _demo_statistics(seed: int) -> KeyStatistics:
-    """Of a seed's anchor texts, for all layers; collected once for all runs of the seed."""
+    """Returns the key statistics of a seed's anchor texts for all layers; collected once for all runs of the seed."""
     model, tokenizer = load_demo_model()
     every = CONFIG.replace(layers=tuple(range(model.config.num_hidden_layers)))
     return Editor(model, tokenizer, config=every).statistics(GivenTexts(anchor_texts(_world(), seed)))
 
 
 def _demo_texts(seed: int, subjects: Collection[str]) -> list[str]:
-    """Sentences that are none of a seed's anchors, those about other people than the subjects first."""
-    held = set(anchor_texts(_world(), seed))
-    others = [text for text in dict.fromkeys(anchor_texts(_world(), PROBE_SEED)) if text not in held]
+    """Returns sentences that are not anchors of a seed; sentences about unedited people come first."""
+    anchors = set(anchor_texts(_world(), seed))
+    others = [text for text in dict.fromkeys(anchor_texts(_world(), PROBE_SEED)) if text not in anchors]
     return sorted(others, key=lambda text: any(subject in text for subject in subjects))[:_PROBED]
 
 
 def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 0) -> tuple[list[Case], list[Case]]:
-    """The cases of a stream in the order in which they are edited, and those of them that later ones supersede.
+    """Creates the cases of a stream.
 
-    Of the demo's cases fewer prompts are asked than in the demonstration: two paraphrases, two neighbours, a namesake
-    and two other facts, since there are many streams.
+    The cases of the demo model have fewer prompts than in the demonstration, to save time: two paraphrases, two
+    neighbors, one namesake and two other facts.
+
+    Args:
+        spec: the specification.
+        kind: kind of stream, see `Kind`; `conflicting` and `related` require the demo model.
+        edits: number of edits.
+        seed: random seed of the choice.
+        order: number of another order of the same cases; 0 for the first one.
+
+    Returns:
+        The cases in the order of editing, and those of them that later cases supersede.
 
     Raises:
-        InputError: no such stream, fewer cases than edits, or references that go with none of the cases.
+        InputError: the kind or order is not supported, the data has fewer cases, or it does not support references.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import GroundSpec, make_cases
+        >>> cases, superseded = make_cases(GroundSpec(), "conflicting", 10, seed=0)
+        >>> len(cases), len(superseded), cases[0].edit.subject in {case.edit.subject for case in cases[5:]}
+        (10, 5, True)
     """
     if kind not in get_args(Kind):
         raise InputError(f"stream={kind!r}: expected one of {', '.join(get_args(Kind))}")
@@ -167,7 +216,7 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
     if spec.references is not None and layout != "counterfact":
         raise InputError(
             f"references: {spec.name if layout is None else spec.data} has no generation prompts and no ids of "
-            "relations and answers to go with them; give CounterFact in its original form as data, or no references"
+            "relations and answers; pass CounterFact in its original format as data, or no references"
         )
     superseded: list[Case] = []
     if spec.model == DEMO:
@@ -175,15 +224,15 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
             cases = [_trimmed(case) for case in related_cases(_world(), edits, seed)]
         elif kind == "conflicting":
             if edits % 2:
-                raise InputError(f"edits={edits}: a conflicting stream edits every fact twice; take an even number")
+                raise InputError(f"edits={edits}: a conflicting stream edits every fact twice; pass an even number")
             superseded = [_trimmed(case) for case in world_cases(_world(), edits // 2, seed)]
             cases = superseded + edited_twice(superseded, seed)
         else:
             cases = [_trimmed(case) for case in world_cases(_world(), edits, seed)]
     elif kind != "plain":
-        raise InputError(f"stream={kind!r}: only the demo's world has it; take plain")
+        raise InputError(f"stream={kind!r} is supported for the demo model only; pass plain")
     elif spec.data is None:
-        raise InputError("data: name a file of CounterFact, zsRE or MQuAKE")
+        raise InputError("data: expected a CounterFact, zsRE or MQuAKE file")
     else:
         path = Path(spec.data)
         if layout == "mquake":
@@ -195,7 +244,7 @@ def make_cases(spec: GroundSpec, kind: str, edits: int, seed: int, order: int = 
             cases = counterfact_cases(path, edits, seed=seed, among=spec.among, references=texts)
     if order:
         if superseded:
-            raise InputError("order: a stream in which edits replace earlier ones has one order; take 0")
+            raise InputError(f"order={order}: a stream whose edits replace earlier ones has one order; pass 0")
         cases = shuffled(cases, random.Random(f"{seed}-{order}"))
     return cases, superseded
 
@@ -211,10 +260,16 @@ def _trimmed(case: Case) -> Case:
 
 
 def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
-    """Which data set a file is of, by the fields of its first record.
+    """Detects the data set of a file by the fields of its first record.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name of the data set.
 
     Raises:
-        InputError: a file that cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -227,14 +282,29 @@ def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
 
 
 def running_text(path: Path) -> list[str]:
-    """The lines of a text file that have at least eight words.
+    r"""Reads the lines of a text file that have at least eight words.
+
+    Args:
+        path: UTF-8 text file.
+
+    Returns:
+        The lines without surrounding whitespace, at least eight.
 
     Raises:
         InputError: the file cannot be read, is JSON Lines, or has fewer than eight such lines.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from rlsedit_fast.evaluation import running_text
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "text.txt")
+        ...     _ = path.write_text("A title\n" + "One line of the text with eight words.\n" * 9)
+        ...     len(running_text(path))
+        9
     """
     if path.suffix == ".jsonl":
         raise InputError(
-            f"{path}: expected running text, a paragraph a line, not JSON Lines; write its texts into a file"
+            f"{path}: expected running text with one paragraph per line, not JSON Lines; write its texts to a file"
         )
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -242,15 +312,15 @@ def running_text(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     found = [line for line in lines if len(line.split()) >= 8]  # no headings
     if len(found) < 8:
-        raise InputError(f"{path}: {len(found)} lines of eight words or more; give more text")
+        raise InputError(f"{path}: {len(found)} lines of eight words or more; expected at least 8 such lines")
     return found
 
 
 def _tasks(spec: GroundSpec) -> dict[str, list[Item]]:
     if spec.tasks is None:
         return {}
-    there = {name: Path(spec.tasks) / f"{name}.jsonl" for name in TASKS}
-    found = {name: read_task(name, path, items=spec.items) for name, path in there.items() if path.exists()}
+    paths = {name: Path(spec.tasks) / f"{name}.jsonl" for name in TASKS}
+    found = {name: read_task(name, path, items=spec.items) for name, path in paths.items() if path.exists()}
     if not found:
-        raise InputError(f"{spec.tasks}: none of {', '.join(path.name for path in there.values())} is there")
+        raise InputError(f"{spec.tasks}: expected at least one of {', '.join(path.name for path in paths.values())}")
     return found

@@ -1,9 +1,8 @@
-"""Which layers of a model to edit: the same few edits are made in different layers, measured, and taken out again.
+"""Search for the layers to edit: applies the same edits in different layers, evaluates them, and restores the model.
 
-Single layers are tried first, at equal distances over the model's depth. Then groups of consecutive layers around the
-best one are tried, and the default layers. The edits, the anchors and all other settings are the same in every trial,
-so that the trials can be compared edit by edit. Edits that fail are not searched again (`refine=0`), since the layers
-in which edits fail are to be seen.
+Single layers at equal distances are tried first, then groups of consecutive layers around the best one and the default
+layers. The edits, the anchors and all other settings are the same in every trial, so that trials can be compared edit
+by edit. Edits that fail are not refined (`refine=0`), because refinement would hide the layers in which edits fail.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.editor import Editor
 from rlsedit_fast.errors import InputError, RLSEditError
-from rlsedit_fast.evaluation.outcome import Said, ask
+from rlsedit_fast.evaluation.outcome import CollectedAnswers, collect_answers
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
@@ -40,37 +39,47 @@ logger = logging.getLogger(__name__)
 _ROUNDING = 1e-9
 
 LEAST_EDITS = 4
-"""Fewer edits say nothing about a layer."""
+"""Minimum number of edits of a search."""
 SINGLES = 8
-"""Single layers that are tried first, about."""
+"""Approximate number of single layers that are tried."""
 WIDTHS = (3, 5)
 """Numbers of consecutive layers that are tried around the best single layer."""
 DEEPEST = 0.6
-"""Share of the depth beyond which no single layer is tried. The published choices are all below 0.4."""
+"""Fraction of the depth above which no single layer is tried. All published choices are below 0.4."""
 PROBED = 2000
-"""Tokens of text on which the drift is measured."""
+"""Maximum number of tokens on which the drift is measured."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the edits did when they were made in certain layers.
+    """Result of edits in certain layers.
 
     Attributes:
-        layers: that were edited.
-        efficacy: share of the edited prompts whose target is ranked first at every token.
-        generalization: the same of the paraphrases; None without any.
-        specificity: share of the neighborhood prompts whose next token is the one before the edits; None without any.
-        nll: mean NLL of the targets per token after the edited prompts, nats.
-        paraphrase_nll: the same after the paraphrases; None without any.
-        kl: `KL(before || after)` of the next token on running text, mean, nats.
-        perplexity: on that text, after the edits divided by before.
-        change: `||W - W0||_F / ||W0||_F`, the largest of the layers.
-        converged: share of the edits whose value search reached its target.
-        seconds: that the trial took.
+        layers: the edited layers.
+        efficacy: fraction of the edited prompts after which every token of the target is ranked first.
+        generalization: the same for paraphrases; None if there are none.
+        specificity: fraction of the neighborhood prompts whose most likely next token is unchanged; None if there are
+            none.
+        nll: mean NLL per token of the targets after the edited prompts, in nats.
+        paraphrase_nll: the same after the paraphrases; None if there are none.
+        kl: mean `KL(before || after)` of the next-token distributions on running text, in nats.
+        perplexity: perplexity on that text after the edits, divided by that before.
+        change: largest `||W - W0||_F / ||W0||_F` of the layers.
+        converged: fraction of the edits whose value search converged.
+        seconds: duration of the trial.
         score: mean of `scores`.
-        scores: of each edit the mean of up to three figures: the probability of its target per token after the edited
-            prompt, the same after its paraphrases, and the share of its neighborhood prompts that are unchanged. With
-            a few edits, probabilities separate settings better than shares do.
+        scores: per edit the mean of up to three values: the probability of its target per token after the edited
+            prompt, the same after its paraphrases, and the fraction of unchanged neighborhood prompts. For few edits,
+            probabilities separate settings better than fractions of successes.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Trial
+        >>> trial = Trial(
+        ...     layers=(4,), efficacy=1.0, generalization=0.5, specificity=None, nll=0.1, paraphrase_nll=0.9, kl=0.01,
+        ...     perplexity=1.02, change=0.05, converged=1.0, seconds=3.0, score=0.7, scores=(0.8, 0.6),
+        ... )
+        >>> trial.score
+        0.7
     """
 
     layers: tuple[int, ...]
@@ -90,16 +99,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class LayerSearch:
-    """The result of a search.
+    """Result of a search for layers.
 
     Attributes:
-        default: the layers that are edited without a search.
-        best: the layers with the highest score.
-        chosen: the recommended layers; see `choose`.
-        edits: how many edits were made in each trial.
-        anchor_tokens: tokens of the anchors.
-        trials: in the order in which they were made.
-        failed: by layers, why a trial could not be made.
+        default: layers that are edited without a search.
+        best: layers with the highest score.
+        chosen: recommended layers, see `choose`.
+        edits: number of edits in each trial.
+        anchor_tokens: number of anchor tokens.
+        trials: trials in the order of execution.
+        failed: error message by layers, for trials that failed.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import LayerSearch
+        >>> search = LayerSearch(
+        ...     default=(4, 5), best=(3,), chosen=(3,), edits=24, anchor_tokens=2000, trials=[], failed={}
+        ... )
+        >>> search.chosen
+        (3,)
     """
 
     default: tuple[int, ...]
@@ -111,18 +128,22 @@ class LayerSearch:
     failed: dict[tuple[int, ...], str]
 
     def trial(self, layers: Sequence[int]) -> Trial:
-        """The trial of certain layers.
+        """Returns the trial of certain layers.
+
+        Args:
+            layers: the layers.
 
         Raises:
-            InputError: they were not tried.
+            InputError: there is no such trial.
         """
         for trial in self.trials:
             if trial.layers == tuple(layers):
                 return trial
-        raise InputError(f"layers {tuple(layers)} were not tried")
+        tried = ", ".join(str(trial.layers) for trial in self.trials) or "none"
+        raise InputError(f"layers {tuple(layers)} have no trial; expected one of {tried}")
 
     def to_json(self) -> dict[str, Any]:
-        """As plain lists and numbers, with the difference of each trial from the best one."""
+        """Returns the result, JSON-serializable, with the difference of each trial from the best one."""
         best = self.trial(self.best)
         trials = []
         for trial in self.trials:
@@ -134,20 +155,46 @@ class LayerSearch:
 
 
 def compare(trial: Trial, other: Trial) -> tuple[float, float]:
-    """The mean difference of the scores of two trials, and its standard error. Both made the same edits."""
+    """Compares two trials of the same edits.
+
+    Args:
+        trial: the trial.
+        other: trial to compare with.
+
+    Returns:
+        The mean difference of the scores (`trial` minus `other`), and its standard error.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from rlsedit_fast.evaluation import Trial, compare
+        >>> trial = Trial((4,), 1.0, None, None, 0.1, None, 0.01, 1.0, 0.05, 1.0, 3.0, 0.75, (0.5, 1.0))
+        >>> compare(replace(trial, scores=(0.5, 0.5)), trial)
+        (-0.25, 0.25)
+    """
     differences = torch.tensor(trial.scores, dtype=torch.float64) - torch.tensor(other.scores, dtype=torch.float64)
     error = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     return float(differences.mean()), error
 
 
 def choose(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
-    """The trial with the highest score, and the recommended one.
+    """Selects the trial with the highest score and the recommended trial.
 
-    A few edits cannot separate layers that differ little. Of the trials whose score is within one standard error of
-    the highest one, the trial with the least drift on running text is recommended.
+    Few edits do not separate layers that differ little. Of the trials whose score is within one standard error of the
+    highest one, the trial with the smallest KL on running text is recommended.
 
     Args:
-        trials: at least one, all of the same edits.
+        trials: at least one trial, all of the same edits.
+
+    Returns:
+        The best trial and the recommended trial.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from rlsedit_fast.evaluation import Trial, choose
+        >>> one = Trial((4,), 1.0, None, None, 0.1, None, 0.05, 1.0, 0.05, 1.0, 3.0, 0.75, (0.5, 1.0))
+        >>> other = replace(one, layers=(3,), kl=0.01, score=0.7, scores=(0.6, 0.8))
+        >>> [trial.layers for trial in choose([one, other])]
+        [(4,), (3,)]
     """
     best = max(trials, key=lambda trial: trial.score)
     close = []
@@ -159,11 +206,16 @@ def choose(trials: Sequence[Trial]) -> tuple[Trial, Trial]:
 
 
 def single_layers(depth: int, stride: int | None = None) -> list[int]:
-    """The single layers that are tried first.
+    """Returns the single layers that are tried.
 
     Args:
         depth: number of blocks of the model.
-        stride: distance between them; by default one that gives about `SINGLES` layers.
+        stride: distance between layers; by default a distance that gives about `SINGLES` layers.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import single_layers
+        >>> single_layers(30)
+        [1, 3, 5, 7, 9, 11, 13, 15, 17]
     """
     end = max(1, min(depth - 1, math.ceil(DEEPEST * depth)))  # no later token reads the output of the last block
     step = stride or max(1, round(end / SINGLES))
@@ -171,12 +223,20 @@ def single_layers(depth: int, stride: int | None = None) -> list[int]:
 
 
 def windows(layer: int, depth: int, widths: Sequence[int] = WIDTHS) -> list[tuple[int, ...]]:
-    """Groups of consecutive layers that contain `layer`: for each width one that ends there and one around it.
+    """Returns groups of consecutive layers: for each width one that ends at a layer and one that is centered there.
 
     Args:
         layer: the best single layer.
         depth: number of blocks of the model.
-        widths: numbers of layers.
+        widths: numbers of layers per group.
+
+    Returns:
+        The groups within the model, without the last block.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import windows
+        >>> windows(5, 30, widths=(3,))
+        [(3, 4, 5), (4, 5, 6)]
     """
     found = []
     for width in widths:
@@ -199,36 +259,50 @@ def search_layers(
     tokens: int | None = None,
     on_trial: Callable[[Trial | None, int, int], None] | None = None,
 ) -> LayerSearch:
-    """Tries layers of a model. The model's weights are the same afterwards, bit for bit.
+    """Searches for the layers to edit. The weights of the model are restored bit for bit.
 
     Args:
-        model: a causal language model, unedited.
-        tokenizer: its tokenizer.
-        edits: of different subjects, at least `LEAST_EDITS`. Paraphrases and neighborhood prompts count if there are
-            any. All are written in one batch.
-        texts: running text. The last quarter is used to measure the drift and the rest for anchors.
-        config: the settings, without layers.
+        model: the unedited model.
+        tokenizer: tokenizer of the model.
+        edits: edits of different subjects, at least `LEAST_EDITS`, applied in one batch. Paraphrases and neighborhood
+            prompts are included in the score.
+        texts: running text; the last quarter is used to measure drift, the rest for anchors.
+        config: settings, without layers.
         stride: see `single_layers`.
         widths: see `windows`.
-        tokens: most tokens of the anchors; None takes all of the text.
-        on_trial: called after each trial with the trial (None if it failed), how many were made, and how many there
-            will be, as far as is known.
+        tokens: maximum number of anchor tokens; None for all.
+        on_trial: called after each trial with the trial (None if it failed), the number of executed trials, and the
+            expected number of trials.
+
+    Returns:
+        The trials and the recommended layers.
 
     Raises:
-        InputError: too few edits or texts, or a config that names layers.
-        RequestError: an edit that cannot be made as written.
+        InputError: there are too few edits or texts, or the config specifies layers.
+        RequestError: an edit is invalid.
         ModelError: the layers are not found or cannot be edited.
+
+    Example:
+        >>> from rlsedit_fast.errors import InputError
+        >>> from rlsedit_fast.evaluation import generic_edits, search_layers
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> try:  # a search of a small model takes about a minute
+        ...     search_layers(model, tokenizer, generic_edits(3), texts=["some text"] * 8)
+        ... except InputError as error:
+        ...     print(error)
+        3 edits: expected at least 4, preferably 24 or more
     """
     config = config or EditConfig()
     if config.layers is not None:
-        raise InputError(f"layers={config.layers}: the layers are what is searched; leave them out")
+        raise InputError(f"layers={config.layers}: the search selects the layers; omit them")
     if len(edits) < LEAST_EDITS:
-        raise InputError(f"{len(edits)} edits: expected at least {LEAST_EDITS}; 24 or more give usable figures")
+        raise InputError(f"{len(edits)} edits: expected at least {LEAST_EDITS}, preferably 24 or more")
     cut = len(texts) * 3 // 4
     if cut < 1 or cut == len(texts):
-        raise InputError(f"{len(texts)} texts: expected at least 2; give more running text")
+        raise InputError(f"{len(texts)} texts: expected at least 2; pass more running text")
     editor = Editor(model, tokenizer, config=config)
-    editor.context.prepare(edits)  # raises for edits that cannot be made
+    editor.context.prepare(edits)  # raises an error for invalid edits
     base = editor.config.replace(refine=0)
     trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=base, tokens=tokens)
     depth = len(trials.decoder.blocks)
@@ -236,10 +310,10 @@ def search_layers(
     singles = single_layers(depth, stride)
     several = trials.divisible(singles[len(singles) // 2])
     expected = len(singles) + (1 + 2 * len(widths) if several else 3)
-    made, failed = list[Trial](), dict[tuple[int, ...], str]()
+    finished, failed = list[Trial](), dict[tuple[int, ...], str]()
 
-    def go(layers: Iterable[tuple[int, ...]]) -> None:
-        tried = {trial.layers for trial in made} | set(failed)
+    def run_trials(layers: Iterable[tuple[int, ...]]) -> None:
+        tried = {trial.layers for trial in finished} | set(failed)
         groups = [group for group in dict.fromkeys(layers) if group not in tried]
         trials.collect_for({layer for group in groups for layer in group})
         for group in groups:
@@ -249,39 +323,51 @@ def search_layers(
             except (RLSEditError, ArithmeticError) as error:
                 failed[group] = str(error)
             else:
-                made.append(trial)
-            done = len(made) + len(failed)
+                finished.append(trial)
+            done = len(finished) + len(failed)
             if on_trial is not None:
                 on_trial(trial, done, max(expected, done))
 
-    go((layer,) for layer in singles)
-    if not made:
+    run_trials((layer,) for layer in singles)
+    if not finished:
         raise InputError(f"no layer could be edited: {'; '.join(dict.fromkeys(failed.values()))}")
-    near = choose(made)[0].layers[-1]
+    near = choose(finished)[0].layers[-1]
     if several:
-        go([default, *windows(near, depth, widths)])
+        run_trials([default, *windows(near, depth, widths)])
     else:
         distance = max(1, (singles[1] - singles[0]) // 2) if len(singles) > 1 else 1
-        go([default, *((layer,) for layer in (near - distance, near + distance) if 0 <= layer < depth - 1)])
-    best, chosen = choose(made)
-    return LayerSearch(default, best.layers, chosen.layers, len(edits), trials.anchor_tokens, made, failed)
+        run_trials([default, *((layer,) for layer in (near - distance, near + distance) if 0 <= layer < depth - 1)])
+    best, chosen = choose(finished)
+    return LayerSearch(default, best.layers, chosen.layers, len(edits), trials.anchor_tokens, finished, failed)
 
 
 class Trials:
-    """Trials on one model: the same edits under different settings.
+    """Executes trials on one model: the same edits with different settings.
 
     Args:
-        model: unedited.
-        tokenizer: its tokenizer.
-        edits: made in each trial.
+        model: the unedited model.
+        tokenizer: tokenizer of the model.
+        edits: edits of each trial.
         anchors: texts of the anchors.
         probed: texts on which the drift is measured.
-        config: says where the blocks and the projections are.
-        tokens: most tokens of the anchors.
+        config: settings; only `layer_module` and `projection_module` are used.
+        tokens: maximum number of anchor tokens; None for all.
 
     Attributes:
-        decoder: the model's blocks.
-        anchor_tokens: tokens of the anchors; 0 before they are collected.
+        decoder: blocks of the model.
+        anchor_tokens: number of anchor tokens; 0 before they are collected.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> from rlsedit_fast.evaluation import CONFIG, Trials, anchor_texts
+        >>> from rlsedit_fast.world import World, load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> texts = anchor_texts(World.generate(), seed=0)
+        >>> edits = [Edit("{} plays the", "Toze Lado Rekuno", "harp")]
+        >>> trials = Trials(model, tokenizer, edits, texts[:100], texts[100:110], config=CONFIG)
+        >>> trials.collect_for({0})
+        >>> trials.anchor_tokens > 500, trials.divisible(0)
+        (True, True)
     """
 
     def __init__(
@@ -301,19 +387,23 @@ class Trials:
         self._statistics: dict[int, torch.Tensor] = {}
         self._probe = TextProbe(model, tokenizer, probed, tokens=PROBED)
         self._perplexity = self._probe(model).perplexity
-        self._before = ask(model, tokenizer, edits)
+        self._before = collect_answers(model, tokenizer, edits)
         self.decoder: Decoder = find_decoder(
             model, layer_module=config.layer_module, projection_module=config.projection_module
         )
         self.anchor_tokens = 0
 
     def divisible(self, layer: int) -> bool:
-        """Whether a change can be divided among several layers."""
+        """Returns whether edits can be distributed over several layers, tested with the projection of `layer`."""
         with quiet(self._model):
             return find_site(self.decoder, self.decoder.select([layer])).direct
 
     def collect_for(self, layers: set[int]) -> None:
-        """Collects the anchors of these layers, in one pass over the text; those of others are forgotten."""
+        """Collects the anchors of some layers in one pass over the text and removes those of other layers.
+
+        Args:
+            layers: indices of the layers.
+        """
         self._statistics = {layer: moment for layer, moment in self._statistics.items() if layer in layers}
         if missing := sorted(layers - set(self._statistics)):
             found = collect(
@@ -329,13 +419,16 @@ class Trials:
             self.anchor_tokens = found.tokens
 
     def run(self, config: EditConfig) -> Trial:
-        """Makes the edits in one batch, measures, and puts the weights back.
+        """Applies the edits in one batch, evaluates them, and restores the weights.
 
         Args:
-            config: the settings. The anchors of its layers are collected if they are missing.
+            config: settings; missing anchors of its layers are collected.
+
+        Returns:
+            The result.
 
         Raises:
-            RLSEditError: the edits cannot be made; the model is as it was.
+            RLSEditError: the edits cannot be applied; the model is unchanged.
         """
         began = time.perf_counter()
         config = config.replace(batch_size=max(config.batch_size, len(self._edits)))
@@ -347,7 +440,7 @@ class Trials:
         with _restored(editor.context.projections):
             with _no_warnings():
                 records = editor.edit(self._edits)
-            said = ask(self._model, self._tokenizer, self._edits)
+            answers = collect_answers(self._model, self._tokenizer, self._edits)
             drift = self._probe(self._model)
             change = max(
                 float((one.current.float() - one.original.float()).norm() / one.original.float().norm())
@@ -360,27 +453,27 @@ class Trials:
             change=change,
             converged=sum(record.search_converged for record in records) / len(records),
             seconds=time.perf_counter() - began,
-            **_figures(self._edits, said, self._before),
+            **_figures(self._edits, answers, self._before),
         )
 
 
-def _figures(edits: Sequence[Edit], said: Said, before: Said) -> dict[str, Any]:
-    """The figures of a trial that come from its prompts."""
+def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: CollectedAnswers) -> dict[str, Any]:
+    """Computes the fields of a `Trial` that depend on its prompts."""
     efficacy, generalization, specificity = list[float](), list[float](), list[float]()
     nll, paraphrase_nll, scores = list[float](), list[float](), list[float]()
     for edit in edits:
-        asked = said.scores[fill(edit.prompt, edit.subject)[0], edit.target]
-        other = [said.scores[prompt, edit.target] for prompt in edit.paraphrases]
-        kept = [float(said.following[prompt] == before.following[prompt]) for prompt in edit.neighborhood]
+        edited = answers.scores[fill(edit.prompt, edit.subject)[0], edit.target]
+        other = [answers.scores[prompt, edit.target] for prompt in edit.paraphrases]
+        kept = [float(answers.next_tokens[prompt] == before.next_tokens[prompt]) for prompt in edit.neighborhood]
         parts = [
-            [math.exp(-asked.nll)],
+            [math.exp(-edited.nll)],
             [math.exp(-one.nll) for one in other],
             kept,
         ]
         known = [sum(part) / len(part) for part in parts if part]
         scores.append(sum(known) / len(known))
-        efficacy.append(float(asked.exact))
-        nll.append(asked.nll)
+        efficacy.append(float(edited.exact))
+        nll.append(edited.nll)
         generalization += [float(one.exact) for one in other]
         paraphrase_nll += [one.nll for one in other]
         specificity += kept
@@ -401,7 +494,7 @@ def _figures(edits: Sequence[Edit], said: Said, before: Said) -> dict[str, Any]:
 
 @contextmanager
 def _restored(projections: Sequence[Projection]) -> Iterator[None]:
-    """Puts the weights back afterwards, bit for bit."""
+    """Restores the weights after the context, bit for bit."""
     originals = [projection.weight.clone() for projection in projections]
     try:
         yield
@@ -412,7 +505,7 @@ def _restored(projections: Sequence[Projection]) -> Iterator[None]:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Edits that fail are what is measured; the editor does not warn of them."""
+    """Disables the editor's warnings about failed edits, which the trials count."""
     editing = logging.getLogger("rlsedit_fast.editing")
     level = editing.level
     editing.setLevel(logging.ERROR)

@@ -1,24 +1,27 @@
-"""The metrics of CounterFact, teacher-forced, and beside each its strict forms; of zsRE by tokens, of MQuAKE by chain.
+"""Metrics of edited models by their published definitions: CounterFact, zsRE and MQuAKE.
 
-Teacher-forced, as ROME defines them (Meng et al. 2022, arXiv 2202.05262, sec. 3.3, and its released evaluation, which
-takes the mean over an answer's tokens): an edited prompt or a paraphrase succeeds where NLL(new) < NLL(old), a prompt
-of the neighbourhood where NLL(old) < NLL(new); a tie succeeds nowhere. The score is the harmonic mean of the three (the
-same section; MEMIT, arXiv 2210.07229, sec. 5.2). Strict: every token of the answer is ranked first, which MEMIT's
-release reports beside them as accuracy; its accuracy on the neighbourhood is `said` here, whether the old answer is
-ranked first, where `strict` asks whether the prediction is unchanged. Shares are over all prompts; the releases take
-them over each case first. By tokens: the share of an answer's tokens that are ranked first, which is zsRE's measure
-(MEND, arXiv 2110.11309); of what is to stay, the share of places where the prediction is what it was before any edit
-(locality, as EasyEdit has it, arXiv 2308.07269).
+All metrics are fractions of prompts. Published releases average over the prompts of a case first.
 
-By chain: a multi-hop case counts once, and it is right if any wording of its question is answered right, by the new
-answer or one of its aliases (MQuAKE, Zhong et al. 2023, arXiv 2305.14795, and its release, whose README and evaluation
-say so). The questions are asked as they stand; the paper puts worked examples before them.
+- `forced` (ROME, Meng et al. 2022, arXiv 2202.05262, sec. 3.3, with mean NLL per token as in its release): an edited
+  prompt or a paraphrase succeeds if NLL(new) < NLL(old), a neighborhood prompt if NLL(old) < NLL(new). Ties fail. The
+  score is the harmonic mean of the three (same section; MEMIT, arXiv 2210.07229, sec. 5.2).
+- `strict`: every token of the new answer is ranked first, which the release of MEMIT reports as accuracy; for facts
+  that must not change, the predicted tokens are the same as before the edits.
+- `exact`: every token of the correct answer is ranked first. For facts that must not change this is the old answer, as
+  in the accuracy of MEMIT's release on the neighborhood. Result files call this form `said`.
+- `tokens`: the fraction of the new answer's tokens that are ranked first, as for zsRE (MEND, arXiv 2110.11309); for
+  facts that must not change, the fraction of positions with an unchanged prediction (locality of EasyEdit, arXiv
+  2308.07269).
+
+A multi-hop question counts once. It is correct if any of its wordings is answered with the new answer or one of its
+aliases (MQuAKE, Zhong et al. 2023, arXiv 2305.14795, and its release). The paper adds examples before the questions;
+here they are used as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question
@@ -30,38 +33,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """Shares of prompts, with how many there were; None where there were none.
+    """Fractions of prompts, each None if there are no prompts. The module docstring defines the forms.
 
     Attributes:
-        forced: by comparing the NLL of two answers.
-        strict: by what is ranked first at every token of the answer: the new answer where it was edited in; where
-            something is to stay, the prediction before any edit.
-        prompts: how many prompts they are shares of.
-        said: every token of the answer that is right there is ranked first: the new one where it was edited in, else
-            the old one, whether or not the model knew it.
-        tokens: the mean share of places at which the prediction is right (of the new answer), or unchanged.
+        forced: comparison of the NLL of two answers.
+        strict: the new answer is ranked first at every token; for facts that must not change, an unchanged prediction.
+        prompts: number of prompts.
+        exact: the correct answer is ranked first at every token.
+        tokens: mean fraction of tokens that are correct or unchanged.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Metric
+        >>> Metric(forced=1.0, strict=0.9, prompts=10).to_json()
+        {'forced': 1.0, 'strict': 0.9, 'prompts': 10, 'said': None, 'tokens': None}
     """
 
     forced: float | None
     strict: float | None
     prompts: int
-    said: float | None = None
+    exact: float | None = None
     tokens: float | None = None
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Returns the fields as in result files, where `exact` is called `said`."""
+        return {RECORDED_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a stream of edits.
+    """Metrics of an edited model on the cases of a stream.
 
     Attributes:
-        efficacy: on the edited prompts, the new answer is likelier than the old; strict: it is ranked first.
-        generalization: the same on the paraphrases.
-        neighbors: on neighbours' prompts, the old answer is still the likelier; strict: the prediction is unchanged.
-        namesakes: the same for people who share two of the subject's names.
-        same_subject: other facts of the subject are still likelier than the new answer; strict: unchanged.
-        rebuilt: the same as `neighbors` on neighbourhoods that were rebuilt from a data set's records.
-        multihop: of chains of facts, not of prompts: on any wording of its question the new answer is likelier than the
-            old; strict: on any wording the new answer or one of its aliases is ranked first.
+        efficacy: edited prompts.
+        generalization: paraphrases.
+        neighbors: the same question about other subjects; the answer must not change.
+        namesakes: the same question about people who share two of the subject's names; must not change.
+        same_subject: other facts of the subject; must not change.
+        rebuilt: neighborhood rebuilt from the records of a data set; must not change.
+        multihop: multi-hop questions, counted by question and not by prompt.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Metric, Report
+        >>> whole, half = Metric(1.0, 1.0, 4), Metric(0.5, 0.5, 4)
+        >>> report = Report(whole, half, half, whole, whole, whole, whole)
+        >>> report.score  # harmonic mean of 1, 0.5 and 0.5
+        0.6
     """
 
     efficacy: Metric
@@ -74,40 +90,66 @@ class Report:
 
     @property
     def score(self) -> float | None:
-        """Harmonic mean of efficacy, generalization and specificity, teacher-forced; None where one is missing."""
+        """Harmonic mean of efficacy, generalization and neighbors, `forced`; None if one is missing."""
         return harmonic_mean([metric.forced for metric in (self.efficacy, self.generalization, self.neighbors)])
 
     @property
     def strict_score(self) -> float | None:
-        """The same of the strict forms."""
+        """Harmonic mean of efficacy, generalization and neighbors, `strict`; None if one is missing."""
         return harmonic_mean([metric.strict for metric in (self.efficacy, self.generalization, self.neighbors)])
+
+    def to_json(self) -> dict[str, dict[str, float | int | None]]:
+        """Returns the metrics by name, see `Metric.to_json`."""
+        return {field.name: getattr(self, field.name).to_json() for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One prompt of one case, or one chain of facts; see `Report`; `tokens` is a chain's best wording's."""
+    """Result of one prompt or one multi-hop question. The module docstring defines the forms.
+
+    Attributes:
+        forced: whether the correct answer has the lower NLL.
+        strict: whether the new answer is ranked first, or the prediction is unchanged.
+        exact: whether the correct answer is ranked first.
+        tokens: fraction of tokens that are correct or unchanged; for a multi-hop question, of its best wording.
+    """
 
     forced: bool
     strict: bool
-    said: bool
+    exact: bool
     tokens: float
 
 
 Judged = dict[str, tuple[Verdict, ...]]
-"""What became of one case, by the name of the metric in `Report`."""
+"""Results of one case by metric, see `Report`."""
 
 Before = dict[Question, Score]
-"""Each question about what is to stay, with its score before any edit."""
+"""Scores of the unedited model for questions whose answers must not change."""
 
 Known = dict[tuple[str, str], Score]
-"""Scores of a model in one state, by prompt and answer."""
+"""Scores of a model in one state by (prompt, answer)."""
 
-_EDITED = {"efficacy": "asked", "generalization": "paraphrases"}
+RECORDED_NAMES = {"exact": "said"}
+"""Names in result files of fields of `Metric` that differ."""
+
+_EDITED = {"efficacy": "question", "generalization": "paraphrases"}
 _KEPT = ("neighbors", "namesakes", "same_subject", "rebuilt")
 
 
 def harmonic_mean(shares: Sequence[float | None]) -> float | None:
-    """0 if one of them is 0; None if one is missing."""
+    """Computes the harmonic mean.
+
+    Args:
+        shares: fractions, at least 0.
+
+    Returns:
+        The mean; 0 if a fraction is 0, None if one is None or there are none.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import harmonic_mean
+        >>> harmonic_mean([1.0, 0.5, 0.5]), harmonic_mean([1.0, None])
+        (0.6, None)
+    """
     known = [share for share in shares if share is not None]
     if len(known) < len(shares) or not known:
         return None
@@ -122,14 +164,26 @@ def score_before(
     known: Before | None = None,
     progress: Progress | None = None,
 ) -> Before:
-    """Scores, before the first edit, everything that edits are to leave alone.
+    """Scores the questions whose answers must not change, before the first edit.
 
     Args:
         model: the unedited model.
-        tokenizer: its tokenizer.
-        cases: in any number.
-        known: scores of this model that are known already; the others are added to it.
-        progress: called after each batch with the questions done so far.
+        tokenizer: tokenizer of the model.
+        cases: the cases.
+        known: known scores of this model; missing ones are added to it.
+        progress: called after each batch with the number of finished questions and the number of questions.
+
+    Returns:
+        The scores, for `evaluate` and `judge`.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import score_before, world_cases
+        >>> from rlsedit_fast.world import World, load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> cases = world_cases(World.generate(), 2, seed=0)
+        >>> before = score_before(model, tokenizer, cases)
+        >>> cases[0].neighbors[0] in before, cases[0].question in before
+        (True, False)
     """
     known = {} if known is None else known
     questions = dict.fromkeys(q for case in cases for group in _KEPT for q in getattr(case, group))
@@ -148,38 +202,41 @@ def judge(
     known: Known | None = None,
     progress: Progress | None = None,
 ) -> list[Judged]:
-    """Every prompt of every case on an edited model, in the order of the cases.
+    """Evaluates every prompt of every case on an edited model.
 
     Args:
         model: the edited model.
-        tokenizer: its tokenizer.
-        cases: in any number.
-        before: the scores of the unedited model.
-        known: scores of the model as it is now that are known already; the others are added to it.
-        progress: called after each batch with the prompts done so far, each answer counted.
+        tokenizer: tokenizer of the model.
+        cases: the cases.
+        before: scores of the unedited model, see `score_before`.
+        known: known scores of the model in its present state; missing ones are added to it.
+        progress: called after each batch with the number of finished (prompt, answer) pairs and their number.
+
+    Returns:
+        The results of each case, in order.
     """
     known = {} if known is None else known
     flat = [(case, q) for case in cases for group in (*_EDITED.values(), *_KEPT) for q in _questions(case, group)]
     chains = [chain for case in cases for chain in case.multihop]
-    asked = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
-    asked += [(prompt, answer) for c in chains for prompt in c.prompts for answer in (c.answer, *c.right)]
-    new = [pair for pair in dict.fromkeys(asked) if pair not in known]
+    pairs = [(q.prompt, answer) for case, q in flat for answer in (case.edit.target, q.answer)]
+    pairs += [(prompt, answer) for c in chains for prompt in c.prompts for answer in (c.answer, *c.correct_answers)]
+    new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
     known.update(zip(new, score(model, tokenizer, new, progress=progress), strict=True))
 
     def edited(case: Case, q: Question) -> Verdict:
         new, old = known[q.prompt, case.edit.target], known[q.prompt, q.answer]
-        return Verdict(new.nll < old.nll, new.exact, new.exact, new.right)
+        return Verdict(new.nll < old.nll, new.exact, new.exact, new.token_accuracy)
 
     def kept(case: Case, q: Question) -> Verdict:
-        new, old, was = known[q.prompt, case.edit.target], known[q.prompt, q.answer], before[q]
-        same = [now == then for now, then in zip(old.predicted, was.predicted, strict=True)]
+        new, old = known[q.prompt, case.edit.target], known[q.prompt, q.answer]
+        same = [now == then for now, then in zip(old.predicted, before[q].predicted, strict=True)]
         return Verdict(old.nll < new.nll, all(same), old.exact, sum(same) / len(same))
 
     def followed(chain: MultiHop) -> Verdict:
         forced = any(known[prompt, chain.new_answer].nll < known[prompt, chain.answer].nll for prompt in chain.prompts)
-        said = [known[prompt, answer] for prompt in chain.prompts for answer in chain.right]
-        exact = any(one.exact for one in said)
-        return Verdict(forced, exact, exact, max(one.right for one in said))
+        scores = [known[prompt, answer] for prompt in chain.prompts for answer in chain.correct_answers]
+        exact = any(one.exact for one in scores)
+        return Verdict(forced, exact, exact, max(one.token_accuracy for one in scores))
 
     return [
         {name: tuple(edited(case, q) for q in _questions(case, group)) for name, group in _EDITED.items()}
@@ -190,20 +247,55 @@ def judge(
 
 
 def summarize(judged: Sequence[Judged]) -> Report:
-    """The shares over some cases."""
+    """Averages the results of cases.
+
+    Args:
+        judged: results of `judge`.
+
+    Returns:
+        The metrics.
+    """
     return Report(**{field.name: _metric([v for one in judged for v in one[field.name]]) for field in fields(Report)})
 
 
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case], before: Before
 ) -> Report:
-    """All metrics of `cases` on an edited model."""
+    """Computes all metrics on an edited model.
+
+    Args:
+        model: the edited model.
+        tokenizer: tokenizer of the model.
+        cases: the cases.
+        before: scores of the unedited model, see `score_before`.
+
+    Returns:
+        The metrics.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import evaluate, score_before, world_cases
+        >>> from rlsedit_fast.world import World, load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> cases = world_cases(World.generate(), 2, seed=0)
+        >>> report = evaluate(model, tokenizer, cases, score_before(model, tokenizer, cases))
+        >>> report.efficacy.strict, report.neighbors.strict  # the model is not edited
+        (0.0, 1.0)
+    """
     return summarize(judge(model, tokenizer, cases, before))
 
 
 def efficacy_strict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: Sequence[Case]) -> float:
-    """Share of `cases` whose edited prompt is answered with the new target, every token ranked first."""
-    scores = score(model, tokenizer, [(case.asked.prompt, case.edit.target) for case in cases])
+    """Computes the strict efficacy alone.
+
+    Args:
+        model: the edited model.
+        tokenizer: tokenizer of the model.
+        cases: at least one case.
+
+    Returns:
+        The fraction of cases for which every token of the target is ranked first after the edited prompt.
+    """
+    scores = score(model, tokenizer, [(case.question.prompt, case.edit.target) for case in cases])
     return sum(s.exact for s in scores) / len(scores)
 
 
@@ -223,6 +315,6 @@ def _metric(verdicts: Sequence[Verdict]) -> Metric:
         mean(v.forced for v in verdicts),
         mean(v.strict for v in verdicts),
         len(verdicts),
-        mean(v.said for v in verdicts),
+        mean(v.exact for v in verdicts),
         mean(v.tokens for v in verdicts),
     )

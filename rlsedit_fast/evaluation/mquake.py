@@ -1,4 +1,4 @@
-"""Cases from MQuAKE: edits that belong together, and questions whose answers follow from them."""
+"""Cases from MQuAKE: groups of edits, and multi-hop questions whose answers follow from them."""
 
 from __future__ import annotations
 
@@ -25,44 +25,58 @@ _FIELDS = (
 
 
 def mquake_cases(path: Path, count: int, *, seed: int = 0, order: int = 0, among: int | None = None) -> list[Case]:
-    """`count` edits of MQuAKE (Zhong et al. 2023, arXiv 2305.14795), CF or T, as cases, a record's edits together.
+    """Reads cases from an MQuAKE file (Zhong et al. 2023, arXiv 2305.14795), CF or T.
 
-    Records are taken in random order, each whole. An edit that an earlier record makes is not made again; a record's
-    multi-hop question belongs to the last of its edits. Passed over, and counted in a warning of the
-    package's log, are records
+    Whole records are selected in random order, and the edits of a record stay together. An edit that several records
+    contain is applied once. The multi-hop question of a record belongs to the last of its edits. Records are skipped,
+    and counted in a warning of the log, if they
 
-    - that contradict one that is taken: the same statement gets another target, or one edits a fact that the
-      other's chain, after its edits, needs with another answer. The release's first files have such
-      records, and its second version of MQuAKE-CF-3k takes them out, since no model could satisfy both;
-    - that cannot be edited: an edit changes nothing, its prompt has no place for its subject, or two of them disagree;
-    - with more new edits than are still wanted.
+    - contradict a selected record: the same statement has another target, or one record edits a fact that the other one
+      requires with another answer. The first release contains such records; its second version of MQuAKE-CF-3k removes
+      them, because no model can satisfy both;
+    - cannot be edited: an edit changes nothing, its prompt has no `{}`, or two edits of the record disagree;
+    - have more new edits than are missing.
 
     Args:
-        path: a JSON list of records in the published form.
-        count: how many edits, of as many different statements.
-        seed: of the choice of records and their order.
-        order: which order of the same records, 0 the first.
-        among: only the first so many records of the file.
+        path: JSON list of records in the published format.
+        count: number of edits, all of different statements.
+        seed: random seed of the choice of records and their order.
+        order: number of another order of the same records; 0 for the first one.
+        among: use only the first records of the file.
 
     Returns:
-        Cases with the question form of an edit as its paraphrase and no neighbours, since MQuAKE has none.
+        Cases with the question of an edit as its paraphrase, and without neighborhood prompts, which MQuAKE lacks.
 
     Raises:
-        InputError: a file that cannot be read so, or fewer usable edits.
+        InputError: the file cannot be read, has another format or too few usable edits.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from rlsedit_fast.evaluation import mquake_cases
+        >>> rewrite = {"prompt": "{} is a citizen of", "subject": "Vince", "question": "Of what is Vince a citizen?"}
+        >>> rewrite |= {"target_new": {"str": "Libya"}, "target_true": {"str": "America"}}
+        >>> record = {"requested_rewrite": [rewrite], "questions": ["What is the capital of the country of Vince?"]}
+        >>> record |= {"answer": "Washington", "new_answer": "Tripoli", "new_answer_alias": [], "new_single_hops": []}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "mquake.json")
+        ...     _ = path.write_text(json.dumps([record]))
+        ...     (case,) = mquake_cases(path, 1)
+        >>> case.edit.target, case.multihop[0].new_answer
+        ('Libya', 'Tripoli')
     """
     records = [_read_one(record, f"{path}, record {at}") for at, record in enumerate(read_records(path)[:among], 1)]
     random.Random(seed).shuffle(records)
-    taken = _choose(path, records, count)
+    selected = _select(path, records, count)
     if order:
-        taken = shuffled(taken, random.Random(f"{seed}-{order}"))
-    made: dict[str, Case] = {}
+        selected = shuffled(selected, random.Random(f"{seed}-{order}"))
+    cases: dict[str, Case] = {}
     chains: dict[str, list[MultiHop]] = defaultdict(list)
-    for record in taken:
+    for record in selected:
         for statement, case in record.edits.items():
-            made.setdefault(statement, case)
-        places = {statement: at for at, statement in enumerate(made)}
+            cases.setdefault(statement, case)
+        places = {statement: at for at, statement in enumerate(cases)}
         chains[max(record.edits, key=places.__getitem__)].append(record.chain)
-    return [replace(case, multihop=tuple(chains[statement])) for statement, case in made.items()]
+    return [replace(case, multihop=tuple(chains[statement])) for statement, case in cases.items()]
 
 
 @dataclass(frozen=True)
@@ -70,50 +84,50 @@ class _Record:
     """One record.
 
     Attributes:
-        edits: a case by the statement that it edits, its prompt with the subject filled in.
-        granted: the answers that any unedited fact of the chain may have after the edits, by its statement.
-        chain: what is to follow.
-        usable: whether its edits can be made, see `mquake_cases`.
+        edits: cases by statement, the prompt with its subject.
+        required: correct answers of the unedited facts on which the multi-hop answer depends, by statement.
+        chain: the multi-hop question.
+        usable: whether the record can be edited, see `mquake_cases`.
     """
 
     edits: Mapping[str, Case]
-    granted: Mapping[str, frozenset[str]]
+    required: Mapping[str, frozenset[str]]
     chain: MultiHop
     usable: bool
 
 
-def _choose(path: Path, records: list[_Record], count: int) -> list[_Record]:
-    taken: list[_Record] = []
+def _select(path: Path, records: list[_Record], count: int) -> list[_Record]:
+    selected: list[_Record] = []
     targets: dict[str, str] = {}
-    granted: dict[str, frozenset[str]] = {}
-    passed = {"contradict others": 0, "cannot be edited": 0, "have more edits than are still wanted": 0}
+    required: dict[str, frozenset[str]] = {}
+    skipped = {"contradict others": 0, "cannot be edited": 0, "have more edits than are missing": 0}
     for record in records:
         if len(targets) >= count:
             break
         own = {statement: case.edit.target for statement, case in record.edits.items()}
         if not record.usable:
-            passed["cannot be edited"] += 1
+            skipped["cannot be edited"] += 1
         elif (
             any(targets.get(statement, target) != target for statement, target in own.items())
-            or any(targets[s] not in answers for s, answers in record.granted.items() if s in targets)
-            or any(target not in granted[s] for s, target in own.items() if s in granted)
+            or any(targets[s] not in answers for s, answers in record.required.items() if s in targets)
+            or any(target not in required[s] for s, target in own.items() if s in required)
         ):
-            passed["contradict others"] += 1
+            skipped["contradict others"] += 1
         elif len(targets | own) > count:
-            passed["have more edits than are still wanted"] += 1
+            skipped["have more edits than are missing"] += 1
         else:
-            taken.append(record)
+            selected.append(record)
             targets |= own
-            granted |= {s: granted.get(s, answers) & answers for s, answers in record.granted.items()}
+            required |= {s: required.get(s, answers) & answers for s, answers in record.required.items()}
     if len(targets) < count:
         raise InputError(
-            f"{path}: {len(targets)} edits of whole records that do not contradict one another, {count} were asked "
-            "for; ask for fewer"
+            f"{path}: {count} edits requested, but its whole records without contradictions have {len(targets)}; "
+            "request fewer edits"
         )
-    if any(passed.values()):
-        why = ", ".join(f"{number} {what}" for what, number in passed.items() if number)
-        _log.warning("%s: %d records taken, passed over: %s", path, len(taken), why)
-    return taken
+    if any(skipped.values()):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in skipped.items() if number)
+        _log.warning("%s: %d records selected, others skipped: %s", path, len(selected), reasons)
+    return selected
 
 
 def _read_one(record: Any, where: str) -> _Record:
@@ -128,7 +142,7 @@ def _read_one(record: Any, where: str) -> _Record:
             case = Case(Edit(prompt, subject, new), Question(statement, old), paraphrases, (), (), ())
             usable &= new != old and prompt.count("{}") == 1 and edits.get(statement, case) == case
             edits[statement] = case
-        granted = {
+        required = {
             hop["cloze"]: frozenset((hop["answer"], *hop["answer_alias"]))
             for hop in record["new_single_hops"]
             if hop["cloze"] not in edits
@@ -139,4 +153,4 @@ def _read_one(record: Any, where: str) -> _Record:
         raise InputError(f"{where} lacks {error}; expected MQuAKE's fields: {_FIELDS}") from error
     if not edits or not chain.prompts:
         raise InputError(f"{where} has no rewrite or no question; expected MQuAKE's fields: {_FIELDS}")
-    return _Record(edits, granted, chain, usable)
+    return _Record(edits, required, chain, usable)

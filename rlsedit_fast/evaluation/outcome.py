@@ -1,4 +1,4 @@
-"""What became of a user's own edits: whether they are said, also in other words, and whether neighbours were spared."""
+"""Evaluation of edits by their own prompts, paraphrases and neighborhood prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of some prompts did as they should; `of` may be 0, where a file has none of the kind."""
+    """Number of successful prompts.
+
+    Attributes:
+        count: number of successful prompts.
+        of: number of prompts; may be 0.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Share
+        >>> Share(count=3, of=4)
+        Share(count=3, of=4)
+    """
 
     count: int
     of: int
@@ -24,13 +34,18 @@ class Share:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Strict, by what is ranked first at every token, teacher-forced.
+    """Strict, teacher-forced metrics of edits.
 
     Attributes:
-        efficacy: edited prompts that the target follows.
-        generalization: paraphrases that it follows.
-        specificity: neighbourhood prompts whose next token is the one before any edit.
-        nll: mean over the edits of the target's NLL per token on the edited prompt, nats.
+        efficacy: edited prompts after which every token of the target is ranked first.
+        generalization: paraphrases after which every token of the target is ranked first.
+        specificity: neighborhood prompts whose most likely next token is the same as before the edits.
+        nll: mean over the edits of the NLL per token of the target after the edited prompt, in nats.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Outcome, Share
+        >>> Outcome(Share(1, 1), Share(2, 3), Share(0, 0), nll=0.05).generalization.count
+        2
     """
 
     efficacy: Share
@@ -40,50 +55,93 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a model says to all that some edits ask.
+class CollectedAnswers:
+    """Answers of a model to the prompts of edits.
 
     Attributes:
-        scores: by prompt, subject included, and target: of the edited prompts and of their paraphrases.
-        following: the token ranked first after every neighbourhood prompt.
+        scores: scores of the targets by (prompt with subject, target), for edited prompts and paraphrases.
+        next_tokens: id of the most likely next token by neighborhood prompt.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import CollectedAnswers
+        >>> CollectedAnswers(scores={}, next_tokens={"The capital of Peru is": 17}).next_tokens
+        {'The capital of Peru is': 17}
     """
 
     scores: Mapping[tuple[str, str], Score]
-    following: Mapping[str, int]
+    next_tokens: Mapping[str, int]
 
 
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]) -> Said:
-    """Asks a model about edits, at least one."""
-    pairs = list(dict.fromkeys(pair for edit in edits for pair in (_edited(edit), *_others(edit))))
-    prompts = list(dict.fromkeys(prompt for edit in edits for prompt in edit.neighborhood))
-    # Whatever is asked for, the first prediction is what follows the prompt.
-    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)])
-    following = {prompt: said.predicted[0] for prompt, said in zip(prompts, found[len(pairs) :], strict=True)}
-    return Said(dict(zip(pairs, found, strict=False)), following)
-
-
-def outcome(edits: Sequence[Edit], said: Said, before: Said) -> Outcome:
-    """What a model that says this has of some edits.
+def collect_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+) -> CollectedAnswers:
+    """Collects the answers of a model to the prompts, paraphrases and neighborhood prompts of edits.
 
     Args:
-        edits: at least one.
-        said: to these edits at least.
-        before: what the unedited model said to them.
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        edits: at least one edit.
+
+    Returns:
+        The answers.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> from rlsedit_fast.evaluation import collect_answers
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> answers = collect_answers(model, tokenizer, [Edit("{} plays the", "Toze Lado Rekuno", "harp")])
+        >>> answers.scores["Toze Lado Rekuno plays the", "harp"].exact
+        False
     """
-    asked = [said.scores[_edited(edit)] for edit in edits]
-    other = [said.scores[pair] for edit in edits for pair in _others(edit)]
+    pairs = list(dict.fromkeys(pair for edit in edits for pair in (_edited(edit), *_others(edit))))
+    prompts = list(dict.fromkeys(prompt for edit in edits for prompt in edit.neighborhood))
+    # The first prediction does not depend on the answer that is scored.
+    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)])
+    next_tokens = {prompt: one.predicted[0] for prompt, one in zip(prompts, found[len(pairs) :], strict=True)}
+    return CollectedAnswers(dict(zip(pairs, found, strict=False)), next_tokens)
+
+
+def compute_outcome(edits: Sequence[Edit], answers: CollectedAnswers, before: CollectedAnswers) -> Outcome:
+    """Computes the metrics of edits.
+
+    Args:
+        edits: at least one edit.
+        answers: answers of the edited model to at least these edits.
+        before: answers of the unedited model to at least these edits.
+
+    Returns:
+        The metrics.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> from rlsedit_fast.evaluation import collect_answers, compute_outcome
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> edits = [Edit("{} plays the", "Toze Lado Rekuno", "harp")]
+        >>> before = collect_answers(model, tokenizer, edits)
+        >>> compute_outcome(edits, before, before).efficacy  # the model is not edited
+        Share(count=0, of=1)
+    """
+    edited = [answers.scores[_edited(edit)] for edit in edits]
+    other = [answers.scores[pair] for edit in edits for pair in _others(edit)]
     prompts = {prompt for edit in edits for prompt in edit.neighborhood}
     return Outcome(
-        Share(sum(one.exact for one in asked), len(asked)),
+        Share(sum(one.exact for one in edited), len(edited)),
         Share(sum(one.exact for one in other), len(other)),
-        Share(sum(before.following[prompt] == said.following[prompt] for prompt in prompts), len(prompts)),
-        sum(one.nll for one in asked) / len(asked),
+        Share(sum(before.next_tokens[prompt] == answers.next_tokens[prompt] for prompt in prompts), len(prompts)),
+        sum(one.nll for one in edited) / len(edited),
     )
 
 
-def stated(edit: Edit, said: Said) -> bool:
-    """Whether a model that says this states an edit: every token of its target is ranked first."""
-    return said.scores[_edited(edit)].exact
+def stated(edit: Edit, answers: CollectedAnswers) -> bool:
+    """Returns whether every token of an edit's target is ranked first after the edited prompt.
+
+    Args:
+        edit: the edit.
+        answers: answers of a model to this edit.
+    """
+    return answers.scores[_edited(edit)].exact
 
 
 def _edited(edit: Edit) -> tuple[str, str]:

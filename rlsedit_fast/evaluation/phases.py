@@ -1,4 +1,4 @@
-"""The phases of a run: the seconds that each takes, and a bar with the time left while it lasts."""
+"""Timing and progress bars of the phases of a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Protocol
 from tqdm import tqdm
 
 
-class Report(Protocol):
-    """Called with the number done so far and the total; None where the total is not known."""
+class PhaseProgress(Protocol):
+    """Function that reports the progress of a phase."""
 
-    def __call__(self, done: int, total: int | None) -> None: ...
+    def __call__(self, done: int, total: int | None) -> None:
+        """Reports the number of finished units and the total number, or None if the total is unknown."""
 
 
 class Phases:
-    """Times phases, which may lie within one another.
+    """Measures the time of phases, which may be nested.
 
     Args:
-        shown: whether a phase has a bar on stderr.
-        label: what stands before a phase's name there.
+        shown: whether to show a progress bar on stderr for each phase.
+        label: text before the name of a phase in the progress bar.
 
     Attributes:
-        seconds: by phase, without those of the phases within it.
+        seconds: seconds by phase, without nested phases.
     """
 
     def __init__(self, *, shown: bool = False, label: str = "") -> None:
@@ -36,15 +37,15 @@ class Phases:
         self._since = time.perf_counter()
 
     @contextmanager
-    def __call__(self, name: str, unit: str) -> Iterator[Report]:
-        """Within it the time counts to this phase.
+    def __call__(self, name: str, unit: str) -> Iterator[PhaseProgress]:
+        """Starts a phase, which ends with the context.
 
         Args:
-            name: of the phase.
-            unit: what it does many of.
+            name: name of the phase.
+            unit: unit of its progress, such as "prompt".
 
         Yields:
-            The function to call with the progress of the phase.
+            The function that reports its progress.
         """
         self._count()
         self._open.append(name)
@@ -57,13 +58,13 @@ class Phases:
         try:
             with bar:
                 yield progress
-                bar.leave = bar.leave and bar.total is not None  # of what was known already no bar stays
+                bar.leave = bar.leave and bar.total is not None  # remove the bar of a phase without work
         finally:
             self._count()
             self._open.pop()
 
     def _count(self) -> None:
-        """Adds what has gone by to the innermost phase."""
+        """Adds the time since the last call to the innermost phase."""
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since

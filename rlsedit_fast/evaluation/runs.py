@@ -1,4 +1,4 @@
-"""Many runs: in several processes if wished, each into a file of its own, those that are there already left alone."""
+"""Executes runs, in one or several processes, and writes one result file per run. Existing results are reused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
-from rlsedit_fast.evaluation.stream import Ground, Plan, Unedited, finished, run
+from rlsedit_fast.evaluation.stream import Ground, Plan, UneditedResults, finished, run
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run and the file that it goes to."""
+    """A run and its result file.
+
+    Attributes:
+        spec: specification of the model and data.
+        plan: settings of the run.
+        path: result file.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rlsedit_fast.evaluation import CONFIG, GroundSpec, Job, Plan, result_path
+        >>> plan = Plan(label="rls", stream="plain", edits=100, seed=1, config=CONFIG)
+        >>> Job(GroundSpec(), plan, result_path(Path("missing"), plan)).done
+        False
+    """
 
     spec: GroundSpec
     plan: Plan
@@ -31,63 +45,125 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether its file is there."""
-        return finished(self.path, self.spec.name, self.plan, self.spec.made_of) is not None
+        """Whether the result file exists and has these settings."""
+        return finished(self.path, self.spec.name, self.plan, self.spec.identity) is not None
 
 
-def path_of(folder: Path, plan: Plan) -> Path:
-    """Where a run's results go; the name has what most often differs between runs, and the file has the rest."""
+def result_path(folder: Path, plan: Plan) -> Path:
+    """Returns the path of a result file, whose name contains the settings that differ most often.
+
+    Args:
+        folder: folder of the results.
+        plan: settings of the run.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rlsedit_fast.evaluation import CONFIG, Plan, result_path
+        >>> result_path(Path("runs"), Plan(label="rls", stream="plain", edits=50, seed=1, config=CONFIG)).name
+        'rls-plain-n50-b100-s1.json'
+    """
     order = f"-o{plan.order}" if plan.order else ""
     name = f"{plan.label}-{plan.stream}-n{plan.edits}-b{plan.config.batch_size}-s{plan.seed}{order}.json"
     return folder / name.replace("/", "_").replace(" ", "_")
 
 
-def make(
-    jobs: Sequence[Job], *, processes: int = 1, say: Callable[[str], None] = print, show: bool = False
+def run_jobs(
+    jobs: Sequence[Job], *, processes: int = 1, log: Callable[[str], None] = print, show: bool = False
 ) -> list[dict[str, Any]]:
-    """Makes the runs that have no file yet; the results of all, in the order of the jobs.
+    """Executes the runs that have no result file yet.
 
-    One process uses all of PyTorch's threads, several divide them. An interrupt leaves the files of the runs that
-    ended.
+    One process uses all threads of PyTorch; several processes share them. Files of finished runs survive an interrupt.
 
     Args:
-        jobs: in any number.
-        processes: at most.
-        say: called with a line of progress.
-        show: bars on stderr: of each phase of a run, or, with several processes, of the runs.
+        jobs: the runs.
+        processes: maximum number of processes.
+        log: called with lines that describe the progress.
+        show: whether to show progress bars on stderr, of the phases of each run or, with several processes, of the
+            runs.
+
+    Returns:
+        The contents of all result files, in the order of the jobs.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import run_jobs
+        >>> run_jobs([])
+        0 of 0 runs are complete, 0 to do
+        []
     """
     todo = [job for job in jobs if not job.done]
-    say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there, {len(todo)} to make")
+    log(f"{len(jobs) - len(todo)} of {len(jobs)} runs are complete, {len(todo)} to do")
     processes = min(processes, len(todo))
     if processes < 2:
         for at, job in enumerate(todo, 1):
-            say(_line(at, len(todo), job, _make_one(job, show=show)))
+            log(_line(at, len(todo), job, _run_one(job, show=show)))
     else:
         threads = max(1, torch.get_num_threads() // processes)
-        # Not forked: the threads of a process that has computed do not survive it.
+        # Not fork: it does not copy the threads of a process that has used PyTorch.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,))
         with pool, _threads_each(threads), tqdm(total=len(todo), desc="runs", unit="run", disable=not show) as bar:
-            under_way = {pool.submit(_make_one, job): job for job in todo}
+            running = {pool.submit(_run_one, job): job for job in todo}
             try:
-                for at, future in enumerate(as_completed(under_way), 1):
-                    say(_line(at, len(todo), under_way[future], future.result()))
+                for at, future in enumerate(as_completed(running), 1):
+                    log(_line(at, len(todo), running[future], future.result()))
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and no other begins
+                pool.shutdown(wait=False, cancel_futures=True)  # running jobs finish, no other one starts
                 raise
-    return [run_of(job) for job in jobs]
+    return [load_result(job) for job in jobs]
 
 
-def run_of(job: Job) -> dict[str, Any]:
-    """The results of a job that is done."""
-    found = finished(job.path, job.spec.name, job.plan, job.spec.made_of)
-    assert found is not None
+def load_result(job: Job) -> dict[str, Any]:
+    """Reads the result file of a finished run.
+
+    Args:
+        job: the run.
+
+    Returns:
+        The contents of the file, see `rlsedit_fast.evaluation.stream.run`.
+
+    Raises:
+        InputError: the file does not exist or has other settings.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rlsedit_fast.errors import InputError
+        >>> from rlsedit_fast.evaluation import CONFIG, GroundSpec, Job, Plan, load_result
+        >>> plan = Plan(label="rls", stream="plain", edits=100, seed=1, config=CONFIG)
+        >>> try:
+        ...     load_result(Job(GroundSpec(), plan, Path("missing.json")))
+        ... except InputError as error:
+        ...     print(error)
+        missing.json does not contain the results of run 'rls' with these settings; execute the run first
+    """
+    found = finished(job.path, job.spec.name, job.plan, job.spec.identity)
+    if found is None:
+        raise InputError(
+            f"{job.path} does not contain the results of run {job.plan.label!r} with these settings; execute the run "
+            "first"
+        )
     return found
 
 
 def value(result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None) -> float | None:
-    """One figure of a run, at the end of what was made or after some edits; None where it is not there."""
+    """Returns one figure of a run.
+
+    Args:
+        result: contents of a result file.
+        metric: name of the metric.
+        form: form of the metric.
+        of: edits, text, task or layer that the figure refers to, as in the rows of result files.
+        edits: number of edits after which it was measured; None for the end of the stream.
+
+    Returns:
+        The value, or None if the run does not have it.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import value
+        >>> row = {"edits": 10, "of": "all", "metric": "efficacy", "form": "strict", "value": 0.9, "n": 10}
+        >>> value({"made": 10, "rows": [row]}, "efficacy", "strict")
+        0.9
+    """
     found = row(result, metric, form, of=of, edits=edits)
     return None if found is None else float(found["value"])
 
@@ -95,9 +171,9 @@ def value(result: dict[str, Any], metric: str, form: str, *, of: str = "all", ed
 def row(
     result: dict[str, Any], metric: str, form: str, *, of: str = "all", edits: int | None = None
 ) -> dict[str, Any] | None:
-    """The row of a figure, see `value`."""
+    """Returns the row of a figure, or None; see `value` for the arguments."""
     at = result["made"] if edits is None else edits
-    for found in reversed(result["rows"]):  # a stream that breaks off behind a look is looked at again in its place
+    for found in reversed(result["rows"]):  # a stream that fails directly after a checkpoint is evaluated twice there
         if (found["edits"], found["metric"], found["form"]) == (at, metric, form) and found["of"] == of:
             return dict(found)
     return None
@@ -106,8 +182,8 @@ def row(
 def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
     plan = job.plan
     scores = [value(result, metric, "strict") for metric in ("efficacy", "generalization", "neighbors")]
-    said = " ".join("-" if score is None else f"{score:.3f}" for score in scores)
-    return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {said} ({result['seconds_run']:.0f} s)"
+    shown = " ".join("-" if score is None else f"{score:.3f}" for score in scores)
+    return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {shown} ({result['seconds_run']:.0f} s)"
 
 
 def _print(line: str) -> None:
@@ -116,8 +192,11 @@ def _print(line: str) -> None:
 
 @contextmanager
 def _threads_each(threads: int) -> Iterator[None]:
-    """For the processes that start within it: BLAS counts its threads when it is loaded, before the initializer."""
-    name = "OPENBLAS_NUM_THREADS"  # of scipy's, which goes by no setting of torch's
+    """Sets the number of BLAS threads of processes that start in the context.
+
+    BLAS reads it when it is loaded, before the initializer of a process runs.
+    """
+    name = "OPENBLAS_NUM_THREADS"  # read by SciPy's BLAS, which ignores the setting of PyTorch
     given = os.environ.get(name)
     os.environ[name] = str(threads)
     try:
@@ -129,16 +208,16 @@ def _threads_each(threads: int) -> Iterator[None]:
             os.environ[name] = given
 
 
-def _make_one(job: Job, *, show: bool = False) -> dict[str, Any]:
+def _run_one(job: Job, *, show: bool = False) -> dict[str, Any]:
     cases, superseded = _cases(job.spec, job.plan.stream, job.plan.edits, job.plan.seed, job.plan.order)
     ground, unedited = _ground(job.spec)
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, say=_print, show=show)
+    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, log=_print, show=show)
 
 
 @lru_cache(maxsize=2)
-def _ground(spec: GroundSpec) -> tuple[Ground, Unedited]:
-    return make_ground(spec), Unedited()
+def _ground(spec: GroundSpec) -> tuple[Ground, UneditedResults]:
+    return make_ground(spec), UneditedResults()
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What editing did to a model as a whole: its perplexity on text, and how far its predictions moved there."""
+"""Perplexity of a model on text, and the divergence of its predictions from those before editing."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ from rlsedit_fast.models.tokens import Row, encode_plain, pad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOGITS_AT_ONCE = 2**24  # numbers of a pass, 64 MiB in float32: on a CPU larger passes take longer a token
+_LOGITS_AT_ONCE = 2**24  # per pass, 64 MiB in float32; on a CPU larger passes take longer per token
 TOKENS = 2000
-"""Of text that are probed, unless said otherwise."""
+"""Default maximum number of tokens of a `TextProbe`."""
 
 
 @dataclass(frozen=True)
 class Stability:
-    """On running text.
+    """Measurements on running text.
 
     Attributes:
-        perplexity: `exp` of the mean NLL of every token but each text's first.
-        kl: mean `KL(base || now)` of the next-token distributions at these tokens, nats.
-        top: share of them at which the likeliest next token is the base model's.
-        tokens: how many there are.
-        perplexity_error: standard error of the perplexity, from the differences between the texts; NaN for one text.
-        kl_error: standard error of the KL, likewise.
+        perplexity: `exp` of the mean NLL of all tokens except the first of each text.
+        kl: mean `KL(base || edited)` of the next-token distributions at these tokens, in nats.
+        top: fraction of these tokens whose most likely prediction is that of the base model.
+        tokens: number of these tokens.
+        perplexity_error: standard error of the perplexity over the texts; NaN for one text.
+        kl_error: standard error of the KL over the texts; NaN for one text.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Stability
+        >>> Stability(perplexity=8.0, kl=0.01, top=0.99, tokens=2000, perplexity_error=0.2, kl_error=0.001).top
+        0.99
     """
 
     perplexity: float
@@ -46,21 +51,30 @@ class Stability:
 
 
 class TextProbe:
-    """The base model's predictions on some texts, kept, and later ones compared with them.
+    """Compares the predictions of edited models on texts with those of the base model.
 
     Args:
-        model: before any edit.
-        tokenizer: its tokenizer.
-        texts: running text; each is cut to `length` tokens.
-        tokens: most tokens in all, as the predictions of each, over the whole vocabulary, are kept in float16.
-        length: most tokens of one text.
-        progress: called after each text with the tokens done so far.
+        model: the model before editing.
+        tokenizer: tokenizer of the model.
+        texts: running text; each text is truncated to `length` tokens.
+        tokens: maximum number of tokens in total. The base model's log probabilities over the vocabulary are stored for
+            each token in float16.
+        length: maximum number of tokens per text.
+        progress: called after each text with the number of finished tokens and the number of tokens.
 
     Attributes:
-        unedited: what comes of the model before any edit.
+        unedited: measurements of the model before editing.
 
     Raises:
         InputError: no text has two tokens.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import TextProbe
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> probe = TextProbe(model, tokenizer, ["Toze Lado Rekuno plays the clarinet ."])
+        >>> probe(model).top, probe(model).tokens  # the model is not edited
+        (1.0, 7)
     """
 
     def __init__(
@@ -81,8 +95,8 @@ class TextProbe:
                 self._rows.append(ids)
                 left -= len(ids) - 1
         if not self._rows:
-            raise InputError("texts: expected at least one of two tokens or more")
-        self._rows.sort(key=len)  # those of like length share a pass
+            raise InputError("texts: expected at least one text of two tokens or more")
+        self._rows.sort(key=len)  # rows of similar length share a pass
         width = model.get_input_embeddings().get_parameter("weight").shape[0]
         self._at_once = max(1, _LOGITS_AT_ONCE // (width * len(self._rows[-1])))
         self._base: list[Tensor] = []
@@ -94,14 +108,19 @@ class TextProbe:
         self.unedited = self._compare(model, keep, progress)
 
     def __call__(self, model: PreTrainedModel, *, progress: Progress | None = None) -> Stability:
-        """The model as it is now."""
+        """Measures the model in its present state.
+
+        Args:
+            model: the edited model.
+            progress: called after each text with the number of finished tokens and the number of tokens.
+        """
         base = iter(self._base)
         return self._compare(model, lambda _found: next(base), progress)
 
     def _compare(
         self, model: PreTrainedModel, base: Callable[[Tensor], Tensor], progress: Progress | None
     ) -> Stability:
-        """The model's predictions, and those that `base` gives beside them."""
+        """Compares the model's predictions with those that `base` returns for them."""
         nll, kl, counts = list[float](), list[float](), list[int]()
         same = 0
         for found, following in self._passes(model):
@@ -119,7 +138,7 @@ class TextProbe:
         return Stability(perplexity, max(mean_kl, 0.0), same / count, count, perplexity * error, kl_error)
 
     def _passes(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each text in turn: log-probabilities `[t - 1, vocabulary]`, and the tokens that follow."""
+        """Yields for each text the log probabilities `[t - 1, vocabulary]` and the tokens that follow `[t - 1]`."""
         device = input_device(model)
         with quiet(model), torch.inference_mode():
             for at in range(0, len(self._rows), self._at_once):
@@ -132,8 +151,14 @@ class TextProbe:
 
 
 def _mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """The mean over tokens, by each text's sum and number of tokens, and its standard error over texts (the ratio
-    estimator's; NaN for one text).
+    """Computes the mean over tokens and its standard error over texts.
+
+    Args:
+        sums: sum over the tokens of each text.
+        counts: number of tokens of each text.
+
+    Returns:
+        The mean, and the standard error of this ratio estimator (NaN for one text).
     """
     total, texts = sum(counts), len(counts)
     mean = sum(sums) / total

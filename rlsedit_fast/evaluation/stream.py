@@ -1,7 +1,7 @@
-"""A stream of edits under one setting, looked at along the way: one run, one file of results.
+"""Runs: a stream of edits with one setting, evaluated at checkpoints, and its result file.
 
-A run is named by all that it depends on. Its file is written when it has ended, so a set of runs that was interrupted
-goes on with the first one that has no file.
+A result file contains all settings that the run depends on. It is written when the run has finished, so that an
+interrupted set of runs continues with the first run without a file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ from rlsedit_fast.editing import EditConfig, Editor, EditRecord
 from rlsedit_fast.errors import PriorError, UpdateError
 from rlsedit_fast.evaluation.ages import AGE, age_groups
 from rlsedit_fast.evaluation.cases import Case
-from rlsedit_fast.evaluation.consistency import Likeness, consistency
+from rlsedit_fast.evaluation.consistency import TextSimilarity, consistency
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
-from rlsedit_fast.evaluation.metrics import Before, Judged, Known, Metric, Report, judge, score_before, summarize
+from rlsedit_fast.evaluation.metrics import (
+    RECORDED_NAMES,
+    Before,
+    Judged,
+    Known,
+    Metric,
+    Report,
+    judge,
+    score_before,
+    summarize,
+)
 from rlsedit_fast.evaluation.phases import Phases
 from rlsedit_fast.evaluation.stability import TOKENS, Stability, TextProbe
-from rlsedit_fast.evaluation.tasks import Item, TaskResult, answer
+from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task
 from rlsedit_fast.files import written_whole
 from rlsedit_fast.statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts
@@ -40,31 +50,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 2
-"""Of a result file; another one is not taken for a finished run."""
+"""Version of the format of result files; files of other versions are ignored."""
 
 ALONG = 150
-"""Most cases that are asked at a checkpoint, evenly spaced, of those edited by then."""
+"""Maximum number of edited cases that are evaluated at a checkpoint, evenly spaced."""
 
 TOKENS_PER_DIMENSION, MOST_TOKENS = 20, 100_000
-"""Default number of anchor tokens: this many per dimension of the widest key, and at most `MOST_TOKENS`."""
+"""Default number of anchor tokens: per dimension of the widest key, and maximum."""
 
-_FLUENT = 24  # texts whose fluency is measured, and cases whose consistency is
+_FLUENT = 24  # maximum number of texts for fluency, and of cases for consistency
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What a stream runs on: a model, and what to look at beside the edits.
+    """Model and data of a stream, in addition to its cases.
 
     Attributes:
-        name: of it, in results.
-        load: the unedited model, anew each time, and its tokenizer.
-        anchors: texts, or key statistics, that the model is to go on doing, as `Editor.anchor` takes them; of a seed.
-        texts: running text on which perplexity and KL are measured; of a seed, and of the subjects that are edited.
+        name: name in results.
+        load: function that loads the unedited model and its tokenizer.
+        anchors: function from a seed to the anchors: texts, key statistics, or None.
+        texts: function from a seed and the edited subjects to the texts on which perplexity and KL are measured.
         tasks: items by task; may be empty.
-        likeness: of texts, where there are reference texts; consistency is measured with it.
-        tokens: of anchors that are texts, at most; None is `TOKENS_PER_DIMENSION` for each dimension of the widest key,
-            at most `MOST_TOKENS`.
-        made_of: names of its files and what else distinguishes it from another one of its name; in results.
+        similarity: text similarity for the consistency metric; None without reference texts.
+        tokens: maximum number of tokens of anchors that are texts; None for `TOKENS_PER_DIMENSION` per dimension of the
+            widest key, at most `MOST_TOKENS`.
+        identity: names and digests of its files and other settings that distinguish it from another ground of the same
+            name. Result files call it `made_of`.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import Ground
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> texts = ["Toze Lado Rekuno plays the clarinet ."]
+        >>> ground = Ground("demo", load_demo_model, anchors=lambda seed: texts, texts=lambda seed, subjects: texts)
+        >>> ground.tasks
+        {}
     """
 
     name: str
@@ -72,20 +91,20 @@ class Ground:
     anchors: Callable[[int], Any]
     texts: Callable[[int, Collection[str]], Sequence[str]]
     tasks: Mapping[str, Sequence[Item]] = field(default_factory=dict)
-    likeness: Likeness | None = None
+    similarity: TextSimilarity | None = None
     tokens: int | None = None
-    made_of: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class Unedited:
-    """What runs of one ground need to know of its unedited model, each filled in by the first run that needs it.
+class UneditedResults:
+    """Results of the unedited model that the runs of one ground share. The first run that needs one computes it.
 
     Attributes:
-        scores: of questions.
+        scores: scores of questions.
         tasks: results by task.
-        statistics: the anchors that were given as texts, and their key statistics.
-        probe: the texts and the number of their tokens that are probed, and the probe.
+        statistics: texts of the anchors and their key statistics.
+        probe: texts, maximum number of tokens, and the probe with these.
     """
 
     scores: Before = field(default_factory=dict)
@@ -96,26 +115,32 @@ class Unedited:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run, by all that it depends on beside the ground and the cases.
+    """Settings of a run, in addition to its ground and cases.
 
     Attributes:
-        label: the contender, as reports name it.
-        stream: the kind of stream: `plain`, `conflicting`, `related`, or another name of the caller's.
-        edits: how many.
-        seed: of cases and anchors.
-        order: which order of the same cases, 0 the first.
-        config: of the editor.
-        protected: with what weight every token of the cases' spare prompts is protected before the first edit, beside
-            the anchors, against an edit of weight 1; 0 protects none. No prompt that is asked is among them.
-        forgetting: weight of an edit against one that is made `AGE` edits later; 1 holds all alike. Below 1 later edits
-            weigh more, which is a forgetting factor of recursive least squares by the weights of edits.
-        checkpoints: shares of the stream at which everything is measured, the end being one of them anyway; where
-            there are none, edits are not looked at when they are made either.
-        judged: most cases that are asked at the end, evenly spaced; None asks all. Along the way it is `ALONG` of them.
-        free: most cases whose prompts are answered freely at the end, evenly spaced. The standard error of a share is
-            `0.5 / sqrt(free)` at most.
-        probed: tokens of text, at most, on which perplexity and KL are measured; their standard errors are among the
-            figures.
+        label: name of the run in reports, such as the rule.
+        stream: kind of stream: `plain`, `conflicting`, `related`, or another name.
+        edits: number of edits.
+        seed: random seed of cases and anchors.
+        order: number of another order of the same cases; 0 for the first one.
+        config: settings of the editor.
+        protected: weight with which every token of the cases' held-out prompts is protected before the first edit,
+            relative to an edit of weight 1; 0 for no protection. Evaluated prompts are not protected.
+        forgetting: weight of an edit relative to an edit that is applied `AGE` edits later; 1 for equal weights. A
+            value below 1 is a forgetting factor of recursive least squares.
+        checkpoints: fractions of the stream after which everything is evaluated, in addition to the end. If empty,
+            edits are not evaluated directly after their batch either.
+        judged: maximum number of cases that are evaluated at the end, evenly spaced; None for all. At checkpoints the
+            maximum is `ALONG`.
+        free: maximum number of cases that are evaluated by greedy generation at the end, evenly spaced. The standard
+            error of a fraction is at most `0.5 / sqrt(free)`.
+        probed: maximum number of tokens on which perplexity and KL are measured, with their standard errors.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import CONFIG, Plan
+        >>> plan = Plan(label="rls", stream="plain", edits=100, seed=1, config=CONFIG)
+        >>> plan.checkpoints
+        (0.1, 0.25, 0.5, 1.0)
     """
 
     label: str
@@ -132,26 +157,29 @@ class Plan:
     probed: int = TOKENS
 
     def as_json(self) -> dict[str, Any]:
-        """As a result file has it."""
+        """Returns the settings as in result files."""
         plain = replace(self, config=None)  # type: ignore[arg-type]
         found: dict[str, Any] = json.loads(json.dumps(asdict(plain) | {"config": self.config.to_dict()}))
         return found
 
 
-def finished(path: Path, ground: str, plan: Plan, made_of: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The results of a run that has ended under these very settings; None where there are none.
+def finished(path: Path, ground: str, plan: Plan, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Reads the result file of a run.
 
-    A setting that the file does not know yet, since it was written by an earlier version, must have its default.
+    A setting that is missing in the file, because an earlier version wrote it, must have its default value.
 
     Args:
-        path: of the file.
-        ground: its name.
-        plan: the settings.
-        made_of: what the ground is made of, `Ground.made_of`.
+        path: the file.
+        ground: name of the ground.
+        plan: settings of the run.
+        identity: `Ground.identity`.
+
+    Returns:
+        The contents of the file, or None if it does not exist, is damaged or has other settings.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if (found["format"], found["ground"], found.get("made_of", {})) != (FORMAT, ground, made_of or {}):
+        if (found["format"], found["ground"], found.get("made_of", {})) != (FORMAT, ground, identity or {}):
             return None
         then, now = dict(found["plan"]), plan.as_json()
         usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).as_json()
@@ -162,7 +190,7 @@ def finished(path: Path, ground: str, plan: Plan, made_of: Mapping[str, Any] | N
 
 
 def _agree(then: Mapping[str, Any], now: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
-    """Whether settings are the same, those that were not known then having their defaults."""
+    """Returns whether settings are equal, where missing ones have their default values."""
     for name, value in now.items():
         known = then.get(name, usual[name])
         if isinstance(value, dict) and isinstance(usual[name], dict) and isinstance(known, dict) and usual[name]:
@@ -180,34 +208,40 @@ def run(
     path: Path,
     *,
     superseded: Sequence[Case] = (),
-    unedited: Unedited | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    unedited: UneditedResults | None = None,
+    log: Callable[[str], None] = lambda line: None,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Makes a run and writes its file, or reads the file of one that was made already.
+    """Executes a run and writes its result file, or reads the file if it exists.
 
-    The file is a JSON object with the settings, the machine and the versions, the seconds of each phase, and `rows`,
-    each a figure: `edits` made by then, `of` (which edits it is about: `all` up to then, or `first-last`), `metric`,
-    `form`, `value`, `n`. A rule that fails along the way (a singular solve, a weight beyond its range) ends its stream
-    there: `failed` says after how many edits and why, and what there is by then is measured. Any other error is raised,
-    and leaves no file.
+    The file is a JSON object with the settings, the machine, the versions, the seconds of each phase, and `rows`. A row
+    is one figure: `edits` (number of edits applied before), `of` (edits that it refers to: `all` so far, or
+    `first-last`; or text, task, layer), `metric`, `form`, `value`, and the number of samples `n`. If a rule fails (a
+    singular system, an overflow), the stream ends there: `failed` has the number of edits and the reason, and the model
+    is evaluated in its state before the failed batch. Any other error is raised and no file is written.
 
     Args:
-        ground: what it runs on.
-        plan: its settings; `edits` is the number of cases.
-        cases: in the order in which they are edited.
-        path: of the result file.
-        superseded: cases whose targets later ones replace: they should no longer be said.
-        unedited: what other runs of this ground have found out about its model; what is lacking is added.
-        say: called with a line of progress.
-        show: whether each phase has a bar on stderr.
+        ground: model and data.
+        plan: settings of the run; `edits` is the number of cases.
+        cases: cases in the order of editing.
+        path: result file.
+        superseded: cases whose targets later cases replace; the model should not generate these targets.
+        unedited: results of the unedited model from other runs of this ground; missing ones are added.
+        log: called with lines that describe the progress.
+        show: whether to show a progress bar on stderr for each phase.
+
+    Returns:
+        The contents of the file.
+
+    Raises:
+        RLSEditError: an edit is invalid, or the model cannot be edited.
     """
-    known = finished(path, ground.name, plan, ground.made_of)
+    known = finished(path, ground.name, plan, ground.identity)
     if known is not None:
         return known
     began = time.perf_counter()
     phases = Phases(shown=show, label=f"{plan.label}, seed {plan.seed}: ")
-    unedited = Unedited() if unedited is None else unedited
+    unedited = UneditedResults() if unedited is None else unedited
     with phases("loading", "model") as progress:
         model, tokenizer = ground.load()
         progress(1, 1)
@@ -220,21 +254,21 @@ def run(
     probe = _probe(
         model, tokenizer, ground.texts(plan.seed, {case.edit.subject for case in cases}), plan, unedited, phases
     )
-    look = _Look(model, tokenizer, probe, ground.tasks, before, phases)
-    _enter_text(look.enter, 0, probe.unedited)
+    evaluator = _Evaluator(model, tokenizer, probe, ground.tasks, before, phases)
+    _enter_text(evaluator.enter, 0, probe.unedited)
     for task in ground.tasks:
         if task not in unedited.tasks:
-            unedited.tasks[task] = look.task(task)
-        _enter_task(look.enter, 0, task, unedited.tasks[task])
+            unedited.tasks[task] = evaluator.task(task)
+        _enter_task(evaluator.enter, 0, task, unedited.tasks[task])
     editor = Editor(model, tokenizer, config=plan.config)
     anchors = _anchor(editor, ground, plan.seed, unedited, phases)
     if plan.protected:
-        editor.protect(_never_asked(cases), weight=plan.protected)
+        editor.protect(_held_out(cases), weight=plan.protected)
     weights = _weights(plan, len(cases))
     groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)
     batches: list[float] = []
-    converged = made_count = 0
+    converged = applied = 0
     failed: dict[str, Any] | None = None
     with phases("edits", "edit") as progress:
         for start, stop in groups:
@@ -242,71 +276,71 @@ def run(
                 replace(case.edit, weight=w) for case, w in zip(cases[start:stop], weights[start:stop], strict=True)
             ]
             clock = _Clock(cuda, partial(progress, total=len(cases)), start)
-            look.anew()
+            evaluator.reset()
             try:
                 records = editor.edit(edits, on_batch=clock.lap)
             except (UpdateError, PriorError) as error:
-                failed = {"after": made_count + clock.edits, "reason": str(error)}
-                say(f"{plan.label}: stopped after {failed['after']} edits: {error}")
-                made_count = failed["after"]
+                failed = {"after": applied + clock.edits, "reason": str(error)}
+                log(f"{plan.label}: stopped after {failed['after']} edits: {error}")
+                applied = failed["after"]
                 batches += clock.laps
                 break
             batches += clock.laps
-            made_count = stop
+            applied = stop
             converged += sum(record.search_converged for record in records)
             here = [case for case in cases[start:stop] if id(case) not in replaced]
             if here and plan.checkpoints:
-                found = summarize(look.judge([_briefly(case) for case in here]))
-                _enter_report(look.enter, stop, f"{start + 1}-{stop}", found, "made")
+                found = summarize(evaluator.judge([_reduced(case) for case in here]))
+                _enter_report(evaluator.enter, stop, f"{start + 1}-{stop}", found, "made")
             if stop in marks and stop < len(cases):
-                so_far = _spread([case for case in cases[:stop] if id(case) not in replaced], ALONG)
+                so_far = _evenly_spaced([case for case in cases[:stop] if id(case) not in replaced], ALONG)
                 if so_far:
-                    _enter_report(look.enter, stop, "all", summarize(look.judge(so_far)))
-                look.whole(stop)
-                _enter_weights(look.enter, stop, editor)
-    lasting = _spread([case for case in cases[:made_count] if id(case) not in replaced], plan.judged)
-    judged = look.judge(lasting)
+                    _enter_report(evaluator.enter, stop, "all", summarize(evaluator.judge(so_far)))
+                evaluator.text_and_tasks(stop)
+                _enter_weights(evaluator.enter, stop, editor)
+    lasting = _evenly_spaced([case for case in cases[:applied] if id(case) not in replaced], plan.judged)
+    judged = evaluator.judge(lasting)
     if plan.checkpoints:
-        _enter_ages(look, made_count, groups, cases, replaced)
-    _enter_report(look.enter, made_count, "all", summarize(judged))
-    _enter_free(look, made_count, _spread(lasting, plan.free))
+        _enter_ages(evaluator, applied, groups, cases, replaced)
+    _enter_report(evaluator.enter, applied, "all", summarize(judged))
+    _enter_free(evaluator, applied, _evenly_spaced(lasting, plan.free))
     if superseded:
-        old = [verdict for one in look.judge(superseded) for verdict in one["efficacy"]]
-        look.enter(made_count, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
-    look.whole(made_count)
-    prompts = [case.asked.prompt for case in _spread(lasting, _FLUENT)]
+        old = [verdict for one in evaluator.judge(superseded) for verdict in one["efficacy"]]
+        evaluator.enter(applied, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
+    evaluator.text_and_tasks(applied)
+    prompts = [case.question.prompt for case in _evenly_spaced(lasting, _FLUENT)]
     if prompts:
         with phases("fluency", "text") as progress:
             entropy = fluency(model, tokenizer, prompts, tokens=50, progress=progress)
-        look.enter(made_count, "all", "fluency", "entropy", entropy, len(prompts))
-    referred = _spread([case for case in lasting if case.references], _FLUENT)
-    if ground.likeness is not None and referred:
+        evaluator.enter(applied, "all", "fluency", "entropy", entropy, len(prompts))
+    referred = _evenly_spaced([case for case in lasting if case.references], _FLUENT)
+    if ground.similarity is not None and referred:
         with phases("consistency", "text") as progress:
-            like = consistency(model, tokenizer, referred, ground.likeness, progress=progress)
-        look.enter(made_count, "all", "consistency", "cosine", like, len(referred))
-    _enter_weights(look.enter, made_count, editor)
+            similarity = consistency(model, tokenizer, referred, ground.similarity, progress=progress)
+        evaluator.enter(applied, "all", "consistency", "cosine", similarity, len(referred))
+    _enter_weights(evaluator.enter, applied, editor)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = {
         "format": FORMAT,
         "ground": ground.name,
-        "made_of": dict(ground.made_of),
+        "made_of": dict(ground.identity),
         "plan": plan.as_json(),
         **doctor.context(),
         "anchors": None if anchors is None else {"tokens": anchors.tokens, "source": anchors.source},
         "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in editor.priors],
-        "made": made_count,
+        "made": applied,
         "failed": failed,
-        "not_converged": made_count - converged if failed is None else None,
+        "not_converged": applied - converged if failed is None else None,
         "seconds_editing": sum(batches),
         "seconds_run": time.perf_counter() - began,
         "seconds_by_phase": {name: round(seconds, 3) for name, seconds in phases.seconds.items()},
         "seconds_per_batch": [round(lap, 6) for lap in batches],
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else usage,
-        "rows": look.rows,
+        "rows": evaluator.rows,
     }
     with written_whole(path) as (fresh,):
         Path(fresh).write_text(json.dumps(result, default=str) + "\n", encoding="utf-8")
-    del editor, model, look
+    del editor, model, evaluator
     gc.collect()
     return result
 
@@ -315,8 +349,8 @@ Enter = Callable[[int, str, str, str, "float | None", int], None]
 
 
 @dataclass
-class _Look:
-    """Looks at a model whose edits go on, and the figures that come of them."""
+class _Evaluator:
+    """Evaluates a model during a stream of edits and collects the rows of the result file."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -326,29 +360,29 @@ class _Look:
     phases: Phases
     rows: list[dict[str, Any]] = field(default_factory=list)
     known: Known = field(default_factory=dict)
-    """Of the model as it is now: looks at one state ask much the same."""
+    """Scores of the model in its present state, which several evaluations share."""
 
     def enter(self, edits: int, of: str, metric: str, form: str, value: float | None, n: int) -> None:
-        """A figure, if there is one."""
+        """Adds a row, unless its value is None."""
         if value is not None:
             self.rows.append({"edits": edits, "of": of, "metric": metric, "form": form, "value": value, "n": n})
 
-    def anew(self) -> None:
-        """The model is about to change."""
+    def reset(self) -> None:
+        """Removes the known scores before the model changes."""
         self.known.clear()
 
     def judge(self, cases: Sequence[Case]) -> list[Judged]:
-        """Every prompt of the cases."""
+        """Evaluates every prompt of the cases."""
         with self.phases("judging", "prompt") as progress:
             return judge(self.model, self.tokenizer, cases, self.before, known=self.known, progress=progress)
 
     def task(self, name: str) -> TaskResult:
-        """A task's items."""
+        """Evaluates a task."""
         with self.phases(f"task {name}", "answer") as progress:
-            return answer(self.model, self.tokenizer, self.tasks[name], progress=progress)
+            return evaluate_task(self.model, self.tokenizer, self.tasks[name], progress=progress)
 
-    def whole(self, edits: int) -> None:
-        """The model beside its edits: text and tasks."""
+    def text_and_tasks(self, edits: int) -> None:
+        """Evaluates text and tasks, which do not depend on the cases."""
         with self.phases("text", "token") as progress:
             _enter_text(self.enter, edits, self.probe(self.model, progress=progress))
         for name in self.tasks:
@@ -360,19 +394,21 @@ def _probe(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     plan: Plan,
-    unedited: Unedited,
+    unedited: UneditedResults,
     phases: Phases,
 ) -> TextProbe:
-    """The unedited model's predictions on texts; they are made once for all runs with these texts."""
+    """Returns the probe of the unedited model on texts, computed once for all runs with these texts."""
     if unedited.probe is None or unedited.probe[:2] != (texts, plan.probed):
         with phases("text", "token") as progress:
-            made = TextProbe(model, tokenizer, texts, tokens=plan.probed, progress=progress)
-        unedited.probe = texts, plan.probed, made
+            probe = TextProbe(model, tokenizer, texts, tokens=plan.probed, progress=progress)
+        unedited.probe = texts, plan.probed, probe
     return unedited.probe[2]
 
 
-def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phases: Phases) -> KeyStatistics | None:
-    """Gives the editor the ground's anchors; of texts, the statistics are collected once for all runs."""
+def _anchor(
+    editor: Editor, ground: Ground, seed: int, unedited: UneditedResults, phases: Phases
+) -> KeyStatistics | None:
+    """Sets the anchors of the editor; the statistics of texts are collected once for all runs."""
     anchors = ground.anchors(seed)
     if anchors is None:
         return None
@@ -392,7 +428,7 @@ def _anchor(editor: Editor, ground: Ground, seed: int, unedited: Unedited, phase
 
 
 class _Clock:
-    """Seconds of each batch of a call; what the call does before its first batch counts to that one."""
+    """Measures the seconds of each batch of a call; the first batch includes the preparation of the call."""
 
     def __init__(self, cuda: bool, progress: Callable[[int], None], start: int) -> None:
         self._cuda = cuda
@@ -413,20 +449,20 @@ class _Clock:
 
 
 def _marks(groups: Sequence[tuple[int, int]], shares: Sequence[float]) -> set[int]:
-    """The ends of the groups that are nearest to some shares of the stream."""
+    """Returns the ends of the groups that are nearest to some fractions of the stream."""
     ends = [stop for _, stop in groups]
     return {min(ends, key=lambda end: abs(end - share * ends[-1])) for share in shares}
 
 
-def _spread(cases: Sequence[Case], most: int | None) -> list[Case]:
-    """At most so many of them, evenly spaced."""
+def _evenly_spaced(cases: Sequence[Case], most: int | None) -> list[Case]:
+    """Returns at most `most` cases, evenly spaced; None for all."""
     if most is None or len(cases) <= most:
         return list(cases)
     return [cases[at * len(cases) // most] for at in range(most)]
 
 
-def _briefly(case: Case) -> Case:
-    """What is asked of a case right after its edit, and at the end again: enough for what is forgotten later."""
+def _reduced(case: Case) -> Case:
+    """Returns a case with the prompts that are evaluated directly after its edit and again at the end."""
     return replace(
         case,
         paraphrases=case.paraphrases[:1],
@@ -438,11 +474,11 @@ def _briefly(case: Case) -> Case:
     )
 
 
-def _never_asked(cases: Sequence[Case]) -> list[str]:
-    """The prompts that cases have to spare, but for those that another case asks."""
-    asked = {question.prompt for case in cases for question in (*case.neighbors, *case.rebuilt, *case.namesakes)}
-    spare = dict.fromkeys(question.prompt for case in cases for question in case.spare)
-    return [prompt for prompt in spare if prompt not in asked]
+def _held_out(cases: Sequence[Case]) -> list[str]:
+    """Returns the held-out prompts of the cases, without prompts that are evaluated in another case."""
+    evaluated = {question.prompt for case in cases for question in (*case.neighbors, *case.rebuilt, *case.namesakes)}
+    held_out = dict.fromkeys(question.prompt for case in cases for question in case.held_out)
+    return [prompt for prompt in held_out if prompt not in evaluated]
 
 
 def _weights(plan: Plan, count: int) -> list[float]:
@@ -453,39 +489,45 @@ def _enter_report(enter: Enter, edits: int, of: str, report: Report, when: str =
     prefix = f"{when}:" if when else ""
     for part in fields(report):
         metric: Metric = getattr(report, part.name)
-        for form in ("forced", "strict", "said", "tokens"):
-            enter(edits, of, part.name, prefix + form, getattr(metric, form), metric.prompts)
+        for name in ("forced", "strict", "exact", "tokens"):
+            form = RECORDED_NAMES.get(name, name)
+            enter(edits, of, part.name, prefix + form, getattr(metric, name), metric.prompts)
     enter(edits, of, "score", prefix + "forced", report.score, report.efficacy.prompts)
     enter(edits, of, "score", prefix + "strict", report.strict_score, report.efficacy.prompts)
 
 
 def _enter_ages(
-    look: _Look, edits: int, groups: Sequence[tuple[int, int]], cases: Sequence[Case], replaced: Collection[int]
+    evaluator: _Evaluator,
+    edits: int,
+    groups: Sequence[tuple[int, int]],
+    cases: Sequence[Case],
+    replaced: Collection[int],
 ) -> None:
-    """At the end, by the age of the edit, what was asked when it was made: of all cases, the same prompts."""
+    """Evaluates all groups of edits at the end, with the prompts that were evaluated directly after their edits."""
     for start, stop in groups:
-        here = [_briefly(case) for case in cases[start:stop] if id(case) not in replaced]
+        here = [_reduced(case) for case in cases[start:stop] if id(case) not in replaced]
         if here and stop <= edits:
-            _enter_report(look.enter, edits, f"{start + 1}-{stop}", summarize(look.judge(here)), "end")
+            _enter_report(evaluator.enter, edits, f"{start + 1}-{stop}", summarize(evaluator.judge(here)), "end")
 
 
-def _enter_free(look: _Look, edits: int, cases: Sequence[Case]) -> None:
-    """What the model says by itself to the edited prompts, to a paraphrase of each, and to multi-hop questions."""
+def _enter_free(evaluator: _Evaluator, edits: int, cases: Sequence[Case]) -> None:
+    """Evaluates greedy generation for the edited prompts, one paraphrase of each, and multi-hop questions."""
     pairs = {
-        "efficacy": [(case.asked.prompt, case.edit.target) for case in cases],
+        "efficacy": [(case.question.prompt, case.edit.target) for case in cases],
         "generalization": [(case.paraphrases[0].prompt, case.edit.target) for case in cases if case.paraphrases],
     }
-    with look.phases("free answers", "prompt") as progress:
-        asked = [pair for some in pairs.values() for pair in some]
-        said = iter(free_accuracy(look.model, look.tokenizer, asked, known=look.known, progress=progress))
-    for metric, some in pairs.items():
-        if some:
-            look.enter(edits, "all", metric, "free", sum(next(said) for _ in some) / len(some), len(some))
+    model, tokenizer, known = evaluator.model, evaluator.tokenizer, evaluator.known
+    with evaluator.phases("free answers", "prompt") as progress:
+        questions = [pair for group in pairs.values() for pair in group]
+        matched = iter(free_accuracy(model, tokenizer, questions, known=known, progress=progress))
+    for metric, group in pairs.items():
+        if group:
+            evaluator.enter(edits, "all", metric, "free", sum(next(matched) for _ in group) / len(group), len(group))
     chains = [chain for case in cases for chain in case.multihop]
     if chains:
-        with look.phases("free answers", "prompt") as progress:
-            followed = free_multihop(look.model, look.tokenizer, chains, known=look.known, progress=progress)
-        look.enter(edits, "all", "multihop", "free", sum(followed) / len(followed), len(followed))
+        with evaluator.phases("free answers", "prompt") as progress:
+            correct = free_multihop(model, tokenizer, chains, known=known, progress=progress)
+        evaluator.enter(edits, "all", "multihop", "free", sum(correct) / len(correct), len(correct))
 
 
 def _enter_text(enter: Enter, edits: int, found: Stability) -> None:
@@ -498,12 +540,12 @@ def _enter_text(enter: Enter, edits: int, found: Stability) -> None:
 def _enter_task(enter: Enter, edits: int, task: str, found: TaskResult) -> None:
     enter(edits, "task", task, "accuracy", found.accuracy, found.items)
     enter(edits, "task", task, "error", found.error, found.items)
-    enter(edits, "task", task, "cut", found.cut, found.items)
-    enter(edits, "task", task, "left out", found.left_out, found.items)
+    enter(edits, "task", task, "cut", found.truncated, found.items)
+    enter(edits, "task", task, "left out", found.skipped, found.items)
 
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
-    """Norms of the edited weights, how far they moved, and what is promised of that."""
+    """Adds the norms of the edited weights, their changes, and the bounds of the changes."""
     for deviation, change, prior in zip(editor.deviation(), editor.changes(), editor.priors, strict=True):
         moved = change.current.double() - change.original.double()
         of = f"layer {deviation.layer}"
@@ -522,6 +564,6 @@ def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
 
 
 def _spectral(matrix: Tensor) -> float:
-    """The largest singular value, by the smaller of the two Gram matrices: far cheaper than all singular values."""
+    """Returns the largest singular value, from the smaller Gram matrix, which is faster than a full SVD."""
     smaller = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return float(torch.linalg.eigvalsh(smaller @ smaller.T)[-1].clamp_min(0).sqrt())

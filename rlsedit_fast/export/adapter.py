@@ -28,6 +28,11 @@ class ModuleFactors:
             adapter does not contain the module.
         used: rank that was written.
         error: `||delta - B A||_F / ||delta||_F` of the written factors.
+
+    Example:
+        >>> from rlsedit_fast.export import ModuleFactors
+        >>> ModuleFactors("model.layers.0.mlp.down_proj", needed=3, used=2, error=0.05).used
+        2
     """
 
     name: str
@@ -44,6 +49,11 @@ class AdapterReport:
         directory: folder of the adapter.
         rank: `r` of its config, the maximum over the modules; factors of lower rank are padded with zeros.
         modules: rank and accuracy per module, in the order of the changes.
+
+    Example:
+        >>> from rlsedit_fast.export import AdapterReport
+        >>> AdapterReport("adapter", rank=4, modules=()).rank
+        4
     """
 
     directory: str
@@ -80,6 +90,21 @@ def write_adapter(
     Raises:
         InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, or the
             folder cannot be written.
+
+    Example:
+        >>> import os
+        >>> import tempfile
+        >>> import torch
+        >>> from rlsedit_fast.export import WeightChange, write_adapter
+        >>> original = torch.zeros(2, 3)
+        >>> edited = original + torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0, 1.0]))
+        >>> change = WeightChange("layers.0.down_proj", original, edited, edited, transposed=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = write_adapter([change], folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
+        >>> report.rank, report.modules[0].needed
+        (1, 1)
     """
     from safetensors.torch import save_file
 
@@ -97,7 +122,7 @@ def write_adapter(
     width = max((module.used for module in modules), default=0)
     if not width:
         raise InputError(
-            f"none of the {len(changes)} changes goes beyond rounding, so there is nothing to write; edit the model "
+            f"none of the {len(changes)} changes is larger than rounding, so there is nothing to write; edit the model "
             "first"
         )
     tensors: dict[str, Tensor] = {}

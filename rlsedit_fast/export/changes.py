@@ -27,6 +27,16 @@ class WeightChange:
         stored: weight in the edited model, in the same dtype.
         current: float32 master weight that `stored` was rounded from, or `stored` if there is none.
         transposed: whether the module stores the weight as `[d_k, d_v]`.
+
+    Raises:
+        InputError: shapes or dtypes do not match, a tensor is not finite, or `stored` is not `current` rounded.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.export import WeightChange
+        >>> original, edited = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
+        >>> WeightChange("layers.0.down_proj", original, edited, edited, transposed=False).delta
+        tensor([[1., 0.]])
     """
 
     name: str
@@ -36,11 +46,7 @@ class WeightChange:
     transposed: bool
 
     def __post_init__(self) -> None:
-        """Checks the tensors.
-
-        Raises:
-            InputError: shapes or dtypes do not match, or a tensor is not finite; names the module.
-        """
+        """Checks the tensors, see the class."""
         original, stored, current = self.original, self.stored, self.current
         shapes = [list(tensor.shape) for tensor in (original, stored, current)]
         if original.ndim != 2 or shapes[1:] != shapes[:1] * 2:
@@ -85,6 +91,16 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
     Raises:
         InputError: the models differ in config, in names, shapes or dtypes of tensors, or in a tensor that is not the
             weight of a linear module.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.export import changes_between
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> (base, _), (edited, _) = load_demo_model(), load_demo_model()
+        >>> with torch.no_grad():
+        ...     _ = edited.model.layers[0].mlp.down_proj.weight[0, 0].add_(1.0)
+        >>> [(change.name, float(change.delta.sum())) for change in changes_between(base, edited)]
+        [('model.layers.0.mlp.down_proj', 1.0)]
     """
     before, after = settings(base_model.config.to_dict()), settings(edited_model.config.to_dict())
     if other := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
@@ -115,14 +131,29 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
 
 
 def check_distinct(changes: Sequence[WeightChange]) -> None:
-    """Raises InputError if a module occurs in several changes."""
+    """Checks that every module occurs in one change only.
+
+    Raises:
+        InputError: a module occurs in several changes.
+    """
     names = [change.name for change in changes]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"several changes of {', '.join(repeated)}; pass one change per module")
 
 
 def linear_weight(model: nn.Module, name: str) -> tuple[Tensor, bool] | None:
-    """Returns `(weight [d_v, d_k], transposed)` of a linear module as a view, or None if it is not a linear module."""
+    """Returns the weight of a linear module.
+
+    Args:
+        model: any model.
+        name: dotted name of the module.
+
+    Returns:
+        `(weight [d_v, d_k], transposed)`, the weight as a view; None if the module is not an `nn.Linear` or `Conv1D`.
+
+    Raises:
+        ModelError: the weight is on the meta device.
+    """
     from transformers.pytorch_utils import Conv1D
 
     module = dict(model.named_modules(remove_duplicate=False)).get(name)

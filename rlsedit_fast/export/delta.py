@@ -36,6 +36,11 @@ class ModuleDelta:
         changed: number of entries of the weight that differ.
         by_value: number of these entries that original + delta does not reproduce; the file stores their values.
         norm: `||edited - original||_F`.
+
+    Example:
+        >>> from rlsedit_fast.export import ModuleDelta
+        >>> ModuleDelta("model.layers.0.mlp.down_proj", (128, 1536), changed=10, by_value=0, norm=0.5).changed
+        10
     """
 
     name: str
@@ -51,11 +56,16 @@ class DeltaReport:
 
     Attributes:
         path: path of the file.
-        base_fingerprint: fingerprint of the base model, see `models.fingerprint`.
+        base_fingerprint: fingerprint of the base model, see `rlsedit_fast.models.fingerprint`.
         dtype: dtype of the weights of the base model: float32, bfloat16 or float16.
         edits: number of edits; None if unknown.
         version: version of the package that wrote the file.
         modules: changes per module, in model order.
+
+    Example:
+        >>> from rlsedit_fast.export import DeltaReport
+        >>> DeltaReport("edits.safetensors", "0" * 64, "float32", edits=1, version="0.1", modules=()).dtype
+        'float32'
     """
 
     path: str
@@ -79,7 +89,7 @@ def write_delta(
     Args:
         changes: weight changes of one dtype, at least one.
         path: output file; an existing file is replaced once the new file is complete.
-        base_fingerprint: `models.fingerprint.fingerprint` of the model before the first edit.
+        base_fingerprint: `rlsedit_fast.models.fingerprint` of the model before the first edit.
         edits: number of edits, for information.
 
     Returns:
@@ -88,10 +98,23 @@ def write_delta(
     Raises:
         InputError: there are no changes, a module occurs twice, the dtypes differ or are not supported, or the file
             cannot be written.
+
+    Example:
+        >>> import os
+        >>> import tempfile
+        >>> import torch
+        >>> from rlsedit_fast.export import WeightChange, write_delta
+        >>> original, edited = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
+        >>> change = WeightChange("layers.0.down_proj", original, edited, edited, transposed=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "delta.safetensors")
+        ...     report = write_delta([change], path, base_fingerprint="0" * 64, edits=1)
+        >>> report.modules[0].changed, report.modules[0].norm
+        (1, 1.0)
     """
     dtype = _dtype_of(changes)
     if not base_fingerprint:
-        raise InputError("base_fingerprint is empty; give models.fingerprint.fingerprint(model) of the unedited model")
+        raise InputError("base_fingerprint is empty; pass rlsedit_fast.models.fingerprint(model) of the unedited model")
     tensors: dict[str, Tensor] = {}
     sums: dict[str, str] = {}
     modules = []
@@ -124,6 +147,23 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         InputError: the file does not exist, is damaged, is not a delta file, or belongs to another model. The model
             was not modified.
         ModelError: the model lacks a module of the file. The model was not modified.
+
+    Example:
+        >>> import os
+        >>> import tempfile
+        >>> import torch
+        >>> from rlsedit_fast.export import apply_delta, changes_between, write_delta
+        >>> from rlsedit_fast.models import fingerprint
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> (base, _), (edited, _) = load_demo_model(), load_demo_model()
+        >>> with torch.no_grad():
+        ...     _ = edited.model.layers[0].mlp.down_proj.weight[0, 0].add_(1.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "delta.safetensors")
+        ...     _ = write_delta(changes_between(base, edited), path, base_fingerprint=fingerprint(base))
+        ...     _ = apply_delta(base, path)
+        >>> changes_between(base, edited)
+        []
     """
     with open_tensors(Path(path), KIND, _ADVICE) as opened:
         about = opened.about

@@ -1,1 +1,40 @@
-"""Everything that depends on transformers: projections, hidden states, tokens and generation."""
+"""Everything that depends on transformers: loading, projections, sites, tokens, generation and fingerprints.
+
+`find_decoder` finds the blocks and editable projections of a model, `encode` tokenizes a prompt and finds the token at
+which it is edited, and `find_site` returns the place in the model at which the value of an edit is optimized.
+"""
+
+from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.generation import Sample, greedy, sample
+from rlsedit_fast.models.loading import load_model
+from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
+from rlsedit_fast.models.prefixes import Prefixed, with_prefixes
+from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.sites import Site, SiteState, find_site
+from rlsedit_fast.models.tokens import FactToken, Row, encode, encode_plain, fill, pad, target_ids
+
+__all__ = [
+    "Decoder",
+    "FactToken",
+    "Prefixed",
+    "Projection",
+    "Row",
+    "Sample",
+    "Site",
+    "SiteState",
+    "encode",
+    "encode_plain",
+    "fill",
+    "find_decoder",
+    "find_site",
+    "fingerprint",
+    "greedy",
+    "hidden_of",
+    "load_model",
+    "pad",
+    "quiet",
+    "sample",
+    "target_ids",
+    "with_hidden",
+    "with_prefixes",
+]

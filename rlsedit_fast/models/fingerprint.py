@@ -33,8 +33,9 @@ differ between versions."""
 def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None = None) -> str:
     """Identifies a model by its weights and config, independent of its device and path.
 
-    The SHA-256 of the config and of the name, shape, dtype and checksum of every parameter and persistent buffer. It
-    changes if a single bit changes or two entries are swapped. The weights are read once, on their own devices.
+    The fingerprint is the SHA-256 of the config and of the name, shape, dtype and checksum of every parameter and
+    persistent buffer. It changes if a single bit changes or two entries are swapped. The weights are read once, on
+    their own devices.
 
     Args:
         model: model with all weights in memory.
@@ -45,6 +46,19 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
 
     Raises:
         ModelError: a weight is on the meta device (offloaded or not loaded), or `instead` has an unknown parameter.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import fingerprint
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> base = fingerprint(model)
+        >>> len(base)
+        64
+        >>> with torch.no_grad():
+        ...     _ = model.model.layers[0].mlp.down_proj.weight[0, 0].add_(1e-3)
+        >>> fingerprint(model) == base
+        False
     """
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     weights = _weights(model)
@@ -74,8 +88,14 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def checksum(tensor: Tensor) -> bytes:
     """Returns two int64 per block of the tensor's bits in row-major order: the sum of its words and a weighted sum.
 
-    Integer overflow wraps, so the sums do not depend on the order of summation. Words have at most 31 bits and the
-    weights of a block are distinct numbers below 2^32, so swapping two entries changes the checksum.
+    Integer overflow wraps, so the sums do not depend on the order of summation. The words are int32 and the weights of
+    a block are distinct numbers below 2^32, so swapping two entries changes the checksum.
+
+    Args:
+        tensor: tensor of any shape, dtype and device.
+
+    Returns:
+        16 bytes per block of 256 KiB, little-endian; empty for an empty tensor.
     """
     flat = tensor.detach().contiguous().flatten()
     if flat.storage_offset() * flat.element_size() % 4:

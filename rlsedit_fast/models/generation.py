@@ -28,6 +28,11 @@ class Sample:
     Attributes:
         ids: token ids, including the start token and excluding the end token.
         log_probabilities: log probabilities of all tokens except the first, in nats.
+
+    Example:
+        >>> from rlsedit_fast.models import Sample
+        >>> Sample(ids=[1, 20, 3], log_probabilities=[-0.5, -1.25]).ids
+        [1, 20, 3]
     """
 
     ids: list[int]
@@ -55,6 +60,16 @@ def sample(
 
     Raises:
         InputError: the probabilities of the model are not finite.
+
+    Example:
+        >>> from rlsedit_fast.models import sample
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> one, other = sample(model, tokenizer, texts=2, length=5, seed=0)
+        >>> tokenizer.convert_ids_to_tokens(one.ids[0])
+        '<s>'
+        >>> len(one.ids) - len(one.log_probabilities)
+        1
     """
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -118,6 +133,17 @@ def greedy(
 
     Returns:
         The new tokens of each row, in order.
+
+    Example:
+        >>> from rlsedit_fast.models import greedy
+        >>> from rlsedit_fast.world import World, load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> person = World.generate().people[0]
+        >>> person.name, person.facts["instrument"]
+        ('Toze Lado Rekuno', 'clarinet')
+        >>> (new,) = greedy(model, [tokenizer(f"{person.name} plays the")["input_ids"]], [1])
+        >>> tokenizer.decode(new)
+        'clarinet'
     """
     generated: dict[int, list[int]] = {}
     with quiet(model), torch.inference_mode():
@@ -142,6 +168,14 @@ def batches(model: PreTrainedModel, lengths: Sequence[int], most: int) -> list[t
 
     A batch has rows of any length, which are padded on the left, or rows of one length if the model does not support
     left padding.
+
+    Args:
+        model: causal language model in evaluation mode.
+        lengths: number of tokens of each row.
+        most: maximum number of rows per batch.
+
+    Returns:
+        For each batch the decoder that runs it and the indices of its rows.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     decoder = runner(model, try_prefixes=len(set(lengths)) > 1)
@@ -179,7 +213,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the end-of-text tokens of the tokenizer and of the model's generation config."""
+    """Returns the ids of the end-of-text tokens of the tokenizer and of the model's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

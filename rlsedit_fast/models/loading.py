@@ -28,6 +28,13 @@ def load_model(
 
     Raises:
         InputError: the model cannot be loaded or moved to the device.
+
+    Example:
+        >>> from rlsedit_fast.models import load_model
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> model, tokenizer = load_model(str(MODEL_DIR), dtype="float32")
+        >>> model.dtype
+        torch.float32
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

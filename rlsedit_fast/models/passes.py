@@ -14,24 +14,67 @@ from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.projections import Decoder, Projection
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Raised by a hook to stop a forward pass once everything has been read."""
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Returns the hidden state of a block's output, which is a tensor or a tuple."""
+    """Returns the hidden state of a block's output.
+
+    Args:
+        output: output of a decoder block, a tensor or a tuple whose first item is the hidden state.
+
+    Returns:
+        The hidden state, in most models `[rows, t, d]`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import hidden_of
+        >>> hidden_of((torch.zeros(1, 2, 3), None)).shape
+        torch.Size([1, 2, 3])
+    """
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """Returns a block's output with its hidden state replaced, as a tensor or a tuple like the input."""
+    """Returns a block's output with its hidden state replaced.
+
+    Args:
+        output: output of a decoder block, a tensor or a tuple whose first item is the hidden state.
+        hidden: the new hidden state.
+
+    Returns:
+        A tensor or a tuple, like `output`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import with_hidden
+        >>> with_hidden((torch.zeros(1), "cache"), torch.ones(1))
+        (tensor([1.]), 'cache')
+    """
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode and disables parameter gradients inside the block, whatever the grad mode of the caller."""
+    """Sets evaluation mode and disables gradients of the parameters in the context; restores both afterwards.
+
+    Gradients with respect to other tensors are enabled, also if the caller is in inference mode.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import quiet
+        >>> model = torch.nn.Linear(2, 2)
+        >>> with quiet(model):
+        ...     model.training, model.weight.requires_grad
+        (False, False)
+        >>> model.training, model.weight.requires_grad
+        (True, True)
+    """
     was_training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -96,13 +139,13 @@ def read_keys(
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             keys[projection.layer] = wanted(inputs[0])
             if output_of is None and projection.layer == deepest:
-                raise Enough
+                raise StopForward
 
         return hook
 
     def keep_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs.append(wanted(hidden_of(output)))
-        raise Enough
+        raise StopForward
 
     try:
         for projection in projections:
@@ -111,7 +154,7 @@ def read_keys(
             handles.append(output_of.register_forward_hook(keep_output))
         with torch.no_grad():
             decoder.model(**inputs)
-    except Enough:
+    except StopForward:
         pass
     finally:
         for handle in handles:
@@ -124,14 +167,14 @@ def read_keys(
 
 @contextmanager
 def resume_above(decoder: Decoder, block: int) -> Iterator[dict[str, Any]]:
-    """Makes the model's forward start above `block` inside the block; masks, positions and head are unchanged.
+    """Makes the model's forward start above `block` in the context; masks, positions and head are unchanged.
 
     Args:
         decoder: the model.
         block: index of the last block that is skipped.
 
     Yields:
-        A dictionary whose entry `output` is the output of that block; set it before each forward.
+        A dictionary; set its entry `output` to the output of that block before each forward.
     """
     state: dict[str, Any] = {}
     with _replace_forward(decoder.blocks[: block + 1], lambda *_args, **_kwargs: state["output"]):
@@ -140,7 +183,12 @@ def resume_above(decoder: Decoder, block: int) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def end_at(decoder: Decoder, block: int) -> Iterator[None]:
-    """Makes the blocks above `block` return its output unchanged; they use no time and no cache."""
+    """Makes the blocks above `block` return its output unchanged in the context; they are not run or cached.
+
+    Args:
+        decoder: the model.
+        block: index of the last block that is run.
+    """
     state: dict[str, Any] = {}
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

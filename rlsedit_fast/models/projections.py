@@ -26,6 +26,15 @@ class Projection:
         name: dotted name of the module in the model.
         module: `nn.Linear`, or the `Conv1D` of GPT-2, which stores its weight transposed.
         transposed: whether the module stores its weight transposed.
+
+    Example:
+        >>> from rlsedit_fast.models import find_decoder
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> (projection,) = find_decoder(model).select([0])
+        >>> projection.name, projection.weight.shape
+        ('model.layers.0.mlp.down_proj', torch.Size([128, 1536]))
+        >>> projection.write(projection.weight.neg())
     """
 
     layer: int
@@ -51,8 +60,9 @@ class Projection:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Returns the device for token ids: that of the input embeddings or, if they are offloaded, of the first weight in
-    memory.
+    """Returns the device for token ids.
+
+    This is the device of the input embeddings or, if they are offloaded, of the first weight in memory.
     """
     weights = (model.get_input_embeddings().get_parameter("weight"), *model.parameters())
     device: torch.device = next((weight.device for weight in weights if not weight.is_meta), torch.device("cpu"))
@@ -68,7 +78,15 @@ class Decoder:
         blocks: its decoder blocks, in order.
         blocks_name: dotted name of their list in the model.
         projection_module: dotted name of the projection within a block, or None to find it by structure.
-        prefixed: whether the model supports cached prefixes, see `prefixes.with_prefixes`.
+        prefixed: whether the model supports cached prefixes, see `with_prefixes`.
+
+    Example:
+        >>> from rlsedit_fast.models import find_decoder
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> decoder = find_decoder(model)
+        >>> decoder.blocks_name, len(decoder.blocks), len(decoder.projections)
+        ('model.layers', 4, 4)
     """
 
     model: PreTrainedModel
@@ -88,10 +106,16 @@ class Decoder:
         return self.select(range(len(self.blocks)))
 
     def select(self, layers: Sequence[int]) -> list[Projection]:
-        """Returns the projections of `layers`, in ascending order. Other blocks need not have one.
+        """Finds the projections of some layers. Other blocks need not have one.
 
         The projection of a block is its last linear module outside attention whose output has the width of the residual
         stream, if all such modules are in one parent module.
+
+        Args:
+            layers: indices of blocks, from 0.
+
+        Returns:
+            The projections, in ascending order of their layers.
 
         Raises:
             ModelError: a layer does not exist, or a projection is not found, has the wrong width, or cannot be edited
@@ -153,6 +177,13 @@ def find_decoder(
 
     Raises:
         ModelError: no list or several lists match, or the model has an adapter.
+
+    Example:
+        >>> from rlsedit_fast.models import find_decoder
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> [projection.name for projection in find_decoder(model).select([1, 2])]
+        ['model.layers.1.mlp.down_proj', 'model.layers.2.mlp.down_proj']
     """
     if getattr(model, "peft_config", None):
         raise ModelError(
@@ -192,8 +223,8 @@ def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
     experts = _experts(block)
     if experts is not None:
         raise ModelError(
-            f"{block_name}.{experts} is a mixture of experts, whose experts see only the tokens routed to them; use "
-            "layers without experts, or an nn.Linear that sees every token, such as that of a shared expert",
+            f"{block_name}.{experts} is a mixture of experts, whose experts process only the tokens routed to them; "
+            "use layers without experts, or an nn.Linear that processes every token, such as that of a shared expert",
             hint="set projection_module in --config (Python: EditConfig(projection_module=...))",
         )
     fitting = _candidates(block, width)
@@ -256,7 +287,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _check_editable(name: str, module: nn.Module) -> None:
-    """Checks that a module has an ordinary floating-point weight and sees every token.
+    """Checks that a module has an ordinary floating-point weight and processes every token.
 
     Raises:
         ModelError: the module cannot be edited.
@@ -264,8 +295,8 @@ def _check_editable(name: str, module: nn.Module) -> None:
     _check_no_adapter(name, module)
     if "experts" in name.split("."):
         raise ModelError(
-            f"{name} is a routed expert, which sees only the tokens routed to it; use a layer without experts, or a "
-            "projection that sees every token"
+            f"{name} is a routed expert, which processes only the tokens routed to it; use a layer without experts, or "
+            "a projection that processes every token"
         )
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     weight = own.get("weight")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsedit_fast.models.passes import Enough, hidden_of, resume_above, with_hidden
+from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.projections import Decoder, Projection
 from rlsedit_fast.models.tokens import Row
@@ -25,12 +25,18 @@ _SLACK = 0.05
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Result of a forward pass up to a site.
+class SiteState:
+    """Result of a forward pass up to a site, see `Site.capture`.
 
     Attributes:
         below: output of the last block that need not be run again, or None.
         state: hidden state to which a change is added, `[rows, s, d]`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import SiteState
+        >>> SiteState(below=None, state=torch.zeros(1, 2, 3)).state.shape
+        torch.Size([1, 2, 3])
     """
 
     below: Any
@@ -45,6 +51,23 @@ class Site:
         decoder: the model.
         projection: projection of the block.
         direct: whether the block adds the projection's output to the residual stream unchanged.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import encode, find_decoder, find_site
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> decoder = find_decoder(model)
+        >>> site = find_site(decoder, decoder.select([0]))
+        >>> row = encode(tokenizer, "{} plays the", "Toze Lado Rekuno")
+        >>> batch = site.batch([row])
+        >>> captured = site.capture(batch)
+        >>> lookup, last = torch.tensor([row.lookup]), torch.tensor([len(row.ids) - 1])
+        >>> change, first = torch.zeros(1, 128), torch.tensor([0])
+        >>> with site.resumed() as forward:  # logits of the last token
+        ...     logits = forward(batch, captured.below, lookup, change, first, last)
+        >>> tokenizer.decode(logits.argmax(-1))
+        'clarinet'
     """
 
     decoder: Decoder
@@ -53,15 +76,29 @@ class Site:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose output is changed."""
+        """Module whose output is changed."""
         return self.decoder.blocks[self.projection.layer] if self.direct else self.projection.module
 
     def batch(self, rows: Sequence[Row]) -> Prefixed:
-        """Splits rows before their lookup token; earlier tokens do not depend on the change."""
+        """Splits rows before their lookup token; earlier tokens do not depend on the change.
+
+        Args:
+            rows: at least one row with a lookup token.
+
+        Returns:
+            The batch for `capture` and for the function of `resumed`.
+        """
         return Prefixed.of(self.decoder, rows, [row.lookup for row in rows])
 
-    def look(self, batch: Prefixed) -> Seen:
-        """Runs a forward pass without gradients up to the site."""
+    def capture(self, batch: Prefixed) -> SiteState:
+        """Runs a forward pass without gradients up to the site.
+
+        Args:
+            batch: batch of `Site.batch`.
+
+        Returns:
+            The hidden state at the site, and the output below it for `resumed`.
+        """
         below: list[Any] = []
         state: list[Tensor] = []
         block = self.projection.layer
@@ -71,7 +108,7 @@ class Site:
             state.append(hidden_of(output).reshape(*shape, -1))  # OPT's blocks flatten rows and tokens
             if self.direct:
                 below.append(output)
-            raise Enough
+            raise StopForward
 
         handles = [_on_output(self.module, keep)]
         if not self.direct and block:
@@ -79,12 +116,12 @@ class Site:
         try:
             with torch.no_grad():
                 self.decoder.model(**batch.arguments())
-        except Enough:
+        except StopForward:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return Seen(below[0] if below else None, state[0])
+        return SiteState(below[0] if below else None, state[0])
 
     @contextmanager
     def resumed(self) -> Iterator[Callable[..., Tensor]]:
@@ -92,7 +129,8 @@ class Site:
 
         Yields:
             `forward(batch, below, lookup [rows], change [rows, d], row [m], at [m]) -> logits [m, vocabulary]`, where
-            `below` is `Seen.below` of the rows, and the change of row r is added at token `lookup[r]`.
+            `below` is `SiteState.below` of the rows, the change of row r is added at token `lookup[r]`, and the logits
+            are those of tokens `at` of rows `row`. Tokens are counted from the end of the prefix.
         """
         last_skipped = self.projection.layer if self.direct else self.projection.layer - 1
         with resume_above(self.decoder, last_skipped) as state:
@@ -127,6 +165,15 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
 
     Returns:
         The site; `direct` is True if all projections are added unchanged.
+
+    Example:
+        >>> from rlsedit_fast.models import find_decoder, find_site
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, _ = load_demo_model()
+        >>> decoder = find_decoder(model)
+        >>> site = find_site(decoder, decoder.select([0, 1]))
+        >>> site.projection.layer, site.direct
+        (1, True)
     """
     direct = all(_adds_directly(decoder, projection) for projection in projections)
     return Site(decoder, projections[-1], direct)
@@ -142,11 +189,11 @@ def _adds_directly(decoder: Decoder, projection: Projection) -> bool:
 
 def _block_output(decoder: Decoder, projection: Projection, change: Tensor | None) -> Tensor:
     """Returns the block's output `[1, 2, d]` on two tokens, with `change [d]` added to the projection's last token."""
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(output: Any) -> None:
-        seen.append(hidden_of(output).double())
-        raise Enough
+        outputs.append(hidden_of(output).double())
+        raise StopForward
 
     handles = [_on_output(decoder.blocks[projection.layer], keep)]
     if change is not None:
@@ -158,12 +205,12 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     try:
         with torch.no_grad():
             decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Enough:
+    except StopForward:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return seen[0]
+    return outputs[0]
 
 
 def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FactToken = Literal["subject_last", "subject_first", "last"]
+"""Token at which a prompt is edited: last or first token of the subject, or last token of the prompt.
+
+Example:
+    >>> from typing import get_args
+    >>> from rlsedit_fast.models import FactToken
+    >>> get_args(FactToken)
+    ('subject_last', 'subject_first', 'last')
+"""
 
 _NEWLINES = "\r\n"
 _NEUTRAL = "a"  # a tokenizer never merges it with a following space or another script
@@ -30,6 +38,11 @@ class Row:
         ids: token ids, special tokens included.
         lookup: index of the token at which the model is edited; -1 without a subject.
         prompt_length: number of tokens before the target.
+
+    Example:
+        >>> from rlsedit_fast.models import Row
+        >>> Row(ids=[1, 20, 21, 30], lookup=1, prompt_length=3).target
+        [30]
     """
 
     ids: list[int]
@@ -58,6 +71,11 @@ def fill(prompt: str, subject: str) -> tuple[str, int]:
 
     Raises:
         RequestError: the subject is empty or not found, or the prompt has several `{}`.
+
+    Example:
+        >>> from rlsedit_fast.models import fill
+        >>> fill("The capital of {} is", "Peru")
+        ('The capital of Peru is', 15)
     """
     if not (name := subject.strip()):
         raise RequestError(
@@ -120,8 +138,18 @@ def encode(
         The tokenized row.
 
     Raises:
-        RequestError: see `fill`, `locate` and `target_ids`; or the span is not a pair of integers, is empty or is
-            outside the prompt.
+        RequestError: see `fill`, `offsets.locate` and `target_ids`; or the span is not a pair of integers, is empty or
+            is outside the prompt.
+
+    Example:
+        >>> from rlsedit_fast.models import encode
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> _, tokenizer = load_demo_model()
+        >>> row = encode(tokenizer, "{} plays the", "Toze Lado Rekuno", target="harp")
+        >>> tokenizer.convert_ids_to_tokens(row.ids)
+        ['<s>', 'Toze', 'Lado', 'Rekuno', 'plays', 'the', 'harp']
+        >>> row.lookup, row.prompt_length, tokenizer.decode(row.target)
+        (3, 6, 'harp')
     """
     filled, start = fill(prompt, subject)
     stop = start + len(subject.strip())
@@ -167,13 +195,40 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> 
 
     Raises:
         RequestError: a non-empty target has no tokens.
+
+    Example:
+        >>> from rlsedit_fast.models import target_ids
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> _, tokenizer = load_demo_model()
+        >>> tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "Toze Lado Rekuno lives in", "Port Alder"))
+        ['Port', 'Alder']
     """
     text = _strip_spaces(prompt)
     return _continuation(tokenizer, text, token_ids(tokenizer, text), target)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "") -> Row:
-    """Tokenizes a text without trailing spaces and its continuation, without a subject."""
+    """Tokenizes a prompt without a subject, and a target that continues it.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        prompt: text before the target; trailing spaces are removed.
+        target: see `target_ids`.
+
+    Returns:
+        The tokenized row; its lookup token is -1.
+
+    Raises:
+        RequestError: a non-empty target has no tokens.
+
+    Example:
+        >>> from rlsedit_fast.models import encode_plain
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> _, tokenizer = load_demo_model()
+        >>> row = encode_plain(tokenizer, "The job of", "Toze")
+        >>> len(row.ids), row.prompt_length, row.lookup
+        (5, 4, -1)
+    """
     text = _strip_spaces(prompt)
     ids = token_ids(tokenizer, text)
     return Row(ids + _continuation(tokenizer, text, ids, target), -1, len(ids))
@@ -218,9 +273,23 @@ def _strip_spaces(text: str) -> str:
 
 
 def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns token ids and attention mask `[rows, longest]`, int64, padded on the right.
+    """Pads rows on the right.
 
     The padding id is 0. It is masked, so the tokenizer needs no padding token.
+
+    Args:
+        rows: at least one row.
+        device: device of the result.
+
+    Returns:
+        Token ids and attention mask, both `[rows, longest]`, int64.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.models import Row, pad
+        >>> ids, mask = pad([Row([5, 6, 7], -1, 3), Row([8], -1, 1)], torch.device("cpu"))
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
     """
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -236,7 +305,14 @@ _MIN_TOKENS = 512  # smaller batches cost less as padding than as a separate pas
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups rows of similar length, longest first, to limit padding; returns indices into `lengths`."""
+    """Groups rows of similar length, longest first, to limit padding.
+
+    Args:
+        lengths: number of tokens of each row.
+
+    Returns:
+        Groups of indices into `lengths`.
+    """
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         group = groups[-1]

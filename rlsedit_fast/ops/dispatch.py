@@ -55,7 +55,16 @@ def load(name: str) -> Backend:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Returns the backends that can run on this machine; `python -m rlsedit_fast` reports why the others cannot."""
+    """Returns the backends that can run on this machine; `python -m rlsedit_fast` reports why the others cannot.
+
+    Returns:
+        Backend names, a subset of `reference`, `cpu`, `triton` and `cuda`. `reference` is always available.
+
+    Example:
+        >>> from rlsedit_fast.ops import available_backends
+        >>> "reference" in available_backends()
+        True
+    """
     return tuple(name for name in BACKENDS if load(name).unavailable_reason() is None)
 
 

@@ -32,6 +32,14 @@ def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor, *, backend
     Raises:
         InputError: A shape, dtype or device does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> keys = torch.tensor([[1.0, 2.0]])
+        >>> pending, signs = torch.tensor([[1.0, 0.0]]), torch.tensor([1.0])
+        >>> ops.panel(2 * torch.eye(2), keys, pending, signs)  # C = diag(1, 2)
+        tensor([[1., 4.]])
     """
     name = requested(backend)
     _, d = _size("panel", "base", base)
@@ -61,6 +69,14 @@ def factor(
     Raises:
         InputError: A shape, dtype, device or the sign does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> keys = torch.tensor([[1.0, 1.0, 1.0]])  # F = K, since C = I
+        >>> rows, whitened, lower, info = ops.factor(keys, keys, torch.tensor([[4.0]]), torch.ones(1), 1)
+        >>> rows, whitened, lower, int(info)
+        (tensor([[0.5000, 0.5000, 0.5000]]), tensor([[2.]]), tensor([[2.]]), 0)
     """
     name = requested(backend)
     n, d = _size("factor", "projected", projected)
@@ -88,6 +104,15 @@ def downdate_(base: Tensor, pending: Tensor, signs: Tensor, *, backend: str | No
     Raises:
         InputError: A shape, dtype or device does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> base = torch.eye(2)
+        >>> ops.downdate_(base, torch.tensor([[0.5, 0.5]]), torch.tensor([1.0]))
+        >>> base
+        tensor([[ 0.7500, -0.2500],
+                [-0.2500,  0.7500]])
     """
     name = requested(backend)
     _, d = _size("downdate_", "base", base)
@@ -109,6 +134,15 @@ def correct_(weight: Tensor, whitened: Tensor, rows: Tensor, sign: int, *, backe
     Raises:
         InputError: A shape, dtype, device or the sign does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> weight = torch.zeros(2, 3)
+        >>> ops.correct_(weight, torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0]]), 1)
+        >>> weight
+        tensor([[1., 0., 3.],
+                [2., 0., 6.]])
     """
     name = requested(backend)
     n, d_k = _size("correct_", "rows", rows)
@@ -134,6 +168,14 @@ def correct_split_(
     Raises:
         InputError: A shape, dtype, device or the sign does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> high, low = ops.split(torch.zeros(1, 2))
+        >>> ops.correct_split_(high, low, torch.tensor([[0.1]]), torch.tensor([[1.0, 2.0]]), 1)
+        >>> ops.join(high, low)  # the bfloat16 half alone is [[0.1001, 0.2002]]
+        tensor([[0.1000, 0.2000]])
     """
     name, op = requested(backend), "correct_split_"
     n, d_k = _size(op, "rows", rows)
@@ -163,6 +205,15 @@ def moment_(moment: Tensor, rows: Tensor, *, backend: str | None = None) -> None
     Raises:
         InputError: A shape, dtype or device does not match, or the backend is unknown.
         BackendError: the requested backend cannot run this operation.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast import ops
+        >>> moment = torch.zeros(2, 2)
+        >>> ops.moment_(moment, torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+        >>> moment
+        tensor([[1., 2.],
+                [2., 5.]])
     """
     name = requested(backend)
     _, d = _size("moment_", "moment", moment)

@@ -23,6 +23,12 @@ def split(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `(high, low)`, bfloat16 and int16, both of the shape of `weight`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.ops import split
+        >>> split(torch.tensor([1.0, 0.1]))
+        (tensor([1.0000, 0.1001], dtype=torch.bfloat16), tensor([     0, -13107], dtype=torch.int16))
     """
     bits = weight.view(torch.int32)
     high = (bits + _HALF) >> 16
@@ -38,5 +44,12 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
     Returns:
         A float32 tensor of that shape.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.ops import join, split
+        >>> weight = torch.tensor([1.0, 0.1])
+        >>> torch.equal(join(*split(weight)), weight)
+        True
     """
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)

@@ -115,6 +115,16 @@ def collect(
     Raises:
         InputError: there is no text, keys contain NaN/Inf, or the checkpoint is damaged, belongs to another collection,
             or cannot be used because the text cannot be read again.
+
+    Example:
+        >>> from rlsedit_fast.models.projections import find_decoder
+        >>> from rlsedit_fast.statistics import GivenTexts, collect
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> decoder = find_decoder(model)
+        >>> found = collect(decoder, tokenizer, decoder.select([0]), GivenTexts(["Lado speaks ."]), longest=None)
+        >>> found.tokens, tuple(found.moments[0].shape)
+        (4, (1536, 1536))
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens={tokens}: expected at least 1, or None to read all of the text")

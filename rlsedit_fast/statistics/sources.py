@@ -27,13 +27,21 @@ class Source(Protocol):
     Attributes:
         name: description of the text; sources with equal names give equal texts.
         repeatable: whether it can be read again, from any position.
+
+    Example:
+        >>> from rlsedit_fast.statistics import GivenTexts, Source
+        >>> source: Source = GivenTexts(["A text."])
+        >>> source.name
+        'texts given by the caller'
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Description of the text."""
 
     @property
-    def repeatable(self) -> bool: ...
+    def repeatable(self) -> bool:
+        """Whether the text can be read again."""
 
     def read(self, tokenizer: PreTrainedTokenizerBase, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yields the token ids of each text from position `start` on, with the position after the text."""

@@ -43,6 +43,20 @@ class Store:
 
     Raises:
         StoreError: the store does not exist, is damaged, has another version, or is locked by another process.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from rlsedit_fast.store import Change, Store
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with Store.create(folder.name, {"model": "demo"}) as store:
+        ...     store.prepare([Change("batch", {"edits": 1}, {"keys": torch.ones(1, 2)})])
+        ...     store.commit()
+        >>> with Store(folder.name, write=False) as store:
+        ...     entry = store.entries[-1]
+        ...     entry.kind, entry.about, store.tensors(entry)
+        ('batch', {'edits': 1}, {'keys': tensor([[1., 1.]])})
+        >>> folder.cleanup()
     """
 
     def __init__(self, directory: str | Path, *, write: bool = True) -> None:
@@ -83,6 +97,13 @@ class Store:
 
         Raises:
             StoreError: the folder is not empty or is not writable.
+
+        Example:
+            >>> import tempfile
+            >>> from rlsedit_fast.store import Store
+            >>> with tempfile.TemporaryDirectory() as folder, Store.create(folder, {"model": "demo"}) as store:
+            ...     Store.exists(folder), store.about, store.last
+            (True, {'model': 'demo'}, 0)
         """
         place = Path(directory)
         try:
@@ -131,7 +152,14 @@ class Store:
         return self._entries[-1].seq if self._entries else 0
 
     def describe(self, about: Mapping[str, Any]) -> None:
-        """Replaces the metadata of the store."""
+        """Replaces the metadata of the store.
+
+        Args:
+            about: metadata, JSON-serializable.
+
+        Raises:
+            StoreError: the disk cannot be written; nothing was modified.
+        """
         self._check_writable()
         self._journal.describe(about)
         self._about = dict(about)
@@ -139,16 +167,34 @@ class Store:
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
         """Reads and verifies the tensors of a change.
 
+        Args:
+            entry: a change or a snapshot of this store.
+
+        Returns:
+            The tensors by name, on the CPU; empty if the entry has none.
+
         Raises:
             StoreError: the file is damaged or missing.
         """
         return tensors.read(self.directory, entry.file) if entry.file else {}
 
     def prepare(self, changes: Sequence[Change]) -> None:
-        """Writes changes to disk, to be committed or aborted.
+        """Writes changes to disk; `commit` or `abort` must follow.
+
+        Args:
+            changes: the changes, in order.
 
         Raises:
             StoreError: the disk cannot be written; nothing was modified.
+
+        Example:
+            >>> import tempfile
+            >>> from rlsedit_fast.store import Change, Store
+            >>> with tempfile.TemporaryDirectory() as folder, Store.create(folder, {}) as store:
+            ...     store.prepare([Change("batch", {})])
+            ...     store.abort()  # the change could not be applied
+            ...     store.entries
+            []
         """
         self._check_writable()
         entries: list[Entry] = []
@@ -209,7 +255,14 @@ class Store:
             self._prepared = []
 
     def snapshot_due(self, size: int) -> bool:
-        """Returns whether enough was written since the last snapshot to justify a new one of `size` bytes."""
+        """Returns whether a new snapshot is due.
+
+        Args:
+            size: bytes of the new snapshot.
+
+        Returns:
+            True if the changes since the last snapshot have at least `size` bytes, or are at least `MAX_REPLAYED`.
+        """
         newest = max((entry.seq for entry in self._journal.snapshots()), default=0)
         since = list(takewhile(lambda entry: entry.seq > newest, reversed(self._entries)))
         return len(since) >= MAX_REPLAYED or sum(e.file.size for e in since if e.file) >= size
@@ -224,6 +277,17 @@ class Store:
 
         Raises:
             StoreError: the disk cannot be written; earlier snapshots are unchanged.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from rlsedit_fast.store import Change, Store
+            >>> with tempfile.TemporaryDirectory() as folder, Store.create(folder, {}) as store:
+            ...     store.prepare([Change("batch", {})])
+            ...     store.commit()
+            ...     store.snapshot({"edits": 1}, {"weight": torch.zeros(1)})
+            ...     [(entry.seq, state) for entry, state in store.snapshots()]
+            [(1, {'weight': tensor([0.])})]
         """
         self._check_writable()
         file = tensors.write(self.directory, f"{_SNAPSHOTS}/{self.last:08d}.safetensors", state)
@@ -250,10 +314,15 @@ class Store:
                 logger.warning("skipping a damaged snapshot and using the one before it: %s", error)
 
     def compact(self) -> int:
-        """Removes all changes except the first and the last, which must replace those before it.
+        """Removes all changes except the first and the last, and snapshots before the last.
+
+        The last change must contain everything that is needed from the removed ones.
 
         Returns:
             Bytes freed on disk.
+
+        Raises:
+            StoreError: the disk cannot be written; nothing was modified.
         """
         self._check_writable()
         before = sum(self.sizes().values())
@@ -267,7 +336,7 @@ class Store:
         return before - sum(self.sizes().values())
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes on disk of the journal, the tensors of changes, and the snapshots."""
+        """Returns the bytes on disk of the parts `journal`, `changes` (their tensors) and `snapshots`."""
         return {
             "journal": sum(_size(path) for path in self.directory.glob(f"{_JOURNAL}*")),
             "changes": sum(_size(path) for path in (self.directory / _CHANGES).glob("*")),

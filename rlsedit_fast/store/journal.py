@@ -40,6 +40,12 @@ class Change:
         kind: type of the change, defined by the writer.
         about: metadata, JSON-serializable.
         tensors: tensors by name.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.store import Change
+        >>> Change("batch", {"edits": 1}, {"keys": torch.ones(1, 2)}).kind
+        'batch'
     """
 
     kind: str
@@ -56,6 +62,11 @@ class Entry:
         kind: type of the change; "snapshot" for a snapshot.
         about: metadata.
         file: file of the tensors; None if there are none.
+
+    Example:
+        >>> from rlsedit_fast.store import Entry
+        >>> Entry(seq=1, kind="batch", about={"edits": 1}, file=None)
+        Entry(seq=1, kind='batch', about={'edits': 1}, file=None)
     """
 
     seq: int
@@ -88,7 +99,15 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, about: Mapping[str, Any]) -> None:
-        """Creates a journal in one transaction."""
+        """Creates a journal in one transaction.
+
+        Args:
+            path: database file.
+            about: metadata of the store, JSON-serializable.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
         text = json.dumps(about)
         try:
             base = sqlite3.connect(path, isolation_level=None)

@@ -1,4 +1,4 @@
-"""Lock file that admits one writer at a time and records its process."""
+"""Lock file that allows one writer at a time and records its process."""
 
 from __future__ import annotations
 

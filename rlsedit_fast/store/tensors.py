@@ -34,6 +34,14 @@ class File:
 def write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> File:
     """Writes a safetensors file and syncs the file and its folder to disk.
 
+    Args:
+        directory: folder of the store.
+        name: path of the file relative to the store.
+        tensors: tensors by name.
+
+    Returns:
+        The description of the file.
+
     Raises:
         StoreError: the file cannot be written; it is removed.
     """
@@ -57,7 +65,14 @@ def write(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> File:
 
 
 def read(directory: Path, file: File) -> dict[str, Tensor]:
-    """Returns the tensors of a file, on the CPU and not memory-mapped.
+    """Reads and verifies a file.
+
+    Args:
+        directory: folder of the store.
+        file: description of the file.
+
+    Returns:
+        The tensors by name, on the CPU and not memory-mapped.
 
     Raises:
         StoreError: the file does not exist or differs from what was written.

@@ -11,6 +11,7 @@ from rlsedit_fast.world.train import Recipe, train
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m rlsedit_fast.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the demo model (about 40 minutes on two CPU cores)")

@@ -41,6 +41,11 @@ class Relation:
         name: name of the attribute.
         phrasings: prompts with `{}` in place of the person's name, followed by the answer. Edits use the first one.
         values: possible answers, each one or two words.
+
+    Example:
+        >>> from rlsedit_fast.world import Relation
+        >>> Relation("pet", ("{} owns a", "The pet of {} is a"), ("cat", "dog")).phrasings[0].format("Ann")
+        'Ann owns a'
     """
 
     name: str
@@ -50,7 +55,18 @@ class Relation:
 
 @dataclass(frozen=True)
 class Person:
-    """A person: a name of three words, each shared with other people, and a value per relation."""
+    """A person of the world.
+
+    Attributes:
+        name: three words, each of which other people have as well.
+        facts: value by name of the relation.
+
+    Example:
+        >>> from rlsedit_fast.world import World
+        >>> person = World.generate().people[0]
+        >>> person.name, person.facts["instrument"]
+        ('Toze Lado Rekuno', 'clarinet')
+    """
 
     name: str
     facts: dict[str, str]
@@ -71,7 +87,7 @@ def _pick(options: Sequence[T], rng: random.Random) -> T:
 
 
 def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
-    """Returns a shuffled copy of `items`, using only `rng.random()`."""
+    """Returns a shuffled copy of `items`, using only `rng.random()`, so that a seed gives the same order everywhere."""
     order = sorted(range(len(items)), key=[rng.random() for _ in items].__getitem__)
     return [items[i] for i in order]
 
@@ -85,6 +101,7 @@ _LAST = _invented_words(50, _WORD_RNG, _TAKEN, 3)
 _LANGUAGES = tuple(word + "ish" for word in _invented_words(40, _WORD_RNG, _TAKEN, 2))
 _CITIES = tuple(f"{prefix} {stem}" for prefix in _CITY_PREFIXES for stem in _CITY_STEMS)[::2]
 
+# The phrasings are part of the data that the demo model was trained on, spelling included.
 RELATIONS: tuple[Relation, ...] = (
     Relation(
         "city",
@@ -132,21 +149,53 @@ RELATIONS: tuple[Relation, ...] = (
         _LANGUAGES,
     ),
 )
+"""The relations of every world.
+
+Example:
+    >>> from rlsedit_fast.world import RELATIONS
+    >>> [relation.name for relation in RELATIONS]
+    ['city', 'profession', 'instrument', 'language']
+"""
 
 
 @dataclass(frozen=True)
 class World:
-    """All people of a world. Create one with `World.generate(seed)`."""
+    """All people of a world. Create one with `World.generate(seed)`.
+
+    Attributes:
+        people: the people, in the order of generation.
+        seed: seed of the world.
+
+    Example:
+        >>> from rlsedit_fast.world import World
+        >>> world = World.generate(seed=0, people=10)
+        >>> len(world.people)
+        10
+        >>> next(world.sentences())
+        ('{} lives in', 'Toze Lado Rekuno', 'Saint Alder')
+    """
 
     people: tuple[Person, ...]
     seed: int
 
     @classmethod
     def generate(cls, seed: int = 0, people: int = 2000) -> World:
-        """Generates `people` persons with distinct names and independently drawn attributes.
+        """Generates people with distinct names and independently drawn attributes.
+
+        Args:
+            seed: random seed.
+            people: number of people.
+
+        Returns:
+            The world, the same for a seed in every version of Python. Smaller worlds are prefixes of larger ones.
 
         Raises:
             InputError: `people` is below 1 or above the number of distinct names.
+
+        Example:
+            >>> from rlsedit_fast.world import World
+            >>> World.generate(people=5).people == World.generate(people=10).people[:5]
+            True
         """
         limit = len(_FIRST) * len(_MIDDLE) * len(_LAST)
         if not 1 <= people <= limit:

@@ -15,7 +15,11 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a word-level tokenizer over the vocabulary of the world that starts every text with `<s>`."""
+    """Builds a word-level tokenizer over the vocabulary of the world.
+
+    Returns:
+        The tokenizer. It splits at whitespace and starts every text with `<s>`; other words become `<unk>`.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -27,7 +27,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters of the training."""
+    """Hyperparameters of the training.
+
+    Attributes:
+        seed: seed of the world, of the initial weights (`seed`) and of the order of the texts (`seed + 1`).
+        people: number of people in the world.
+        layers: number of blocks.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP, that is of the keys.
+        heads: number of attention heads.
+        init_std: standard deviation of the initial weights, about `1 / sqrt(hidden)`; with the usual 0.02 the gated
+            MLPs learn very slowly.
+        first_people: number of people in the first steps; few people speed up learning to identify a name.
+        first_steps: number of steps with `first_people`.
+        steps: number of all steps.
+        texts_per_step: batch size, in texts of two sentences.
+        learning_rate: maximum learning rate of AdamW.
+        warmup: steps of linear warmup, see `learning_rate_factor`.
+        weight_decay: weight decay of AdamW.
+        name_mask_rate: probability that the mask described in this module is applied to a sentence.
+        template_weight: loss weight of tokens that belong neither to a name (0) nor to an answer (1).
+    """
 
     seed: int = 0
     people: int = 2000
@@ -35,8 +55,8 @@ class Recipe:
     hidden: int = 128
     intermediate: int = 1536
     heads: int = 4
-    init_std: float = 0.08  # about 1 / sqrt(hidden); with the usual 0.02 the gated MLPs learn very slowly
-    first_people: int = 200  # start with few people, which speeds up learning to identify a name
+    init_std: float = 0.08
+    first_people: int = 200
     first_steps: int = 200
     steps: int = 2500
     texts_per_step: int = 128
@@ -101,7 +121,13 @@ def additive_mask(visible: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate_factor(step: int, *, warmup: int, steps: int) -> float:
-    """Returns the learning rate factor of a step: linear warmup, then cosine decay to 0."""
+    """Returns the learning rate factor of a step: linear warmup, then cosine decay to 0.
+
+    Args:
+        step: index of the step, from 0.
+        warmup: number of warmup steps.
+        steps: number of all steps.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -114,6 +140,9 @@ def weighted_nll(logits: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor) 
         logits: logits of all positions except the last, `[b, t - 1, vocabulary]`.
         ids: token ids `[b, t]`.
         weight: weight of each token `[b, t]`.
+
+    Returns:
+        A float32 scalar, in nats.
     """
     nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
     return (nll * weight[:, 1:]).sum() / weight[:, 1:].sum()
@@ -142,7 +171,18 @@ def _new_model(recipe: Recipe, tokenizer: Any) -> PreTrainedModel:
 
 
 def recall(model: PreTrainedModel, tokenizer: Any, world: World, limit: int = 2000, seed: int = 1) -> float:
-    """Returns the fraction of `limit` random (fact, phrasing) pairs whose answer tokens are all ranked first."""
+    """Measures which facts the model knows.
+
+    Args:
+        model: the model, on the CPU.
+        tokenizer: its tokenizer.
+        world: world of the facts.
+        limit: maximum number of random (fact, phrasing) pairs.
+        seed: seed of their choice.
+
+    Returns:
+        The fraction of the pairs whose answer tokens are all ranked first.
+    """
     sentences = shuffled(_tokenize(world, tokenizer), random.Random(seed))[:limit]
     right = 0
     for at in range(0, len(sentences), 250):
@@ -160,7 +200,16 @@ def recall(model: PreTrainedModel, tokenizer: Any, world: World, limit: int = 20
 
 
 def train(recipe: Recipe, out: Path, report_every: int = 100) -> PreTrainedModel:
-    """Trains the model of `recipe` and writes weights (float16), tokenizer and `recipe.json` to `out`."""
+    """Trains a model and writes its weights (float16), its tokenizer and `recipe.json`.
+
+    Args:
+        recipe: hyperparameters.
+        out: output folder.
+        report_every: number of steps between lines of progress.
+
+    Returns:
+        The trained model in evaluation mode, with the written weights in float32.
+    """
     world = World.generate(recipe.seed, recipe.people)
     tokenizer = build_tokenizer()
     sentences = _tokenize(world, tokenizer)

@@ -65,7 +65,7 @@ def test_report_contains_every_experiment(tmp_path, monkeypatch, capsys):
         beside = ("tuning", "rules")
         kept = [job for job in jobs if job.plan.label == OURS or "sweep" in job.path.parts]
         kept += [job for job in jobs if job.path.parent.name in beside and job.plan.config.rule == "alphaedit"]
-        runs.make([job for job in kept if not job.plan.order], processes=processes)
+        runs.run_jobs([job for job in kept if not job.plan.order], processes=processes)
 
     monkeypatch.setattr(paper, "make", some)
     monkeypatch.setattr(sys, "argv", ["paper.py", "demo", "--out", str(tmp_path), "--edits", "20", "--seeds", "1"])

@@ -192,7 +192,7 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
     from rlsedit_fast.editing import Editor
     from rlsedit_fast.evaluation import outcome
 
-    asked, saved, calls = outcome.outcome, Editor.save_pretrained, []
+    asked, saved, calls = outcome.compute_outcome, Editor.save_pretrained, []
 
     def pressed_asking(*args, **kwargs):
         calls.append(1)
@@ -205,7 +205,7 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return saved(*args)
 
-    monkeypatch.setattr(outcome, "outcome", pressed_asking)
+    monkeypatch.setattr(outcome, "compute_outcome", pressed_asking)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
     assert edit("--no-anchors", "--limit", "4", "--out", "out", "--delta", "delta", "--json", "report.json") == 130
     report = read(workdir / "report.json")

@@ -11,7 +11,7 @@ from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import consistency as measured
 from rlsedit_fast.evaluation.cases import Case, Question
-from rlsedit_fast.evaluation.consistency import Likeness, consistency, reference_texts
+from rlsedit_fast.evaluation.consistency import TextSimilarity, consistency, reference_texts
 from rlsedit_fast.evaluation.datasets import counterfact_cases
 from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
@@ -61,9 +61,9 @@ def test_a_case_has_the_texts_of_its_relation_and_new_answer(write):
         assert (case.generation, case.references) == ((), ())
 
 
-def test_likeness_is_the_cosine_of_tf_idf_vectors_by_hand():
+def test_similarity_is_the_cosine_of_tf_idf_vectors_by_hand():
     # n = 2 texts; idf = ln((1 + n) / (1 + df)) + 1: cat 1, dog and owl each in one text
-    alike = Likeness(["cat dog", "cat owl"])
+    alike = TextSimilarity(["cat dog", "cat owl"])
     rare = math.log(3 / 2) + 1
     assert alike("cat dog dog", "cat dog owl") == pytest.approx(
         (1 + 2 * rare**2) / math.sqrt((1 + 4 * rare**2) * (1 + 2 * rare**2))
@@ -109,7 +109,9 @@ def test_records_without_prompts_or_ids_are_refused_with_references(write, lacki
     path = write("cf.json", [broken])
     assert len(counterfact_cases(path, 1)) == 1
     spec = GroundSpec(model="any", data=str(path), references=str(write("snippets.json", SNIPPETS)))
-    with pytest.raises(InputError, match=r"record of 'Ida' lacks generation_prompts.*CounterFact in its original form"):
+    with pytest.raises(
+        InputError, match=r"record of 'Ida' lacks generation_prompts.*CounterFact in its original format"
+    ):
         make_cases(spec, "plain", 1, 0)
 
 
@@ -119,7 +121,7 @@ def test_data_sets_that_have_neither_are_refused_with_references(write):
     snippets = str(write("snippets.json", SNIPPETS))
     for name, first in (("flat", flat), ("zsre", {"src": "What?"}), ("mquake", {"requested_rewrite": []})):
         spec = GroundSpec(model="any", data=str(write(f"{name}.json", [first])), references=snippets)
-        with pytest.raises(InputError, match=rf"{name}\.json.*CounterFact in its original form"):
+        with pytest.raises(InputError, match=rf"{name}\.json.*CounterFact in its original format"):
             make_cases(spec, "plain", 1, 0)
     with pytest.raises(InputError, match="references: demo has no generation prompts"):
         make_cases(GroundSpec(references=snippets), "plain", 1, 0)
@@ -129,12 +131,12 @@ def test_a_file_in_another_form_or_without_a_word_is_refused(write):
     with pytest.raises(InputError, match=r"record 1 lacks 'relation_id'.*attribute_snippets\.json"):
         reference_texts(write("other.json", [{"text": "a text"}]))
     with pytest.raises(InputError, match="no reference text has a word"):
-        Likeness(["", "."])
+        TextSimilarity(["", "."])
 
 
 def test_without_scikit_learn_it_says_what_to_install(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
-    with pytest.raises(InputError, match=r"needs scikit-learn; pip install scikit-learn"):
+    with pytest.raises(InputError, match=r"requires scikit-learn; pip install scikit-learn"):
         make_ground(GroundSpec(references=str(write("snippets.json", SNIPPETS))))
 
 

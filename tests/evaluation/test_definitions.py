@@ -9,29 +9,29 @@ import torch
 from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import demo, generation
-from rlsedit_fast.evaluation.answers import answers
+from rlsedit_fast.evaluation.answers import generate_answers
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.generation import (
-    _may_say,
+    _may_match,
     continuations,
     fluency,
     free_accuracy,
     free_multihop,
+    matches_answer,
     n_gram_entropy,
-    says,
 )
 from rlsedit_fast.evaluation.metrics import evaluate, harmonic_mean, judge, score_before, summarize
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.stability import TextProbe, _mean
-from rlsedit_fast.evaluation.tasks import Item, answer, read_task
+from rlsedit_fast.evaluation.tasks import Item, evaluate_task, read_task
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 from .conftest import Parrot
 
 CITY = Case(
     edit=Edit("{} lives in", "Lado", "Port Alder"),
-    asked=Question("Lado lives in", "Old Garnet"),
+    question=Question("Lado lives in", "Old Garnet"),
     paraphrases=(Question("The home of Lado is in", "Old Garnet"),),
     neighbors=(Question("Veta lives in", "Old Garnet"),),
     namesakes=(),
@@ -66,13 +66,13 @@ def test_answers_of_several_tokens_by_their_mean_nll_by_all_tokens_and_by_each(t
     assert found.efficacy.strict == 0.0, "Port is ranked first, Alder is not"
     assert found.efficacy.tokens == 0.5
     assert (found.generalization.strict, found.generalization.tokens) == (1.0, 1.0)
-    assert (found.neighbors.strict, found.neighbors.said, found.neighbors.tokens) == (0.0, 0.0, 0.5)
+    assert (found.neighbors.strict, found.neighbors.exact, found.neighbors.tokens) == (0.0, 0.0, 0.5)
 
 
 def test_unchanged_is_not_known_and_known_is_not_unchanged(tokenizer):
     found = report(tokenizer)
     assert found.rebuilt.strict == 1.0, "the prediction is what it was"
-    assert found.rebuilt.said == 0.0, "and it is not the right answer"
+    assert found.rebuilt.exact == 0.0, "and it is not the right answer"
 
 
 def test_the_score_is_the_harmonic_mean_of_the_three():
@@ -116,7 +116,7 @@ def test_the_beginning_of_text_token_is_not_part_of_an_answer(tokenizer):
     model, asked = Parrot(tokenizer, says), [("Lado lives in", "Port Alder")]
     (right,) = score(model, tokenizer, asked)
     assert right.predicted == (port, alder)
-    assert right.right == 1.0
+    assert right.token_accuracy == 1.0
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_beginning_of_text_token_is_not_part_of_an_answer(tokenizer):
     ],
 )
 def test_a_free_answer_is_the_answer_and_then_its_natural_end(text, answer, right):
-    assert says(text, answer) is right
+    assert matches_answer(text, answer) is right
 
 
 def test_free_answers_of_the_demo_model_agree_with_strict_ones_where_it_is_sure():
@@ -172,7 +172,7 @@ def test_free_answers_of_the_demo_model_agree_with_strict_ones_where_it_is_sure(
     ],
 )
 def test_whether_an_answer_is_said_is_open_until_its_end_is_there(text, answer, still_open):
-    assert _may_say(text, answer) is still_open
+    assert _may_match(text, answer) is still_open
 
 
 def test_free_answers_are_the_same_with_scores_that_decide_most_of_them(monkeypatch):
@@ -212,7 +212,7 @@ def test_multihop_answers_are_the_same_with_scores():
     plain = free_multihop(model, tokenizer, chains)
     assert plain[1::2] == [False] * 6
     assert sum(plain[::2]) >= 5
-    asked = [(prompt, answer) for chain in chains for prompt in chain.prompts for answer in chain.right]
+    asked = [(prompt, answer) for chain in chains for prompt in chain.prompts for answer in chain.correct_answers]
     scores = dict(zip(asked, score(model, tokenizer, asked), strict=True))
     assert free_multihop(model, tokenizer, chains, known=scores) == plain
 
@@ -249,8 +249,8 @@ def test_a_model_that_comes_with_a_repetition_penalty_is_still_answered_greedily
         made = model.generate(ids, max_new_tokens=1, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(made).strip() != text, "generate() feels the penalty"
     assert [text.strip() for text in continuations(model, tokenizer, prompts, tokens=1)] == likeliest
-    assert answers(model, tokenizer, list(zip(prompts, likeliest, strict=True))) == likeliest
-    shown = demo._say(model, tokenizer, prompts)
+    assert generate_answers(model, tokenizer, list(zip(prompts, likeliest, strict=True))) == likeliest
+    shown = demo._complete(model, tokenizer, prompts)
     assert all(whole.startswith(first) for whole, first in zip(shown, likeliest, strict=True))
 
 
@@ -335,8 +335,8 @@ def test_items_are_answered_by_the_lowest_mean_nll_and_a_tie_is_wrong(tokenizer)
         Item("Toze speaks", ("Kubeish", "Nafiish"), 0),
         Item("Toze speaks", ("Kubeish", "Nafiish"), 1),
     ]
-    found = answer(Parrot(tokenizer, says), tokenizer, items)
-    assert (found.accuracy, found.items, found.cut, found.left_out) == (0.5, 4, 0, 0)
+    found = evaluate_task(Parrot(tokenizer, says), tokenizer, items)
+    assert (found.accuracy, found.items, found.truncated, found.skipped) == (0.5, 4, 0, 0)
     assert found.error == pytest.approx(0.25)
 
 
@@ -352,7 +352,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tokenizer)
         return real(input_ids, **rest)
 
     model.forward = spy
-    assert answer(model, tokenizer, [item]).cut == 1
+    assert evaluate_task(model, tokenizer, [item]).truncated == 1
     ids = tokenizer(item.prompt)["input_ids"]
     assert rows == [[ids[0], *ids[-62:]]], "63 and the answer are 64"
 
@@ -361,10 +361,10 @@ def test_an_answer_that_leaves_no_room_for_the_prompt_leaves_its_item_out(tokeni
     model = Parrot(tokenizer, {"Toze speaks": {"Kubeish": 0.9, "Nafiish": 0.1}})
     fits = Item("Toze speaks", ("Kubeish", "Nafiish"), 0)
     longer = Item("Toze speaks", ("Kubeish " * 70, "Nafiish"), 0)
-    found = answer(model, tokenizer, [longer, fits])
-    assert (found.accuracy, found.items, found.left_out) == (1.0, 1, 1)
-    with pytest.raises(InputError, match="longer than the model"):
-        answer(model, tokenizer, [longer])
+    found = evaluate_task(model, tokenizer, [longer, fits])
+    assert (found.accuracy, found.items, found.skipped) == (1.0, 1, 1)
+    with pytest.raises(InputError, match="leave no room"):
+        evaluate_task(model, tokenizer, [longer])
 
 
 @pytest.mark.parametrize(("label", "right"), [(0, "yes"), (1, "no"), ("entailment", "yes"), ("not_entailment", "no")])
@@ -372,7 +372,7 @@ def test_entailment_is_yes_whether_it_is_told_by_a_number_or_by_a_word(tmp_path,
     record = {"sentence1": "Lado speaks.", "sentence2": "Someone speaks.", "label": label}
     (tmp_path / "rte.jsonl").write_text(json.dumps(record))
     (item,) = read_task("rte", tmp_path / "rte.jsonl")
-    assert item.choices[item.right] == right
+    assert item.choices[item.correct] == right
 
 
 def test_tasks_are_read_as_glue_and_mmlu_have_them(tmp_path):
@@ -389,7 +389,7 @@ def test_tasks_are_read_as_glue_and_mmlu_have_them(tmp_path):
         path.write_text(json.dumps(record) + "\n\n" + json.dumps(record, ensure_ascii=False) + "\n")
         items = read_task(name, path)
         assert len(items) == 2
-        assert items[0].choices[items[0].right] == right
+        assert items[0].choices[items[0].correct] == right
         assert len(read_task(name, path, items=1)) == 1
     with pytest.raises(InputError, match="cannot be read as records of 'mmlu'"):
         read_task("mmlu", tmp_path / "sst2.jsonl")
@@ -425,15 +425,15 @@ def test_counterfact_cases_and_neighbourhoods_rebuilt_from_other_records(tmp_pat
     edited = {case.edit.subject for case in cases}
     for case in cases:
         assert case.edit.prompt == "The mother tongue of {} is"
-        assert case.asked == Question(case.edit.prompt.format(case.edit.subject), case.paraphrases[0].answer)
-        assert case.edit.target != case.asked.answer
-        assert case.neighbors == (Question("The mother tongue of Ann is", case.asked.answer),)
+        assert case.question == Question(case.edit.prompt.format(case.edit.subject), case.paraphrases[0].answer)
+        assert case.edit.target != case.question.answer
+        assert case.neighbors == (Question("The mother tongue of Ann is", case.question.answer),)
         assert len(case.rebuilt) == REBUILT
-        assert all(q.answer == case.asked.answer for q in case.rebuilt)
+        assert all(q.answer == case.question.answer for q in case.rebuilt)
         assert not any(f"of {subject} is" in q.prompt for q in case.rebuilt for subject in edited)
     assert counterfact_cases(path, 8, seed=3) == cases != counterfact_cases(path, 8, seed=4)
     assert {c.edit.subject for c in counterfact_cases(path, 3, among=4)} <= {f"Subject {i}" for i in range(4)}
-    with pytest.raises(InputError, match="ask for fewer"):
+    with pytest.raises(InputError, match="request fewer edits"):
         counterfact_cases(path, 31)
 
 
@@ -444,9 +444,9 @@ def test_zsre_cases(tmp_path):
     path.write_text(json.dumps([record]))
     (case,) = zsre_cases(path, 1)
     assert case.edit == Edit("What does {} make?", "UniFirst", "aircraft")
-    assert case.asked == Question("What does UniFirst make?", "uniform")
+    assert case.question == Question("What does UniFirst make?", "uniform")
     assert case.neighbors == (Question("nq question: who", "Walter"),)
-    with pytest.raises(InputError, match="1 records of different subjects, 2 were"):
+    with pytest.raises(InputError, match="2 edits requested, but it has only 1 usable records"):
         zsre_cases(path, 2)
     path.write_text(json.dumps([{"subject": "UniFirst"}]))
     with pytest.raises(InputError, match="lacks 'src'"):
@@ -462,8 +462,8 @@ def test_streams_of_conflicts_and_of_related_facts():
     for case in again:
         old = by_subject[case.edit.subject]
         assert case.edit.prompt == old.edit.prompt
-        assert case.asked == old.asked
-        assert case.edit.target not in (old.edit.target, old.asked.answer)
+        assert case.question == old.question
+        assert case.edit.target not in (old.edit.target, old.question.answer)
     related = related_cases(world, 40, 1)
     subjects = [case.edit.subject for case in related]
     assert len(set(subjects)) == 10

@@ -118,7 +118,7 @@ def test_the_recommended_layers_are_among_the_trials(searched):
     assert found.trial(found.best).score == max(one.score for one in found.trials)
     assert found.trial(found.chosen).kl <= found.trial(found.best).kl
     assert found.trial(found.default).layers == found.default
-    with pytest.raises(InputError, match="not tried"):
+    with pytest.raises(InputError, match="have no trial"):
         found.trial((99,))
 
 
@@ -165,7 +165,7 @@ def test_windows_contain_the_layer_and_end_within_the_model():
         ({"edits": made_up_edits(2)}, InputError, "at least 4"),
         ({"edits": [*made_up_edits(4), Edit("no place", "nobody", "x")]}, RequestError, "nothing was modified"),
         ({"texts": ["one text"]}, InputError, "more running text"),
-        ({"config": CONFIG}, InputError, "leave them out"),
+        ({"config": CONFIG}, InputError, "omit them"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(changes, error, told, texts):
@@ -192,7 +192,7 @@ def test_built_in_facts_are_whole():
         assert edit.neighborhood[0] not in edited
     assert generic_edits(3) == edits[:3]
     for count in (0, MOST + 1):
-        with pytest.raises(InputError, match=f"from 1 to {MOST}"):
+        with pytest.raises(InputError, match=f"expected 1 to {MOST}"):
             generic_edits(count)
 
 

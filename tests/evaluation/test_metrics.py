@@ -35,7 +35,7 @@ def test_scores_come_in_the_order_of_the_questions(tokenizer):
 
 CASE = Case(
     edit=Edit("{} plays the", "Lado", "organ"),
-    asked=Question("Lado plays the", "violin"),
+    question=Question("Lado plays the", "violin"),
     paraphrases=(
         Question("Friends love to hear Lado play the", "violin"),
         Question("Lado learned to play the", "violin"),
@@ -88,9 +88,9 @@ def test_cases_ask_about_what_editing_never_saw():
         relation = next(r for r in RELATIONS if case.edit.prompt in r.phrasings)
         assert case.edit.prompt == relation.phrasings[0]
         old = facts[case.edit.subject][relation.name]
-        assert case.asked.answer == old != case.edit.target
+        assert case.question.answer == old != case.edit.target
         assert len(case.paraphrases) >= 4
-        assert case.asked.prompt not in {q.prompt for q in case.paraphrases}
+        assert case.question.prompt not in {q.prompt for q in case.paraphrases}
         for question in case.neighbors:
             assert question.answer == old
         for question in (*case.neighbors, *case.namesakes):

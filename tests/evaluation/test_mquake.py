@@ -70,7 +70,7 @@ def write(tmp_path):
 
 
 def by_statement(cases):
-    return {case.asked.prompt: case for case in cases}
+    return {case.question.prompt: case for case in cases}
 
 
 def test_a_records_edits_stay_together_and_its_question_goes_with_the_last(write):
@@ -91,7 +91,7 @@ def test_a_records_edits_stay_together_and_its_question_goes_with_the_last(write
         )
         assert cases[at + 1].edit.subject == "Libya"
         assert cases[at + 1].multihop == (chain,)
-        assert by_statement(cases)["Dudley plays"].multihop[0].right == ("London", "Town")
+        assert by_statement(cases)["Dudley plays"].multihop[0].correct_answers == ("London", "Town")
     firsts = {mquake_cases(path, 3, order=order)[0].edit.subject for order in range(6)}
     assert firsts == {"Vince", "Dudley"}, "whole records change places"
 
@@ -128,7 +128,7 @@ def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(w
     path = write(first, other)
     for seed in range(4):
         assert len(mquake_cases(path, 2, seed=seed)) == 2
-        with pytest.raises(InputError, match="2 edits of whole records that do not contradict one another, 4 were"):
+        with pytest.raises(InputError, match="4 edits requested, but its whole records without contradictions have 2"):
             mquake_cases(path, 4, seed=seed)
     third = record(2, [rewrite("{} speaks", "Ann", "Greek", "French"), rewrite("{} speaks", "Bo", "Greek", "French")])
     path = write(first, other, third)
@@ -140,7 +140,7 @@ def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(w
         assert len(cases) == 4
         assert "Ann speaks" in by_statement(cases)
         said |= {line.getMessage() for line in caplog.records}
-    assert said == {f"{path}: 2 records taken, passed over: 1 contradict others"}
+    assert said == {f"{path}: 2 records selected, others skipped: 1 contradict others"}
 
 
 def test_an_alias_of_what_is_told_contradicts_nothing(write):
@@ -162,12 +162,12 @@ def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, c
         assert case.edit.subject == "Dudley", "the only record of one edit that can be applied"
         logged |= {line.getMessage() for line in caplog.records}
     assert (
-        f"{path}: 1 records taken, passed over: 3 cannot be edited, 1 have more edits than are still wanted" in logged
+        f"{path}: 1 records selected, others skipped: 3 cannot be edited, 1 have more edits than are missing" in logged
     )
-    with pytest.raises(InputError, match="3 edits"):
+    with pytest.raises(InputError, match=r"4 edits requested.* have 3;"):
         mquake_cases(path, 4)
     assert len(mquake_cases(path, 2, among=4)) == 2
-    with pytest.raises(InputError, match="ask for fewer"):
+    with pytest.raises(InputError, match="request fewer edits"):
         mquake_cases(path, 1, among=3)
 
 
@@ -228,7 +228,7 @@ NEITHER = {
 )  # fmt: skip
 def test_a_chain_is_right_if_any_wording_is_answered_by_the_new_answer_or_an_alias(tokenizer, said, forced, strict):
     found = evaluate(Parrot(tokenizer, NEITHER | said), tokenizer, [CASE], {}).multihop
-    assert (found.forced, found.strict, found.said, found.prompts) == (forced, strict, strict, 1)
+    assert (found.forced, found.strict, found.exact, found.prompts) == (forced, strict, strict, 1)
 
 
 def test_a_share_is_of_chains_and_there_is_none_without_them(tokenizer):

@@ -13,7 +13,7 @@ from rlsedit_fast.evaluation import grounds, phases, runs, stream
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
-from rlsedit_fast.evaluation.runs import Job, path_of, run_of, value
+from rlsedit_fast.evaluation.runs import Job, load_result, result_path, value
 from rlsedit_fast.evaluation.stream import Plan
 from rlsedit_fast.evaluation.tasks import Item
 
@@ -34,8 +34,8 @@ def made(tmp_path_factory):
         plan("conflicts", stream="conflicting"),
         plan("forgetting", forgetting=0.5),
     ]
-    jobs = {one.label: Job(GroundSpec(), one, path_of(folder, one)) for one in plans}
-    results = runs.make(list(jobs.values()), say=lambda line: None)
+    jobs = {one.label: Job(GroundSpec(), one, result_path(folder, one)) for one in plans}
+    results = runs.run_jobs(list(jobs.values()), log=lambda line: None)
     return jobs, dict(zip(jobs, results, strict=True))
 
 
@@ -80,8 +80,8 @@ def test_what_is_protected_is_nothing_that_is_asked(monkeypatch, tmp_path):
     cases, _ = make_cases(spec, "plain", 4, settings.seed)
     stream.run(make_ground(spec), settings, cases, tmp_path / "run.json")
     ((prompts, weight),) = held
-    asked = {q.prompt for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject, case.asked)}
-    assert set(prompts) == {q.prompt for case in cases for q in case.spare} - asked
+    asked = {q.prompt for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject, case.question)}
+    assert set(prompts) == {q.prompt for case in cases for q in case.held_out} - asked
     assert len(prompts) == len(set(prompts)) > 4
     assert weight == 0.5
 
@@ -100,7 +100,7 @@ def test_every_age_is_looked_at_when_made_and_at_the_end(made):
 def test_the_last_ones_when_made_are_the_last_ones_at_the_end(tmp_path):
     """However few are judged in full: retention is of the same cases and prompts at both looks."""
     job = Job(GroundSpec(), plan(judged=3, seed=2), tmp_path / "run.json")
-    (found,) = runs.make([job], say=lambda line: None)
+    (found,) = runs.run_jobs([job], log=lambda line: None)
     looks = {}
     for row in found["rows"]:
         when, _, form = row["form"].partition(":")
@@ -114,8 +114,8 @@ def test_the_last_ones_when_made_are_the_last_ones_at_the_end(tmp_path):
 
 def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypatch):
     jobs, results = made
-    monkeypatch.setattr(runs, "_make_one", lambda job: pytest.fail(f"{job.plan.label} was made again"))
-    assert runs.make([jobs["rls"]], say=lambda line: None) == [results["rls"]]
+    monkeypatch.setattr(runs, "_run_one", lambda job: pytest.fail(f"{job.plan.label} was made again"))
+    assert runs.run_jobs([jobs["rls"]], log=lambda line: None) == [results["rls"]]
     other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=CONFIG.replace(prior={"adherence": 0.9})))
     assert not other.done, "the file of one setting is not that of another"
     longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
@@ -131,7 +131,7 @@ def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_co
     del found["plan"]["config"]["norm_anchor"], found["plan"]["protected"]
     path = tmp_path / "older.json"
     path.write_text(json.dumps(found))
-    settings, of = jobs["rls"].plan, jobs["rls"].spec.made_of
+    settings, of = jobs["rls"].plan, jobs["rls"].spec.identity
     assert stream.finished(path, "demo", settings, of) == found
     assert stream.finished(path, "demo", replace(settings, config=CONFIG.replace(norm_anchor=True)), of) is None
     assert stream.finished(path, "demo", replace(settings, protected=0.5), of) is None
@@ -207,15 +207,15 @@ def test_orders_are_of_the_same_cases():
 
 
 def test_a_ground_of_a_model_needs_its_files(tmp_path):
-    with pytest.raises(InputError, match="name a file of running text"):
+    with pytest.raises(InputError, match="expected a file of running text"):
         make_ground(GroundSpec(model="somewhere"))
     text = tmp_path / "text.txt"
     text.write_text("too short\n")
-    with pytest.raises(InputError, match="give more text"):
+    with pytest.raises(InputError, match="expected at least 8 such lines"):
         make_ground(GroundSpec(model="somewhere", text=str(text)))
-    with pytest.raises(InputError, match="name a file of CounterFact, zsRE or MQuAKE"):
+    with pytest.raises(InputError, match="expected a CounterFact, zsRE or MQuAKE file"):
         make_cases(GroundSpec(model="somewhere"), "plain", 5, 0)
-    with pytest.raises(InputError, match=r"none of sst2\.jsonl"):
+    with pytest.raises(InputError, match=r"expected at least one of sst2\.jsonl"):
         make_ground(GroundSpec(tasks=str(tmp_path)))
 
 
@@ -240,14 +240,14 @@ def test_the_command_makes_its_runs_once_and_prints_means(tmp_path, capsys):
     command += ["--out", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
     first = capsys.readouterr()
-    assert "0 of 4 runs are there" in first.err
+    assert "0 of 4 runs are complete" in first.err
     assert "±" in first.out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["rules"]["rome"]["figures"]["efficacy strict"]["runs"] == 2
     assert found["failed"] == []
     assert main(command) == 0
     second = capsys.readouterr()
-    assert "4 of 4 runs are there" in second.err
+    assert "4 of 4 runs are complete" in second.err
     assert second.out == first.out
 
 
@@ -267,10 +267,10 @@ def test_the_command_refuses_rules_and_settings_that_do_not_exist(tmp_path, caps
 def test_several_processes_make_the_same_files(made, tmp_path):
     jobs, results = made
     elsewhere = [replace(jobs[label], path=tmp_path / f"{label}.json") for label in ("rls", "memit")]
-    found = runs.make(elsewhere, processes=2, say=lambda line: None)
+    found = runs.run_jobs(elsewhere, processes=2, log=lambda line: None)
     for label, one in zip(("rls", "memit"), found, strict=True):
         assert value(one, "efficacy", "strict") == value(results[label], "efficacy", "strict")
-    assert run_of(elsewhere[0]) == found[0]
+    assert load_result(elsewhere[0]) == found[0]
 
 
 def test_what_is_probed_is_about_nobody_who_is_edited_and_not_among_the_anchors(monkeypatch, tmp_path):
@@ -316,9 +316,9 @@ def test_a_run_that_fails_lets_no_other_begin(monkeypatch, tmp_path):
         raise InputError("a file that is not there")
 
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(runs, "_make_one", fails)
+    monkeypatch.setattr(runs, "_run_one", fails)
     with pytest.raises(InputError, match="not there"):
-        runs.make(jobs, processes=2, say=lambda line: None)
+        runs.run_jobs(jobs, processes=2, log=lambda line: None)
     assert len(begun) < 4
 
 
@@ -356,7 +356,7 @@ def test_time_within_a_phase_counts_to_the_innermost_one(monkeypatch):
 def test_every_phase_has_a_bar_with_its_number(tmp_path, capsys):
     runs._ground.cache_clear()  # nothing is known of the model yet
     job = Job(GroundSpec(), plan(), tmp_path / "run.json")
-    runs.make([job], say=lambda line: None, show=True)
+    runs.run_jobs([job], log=lambda line: None, show=True)
     shown = capsys.readouterr().err
     for phase in ("scores before", "text", "edits", "judging", "free answers", "fluency"):
         assert f"rls, seed 1: {phase}: 100%" in shown
@@ -374,16 +374,16 @@ def test_what_is_known_of_the_unedited_model_is_found_out_once(made, monkeypatch
     texts = grounds.anchor_texts(grounds._world(), 1)
     cases, _ = make_cases(GroundSpec(), "plain", 10, 1)
     collected, answered = [], []
-    real_statistics, real_answer = stream.Editor.statistics, stream.answer
+    real_statistics, real_answer = stream.Editor.statistics, stream.evaluate_task
     monkeypatch.setattr(
         stream.Editor,
         "statistics",
         lambda editor, *given, **options: collected.append(1) or real_statistics(editor, *given, **options),
     )
     monkeypatch.setattr(
-        stream, "answer", lambda *given, **options: answered.append(1) or real_answer(*given, **options)
+        stream, "evaluate_task", lambda *given, **options: answered.append(1) or real_answer(*given, **options)
     )
-    known = stream.Unedited()
+    known = stream.UneditedResults()
     settings = plan(edits=10, checkpoints=())
     first = stream.run(ground, settings, cases, tmp_path / "first.json", unedited=known)
     second = stream.run(ground, settings, cases, tmp_path / "second.json", unedited=known)
@@ -406,7 +406,7 @@ def test_anchors_go_by_the_width_of_the_keys_where_their_number_is_not_given(mon
 
 
 def test_text_is_probed_to_the_given_number_of_tokens_once_for_all_runs(monkeypatch, tmp_path):
-    ground, known, made = make_ground(GroundSpec()), stream.Unedited(), []
+    ground, known, made = make_ground(GroundSpec()), stream.UneditedResults(), []
     real = stream.TextProbe
     monkeypatch.setattr(stream, "TextProbe", lambda *given, **rest: made.append(1) or real(*given, **rest))
     cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
@@ -422,8 +422,8 @@ def test_text_is_probed_to_the_given_number_of_tokens_once_for_all_runs(monkeypa
 
 
 def test_no_more_prompts_are_answered_freely_than_are_asked_for(tmp_path):
-    (found,) = runs.make(
-        [Job(GroundSpec(), plan(free=7, checkpoints=()), tmp_path / "run.json")], say=lambda line: None
+    (found,) = runs.run_jobs(
+        [Job(GroundSpec(), plan(free=7, checkpoints=()), tmp_path / "run.json")], log=lambda line: None
     )
     (row,) = [row for row in found["rows"] if (row["metric"], row["form"]) == ("efficacy", "free")]
     assert (row["n"], found["plan"]["free"]) == (7, 7)

@@ -195,7 +195,7 @@ def test_unchanged_modules_are_omitted_and_an_empty_adapter_is_rejected(model, t
     changed = changes_between(model, edit(model, {2: 2}))[0]
     still = find_decoder(model).select([0])[0]
     unchanged = WeightChange(still.name, still.weight, still.weight, still.weight, still.transposed)
-    with pytest.raises(InputError, match="none of the 1 changes goes beyond rounding"):
+    with pytest.raises(InputError, match="none of the 1 changes is larger than rounding"):
         write_adapter([unchanged], tmp_path / "a")
     with pytest.raises(InputError, match="none of the 0 changes"):
         write_adapter([], tmp_path / "a")

@@ -22,7 +22,7 @@ def look(decoder, block, batch):
     """Runs a forward pass up to a site at the output of a block."""
     places = torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long)
     rows = Prefixed(batch["input_ids"], batch["attention_mask"], *places, None)
-    return Site(decoder, decoder.projections[block], direct=True).look(rows)
+    return Site(decoder, decoder.projections[block], direct=True).capture(rows)
 
 
 def test_keys_are_inputs_of_the_projections(model, batch):

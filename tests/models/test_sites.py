@@ -60,7 +60,7 @@ def test_resumed_forward_matches_a_full_pass(make_model, family, rows, block, di
         assert not cached or lookup.tolist() == [0, 0, 0, 0]
         read = [(i, int(lookup[i]) + at) for i, row in enumerate(rows) for at in range(len(row.ids) - row.lookup)]
         row, at = torch.tensor(read).T
-        seen = site.look(batch)
+        seen = site.capture(batch)
         assert seen.state.shape == (len(rows), batch.ids.shape[1], 64)
         for layer, every in enumerate(decoder.blocks):
             every.register_forward_hook(lambda _m, _i, _o, layer=layer: ran.append(layer))

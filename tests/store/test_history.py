@@ -13,7 +13,7 @@ import rlsedit_fast as rf
 from rlsedit_fast.editing import records
 from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation.answers import answers
+from rlsedit_fast.evaluation.answers import generate_answers
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.scoring import score
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
     world = World.generate()
     edits = [case.edit for case in world_cases(world, 500, 0)]
     model, tokenizer = load_demo_model()
-    before = answers(model, tokenizer, questions(edits))
+    before = generate_answers(model, tokenizer, questions(edits))
     with rf.Editor(model, tokenizer, config=CONFIG.replace(batch_size=50), store=store) as editor:
         editor.anchor(anchor_texts(world, 0))
         editor.edit(edits)
@@ -73,7 +73,7 @@ def test_undoing_a_random_half_equals_applying_only_the_other_half(stream):
     assert change < 1e-3
     assert torch.equal(editor.model.model.layers[0].mlp.down_proj.weight, state.weight)
 
-    now = answers(editor.model, editor.tokenizer, questions(edits))
+    now = generate_answers(editor.model, editor.tokenizer, questions(edits))
     as_before = sum(now[i - 1] == before[i - 1] for i in undone)
     assert as_before >= 0.95 * len(undone), "the remaining edits may change a few other answers"
     still = score(editor.model, editor.tokenizer, questions([edits[i - 1] for i in kept]))
@@ -89,7 +89,7 @@ def test_contradicting_edit_replaces_the_old_one_and_both_are_listed(stream):
     contradiction = replace(edits[0], target=other)
     with rf.Editor(*load_demo_model(), store=store) as editor:
         (record,) = editor.edit([contradiction])
-        assert answers(editor.model, editor.tokenizer, questions([contradiction])) == [other]
+        assert generate_answers(editor.model, editor.tokenizer, questions([contradiction])) == [other]
     with rf.Editor(*load_demo_model(), store=store) as editor:
         history = {r.id: r for r in editor.history()}
         assert (history[1].state, history[1].target) == ("replaced", edits[0].target)
