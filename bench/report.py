@@ -27,13 +27,14 @@ TEMPLATES = Environment(
 
 
 def contents(results: Results) -> dict[str, Any]:
-    """Returns the contents of `report.md.jinja`; sections whose experiment has no runs are None."""
-    found: dict[str, Any] = {}
+    """Returns the contents of `report.md.jinja`; sections without figures are None."""
+    known, found = set(results.runs["experiment"]), {}
     for name, (experiment, make) in SECTIONS.items():
         part = results.of(experiment)
-        found[name] = None if part.runs.empty else make(part) | {"runs": part.runs}
-    missing = sorted({SECTIONS[name][0] for name, section in found.items() if section is None})
-    found["summary"] = None if "rules" in missing else summary(results)
+        section = make(part) if experiment in known else None
+        found[name] = section and section | {"runs": part.runs}
+    found["summary"] = summary(results) if "rules" in known else None
+    missing = sorted({experiment for experiment, _ in SECTIONS.values()} - known)
     return found | {"runs": results.runs, "missing": missing, "known_rules": RULES}
 
 

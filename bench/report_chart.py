@@ -19,6 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same data give the same file
+    "font.sans-serif": ["DejaVu Sans"],
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "0.9",
@@ -34,7 +35,7 @@ def draw(
     *,
     front: Collection[str] = (),
     dashed: Collection[str] = (),
-    log_x: bool = False,
+    log: str = "",
     from_zero: bool = False,
 ) -> str:
     """Draws one line per label, or one point where a label has a single row.
@@ -45,7 +46,7 @@ def draw(
         y: label of the y axis.
         front: labels that the Pareto front connects.
         dashed: labels with dashed lines.
-        log_x: whether the x axis is logarithmic.
+        log: names of the logarithmic axes, such as `x` or `xy`.
         from_zero: whether the y axis starts at 0.
 
     Returns:
@@ -54,13 +55,13 @@ def draw(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
+        axes.set(xlabel=x, ylabel=y, **{f"{axis}scale": "log" for axis in log})
         for at, (label, line) in enumerate(data.groupby("label", sort=False)):
             look = _look(str(label), at) | {"linestyle": "--" if label in dashed else "-", "label": label}
             bars = {"xerr": line.get("x_std"), "yerr": line.get("y_std"), "elinewidth": 0.8, "capsize": 2}
             axes.errorbar(line["x"], line["y"], **look, **bars)
-        if len(front) > 1:
-            best = data[data["label"].isin(front)].sort_values("x")
+        best = data[data["label"].isin(front)].sort_values("x")
+        if len(best) > 1:
             axes.plot(best["x"], best["y"], ":", color="0.5", zorder=1, label="Pareto front")
         if from_zero:
             axes.set_ylim(bottom=0)
@@ -75,5 +76,5 @@ def _look(label: str, at: int) -> dict[str, str]:
     if rule not in RULES:
         return {"color": PALETTE[at], "marker": "os^Dv"[at]}
     cycle, place = divmod(RULES.index(rule) - 1, len(PALETTE) - 1)
-    marker = "^vDPX*"[at % 6] if variant else "os"[cycle]
+    marker = "^vDPX*"[at % 6] if variant else "os"[cycle]  # cycle is -1 for OURS: a square
     return {"color": PALETTE[0 if rule == OURS else 1 + place], "marker": marker}

@@ -12,7 +12,7 @@ import pandas as pd
 
 OURS = "rls"
 
-_PLAN = ("label", "stream", "edits", "seed", "judged")
+_PLAN = ("label", "stream", "edits", "seed")
 _RUN = ("ground", "made", "seconds_editing", "seconds_run", "seconds_per_batch")
 _ROW = ["run", "edits", "of", "metric", "form", "value"]
 
@@ -64,6 +64,7 @@ def tabulate(found: Iterable[Mapping[str, Any]]) -> Results:
         {name: run["plan"][name] for name in _PLAN}
         | {name: run[name] for name in _RUN}
         | {"experiment": run.get("experiment", ""), "failed": run["failed"] is not None, "machine": _machine(run)}
+        | {"judged": run["plan"]["judged"] or run["plan"]["edits"]}
         | settings_of(run)
         for run in found
     )

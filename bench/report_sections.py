@@ -117,11 +117,12 @@ def _shown(figures: pd.DataFrame) -> pd.DataFrame:
     return figures[figures["label"].isin(SHOWN_IN_LINES)]
 
 
-def ages(results: Results) -> Section:
+def ages(results: Results) -> Section | None:
     """Retention at the end of edits that succeeded initially, by age of the edits."""
     found = by_age(results)
     shares = found.pivot(index=["run", "label"], columns="first", values="retained")
-    at = list(shares.columns)
+    if not (at := list(shares.columns)):
+        return None
     table = found.groupby("run").head(1).join(shares, on=["run", "label"])
     columns = {f"{oldest_edits(found)} edits: efficacy after the edit": "made", "efficacy at the end": "end"}
     columns |= {"retained": at[0], "middle retained": at[len(at) // 2], "last retained": at[-1]}
@@ -158,11 +159,13 @@ def sweep(results: Results) -> Section:
     return {"tables": tables, "lines": lines, "dashed": list(dashed)}
 
 
-def bounds(results: Results) -> Section:
+def bounds(results: Results) -> Section | None:
     """Measured deviations of the recursive rule along the stream and their bounds."""
     ours = results.where(results.runs["label"] == OURS)
     norms = {"deviation": "‖W − W0‖", "anchors": "‖K0 (W − W0)ᵀ‖"}
     found = pd.concat(ours.figures(metric, ["measured", "bound"]).assign(norm=norm) for metric, norm in norms.items())
+    if found.empty:
+        return None
     found["layer"] = found["of"].str.removeprefix("layer ").astype(int)
     first = found[found["layer"] == found["layer"].min()]
     lines = [_lines(first.assign(label=first["norm"] + f" {form}"), "edits", form) for form in ("measured", "bound")]
@@ -215,9 +218,10 @@ def capability(results: Results) -> Section:
     return {"table": table, "lines": lines, "layers": norms["of"].nunique(), "tasks": tasks, "too_long": too_long}
 
 
-def costs(results: Results) -> Section:
+def costs(results: Results) -> Section | None:
     """Time per batch along the stream."""
-    runs = results.runs[~results.runs["failed"]]
+    if (runs := results.runs[~results.runs["failed"]]).empty:
+        return None
     # Otherwise the values of most batches were searched together with those of an earlier batch.
     with_search = (runs["search_ahead"].clip(upper=AGE) <= 2 * runs["batch_size"]).any()
     unit = "with search, ms" if with_search else "ms"

@@ -47,7 +47,7 @@ def few_texts(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_texts")
 def test_report_contains_every_experiment(tmp_path, monkeypatch, capsys):
-    brief = {"checkpoints": (), "judged": 4}
+    brief = {"checkpoints": (), "judged": 4, "free": 4, "probed": 200}
     for name, small in {
         "GRIDS": GRIDS,
         "TUNING_EDITS": 4,

@@ -163,6 +163,13 @@ def test_failed_runs_are_not_averaged():
     assert row(table, "memit (1 of 2 failed)")["efficacy"] == "0.810"
 
 
+def test_sections_without_figures_are_omitted(folder):
+    found = text(folder(rules=[run("memit", 1, failed={"after": 200, "reason": "x"})]))
+    titles = ["Summary", "Comparison of the rules", "Capability", "Machines and versions"]
+    assert re.findall("^## (.*)", found, re.MULTILINE) == titles
+    assert "| memit (1 of 1 failed) | 0.910 |" in found
+
+
 def test_exceeded_bound_is_reported(folder):
     found = text(folder(rules=[run("rls", 1, bound=1.9), run("memit", 1)]))
     assert "**Bounds**: 2 of 2 measured deviations exceed their bounds!" in found
