@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from report import write
-from report_runs import taken
+from report_data import selected, tabulate
 
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.evaluation.demo import CONFIG
@@ -116,10 +116,10 @@ def tuning(
 
 
 def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) -> dict[str, Contender]:
-    """Of each rule the settings that its runs of the grid speak for; see `report_runs.taken`."""
+    """Returns every rule with the settings that its tuning runs select, see `report_data.selected`."""
     best = {rule: Contender(rule, grid[0]) for rule, grid in grids.items()}
     for rule, tried in jobs.items():
-        at = taken([load_result(job) for job in tried])
+        at = selected(tabulate(load_result(job) for job in tried).runs)
         best[rule] = Contender(rule, grids[rule][at])
         print(f"{rule}: {best[rule].changes}")
     return best

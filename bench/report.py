@@ -1,74 +1,63 @@
-"""Writes the report of a result folder of `bench/paper.py` as HTML with inline charts and as Markdown.
+"""Writes the report of a result folder of `bench/paper.py` as Markdown and, with charts, as an HTML page.
 
     python bench/report.py bench/results/paper/demo
 
-writes `report.html` and `report.md` into the folder. Every figure is computed from the result files; experiments
-without runs are omitted and listed.
+writes `report.md` and `report.html` into the folder. Every figure is computed from the result files. Experiments
+without runs are omitted and listed. Needs `pip install ".[report]"`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from report_page import Section, markdown, page
-from report_runs import Run
-from report_sections import ages, batches, bounds, capability, costs, hard, how, orders, rules, sweep, tuning
-from report_verdicts import verdicts
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from report_chart import draw
+from report_data import Results, load
+from report_sections import SECTIONS, summary
 
+from rlsedit_fast.baselines import RULES
 
-def load(folder: Path) -> dict[str, list[Run]]:
-    """Returns the runs by experiment, the name of their folder."""
-    found: dict[str, list[Run]] = defaultdict(list)
-    for path in sorted(folder.glob("*/*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if "rows" in run and "plan" in run:
-            found[path.parent.name].append(run)
-    for name, runs in found.items():
-        longest = max(run["plan"]["edits"] for run in runs)
-        if shorter := len(runs) - len(whole := [run for run in runs if run["plan"]["edits"] == longest]):
-            print(f"{folder / name}: {shorter} of {len(runs)} runs have fewer than {longest} edits and are omitted")
-            found[name] = whole
-    return found
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def build(experiments: dict[str, list[Run]]) -> list[Section]:
-    """Returns the sections in order; the last one lists experiments without runs."""
-    made: list[tuple[str, Callable[[list[Run]], Section]]] = [
-        ("rules", rules),
-        ("rules", ages),
-        ("sweep", sweep),
-        ("rules", bounds),
-        ("orders", orders),
-        ("hard", hard),
-        ("batches", batches),
-        ("rules", capability),
-        ("rules", costs),
-        ("tuning", tuning),
-    ]
-    sections = [make(experiments[name]) for name, make in made if experiments.get(name)]
-    missing = sorted({name for name, _ in made if not experiments.get(name)})
-    if experiments.get("rules"):
-        sections.insert(0, verdicts(experiments))
-    sections.append(how(experiments, missing))
-    return sections
+def contents(results: Results) -> dict[str, Any]:
+    """Returns the contents of `report.md.jinja`; sections without figures are None."""
+    known, found = set(results.runs["experiment"]), {}
+    for name, (experiment, make) in SECTIONS.items():
+        part = results.of(experiment)
+        section = make(part) if experiment in known else None
+        found[name] = section and section | {"runs": part.runs}
+    found["summary"] = summary(results) if "rules" in known else None
+    missing = sorted({experiment for experiment, _ in SECTIONS.values()} - known)
+    return found | {"runs": results.runs, "missing": missing, "known_rules": RULES}
+
+
+def _table(data: pd.DataFrame, left: int = 1) -> str:
+    """Formats a table of text as Markdown; the first `left` columns are left-aligned."""
+    lines = [list(data.columns), ["---"] * left + ["---:"] * (data.shape[1] - left), *data.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def render(found: dict[str, Any], *, charts: bool = False) -> str:
+    """Returns the report as Markdown, with or without charts."""
+    page = TEMPLATES.get_template("report.md.jinja")
+    return page.render(found, table=_table, draw=draw if charts else None)
 
 
 def write(folder: Path) -> list[Path]:
     """Writes both reports into the folder."""
-    experiments = load(folder)
-    if not experiments:
-        raise SystemExit(f"{folder}: no result files found; create them with bench/paper.py")
-    name = next(iter(experiments.values()))[0]["ground"]
-    title = f"Editing rules on the {name} model"
-    sections = build(experiments)
-    paths = [folder / "report.html", folder / "report.md"]
-    paths[0].write_text(page(title, sections), encoding="utf-8")
-    paths[1].write_text(markdown(title, sections), encoding="utf-8")
-    return paths
+    page, text = folder / "report.html", folder / "report.md"
+    found = contents(load(folder))
+    text.write_text(render(found), encoding="utf-8")
+    body = MarkdownIt().enable("table").render(render(found, charts=True))
+    page.write_text(TEMPLATES.get_template("report.html.jinja").render(body=body), encoding="utf-8")
+    return [page, text]
 
 
 def main() -> None:
