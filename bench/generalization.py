@@ -22,7 +22,8 @@ from recording import add_json, record
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.evaluation.grounds import running_text
-from rlsedit_fast.evaluation.layers import Trials, compare
+from rlsedit_fast.evaluation.layer_trials import Trials
+from rlsedit_fast.evaluation.layers import compare
 from rlsedit_fast.models.loading import load_model
 
 TOPICS = (

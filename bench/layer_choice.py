@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from rlsedit_fast import Edit, EditConfig, read_edits
 from rlsedit_fast.errors import RLSEditError
 from rlsedit_fast.evaluation.grounds import running_text
-from rlsedit_fast.evaluation.layers import Trial, Trials, compare, single_layers, windows
+from rlsedit_fast.evaluation.layer_trials import Trial, Trials
+from rlsedit_fast.evaluation.layers import compare, single_layers, windows
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden

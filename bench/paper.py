@@ -25,8 +25,8 @@ from report_data import selected, tabulate
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground
+from rlsedit_fast.evaluation.plan import Plan
 from rlsedit_fast.evaluation.runs import Job, load_result, result_path, run_jobs
-from rlsedit_fast.evaluation.stream import Plan
 from rlsedit_fast.statistics.sources import GivenTexts
 
 HERE = Path(__file__).resolve().parent

@@ -138,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.demo import CONFIG
     from rlsedit_fast.evaluation.figures import over_seeds
     from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec
+    from rlsedit_fast.evaluation.plan import Plan
     from rlsedit_fast.evaluation.runs import Job, result_path, run_jobs
-    from rlsedit_fast.evaluation.stream import Plan
 
     setup.show_warnings()
     _check(options, demo=options.model == DEMO)

@@ -18,15 +18,7 @@ from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import (
-    DEFAULT_BUDGET,
-    LayerDeviation,
-    Status,
-    assess,
-    calibrated_adherence,
-    layer_deviations,
-    layer_statuses,
-)
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.interrupts import interrupts_deferred
@@ -162,7 +154,7 @@ class Editor:
     @property
     def priors(self) -> list[Prior]:
         """The prior of each edited layer; empty before the calibration or the first edit."""
-        return [state.prior for _, state in self._session.edited]
+        return self._session.priors
 
     @property
     def protected(self) -> list[str]:
@@ -451,21 +443,8 @@ class Editor:
                 hint="list the edits with `rlsedit history` (Python: history())",
             )
         self._check_attached()
-        measured = None
-        if sample and self._session.layers:
-            with quiet(self.model):
-                measured = self._session.sample(sample)
-        layers = layer_statuses(self._session.edited, self._session.norms)
-        return assess(
-            self.history(),
-            self._session.progress.trace,
-            layers,
-            batches=self._session.progress.batches,
-            adherence=calibrated_adherence(self.config, anchored=any(prior.mu for prior in self.priors)),
-            budget=budget,
-            sizes=self._recorder.store.sizes() if self._recorder else {},
-            sample=measured,
-        )
+        with quiet(self.model):
+            return self._session.status(budget, sample)
 
     def history(self) -> list[EditRecord]:
         """Returns the records of all edits, oldest first."""

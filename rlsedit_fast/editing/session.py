@@ -23,11 +23,12 @@ from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import Norms, Sample, calibrated_adherence
+from rlsedit_fast.editing.status import Norms, Sample, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
 from rlsedit_fast.errors import RequestError, RLSEditError, listed
 from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.rls import Prior
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class EditSession:
     def edited(self) -> list[tuple[Projection, LayerState]]:
         """The projections and their states; empty until the priors are set."""
         return list(zip(self._context.projections, self.layers.states, strict=True)) if self.layers else []
+
+    @property
+    def priors(self) -> list[Prior]:
+        """The prior of each layer; empty until the priors are set."""
+        return [state.prior for _, state in self.edited]
 
     @property
     def protected(self) -> list[str]:
@@ -269,7 +275,21 @@ class EditSession:
 
         transaction.commit(change, enter)
 
-    def sample(self, most: int) -> Sample:
+    def status(self, budget: float, sample: int) -> Status:
+        """Returns the status; see `Editor.status`."""
+        anchored = any(prior.mu for prior in self.priors)
+        return assess(
+            self.ledger.records,
+            self.progress.trace,
+            layer_statuses(self.edited, self.norms),
+            batches=self.progress.batches,
+            adherence=calibrated_adherence(self._config, anchored=anchored),
+            budget=budget,
+            sizes=self._recorder.store.sizes() if self._recorder else {},
+            sample=self._sample(sample) if sample and self.layers else None,
+        )
+
+    def _sample(self, most: int) -> Sample:
         """Measures some active edits, evenly spaced over the stream, in the present model."""
         active = self.ledger.active
         ids = [active[at * len(active) // min(most, len(active))] for at in range(min(most, len(active)))]
@@ -376,7 +396,16 @@ class EditSession:
                 if requests and self._affected(requests, replaced, short) != (removed, rewritten):
                     skipped.update({at: found.taken([at]) for at in short})
                     return None
-                result = self._write(everything, found, short)
+                # Called directly, so that a kernel is few calls away from Editor.edit.
+                chosen = [at for at in range(len(everything)) if at not in short]
+                rows = dict[int, EditRows]()
+                if chosen:
+                    some = [everything[at] for at in chosen]
+                    written = self.layers.write(
+                        some, found.taken(chosen), self._config.effective_rows, adherence=self._adherence()
+                    )
+                    rows = dict(zip(chosen, written, strict=True))
+                result = self._measured(everything, found, rows)
             record = self.ledger.transaction(
                 requests,
                 result,
@@ -426,19 +455,16 @@ class EditSession:
             short.update(rest[at] for at in dropped)
         return Values.joined(parts, [*skipped, *rest]), short
 
-    def _write(self, requests: Sequence[Request], values: Values, skipped: Collection[int]) -> BatchResult:
-        """Writes a batch without the skipped requests, and measures all of it in the model."""
-        assert self.layers is not None
-        chosen = [at for at in range(len(requests)) if at not in skipped]
-        some = [requests[at] for at in chosen]
-        rows = dict[int, EditRows]()
-        if chosen:
-            adherence = calibrated_adherence(self._config, anchored=any(state.prior.mu for state in self.layers.states))
-            written = self.layers.write(some, values.taken(chosen), self._config.effective_rows, adherence=adherence)
-            rows = dict(zip(chosen, written, strict=True))
+    def _adherence(self) -> float | None:
+        """Returns the adherence that the last layer maintains, or None."""
+        return calibrated_adherence(self._config, anchored=any(prior.mu for prior in self.priors))
+
+    def _measured(self, requests: Sequence[Request], values: Values, rows: Mapping[int, EditRows]) -> BatchResult:
+        """Measures a batch in the model; requests without rows were skipped."""
         now = measure(self._context.site, requests, values.goal[:, 0], values.delta.norm(dim=1))
-        now.realized[list(skipped)] = 0.0
-        groups = [[chosen[at] for at in group] for group in self._finder.groups(some)]
+        now.realized[[at for at in range(len(requests)) if at not in rows]] = 0.0
+        chosen = list(rows)
+        groups = [[chosen[at] for at in group] for group in self._finder.groups([requests[at] for at in chosen])]
         return BatchResult(rows, _results(values, now), groups)
 
 

@@ -6,15 +6,13 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast import ops
-from rlsedit_fast.errors import InputError, RemovalError, UpdateError
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Built, Edits, build
@@ -23,7 +21,8 @@ from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
 from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, realized
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
+from rlsedit_fast.rls.step import prepare_replacement, prepare_step
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +30,8 @@ DEFAULT_DELAY = 512
 """Pending rows before C is written: enough to make the flush compute-bound, few compared with d_k. Values between 128
 and 1024 perform alike (bench/results/step-delay-cpu.json)."""
 
-REMOVAL_PIVOT_POWER = 0.25
-"""The pivots of a removal, relative to the noise, must exceed `eps` to this power. An applied edit reduces the variance
-c of C in its direction to a fraction p (the pivot), with an error of about `eps c` from the subtraction. The removal
-multiplies the variance by `1/p` and the error by `1/p^2`, so the relative error is `eps / p^2`; it may be at most
-`sqrt(eps)`, half the digits."""
-
 _versions = itertools.count(1)  # shared by all states, so that a panel matches only the state it came from
 _orders = itertools.count(1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """Everything that a step writes, computed and checked before the first write."""
-
-    rows: Tensor  # U [n, d_k]
-    whitened: Tensor  # A [n, d_v]
-    sketch: Sketch
-    step: Step
 
 
 class RLSState(Layer):
@@ -64,8 +47,8 @@ class RLSState(Layer):
     Args:
         weight: `W0 [d_v, d_k]`, any floating dtype; copied and not modified unless `in_place`.
         prior: prior of the layer.
-        delay: maximum number of pending rows before they are folded into C; 0 folds every batch at once. During a
-            transaction rows stay pending until `settle`.
+        delay: maximum number of pending rows before they are folded into C; 0 folds every batch at once. While a
+            snapshot exists rows stay pending until `settle`.
         dtype: dtype of the state and of its computations, float32 or float64; default: float64 for a float64 weight,
             else float32.
         name: name of the layer, for error messages.
@@ -264,21 +247,15 @@ class RLSState(Layer):
         keys, weights, (old, new) = self._batch(keys, weights, old_values=old_values, new_values=new_values)
         self._check_count(keys.shape[0])
         panel = self._panel(keys, weights)
-        shift = new - old
-        weighted = shift * weights[:, None]
-        before = self._innovation(panel, old)
-        moved = panel.gram @ weighted
-        residual = before + shift - moved
-        energy = (weighted.double() * (shift - moved + 2 * before).double()).sum()
-        change, _ = _norms(weighted, panel.projected)
-        gained, size = torch.stack((energy, change)).tolist()
-        if not (math.isfinite(gained) and size < torch.finfo(self._dtype).max):
-            raise UpdateError(self._not_finite(panel))
+        innovation = self._innovation(panel, old)
+        prepared = prepare_replacement(
+            panel, new - old, innovation, weights, sketch=self._sketch, objective=self._objective, name=self._name
+        )
         self._save_weight()
-        self._master.correct(weighted, panel.projected, 1, self._backend)
-        self._objective = max(self._objective + gained, 0.0)
+        self._master.correct(prepared.whitened, prepared.rows, 1, self._backend)
+        self._objective = prepared.step.objective
         self._version = next(_versions)
-        return Step(residual, realized(before + shift, residual), self._objective, size)
+        return prepared.step
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -315,9 +292,9 @@ class RLSState(Layer):
             self._pending.clear(self._delay)
 
     def settle(self) -> None:
-        """Flushes if more than `delay` rows are pending and no snapshot exists. Call it after a transaction.
+        """Flushes if more than `delay` rows are pending and no snapshot exists. Call it when a snapshot was dropped.
 
-        Steps outside of transactions call it themselves. If the flush fails, it logs a warning and the rows stay
+        Steps call it themselves. If the flush fails, it logs a warning and the rows stay
         pending.
         """
         if len(self._pending) > self._delay and not self._snapshots:
@@ -383,19 +360,6 @@ class RLSState(Layer):
         if snapshot.weight is not None:
             self._restore_weight(snapshot.weight)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Restores the state if the block raises: `with a.transaction(), b.transaction(): ...` changes both or neither.
-
-        No rows are flushed inside the block; see `settle`.
-        """
-        taken = self.snapshot()
-        try:
-            yield
-        except BaseException:
-            self.restore(taken)
-            raise
-
     def _batch(
         self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -452,41 +416,16 @@ class RLSState(Layer):
         checks.finite(innovation=innovation)
         return innovation
 
-    def _prepare(self, panel: Panel, innovation: Tensor, sign: int) -> _Prepared:
-        """Computes and checks a step without writing it; one host synchronization."""
-        rows, whitened, lower, info = ops.factor(
-            panel.projected, panel.keys, innovation, panel.noise, sign, backend=self._backend
-        )
-        sketch = self._sketch.moved(panel.keys, 1 / panel.noise, sign)
-        change, rows_energy = _norms(whitened, rows)
-        energy = whitened.double().square().sum()
-        pivot = (lower.diagonal().square() / panel.noise).min()
-        numbers = torch.stack(
-            [x.double() for x in (info, pivot, energy, change, rows_energy, sketch.image.abs().max())]
-        )
-        failed, smallest, gained, size, *finite = numbers.tolist()
-        least = torch.finfo(self._dtype).eps ** REMOVAL_PIVOT_POWER
-        if sign < 0 and (failed or not smallest > least):  # true for NaN
-            raise RemovalError(
-                f"{panel.keys.shape[0]} rows cannot be removed accurately from {self._name} in {self._dtype}: C has "
-                f"lost too many digits in their directions (smallest pivot "
-                f"{'not positive' if failed else format(smallest, '.1e')}, at least {least:.1e} is required). No state "
-                "was modified. Call refresh(keys, values, weights) with the remaining edits."
-            )
-        if failed:
-            raise UpdateError(
-                f"the batch of {panel.keys.shape[0]} rows for {self._name} could not be factored: pivot {int(failed)} "
-                "is not positive. No state was modified. C may have drifted; see monitor() and refresh()."
-            )
-        largest = torch.finfo(self._dtype).max
-        if not all(value < largest for value in (gained, size, *finite)):  # true for NaN
-            raise UpdateError(self._not_finite(panel))
-        residual = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
-        objective = max(self._objective + sign * gained, 0.0)
-        return _Prepared(rows, whitened, sketch, Step(residual, realized(innovation, residual), objective, size))
-
     def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
-        prepared = self._prepare(panel, innovation, sign)
+        prepared = prepare_step(
+            panel,
+            innovation,
+            sign,
+            sketch=self._sketch,
+            objective=self._objective,
+            name=self._name,
+            backend=self._backend,
+        )
         self._reserve(prepared.rows.shape[0])
         self._save_weight()
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
@@ -554,20 +493,7 @@ class RLSState(Layer):
             self.flush()
         self._pending.reserve(rows)
 
-    def _not_finite(self, panel: Panel) -> str:
-        return (
-            f"the result of the batch of {panel.keys.shape[0]} rows for {self._name} overflows {self._dtype}. No state "
-            "was modified. Scale the keys and values down, or use float64."
-        )
-
 
 def dtype_of(weight: Tensor) -> torch.dtype:
     """Returns the default dtype of a state: float64 for a float64 weight, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `||A^T U||_F` and `||U||_F^2` as float64 scalars, from n x n Gram matrices."""
-    rows, whitened = rows.double(), whitened.double()
-    gram = rows @ rows.T
-    return (gram * (whitened @ whitened.T)).sum().clamp_min(0).sqrt(), gram.trace()

@@ -13,8 +13,8 @@ from rlsedit_fast.evaluation import grounds, phases, runs, stream
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
+from rlsedit_fast.evaluation.plan import Plan
 from rlsedit_fast.evaluation.runs import Job, load_result, result_path, value
-from rlsedit_fast.evaluation.stream import Plan
 from rlsedit_fast.evaluation.tasks import Item
 
 CONFIG = CONFIG.replace(batch_size=5, search={"ahead": 20})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -207,3 +208,19 @@ def same() -> Callable[[dict[str, object], dict[str, object]], bool]:
 @pytest.fixture(scope="session")
 def record() -> Callable[[RLSState], dict[str, object]]:
     return contents
+
+
+@contextmanager
+def _restored(state: RLSState) -> Iterator[None]:
+    taken = state.snapshot()
+    try:
+        yield
+    except BaseException:
+        state.restore(taken)
+        raise
+
+
+@pytest.fixture
+def transaction() -> Callable[[RLSState], AbstractContextManager[None]]:
+    """`transaction(state)` restores the state if the block raises."""
+    return _restored

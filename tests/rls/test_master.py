@@ -48,7 +48,7 @@ def test_in_place_matches_a_copied_state(dtype, transposed) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_failed_transaction_restores_the_weight(dtype) -> None:
+def test_failed_transaction_restores_the_weight(dtype, transaction: Callable) -> None:
     weight = layer(dtype)
     state = RLSState(weight, Prior(lam=2.0), in_place=True)
     first, second = stream(2)
@@ -56,7 +56,7 @@ def test_failed_transaction_restores_the_weight(dtype) -> None:
     rounded, exact = weight.clone(), state.weight.clone()
 
     def fail() -> None:
-        with state.transaction():
+        with transaction(state):
             state.update(*second)
             assert not torch.equal(weight, rounded)
             raise InputError("expected failure")

@@ -106,7 +106,9 @@ def test_snapshot_of_another_state_raises(problem: Callable, record: Callable, s
     assert same(before, record(state))
 
 
-def test_transaction_over_layers_changes_all_or_none(problem: Callable, record: Callable, same: Callable) -> None:
+def test_transaction_over_layers_changes_all_or_none(
+    problem: Callable, record: Callable, same: Callable, transaction: Callable
+) -> None:
     cases = [problem(seed=seed, sizes=[2, 3], d_k=12 + seed) for seed in range(3)]
     states = [case.state(delay=2) for case in cases]
     for case, state in zip(cases, states, strict=True):
@@ -116,7 +118,7 @@ def test_transaction_over_layers_changes_all_or_none(problem: Callable, record: 
     def edit(poison: float) -> None:
         with ExitStack() as stack:
             for state in states:
-                stack.enter_context(state.transaction())
+                stack.enter_context(transaction(state))
             for index, (case, state) in enumerate(zip(cases, states, strict=True)):
                 keys, values, _ = case.batches()[1]
                 state.update(keys, values * (poison if index == 2 else 1))
@@ -223,12 +225,14 @@ def test_memory_of_a_state(problem: Callable, state_bytes: Callable) -> None:
 
 
 @pytest.mark.parametrize("delay", [0, 4, 8])
-def test_settle_flushes_after_a_transaction(problem: Callable, state_bytes: Callable, delay: int) -> None:
+def test_settle_flushes_after_a_transaction(
+    problem: Callable, state_bytes: Callable, delay: int, transaction: Callable
+) -> None:
     case = problem(sizes=[3] * 12)
     state = case.state(delay=delay)
     sizes = []
     for batch in case.batches():
-        with state.transaction():
+        with transaction(state):
             state.update(*batch)
             state.settle()
             assert len(state._pending) >= 3, "no flush inside a transaction"
@@ -261,11 +265,13 @@ def test_snapshot_copies_the_weight_on_the_first_write(problem: Callable, record
     assert same(record(state), before)
 
 
-def test_buffer_shrinks_after_a_large_transaction(problem: Callable, state_bytes: Callable) -> None:
+def test_buffer_shrinks_after_a_large_transaction(
+    problem: Callable, state_bytes: Callable, transaction: Callable
+) -> None:
     case = problem(sizes=[3] * 12)
     state = case.state(delay=4)
     usual = state_bytes(state)
-    with state.transaction():
+    with transaction(state):
         for batch in case.batches():
             state.update(*batch)
     assert state_bytes(state) > usual
