@@ -1,7 +1,7 @@
 """`M <- M + X^T X` in Triton, float32 sums of rows of any 16- or 32-bit dtype. Not yet run on a GPU.
 
 Each tile of the lower triangle and its mirror image have one owner, as in `downdate`. Products of bfloat16 and float16
-rows are exact in float32, so they use the tensor cores directly, whatever the requested precision.
+rows are exact in float32, so they use the tensor cores directly with any requested precision.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuses to overwrite an existing file that does not contain key statistics."""
+    """Raises InputError for an existing file that does not contain key statistics."""
     if not out.exists():
         return
     try:

@@ -145,7 +145,7 @@ def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
         below = precision[j.stop :, j]
         precision[j.stop :, j] = torch.linalg.solve_triangular(lower.T, below, upper=True, left=False)
     else:
-        # The rounding error of a pivot is relative to its diagonal entry, whatever the scale of the feature.
+        # The rounding error of a pivot is relative to its diagonal entry, for any scale of the feature.
         pivots = precision.diagonal().square()
         index = int((pivots / diagonal).argmin())
         pivot = float(pivots[index])

@@ -1,4 +1,4 @@
-"""Exact (master) weights in float32 or float64, whatever the dtype of the model."""
+"""Exact (master) weights in float32 or float64, for a model of any dtype."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def collect(
         raise InputError(f"checkpoint={str(checkpoint)!r}: {source.name} cannot be read again; pass a text file")
     width = min(longest or _PIECE, _PIECE)
     identity = fingerprint(decoder.model) if identity is None else identity
-    about = {"fingerprint": identity, "source": source.name, "tokens asked for": tokens}
+    about = {"fingerprint": identity, "source": source.name, "requested tokens": tokens}
     about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
     state = _State(
         {p.layer: p.weight.new_zeros((p.weight.shape[1],) * 2, dtype=torch.float32) for p in projections}, _Place()

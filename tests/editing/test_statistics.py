@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_collection_is_refused(decoder, make_model, toke
     others = {
         "fingerprint": (find_decoder(make_model("qwen2")), file, {"tokens": 300}),
         "source": (decoder, TextFile(other), {"tokens": 300}),
-        "tokens asked for": (decoder, file, {"tokens": 301}),
+        "requested tokens": (decoder, file, {"tokens": 301}),
         "tokens of a row": (decoder, file, {"tokens": 300, "longest": 63}),
         "layers": (decoder, file, {"tokens": 300, "layers": (1,)}),
     }
