@@ -1,0 +1,90 @@
+"""The public interface of the editor: accepted inputs, and options that are passed on."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import rlsedit_fast as rf
+from rlsedit_fast.errors import RequestError
+
+CONFIG = rf.EditConfig(
+    layers=(1,), contexts={"prefixes": ("",)}, prior={"lam": 1.0}, search={"steps": 2}, fact_token="last"
+)
+FACT = {"prompt": "{} lives in", "subject": "Lado Toze", "target": "Port Alder"}
+
+
+@pytest.fixture
+def editor(make_model, tokenizer):
+    return rf.Editor(make_model("llama"), tokenizer, config=CONFIG)
+
+
+def test_edits_may_be_dicts(editor):
+    (record,) = editor.edit([FACT | {"name": "first", "weight": 2.0, "paraphrases": ["Lado Toze is at home in"]}])
+    assert (record.subject, record.target, record.name, record.weight) == ("Lado Toze", "Port Alder", "first", 2.0)
+    assert editor._session.ledger.edits([1]) == [
+        rf.Edit(**FACT, name="first", weight=2.0, paraphrases=("Lado Toze is at home in",))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompt": "{} is", "subject": "Lado"}, "edit 1: missing fields: target"),
+        (FACT | {"targt": "x"}, "edit 1: unknown field 'targt'; did you mean 'target'"),
+        (FACT | {"case": 3}, "edit 1: unknown field 'case'; expected: prompt, subject, target, weight"),
+        (FACT | {"subject": 3}, "edit 1: subject=3: expected a string"),
+    ],
+)
+def test_invalid_dicts_raise_before_the_first_edit(editor, wrong, message):
+    with pytest.raises(RequestError, match=message):
+        editor.edit([FACT, wrong])
+    assert editor.history() == []
+
+
+def test_a_single_dict_is_not_a_list_of_edits(editor):
+    with pytest.raises(RequestError, match="put a single edit in a list"):
+        editor.edit(FACT)
+
+
+def test_an_edit_survives_a_dict():
+    edit = rf.Edit(**FACT, span=(0, 4), neighborhood=("Veta lives in",))
+    assert rf.Edit.from_dict(edit.to_dict()) == edit
+    assert edit.filled_prompt == "Lado Toze lives in"
+
+
+def test_options_of_the_checkpoint_reach_the_tokenizer(make_model, tokenizer, monkeypatch):
+    import transformers
+
+    model, seen = make_model("llama"), {}
+
+    def load_model(path, **options):
+        seen["model"] = (path, options)
+        return model
+
+    def load_tokenizer(path, **options):
+        seen["tokenizer"] = (path, options)
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_tokenizer)
+    shared = {"revision": "v2", "trust_remote_code": True, "token": "secret", "subfolder": "sub"}
+    rf.Editor.from_pretrained("some/model", config=CONFIG, dtype="auto", **shared)
+    assert seen == {"model": ("some/model", {"dtype": "auto", **shared}), "tokenizer": ("some/model", shared)}
+
+
+def test_selected_edits_are_undone_and_replaced(editor):
+    editor.edit([FACT, {**FACT, "subject": "Veta Fado"}, {**FACT, "subject": "Rekuno"}])
+    assert [record.id for record in editor.undo(editor.select(subject="Veta  Fado"))] == [2]
+    (record,) = editor.replace(editor.select(last=1), "organ")
+    assert (record.id, record.target) == (4, "organ")
+    assert [one.state for one in editor.history()] == ["active", "undone", "replaced", "active"]
+
+
+def test_the_package_has_a_version_and_exports_its_errors():
+    assert rf.__version__
+    errors = [name for name in rf.__all__ if name.endswith("Error")]
+    assert all(issubclass(getattr(rf, name), rf.RLSEditError) for name in errors)
+    defined = {name for name, value in vars(rf.errors).items() if inspect.isclass(value)}
+    assert defined == set(errors)
