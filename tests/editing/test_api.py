@@ -86,5 +86,7 @@ def test_the_package_has_a_version_and_exports_its_errors():
     assert rf.__version__
     errors = [name for name in rf.__all__ if name.endswith("Error")]
     assert all(issubclass(getattr(rf, name), rf.RLSEditError) for name in errors)
-    defined = {name for name, value in vars(rf.errors).items() if inspect.isclass(value)}
+    defined = {
+        name for name, value in vars(rf.errors).items() if inspect.isclass(value) and issubclass(value, Exception)
+    }
     assert defined == set(errors)
