@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import context, layers, value_search
+from rlsedit_fast.editing import layers, value_search
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.evaluation.cases import world_cases
@@ -134,7 +134,6 @@ def copied(source: str, target: str) -> None:
 def opening_cost(edits: list[Edit], batch_size: int, keys: Any, place: Path) -> dict[str, Any]:
     """Applies a stream with random keys and values and opens its store in the worst case."""
     with (
-        mock.patch.object(context, "request_keys", random_keys),
         mock.patch.object(layers, "request_keys", random_keys),
         mock.patch.object(value_search, "search_within_memory", random_values),
     ):

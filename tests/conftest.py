@@ -16,6 +16,11 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """Runs the tests with slow setups first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: "tests/real/" not in item.path.as_posix())
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -88,7 +88,7 @@ def test_given_setting_overrides_the_demo_settings(tmp_path):
 )
 def test_unused_settings_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "settings.json").write_text('{"rome": {"lam": 1.0}}')
+    (tmp_path / "settings.json").write_text('{"rome": {"prior": {"lam": 1.0}}}')
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
 

@@ -126,7 +126,7 @@ def test_texts_are_split_as_the_file_says(name, file, paragraph):
 
 def test_a_second_call_does_no_work(name, no_build):
     path = real_models.checkpoint(name)
-    assert path == real_models.folder() / "models" / name
+    assert path == real_models.cache_folder() / "models" / name
 
 
 def test_gemmas_digest_is_the_one_in_its_package():

@@ -74,5 +74,5 @@ def test_a_file_that_lacks_a_matrix_it_names_is_refused_by_name(tmp_path):
     path = tmp_path / "s.safetensors"
     told = {"kind": "rlsedit-fast key statistics 1", "about": "{}", "sums": '{"4": "ab", "5": "cd"}'}
     save_file({"4": torch.zeros(6, 6)}, path, metadata=told)
-    with pytest.raises(InputError, match="it lacks layer 5"):
+    with pytest.raises(InputError, match="layer 5 is missing"):
         KeyStatistics.load(path)
