@@ -71,7 +71,8 @@ def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON file with fields of EditConfig; the options below take precedence",
+        help='JSON file with settings of EditConfig, such as {"batch_size": 10, "prior": {"adherence": 0.9}}; the '
+        "options below take precedence",
     )
     group.add_argument(
         "--layers", metavar="L,L,...", help="decoder layers whose MLP output projections are edited: 4,5,6 or 4-8"

@@ -6,7 +6,7 @@ import argparse
 
 from rlsedit_fast.cli.stores import add_change, change, report
 
-HELP = "undo edits of a store exactly, as if they had never been applied"
+HELP = "undo edits of a store; their rows are removed exactly and the other edits stay"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
