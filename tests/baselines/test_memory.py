@@ -1,4 +1,4 @@
-"""The memory of editing is estimated in advance, and insufficient memory leaves everything unmodified."""
+"""The memory of editing is estimated in advance, and too little memory raises and changes nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CONFIG = rf.EditConfig(layers=(1, 2), contexts={"prefixes": ("", "People speak .
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_bytes, dtype):
+def test_the_memory_plan_equals_the_memory_of_the_states(make_model, tokenizer, state_bytes, dtype):
     editor = rf.Editor(make_model("llama", dtype), tokenizer, config=CONFIG)
     plan = editor.context.memory()
     assert [layer.layer for layer in plan] == [1, 2]
     editor.calibrate([EDIT])
     for layer, state, projection in zip(plan, editor._session.layers.states, editor.context.projections, strict=True):
-        grown = 4 * editor.config.delay * (96 + 1)  # of the pending rows, when a batch finds their buffer full
+        grown = 4 * editor.config.delay * (96 + 1)  # by pending rows when the buffer is full
         assert layer.state == state_bytes(state, projection.weight) + grown
         assert layer.writing == sum(tensor.nbytes for tensor in state._master.tensors)
     editor.edit([EDIT])
@@ -35,30 +35,30 @@ def test_the_plan_is_what_the_states_then_keep(make_model, tokenizer, state_byte
     assert [layer.anchors for layer in plan] == [moment.nbytes for moment in anchored._session.moments]
 
 
-def remembered(value):
-    """The tensors of what a rule remembers."""
+def tensors_of(value):
+    """Returns the tensors in the memory of a rule."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [t for name in getattr(value, "__dataclass_fields__", ()) for t in remembered(getattr(value, name))]
+    return [t for name in getattr(value, "__dataclass_fields__", ()) for t in tensors_of(getattr(value, name))]
 
 
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BASELINES), ("alphaedit", {"null_share": 0.3})])
-def test_the_plan_of_another_rule_is_what_its_layers_then_keep(make_model, tokenizer, name, options):
+def test_the_memory_plan_of_another_rule_equals_the_memory_of_its_layers(make_model, tokenizer, name, options):
     config = CONFIG.replace(rule=name, rule_options=options, same_subject="separate")
     editor = rf.Editor(make_model("llama"), tokenizer, config=config)
     editor.anchor(["Toze Lado lives in Port Alder ."])
     plan = editor.context.memory()
     editor.edit([EDIT, rf.Edit("{} lives in", "Lado Toze", "Port Alder")])
     for layer, state in zip(plan, editor._session.layers.states, strict=True):
-        kept = [state.original, *remembered(state._memory)]
-        taken = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        if name == "alphaedit" and not options:  # by a threshold its basis may be anything up to the whole
-            assert taken <= layer.state
+        kept = [state.original, *tensors_of(state._memory)]
+        used = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        if name == "alphaedit" and not options:  # with a threshold, its basis has any size up to the full width
+            assert used <= layer.state
         else:
-            assert taken == layer.state
+            assert used == layer.state
 
 
-def test_too_little_memory_is_an_error_before_anything_is_made(make_model, tokenizer, monkeypatch):
+def test_too_little_memory_raises_before_anything_is_allocated(make_model, tokenizer, monkeypatch):
     editor = rf.Editor(make_model("llama"), tokenizer, config=CONFIG)
     monkeypatch.setattr(memory, "available", lambda _device: 100_000)
     with pytest.raises(ResourceError, match=r"editing needs .* on cpu .* and 100 kB are free"):
@@ -67,7 +67,7 @@ def test_too_little_memory_is_an_error_before_anything_is_made(make_model, token
     assert editor.history() == []
 
 
-def test_memory_that_runs_out_in_a_batch_rolls_it_back(make_model, tokenizer, monkeypatch):
+def test_out_of_memory_in_a_batch_rolls_it_back(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = rf.Editor(model, tokenizer, config=CONFIG)
     editor.edit([EDIT])
@@ -92,11 +92,11 @@ def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     assert sizes == ["5.58 GB", "2.11 GB", "1.17 GB", "4.11 GB", "1.16 MB"], "as docs/python.md states"
 
 
-def test_sizes_are_told_in_units_a_person_reads():
+def test_sizes_are_formatted_with_readable_units():
     assert [memory.size(n) for n in (12, 3_400, 1_640_000_000)] == ["12 bytes", "3.4 kB", "1.64 GB"]
 
 
-def test_free_memory_is_told_where_the_system_tells_it():
+def test_free_memory_is_positive_or_unknown():
     free = memory.available(torch.device("cpu"))
     assert free is None or free > 0
     assert memory.available(torch.device("meta")) is None

@@ -1,4 +1,4 @@
-"""Edits that ask the same are found however they are written, and each that goes is accounted for."""
+"""Conflicting and duplicate edits are found despite different spelling, and every dropped edit is reported."""
 
 import json
 
@@ -11,10 +11,10 @@ from rlsedit_fast.errors import InputError, RequestError
 EDITS = [
     rf.Edit("The capital of {} is", "France", "Lyon"),  # 0
     rf.Edit("{} plays the", "Miles Davis", "piano"),  # 1
-    rf.Edit("The capital of France  is ", "France", "Nice"),  # 2: 0, otherwise
+    rf.Edit("The capital of France  is ", "France", "Nice"),  # 2: contradicts 0
     rf.Edit("{} lies in", "France", "Asia"),  # 3
-    rf.Edit("The capital of {} is", "France", " Lyon"),  # 4: 0 again
-    rf.Edit("{} plays the", "Miles Davis", "piano", name="again"),  # 5: 1 again
+    rf.Edit("The capital of {} is", "France", " Lyon"),  # 4: duplicate of 0
+    rf.Edit("{} plays the", "Miles Davis", "piano", name="again"),  # 5: duplicate of 1
 ]
 
 
@@ -26,7 +26,7 @@ EDITS = [
         ("keep", [2, 3, 4, 5], [(0, 4), (1, 5)], [(2, 4)], [[2, 3, 4]]),
     ],
 )
-def test_the_rule_says_which_one_stays(conflicts, kept, duplicates, contradictions, same_subject):
+def test_the_conflicts_option_determines_which_edit_is_kept(conflicts, kept, duplicates, contradictions, same_subject):
     resolved = resolve(EDITS, conflicts=conflicts)
     assert resolved.kept == kept
     assert resolved.edits == [EDITS[index] for index in kept]
@@ -35,14 +35,14 @@ def test_the_rule_says_which_one_stays(conflicts, kept, duplicates, contradictio
     assert resolved.same_subject == same_subject
 
 
-def test_every_edit_is_kept_or_accounted_for():
+def test_every_edit_is_kept_or_reported_as_dropped():
     for conflicts in ("later", "first"):
         resolved = resolve(EDITS, conflicts=conflicts)
-        gone = [index for index, _ in (*resolved.duplicates, *resolved.contradictions)]
-        assert sorted([*resolved.kept, *gone]) == list(range(len(EDITS)))
+        dropped = [index for index, _ in (*resolved.duplicates, *resolved.contradictions)]
+        assert sorted([*resolved.kept, *dropped]) == list(range(len(EDITS)))
 
 
-def test_keep_keeps_one_of_each_target_in_their_order():
+def test_keep_keeps_the_last_edit_of_each_target_in_order():
     edits = [rf.Edit("{} is", "x", target) for target in "abacb"]
     resolved = resolve(edits, conflicts="keep")
     assert [edit.target for edit in resolved.edits] == ["a", "c", "b"]
@@ -50,13 +50,13 @@ def test_keep_keeps_one_of_each_target_in_their_order():
     assert resolved.contradictions == [(2, 4), (3, 4)]
 
 
-def test_contradictions_can_be_refused_and_duplicates_are_none():
+def test_error_raises_for_contradictions_but_not_for_duplicates():
     with pytest.raises(RequestError, match=r"1 of 6 edits(.|\n)*edit 2 has the target 'Nice', edit 4 ' Lyon'"):
         resolve(EDITS, conflicts="error")
     assert resolve([EDITS[1], EDITS[5], EDITS[3]], conflicts="error").kept == [1, 2]
 
 
-def test_composed_and_decomposed_letters_are_the_same():
+def test_composed_and_decomposed_letters_are_equal():
     edits = [rf.Edit("{} lives in", "Zo\u00eb", "Z\u00fcrich"), rf.Edit("{} lives in", "Zoe\u0308", "Zu\u0308rich")]
     assert resolve(edits).duplicates == [(0, 1)]
     different = [rf.Edit("{} lives in", "Zo\u00eb", "Bern"), rf.Edit("{} lives in", "Zoe", "Bern")]
@@ -64,7 +64,7 @@ def test_composed_and_decomposed_letters_are_the_same():
     assert (resolved.kept, resolved.duplicates, resolved.same_subject) == ([0, 1], [], [])
 
 
-def test_an_edit_that_cannot_be_filled_is_left_to_be_refused():
+def test_invalid_edits_are_kept_for_the_editor_to_reject():
     bad = [
         rf.Edit("{} and {} are", "x", "a"),
         rf.Edit("{} and {} are", "x", "b"),
@@ -78,7 +78,7 @@ def test_an_edit_that_cannot_be_filled_is_left_to_be_refused():
     assert resolved.contradictions == []
 
 
-def test_the_report_names_places_and_is_short_where_there_is_much():
+def test_the_report_names_places_and_abbreviates_long_lists():
     places = [f"facts.jsonl:{number}" for number in range(1, 7)]
     assert resolve(EDITS, places=places).describe() == [
         "duplicates dropped: 2",
@@ -96,7 +96,7 @@ def test_the_report_names_places_and_is_short_where_there_is_much():
     assert (many[0], many[-1], len(many)) == ("duplicates dropped: 50", "  and 40 more", 12)
 
 
-def test_the_json_is_complete():
+def test_the_json_report_is_complete():
     resolved = resolve(EDITS)
     assert json.loads(json.dumps(resolved.to_json())) == {
         "conflicts": "later",
@@ -108,7 +108,7 @@ def test_the_json_is_complete():
     }
 
 
-def test_bad_arguments_are_refused():
+def test_invalid_arguments_raise():
     with pytest.raises(InputError, match="conflicts='last'"):
         resolve(EDITS, conflicts="last")
     with pytest.raises(InputError, match="1 places for 6 edits"):

@@ -1,4 +1,4 @@
-"""Published facts, as they really are, go into a model; every record of a file is an edit or is accounted for."""
+"""Published data sets are edited into a model, and every record of a file is an edit or is reported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlsedit_fast.data import EditFile, read_edits, resolve
 from rlsedit_fast.models.tokens import encode, fill
 
 DATA = Path(os.environ.get("RLSEDIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; name its folder in RLSEDIT_DATA")
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set RLSEDIT_DATA to its folder")
 
-# Windows with what real data have: edits that contradict one another, and two records without a target.
+# These records include contradictory edits and two records without a target.
 COUNTERFACT, ZSRE = slice(8000, 9000), slice(530, 730)
 VOCABULARY = 1500
 CONFIG = {
@@ -29,7 +29,7 @@ CONFIG = {
     "contexts": {"prefixes": ("",)},
     "search": {"kl_prompts": (), "steps": 2},
 }
-WIDTH = 512  # of the keys: more than a batch has
+WIDTH = 512  # of the keys: larger than a batch
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def texts(records):
 
 
 def byte_level(records, _folder):
-    """As GPT-2's, without special tokens."""
+    """A tokenizer like that of GPT-2, without special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -87,7 +87,7 @@ def byte_level(records, _folder):
 
 
 def sentencepiece(records, folder):
-    """As Llama's, with a BOS and a blank before every text."""
+    """A tokenizer like that of Llama, with a BOS token and a space before every text."""
     from transformers import LlamaTokenizer
 
     written = io.BytesIO()
@@ -137,8 +137,8 @@ def make_model(tokenizer, positions=256):
     return LlamaForCausalLM(config).eval()
 
 
-def spelled(tokenizer, ids):
-    """What ids stand for; the blank that sentencepiece puts before a text is no part of it."""
+def decoded(tokenizer, ids):
+    """Decodes ids, without the space that sentencepiece adds before a text."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text if tokenizer.bos_token_id is None else text.removeprefix(" ")
 
@@ -149,31 +149,35 @@ def test_every_subject_is_located_at_its_last_token(records, any_tokenizer):
     for edit in records.edits:
         filled, start = fill(edit.prompt, edit.subject)
         row = encode(any_tokenizer, edit.prompt, edit.subject, target=edit.target)
-        wanted = filled[: start + len(edit.subject.strip())]
-        assert wanted.endswith(edit.subject.strip())
-        assert spelled(any_tokenizer, row.ids[: row.lookup + 1]) == wanted
-        assert spelled(any_tokenizer, row.ids) == f"{filled} {edit.target.strip()}"
+        expected = filled[: start + len(edit.subject.strip())]
+        assert expected.endswith(edit.subject.strip())
+        assert decoded(any_tokenizer, row.ids[: row.lookup + 1]) == expected
+        assert decoded(any_tokenizer, row.ids) == f"{filled} {edit.target.strip()}"
 
 
-def test_every_record_is_an_edit_or_is_accounted_for(records, any_tokenizer):
+def test_every_record_is_an_edit_or_is_reported(records, any_tokenizer):
     resolved = resolve(records.edits, places=records.places)
-    dropped = [dropped for dropped, _ in (*resolved.duplicates, *resolved.contradictions)]
+    dropped = [index for index, _ in (*resolved.duplicates, *resolved.contradictions)]
     model = make_model(any_tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     editor = rf.Editor(model, any_tokenizer, config=rf.EditConfig(**CONFIG))
     assert editor.context.find_invalid(resolved.edits) == {}
-    made = editor.edit(resolved.edits)
+    applied = editor.edit(resolved.edits)
 
-    assert (len(records.skipped), len(dropped)) == (2, 3), "the windows hold what is to be accounted for"
-    assert len(made) + len(records.skipped) + len(dropped) == records.count == 1200
+    assert (len(records.skipped), len(dropped)) == (2, 3), (
+        "precondition: the records include invalid and conflicting ones"
+    )
+    assert len(applied) + len(records.skipped) + len(dropped) == records.count == 1200
     assert all(skipped.place and skipped.field == "alt" and skipped.reason for skipped in records.skipped)
     assert sorted([*resolved.kept, *dropped]) == list(range(len(records.places)))
-    assert [(r.prompt, r.subject, r.target) for r in made] == [(e.prompt, e.subject, e.target) for e in resolved.edits]
-    assert editor.history() == made, "resolve left nothing that would replace another edit"
-    assert {record.state for record in made} == {"active"}
-    # Of each alone nothing is promised: in a random model subjects with one last token have nearly one key.
-    assert sum(record.realized for record in made) > 0.1 * len(made)
-    together = {tuple(sorted((r.id, *r.joint_with))) for r in made if r.joint_with}
+    assert [(r.prompt, r.subject, r.target) for r in applied] == [
+        (e.prompt, e.subject, e.target) for e in resolved.edits
+    ]
+    assert editor.history() == applied, "precondition: no edit replaces another"
+    assert {record.state for record in applied} == {"active"}
+    # Single edits may fail: in a random model, subjects with the same last token have nearly equal keys.
+    assert sum(record.realized for record in applied) > 0.1 * len(applied)
+    together = {tuple(sorted((r.id, *r.joint_with))) for r in applied if r.joint_with}
     places = {index: number for number, index in enumerate(resolved.kept, start=1)}
     assert together == {tuple(places[index] for index in group) for group in resolved.same_subject}
 
@@ -182,14 +186,14 @@ def test_every_record_is_an_edit_or_is_accounted_for(records, any_tokenizer):
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
-def test_the_command_line_accounts_for_every_record(byte_level_tokenizer, tmp_path, capsys):
+def test_the_command_line_reports_every_record(byte_level_tokenizer, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
     content = raw("counterfact-10k.json", slice(50))
     content[3]["target_new"] = " "
     content[17]["subject"] = "someone else"
-    content[20]["prompt"] = "word " * 100 + content[20]["prompt"]  # more than the model takes
-    content[31] |= {key: content[30][key] for key in ("prompt", "subject")}  # asks the same and says something else
+    content[20]["prompt"] = "word " * 100 + content[20]["prompt"]  # longer than the model supports
+    content[31] |= {key: content[30][key] for key in ("prompt", "subject")}  # contradicts record 30
     content[41] = content[40] | {"case_id": content[41]["case_id"]}
     (tmp_path / "facts.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     (tmp_path / "settings.json").write_text(json.dumps(CONFIG | {"batch_size": 16}))
@@ -200,19 +204,19 @@ def test_the_command_line_accounts_for_every_record(byte_level_tokenizer, tmp_pa
     outputs = ["--json", tmp_path / "report.json", "--out", tmp_path / "out", "--no-anchors"]
     command = [*arguments, *outputs, "--config", tmp_path / "settings.json"]
     assert main([str(argument) for argument in command]) == PARTIAL
-    report, said = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().err
+    report, stderr = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().err
 
     conflicts = report["conflicts"]
     dropped = [conflicts["places"][one] for one, _ in (*conflicts["duplicates"], *conflicts["contradictions"])]
-    made = [record["place"] for record in report["records"]]
+    applied = [record["place"] for record in report["records"]]
     left_out = {entry["place"]: entry["reason"] for entry in report["left_out"]}
-    numbers = [int(place.partition("(record ")[2].rstrip(")")) for place in (*made, *left_out, *dropped)]
-    assert sorted(numbers) == list(range(1, 51)), "each record of the file is in one of the three, and in one only"
-    assert (report["made"], report["edits"], report["not_made"]) == (45, 45, [])
+    numbers = [int(place.partition("(record ")[2].rstrip(")")) for place in (*applied, *left_out, *dropped)]
+    assert sorted(numbers) == list(range(1, 51)), "each record of the file is in exactly one of the three lists"
+    assert (report["applied"], report["edits"], report["not_made"]) == (45, 45, [])
     for number, reason in ((4, "target_new"), (18, "someone else"), (21, "the model supports 64")):
-        (told,) = (told for place, told in left_out.items() if place.endswith(f"(record {number})"))
-        assert reason in told
-        assert told in said
+        (message,) = (text for place, text in left_out.items() if place.endswith(f"(record {number})"))
+        assert reason in message
+        assert message in stderr
     assert [place.partition(" ")[2] for place in dropped] == ["(record 41)", "(record 31)"]
     assert len(report["not_converged"]) == sum(not record["search_converged"] for record in report["records"]) > 0
 

@@ -1,4 +1,4 @@
-"""Every record of a file becomes an edit or is accounted for by its place, field and reason."""
+"""Every record of a file becomes an edit or is reported with its place, field and reason."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def lines(*records):
     return "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
 
 
-def test_every_field_of_a_line_arrives(write):
+def test_every_field_of_a_line_is_read(write):
     full = {
         **PLAIN,
         "name": 41,
@@ -110,7 +110,7 @@ def test_every_field_of_a_line_arrives(write):
     assert (read.skipped, read.format, read.unread) == ([], "edits", [])
 
 
-def test_counterfact_is_read_in_both_forms(write):
+def test_both_forms_of_counterfact_are_read(write):
     original = read_edits(write([ORIGINAL]))
     assert original.edits == [
         rf.Edit(
@@ -143,10 +143,10 @@ def test_counterfact_is_read_in_both_forms(write):
 
 def test_zsre_target_selects_the_field(write):
     path = write([ZSRE])
-    wanted = {"subject": "WEFS", "paraphrases": ("When has WEFS been established?",), "neighborhood": (ZSRE["loc"],)}
-    assert read_edits(path).edits == [rf.Edit("When was WEFS established?", target="1997", **wanted)]
+    expected = {"subject": "WEFS", "paraphrases": ("When has WEFS been established?",), "neighborhood": (ZSRE["loc"],)}
+    assert read_edits(path).edits == [rf.Edit("When was WEFS established?", target="1997", **expected)]
     other = read_edits(path, zsre_target="answers")
-    assert other.edits == [rf.Edit("When was WEFS established?", target="1987", **wanted)]
+    assert other.edits == [rf.Edit("When was WEFS established?", target="1987", **expected)]
     assert other.format == "zsre"
     assert other.unread == ["alt", "loc_ans", "pred"]
     with pytest.raises(
@@ -301,7 +301,7 @@ def test_ten_problems_are_listed_and_all_are_counted(write):
         (json.dumps([PLAIN]).encode("utf-16"), "byte 0xff in line 1 is not UTF-8"),
     ],
 )
-def test_unreadable_file_names_the_position(write, content, expected):
+def test_the_error_for_an_unreadable_file_names_the_position(write, content, expected):
     path = write(content)
     with pytest.raises(RequestError, match=expected) as error:
         read_edits(path)

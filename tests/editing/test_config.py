@@ -1,4 +1,4 @@
-"""Settings are what their fields say, or are refused when they are made, with what was given and what is expected."""
+"""Invalid settings raise on construction, with the given value and the expected one."""
 
 import pickle
 
@@ -75,7 +75,7 @@ def test_invalid_settings_name_the_setting_the_value_and_what_is_expected(settin
         EditConfig().replace(**settings)
 
 
-def test_names_of_peft_and_memit_are_accepted():
+def test_setting_names_of_peft_and_memit_are_accepted():
     config = EditConfig(
         layers_to_transform=[3, 4], v_num_grad_steps=20, clamp_norm_factor=0.5, mom2_update_weight=16, kl_factor=0.1
     )
@@ -86,7 +86,7 @@ def test_names_of_peft_and_memit_are_accepted():
     assert EditConfig(v_lr=0.5, search={"optimizer": "normalized"}).search.optimizer == "normalized"
 
 
-def test_settings_survive_dicts_files_and_pickling(tmp_path):
+def test_settings_round_trip_through_dicts_files_and_pickle(tmp_path):
     config = EditConfig(layers=[1], search={"steps": 3}, rule="rect", rule_options={"share": 0.4})
     assert EditConfig(**config.to_dict()) == config
     assert pickle.loads(pickle.dumps(config)) == config
@@ -107,20 +107,20 @@ def test_a_dict_changes_single_settings_of_a_group():
         config.batch_size = 3
 
 
-def test_lists_as_a_file_of_settings_has_them_are_tuples():
-    made = EditConfig(layers=[1, 2], contexts={"prefixes": ["", "So ."]}, search={"kl_prompts": []})
-    assert made == EditConfig(layers=range(1, 3), contexts={"prefixes": ("", "So .")}, search={"kl_prompts": ()})
-    assert made.layers == (1, 2)
+def test_lists_become_tuples():
+    config = EditConfig(layers=[1, 2], contexts={"prefixes": ["", "So ."]}, search={"kl_prompts": []})
+    assert config == EditConfig(layers=range(1, 3), contexts={"prefixes": ("", "So .")}, search={"kl_prompts": ()})
+    assert config.layers == (1, 2)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "generic"])
-def test_whole_numbers_are_numbers(name):
+def test_integers_are_accepted_for_float_settings(name):
     assert (
         EditConfig.from_preset(name, prior={"lam": 1, "mu": 3}, search={"clamp": 2, "kl_prompts": ()}).search.clamp == 2
     )
 
 
-def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
+def test_the_default_of_rows_and_refine_depends_on_the_rule_and_the_stored_rows():
     def effective(**changes):
         config = EditConfig(**changes)
         return config.effective_rows, config.effective_refine
@@ -132,7 +132,7 @@ def test_what_none_stands_for_goes_with_the_rule_and_the_keys():
     assert effective(rule="memit") == ("mean", 0)
 
 
-def test_to_refine_edits_whose_rows_are_not_kept_is_refused():
+def test_refine_without_stored_rows_raises():
     with pytest.raises(InputError, match="refine=1 requires stored rows"):
         EditConfig(refine=1, stored_rows=None)
     assert EditConfig(refine=0, stored_rows=None).effective_refine == 0

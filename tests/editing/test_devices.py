@@ -1,6 +1,6 @@
-"""A model whose layers lie on several devices is edited as if it lay on one, each layer's state beside its layer.
+"""A model on several devices is edited as on one, and each layer's state is on the device of its layer.
 
-The devices are claimed: every tensor lies in the CPU's memory, and `Claims` keeps book of where each is said to be.
+The devices are simulated: every tensor is in the memory of the CPU, and `Claims` records a device for each.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import sample
 from rlsedit_fast.statistics.sources import GivenTexts
 
-claimed = pytest.mark.skipif(
-    version("transformers").startswith("4."), reason="transformers 4 makes masks under vmap, where no storage is told"
+simulated = pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="transformers 4 makes masks under vmap, which hides storages"
 )
 HOST = torch.device("cpu")
-A, B = torch.device("cpu:1"), torch.device("cpu:2")  # to PyTorch neither each other nor `cpu`, and all one memory
+A, B = (
+    torch.device("cpu:1"),
+    torch.device("cpu:2"),
+)  # for PyTorch different from each other and from `cpu`, with the same memory
 INDEXING = ("index", "index_put", "index_put_impl")
 FILLING = ("fill", "masked_fill")
 
 
 def tensors_in(value):
-    """The tensors among arguments or results, however nested."""
+    """Yields the tensors in nested arguments or results."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):
@@ -40,21 +43,21 @@ def tensors_in(value):
 
 
 class MixedDevices(Exception):
-    """An operation was given tensors of two devices."""
+    """An operation received tensors of two devices."""
 
 
 class Claims(TorchFunctionMode):
-    """Within it a tensor is on the device that it claims, and none is computed with together with another device's.
+    """Gives tensors simulated devices, and raises when an operation mixes devices.
 
-    The rule is PyTorch's for CUDA: an operation has one device, but the host's tensors may index those of any, its
-    scalars go with any pointwise operation, and `copy_` goes across. What PyTorch makes for itself within an operation
-    may be anywhere until it meets a tensor that is not. Not seen is who reads memory by its address; the package's
-    native kernels do, after `rlsedit_fast.ops` has compared the devices of what they are given.
+    The rules are those of PyTorch for CUDA: an operation has one device, but tensors of the host may index tensors of
+    any device, scalars of the host may take part in any pointwise operation, and `copy_` copies between devices.
+    Tensors that PyTorch creates within an operation have no device until they meet a tensor that has one. Reading
+    memory by its address is not detected; the native kernels do so, after `rlsedit_fast.ops` has compared the devices.
     """
 
     def __init__(self):
         super().__init__()
-        self._book = {}  # by storage's address, which the weak reference keeps from being used again
+        self._devices = {}  # by the address of the storage; the weak reference prevents its reuse
 
     def __enter__(self):
         self._kernels = Kernels(self)
@@ -64,20 +67,20 @@ class Claims(TorchFunctionMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         self._kernels.__exit__(*error)
-        self._book = {address: entry for address, entry in self._book.items() if not entry[0].expired()}
+        self._devices = {address: entry for address, entry in self._devices.items() if not entry[0].expired()}
 
     def put(self, tensor, device):
-        """Says where a tensor is, and all that share its memory; None is anywhere."""
+        """Records the device of a tensor and of all that share its memory; None stands for any device."""
         storage = tensor.untyped_storage()
-        self._book[storage._cdata] = StorageWeakRef(storage), device
+        self._devices[storage._cdata] = StorageWeakRef(storage), device
         return tensor
 
     def of(self, tensor):
-        """Where a tensor is; None if it may be anywhere."""
-        return self._book.get(tensor.untyped_storage()._cdata, (None, HOST))[1]
+        """Returns the device of a tensor; None if it has none."""
+        return self._devices.get(tensor.untyped_storage()._cdata, (None, HOST))[1]
 
     def move(self, tensor, device):
-        """The tensor there: itself if it is there already."""
+        """Returns the tensor on the device, without a copy if it is already there."""
         return tensor if self.of(tensor) == device else Move.apply(tensor, self, device)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -107,7 +110,7 @@ class Claims(TorchFunctionMode):
 
 
 class Move(torch.autograd.Function):
-    """A copy on another device, whose gradient goes back to where the tensor came from."""
+    """A copy on another device; its gradient is on the device of the source."""
 
     @staticmethod
     def forward(ctx, tensor, claims, device):
@@ -120,7 +123,7 @@ class Move(torch.autograd.Function):
 
 
 class Kernels(TorchDispatchMode):
-    """Sees every kernel that runs, those of the backward pass too, and holds it to the claims."""
+    """Checks the devices of every kernel that runs, including those of the backward pass."""
 
     def __init__(self, claims):
         super().__init__()
@@ -129,9 +132,9 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = [*tensors_in(args), *tensors_in(kwargs)]
-        device, asked = self._device(func, args, given), kwargs.get("device")
-        if asked is not None and asked.index is not None:  # PyTorch's own code says `cpu` of what is claimed too
-            device = asked
+        device, requested = self._device(func, args, given), kwargs.get("device")
+        if requested is not None and requested.index is not None:  # PyTorch uses `cpu` for simulated devices too
+            device = requested
         out = func(*args, **kwargs)
         memory = {t.untyped_storage()._cdata for t in given if self._claims.of(t) is not None}
         for made in tensors_in(out):
@@ -140,7 +143,7 @@ class Kernels(TorchDispatchMode):
         return out
 
     def _device(self, func, args, given):
-        """Where an operation runs; None if that may be anywhere."""
+        """Returns the device of an operation; None if it has none."""
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::").strip("_")
         if name == "copy":
             return self._claims.of(args[0])
@@ -154,7 +157,7 @@ class Kernels(TorchDispatchMode):
         return next(iter(devices), HOST if placed else None)
 
 
-CLAIMS = Claims()  # one for all tests: what the package caches by device outlives a test
+CLAIMS = Claims()  # one for all tests: caches of the package per device outlive a test
 
 EDITS = [
     rf.Edit("{} lives in", "Toze Lado Rekuno", "Port Alder"),
@@ -167,43 +170,43 @@ ANCHORS = [f"{a} lives in Port Garnet . {b} speaks Nafiish ." for a in NAMES for
 
 
 def device_map(name, lower, upper, **changes):
-    """Embeddings and blocks 0 and 1 on `lower`, the others on `upper`, and the head where its weight is."""
+    """Embeddings and blocks 0 and 1 on `lower`, the others on `upper`, and the head on the device of its weight."""
     if name == "gpt2":
         start, blocks, end = ["transformer.wte", "transformer.wpe", "lm_head"], "transformer.h", ["transformer.ln_f"]
     else:
         start, blocks, end = ["model.embed_tokens", "model.rotary_emb"], "model.layers", ["model.norm"]
-        (end if name == "llama" else start).append("lm_head")  # Gemma's is tied to the embeddings
+        (end if name == "llama" else start).append("lm_head")  # in Gemma it is tied to the embeddings
     modules = dict.fromkeys(start, lower) | dict.fromkeys(end, upper)
     return modules | {f"{blocks}.{i}": changes.get(f"block{i}", lower if i < 2 else upper) for i in range(4)}
 
 
-def by_claim(model, devices):
-    """Spreads a model, with hooks that move what goes into a module to its device."""
+def by_simulation(model, devices):
+    """Distributes a model, with hooks that move the inputs of a module to its device."""
 
-    def moved(value, device):
+    def to_device(value, device):
         if isinstance(value, (tuple, list)):
-            return type(value)(moved(inner, device) for inner in value)
+            return type(value)(to_device(inner, device) for inner in value)
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
-    def moving(device):
-        return lambda _m, args, kwargs: (moved(args, device), {k: moved(v, device) for k, v in kwargs.items()})
+    def hook(device):
+        return lambda _m, args, kwargs: (to_device(args, device), {k: to_device(v, device) for k, v in kwargs.items()})
 
     for name, device in devices.items():
         module = model.get_submodule(name)
         for tensor in (*module.parameters(), *module.buffers()):
             CLAIMS.put(tensor, device)
-        module.register_forward_pre_hook(moving(device), with_kwargs=True)
+        module.register_forward_pre_hook(hook(device), with_kwargs=True)
 
 
 def by_accelerate(model, devices):
-    """Spreads a model as transformers does it for `device_map`."""
+    """Distributes a model like `device_map` of transformers."""
     accelerate = pytest.importorskip("accelerate")
     first = next(iter(devices.values()))
     accelerate.dispatch_model(model, {k: str(v) for k, v in devices.items()}, main_device=str(first), force_hooks=True)
 
 
 def work(model, tokenizer, *, edits=EDITS, anchors=ANCHORS, **changes):
-    """All that an editor does to a model; the editor."""
+    """Runs all operations of an editor that change a model; returns the editor."""
     settings = {
         "layers": (1, 2),
         "batch_size": 2,
@@ -226,12 +229,12 @@ def work(model, tokenizer, *, edits=EDITS, anchors=ANCHORS, **changes):
 
 
 def difference(model, other):
-    """Names of the weights in which two models differ."""
+    """Returns the names of the weights in which two models differ."""
     theirs = other.state_dict()
     return [name for name, value in model.state_dict().items() if not torch.equal(value.cpu(), theirs[name].cpu())]
 
 
-def test_claims_hold_operations_to_one_device():
+def test_simulated_devices_cannot_be_mixed():
     with CLAIMS:
         x, other, host = torch.randn(3, 4, device=A), torch.randn(3, 4).to(B), torch.randn(3, 4)
         assert (x.device, other.device, host.device) == (A, B, HOST)
@@ -256,21 +259,21 @@ def test_claims_hold_operations_to_one_device():
 
 
 @pytest.mark.parametrize(
-    ("name", "key_rows", "spread"),
+    ("name", "key_rows", "distribute"),
     [
-        ("llama", "contexts", by_claim),
+        ("llama", "contexts", by_simulation),
         ("llama", "mean", by_accelerate),
         ("gpt2", "contexts", by_accelerate),
-        ("gpt2", "mean", by_claim),
+        ("gpt2", "mean", by_simulation),
     ],
 )
-@claimed
-def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, key_rows, spread):
+@simulated
+def test_edits_on_two_devices_equal_those_on_one(make_model, tokenizer, name, key_rows, distribute):
     plain, model = make_model(name), make_model(name)
     alone = work(plain, tokenizer, contexts={"rows": key_rows})
     assert len(difference(plain, model)) == 2
     with CLAIMS:
-        spread(model, device_map(name, A, B))
+        distribute(model, device_map(name, A, B))
         editor = work(model, tokenizer, contexts={"rows": key_rows})
         assert editor.deviation() == alone.deviation()
     assert not difference(model, plain)
@@ -288,38 +291,40 @@ def test_edits_over_two_devices_are_those_on_one(make_model, tokenizer, name, ke
     [{"prior": {"mu": 0.0}}, {"prior": {"lam": 0.1}}, {"search": {"optimizer": "adam"}, "same_subject": "separate"}],
     ids=str,
 )
-@claimed
-def test_no_setting_mixes_devices(make_model, tokenizer, changes):
+@simulated
+def test_other_settings_do_not_mix_devices(make_model, tokenizer, changes):
     plain, model = make_model("llama", torch.bfloat16), make_model("llama", torch.bfloat16)
     work(plain, tokenizer, **changes)
     with CLAIMS:
-        by_claim(model, device_map("llama", A, B))
+        by_simulation(model, device_map("llama", A, B))
         work(model, tokenizer, **changes)
     assert not difference(model, plain)
 
 
-@claimed
-def test_search_behind_a_normalisation_resumes_across_the_border(make_model, tokenizer):
-    """The block below lies on another device, and rows are taken out of its output when a request leaves."""
+@simulated
+def test_a_search_after_a_normalization_resumes_on_another_device(make_model, tokenizer):
+    """The preceding block is on another device, and rows leave its output when a request has converged."""
     plain, model = make_model("gemma2"), make_model("gemma2")
     prompt = EDITS[0].prompt.replace("{}", EDITS[0].subject)
     known = tokenizer.decode(score(plain, tokenizer, [(prompt, EDITS[0].target)])[0].predicted[0])
     edits = [replace(EDITS[0], target=known), *EDITS[1:]]
     settings = {"edits": edits, "layers": (2,), "contexts": {"prefixes": ("",)}, "search": {"stop_nll": 20.0}}
     alone = work(plain, tokenizer, **settings)
-    assert [record.search_steps for record in alone.history()[:2]] == [0, 4], "one leaves the batch before the other"
+    assert [record.search_steps for record in alone.history()[:2]] == [0, 4], (
+        "precondition: one request leaves the batch first"
+    )
     with CLAIMS:
-        by_claim(model, device_map("gemma2", A, B))
+        by_simulation(model, device_map("gemma2", A, B))
         work(model, tokenizer, **settings)
     assert not difference(model, plain)
 
 
-@claimed
-def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
+@simulated
+def test_the_state_of_a_layer_is_on_the_device_of_the_layer(make_model, tokenizer):
     plain, model = make_model("llama"), make_model("llama")
     collected = rf.Editor(plain, tokenizer, config=rf.EditConfig(layers=(1, 2))).statistics(GivenTexts(ANCHORS))
     with CLAIMS:
-        by_claim(model, device_map("llama", A, B))
+        by_simulation(model, device_map("llama", A, B))
         editor = work(model, tokenizer, anchors=collected)
         active = [record.id for record in editor.history() if record.state == "active"]
         rows = editor._session.ledger.rows(active) + editor._session.layers._protected
@@ -327,40 +332,40 @@ def test_every_layers_state_lies_beside_its_layer(make_model, tokenizer):
             kept = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
             kept += [*state._master.tensors, state._sketch.probe, state._sketch.image]
             assert {tensor.device for tensor in kept} == {device}
-            seldom = [state.prior.anchor_moment, *(side[layer] for row in rows for side in (row.keys, row.values))]
-            assert {tensor.device for tensor in seldom} == {HOST}, "what is read seldom does not crowd the model"
+            rarely_used = [state.prior.anchor_moment, *(side[layer] for row in rows for side in (row.keys, row.values))]
+            assert {tensor.device for tensor in rarely_used} == {HOST}, "rarely used tensors stay on the CPU"
         assert [layer.device for layer in editor.context.memory()] == [str(A), str(B)]
         assert editor.fingerprint() == fingerprint(plain)
 
 
-@claimed
-def test_answers_are_read_wherever_the_head_lies(make_model, tokenizer):
-    asked = [(edit.prompt.replace("{}", edit.subject), edit.target) for edit in EDITS]
+@simulated
+def test_scores_and_samples_do_not_depend_on_the_device_of_the_head(make_model, tokenizer):
+    prompts = [(edit.prompt.replace("{}", edit.subject), edit.target) for edit in EDITS]
 
     def read(model):
-        return score(model, tokenizer, asked), sample(model, tokenizer, texts=2, length=5, seed=0), fingerprint(model)
+        return score(model, tokenizer, prompts), sample(model, tokenizer, texts=2, length=5, seed=0), fingerprint(model)
 
     plain, model = make_model("llama"), make_model("llama")
     with CLAIMS:
-        by_claim(model, device_map("llama", A, B))
+        by_simulation(model, device_map("llama", A, B))
         assert read(model) == read(plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@claimed
-def test_checkpoint_of_a_spread_model_is_an_ordinary_one(make_model, tokenizer, tmp_path, name):
+@simulated
+def test_a_checkpoint_of_a_distributed_model_loads_on_one_device(make_model, tokenizer, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
     model = make_model(name)
     with CLAIMS:
-        by_claim(model, device_map(name, A, B))
+        by_simulation(model, device_map(name, A, B))
         work(model, tokenizer).save_pretrained(tmp_path)
     assert not difference(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, key_rows):
+def test_hooks_of_accelerate_stay_and_do_not_change_the_result(make_model, tokenizer, name, key_rows):
     plain, model = make_model(name), make_model(name)
     work(plain, tokenizer, contexts={"rows": key_rows})
     by_accelerate(model, device_map(name, HOST, HOST))
@@ -375,7 +380,7 @@ def test_accelerates_hooks_change_nothing_and_stay(make_model, tokenizer, name, 
     assert hooks() == before
 
 
-def test_offloaded_weight_is_refused_before_anything_is_done(make_model, tokenizer, tmp_path):
+def test_an_offloaded_edited_weight_raises_on_creation(make_model, tokenizer, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = make_model("llama")
     devices = {k: str(v) for k, v in device_map("llama", HOST, HOST, block2="disk").items()}
@@ -384,7 +389,7 @@ def test_offloaded_weight_is_refused_before_anything_is_done(make_model, tokeniz
         rf.Editor(model, tokenizer, config=rf.EditConfig(layers=(1, 2)))
 
 
-def test_a_model_whose_other_weights_are_offloaded_is_edited_and_anchored(make_model, tokenizer, tmp_path):
+def test_a_model_with_other_offloaded_weights_can_be_edited_and_anchored(make_model, tokenizer, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model, plain = make_model("llama"), make_model("llama")
     devices = {k: str(v) for k, v in device_map("llama", HOST, HOST, block3="disk").items()}

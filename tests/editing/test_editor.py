@@ -1,4 +1,4 @@
-"""Edits take, can be taken back, and are wholly there or not at all."""
+"""Edits are applied completely or not at all, and can be undone."""
 
 import math
 from dataclasses import replace
@@ -60,7 +60,7 @@ def target_nll(model, tokenizer, edits=EDITS):
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name, dtype, key_rows):
+def test_edits_change_the_model_and_undo_restores_the_weights(make_model, tokenizer, name, dtype, key_rows):
     model = make_model(name, dtype)
     before, start = target_nll(model, tokenizer), weights(model)
     editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
@@ -68,7 +68,7 @@ def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name,
     assert all(after < was for after, was in zip(target_nll(model, tokenizer), before, strict=True))
     assert [r.batch for r in records] == [1, 1, 2, 2, 3, 3]
     changed = [key for key, value in start.items() if not torch.equal(value, model.state_dict()[key])]
-    assert len(changed) == 2, "nothing but the two edited projections is written"
+    assert len(changed) == 2, "only the two edited projections change"
     assert editor.history() == records
     editor.undo([records[4].id, records[0].id])
     editor.undo([r.id for r in records if r.id not in (1, 5)])
@@ -77,8 +77,8 @@ def test_edits_take_and_undo_gives_the_weights_back(make_model, tokenizer, name,
 
 
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
-def test_undo_leaves_the_state_of_a_model_without_the_edits(make_model, tokenizer, key_rows):
-    """The remaining edits' own keys and values, solved at once in float64, give the same weights."""
+def test_undo_gives_the_state_without_the_undone_edits(make_model, tokenizer, key_rows):
+    """A float64 solution for the keys and values of the remaining edits gives the same weights."""
     from rlsedit_fast.rls.reference import solve_all
 
     model = make_model("llama")
@@ -98,7 +98,7 @@ def test_undo_leaves_the_state_of_a_model_without_the_edits(make_model, tokenize
         assert torch.equal(projection.weight, state.weight)
 
 
-def test_the_first_batch_realizes_what_the_pilot_promised(make_model, tokenizer):
+def test_the_first_batch_realizes_the_adherence(make_model, tokenizer):
     model = make_model("llama")
     editor = make_editor(model, tokenizer, prior={"adherence": 0.8}, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
@@ -106,7 +106,7 @@ def test_the_first_batch_realizes_what_the_pilot_promised(make_model, tokenizer)
     assert abs(mean - 0.8) < 0.1
 
 
-def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
+def test_a_higher_adherence_realizes_more_with_a_weaker_prior(make_model, tokenizer):
     priors, realized = [], []
     for adherence in (0.5, 0.99):
         editor = make_editor(make_model("llama"), tokenizer, prior={"adherence": adherence}, batch_size=6)
@@ -117,7 +117,7 @@ def test_higher_adherence_realises_more_and_holds_less(make_model, tokenizer):
     assert priors[1].lam < priors[0].lam
 
 
-def test_explicit_numbers_win(make_model, tokenizer):
+def test_explicit_lam_and_mu_override_calibration(make_model, tokenizer):
     for given in ({"lam": 0.3, "mu": 7.0}, {"lam": 0.3}, {"mu": 7.0}):
         editor = make_editor(make_model("llama"), tokenizer, prior=given)
         for prior in editor.calibrate(EDITS):
@@ -127,13 +127,13 @@ def test_explicit_numbers_win(make_model, tokenizer):
             assert prior.mu > 0
 
 
-def test_open_mu_beside_a_given_lam_shows_the_adherence(make_model, tokenizer):
+def test_mu_is_calibrated_for_a_given_lam(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer, prior={"lam": 0.01, "adherence": 0.8}, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
     assert abs(sum(r.realized for r in records) / len(records) - 0.8) < 0.1
 
 
-def test_without_anchors_the_weight_alone_is_held_and_said_so(make_model, tokenizer, caplog):
+def test_without_anchors_only_lam_regularizes_and_a_warning_is_logged(make_model, tokenizer, caplog):
     editor = rf.Editor(make_model("llama"), tokenizer, config=config())
     priors = editor.calibrate(EDITS)
     assert "no anchors" in caplog.text
@@ -149,7 +149,7 @@ def test_deviation_stays_within_its_bound(make_model, tokenizer):
         assert math.isfinite(layer.anchor_bound)
 
 
-def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer):
+def test_replace_writes_the_new_target_and_keeps_the_history(make_model, tokenizer):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS)
@@ -164,7 +164,7 @@ def test_replace_says_the_new_target_and_keeps_the_history(make_model, tokenizer
 
 
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
-def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model, tokenizer, monkeypatch, key_rows):
+def test_a_failure_in_the_last_layer_changes_neither_model_nor_states(make_model, tokenizer, monkeypatch, key_rows):
     model = make_model("llama")
     editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
     editor.edit(EDITS[:2])
@@ -188,7 +188,7 @@ def test_failure_in_the_last_layer_leaves_model_and_states_untouched(make_model,
     assert len(editor.history()) == 4
 
 
-def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
+def test_a_failed_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS)
@@ -204,7 +204,7 @@ def test_failing_replace_keeps_the_old_edit(make_model, tokenizer, monkeypatch):
     assert [r.state for r in editor.history()] == ["active"] * 6
 
 
-def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokenizer, monkeypatch):
+def test_the_error_of_a_later_batch_states_how_many_edits_are_applied(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     real, calls = value_search.search_within_memory, []
@@ -221,7 +221,7 @@ def test_later_batch_that_fails_says_how_many_edits_are_made(make_model, tokeniz
     assert len(editor.history()) == 4
 
 
-def test_failing_first_batch_leaves_the_editor_as_new(make_model, tokenizer, monkeypatch):
+def test_a_failed_first_batch_leaves_the_editor_unused(make_model, tokenizer, monkeypatch):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
 
@@ -254,7 +254,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("edits", "message"), BAD)
-def test_bad_request_is_refused_and_nothing_changed(make_model, tokenizer, edits, message):
+def test_invalid_edits_raise_and_change_nothing(make_model, tokenizer, edits, message):
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS[:2])
@@ -265,15 +265,15 @@ def test_bad_request_is_refused_and_nothing_changed(make_model, tokenizer, edits
     assert editor.history() == history
 
 
-def test_all_bad_requests_of_a_call_are_named(make_model, tokenizer):
+def test_the_error_names_all_invalid_edits(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
     with pytest.raises(RequestError, match=r"(?s)2 of 4 .*edit 1: .*edit 3: "):
         editor.edit([EDITS[0], rf.Edit("x", "y", "z"), EDITS[1], rf.Edit("{} is", "Lado", "")])
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-def test_nan_in_the_model_is_an_error_and_writes_nothing(make_model, tokenizer, layer):
-    """In an edited layer it is seen at once; elsewhere, when the search meets it."""
+def test_nan_in_the_model_raises_and_changes_nothing(make_model, tokenizer, layer):
+    """In an edited layer the constructor detects it; in another layer the value search does."""
     model = make_model("llama")
     with torch.no_grad():
         model.model.layers[layer].mlp.down_proj.weight[0, 0] = float("nan")
@@ -290,7 +290,7 @@ def test_nan_in_the_model_is_an_error_and_writes_nothing(make_model, tokenizer, 
     assert editor.history() == []
 
 
-def test_wrong_settings_are_refused(make_model, tokenizer):
+def test_invalid_settings_raise(make_model, tokenizer):
     for changes, message in [
         ({"layers": ()}, "layers"),
         ({"layers": (1, 1)}, "each given once"),
@@ -318,7 +318,7 @@ def test_wrong_settings_are_refused(make_model, tokenizer):
         rf.Editor(make_model("llama"), tokenizer, config=config(prior={"mu": 2.0})).edit(EDITS)
 
 
-def test_anchors_and_priors_are_fixed_once_edits_are_made(make_model, tokenizer):
+def test_anchors_and_priors_are_fixed_after_the_first_edit(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
     editor.edit(EDITS[:1])
     with pytest.raises(InputError, match=r"anchor\(\)"):
@@ -329,7 +329,7 @@ def test_anchors_and_priors_are_fixed_once_edits_are_made(make_model, tokenizer)
         rf.Editor(make_model("llama"), tokenizer, config=config()).anchor([])
 
 
-def test_default_layers_follow_the_depth():
+def test_default_layers_depend_on_the_depth():
     assert [rf.EditConfig().layers_for(depth) for depth in (1, 4, 12, 30)] == [
         (0,),
         (0, 1),
@@ -338,7 +338,7 @@ def test_default_layers_follow_the_depth():
     ]
 
 
-def test_saved_checkpoint_reloads_in_plain_transformers(model, tokenizer, tmp_path):
+def test_a_saved_checkpoint_loads_with_transformers(model, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     editor = make_editor(model, tokenizer)
@@ -350,7 +350,7 @@ def test_saved_checkpoint_reloads_in_plain_transformers(model, tokenizer, tmp_pa
         assert torch.equal(again(encoded["input_ids"]).logits, model(encoded["input_ids"]).logits)
 
 
-def test_from_pretrained_edits_a_checkpoint(make_model, tokenizer, tmp_path):
+def test_an_editor_from_pretrained_edits_a_checkpoint(make_model, tokenizer, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     editor = rf.Editor.from_pretrained(tmp_path, config=config(), dtype=torch.bfloat16)
@@ -359,18 +359,18 @@ def test_from_pretrained_edits_a_checkpoint(make_model, tokenizer, tmp_path):
     assert editor.edit(EDITS[:1])[0].state == "active"
 
 
-def test_master_keeps_what_bf16_would_lose(make_model, tokenizer):
-    """The model's bf16 weight is the float32 master rounded once, not a sum of rounded steps."""
+def test_the_master_weight_has_the_bits_that_bf16_loses(make_model, tokenizer):
+    """The model's bf16 weight is the float32 master weight rounded once, not a sum of rounded steps."""
     model = make_model("llama", torch.bfloat16)
     editor = make_editor(model, tokenizer, batch_size=1)
     editor.edit(EDITS)
     for projection, state in zip(editor.context.projections, editor._session.layers.states, strict=True):
         assert state.weight.dtype == torch.float32
-        assert torch.equal(projection.weight, ops.split(state.weight)[0])  # whose halves round as the masters do
+        assert torch.equal(projection.weight, ops.split(state.weight)[0])  # rounds like the master weight
         assert not torch.equal(projection.weight.float(), state.weight)
 
 
-def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer):
+def test_training_mode_and_requires_grad_do_not_change(make_model, tokenizer):
     model = make_model("llama").train()
     make_editor(model, tokenizer).edit(EDITS[:1])
     assert model.training
@@ -380,7 +380,7 @@ def test_training_mode_and_gradients_are_left_as_they_were(make_model, tokenizer
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype, key_rows):
+def test_a_model_on_a_gpu_is_edited_and_restored(make_model, tokenizer, dtype, key_rows):
     model = make_model("llama", dtype).cuda()
     start, before = weights(model), target_nll(model, tokenizer)
     editor = make_editor(model, tokenizer, contexts={"rows": key_rows})
@@ -392,7 +392,7 @@ def test_a_model_on_a_gpu_is_edited_and_given_back(make_model, tokenizer, dtype,
 
 
 def protected_change(make_model, tokenizer, prompts, weight=1.0, after=False):
-    """How far the outputs on a prompt's last token move, in the edited layers, through the same edits."""
+    """Returns the change of the outputs of the first edited layer on the protected prompts, and the editor."""
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     if prompts and not after:
@@ -410,7 +410,7 @@ PROTECTED = ["Rekuno Veta plays the organ .", "Voluvu Toze lives in Old Corran .
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_protecting_writes_nothing(make_model, tokenizer, dtype):
+def test_protect_changes_no_weight(make_model, tokenizer, dtype):
     model = make_model("llama", dtype)
     editor = make_editor(model, tokenizer)
     start = weights(model)
@@ -425,17 +425,17 @@ def test_protecting_writes_nothing(make_model, tokenizer, dtype):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
-    free, _ = protected_change(make_model, tokenizer, [])
-    held, editor = protected_change(make_model, tokenizer, PROTECTED, weight=100.0, after=after)
-    assert held < 0.3 * free
+    unprotected, _ = protected_change(make_model, tokenizer, [])
+    protected, editor = protected_change(make_model, tokenizer, PROTECTED, weight=100.0, after=after)
+    assert protected < 0.3 * unprotected
     start = [state.original for state in editor._session.layers.states]
     editor.undo([record.id for record in editor.history()])
     for state, weight in zip(editor._session.layers.states, start, strict=True):
         assert (state.weight - weight).norm() <= 1e-5 * weight.norm()
-        assert state.edits > 10, "the protected rows outlive the edits"
+        assert state.edits > 10, "undo keeps the protected rows"
 
 
-def test_wrong_prompts_to_protect_are_refused(make_model, tokenizer):
+def test_invalid_prompts_to_protect_raise(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
     for prompts, weight, message in (
         ([], 1.0, "0 texts"),
@@ -449,7 +449,7 @@ def test_wrong_prompts_to_protect_are_refused(make_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "meddle",
+    "modify",
     [
         lambda model: model.bfloat16(),
         lambda model: model.load_state_dict(model.state_dict()),
@@ -458,13 +458,13 @@ def test_wrong_prompts_to_protect_are_refused(make_model, tokenizer):
     ],
     ids=["cast", "loaded", "scaled", "replaced"],
 )
-def test_weights_that_something_else_touched_are_noticed(make_model, tokenizer, meddle):
-    """Else the editor would write into a tensor that the model no longer reads, or onto a sum it does not know."""
+def test_weights_modified_by_other_code_raise(make_model, tokenizer, modify):
+    """Otherwise the editor would write into an unused tensor, or add to unknown changes."""
     model = make_model("llama")
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS[:2])
     with torch.no_grad():
-        meddle(model)
+        modify(model)
     before = weights(model)
     for action in (lambda: editor.edit(EDITS[2:4]), lambda: editor.undo(1), lambda: editor.protect(PROTECTED)):
         with pytest.raises(ModelError, match="create a new editor"):
@@ -474,7 +474,7 @@ def test_weights_that_something_else_touched_are_noticed(make_model, tokenizer, 
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, tokenizer, layer):
+def test_a_weight_outside_the_range_of_fp16_rolls_the_batch_back(make_model, tokenizer, layer):
     model = make_model("llama", torch.float16)
     editor = make_editor(model, tokenizer)
     editor.edit(EDITS[:2])
@@ -491,7 +491,7 @@ def test_a_weight_beyond_the_range_of_fp16_rolls_the_batch_back(make_model, toke
     assert_same(start, model)
 
 
-def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer):
+def test_the_master_weight_of_a_bf16_model_takes_two_extra_bytes_per_element(make_model, tokenizer):
     editor = make_editor(make_model("llama", torch.bfloat16), tokenizer)
     editor.edit(EDITS[:2])
     for projection, state in zip(editor.context.projections, editor._session.layers.states, strict=True):
@@ -500,7 +500,7 @@ def test_the_master_of_a_bf16_model_takes_two_extra_bytes(make_model, tokenizer)
         assert extra.nbytes == 2 * projection.weight.numel()
 
 
-def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_model, tokenizer):
+def test_sampled_contexts_depend_on_the_model_and_the_seed_and_are_kept_in_the_settings(make_model, tokenizer):
     def contexts(name="llama", **changes):
         editor = rf.Editor(
             make_model(name), tokenizer, config=config(contexts={"samples": 4, "sample_tokens": 6, **changes})
@@ -523,7 +523,7 @@ def test_sampled_contexts_are_the_models_own_the_seeds_and_the_editors(make_mode
     assert contexts("gpt2") != first
 
 
-def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tokenizer, caplog, monkeypatch):
+def test_duplicate_and_blank_sampled_contexts_are_dropped_with_a_warning(make_model, tokenizer, caplog, monkeypatch):
     from rlsedit_fast.models.generation import Sample
 
     drawn = [Sample([1, 30, 31], []), Sample([1, 30, 31], []), Sample([1], [])]
@@ -533,7 +533,7 @@ def test_repeated_and_blank_contexts_are_left_out_with_a_warning(make_model, tok
     assert "1 of 3 sampled context prefixes are used" in caplog.text
 
 
-def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenizer, monkeypatch):
+def test_the_number_of_edits_searched_together_does_not_change_the_result(make_model, tokenizer, monkeypatch):
 
     real, sizes, found = value_search.search_values, [], []
 
@@ -551,7 +551,7 @@ def test_how_many_are_searched_at_once_changes_nothing_else(make_model, tokenize
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
+def test_a_tokenizer_of_another_model_raises(make_model, tokenizer):
     from rlsedit_fast.models.projections import find_decoder
 
     model = make_model("llama")
@@ -563,16 +563,16 @@ def test_a_tokenizer_of_another_model_is_refused(make_model, tokenizer):
         rf.Editor(model, tokenizer, config=config())
 
 
-def test_a_batch_costs_the_same_however_many_were_before_it(monkeypatch, caplog):
-    """Rows that wait are folded in behind each batch: none pile up. Where that fails they wait on, and it is told."""
+def test_pending_rows_are_folded_after_each_batch(monkeypatch, caplog):
+    """The cost of a batch does not grow. If folding fails, the rows stay pending and a warning is logged."""
     model, tokenizer = load_demo_model()
     config = rf.EditConfig(layers=(0,), contexts={"prefixes": ("",)}, prior={"lam": 0.1}, batch_size=5, delay=8)
     editor = rf.Editor(model, tokenizer, config=config)
     edits = [case.edit for case in world_cases(World.generate(), 40, 0)]
-    waiting: list[int] = []
-    editor.edit(edits[:30], on_batch=lambda _made: waiting.append(len(editor._session.layers.states[0]._pending)))
-    assert max(waiting) <= 8
-    assert waiting.count(0) >= 2
+    pending: list[int] = []
+    editor.edit(edits[:30], on_batch=lambda _records: pending.append(len(editor._session.layers.states[0]._pending)))
+    assert max(pending) <= 8
+    assert pending.count(0) >= 2
 
     def fails(*_args):
         raise RuntimeError("no more memory")
@@ -594,7 +594,7 @@ def test_a_float64_model_is_protected_and_edited_in_float64(make_model, tokenize
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode):
+def test_the_grad_mode_of_the_caller_does_not_matter(make_model, tokenizer, mode):
     edits = [rf.Edit("{} lives in", "Toze Lado", "Port Alder")]
     settings = config(prior={"lam": 1.0})
     plain, within = (rf.Editor(make_model("llama"), tokenizer, config=settings) for _ in range(2))
@@ -605,8 +605,8 @@ def test_the_callers_grad_mode_does_not_matter(make_model, tokenizer, mode):
         assert torch.equal(one, other)
 
 
-def test_a_pilot_counts_a_prompt_once_whatever_token_is_edited(make_model, tokenizer):
-    """Of two edits of one prompt the second takes the place of the first, in the pilot as in the model."""
+def test_a_pilot_counts_edits_of_one_prompt_once(make_model, tokenizer):
+    """The second of two edits of one prompt replaces the first, in the pilot as in the model."""
     edit = rf.Edit("{} lives in", "Toze Lado", "Port Alder")
     priors = []
     later = replace(edit, target="New Briar")
@@ -616,7 +616,7 @@ def test_a_pilot_counts_a_prompt_once_whatever_token_is_edited(make_model, token
     assert priors[0] == priors[1]
 
 
-def test_memory_that_runs_out_in_a_rebuild_is_an_error_of_the_package(make_model, tokenizer, monkeypatch):
+def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer, monkeypatch):
     from rlsedit_fast.rls import state
 
     editor = rf.Editor(make_model("llama"), tokenizer, config=config())

@@ -1,4 +1,4 @@
-"""Every architecture is edited, saved, reloaded and given back."""
+"""Every architecture is edited, saved, reloaded and restored."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlsedit_fast.models.projections import find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.world import RELATIONS, World
 
-NORMALISED = {"gemma2", "gemma3", "olmo2"}
+NORMALIZED = {"gemma2", "gemma3", "olmo2"}
 OLD_TRANSFORMERS = version("transformers").startswith("4.")
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = ["fp32", "bf16"]
 
 
 def facts(count):
-    """False facts about as many people, relations in turn."""
+    """False facts about the given number of people, with alternating relations."""
     edits = []
     for i, person in enumerate(World.generate().people[:count]):
         relation = RELATIONS[i % len(RELATIONS)]
@@ -54,11 +54,11 @@ def nlls(model, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_the_adapter_says_what_the_edited_model_says(make_model, tokenizer, family, dtype, tmp_path):
-    """In float32, as the masters are: a bfloat16 model rounds its edited weights, and peft adds to unrounded ones."""
+def test_the_adapter_gives_the_logits_of_the_edited_model(make_model, tokenizer, family, dtype, tmp_path):
+    """In float32, like the master weights: a bfloat16 model rounds its edited weights, and peft does not."""
     peft = pytest.importorskip("peft")
-    # A refinement writes rows again, with directions that differ by rounding, which may count as further rank.
-    editor = make_editor(make_model(family, dtype), tokenizer, single=family in NORMALISED, refine=0)
+    # Refinement writes rows a second time. Their directions differ by rounding, which may count as additional rank.
+    editor = make_editor(make_model(family, dtype), tokenizer, single=family in NORMALIZED, refine=0)
     editor.edit(EDITS)
     report = editor.save_adapter(tmp_path)
     assert all(module.used == module.needed <= len(EDITS) for module in report.modules)
@@ -75,13 +75,13 @@ def test_the_adapter_says_what_the_edited_model_says(make_model, tokenizer, fami
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenizer, family, dtype, tmp_path):
+def test_edits_work_are_saved_in_a_checkpoint_and_undone(make_model, tokenizer, family, dtype, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = make_model(family, dtype)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     before = nlls(model, tokenizer)
-    editor = make_editor(model, tokenizer, single=family in NORMALISED)
+    editor = make_editor(model, tokenizer, single=family in NORMALIZED)
     records = editor.edit(EDITS)
     assert [record.batch for record in records] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
     after = nlls(model, tokenizer)
@@ -92,7 +92,7 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
     ids = torch.tensor([tokenizer(EDITS[3].prompt.format(EDITS[3].subject))["input_ids"]])
     reloaded = again.state_dict()
     assert all(torch.equal(value, reloaded[name]) for name, value in model.state_dict().items())
-    if not (OLD_TRANSFORMERS and family == "gptj" and dtype == torch.bfloat16):  # its sine table is rounded on loading
+    if not (OLD_TRANSFORMERS and family == "gptj" and dtype == torch.bfloat16):  # rounds its sine table on loading
         with torch.no_grad():
             assert torch.equal(again(ids).logits, model(ids).logits)
 
@@ -104,17 +104,17 @@ def test_edits_take_survive_a_checkpoint_and_are_given_back(make_model, tokenize
         if name not in edited:
             assert torch.equal(now[name], value), f"{name} is not one of the edited weights"
         else:
-            # The last undo leaves nothing, and rebuilds the layer from its start.
+            # The last undo removes all edits and restores the original weight.
             assert torch.equal(now[name], value)
 
 
-def test_a_normalised_projection_is_recognised_by_what_it_does(make_model, tokenizer, family):
+def test_a_normalized_projection_is_detected_by_its_behavior(make_model, tokenizer, family):
     model = make_model(family)
     decoder = find_decoder(model)
     with quiet(model):
         site = find_site(decoder, decoder.select((1, 2)))
-    assert site.direct == (family not in NORMALISED)
-    if family in NORMALISED:
+    assert site.direct == (family not in NORMALIZED)
+    if family in NORMALIZED:
         with pytest.raises(rf.errors.ModelError, match="pass one layer"):
             rf.Editor(model, tokenizer, config=rf.EditConfig(layers=(1, 2)))
         assert rf.Editor(model, tokenizer).layers == (1,)

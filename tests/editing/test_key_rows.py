@@ -1,4 +1,4 @@
-"""An edit has a row for each of its contexts, holds in every one of them, and is taken back with all of them."""
+"""An edit has a row for each of its contexts, is realized in all of them, and undo removes all its rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_editor(**changes):
 
 
 def calibrated(**changes):
-    """The mu that gives the adherence; given as a number, nothing is asked for beyond what is wanted."""
+    """The mu that gives the adherence; an editor that gets it as a number does not aim at more."""
     return make_editor(**changes).calibrate(EDITS)[0].mu
 
 
@@ -47,7 +47,7 @@ def weights(editor):
 
 
 def states(editor):
-    """The edited state of each edit in each of its contexts, and the last layer's keys there."""
+    """Returns the state of each edit in each of its contexts, and the last layer's keys there."""
     context = editor.context
     with quiet(editor.model):
         keys, found = request_keys(
@@ -57,13 +57,13 @@ def states(editor):
 
 
 def realized(editor, delta, start):
-    """Share of the wanted changes `[n, d]` that arrived, `[n, contexts]`; they are the same in every context."""
+    """Returns the realized share `[n, contexts]` of the wanted changes `[n, d]`, which are equal in all contexts."""
     now, _ = states(editor)
     return 1 - (start + delta[:, None] - now).norm(dim=-1) / delta.norm(dim=-1)[:, None]
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1)])
-def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
+def test_an_edit_is_realized_in_every_context_although_the_keys_differ(layers):
     equal = {"layers": layers, "contexts": {"bare_weight": 1 / CONTEXTS}}
     mu = calibrated(**equal)
     rows, mean = (
@@ -71,21 +71,21 @@ def test_an_edit_holds_in_every_context_where_its_keys_differ(layers):
         for key_rows in ("contexts", "mean")
     )
     start, keys = states(rows)
-    apart = (keys[:, 0] - keys[:, 1:].mean(1)).norm(dim=1) / keys[:, 0].norm(dim=1)
-    assert float(apart.median()) > 0.2, "the bare prompt's key differs from the contexts', or this shows nothing"
+    distance = (keys[:, 0] - keys[:, 1:].mean(1)).norm(dim=1) / keys[:, 0].norm(dim=1)
+    assert float(distance.median()) > 0.2, "precondition: the key of the bare prompt differs from those of the contexts"
     shares = {}
     for editor in (rows, mean):
         records = editor.edit(EDITS)
-        # Both search in the unedited model, and find the same values.
+        # Both editors search in the unedited model and find the same values.
         wanted = torch.stack([held.goal[0] for held in rows._session.ledger.rows(range(1, 13))]) - start[:, 0]
         shares[editor] = realized(editor, wanted, start).mean(0)
         assert float(shares[editor][0]) == pytest.approx(sum(r.realized for r in records) / 12, abs=1e-4)
-    # The bare prompt is one of the contexts, and none is served worse than the adherence by more than a tenth.
+    # The bare prompt is one of the contexts. In no context is the share more than a tenth below the adherence.
     assert float(shares[rows].min()) > 0.8
     assert float(shares[rows][0]) >= 0.9 - 0.02
 
 
-def test_weight_of_the_bare_prompt_shifts_what_arrives_from_the_other_contexts_to_it():
+def test_a_larger_bare_weight_realizes_more_at_the_bare_prompt_and_less_elsewhere():
     shares = []
     for bare_weight in (1 / CONTEXTS, 0.5, 0.9):
         editor = make_editor(prior={"mu": 30.0}, contexts={"bare_weight": bare_weight})
@@ -99,7 +99,7 @@ def test_weight_of_the_bare_prompt_shifts_what_arrives_from_the_other_contexts_t
 
 
 @pytest.mark.parametrize("bare_weight", [0.5, 0.7])
-def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
+def test_each_context_is_a_row_with_its_share_of_the_edits_weight(bare_weight):
     editor = make_editor(prior={"mu": calibrated()}, contexts={"bare_weight": bare_weight})
     start, _ = states(editor)
     records = editor.edit(EDITS)
@@ -119,7 +119,7 @@ def test_each_context_is_a_row_with_its_part_of_the_edits_weight(bare_weight):
 
 
 @pytest.mark.parametrize("keys", ["full", "fp16"])
-def test_undo_takes_back_all_rows_of_an_edit(keys):
+def test_undo_removes_all_rows_of_an_edit(keys):
     editor = make_editor(stored_rows=keys, batch_size=4)
     start = weights(editor)
     editor.edit(EDITS)
@@ -137,10 +137,10 @@ def test_undo_takes_back_all_rows_of_an_edit(keys):
 
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
-def test_a_store_with_rows_per_edit_opens_to_the_same_bits(tmp_path, keys, key_rows):
-    undisturbed = make_editor(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
-    undisturbed.edit(EDITS)
-    undisturbed.undo([2, 9])
+def test_a_store_with_several_rows_per_edit_reopens_bit_for_bit(tmp_path, keys, key_rows):
+    uninterrupted = make_editor(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
+    uninterrupted.edit(EDITS)
+    uninterrupted.undo([2, 9])
     config = CONFIG.replace(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
     with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
         editor.anchor(anchor_texts(WORLD, 0)[:1000])
@@ -148,9 +148,9 @@ def test_a_store_with_rows_per_edit_opens_to_the_same_bits(tmp_path, keys, key_r
     with rf.Editor(*load_demo_model(), store=tmp_path) as editor:
         editor.undo([2, 9])
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
-        assert all(torch.equal(value, weights(opened)[name]) for name, value in weights(undisturbed).items())
+        assert all(torch.equal(value, weights(opened)[name]) for name, value in weights(uninterrupted).items())
         ids = opened._session.ledger.active
-        pairs = zip(*(one._session.ledger.rows(ids) for one in (opened, undisturbed)), strict=True)
+        pairs = zip(*(one._session.ledger.rows(ids) for one in (opened, uninterrupted)), strict=True)
         for a, b in pairs:
             assert a.weight == b.weight
             assert all(map(torch.equal, (*a.keys, *a.values, a.goal), (*b.keys, *b.values, b.goal)))

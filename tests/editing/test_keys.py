@@ -1,4 +1,4 @@
-"""Keys are read where the model is edited, and anchors from every token that they were given."""
+"""Keys of edits are read at the lookup token, and keys of anchor texts at every token."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_keys_are_read_in_each_context_at_the_lookup_token(model, tokenizer):
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
-def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model, tokenizer, family, prefixed):
+def test_shared_prefixes_run_once_and_later_blocks_do_not_run(make_model, tokenizer, family, prefixed):
     decoder = replace(find_decoder(make_model(family)), prefixed=prefixed)
     if prefixed:
         decoder = with_prefixes(decoder, longest=64)
@@ -51,16 +51,16 @@ def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model
     names = ["Fado Veta", "Lado", "Toze Lado Rekuno", "Voluvu Lado"]
     edits = [Edit(prompt, name, "Port Alder") for prompt in prompts for name in names]
     requests = prepare(tokenizer, edits, config, longest=64)
-    ran = []
+    calls = []
     for projection in decoder.projections:
         width = projection.weight.shape[1]
         projection.module.register_forward_pre_hook(
-            lambda _m, inputs, layer=projection.layer, width=width: ran.append((layer, inputs[0].numel() // width))
+            lambda _m, inputs, layer=projection.layer, width=width: calls.append((layer, inputs[0].numel() // width))
         )
     (keys,), _ = request_keys(decoder, decoder.select((1,)), requests)
-    tokens = sum(count for layer, count in ran if layer == 0)
+    tokens = sum(count for layer, count in calls if layer == 0)
     whole = sum(len(row.ids) for request in requests for row in request.contexts)
-    assert max(layer for layer, _ in ran) == 1
+    assert max(layer for layer, _ in calls) == 1
     assert tokens < 0.8 * whole if prefixed else tokens >= whole
     for i, request in enumerate(requests):
         each = []
@@ -70,7 +70,7 @@ def test_contexts_that_begin_alike_are_run_once_and_no_block_above_is(make_model
         torch.testing.assert_close(keys[i], torch.stack(each), rtol=1e-4, atol=1e-4)
 
 
-def test_keys_of_texts_are_those_of_every_real_token(model, tokenizer):
+def test_text_keys_are_the_keys_of_every_token_without_padding(model, tokenizer):
     decoder = find_decoder(model)
     texts = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", "Fado"]
     found = text_keys(decoder, tokenizer, decoder.select((1, 2)), texts, longest=64)

@@ -1,4 +1,4 @@
-"""A model is known by its architecture and shape, and gets exactly what was published for it."""
+"""A preset is found by the architecture and shape of the model, and has the published settings."""
 
 import pytest
 import torch
@@ -66,11 +66,11 @@ def test_the_table_is_complete():
         like_llama(Qwen2Config, 28, 2048, 18944),
     ],
 )
-def test_a_name_or_a_like_shape_is_not_enough(other):
+def test_a_model_that_matches_only_in_name_or_shape_has_no_preset(other):
     assert find_preset(other) is None
 
 
-def test_the_text_part_of_a_larger_model_is_looked_at():
+def test_the_text_configuration_of_a_composite_model_is_used():
     class Composite:
         def get_text_config(self):
             return GPT2_XL
@@ -78,7 +78,7 @@ def test_the_text_part_of_a_larger_model_is_looked_at():
     assert find_preset(Composite()) is PRESETS["gpt2-xl"]
 
 
-def test_settings_can_be_changed_and_unknown_names_are_refused():
+def test_settings_of_a_preset_can_be_changed_and_unknown_names_raise():
     config = EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10)
     assert (config.prior.lam, config.batch_size, config.search.optimizer) == (0.5, 10, "adam")
     assert EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10) == config
@@ -90,14 +90,14 @@ def test_settings_can_be_changed_and_unknown_names_are_refused():
         EditConfig.from_preset("gpt2-xl", batch_size=0)
 
 
-def test_generic_layers_go_with_the_depth():
+def test_generic_layers_depend_on_the_depth():
     generic = EditConfig.from_preset("generic", batch_size=7)
     assert generic == rf.EditConfig(batch_size=7)
     assert generic.layers_for(32) == (2, 3, 4, 5, 6, 7, 8)
     assert generic.layers_for(80) == tuple(range(10, 21))
 
 
-def test_lam_0_holds_by_a_full_moment_and_says_what_to_do_without_one():
+def test_lam_0_requires_an_anchor_moment_of_full_rank():
     torch.manual_seed(0)
     keys, weight = torch.randn(3, 8), torch.randn(4, 8)
     rows = torch.randn(50, 8)

@@ -1,4 +1,4 @@
-"""The calibrated prior realizes the adherence, measured in the model, and later batches keep it."""
+"""The calibrated prior realizes the adherence in the model, also in later batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FACTS = [case.edit for case in world_cases(WORLD, 24, 0)]
 
 @pytest.fixture
 def make_editor(make_model, tokenizer):
-    """Editors of a tiny random model, or of the shipped one."""
+    """Returns a function that makes editors of a tiny random model or of the demo model."""
 
     def make(name, **changes):
         if name == "demo":
@@ -70,8 +70,8 @@ def mean_realized(records):
     ("name", "layers"),
     [("llama", (1,)), ("llama", (0, 1, 2)), ("gpt2", (1, 2)), ("demo", (0,)), ("demo", (0, 1)), ("demo", (0, 1, 2))],
 )
-def test_the_share_that_arrives_in_the_model_is_the_adherence(make_editor, name, layers, adherence):
-    """The calibrated mu is given as a number to a second editor, so that nothing there asks for more."""
+def test_the_realized_share_equals_the_adherence(make_editor, name, layers, adherence):
+    """A second editor gets the calibrated mu as a number, and so does not aim at more than the wanted change."""
     edits = FACTS if name == "demo" else RANDOM[:12]
     settings = {"layers": layers, "refine": 0, "batch_size": len(edits)}
     calibrated = make_editor(name, prior={"adherence": adherence}, **settings)
@@ -81,12 +81,12 @@ def test_the_share_that_arrives_in_the_model_is_the_adherence(make_editor, name,
     records = given.edit(edits)
     assert [prior.lam for prior in given.priors] == [prior.lam for prior in priors]
     assert abs(mean_realized(records) - adherence) <= 0.02
-    # The trial makes the same steps in float64, and the pass that measures is in float32.
+    # The trial takes the same steps in float64, and the measuring pass runs in float32.
     assert row.realized == pytest.approx(mean_realized(records), abs=2e-3)
 
 
 @pytest.mark.parametrize("layers", [(1,), (1, 2)])
-def test_later_batches_realize_the_adherence_though_the_layers_fill_up(make_editor, layers):
+def test_later_batches_realize_the_adherence(make_editor, layers):
     settings = {"layers": layers, "batch_size": 10, "refine": 0}
     kept = make_editor("llama", prior={"adherence": 0.8}, **settings)
     kept.calibrate(RANDOM[:10])
@@ -96,22 +96,22 @@ def test_later_batches_realize_the_adherence_though_the_layers_fill_up(make_edit
         records = editor.edit(RANDOM)
         shares.append([mean_realized(records[at : at + 10]) for at in range(0, 60, 10)])
     assert min(shares[0]) >= 0.78
-    assert min(shares[1]) < 0.75, "the layers fill up, or this shows nothing"
+    assert min(shares[1]) < 0.75, "precondition: with fixed mu, later batches realize less"
 
 
 @pytest.mark.parametrize("layers", [(1,), (1, 2)])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_calibration_leaves_every_weight_as_it_was(make_editor, name, layers):
+def test_calibration_changes_no_weight(make_editor, name, layers):
     editor = make_editor(name, layers=layers)
     before = weights(editor.model)
     editor.assess(RANDOM[:6], [0.5, 0.9])
     assert_same(before, editor.model)
     editor.calibrate(RANDOM[:6])
     assert_same(before, editor.model)
-    editor.edit(RANDOM[:6])  # and the editor does not take the trial for somebody else's work
+    editor.edit(RANDOM[:6])  # the editor does not mistake the trial for a change by other code
 
 
-def test_calibration_leaves_the_weights_of_a_bfloat16_model_as_they_were(make_model, tokenizer):
+def test_calibration_changes_no_weight_of_a_bfloat16_model(make_model, tokenizer):
     config = rf.EditConfig(layers=(1, 2), contexts={"prefixes": ("",)}, fact_token="last", search={"steps": 3})
     editor = rf.Editor(make_model("llama", torch.bfloat16), tokenizer, config=config)
     editor.anchor(ANCHORS)
@@ -121,7 +121,7 @@ def test_calibration_leaves_the_weights_of_a_bfloat16_model_as_they_were(make_mo
 
 
 @pytest.mark.parametrize("error", [UpdateError, KeyboardInterrupt, torch.OutOfMemoryError])
-def test_a_trial_that_fails_leaves_every_weight_as_it_was(make_editor, monkeypatch, error):
+def test_a_failed_trial_changes_no_weight(make_editor, monkeypatch, error):
     editor = make_editor("llama", layers=(1, 2))
     before, calls = weights(editor.model), []
     real = TrialPanel.leakage
@@ -156,7 +156,7 @@ def test_lam_is_the_ridge_relative_to_the_moment(make_editor):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_the_choice_carries_over_between_scales_of_the_anchors(make_editor, scale):
+def test_the_prior_scales_with_the_anchors(make_editor, scale):
     editor = make_editor("llama")
     plain, scaled = (
         choose_priors(editor.config, moments, 1, pilot_of(editor, RANDOM[:6], moments))[0]
@@ -166,7 +166,7 @@ def test_the_choice_carries_over_between_scales_of_the_anchors(make_editor, scal
     assert scaled.lam == pytest.approx(plain.lam, rel=1e-5)
 
 
-def test_a_firmer_prior_realizes_less_and_leaks_less(make_editor):
+def test_a_larger_mu_realizes_less_and_leaks_less(make_editor):
     pilot = pilot_of(make_editor("llama", layers=(1, 2)), RANDOM[:6])
     trials = [pilot.trial(mu) for mu in (0.1, 1.0, 10.0)]
     assert [trial.realized for trial in trials] == sorted((trial.realized for trial in trials), reverse=True)
@@ -174,7 +174,7 @@ def test_a_firmer_prior_realizes_less_and_leaks_less(make_editor):
 
 
 def contradictory(editor, angle):
-    """Two requests of one key whose wanted changes are equally long, at an angle."""
+    """A pilot of two requests with the same key, whose wanted changes have equal length and the given angle."""
     request = editor.context.prepare(RANDOM[:1])[0]
     values = editor._session._finder.find([request])
     first = values.delta[0]
@@ -184,8 +184,8 @@ def contradictory(editor, angle):
     return Pilot(editor.context, editor._session.moments, [request, request], values)
 
 
-def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make_editor, caplog):
-    """Both get the mean of what they want: at a right angle that is half of its square."""
+def test_an_unreachable_adherence_warns_with_the_largest_reachable_one(make_editor, caplog):
+    """Both get the mean of the wanted changes; at a right angle it has half of their squared length."""
     editor = make_editor("llama", contexts={"prefixes": ("",)})
     pilot = contradictory(editor, math.pi / 2)
     mu = pilot.mu_for(0.95)
@@ -194,13 +194,13 @@ def test_an_adherence_out_of_reach_is_warned_about_with_what_can_be_reached(make
     assert pilot.trial(mu).realized == pytest.approx(1 - math.sqrt(0.5) - 0.01, abs=1e-3)
 
 
-def test_a_pilot_of_which_nothing_can_be_realized_is_refused(make_editor):
+def test_a_pilot_of_contradicting_edits_raises(make_editor):
     editor = make_editor("llama", contexts={"prefixes": ("",)})
     with pytest.raises(InputError, match=r"adherence=0\.95: edits of the pilot contradict each other"):
         contradictory(editor, math.pi).mu_for(0.95)
 
 
-def test_a_pilot_whose_keys_are_zero_is_refused(make_editor, monkeypatch):
+def test_a_pilot_whose_keys_are_zero_raises(make_editor, monkeypatch):
     editor = make_editor("llama")
     real = priors_module.request_keys
 
@@ -214,8 +214,8 @@ def test_a_pilot_whose_keys_are_zero_is_refused(make_editor, monkeypatch):
 
 
 @pytest.mark.parametrize("others", [0, 6])
-def test_edits_that_the_model_states_already_neither_hinder_nor_count(make_editor, others):
-    """Their search ends where it begins, so that nothing is wanted of them."""
+def test_edits_that_the_model_already_states_do_not_affect_calibration(make_editor, others):
+    """Their value search takes no step, so their wanted change is zero."""
     known = [
         rf.Edit(RELATIONS[0].phrasings[0], person.name, person.facts[RELATIONS[0].name]) for person in WORLD.people[-6:]
     ]
@@ -231,7 +231,7 @@ def test_edits_that_the_model_states_already_neither_hinder_nor_count(make_edito
     assert editor.status().realized <= 1
 
 
-def test_assessing_is_refused_once_the_priors_are_set(make_editor):
+def test_assess_raises_once_the_priors_are_set(make_editor):
     editor = make_editor("llama")
     editor.edit(RANDOM[:2])
     before = weights(editor.model)
@@ -241,8 +241,7 @@ def test_assessing_is_refused_once_the_priors_are_set(make_editor):
     assert len(editor.edit(RANDOM[2:4])) == 2
 
 
-def test_the_pilots_values_are_those_of_the_first_batch(make_editor, monkeypatch):
-
+def test_the_first_batch_reuses_the_values_of_the_pilot(make_editor, monkeypatch):
     sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):

@@ -1,4 +1,4 @@
-"""Values of several batches searched at once: the states that a batch of that size aims at, written batch by batch."""
+"""The values of several batches are searched together and written batch by batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def weight(editor):
 
 @pytest.fixture
 def searches(monkeypatch):
-    """The sizes of the searches that are made."""
+    """The sizes of the searches."""
     sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):
@@ -51,7 +51,7 @@ def searches(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 1)])
-def test_batches_are_written_towards_the_states_of_one_large_batch(searches, layers):
+def test_batches_searched_together_equal_one_large_batch(searches, layers):
     ahead, large = make_editor(search={"ahead": 24}, layers=layers), make_editor(batch_size=24, layers=layers)
     start = weight(ahead)
     sizes = []
@@ -61,11 +61,11 @@ def test_batches_are_written_towards_the_states_of_one_large_batch(searches, lay
     assert searches == [24, 24]
     assert [record.batch for record in records] == [at // 6 + 1 for at in range(24)]
     if layers == (0,):
-        # Keys do not depend on the layer's own weights, so the recursion ends where all at once does.
+        # Keys do not depend on the layer's own weights, so the recursion gives the result of one large batch.
         moved = (weight(large) - start).norm()
         assert float((weight(ahead) - weight(large)).norm() / moved) < 1e-4
-    asked = [(edit.prompt.format(edit.subject), edit.target) for edit in EDITS]
-    assert sum(found.exact for found in score(ahead.model, ahead.tokenizer, asked)) >= 22
+    prompts = [(edit.prompt.format(edit.subject), edit.target) for edit in EDITS]
+    assert sum(found.exact for found in score(ahead.model, ahead.tokenizer, prompts)) >= 22
 
 
 def test_windows_hold_whole_batches(searches):
@@ -73,17 +73,17 @@ def test_windows_hold_whole_batches(searches):
     assert searches == [12, 12]
     searches.clear()
     make_editor(search={"ahead": 4}).edit(EDITS)
-    assert searches == [6, 6, 6, 6], "a window is never less than a batch"
+    assert searches == [6, 6, 6, 6], "a window has at least one batch"
 
 
-def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(searches):
+def test_batches_with_the_same_subject_or_prompt_are_searched_separately(searches):
     subject = EDITS[0].subject
     relation = next(r for r in RELATIONS if r.phrasings[0] != EDITS[0].prompt)
     other = rf.Edit(relation.phrasings[0], subject, relation.values[0])
     stream = [*EDITS[:6], other, *EDITS[6:11], *EDITS[12:18]]
     editor = make_editor(search={"ahead": 24})
     records = editor.edit(stream)
-    # The third batch and none else is apart from the others; the second tells the first's subject anew.
+    # Only the third batch is independent of the others: the second has a subject of the first.
     assert searches == [6, 7, 6]
     assert records[6].joint_with == (1,)
     searches.clear()
@@ -92,7 +92,7 @@ def test_batches_about_the_same_subject_or_question_are_searched_when_they_come(
     assert editor.history()[1].state == "replaced"
 
 
-def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
+def test_a_failed_batch_keeps_the_batches_before_it(monkeypatch):
     editor = make_editor(search={"ahead": 24})
     real, count = EditedLayers.write, []
 
@@ -108,14 +108,14 @@ def test_a_batch_that_fails_leaves_those_before_it(monkeypatch):
     assert len(editor.history()) == 12
 
 
-def test_edits_that_fall_short_are_skipped_in_their_own_batch():
-    hopeless = rf.Edit(RELATIONS[0].phrasings[0], WORLD.people[-1].name, "<pad> <pad> <pad>")
+def test_unconverged_edits_are_skipped_in_their_own_batch():
+    unreachable = rf.Edit(RELATIONS[0].phrasings[0], WORLD.people[-1].name, "<pad> <pad> <pad>")
     editor = make_editor(search={"ahead": 24}, unconverged="skip")
-    records = editor.edit([*EDITS[:8], hopeless, *EDITS[8:15]])
+    records = editor.edit([*EDITS[:8], unreachable, *EDITS[8:15]])
     assert [record.state for record in records] == ["active"] * 8 + ["skipped"] + ["active"] * 7
 
 
-def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, caplog):
+def test_a_memory_budget_splits_the_search_without_changing_its_result(searches, caplog):
     whole, tight = make_editor(batch_size=24), make_editor(batch_size=24)
     requests = whole.context.prepare(EDITS)
     each = 10**9 / requests_within(whole.context.site, requests, 10**9)
@@ -127,7 +127,7 @@ def test_a_budget_of_memory_divides_the_search_and_not_what_it_finds(searches, c
     torch.testing.assert_close(weight(tight), weight(whole), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_measured_grows_with_the_rows(searches):
+def test_the_memory_of_a_request_grows_with_its_rows(searches):
     few = make_editor()
     many = make_editor(contexts={"prefixes": ("", "People speak .", "Lado speaks", "Veta plays the organ")})
     budget = 10**9

@@ -1,4 +1,4 @@
-"""An edit whose search falls short is kept, left out or refused, as its user wants it, and says how far it came."""
+"""An edit whose value search does not converge is kept, skipped or raises, as configured; its record has the rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def fact(person, relation=0):
     return rf.Edit(RELATIONS[relation].phrasings[0], person.name, target)
 
 
-def hopeless(person, relation=0):
-    """A target that the demo model cannot be brought to say within the steps and the clamp."""
+def unreachable(person, relation=0):
+    """An edit whose value search does not converge within the steps and the clamp."""
     return rf.Edit(RELATIONS[relation].phrasings[0], person.name, "<pad> <pad> <pad>")
 
 
@@ -35,7 +35,7 @@ def make_editor(unconverged, **changes):
     return rf.Editor(model, tokenizer, config=rf.EditConfig(**settings).replace(unconverged=unconverged, **changes))
 
 
-def says(editor, edit):
+def states(editor, edit):
     prompt = edit.prompt.format(edit.subject)
     return score(editor.model, editor.tokenizer, [(prompt, edit.target)])[0].exact
 
@@ -44,9 +44,9 @@ def weight(editor):
     return editor.model.state_dict()["model.layers.0.mlp.down_proj.weight"].clone()
 
 
-def test_kept_edits_are_made_and_tell_their_rank():
+def test_kept_edits_are_applied_and_their_records_have_the_rank():
     editor = make_editor("keep")
-    good, bad = editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    good, bad = editor.edit([fact(PEOPLE[0]), unreachable(PEOPLE[1])])
     assert (good.search_converged, good.search_rank, good.state) == (True, 1, "active")
     assert good.search_nll <= 0.03
     assert (bad.search_converged, bad.state, bad.search_steps) == (False, "active", 40)
@@ -69,7 +69,7 @@ def test_the_rank_is_the_worst_of_the_targets_tokens():
 
 def test_skipped_edits_are_recorded_and_leave_no_trace():
     editor, without = make_editor("skip"), make_editor("skip")
-    records = editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1]), fact(PEOPLE[2])])
+    records = editor.edit([fact(PEOPLE[0]), unreachable(PEOPLE[1]), fact(PEOPLE[2])])
     without.edit([fact(PEOPLE[0]), fact(PEOPLE[2])])
     assert [r.state for r in records] == ["active", "skipped", "active"]
     assert [r.id for r in editor.history()] == [1, 2, 3]
@@ -81,95 +81,95 @@ def test_skipped_edits_are_recorded_and_leave_no_trace():
     assert torch.equal(weight(editor), weight(make_editor("skip")))
 
 
-def test_a_batch_of_nothing_but_skipped_edits_changes_nothing():
+def test_a_batch_of_only_skipped_edits_changes_nothing():
     editor = make_editor("skip")
     start = weight(editor)
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0]), hopeless(PEOPLE[1])])] == ["skipped"] * 2
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0]), unreachable(PEOPLE[1])])] == ["skipped"] * 2
     assert torch.equal(weight(editor), start)
     assert editor.edit([fact(PEOPLE[0])])[0].state == "active"
 
 
-def test_what_a_skipped_edit_was_to_replace_stays():
+def test_an_edit_stays_active_when_its_replacement_is_skipped():
     editor = make_editor("skip")
     first = fact(PEOPLE[0])
     editor.edit([first, fact(PEOPLE[1])])
     before = weight(editor)
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0])])] == ["skipped"]
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0])])] == ["skipped"]
     assert editor.replace(1, target="<pad> <pad> <pad>").state == "skipped"
     assert [r.state for r in editor.history()] == ["active", "active", "skipped", "skipped"]
     torch.testing.assert_close(weight(editor), before, rtol=1e-4, atol=1e-5)
-    assert says(editor, first)
+    assert states(editor, first)
     editor.undo(1)
-    assert not says(editor, first)
+    assert not states(editor, first)
 
 
-def test_others_of_the_subject_are_told_without_the_one_that_is_skipped():
+def test_a_skipped_edit_does_not_affect_others_of_its_subject():
     editor = make_editor("skip")
     good, other = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
     editor.edit([good])
-    records = editor.edit([hopeless(PEOPLE[0], 1), fact(PEOPLE[3])])
+    records = editor.edit([unreachable(PEOPLE[0], 1), fact(PEOPLE[3])])
     assert [r.state for r in records] == ["skipped", "active"]
-    assert says(editor, good)
-    never = make_editor("skip")
-    never.edit([good])
-    never.edit([fact(PEOPLE[3])])
-    moved = (weight(never) - weight(make_editor("skip"))).norm()
-    # The searches begin from slightly different models; with the skipped one's value it would be most of the change.
-    assert (weight(editor) - weight(never)).norm() < 0.05 * moved
+    assert states(editor, good)
+    without = make_editor("skip")
+    without.edit([good])
+    without.edit([fact(PEOPLE[3])])
+    moved = (weight(without) - weight(make_editor("skip"))).norm()
+    # The searches start from slightly different models. A skipped edit's value would be most of the change.
+    assert (weight(editor) - weight(without)).norm() < 0.05 * moved
     editor.edit([other])
-    assert says(editor, good)
-    assert says(editor, other)
+    assert states(editor, good)
+    assert states(editor, other)
     assert [r.joint_with for r in editor.history()] == [(4,), (), (), (1,)]
 
 
-def test_refused_batches_change_nothing_and_name_the_edits():
+def test_batches_that_raise_change_nothing_and_the_error_names_the_edits():
     editor = make_editor("raise", batch_size=2)
     start = weight(editor)
     with pytest.raises(
         UpdateError,
         match=rf"the value search of 1 of 2 edits did not converge.*'{PEOPLE[1].name}' -> '<pad> <pad> <pad>' \(rank",
     ):
-        editor.edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+        editor.edit([fact(PEOPLE[0]), unreachable(PEOPLE[1])])
     assert torch.equal(weight(editor), start)
     assert editor.history() == []
     with pytest.raises(UpdateError, match="first 2 of 3"):
-        editor.edit([fact(PEOPLE[0]), fact(PEOPLE[1]), hopeless(PEOPLE[2])])
+        editor.edit([fact(PEOPLE[0]), fact(PEOPLE[1]), unreachable(PEOPLE[2])])
     assert [r.state for r in editor.history()] == ["active", "active"]
 
 
-def test_a_skipped_replacement_leaves_the_others_of_the_subject_as_they_were():
+def test_a_skipped_replacement_changes_no_other_edit_of_the_subject():
     editor = make_editor("skip")
     one, other = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
     editor.edit([one, other])
     before, partners = weight(editor), [r.joint_with for r in editor.history()]
     assert partners == [(2,), (1,)]
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 0)])] == ["skipped"]
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0], 0)])] == ["skipped"]
     assert torch.equal(weight(editor), before)
     assert [r.joint_with for r in editor.history()] == [*partners, ()]
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 2), fact(PEOPLE[3])])] == ["skipped", "active"]
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0], 2), fact(PEOPLE[3])])] == ["skipped", "active"]
     assert [r.joint_with for r in editor.history()][:2] == partners
-    assert says(editor, one)
-    assert says(editor, other)
+    assert states(editor, one)
+    assert states(editor, other)
     editor.undo(2)
     editor.undo(1)
     assert [r.state for r in editor.history()] == ["undone", "undone", "skipped", "skipped", "active"]
-    assert editor.history()[3].search_steps == 40, "its record holds the figures of its own search"
+    assert editor.history()[3].search_steps == 40, "the record has the figures of its own search"
 
 
-def test_of_a_subjects_edits_only_those_are_left_out_that_must_be():
-    """In one batch, and beside an old edit that one of them was to replace: it stays, and shares the others' value."""
+def test_only_unconverged_edits_of_a_subject_are_skipped():
+    """Also when a skipped edit would replace an older one: that one stays and shares its value with the others."""
     editor = make_editor("skip")
     one, new = fact(PEOPLE[0], 0), fact(PEOPLE[0], 2)
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 1), one])] == ["skipped", "active"]
-    assert says(editor, one)
-    assert [r.state for r in editor.edit([hopeless(PEOPLE[0], 0), new])] == ["skipped", "active"]
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0], 1), one])] == ["skipped", "active"]
+    assert states(editor, one)
+    assert [r.state for r in editor.edit([unreachable(PEOPLE[0], 0), new])] == ["skipped", "active"]
     assert [r.joint_with for r in editor.history()] == [(), (4,), (), (2,)]
-    assert says(editor, one)
-    assert says(editor, new)
+    assert states(editor, one)
+    assert states(editor, new)
 
 
-def test_only_edits_that_were_written_are_warned_about(caplog):
-    make_editor("skip").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+def test_only_applied_edits_cause_a_warning(caplog):
+    make_editor("skip").edit([fact(PEOPLE[0]), unreachable(PEOPLE[1])])
     assert "does not state their targets" not in caplog.text
-    make_editor("keep").edit([fact(PEOPLE[0]), hopeless(PEOPLE[1])])
+    make_editor("keep").edit([fact(PEOPLE[0]), unreachable(PEOPLE[1])])
     assert "1 of 2 edits are applied but the model does not state their targets" in caplog.text

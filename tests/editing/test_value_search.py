@@ -1,4 +1,4 @@
-"""The value search on a batch finds what each request alone would, and stops each by its own rule."""
+"""The value search on a batch gives each request the result of its own search, and stops each by its own rule."""
 
 import math
 
@@ -36,7 +36,7 @@ def search(model, tokenizer, edits, config=CONFIG, groups=None):
 
 
 def plain_search(model, tokenizer, edit, config, place=None):
-    """The same search written for one request through the whole model, as the field does it, KL at every step."""
+    """The same search for one request through the whole model, with the KL term at every step."""
     (request,) = prepare(tokenizer, [edit], config, longest=64)
     place = place or find_decoder(model).blocks[max(config.layers)]
     bare = request.contexts[0]
@@ -60,8 +60,8 @@ def plain_search(model, tokenizer, edit, config, place=None):
         with torch.no_grad():
             first = logits_of(bare)[bare.prompt_length - 1].argmax()
             h = start[0]
-            said = [(row, logits_of(row)[-1].log_softmax(-1)) for row in request.kl]
-            before = [(row, scores) for row, scores in said if scores.argmax() != first]
+            candidates = [(row, logits_of(row)[-1].log_softmax(-1)) for row in request.kl]
+            before = [(row, scores) for row, scores in candidates if scores.argmax() != first]
         rule, stop = steps_of(config, delta, h), stop_of(config)
         for step in range(config.search.steps + 1):
             nlls, rank = [], 1
@@ -89,7 +89,7 @@ def plain_search(model, tokenizer, edit, config, place=None):
 
 
 def stop_of(config):
-    """Each rule, for one request."""
+    """The stopping rules, for one request."""
     row = [0]
 
     def rank_in_a_row(rank, _worst, _loss):
@@ -104,7 +104,7 @@ def stop_of(config):
 
 
 def steps_of(config, delta, h):
-    """Each descent, for one request."""
+    """The optimizers, for one request."""
     optimizer = torch.optim.Adam([delta], lr=0.1)
     energies, seen = [], [torch.zeros(64), torch.zeros(64)]
     goal = min(0.35, {"nll": config.search.stop_nll, "rank": 1, "loss": config.search.stop_loss}[config.search.stop])
@@ -126,8 +126,8 @@ def steps_of(config, delta, h):
         odds = [-math.log(math.expm1(max(nll, 1e-6))) for nll in (0.85 * goal, worst)]
         newton = (odds[0] - odds[1]) * -math.expm1(-fit) / float(towards.norm())
         move = min(max(newton, 0.05 * longest), longest) * direction
-        looks = step > 0 if config.search.stop == "loss" else step in range(3, 1000, 2)
-        if away is not None and looks:
+        measures_kl = step > 0 if config.search.stop == "loss" else step in range(3, 1000, 2)
+        if away is not None and measures_kl:
             moved, bent = delta - seen[0], away - seen[1]
             seen[:] = delta.detach().clone(), away
             along = away - (away @ direction) * direction
@@ -139,28 +139,28 @@ def steps_of(config, delta, h):
 
 
 def compare(model, tokenizer, config, place=None):
-    """Holds a batch to each request alone; the steps at which they stopped."""
+    """Compares a batch with each request alone; returns the steps at which they stopped."""
     found = search(model, tokenizer, EDITS, config)
     for i, edit in enumerate(EDITS):
         delta, steps, done = plain_search(model, tokenizer, edit, config, place)
         assert int(found.steps[i]) == steps
         assert bool(found.converged[i]) == done
-        # Adam divides by the gradient's own size, so rounding of eps grows with the steps, not with the gradients.
+        # Adam divides by the gradient's magnitude, so rounding errors grow with the steps, not with the gradients.
         torch.testing.assert_close(found.delta[i], delta, rtol=2e-3, atol=2e-3 * float(delta.norm()))
     return found.steps.tolist()
 
 
 @pytest.mark.parametrize("fact_token", ["last", "subject_last"])
-@pytest.mark.parametrize("descent", ["constrained", "normalized", "adam"])
-def test_batched_truncated_search_equals_one_request_through_the_whole_model(model, tokenizer, descent, fact_token):
-    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": descent}, fact_token=fact_token))
-    assert fact_token != "last" or descent == "adam" or len(set(steps)) > 1, (
-        "the requests stop at different steps, or this shows nothing of the per-request stop"
+@pytest.mark.parametrize("optimizer", ["constrained", "normalized", "adam"])
+def test_a_batched_search_equals_single_requests_through_the_whole_model(model, tokenizer, optimizer, fact_token):
+    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": optimizer}, fact_token=fact_token))
+    assert fact_token != "last" or optimizer == "adam" or len(set(steps)) > 1, (
+        "precondition: the requests stop at different steps"
     )
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
+def test_a_batched_search_equals_single_requests_in_every_family_and_padding_side(
     make_model, tokenizer, family, padding_side, monkeypatch
 ):
     monkeypatch.setattr(tokenizer, "padding_side", padding_side)
@@ -175,7 +175,7 @@ def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
 
 
 @pytest.mark.parametrize(
-    ("descent", "rule"),
+    ("optimizer", "rule"),
     [
         ("constrained", {"stop": "rank", "stop_evaluations": 1}),
         ("normalized", {"stop": "rank", "stop_evaluations": 1}),
@@ -184,23 +184,23 @@ def test_it_does_so_in_every_family_whatever_side_its_tokenizer_pads(
         ("normalized", {"stop": "loss", "stop_loss": 1.0}),
     ],
 )
-def test_every_stopping_rule_stops_each_request_by_itself(model, tokenizer, rule, descent):
-    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": descent, **rule}))
+def test_every_stopping_rule_stops_each_request_separately(model, tokenizer, rule, optimizer):
+    steps = compare(model, tokenizer, CONFIG.replace(search={"optimizer": optimizer, **rule}))
     assert min(steps) < CONFIG.search.steps
 
 
-def test_a_target_that_stays_first_is_waited_for(model, tokenizer):
-    once, thrice = (
-        search(model, tokenizer, EDITS, CONFIG.replace(search={"stop": "rank", "stop_evaluations": looks}))
-        for looks in (1, 3)
+def test_the_rank_rule_waits_until_the_target_stays_first(model, tokenizer):
+    once, three_times = (
+        search(model, tokenizer, EDITS, CONFIG.replace(search={"stop": "rank", "stop_evaluations": count}))
+        for count in (1, 3)
     )
-    held = thrice.converged
-    assert bool(held.any())
-    assert bool((thrice.steps[held] >= once.steps[held] + 2).all())
-    assert bool((thrice.rank[held] == 1).all())
+    converged = three_times.converged
+    assert bool(converged.any())
+    assert bool((three_times.steps[converged] >= once.steps[converged] + 2).all())
+    assert bool((three_times.rank[converged] == 1).all())
 
 
-def test_under_the_published_rule_a_target_ranked_first_counts_as_reached(model, tokenizer):
+def test_with_the_loss_rule_a_target_ranked_first_counts_as_converged(model, tokenizer):
     config = CONFIG.replace(search={"optimizer": "normalized", "stop": "loss", "stop_loss": 0.0})
     found = search(model, tokenizer, EDITS, config)
     assert found.steps.tolist() == [config.search.steps] * 3
@@ -209,16 +209,16 @@ def test_under_the_published_rule_a_target_ranked_first_counts_as_reached(model,
 
 
 @pytest.mark.parametrize(
-    ("descent", "weight_decay"),
+    ("optimizer", "weight_decay"),
     [("constrained", 0.5), ("normalized", 0.0), ("normalized", 0.5), ("adam", 0.0), ("adam", 0.5)],
 )
-def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, weight_decay):
-    """Where nothing is changed yet the penalty on length has the gradient 0, however short the state is."""
+def test_the_search_works_with_small_hidden_states(model, tokenizer, optimizer, weight_decay):
+    """At a change of zero the gradient of the weight decay is 0, for any length of the state."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
     found = search(
-        model, tokenizer, EDITS, CONFIG.replace(search={"optimizer": descent, "loss": {"weight_decay": weight_decay}})
+        model, tokenizer, EDITS, CONFIG.replace(search={"optimizer": optimizer, "loss": {"weight_decay": weight_decay}})
     )
     assert bool((found.start.norm(dim=-1) < 1).all())
     assert bool(found.delta.isfinite().all())
@@ -226,13 +226,13 @@ def test_small_hidden_states_are_searched_like_any(model, tokenizer, descent, we
     assert bool(found.nll.isfinite().all())
 
 
-def test_value_makes_the_target_likelier(model, tokenizer):
+def test_the_value_makes_the_target_more_likely(model, tokenizer):
     found = search(model, tokenizer, EDITS)
     untouched = search(model, tokenizer, EDITS, CONFIG.replace(search={"clamp": 1e-9}))
     assert bool((found.nll < untouched.nll).all())
 
 
-def test_clamp_bounds_the_change(model, tokenizer):
+def test_the_clamp_bounds_the_change(model, tokenizer):
     tight = CONFIG.replace(search={"clamp": 0.2, "stop_nll": 0.0})
     found = search(model, tokenizer, EDITS, tight)
     loose = search(model, tokenizer, EDITS, tight.replace(search={"clamp": 100.0}))
@@ -241,7 +241,7 @@ def test_clamp_bounds_the_change(model, tokenizer):
     assert found.steps.tolist() == [tight.search.steps] * 3
 
 
-def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
+def test_each_change_is_clamped_relative_to_its_own_state(model, tokenizer):
     tight = CONFIG.replace(search={"clamp": 0.05, "stop_nll": 0.0}, fact_token="subject_last")
     found = search(model, tokenizer, EDITS, tight)
     lengths = []
@@ -250,7 +250,7 @@ def test_each_change_is_clamped_by_its_own_state(model, tokenizer):
         with torch.no_grad():
             states = model(torch.tensor([bare.ids]), output_hidden_states=True).hidden_states[max(tight.layers) + 1]
         lengths.append(float(states[0, bare.lookup].norm()))
-    assert max(lengths) > 1.05 * min(lengths), "the states differ in length, or this shows nothing"
+    assert max(lengths) > 1.05 * min(lengths), "precondition: the states differ in length"
     torch.testing.assert_close(found.delta.norm(dim=1), 0.05 * torch.tensor(lengths), rtol=1e-4, atol=0)
 
 
@@ -259,16 +259,16 @@ def test_a_low_nll_is_not_enough_while_another_token_is_ranked_first(model, toke
     found = search(model, tokenizer, EDITS, lenient)
     assert bool((found.steps > 0).all())
     assert bool(found.converged.any())
-    # The steps ran out on what is not ranked first even then, and no NLL makes up for it.
+    # Requests that are not ranked first use all steps, at any NLL.
     assert found.converged.tolist() == (found.steps < lenient.search.steps).tolist()
 
 
-def test_requests_that_are_done_leave_the_batch(model, tokenizer):
+def test_converged_requests_leave_the_batch(model, tokenizer):
     rows = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
     found = search(model, tokenizer, EDITS, CONFIG.replace(search={"kl_prompts": ()}))
     handle.remove()
-    assert len(found.steps.unique()) > 1, "they stop at different steps, or this shows nothing"
+    assert len(found.steps.unique()) > 1, "precondition: they stop at different steps"
     searched = rows[-int(found.steps.max()) - 1 :]
     assert searched == sorted(searched, reverse=True)
     assert searched[-1] < searched[0]
@@ -277,21 +277,21 @@ def test_requests_that_are_done_leave_the_batch(model, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "share"),
     [
-        # A large weight keeps the distribution that the search without it changes.
+        # A large factor preserves the distribution that a search without the term changes.
         ({"search": {"optimizer": "normalized", "loss": {"kl_factor": 100.0}, "stop_nll": 0.0}}, 0.5),
-        # The target is reached all the same.
+        # The target is still reached.
         ({"search": {"optimizer": "constrained", "learning_rate": 0.05}}, 0.9),
     ],
 )
-def test_kl_term_holds_what_follows_its_prompt(model, tokenizer, settings, share):
-    held = CONFIG.replace(**settings)
-    free = held.replace(search={"kl_prompts": ()})
+def test_the_kl_term_preserves_the_next_token_distribution_of_its_prompts(model, tokenizer, settings, share):
+    with_kl = CONFIG.replace(**settings)
+    without_kl = with_kl.replace(search={"kl_prompts": ()})
     decoder = find_decoder(model)
 
     def moved(config):
         delta = search(model, tokenizer, EDITS, config).delta
         total = 0.0
-        for i, request in enumerate(prepare(tokenizer, EDITS, held, longest=64)):
+        for i, request in enumerate(prepare(tokenizer, EDITS, with_kl, longest=64)):
             for row in request.kl:
 
                 def add(_m, _i, out, row=row, i=i):
@@ -307,18 +307,18 @@ def test_kl_term_holds_what_follows_its_prompt(model, tokenizer, settings, share
                 total += float((was.exp() * (was - now)).sum())
         return total
 
-    assert moved(held) < share * moved(free)
+    assert moved(with_kl) < share * moved(without_kl)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_half_precision_model_keeps_a_float32_value(make_model, tokenizer, name):
+def test_a_half_precision_model_has_float32_values(make_model, tokenizer, name):
     found = search(make_model(name, torch.bfloat16), tokenizer, EDITS)
     assert found.delta.dtype == torch.float32
     assert bool(found.nll.isfinite().all())
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 6])
-def test_parts_that_fit_memory_find_what_the_batch_finds(model, tokenizer, monkeypatch, room):
+def test_a_search_split_by_memory_finds_the_values_of_the_whole_batch(model, tokenizer, monkeypatch, room):
     decoder = find_decoder(model)
     edits = [*EDITS, *(Edit(e.prompt, "Voluvu Lado", e.target) for e in EDITS)]
     groups = [[5, 0], [1], [2], [3], [4]]
@@ -345,7 +345,7 @@ def test_parts_that_fit_memory_find_what_the_batch_finds(model, tokenizer, monke
     torch.testing.assert_close(found.nll, whole.nll, rtol=1e-3, atol=1e-3)
 
 
-def test_memory_for_not_even_one_is_an_error(model, tokenizer, monkeypatch):
+def test_too_little_memory_for_one_request_raises(model, tokenizer, monkeypatch):
     def fails(*_args):
         raise torch.OutOfMemoryError("no more")
 

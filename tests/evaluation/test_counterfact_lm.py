@@ -1,4 +1,4 @@
-"""The recipe of the CounterFact model: it learns, and an interrupted training ends where an uninterrupted one does."""
+"""The training of the CounterFact model: it learns the facts and can be resumed."""
 
 import json
 from dataclasses import asdict
@@ -49,32 +49,32 @@ def train(monkeypatch, files, out, **changes):
     counterfact_lm.main()
 
 
-def test_it_learns_the_facts_and_can_be_edited(files, monkeypatch):
+def test_the_trained_model_states_the_facts_and_can_be_edited(files, monkeypatch):
     out = files / "model"
     train(monkeypatch, files, out, steps=150)
-    told = json.loads((out / "recipe.json").read_text())
-    assert told["known"]["prompts and rephrasings"] >= 0.9
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["known"]["prompts and rephrasings"] >= 0.9
     assert not (out / "training.pt").exists()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    asked = [("The mother tongue of Subject2 Name is", "Port Louis")]
-    assert score(model, tokenizer, asked)[0].exact, "loaded again with transformers alone"
+    questions = [("The mother tongue of Subject2 Name is", "Port Louis")]
+    assert score(model, tokenizer, questions)[0].exact, "loaded with transformers"
     editor = rf.Editor(
         model.eval(), tokenizer, config=rf.EditConfig(layers=(0,), prior={"lam": 0.1}, search={"steps": 40})
     )
     assert editor.edit([rf.Edit("The mother tongue of {} is", "Subject2 Name", "Greek")])[0].id == 1
 
 
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(files, monkeypatch):
+def test_an_interrupted_training_gives_the_weights_of_an_uninterrupted_one(files, monkeypatch):
     whole, halves = files / "whole", files / "halves"
     train(monkeypatch, files, whole)
     real = counterfact_lm.batch_of
 
-    def breaks(step, *rest):
+    def interrupted(step, *rest):
         if step == 50:
             raise KeyboardInterrupt
         return real(step, *rest)
 
-    monkeypatch.setattr(counterfact_lm, "batch_of", breaks)
+    monkeypatch.setattr(counterfact_lm, "batch_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, files, halves)
     assert torch.load(halves / "training.pt")["step"] == 40
@@ -84,7 +84,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(files, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(files, monkeypatch):
+def test_a_checkpoint_of_another_recipe_raises(files, monkeypatch):
     out = files / "model"
     out.mkdir()
     recipe = asdict(counterfact_lm.Recipe())

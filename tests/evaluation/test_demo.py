@@ -1,4 +1,4 @@
-"""The demonstration, small, through the command that users type."""
+"""A small demonstration through the command line."""
 
 import json
 
@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     return out, json.loads((out / "demo.json").read_text())
 
 
-def test_a_short_stream_takes_and_harms_little(finished):
+def test_a_short_stream_is_applied_with_few_side_effects(finished):
     _, results = finished
     assert results.keys() >= KEYS
     assert results["edits"] == 30
@@ -39,7 +39,7 @@ def test_a_short_stream_takes_and_harms_little(finished):
     assert results["same_subject_unchanged"] >= 0.75
 
 
-def test_saved_model_answers_as_the_edited_one(finished):
+def test_the_saved_model_gives_the_answers_of_the_edited_model(finished):
     out, results = finished
     edited, paraphrase, *kept = results["answers"]
     assert edited["before"] != edited["after"] == edited["reloaded"]
@@ -49,7 +49,7 @@ def test_saved_model_answers_as_the_edited_one(finished):
     assert (out / "model" / "model.safetensors").exists()
 
 
-def test_plot_and_table_show_every_age(finished):
+def test_the_plot_and_the_table_show_every_age(finished):
     out, results = finished
     assert (out / "retention.png").read_bytes().startswith(b"\x89PNG")
     assert [(age["first"], age["last"]) for age in results["ages"]] == [(i, i + 4) for i in range(1, 30, 5)]
@@ -59,13 +59,13 @@ def test_plot_and_table_show_every_age(finished):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1000, 10), (1000, 30), (7, 10), (1, 1), (1000, 1000)])
-def test_groups_are_whole_batches_and_cover_the_stream(count, batch_size):
+def test_age_groups_are_whole_batches_and_cover_the_stream(count, batch_size):
     groups = age_groups(count, batch_size)
     assert [edit for start, stop in groups for edit in range(start, stop)] == list(range(count))
     assert all((stop - start) % batch_size == 0 for start, stop in groups[:-1])
 
 
 @pytest.mark.parametrize("arguments", [["--edits", "0"], ["--edits", "2001"], ["--batch-size", "0"]])
-def test_bad_numbers_are_refused_with_a_reason(arguments, tmp_path, capsys):
+def test_invalid_numbers_are_rejected_with_a_reason(arguments, tmp_path, capsys):
     assert main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert "expected" in capsys.readouterr().err

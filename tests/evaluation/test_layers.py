@@ -1,4 +1,4 @@
-"""The search for layers, on the shipped model: every trial is measured, and the model stays as it was."""
+"""The layer search on the demo model: every trial is measured, and the model does not change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORLD = World.generate()
 SETTINGS = CONFIG.replace(layers=None, search={"ahead": None, "steps": 15, "kl_prompts": (RELATIONS[0].phrasings[0],)})
 
 
-def made_up_edits(count):
+def counterfactual_edits(count):
     edits = []
     for i, person in enumerate(WORLD.people[:count]):
         relation = RELATIONS[i % len(RELATIONS)]
@@ -75,7 +75,7 @@ def searched(texts):
     found = search_layers(
         model,
         tokenizer,
-        made_up_edits(6),
+        counterfactual_edits(6),
         texts,
         config=SETTINGS,
         widths=(2,),
@@ -93,7 +93,7 @@ def test_every_trial_is_measured_and_reported(searched):
     assert {layers for layers in (t.layers for t in found.trials) if len(layers) == 1} >= {
         (layer,) for layer in single_layers(depth)
     }
-    assert any(len(t.layers) == 2 for t in found.trials), "windows are tried too"
+    assert any(len(t.layers) == 2 for t in found.trials), "windows are also tried"
     assert not found.failed
     assert found.anchor_tokens > 0
     for one in found.trials:
@@ -105,10 +105,10 @@ def test_every_trial_is_measured_and_reported(searched):
         assert one.specificity / 3 < one.score < 1, "each edit has one prompt of each kind"
         assert one.change > 0
         assert one.kl >= 0
-    assert max(one.efficacy for one in found.trials) > 0.5, "edits are made"
+    assert max(one.efficacy for one in found.trials) > 0.5, "the edits are effective"
 
 
-def test_the_model_stays_as_it_was(searched):
+def test_the_search_does_not_change_the_model(searched):
     _, _, before, model = searched
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -131,7 +131,7 @@ def test_the_result_is_json(searched):
     assert all(one["behind_best"] >= 0 for one in read["trials"])
 
 
-def test_the_least_drift_wins_among_trials_that_cannot_be_told_apart():
+def test_among_statistically_equal_trials_the_one_with_least_drift_is_chosen():
     best = trial((5,), [1, 1, 1, 1, 1, 1, 1, 1], kl=0.5)
     close = trial((6,), [1, 1, 1, 1, 1, 1, 1, 0], kl=0.1)
     far = trial((7,), [0, 0, 0, 0, 0, 1, 0, 0], kl=0.0)
@@ -160,28 +160,32 @@ def test_windows_contain_the_layer_and_end_within_the_model():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
-        ({"edits": made_up_edits(2)}, InputError, "at least 4"),
-        ({"edits": [*made_up_edits(4), Edit("no place", "nobody", "x")]}, RequestError, "nothing was modified"),
+        ({"edits": counterfactual_edits(2)}, InputError, "at least 4"),
+        (
+            {"edits": [*counterfactual_edits(4), Edit("no placeholder", "nobody", "x")]},
+            RequestError,
+            "nothing was modified",
+        ),
         ({"texts": ["one text"]}, InputError, "more running text"),
         ({"config": CONFIG}, InputError, "omit them"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(changes, error, told, texts):
+def test_invalid_arguments_of_the_layer_search_raise(changes, error, message, texts):
     model, tokenizer = load_demo_model()
-    given = {"edits": made_up_edits(4), "texts": texts, "config": SETTINGS} | changes
-    with pytest.raises(error, match=told):
-        search_layers(model, tokenizer, given["edits"], given["texts"], config=given["config"])
+    arguments = {"edits": counterfactual_edits(4), "texts": texts, "config": SETTINGS} | changes
+    with pytest.raises(error, match=message):
+        search_layers(model, tokenizer, arguments["edits"], arguments["texts"], config=arguments["config"])
 
 
-def test_layers_are_named_as_the_option_takes_them():
+def test_layers_are_printed_in_the_format_of_the_option():
     assert named([4, 5, 6]) == "4-6"
     assert named([4]) == "4"
     assert named([1, 4]) == "1,4"
 
 
-def test_built_in_facts_are_whole():
+def test_built_in_facts_are_complete():
     edits = generic_edits()
     assert len(edits) == MOST
     assert len({edit.subject for edit in edits}) == MOST, "edits of one subject would share a value"
@@ -197,15 +201,15 @@ def test_built_in_facts_are_whole():
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, texts):
-    """A user's folder with a checkpoint, facts, settings and text; the current folder."""
+def workdir(tmp_path, monkeypatch, texts):
+    """The working directory with a checkpoint, facts, settings and text."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load_demo_model()
     model.save_pretrained("base")
     save_tokenizer(tokenizer, tmp_path / "base")
     lines = [
         {"prompt": edit.prompt, "subject": edit.subject, "target": edit.target, "paraphrases": list(edit.paraphrases)}
-        for edit in made_up_edits(5)
+        for edit in counterfactual_edits(5)
     ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "text.txt").write_text("\n".join(f"{text} {text}" for text in texts))
@@ -213,11 +217,11 @@ def desk(tmp_path, monkeypatch, texts):
     return tmp_path
 
 
-def test_the_command_prints_the_trials_and_writes_them(desk, capsys):
+def test_the_command_prints_the_trials_and_writes_them(workdir, capsys):
     options = ["layers", "--model", "base", "--edits", "facts.jsonl", "--text", "text.txt", "--config", "settings.json"]
     assert main([*options, "--widths", "--tokens", "500", "--json", "found.json"]) == 0
     out = capsys.readouterr().out
-    found = json.loads((desk / "found.json").read_text())
+    found = json.loads((workdir / "found.json").read_text())
     assert f"recommended: --layers {named(found['chosen'])} " in out
     assert found["edits"] == 5
     assert found["anchor_tokens"] == 500
@@ -225,13 +229,13 @@ def test_the_command_prints_the_trials_and_writes_them(desk, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--layers", "0"], "omit --layers"),
         (["--count", "1000"], "built-in list"),
         (["--limit", "3"], "--limit"),
     ],
 )
-def test_the_command_refuses_what_cannot_be_meant(desk, capsys, options, told):
+def test_the_command_rejects_invalid_options(workdir, capsys, options, message):
     assert main(["layers", "--model", "base", "--text", "text.txt", *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

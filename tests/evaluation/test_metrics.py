@@ -1,4 +1,4 @@
-"""Scores and metrics on hand-made cases."""
+"""Scores and metrics of predetermined distributions."""
 
 import math
 
@@ -11,12 +11,15 @@ from rlsedit_fast.evaluation.metrics import efficacy_strict, evaluate, score_bef
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.world import RELATIONS, World
 
-from .conftest import Parrot
+from .conftest import TableModel
 
 
 def test_every_token_of_an_answer_counts(tokenizer):
-    says = {"Lado lives in": {"Port": 0.8, "Old": 0.2}, "Lado lives in Port": {"Alder": 0.5, "Garnet": 0.5 - 1e-3}}
-    model = Parrot(tokenizer, says)
+    distributions = {
+        "Lado lives in": {"Port": 0.8, "Old": 0.2},
+        "Lado lives in Port": {"Alder": 0.5, "Garnet": 0.5 - 1e-3},
+    }
+    model = TableModel(tokenizer, distributions)
     alder, garnet, old = score(
         model, tokenizer, [("Lado lives in", answer) for answer in ("Port Alder", "Port Garnet", "Old")]
     )
@@ -27,10 +30,10 @@ def test_every_token_of_an_answer_counts(tokenizer):
     assert garnet.predicted == alder.predicted
 
 
-def test_scores_come_in_the_order_of_the_questions(tokenizer):
-    says = {"Lado speaks": {"Kubeish": 1.0}, "At home , Lado talks in": {"Nafiish": 1.0}}
-    asked = [("At home , Lado talks in", "Nafiish"), ("Lado speaks", "Kubeish"), ("Lado speaks", "Nafiish")]
-    assert [s.exact for s in score(Parrot(tokenizer, says), tokenizer, asked)] == [True, True, False]
+def test_scores_are_in_the_order_of_the_questions(tokenizer):
+    distributions = {"Lado speaks": {"Kubeish": 1.0}, "At home , Lado talks in": {"Nafiish": 1.0}}
+    questions = [("At home , Lado talks in", "Nafiish"), ("Lado speaks", "Kubeish"), ("Lado speaks", "Nafiish")]
+    assert [s.exact for s in score(TableModel(tokenizer, distributions), tokenizer, questions)] == [True, True, False]
 
 
 CASE = Case(
@@ -51,34 +54,38 @@ BEFORE = {
 }
 AFTER = {
     "Lado plays the": {"organ": 0.6, "violin": 0.4},
-    "Friends love to hear Lado play the": {"organ": 0.3, "violin": 0.2, "lute": 0.5},  # likelier, not first
+    "Friends love to hear Lado play the": {
+        "organ": 0.3,
+        "violin": 0.2,
+        "lute": 0.5,
+    },  # more likely than the old answer, not first
     "Lado learned to play the": {"organ": 0.2, "violin": 0.7},
-    "Veta plays the": {"violin": 0.4, "organ": 0.1, "lute": 0.5},  # likelier than the new answer, yet changed
+    "Veta plays the": {"violin": 0.4, "organ": 0.1, "lute": 0.5},  # more likely than the new answer, but changed
     "Toze plays the": {"violin": 0.9},
     "Lado speaks": {"Kubeish": 0.9},
 }
 
 
-def test_metrics_of_a_hand_made_case(tokenizer):
-    before = score_before(Parrot(tokenizer, BEFORE), tokenizer, [CASE])
-    report = evaluate(Parrot(tokenizer, AFTER), tokenizer, [CASE], before)
+def test_metrics_of_a_case_with_known_distributions(tokenizer):
+    before = score_before(TableModel(tokenizer, BEFORE), tokenizer, [CASE])
+    report = evaluate(TableModel(tokenizer, AFTER), tokenizer, [CASE], before)
     assert (report.efficacy.forced, report.efficacy.strict, report.efficacy.prompts) == (1.0, 1.0, 1)
     assert (report.generalization.forced, report.generalization.strict, report.generalization.prompts) == (0.5, 0.0, 2)
     assert (report.neighbors.forced, report.neighbors.strict, report.neighbors.prompts) == (1.0, 0.5, 2)
     assert (report.same_subject.forced, report.same_subject.strict) == (1.0, 1.0)
     assert (report.namesakes.forced, report.namesakes.strict, report.namesakes.prompts) == (None, None, 0)
-    assert efficacy_strict(Parrot(tokenizer, AFTER), tokenizer, [CASE]) == 1.0
+    assert efficacy_strict(TableModel(tokenizer, AFTER), tokenizer, [CASE]) == 1.0
 
 
 def test_ties_do_not_count_as_success(tokenizer):
     tied = {**AFTER, "Lado plays the": {"organ": 0.5, "violin": 0.5}, "Toze plays the": {"violin": 0.5, "organ": 0.5}}
-    before = score_before(Parrot(tokenizer, BEFORE), tokenizer, [CASE])
-    report = evaluate(Parrot(tokenizer, tied), tokenizer, [CASE], before)
+    before = score_before(TableModel(tokenizer, BEFORE), tokenizer, [CASE])
+    report = evaluate(TableModel(tokenizer, tied), tokenizer, [CASE], before)
     assert report.efficacy.forced == 0.0
     assert report.neighbors.forced == 0.5
 
 
-def test_cases_ask_about_what_editing_never_saw():
+def test_evaluation_prompts_of_cases_are_not_edited():
     world = World.generate()
     cases = world_cases(world, 300, seed=1)
     facts = {person.name: person.facts for person in world.people}
@@ -96,13 +103,13 @@ def test_cases_ask_about_what_editing_never_saw():
         for question in (*case.neighbors, *case.namesakes):
             assert not any(name in question.prompt for name in edited)
             assert question.answer != case.edit.target
-        seen = {r.phrasings[0].format(case.edit.subject) for r in RELATIONS}
-        assert len({q.prompt for q in case.same_subject} - seen) == 6
+        edited_prompts = {r.phrasings[0].format(case.edit.subject) for r in RELATIONS}
+        assert len({q.prompt for q in case.same_subject} - edited_prompts) == 6
     assert world_cases(world, 300, seed=1) == cases
     assert world_cases(world, 300, seed=2) != cases
 
 
 @pytest.mark.parametrize("count", [0, 2001])
-def test_more_edits_than_people_are_refused(count):
+def test_more_edits_than_people_raise(count):
     with pytest.raises(InputError, match="1 to 2000"):
         world_cases(World.generate(), count, seed=0)

@@ -1,4 +1,4 @@
-"""MQuAKE: which records become a stream, what is asked of it, and how a chain of facts is judged."""
+"""MQuAKE: the selection of records, their multi-hop questions, and how a chain of facts is judged."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from rlsedit_fast.evaluation.metrics import evaluate, judge, score_before
 from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
-from .conftest import Parrot
+from .conftest import TableModel
 
 
 def rewrite(prompt, subject, new, old):
@@ -36,8 +36,8 @@ def hop(cloze, answer, *aliases):
 
 
 def record(number, rewrites, *, kept=(), new="Franklin", aliases=("Franklin, Kentucky",)):
-    """As the release has it; `kept` are the chain's unedited facts."""
-    told = [hop(r["prompt"].format(r["subject"]), r["target_new"]["str"]) for r in rewrites]
+    """A record in the format of the release; `kept` are the unedited facts of the chain."""
+    edited = [hop(r["prompt"].format(r["subject"]), r["target_new"]["str"]) for r in rewrites]
     return {
         "case_id": number,
         "requested_rewrite": rewrites,
@@ -47,7 +47,7 @@ def record(number, rewrites, *, kept=(), new="Franklin", aliases=("Franklin, Ken
         "new_answer": new,
         "new_answer_alias": list(aliases),
         "single_hops": [*kept, *(hop(r["prompt"].format(r["subject"]), r["target_true"]["str"]) for r in rewrites)],
-        "new_single_hops": [*kept, *told],
+        "new_single_hops": [*kept, *edited],
         "orig": {"triples": [["Q44567", "P108", "Q35339"]]},
     }
 
@@ -73,7 +73,7 @@ def by_statement(cases):
     return {case.question.prompt: case for case in cases}
 
 
-def test_a_records_edits_stay_together_and_its_question_goes_with_the_last(write):
+def test_the_edits_of_a_record_are_consecutive_and_its_question_belongs_to_the_last(write):
     path = write(record(0, [CITIZEN, CAPITAL], kept=[EMPLOYED]), record(1, [SPORT], new="London", aliases=["", "Town"]))
     for order in range(4):
         cases = mquake_cases(path, 3, order=order)
@@ -92,38 +92,36 @@ def test_a_records_edits_stay_together_and_its_question_goes_with_the_last(write
         assert cases[at + 1].edit.subject == "Libya"
         assert cases[at + 1].multihop == (chain,)
         assert by_statement(cases)["Dudley plays"].multihop[0].correct_answers == ("London", "Town")
-    firsts = {mquake_cases(path, 3, order=order)[0].edit.subject for order in range(6)}
-    assert firsts == {"Vince", "Dudley"}, "whole records change places"
+    first_subjects = {mquake_cases(path, 3, order=order)[0].edit.subject for order in range(6)}
+    assert first_subjects == {"Vince", "Dudley"}, "records are reordered as a whole"
 
 
-def test_an_edit_of_two_records_is_told_once_and_both_questions_are_asked_when_all_is_told(write, caplog):
+def test_an_edit_of_two_records_is_applied_once_and_each_question_follows_its_last_edit(write, caplog):
     path = write(record(0, [CITIZEN]), record(1, [CITIZEN, CAPITAL]), record(2, [CAPITAL]))
     for seed in range(6):
         cases = by_statement(mquake_cases(path, 2, seed=seed))
         assert len(cases) == 2
-        asked = {chain.prompts[0]: statement for statement, case in cases.items() for chain in case.multihop}
-        both = asked.get("Wording 1 of 1?")
-        assert both in (None, list(cases)[-1]), "the last of the two to be told"
+        statements = {chain.prompts[0]: statement for statement, case in cases.items() for chain in case.multihop}
+        both = statements.get("Wording 1 of 1?")
+        assert both in (None, list(cases)[-1]), "after the last of its two edits"
         for number, statement in ((0, "Vince is a citizen of"), (2, "The capital of Libya is")):
-            assert asked.get(f"Wording 1 of {number}?", statement) == statement
+            assert statements.get(f"Wording 1 of {number}?", statement) == statement
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
     "other",
     [
+        pytest.param(record(1, [rewrite("{} is a citizen of", "Vince", "Chad", "America"), SPORT]), id="other target"),
         pytest.param(
-            record(1, [rewrite("{} is a citizen of", "Vince", "Chad", "America"), SPORT]), id="told otherwise"
+            record(1, [SPORT, BORN], kept=[hop("Vince is a citizen of", "America", "US")]), id="unedited fact"
         ),
         pytest.param(
-            record(1, [SPORT, BORN], kept=[hop("Vince is a citizen of", "America", "US")]), id="taken for granted"
-        ),
-        pytest.param(
-            record(1, [rewrite("{} is employed by", "Triple H", "AEW", "WWE"), SPORT]), id="changes what is granted"
+            record(1, [rewrite("{} is employed by", "Triple H", "AEW", "WWE"), SPORT]), id="edits an unedited fact"
         ),
     ],
 )
-def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(write, other, caplog):
+def test_a_record_that_contradicts_a_selected_one_is_skipped_and_counted(write, other, caplog):
     first = record(0, [CITIZEN, CAPITAL], kept=[EMPLOYED])
     path = write(first, other)
     for seed in range(4):
@@ -132,34 +130,34 @@ def test_a_record_that_contradicts_one_that_is_told_is_passed_over_and_counted(w
             mquake_cases(path, 4, seed=seed)
     third = record(2, [rewrite("{} speaks", "Ann", "Greek", "French"), rewrite("{} speaks", "Bo", "Greek", "French")])
     path = write(first, other, third)
-    said = set()
+    logged = set()
     for seed in range(12):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             cases = mquake_cases(path, 4, seed=seed)
         assert len(cases) == 4
         assert "Ann speaks" in by_statement(cases)
-        said |= {line.getMessage() for line in caplog.records}
-    assert said == {f"{path}: 2 records selected, others skipped: 1 contradict others"}
+        logged |= {line.getMessage() for line in caplog.records}
+    assert logged == {f"{path}: 2 records selected, others skipped: 1 contradict others"}
 
 
-def test_an_alias_of_what_is_told_contradicts_nothing(write):
+def test_an_alias_of_an_unedited_answer_is_no_contradiction(write):
     renamed = rewrite("{} is employed by", "Triple H", "World Wrestling Federation", "AEW")
     path = write(record(0, [CITIZEN], kept=[EMPLOYED]), record(1, [renamed]))
     assert len(mquake_cases(path, 2)) == 2
 
 
-def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, caplog):
+def test_records_that_cannot_be_edited_or_do_not_fit_are_skipped_and_counted(write, caplog):
     same = record(0, [rewrite("{} speaks", "Ann", "Greek", "Greek")])
-    nowhere = record(1, [rewrite("Ann speaks", "Ann", "Greek", "French")])
+    no_placeholder = record(1, [rewrite("Ann speaks", "Ann", "Greek", "French")])
     twice = record(2, [CITIZEN, rewrite("{} is a citizen of", "Vince", "Chad", "America")])
-    path = write(same, nowhere, twice, record(3, [CITIZEN, CAPITAL]), record(4, [SPORT]))
+    path = write(same, no_placeholder, twice, record(3, [CITIZEN, CAPITAL]), record(4, [SPORT]))
     logged = set()
     for seed in range(12):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             (case,) = mquake_cases(path, 1, seed=seed)
-        assert case.edit.subject == "Dudley", "the only record of one edit that can be applied"
+        assert case.edit.subject == "Dudley", "the only valid record with one edit"
         logged |= {line.getMessage() for line in caplog.records}
     assert (
         f"{path}: 1 records selected, others skipped: 3 cannot be edited, 1 have more edits than are missing" in logged
@@ -172,21 +170,21 @@ def test_what_cannot_be_told_or_does_not_fit_is_passed_over_and_counted(write, c
 
 
 @pytest.mark.parametrize(
-    ("changes", "lacks"),
+    ("changes", "missing"),
     [
         ({"new_answer": None}, "'new_answer'"),
         ({"new_single_hops": None}, "'new_single_hops'"),
         ({"questions": []}, "no"),
     ],
 )
-def test_a_record_in_another_form_is_an_error_that_names_it(write, changes, lacks):
+def test_a_record_in_another_format_raises_and_is_named(write, changes, missing):
     broken = {**record(0, [SPORT]), **changes}
     broken = {name: value for name, value in broken.items() if value is not None}
-    with pytest.raises(InputError, match=f"record 2 .*{lacks}.*expected MQuAKE's fields"):
+    with pytest.raises(InputError, match=f"record 2 .*{missing}.*expected MQuAKE's fields"):
         mquake_cases(write(record(1, [CITIZEN]), broken), 1)
 
 
-def test_a_file_is_told_by_its_fields(write):
+def test_the_format_of_a_file_is_detected_from_its_fields(write):
     path = write(record(0, [CITIZEN, CAPITAL]), record(1, [SPORT]))
     assert layout_of(path) == "mquake"
     spec = GroundSpec(model="somewhere", data=str(path))
@@ -201,7 +199,7 @@ def test_a_file_is_told_by_its_fields(write):
 
 CHAIN = MultiHop(("Lado lives in", "The home of Lado is in"), "Old Garnet", "Port Alder", ("Farrow",))
 CASE = Case(Edit("{} plays the", "Lado", "organ"), Question("Lado plays the", "violin"), (), (), (), (), (), (CHAIN,))
-NEITHER = {
+OLD_ANSWERS = {
     "Lado lives in": {"Old": 0.9, "Port": 0.1},
     "Lado lives in Old": {"Garnet": 0.9},
     "Lado lives in Port": {"Garnet": 0.9, "Alder": 0.1},
@@ -212,7 +210,7 @@ NEITHER = {
 
 
 @pytest.mark.parametrize(
-    ("said", "forced", "strict"),
+    ("changes", "forced", "strict"),
     [
         pytest.param({}, 0.0, 0.0, id="neither wording"),
         pytest.param(
@@ -222,17 +220,17 @@ NEITHER = {
         pytest.param({"Lado lives in": {"Farrow": 0.6, "Old": 0.4}}, 0.0, 1.0, id="one wording, an alias"),
         pytest.param(
             {"Lado lives in": {"Port": 0.4, "Old": 0.1, "the": 0.5}, "Lado lives in Port": {"Alder": 0.9}}, 1.0, 0.0,
-            id="likelier than the old answer, not first",
+            id="more likely than the old answer, not first",
         ),
     ],
 )  # fmt: skip
-def test_a_chain_is_right_if_any_wording_is_answered_by_the_new_answer_or_an_alias(tokenizer, said, forced, strict):
-    found = evaluate(Parrot(tokenizer, NEITHER | said), tokenizer, [CASE], {}).multihop
+def test_a_chain_is_correct_if_any_wording_gives_the_new_answer_or_an_alias(tokenizer, changes, forced, strict):
+    found = evaluate(TableModel(tokenizer, OLD_ANSWERS | changes), tokenizer, [CASE], {}).multihop
     assert (found.forced, found.strict, found.exact, found.prompts) == (forced, strict, strict, 1)
 
 
-def test_a_share_is_of_chains_and_there_is_none_without_them(tokenizer):
-    model = Parrot(tokenizer, NEITHER | {"Lado lives in": {"Farrow": 0.9}})
+def test_the_multihop_share_is_over_chains_and_none_without_chains(tokenizer):
+    model = TableModel(tokenizer, OLD_ANSWERS | {"Lado lives in": {"Farrow": 0.9}})
     other = replace(CHAIN, prompts=("The home of Lado is in",))
     both = replace(CASE, multihop=(CHAIN, other))
     assert evaluate(model, tokenizer, [both], {}).multihop.strict == 0.5
@@ -247,7 +245,7 @@ def facts_of(names):
     return [(RELATIONS[0].phrasings[0].format(p.name), p.facts[RELATIONS[0].name]) for p in names]
 
 
-def test_freely_any_wording_and_any_alias_will_do():
+def test_free_multihop_accepts_any_wording_and_any_alias():
     model, tokenizer = load_demo_model()
     (first, right), (second, other) = facts_of(World.generate().people[:2])
     chains = [
@@ -259,7 +257,7 @@ def test_freely_any_wording_and_any_alias_will_do():
     assert free_multihop(model, tokenizer, chains) == [True, True, False]
 
 
-def test_the_command_runs_a_stream_of_records_and_shows_what_follows_from_them(tmp_path, capsys):
+def test_the_command_runs_a_stream_of_mquake_and_reports_multihop(tmp_path, capsys):
     model, tokenizer = load_demo_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -273,12 +271,12 @@ def test_the_command_runs_a_stream_of_records_and_shows_what_follows_from_them(t
         new = next(value for value in relation.values if value != old)
         edits = [rewrite(relation.phrasings[0], person.name, new, old)]
         edits[0]["question"] = relation.phrasings[1].format(person.name)
-        if number == 0:  # a subject told twice, which rules other than rls must take separately
+        if number == 0:  # a subject with two edits, which other rules than rls treat separately
             known = person.facts[second.name]
             other = next(value for value in second.values if value != known)
             edits.append(rewrite(second.phrasings[0], person.name, other, known))
-        made = record(number, edits, new=new, aliases=[])
-        records.append({**made, "answer": old, "questions": [p.format(person.name) for p in relation.phrasings[1:4]]})
+        edited = record(number, edits, new=new, aliases=[])
+        records.append({**edited, "answer": old, "questions": [p.format(person.name) for p in relation.phrasings[1:4]]})
     (tmp_path / "mquake.json").write_text(json.dumps(records))
     command = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "mquake.json")]
     command += [

@@ -1,4 +1,4 @@
-"""Scores do not depend on how rows are put into batches, and what rows begin with is run once where that is cheaper."""
+"""Scores do not depend on the batches, and shared beginnings of rows run once if that is cheaper."""
 
 from functools import wraps
 
@@ -17,7 +17,7 @@ def demo():
 
 
 def questions(count):
-    """Prompts of one length and of several, with answers of one token and of several."""
+    """Prompts and answers of several lengths."""
     people = World.generate().people[:count]
     return [
         (phrasing.format(person.name), answer)
@@ -29,67 +29,67 @@ def questions(count):
 
 
 def by_hand(model, tokenizer, prompt, answer):
-    """Mean NLL and predictions of one answer, read in a pass of its own."""
+    """Computes mean NLL and predictions of one answer in a separate pass."""
     row = encode_plain(tokenizer, prompt, answer)
     with torch.no_grad():
-        known = model(input_ids=torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
+        scores = model(input_ids=torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
     places = range(row.prompt_length - 1, len(row.ids) - 1)
-    nll = -sum(float(known[at, row.ids[at + 1]]) for at in places) / len(places)
-    return nll, tuple(int(known[at].argmax()) for at in places)
+    nll = -sum(float(scores[at, row.ids[at + 1]]) for at in places) / len(places)
+    return nll, tuple(int(scores[at].argmax()) for at in places)
 
 
 def spy_on_tokens(model, monkeypatch):
-    """Tokens of each pass, with padding, as a list that grows."""
-    seen, real = [], model.forward
+    """Returns a list that receives the number of tokens of each pass, including padding."""
+    tokens, real = [], model.forward
 
     @wraps(real)
     def forward(*args, **options):
-        seen.append(options["input_ids"].numel())
+        tokens.append(options["input_ids"].numel())
         return real(*args, **options)
 
     monkeypatch.setattr(model, "forward", forward)
-    return seen
+    return tokens
 
 
 @pytest.mark.parametrize("at_once", [16, 100, 1024])
-def test_scores_are_those_of_passes_of_their_own(demo, monkeypatch, at_once):
+def test_batched_scores_equal_those_of_separate_passes(demo, monkeypatch, at_once):
     model, tokenizer = demo
     monkeypatch.setattr(scoring, "_CPU_TOKENS_AT_ONCE", at_once)
     monkeypatch.setattr(scoring, "_PASS", 0)
-    asked = questions(3)
-    for found, (prompt, answer) in zip(score(model, tokenizer, asked), asked, strict=True):
+    pairs = questions(3)
+    for found, (prompt, answer) in zip(score(model, tokenizer, pairs), pairs, strict=True):
         nll, predicted = by_hand(model, tokenizer, prompt, answer)
         assert found.nll == pytest.approx(nll, abs=1e-4)
         assert found.predicted == predicted
 
 
-def test_what_rows_begin_with_is_run_once_where_it_is_long(demo, monkeypatch):
+def test_a_long_shared_beginning_runs_once(demo, monkeypatch):
     model, tokenizer = demo
     long = " ".join(["Lado speaks Kubeish ."] * 8)
-    asked = [(f"{long} Veta speaks", f"{word} and then") for word in ("organ", "violin", "Kubeish", "Nafiish")]
-    expected = [by_hand(model, tokenizer, *pair) for pair in asked]
-    rows = [encode_plain(tokenizer, *pair) for pair in asked]
+    pairs = [(f"{long} Veta speaks", f"{word} and then") for word in ("organ", "violin", "Kubeish", "Nafiish")]
+    expected = [by_hand(model, tokenizer, *pair) for pair in pairs]
+    rows = [encode_plain(tokenizer, *pair) for pair in pairs]
     monkeypatch.setattr(scoring, "_PASS", 0)
     batches = _batches(_cut([_Read(tuple(row.ids[:-1]), row.prompt_length - 1) for row in rows]), 8, 1024)
     prompt = rows[0].prompt_length
     assert sum(batch.tokens for batch in batches) <= prompt + 4 * 4 < 2 * prompt
-    seen = spy_on_tokens(model, monkeypatch)
+    tokens = spy_on_tokens(model, monkeypatch)
     found = score_rows(model, rows)
-    assert prompt - 1 in seen, "the beginning, in a pass of one row"
-    assert max(seen) < 2 * prompt
+    assert prompt - 1 in tokens, "the beginning runs in a pass of one row"
+    assert max(tokens) < 2 * prompt
     for one, (nll, predicted) in zip(found, expected, strict=True):
         assert one.nll == pytest.approx(nll, abs=1e-4)
         assert one.predicted == predicted
 
 
-def test_short_beginnings_are_not_worth_a_pass(demo, monkeypatch):
+def test_short_shared_beginnings_have_no_separate_pass(demo, monkeypatch):
     model, tokenizer = demo
-    seen = spy_on_tokens(model, monkeypatch)
+    tokens = spy_on_tokens(model, monkeypatch)
     score(model, tokenizer, [("Lado speaks", "Kubeish"), ("Lado speaks", "Nafiish"), ("Lado plays the", "organ")])
-    assert len(seen) == 1
+    assert len(tokens) == 1
 
 
-def test_no_read_is_cut_behind_the_first_place_that_is_wanted():
+def test_shared_beginnings_end_at_the_first_scored_position():
     reads = [_Read((1, 2), 1), _Read((1, 2, 3), 1), _Read((1, 2, 3, 4), 3), _Read((5,), 0)]
     assert [read.cut for read in _cut(reads)] == [1, 1, 0, 0]
 

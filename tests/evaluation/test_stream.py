@@ -1,4 +1,4 @@
-"""Runs over streams: what a result file holds, that one is made once, and what becomes of a stream that breaks off."""
+"""Runs over streams: result files, reuse of finished runs, and streams that fail."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ def plan(label="rls", **changes):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     plans = [
         plan(),
@@ -39,8 +39,8 @@ def made(tmp_path_factory):
     return jobs, dict(zip(jobs, results, strict=True))
 
 
-def test_a_run_has_all_metrics_at_its_checkpoints_and_at_its_end(made):
-    _, results = made
+def test_a_run_has_all_metrics_at_its_checkpoints_and_at_the_end(finished_runs):
+    _, results = finished_runs
     found = results["rls"]
     assert (found["made"], found["failed"], found["ground"]) == (20, None, "demo")
     assert value(found, "efficacy", "strict") >= 0.9
@@ -53,7 +53,7 @@ def test_a_run_has_all_metrics_at_its_checkpoints_and_at_its_end(made):
     assert value(found, "efficacy", "free") >= 0.85
     assert value(found, "fluency", "entropy") > 2
     before, after = (value(found, "kl", "text", of="text", edits=edits) for edits in (0, 20))
-    assert before < 1e-3  # what float16 keeps of the base
+    assert before < 1e-3  # rounding to float16
     assert before < after
     assert value(found, "perplexity", "text", of="text") > 1
     assert len(found["seconds_per_batch"]) == 4
@@ -61,8 +61,8 @@ def test_a_run_has_all_metrics_at_its_checkpoints_and_at_its_end(made):
     assert found["priors"][0]["mu"] > 0
 
 
-def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_rule_has_some(made):
-    _, results = made
+def test_only_rls_has_bounds_and_deviation_and_anchors_stay_within_them(finished_runs):
+    _, results = finished_runs
     for metric in ("deviation", "anchors"):
         measured, bound = (value(results["rls"], metric, form, of="layer 0") for form in ("measured", "bound"))
         assert 0 < measured <= bound
@@ -73,21 +73,25 @@ def test_deviation_and_anchors_stay_within_their_bounds_and_only_the_recursive_r
     assert abs(norms[0] - norms[1]) <= value(results["rls"], "deviation", "measured", of="layer 0")
 
 
-def test_what_is_protected_is_nothing_that_is_asked(monkeypatch, tmp_path):
-    held = []
-    monkeypatch.setattr(stream.Editor, "protect", lambda editor, prompts, *, weight: held.append((prompts, weight)))
+def test_protected_prompts_are_not_evaluation_prompts(monkeypatch, tmp_path):
+    protected = []
+    monkeypatch.setattr(
+        stream.Editor, "protect", lambda editor, prompts, *, weight: protected.append((prompts, weight))
+    )
     spec, settings = GroundSpec(), replace(plan(), edits=4, protected=0.5, checkpoints=())
     cases, _ = make_cases(spec, "plain", 4, settings.seed)
     stream.run(make_ground(spec), settings, cases, tmp_path / "run.json")
-    ((prompts, weight),) = held
-    asked = {q.prompt for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject, case.question)}
-    assert set(prompts) == {q.prompt for case in cases for q in case.held_out} - asked
+    ((prompts, weight),) = protected
+    evaluated = {
+        q.prompt for case in cases for q in (*case.neighbors, *case.namesakes, *case.same_subject, case.question)
+    }
+    assert set(prompts) == {q.prompt for case in cases for q in case.held_out} - evaluated
     assert len(prompts) == len(set(prompts)) > 4
     assert weight == 0.5
 
 
-def test_every_age_is_looked_at_when_made_and_at_the_end(made):
-    _, results = made
+def test_every_age_is_evaluated_after_its_batch_and_at_the_end(finished_runs):
+    _, results = finished_runs
     kept = retention(results["rls"])
     assert list(kept) == ["1-5", "6-10", "11-15", "16-20"]
     assert all(share > 0.5 for share in kept.values())
@@ -97,36 +101,36 @@ def test_every_age_is_looked_at_when_made_and_at_the_end(made):
     assert sum(at_end) / 4 == pytest.approx(value(results["rls"], "efficacy", "strict"))
 
 
-def test_the_last_ones_when_made_are_the_last_ones_at_the_end(tmp_path):
-    """However few are judged in full: retention is of the same cases and prompts at both looks."""
+def test_retention_compares_the_same_cases_after_their_batch_and_at_the_end(tmp_path):
+    """Also if only a few cases are judged in full."""
     job = Job(GroundSpec(), plan(judged=3, seed=2), tmp_path / "run.json")
     (found,) = runs.run_jobs([job], log=lambda line: None)
-    looks = {}
+    evaluations = {}
     for row in found["rows"]:
         when, _, form = row["form"].partition(":")
         if when in ("made", "end") and row["of"] == "16-20":
-            looks.setdefault((row["metric"], form), []).append((row["value"], row["n"]))
-    assert {("efficacy", "strict"), ("generalization", "strict"), ("neighbors", "forced")} <= set(looks)
-    assert all(first == last for first, last in looks.values())
-    assert looks["efficacy", "strict"][0][1] == 5
+            evaluations.setdefault((row["metric"], form), []).append((row["value"], row["n"]))
+    assert {("efficacy", "strict"), ("generalization", "strict"), ("neighbors", "forced")} <= set(evaluations)
+    assert all(first == last for first, last in evaluations.values())
+    assert evaluations["efficacy", "strict"][0][1] == 5
     assert retention(found)["16-20"] == 1.0
 
 
-def test_a_finished_run_is_not_made_again_and_another_setting_is(made, monkeypatch):
-    jobs, results = made
-    monkeypatch.setattr(runs, "_run_one", lambda job: pytest.fail(f"{job.plan.label} was made again"))
+def test_a_finished_run_is_reused_only_with_equal_settings(finished_runs, monkeypatch):
+    jobs, results = finished_runs
+    monkeypatch.setattr(runs, "_run_one", lambda job: pytest.fail(f"{job.plan.label} ran again"))
     assert runs.run_jobs([jobs["rls"]], log=lambda line: None) == [results["rls"]]
     other = replace(jobs["rls"], plan=replace(jobs["rls"].plan, config=CONFIG.replace(prior={"adherence": 0.9})))
-    assert not other.done, "the file of one setting is not that of another"
+    assert not other.done, "the setting is part of the run"
     longer = replace(jobs["rls"], plan=replace(jobs["rls"].plan, judged=5))
     assert not longer.done
     assert not replace(jobs["rls"], spec=GroundSpec(model="another")).done
-    assert not replace(jobs["rls"], spec=GroundSpec(tasks="glue")).done, "what it is made of is part of a run"
+    assert not replace(jobs["rls"], spec=GroundSpec(tasks="glue")).done, "the data of the ground are part of the run"
     assert replace(jobs["rls"], spec=GroundSpec(device="cuda")).done
 
 
-def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_count(made, tmp_path):
-    jobs, _ = made
+def test_an_older_result_is_reused_if_newer_settings_have_their_defaults(finished_runs, tmp_path):
+    jobs, _ = finished_runs
     found = json.loads(jobs["rls"].path.read_text())
     del found["plan"]["config"]["norm_anchor"], found["plan"]["protected"]
     path = tmp_path / "older.json"
@@ -135,12 +139,12 @@ def test_a_setting_that_came_later_must_have_its_default_for_an_older_file_to_co
     assert stream.finished(path, "demo", settings, of) == found
     assert stream.finished(path, "demo", replace(settings, config=CONFIG.replace(norm_anchor=True)), of) is None
     assert stream.finished(path, "demo", replace(settings, protected=0.5), of) is None
-    found["plan"]["config"]["gone since"] = 1
+    found["plan"]["config"]["removed setting"] = 1
     path.write_text(json.dumps(found))
     assert stream.finished(path, "demo", settings, of) is None
 
 
-def test_a_file_that_is_damaged_is_not_a_finished_run(tmp_path):
+def test_a_damaged_result_file_is_not_a_finished_run(tmp_path):
     path = tmp_path / "run.json"
     for text in ('{"format": 1, "rows": [', "[]", '{"format": 1, "ground": "demo", "plan": 3}'):
         path.write_text(text)
@@ -148,8 +152,8 @@ def test_a_file_that_is_damaged_is_not_a_finished_run(tmp_path):
     assert stream.finished(tmp_path / "missing.json", "demo", plan()) is None
 
 
-def test_of_facts_edited_twice_the_later_target_is_said_and_the_first_one_is_not(made):
-    _, results = made
+def test_the_later_target_of_a_fact_edited_twice_is_stated(finished_runs):
+    _, results = finished_runs
     found = results["conflicts"]
     assert value(found, "efficacy", "strict") >= 0.8
     assert value(found, "superseded", "strict") == 0.0
@@ -157,16 +161,16 @@ def test_of_facts_edited_twice_the_later_target_is_said_and_the_first_one_is_not
     assert rows[-1]["n"] == 10
 
 
-def test_later_edits_weigh_more_where_the_rule_forgets():
+def test_with_forgetting_later_edits_have_larger_weights():
     weights = stream._weights(plan(forgetting=0.5), 201)
     assert (weights[0], weights[100], weights[200]) == (1.0, 2.0, 4.0)
     assert set(stream._weights(plan(), 50)) == {1.0}
 
 
-def test_a_stream_that_breaks_off_says_where_and_why_and_measures_what_there_is(tmp_path, monkeypatch):
+def test_a_failed_stream_reports_the_reason_and_evaluates_the_applied_edits(tmp_path, monkeypatch):
     ground = make_ground(GroundSpec())
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
-    again = replace(cases[10].edit, target=cases[12].edit.target)  # one key, two values: not to be held exactly
+    again = replace(cases[10].edit, target=cases[12].edit.target)  # one key with two values has no exact solution
     same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
     config = CONFIG.replace(rule="emmet", rule_options={"damping": 0.0}, same_subject="separate")
     found = stream.run(ground, plan(config=config), same, tmp_path / "run.json")
@@ -177,7 +181,7 @@ def test_a_stream_that_breaks_off_says_where_and_why_and_measures_what_there_is(
     assert rows[-1]["n"] == 10
 
 
-def test_what_no_rule_is_to_blame_for_is_raised_and_leaves_no_file(tmp_path):
+def test_errors_not_caused_by_the_rule_are_raised_without_a_result_file(tmp_path):
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
     again = replace(cases[12].edit, subject=cases[0].edit.subject)
     same = [*cases[:12], replace(cases[12], edit=again), *cases[13:]]
@@ -187,7 +191,7 @@ def test_what_no_rule_is_to_blame_for_is_raised_and_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tasks_are_answered_before_and_after(tmp_path):
+def test_tasks_are_evaluated_before_and_after_the_edits(tmp_path):
     ground = replace(make_ground(GroundSpec()), tasks={"sst2": [Item("Review : good", ("organ", "violin"), 0)]})
     cases, _ = make_cases(GroundSpec(), "plain", 10, 1)
     found = stream.run(ground, plan(edits=10, checkpoints=()), cases, tmp_path / "run.json")
@@ -196,7 +200,7 @@ def test_tasks_are_answered_before_and_after(tmp_path):
         assert value(found, "sst2", "error", of="task", edits=edits) == 0.0
 
 
-def test_orders_are_of_the_same_cases():
+def test_orders_permute_the_same_cases():
     first, other, again = (make_cases(GroundSpec(), "plain", 30, 1, order)[0] for order in (0, 1, 1))
     assert other == again != first
     assert sorted(c.edit.subject for c in other) == sorted(c.edit.subject for c in first)
@@ -206,7 +210,7 @@ def test_orders_are_of_the_same_cases():
         make_cases(GroundSpec(), "sorted", 30, 1)
 
 
-def test_a_ground_of_a_model_needs_its_files(tmp_path):
+def test_a_ground_with_a_model_requires_its_files(tmp_path):
     with pytest.raises(InputError, match="expected a file of running text"):
         make_ground(GroundSpec(model="somewhere"))
     text = tmp_path / "text.txt"
@@ -219,23 +223,23 @@ def test_a_ground_of_a_model_needs_its_files(tmp_path):
         make_ground(GroundSpec(tasks=str(tmp_path)))
 
 
-def test_means_deviations_and_who_is_not_beaten():
+def test_spread_and_pareto():
     assert spread([0.5, None, 0.7]) == Spread(pytest.approx(0.6), pytest.approx(0.2 / 2**0.5), 2)
     assert str(spread([0.5])) == "0.500"
     assert spread([None]) is None
     assert pareto({"a": (1.0, 0.5), "b": (0.5, 1.0), "c": (0.5, 0.5), "d": (1.0, 0.5)}) == ["a", "b", "d"]
 
 
-def test_figures_over_runs(made):
-    _, results = made
+def test_figures_are_averaged_over_runs(finished_runs):
+    _, results = finished_runs
     both = [results["rls"], results["memit"]]
     found = over_seeds(both, "efficacy", "strict")
     assert found.runs == 2
     assert found.mean == pytest.approx(sum(value(one, "efficacy", "strict") for one in both) / 2)
-    assert over_seeds(both, "efficacy", "unheard of") is None
+    assert over_seeds(both, "efficacy", "unknown") is None
 
 
-def test_the_command_makes_its_runs_once_and_prints_means(tmp_path, capsys):
+def test_the_command_executes_its_runs_once_and_prints_means(tmp_path, capsys):
     command = ["evaluate", "--rules", "rls", "rome", "--edits", "10", "--seeds", "1", "2", "--batch-size", "5"]
     command += ["--out", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
@@ -251,29 +255,29 @@ def test_the_command_makes_its_runs_once_and_prints_means(tmp_path, capsys):
     assert second.out == first.out
 
 
-def test_the_command_refuses_rules_and_settings_that_do_not_exist(tmp_path, capsys):
+def test_the_command_rejects_unknown_rules_and_settings(tmp_path, capsys):
     settings = tmp_path / "settings.json"
-    for given, message in (
-        ({"rome": {}, "mend": {}}, "unknown rules: mend"),
+    for settings_of_rules, message in (
+        ({"rome": {}, "other": {}}, "unknown rules: other"),
         ({"rome": {"steps": 1}}, "rule rome: unknown setting 'steps'; it belongs to a group: search="),
     ):
-        settings.write_text(json.dumps(given))
+        settings.write_text(json.dumps(settings_of_rules))
         assert main(["evaluate", "--rule-settings", str(settings)]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["evaluate", "--rules", "mend"])
+        main(["evaluate", "--rules", "other"])
 
 
-def test_several_processes_make_the_same_files(made, tmp_path):
-    jobs, results = made
-    elsewhere = [replace(jobs[label], path=tmp_path / f"{label}.json") for label in ("rls", "memit")]
-    found = runs.run_jobs(elsewhere, processes=2, log=lambda line: None)
+def test_several_processes_give_the_same_results(finished_runs, tmp_path):
+    jobs, results = finished_runs
+    copies = [replace(jobs[label], path=tmp_path / f"{label}.json") for label in ("rls", "memit")]
+    found = runs.run_jobs(copies, processes=2, log=lambda line: None)
     for label, one in zip(("rls", "memit"), found, strict=True):
         assert value(one, "efficacy", "strict") == value(results[label], "efficacy", "strict")
-    assert load_result(elsewhere[0]) == found[0]
+    assert load_result(copies[0]) == found[0]
 
 
-def test_what_is_probed_is_about_nobody_who_is_edited_and_not_among_the_anchors(monkeypatch, tmp_path):
+def test_probed_texts_contain_no_edited_subject_and_no_anchor(monkeypatch, tmp_path):
     probed = []
     real = stream.TextProbe
     monkeypatch.setattr(
@@ -288,55 +292,55 @@ def test_what_is_probed_is_about_nobody_who_is_edited_and_not_among_the_anchors(
     assert not set(probed) & set(grounds.anchor_texts(grounds._world(), 1))
 
 
-def test_everybody_may_be_edited_and_there_is_text_all_the_same():
+def test_probe_texts_exist_even_if_all_people_are_edited():
     people = [person.name for person in grounds._world().people]
     assert len(grounds._demo_texts(1, people)) == 300
 
 
-def test_a_stream_that_edits_every_fact_twice_is_of_an_even_number():
+def test_a_conflicting_stream_requires_an_even_number_of_edits():
     with pytest.raises(InputError, match="edits=5: a conflicting stream edits every fact twice"):
         make_cases(GroundSpec(), "conflicting", 5, 1)
 
 
-def test_what_was_looked_at_last_is_what_a_stream_that_broke_off_came_to():
+def test_the_value_of_a_metric_is_its_last_measurement():
     row = {"edits": 10, "of": "all", "metric": "efficacy", "form": "strict", "n": 5}
     assert value({"made": 10, "rows": [row | {"value": 0.5}, row | {"value": 0.7}]}, "efficacy", "strict") == 0.7
 
 
-def test_a_run_that_fails_lets_no_other_begin(monkeypatch, tmp_path):
+def test_no_run_starts_after_a_failed_one(monkeypatch, tmp_path):
     jobs = [Job(GroundSpec(), plan(str(at), seed=at), tmp_path / f"{at}.json") for at in range(4)]
-    begun = []
+    started = []
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, processes, **_options):
             super().__init__(1)
 
     def fails(job):
-        begun.append(job.plan.label)
-        raise InputError("a file that is not there")
+        started.append(job.plan.label)
+        raise InputError("a missing file")
 
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(runs, "_run_one", fails)
-    with pytest.raises(InputError, match="not there"):
+    with pytest.raises(InputError, match="a missing file"):
         runs.run_jobs(jobs, processes=2, log=lambda line: None)
-    assert len(begun) < 4
+    assert len(started) < 4
 
 
-def test_a_model_that_cannot_be_put_where_it_is_wanted_is_reported_in_words(monkeypatch):
+def test_a_model_that_cannot_be_loaded_on_the_device_raises(monkeypatch):
     from rlsedit_fast.models import loading
 
-    class Refuses:
+    class Failing:
         @classmethod
         def from_pretrained(cls, *_given, **_options):
             raise AssertionError("Torch not compiled with CUDA enabled")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM", Refuses)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", Failing)
     with pytest.raises(InputError, match="model 'somewhere' cannot be loaded: Torch not compiled"):
         loading.load_model("somewhere", dtype="auto", device="cuda")
 
 
-def test_seconds_are_given_by_phase_and_add_up(made):
-    _, results = made
+def test_seconds_by_phase_add_up(finished_runs):
+    _, results = finished_runs
     for found in results.values():
         seconds = found["seconds_by_phase"]
         assert {"loading", "scores before", "text", "edits", "judging", "free answers", "fluency"} <= set(seconds)
@@ -344,8 +348,8 @@ def test_seconds_are_given_by_phase_and_add_up(made):
         assert seconds["edits"] >= found["seconds_editing"] - 0.01
 
 
-def test_time_within_a_phase_counts_to_the_innermost_one(monkeypatch):
-    now = iter([0.0, 1.0, 3.0, 7.0, 15.0])  # made, outer begins, inner begins, inner ends, outer ends
+def test_time_counts_to_the_innermost_phase(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 15.0])  # creation, outer start, inner start, inner end, outer end
     monkeypatch.setattr(phases.time, "perf_counter", lambda: next(now))
     clock = phases.Phases()
     with clock("outer", "step"), clock("inner", "step"):
@@ -353,8 +357,8 @@ def test_time_within_a_phase_counts_to_the_innermost_one(monkeypatch):
     assert clock.seconds == {"outer": 2.0 + 8.0, "inner": 4.0}
 
 
-def test_every_phase_has_a_bar_with_its_number(tmp_path, capsys):
-    runs._ground.cache_clear()  # nothing is known of the model yet
+def test_every_phase_has_a_progress_bar(tmp_path, capsys):
+    runs._ground.cache_clear()  # no results of the unedited model are cached
     job = Job(GroundSpec(), plan(), tmp_path / "run.json")
     runs.run_jobs([job], log=lambda line: None, show=True)
     shown = capsys.readouterr().err
@@ -363,8 +367,8 @@ def test_every_phase_has_a_bar_with_its_number(tmp_path, capsys):
     assert "20/20" in shown
 
 
-def test_what_is_known_of_the_unedited_model_is_found_out_once(made, monkeypatch, tmp_path):
-    """Key statistics and tasks too; with the figures of a run by itself."""
+def test_results_of_the_unedited_model_are_computed_once(finished_runs, monkeypatch, tmp_path):
+    """Also key statistics and tasks. The figures equal those of a single run."""
     ground = replace(
         make_ground(GroundSpec()),
         anchors=lambda _seed: texts,
@@ -373,26 +377,26 @@ def test_what_is_known_of_the_unedited_model_is_found_out_once(made, monkeypatch
     )
     texts = grounds.anchor_texts(grounds._world(), 1)
     cases, _ = make_cases(GroundSpec(), "plain", 10, 1)
-    collected, answered = [], []
-    real_statistics, real_answer = stream.Editor.statistics, stream.evaluate_task
+    collected, evaluated = [], []
+    real_statistics, real_evaluate = stream.Editor.statistics, stream.evaluate_task
     monkeypatch.setattr(
         stream.Editor,
         "statistics",
-        lambda editor, *given, **options: collected.append(1) or real_statistics(editor, *given, **options),
+        lambda editor, *args, **options: collected.append(1) or real_statistics(editor, *args, **options),
     )
     monkeypatch.setattr(
-        stream, "evaluate_task", lambda *given, **options: answered.append(1) or real_answer(*given, **options)
+        stream, "evaluate_task", lambda *args, **options: evaluated.append(1) or real_evaluate(*args, **options)
     )
-    known = stream.UneditedResults()
+    unedited = stream.UneditedResults()
     settings = plan(edits=10, checkpoints=())
-    first = stream.run(ground, settings, cases, tmp_path / "first.json", unedited=known)
-    second = stream.run(ground, settings, cases, tmp_path / "second.json", unedited=known)
-    assert (len(collected), len(answered)) == (1, 3), "tasks before any edit, and at both ends"
-    assert known.statistics[1].tokens == 2000
+    first = stream.run(ground, settings, cases, tmp_path / "first.json", unedited=unedited)
+    second = stream.run(ground, settings, cases, tmp_path / "second.json", unedited=unedited)
+    assert (len(collected), len(evaluated)) == (1, 3), "tasks once before the edits, and at the end of each run"
+    assert unedited.statistics[1].tokens == 2000
     assert first["rows"] == second["rows"]
 
 
-def test_anchors_go_by_the_width_of_the_keys_where_their_number_is_not_given(monkeypatch, tmp_path):
+def test_the_default_number_of_anchor_tokens_depends_on_the_width_of_the_keys(monkeypatch, tmp_path):
     texts = grounds.anchor_texts(grounds._world(), 1)
     ground = replace(make_ground(GroundSpec()), anchors=lambda _seed: texts)
     cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
@@ -405,23 +409,25 @@ def test_anchors_go_by_the_width_of_the_keys_where_their_number_is_not_given(mon
     assert found["anchors"]["tokens"] == 300
 
 
-def test_text_is_probed_to_the_given_number_of_tokens_once_for_all_runs(monkeypatch, tmp_path):
-    ground, known, made = make_ground(GroundSpec()), stream.UneditedResults(), []
+def test_a_text_probe_has_the_given_number_of_tokens_and_is_shared_by_runs(monkeypatch, tmp_path):
+    ground, unedited, probes = make_ground(GroundSpec()), stream.UneditedResults(), []
     real = stream.TextProbe
-    monkeypatch.setattr(stream, "TextProbe", lambda *given, **rest: made.append(1) or real(*given, **rest))
+    monkeypatch.setattr(stream, "TextProbe", lambda *args, **rest: probes.append(1) or real(*args, **rest))
     cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
     results = [
-        stream.run(ground, plan(edits=2, checkpoints=(), probed=probed), cases, tmp_path / f"{at}.json", unedited=known)
+        stream.run(
+            ground, plan(edits=2, checkpoints=(), probed=probed), cases, tmp_path / f"{at}.json", unedited=unedited
+        )
         for at, probed in enumerate((100, 100, 50))
     ]
-    assert len(made) == 2
+    assert len(probes) == 2
     for found, probed in zip(results, (100, 100, 50), strict=True):
         rows = {(row["metric"], row["form"]): row for row in found["rows"] if row["of"] == "text"}
         assert rows["perplexity", "text"]["n"] == rows["kl", "error"]["n"] == probed
         assert 0 < rows["perplexity", "error"]["value"] < rows["perplexity", "text"]["value"]
 
 
-def test_no_more_prompts_are_answered_freely_than_are_asked_for(tmp_path):
+def test_the_number_of_free_answers_is_the_setting(tmp_path):
     (found,) = runs.run_jobs(
         [Job(GroundSpec(), plan(free=7, checkpoints=()), tmp_path / "run.json")], log=lambda line: None
     )

@@ -1,4 +1,4 @@
-"""Halves of rows say what was rounded to them, exactly, at every scale."""
+"""Rows packed as float16 with exponents equal the rounded rows exactly, at every scale."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from rlsedit_fast.rls.rounding import packed, rounded, unpacked
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 3e38, 1e-38])
-def test_rows_are_rounded_once_and_by_little(dtype, scale):
+def test_rounding_is_idempotent_and_within_its_bound(dtype, scale):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 40, generator=generator, dtype=dtype) * torch.logspace(-3, 0, 50, dtype=dtype)[:, None]
     rows = rows / rows.abs().max() * scale
@@ -23,7 +23,7 @@ def test_rows_are_rounded_once_and_by_little(dtype, scale):
     assert torch.equal(unpacked(halves, exponents, dtype), once)
 
 
-def test_rows_of_zeros_stay_and_what_is_not_finite_stays_not_finite():
+def test_rows_of_zeros_and_rows_that_are_not_finite_stay_so():
     rows = torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 1.0]])
     once = rounded(rows)
     assert torch.equal(once[0], rows[0])

@@ -1,4 +1,4 @@
-"""The cache gives a model the statistics of that model, the best it has, and of no other."""
+"""The cache returns the best statistics of exactly the given model."""
 
 import os
 
@@ -20,7 +20,7 @@ def put(directory, identity, source, *, tokens, layers=(1, 2)):
     return path
 
 
-def test_the_environment_says_where_it_is(monkeypatch, tmp_path):
+def test_the_environment_determines_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("RLSEDIT_CACHE", raising=False)
@@ -34,7 +34,7 @@ def test_the_environment_says_where_it_is(monkeypatch, tmp_path):
     assert find_cached("ab" * 32, [1]).tokens == 5
 
 
-def test_a_model_of_the_same_folder_name_does_not_hit(make_model, tokenizer, tmp_path):
+def test_another_model_with_the_same_folder_name_is_a_cache_miss(make_model, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
     found = []
@@ -50,7 +50,7 @@ def test_a_model_of_the_same_folder_name_does_not_hit(make_model, tokenizer, tmp
     assert not torch.equal(found[0].moments[1], found[1].moments[1])
 
 
-def test_most_tokens_come_first_and_of_these_the_newest(tmp_path):
+def test_statistics_with_most_tokens_are_preferred_then_the_newest(tmp_path):
     identity = "ab" * 32
     put(tmp_path, identity, "few", tokens=10)
     old = put(tmp_path, identity, "old", tokens=30)
@@ -63,7 +63,7 @@ def test_most_tokens_come_first_and_of_these_the_newest(tmp_path):
     assert find_cached(identity, [1, 2], directory=tmp_path).source == "old"
 
 
-def test_all_wanted_layers_must_be_there_and_only_they_are_read(tmp_path):
+def test_all_requested_layers_must_exist_and_only_they_are_read(tmp_path):
     identity = "ab" * 32
     put(tmp_path, identity, "narrow", tokens=50, layers=(2,))
     put(tmp_path, identity, "wide", tokens=10, layers=(1, 2, 3))
@@ -74,7 +74,7 @@ def test_all_wanted_layers_must_be_there_and_only_they_are_read(tmp_path):
     assert find_cached(identity, [4], directory=tmp_path) is None
 
 
-def test_damaged_and_misnamed_files_are_passed_over_and_told(tmp_path, caplog):
+def test_damaged_and_misnamed_files_are_skipped_with_a_warning(tmp_path, caplog):
     identity = "ab" * 32
     put(tmp_path, identity, "good", tokens=10)
     flipped = put(tmp_path, identity, "flipped", tokens=50)
@@ -84,12 +84,12 @@ def test_damaged_and_misnamed_files_are_passed_over_and_told(tmp_path, caplog):
     cut.write_bytes(cut.read_bytes()[:-1])
     put(tmp_path, "cd" * 32, "x", tokens=70).rename(tmp_path / f"{identity}-0.safetensors")
     assert find_cached(identity, [1, 2], directory=tmp_path).source == "good"
-    for told in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "from the model cdcdcdcdcdcd…"):
-        assert told in caplog.text
+    for message in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "from the model cdcdcdcdcdcd…"):
+        assert message in caplog.text
 
 
-def test_every_collection_has_a_place_of_its_own(tmp_path):
-    ways = [("ab", (1, 2), "a", 5), ("cd", (1, 2), "a", 5), ("ab", (1,), "a", 5), ("ab", (1, 2), "b", 5)]
-    places = {cache_path(*way, directory=tmp_path) for way in (*ways, ("ab", (1, 2), "a", None))}
-    assert len(places) == 5
-    assert cache_path("ab", [2, 1], "a", 5, directory=tmp_path) in places
+def test_every_collection_has_its_own_path(tmp_path):
+    arguments = [("ab", (1, 2), "a", 5), ("cd", (1, 2), "a", 5), ("ab", (1,), "a", 5), ("ab", (1, 2), "b", 5)]
+    paths = {cache_path(*one, directory=tmp_path) for one in (*arguments, ("ab", (1, 2), "a", None))}
+    assert len(paths) == 5
+    assert cache_path("ab", [2, 1], "a", 5, directory=tmp_path) in paths

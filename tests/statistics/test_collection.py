@@ -1,4 +1,4 @@
-"""A collection gives the mean over exactly the tokens asked for, whatever interrupts it."""
+"""A collection gives the mean over exactly the requested tokens, also after interruptions."""
 
 import signal
 
@@ -24,7 +24,7 @@ class Stop(Exception):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Several passes to a window and several windows to sixty texts."""
+    """Sets sizes with several passes per window, and several windows for sixty texts."""
     monkeypatch.setattr(collection, "_PASS", 64)
     monkeypatch.setattr(collection, "_WINDOW", 200)
 
@@ -46,7 +46,7 @@ def run(decoder, tokenizer, source, layers=LAYERS, **options):
 
 
 def expected(decoder, tokenizer, layer, tokens=None):
-    """In float64, one text at a time."""
+    """Computes the moment in float64, one text at a time."""
     keys = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -56,7 +56,7 @@ def expected(decoder, tokenizer, layer, tokens=None):
 
 
 def interrupted(decoder, tokenizer, source, checkpoint, at, error=KeyboardInterrupt, **options):
-    """Runs up to the pass `at`, and tells how many tokens were done then."""
+    """Runs up to pass `at`; returns the number of tokens that were read."""
     done = []
 
     def progress(tokens, _):
@@ -76,7 +76,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("tokens", [None, 1, 77, 200, 341])
-def test_moments_are_the_mean_over_exactly_the_tokens_asked_for(model, tokenizer, file, tokens):
+def test_moments_are_the_mean_over_exactly_the_requested_tokens(model, tokenizer, file, tokens):
     decoder = find_decoder(model)
     found = run(decoder, tokenizer, file, tokens=tokens)
     assert list(found.moments) == list(LAYERS)
@@ -86,14 +86,14 @@ def test_moments_are_the_mean_over_exactly_the_tokens_asked_for(model, tokenizer
         moment, count = expected(decoder, tokenizer, layer, tokens)
         assert found.tokens == count
         assert found.moments[layer].dtype == torch.float32
-        # Rows of several lengths in one pass round a key otherwise than alone, by some units of its largest entry.
+        # In a pass with rows of other lengths, a key rounds differently by some units of its largest entry.
         assert (found.moments[layer] - moment).abs().max() < 100 * 2**-24 * moment.diagonal().max()
 
 
 def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, file, monkeypatch):
     widths, real = [], collection.read_keys
     monkeypatch.setattr(
-        collection, "read_keys", lambda *given: widths.append(given[2]["input_ids"].numel()) or real(*given)
+        collection, "read_keys", lambda *args: widths.append(args[2]["input_ids"].numel()) or real(*args)
     )
     whole, passes = run(decoder, tokenizer, file), len(widths)
     monkeypatch.setattr(collection, "_CPU_FORWARD", 32)
@@ -103,11 +103,11 @@ def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, 
     assert max(widths) <= 32
     assert parts.tokens == whole.tokens
     for layer in LAYERS:
-        apart = (parts.moments[layer] - whole.moments[layer]).abs().max()
-        assert apart < 100 * 2**-24 * whole.moments[layer].diagonal().max()
+        error = (parts.moments[layer] - whole.moments[layer]).abs().max()
+        assert error < 100 * 2**-24 * whole.moments[layer].diagonal().max()
 
 
-def test_less_text_than_asked_for_is_told(decoder, tokenizer, file, caplog):
+def test_less_text_than_requested_is_reported(decoder, tokenizer, file, caplog):
     found = run(decoder, tokenizer, file, tokens=10_000)
     assert f"after {found.tokens} of 10000 tokens" in caplog.text
     caplog.clear()
@@ -115,7 +115,7 @@ def test_less_text_than_asked_for_is_told(decoder, tokenizer, file, caplog):
     assert not caplog.text
 
 
-def test_no_text_is_refused(decoder, tokenizer):
+def test_no_text_raises(decoder, tokenizer):
     for texts in ([], ["", " \n"]):
         with pytest.raises(InputError, match="all are blank"):
             run(decoder, tokenizer, GivenTexts(texts))
@@ -135,8 +135,8 @@ def test_passes_are_bounded_and_the_text_streams(decoder, tokenizer, monkeypatch
             taken.append(0)
             yield TEXTS[len(taken) % len(TEXTS)]
 
-    def progress(tokens, of):
-        assert of == 3000
+    def progress(tokens, total):
+        assert total == 3000
         done.append(tokens)
         ahead.append(len(taken) * 8 - tokens)
 
@@ -144,14 +144,14 @@ def test_passes_are_bounded_and_the_text_streams(decoder, tokenizer, monkeypatch
     run(decoder, tokenizer, GivenTexts(endless()), tokens=3000, longest=12, progress=progress)
     assert max(rows * width for rows, width in shapes) <= 64
     assert max(width for _, width in shapes) == 12, "longer texts are read in pieces"
-    assert sum(rows * width for rows, width in shapes) < 1.2 * 3000, "rows of like length share a pass"
+    assert sum(rows * width for rows, width in shapes) < 1.2 * 3000, "rows of similar length share a pass"
     assert done == sorted(set(done))
     assert done[-1] == 3000
-    assert max(ahead) < 64 * 10 + 200, "no more is read ahead than one call of the tokenizer and one window"
+    assert max(ahead) < 64 * 10 + 200, "at most one call of the tokenizer and one window is read ahead"
 
 
 @pytest.mark.parametrize("kind", ["file", "self"])
-def test_an_interrupted_collection_goes_on_to_the_same_bits(decoder, tokenizer, file, tmp_path, kind):
+def test_an_interrupted_collection_resumes_bit_for_bit(decoder, tokenizer, file, tmp_path, kind):
     source = file if kind == "file" else SelfGenerated(decoder.model, seed=2, length=12, batch=12)
     whole = run(decoder, tokenizer, source, tokens=450)
     for at in (1, 3, 4, 5, 7):
@@ -170,7 +170,7 @@ def test_an_interrupted_collection_goes_on_to_the_same_bits(decoder, tokenizer, 
         assert rest[0] > done, "nothing is read twice"
 
 
-def test_it_may_be_interrupted_any_number_of_times(decoder, tokenizer, file, tmp_path):
+def test_a_collection_may_be_interrupted_repeatedly(decoder, tokenizer, file, tmp_path):
     checkpoint = tmp_path / "c.partial"
     whole = run(decoder, tokenizer, file)
     done = [interrupted(decoder, tokenizer, file, checkpoint, 2, error) for error in (KeyboardInterrupt, Stop, Stop)]
@@ -198,14 +198,14 @@ def test_an_interrupt_waits_until_all_layers_have_the_pass(decoder, tokenizer, f
     assert_equal(run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial"), whole)
 
 
-def test_a_failure_amid_a_pass_leaves_the_checkpoint_before(decoder, tokenizer, file, tmp_path, monkeypatch):
+def test_a_failure_within_a_pass_keeps_the_previous_checkpoint(decoder, tokenizer, file, tmp_path, monkeypatch):
     whole = run(decoder, tokenizer, file)
     monkeypatch.setattr(collection, "_SAVE_SECONDS", 0.0)
     calls = []
 
     def failing(moment, rows):
         calls.append(0)
-        if len(calls) == 6:  # the first layer has the third pass, the second has it not
+        if len(calls) == 6:  # the third pass, after the first layer and before the second
             raise Stop
         ops.reference.moment_(moment, rows)
 
@@ -227,7 +227,7 @@ def test_a_finished_checkpoint_gives_its_result_without_a_pass(decoder, tokenize
     assert not done
 
 
-def test_a_checkpoint_of_another_collection_is_refused(decoder, make_model, tokenizer, file, tmp_path):
+def test_a_checkpoint_of_another_collection_raises(decoder, make_model, tokenizer, file, tmp_path):
     checkpoint = tmp_path / "c.partial"
     interrupted(decoder, tokenizer, file, checkpoint, 3, tokens=300)
     before = checkpoint.read_bytes()
@@ -240,30 +240,30 @@ def test_a_checkpoint_of_another_collection_is_refused(decoder, make_model, toke
         "tokens of a row": (decoder, file, {"tokens": 300, "longest": 63}),
         "layers": (decoder, file, {"tokens": 300, "layers": (1,)}),
     }
-    for what, (whose, source, options) in others.items():
+    for what, (decoder_, source, options) in others.items():
         with pytest.raises(
             InputError, match=rf"c\.partial' belongs to another collection \({what} mismatch\); delete it"
         ):
-            run(whose, tokenizer, source, checkpoint=checkpoint, **options)
+            run(decoder_, tokenizer, source, checkpoint=checkpoint, **options)
         assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:-1])
     with pytest.raises(InputError, match="is damaged"):
         run(decoder, tokenizer, file, checkpoint=checkpoint, tokens=300)
 
 
-def test_texts_that_cannot_be_read_again_take_no_checkpoint(decoder, tokenizer, tmp_path):
+def test_texts_that_cannot_be_read_again_do_not_support_a_checkpoint(decoder, tokenizer, tmp_path):
     with pytest.raises(InputError, match="cannot be read again"):
         run(decoder, tokenizer, GivenTexts(iter(TEXTS)), checkpoint=tmp_path / "c.partial")
 
 
-def test_keys_that_are_not_finite_are_refused_and_not_saved(decoder, tokenizer, file, tmp_path):
+def test_keys_that_are_not_finite_raise_and_are_not_saved(decoder, tokenizer, file, tmp_path):
     decoder.model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(InputError, match=r"layers\.2\.mlp\.down_proj: .* NaN/Inf"):
         run(decoder, tokenizer, file, checkpoint=tmp_path / "c.partial")
     assert not (tmp_path / "c.partial").exists()
 
 
-def test_the_model_is_read_in_evaluation_mode_and_left_as_it_was(make_model, tokenizer, file):
+def test_the_model_runs_in_evaluation_mode_and_is_not_changed(make_model, tokenizer, file):
     model = make_model("gpt2").train()  # its dropout is on
     decoder = find_decoder(model)
     first, second = (run(decoder, tokenizer, file) for _ in range(2))
@@ -284,20 +284,20 @@ def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, mon
         return {projections[0].layer: seen}, None
 
     monkeypatch.setattr(collection, "read_keys", keys)
-    endless = (" ".join(WORDS[:7]) for _ in iter(int, 1))  # with the first token 8 to a text
+    endless = (" ".join(WORDS[:7]) for _ in iter(int, 1))  # with the first token, 8 tokens per text
     found = run(decoder, tokenizer, GivenTexts(endless), layers=(1,), tokens=64 * 1000)
     assert len(passes) == 1000
     scale = exact.diagonal().sqrt()
     error = (found.moments[1].double() * found.tokens - exact) / (scale[:, None] * scale)
-    # A thousand roundings of half a unit in the last place, in random directions, while the sum grows to its end.
+    # A thousand roundings of up to half a unit in the last place, in random directions, of a growing sum.
     assert float(error.square().mean().sqrt()) < 2**-24 * 1000**0.5
 
 
-def test_another_model_and_missing_layers_are_refused():
-    held = KeyStatistics({layer: torch.zeros(2, 2) for layer in (4, 11)}, 9, "ab" * 32, "text")
-    held.check("ab" * 32, [4])
-    held.check("ab" * 32, [11, 4])
+def test_another_model_and_missing_layers_raise():
+    statistics = KeyStatistics({layer: torch.zeros(2, 2) for layer in (4, 11)}, 9, "ab" * 32, "text")
+    statistics.check("ab" * 32, [4])
+    statistics.check("ab" * 32, [11, 4])
     with pytest.raises(InputError, match=r"from the model abababababab…, and this model is cdcdcdcdcdcd…"):
-        held.check("cd" * 32, [4])
+        statistics.check("cd" * 32, [4])
     with pytest.raises(InputError, match=r"layers \[4, 11\] and lack \[5\]"):
-        held.check("ab" * 32, [4, 5])
+        statistics.check("ab" * 32, [4, 5])

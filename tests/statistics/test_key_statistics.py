@@ -1,4 +1,4 @@
-"""Files of matrices are whole, are what they say, and are refused by name where they are not."""
+"""Key statistics are saved completely, and damaged or other files raise an error that names the file."""
 
 import pytest
 import torch
@@ -9,27 +9,31 @@ from rlsedit_fast.statistics import KeyStatistics
 
 
 @pytest.fixture
-def held():
+def statistics():
     torch.manual_seed(0)
     moments = {layer: torch.randn(6, 6) for layer in (4, 11)}
     return KeyStatistics(moments, 1234, "ab" * 32, "text.txt, sha256 00")
 
 
-def test_what_is_loaded_is_what_was_saved(held, tmp_path):
+def test_loaded_statistics_equal_the_saved_ones(statistics, tmp_path):
     path = tmp_path / "folder" / "s.safetensors"
-    held.save(path)
+    statistics.save(path)
     loaded = KeyStatistics.load(path)
-    assert (loaded.tokens, loaded.fingerprint, loaded.source) == (held.tokens, held.fingerprint, held.source)
+    assert (loaded.tokens, loaded.fingerprint, loaded.source) == (
+        statistics.tokens,
+        statistics.fingerprint,
+        statistics.source,
+    )
     assert list(loaded.moments) == [4, 11]
-    assert all(torch.equal(loaded.moments[layer], held.moments[layer]) for layer in held.moments)
+    assert all(torch.equal(loaded.moments[layer], statistics.moments[layer]) for layer in statistics.moments)
     assert list(KeyStatistics.load(path, layers=[11]).moments) == [11]
     with pytest.raises(InputError, match="layers 4, 11 and lacks 5"):
         KeyStatistics.load(path, layers=[4, 5])
 
 
-def test_a_failed_write_leaves_what_was_there(held, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_existing_file(statistics, tmp_path, monkeypatch):
     path = tmp_path / "s.safetensors"
-    held.save(path)
+    statistics.save(path)
     before = path.read_bytes()
 
     def full(_):
@@ -42,9 +46,9 @@ def test_a_failed_write_leaves_what_was_there(held, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_damaged_file_is_refused_by_name(held, tmp_path):
+def test_a_damaged_file_raises(statistics, tmp_path):
     path = tmp_path / "s.safetensors"
-    held.save(path)
+    statistics.save(path)
     whole = path.read_bytes()
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
     for content in (whole[:-8], flipped, b"", b"no safetensors at all"):
@@ -53,7 +57,7 @@ def test_a_damaged_file_is_refused_by_name(held, tmp_path):
             KeyStatistics.load(path)
 
 
-def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
+def test_a_file_of_another_kind_raises(statistics, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"4": torch.zeros(6, 6)}, path)
     with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file of kind None, expected"):
@@ -62,17 +66,19 @@ def test_a_file_of_something_else_is_refused_by_name(held, tmp_path):
         KeyStatistics.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("told", [{}, {"about": "{}"}, {"about": "{}", "sums": "[1]"}, {"about": "{", "sums": "{}"}])
-def test_a_file_that_does_not_say_what_is_in_it_is_refused_by_name(tmp_path, told):
+@pytest.mark.parametrize(
+    "metadata", [{}, {"about": "{}"}, {"about": "{}", "sums": "[1]"}, {"about": "{", "sums": "{}"}]
+)
+def test_a_file_with_incomplete_metadata_raises(tmp_path, metadata):
     path = tmp_path / "s.safetensors"
-    save_file({"4": torch.zeros(6, 6)}, path, metadata={"kind": "rlsedit-fast key statistics 1", **told})
+    save_file({"4": torch.zeros(6, 6)}, path, metadata={"kind": "rlsedit-fast key statistics 1", **metadata})
     with pytest.raises(InputError, match=r"s\.safetensors' is damaged: its metadata cannot be read"):
         KeyStatistics.load(path)
 
 
-def test_a_file_that_lacks_a_matrix_it_names_is_refused_by_name(tmp_path):
+def test_a_file_that_lacks_a_matrix_of_its_metadata_raises(tmp_path):
     path = tmp_path / "s.safetensors"
-    told = {"kind": "rlsedit-fast key statistics 1", "about": "{}", "sums": '{"4": "ab", "5": "cd"}'}
-    save_file({"4": torch.zeros(6, 6)}, path, metadata=told)
+    metadata = {"kind": "rlsedit-fast key statistics 1", "about": "{}", "sums": '{"4": "ab", "5": "cd"}'}
+    save_file({"4": torch.zeros(6, 6)}, path, metadata=metadata)
     with pytest.raises(InputError, match="layer 5 is missing"):
         KeyStatistics.load(path)

@@ -1,4 +1,4 @@
-"""Texts come as a stream that can be taken up anywhere, and are named by what they say."""
+"""Sources stream texts from any position, and their name depends on their content."""
 
 import json
 from itertools import islice
@@ -37,20 +37,20 @@ def test_text_without_blank_lines_still_streams(tokenizer, tmp_path):
     assert sum(text.count("speaks") for text in texts) == 3000
 
 
-def test_json_lines_are_read_by_their_text(tokenizer, tmp_path):
+def test_json_lines_give_their_text_field(tokenizer, tmp_path):
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(("Lado speaks", " ", "Veta\nplays"))]
     source = write(tmp_path / "a.jsonl", "\n\n".join(lines))
     assert [text for _, text in texts_of(source, tokenizer)] == ["Lado speaks", "Veta plays"]
 
 
 @pytest.mark.parametrize("line", ['{"content": "x"}', '{"text": 3}', "[1]", "plain", '{"text": "x"'])
-def test_json_lines_without_text_are_refused_by_number(tokenizer, tmp_path, line):
+def test_json_lines_without_text_raise_with_the_line_number(tokenizer, tmp_path, line):
     source = write(tmp_path / "a.jsonl", '{"text": "Lado"}\n' + line)
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: .*'text'"):
         list(source.read(tokenizer, 0))
 
 
-def test_unreadable_files_are_refused(tokenizer, tmp_path):
+def test_unreadable_files_raise(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"none\.txt' cannot be read"):
         TextFile(tmp_path / "none.txt")
     with pytest.raises(InputError, match="cannot be read"):
@@ -60,7 +60,7 @@ def test_unreadable_files_are_refused(tokenizer, tmp_path):
         list(TextFile(tmp_path / "latin.txt").read(tokenizer, 0))
 
 
-def test_a_file_is_named_by_its_content_not_its_folder(tmp_path):
+def test_the_name_of_a_file_source_depends_on_its_content_not_its_folder(tmp_path):
     one = write(tmp_path / "one" / "a.txt", "Lado speaks")
     same = write(tmp_path / "two" / "a.txt", "Lado speaks")
     other = write(tmp_path / "three" / "a.txt", "Lado speaks .")
@@ -69,7 +69,7 @@ def test_a_file_is_named_by_its_content_not_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["given", "txt", "jsonl", "self"])
-def test_reading_from_a_position_gives_the_rest(make_model, tokenizer, tmp_path, kind):
+def test_reading_resumes_from_any_position(make_model, tokenizer, tmp_path, kind):
     texts = [" ".join(WORDS[: 1 + i % 7]) for i in range(150)]
     texts[3] = texts[80] = " "
     if kind == "self":
@@ -93,12 +93,12 @@ def test_self_generated_texts_have_their_seed_in_the_name(make_model, tokenizer)
     first, again, other = ([ids for _, ids in islice(source.read(tokenizer, 0), 12)] for source in sources)
     assert first == again != other
     assert sources[0].name == sources[1].name != sources[2].name
-    assert first[:5] != first[5:10], "each batch has a seed of its own"
+    assert first[:5] != first[5:10], "each batch has its own seed"
     assert all(2 <= len(ids) <= 6 for ids in first)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_self_generated_texts_are_no_longer_than_the_model_takes(make_model, tokenizer, name):
+def test_self_generated_texts_are_at_most_as_long_as_the_model_supports(make_model, tokenizer, name):
     source = SelfGenerated(make_model(name), batch=3)
     lengths = [len(ids) for _, ids in islice(source.read(tokenizer, 0), 3)]
     assert max(lengths) == 64
@@ -106,6 +106,6 @@ def test_self_generated_texts_are_no_longer_than_the_model_takes(make_model, tok
 
 
 @pytest.mark.parametrize("wrong", [{"length": 1}, {"batch": 0}])
-def test_numbers_out_of_range_are_refused(make_model, wrong):
+def test_invalid_lengths_and_batches_raise(make_model, wrong):
     with pytest.raises(InputError, match="expected at least 2 and at least 1"):
         SelfGenerated(make_model("llama"), **wrong)

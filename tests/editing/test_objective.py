@@ -1,4 +1,4 @@
-"""What a record says of the model after a write is what an independent forward pass of that model says."""
+"""The figures of a record equal those of an independent forward pass of the model after the write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EDITS = [
 
 
 def plain(model, module, row):
-    """One row through the whole model: the module's output at the lookup token, and the target's NLL and rank."""
+    """Runs one row through the whole model; returns the module's output at the lookup token, the NLL and the rank."""
     seen = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(hidden_of(output)))
     with torch.no_grad():
@@ -32,13 +32,13 @@ def plain(model, module, row):
     (hidden,) = seen
     state = hidden.reshape(-1, hidden.shape[-1])[row.lookup].float()  # OPT's blocks flatten rows and tokens
     target = torch.tensor(row.target)[:, None]
-    said = scores.gather(1, target)
-    return state, float(-said.mean()), int((scores > said).sum(1).max()) + 1
+    target_scores = scores.gather(1, target)
+    return state, float(-target_scores.mean()), int((scores > target_scores).sum(1).max()) + 1
 
 
 @pytest.fixture
 def goals(monkeypatch):
-    """The state at the bare prompt that the last search for an edit wants, by the edit."""
+    """Maps each edit to the state at its bare prompt that its last search aims at."""
     found, real = {}, value_search.search_within_memory
 
     def spy(site, requests, *rest):
@@ -51,7 +51,7 @@ def goals(monkeypatch):
 
 
 def check(records, editor, before, goals):
-    """Records of a first batch against the model now and before; without goals, only what the model says."""
+    """Compares the records of a first batch with the model now and before; without goals, only its outputs."""
     module = editor.context.site.module
     edits = [rf.Edit(record.prompt, record.subject, record.target, record.weight) for record in records]
     rows = [request.contexts[0] for request in editor.context.prepare(edits)]
@@ -69,7 +69,7 @@ def check(records, editor, before, goals):
         assert record.success == (rank == 1)
 
 
-def test_the_figures_are_those_of_the_model_in_every_family(make_model, tokenizer, family, goals):
+def test_figures_match_the_model_in_every_family(make_model, tokenizer, family, goals):
     config = rf.EditConfig(
         layers=(2,),
         batch_size=len(EDITS),
@@ -85,7 +85,7 @@ def test_the_figures_are_those_of_the_model_in_every_family(make_model, tokenize
     check(records, editor, make_model(family), goals)
 
 
-def test_the_figures_are_those_of_the_shipped_model_and_behind_a_second_round_of_what_it_wrote(goals):
+def test_figures_match_the_demo_model_with_and_without_a_refinement_round(goals):
     cases = world_cases(World.generate(), 12, 0)
     edits = [rf.Edit(case.edit.prompt, case.edit.subject, case.edit.target) for case in cases]
     config = rf.EditConfig(layers=(0, 1), search={"steps": 40, "stop_nll": 0.03}, prior={"adherence": 0.5}, refine=0)
@@ -97,11 +97,11 @@ def test_the_figures_are_those_of_the_shipped_model_and_behind_a_second_round_of
     again = [new for old, new in pairs if not old.success and old.search_rank == 1]
     assert 0 < len(again) < 12
     check(again, refined, load_demo_model()[0], None)
-    assert [new.realized for _, new in pairs] == [old.realized for old, _ in pairs], "as it was after the write"
+    assert [new.realized for _, new in pairs] == [old.realized for old, _ in pairs], "measured after the write"
     assert all(replace(new, time=old.time) == old for old, new in pairs if new not in again)
 
 
-def test_rows_are_in_order_however_they_are_run(make_model, tokenizer, monkeypatch):
+def test_figures_and_their_order_do_not_depend_on_the_rows_per_pass(make_model, tokenizer, monkeypatch):
     editor = rf.Editor(make_model("llama"), tokenizer, config=rf.EditConfig(layers=(1,), contexts={"prefixes": ("",)}))
     requests = editor.context.prepare([*EDITS, *(rf.Edit("{} speaks", edit.subject, edit.target) for edit in EDITS)])
     goal = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))

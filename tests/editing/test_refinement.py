@@ -1,4 +1,4 @@
-"""Edits that the model does not state after the write get a second round, and one without gain changes nothing."""
+"""Edits that the model does not state after the write are refined, and a round without gain changes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlsedit_fast.world import World, load_demo_model
 
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 20, 0)]
-# So low an adherence leaves edits whose search had found a value short of their targets.
+# With this low adherence, the model does not state some edits whose value search converged.
 CONFIG = rf.EditConfig(
     layers=(0, 1),
     contexts={"prefixes": ("", "People speak .")},
@@ -42,13 +42,13 @@ def failed(records):
     return [record.id for record in records if not record.success and record.search_rank == 1]
 
 
-def said(editor, edits):
-    asked = [(edit.prompt.format(edit.subject), edit.target) for edit in edits]
-    return [one.exact for one in score(editor.model, editor.tokenizer, asked)]
+def exact(editor, edits):
+    prompts = [(edit.prompt.format(edit.subject), edit.target) for edit in edits]
+    return [one.exact for one in score(editor.model, editor.tokenizer, prompts)]
 
 
 def assert_same(one, other):
-    """Bit for bit: weights, states, rows, and the records but for their times."""
+    """Compares weights, states, rows, and the records without their times, bit for bit."""
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
     for a, b in zip(one._session.layers.states, other._session.layers.states, strict=True):
         first, second = a.saved(), b.saved()
@@ -64,51 +64,51 @@ def assert_same(one, other):
         assert replace(a, time=b.time) == b
 
 
-def test_edits_that_are_not_stated_get_a_second_round_and_others_do_not():
+def test_only_edits_that_are_not_stated_are_refined():
     plain, refined = make_editor(refine=0), make_editor(refine=1)
     before, after = plain.edit(EDITS[:10]), refined.edit(EDITS[:10])
-    short = failed(before)
-    assert 0 < len(short) < 10
+    unstated = failed(before)
+    assert 0 < len(unstated) < 10
     assert sum(r.success for r in after) > sum(r.success for r in before)
-    assert [record.success for record in after] == said(refined, EDITS[:10])
+    assert [record.success for record in after] == exact(refined, EDITS[:10])
     assert refined.history() == after
-    held, moved = (e._session.ledger.rows(range(1, 11)) for e in (plain, refined))
-    for at, (one, other) in enumerate(zip(held, moved, strict=True)):
-        # Rows keep their keys and weights, and only the last layer gets other values.
+    plain_rows, refined_rows = (e._session.ledger.rows(range(1, 11)) for e in (plain, refined))
+    for at, (one, other) in enumerate(zip(plain_rows, refined_rows, strict=True)):
+        # Rows keep their keys and weights. Only the values of the last layer change.
         assert all(map(torch.equal, one.keys, other.keys))
         assert one.weight == other.weight
         assert torch.equal(one.values[0], other.values[0])
-        assert torch.equal(one.values[1], other.values[1]) == (at + 1 not in short)
+        assert torch.equal(one.values[1], other.values[1]) == (at + 1 not in unstated)
     for one, other in zip(plain._session.layers.states, refined._session.layers.states, strict=True):
         assert torch.equal(one.precision_inverse(), other.precision_inverse())
     assert torch.equal(plain.context.projections[0].weight, refined.context.projections[0].weight)
 
 
-def test_a_later_call_refines_as_many_earlier_edits_as_it_makes(monkeypatch):
+def test_a_later_call_refines_as_many_earlier_edits_as_it_applies(monkeypatch):
     editor = make_editor(refine=1)
     with monkeypatch.context() as patch:
         patch.setattr(refinement, "_is_better", lambda *_: False)
-        short = failed(editor.edit(EDITS[:10]))
-    assert short
+        unstated = failed(editor.edit(EDITS[:10]))
+    assert unstated
     editor.edit(EDITS[10:])
     records = editor.history()[:10]
-    assert len(failed(records)) < len(short)
-    assert [record.success for record in records] == said(editor, EDITS[:10])
-    assert [record.rank == 1 for record in records] == said(editor, EDITS[:10])
+    assert len(failed(records)) < len(unstated)
+    assert [record.success for record in records] == exact(editor, EDITS[:10])
+    assert [record.rank == 1 for record in records] == exact(editor, EDITS[:10])
 
 
 def test_records_of_a_call_of_several_batches_are_measured_at_its_end(tmp_path):
     batches = []
     with make_editor(tmp_path, refine=0) as editor:
         records = editor.edit(EDITS, on_batch=batches.extend)
-        assert [record.rank == 1 for record in records] == said(editor, EDITS)
+        assert [record.rank == 1 for record in records] == exact(editor, EDITS)
         assert [one.rank for one in batches] != [one.rank for one in records], "the second batch affects the first"
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert opened.history() == records
         assert_same(opened, editor)
 
 
-def test_earlier_edits_to_check_are_drawn_alike_before_and_after_reopening(tmp_path):
+def test_the_same_earlier_edits_are_checked_after_reopening(tmp_path):
     with make_editor(tmp_path, refine=0) as editor:
         editor.edit(EDITS[:7])
         editor.undo(3)
@@ -121,7 +121,7 @@ def test_earlier_edits_to_check_are_drawn_alike_before_and_after_reopening(tmp_p
     assert all(len(ids) == 3 for ids in drawn[5:])
 
 
-def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
+def test_the_number_of_rounds_is_the_setting(monkeypatch):
     sizes, real = [], value_search.search_within_memory
 
     def spy(site, requests, *rest):
@@ -138,15 +138,15 @@ def test_there_are_as_many_rounds_as_are_asked_for(monkeypatch):
         assert len(sizes) == 1 + rounds
 
 
-def test_a_round_without_gain_leaves_everything_as_it_was(monkeypatch, tmp_path):
+def test_a_round_without_gain_changes_nothing_and_is_the_last(monkeypatch, tmp_path):
     plain = make_editor(tmp_path / "plain", refine=0)
     plain.edit(EDITS[:10])
     assert failed(plain.history())
-    asked = []
-    monkeypatch.setattr(refinement, "_is_better", lambda *measured: asked.append(measured))
+    comparisons = []
+    monkeypatch.setattr(refinement, "_is_better", lambda *measured: comparisons.append(measured))
     refined = make_editor(tmp_path / "refined", refine=3)
     refined.edit(EDITS[:10])
-    assert len(asked) == 1, "a round that does not help is the last one"
+    assert len(comparisons) == 1, "a round without gain is the last one"
     assert_same(refined, plain)
     monkeypatch.undo()
     for editor in (plain, refined):
@@ -156,7 +156,7 @@ def test_a_round_without_gain_leaves_everything_as_it_was(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("error", [UpdateError, ResourceError])
-def test_a_round_that_fails_leaves_the_edits_made_and_warns(monkeypatch, caplog, error):
+def test_a_failed_round_keeps_the_applied_edits_and_warns(monkeypatch, caplog, error):
     plain, refined = make_editor(refine=0), make_editor(refine=1)
     plain.edit(EDITS)
     real, calls = refinement.Refiner._move_values, []
@@ -176,14 +176,14 @@ def test_a_round_that_fails_leaves_the_edits_made_and_warns(monkeypatch, caplog,
     monkeypatch.setattr(refinement.Refiner, "_move_values", fails)
     batches = []
     records = refined.edit(EDITS, on_batch=batches.append)
-    assert len(calls) == 3, "behind each batch, and at the end of the call"
+    assert len(calls) == 3, "after each batch and at the end of the call"
     assert [len(batch) for batch in batches] == [10, 10]
     assert "were not refined: made to fail" in caplog.text
     assert [record.state for record in records] == ["active"] * 20
     assert_same(refined, plain)
 
 
-def test_ctrl_c_in_a_round_leaves_the_edits_made(monkeypatch):
+def test_ctrl_c_in_a_round_keeps_the_applied_edits(monkeypatch):
     plain, refined = make_editor(refine=0), make_editor(refine=1)
     plain.edit(EDITS[:10])
 
@@ -198,10 +198,10 @@ def test_ctrl_c_in_a_round_leaves_the_edits_made(monkeypatch):
 
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, keys, snapshot):
-    undisturbed = make_editor(stored_rows=keys)
-    start = weights(undisturbed)
-    undisturbed.edit(EDITS)
+def test_a_refined_stream_is_reopened_and_undone_bit_for_bit(tmp_path, keys, snapshot):
+    uninterrupted = make_editor(stored_rows=keys)
+    start = weights(uninterrupted)
+    uninterrupted.edit(EDITS)
     with make_editor(tmp_path, stored_rows=keys) as editor:
         editor.edit(EDITS)
         if snapshot:
@@ -209,17 +209,19 @@ def test_a_refined_stream_is_opened_again_and_taken_back_bit_for_bit(tmp_path, k
     with Store(tmp_path, write=False) as store:
         assert [entry.kind for entry in store.entries].count("revise") >= 2
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
-        assert_same(opened, undisturbed)
-        for one in (opened, undisturbed):
+        assert_same(opened, uninterrupted)
+        for one in (opened, uninterrupted):
             one.undo([2, 5, 11, 12])
-        assert_same(opened, undisturbed)
+        assert_same(opened, uninterrupted)
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
-        assert_same(opened, undisturbed)
+        assert_same(opened, uninterrupted)
         opened.undo(opened._session.ledger.active)
         assert all(torch.equal(value, start[name]) for name, value in weights(opened).items())
 
 
-def test_an_edit_whose_search_found_no_value_that_states_it_is_not_refined(monkeypatch):
-    monkeypatch.setattr(refinement.Refiner, "_move_values", lambda *_: pytest.fail("nothing had been found"))
+def test_an_edit_whose_search_did_not_converge_is_not_refined(monkeypatch):
+    monkeypatch.setattr(
+        refinement.Refiner, "_move_values", lambda *_: pytest.fail("refined an edit whose search did not converge")
+    )
     editor = make_editor(search={"clamp": 0.01})
     assert all(record.search_rank > 1 and not record.success for record in editor.edit(EDITS[:4]))

@@ -1,4 +1,4 @@
-"""What is given as what it is not is refused in words before anything is done, and changes nothing."""
+"""Arguments of wrong type or value raise with a clear message, before any work, and change nothing."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -48,7 +48,7 @@ def edited(editor):
 
 @pytest.fixture
 def unchanged(request):
-    """Afterwards model and history must be as they were."""
+    """Checks after the test that model and history are unchanged."""
     editor = request.getfixturevalue("edited" if "edited" in request.fixturenames else "editor")
     before, history = {k: v.clone() for k, v in editor.model.state_dict().items()}, editor.history()
     yield
@@ -56,13 +56,13 @@ def unchanged(request):
     assert editor.history() == history
 
 
-def test_the_last_of_some_ids_are_the_newest_in_whatever_order_they_are_named(edited):
+def test_last_selects_the_newest_of_the_given_ids_in_any_order(edited):
     assert edited.select([5, 3], last=1) == [5]
     assert edited.select([5, 2, 4], last=2) == [4, 5]
     assert edited.select([5, 3]) == [5, 3]
 
 
-def test_ids_and_times_of_other_kinds_that_say_the_same_are_taken(edited):
+def test_equivalent_types_of_ids_and_times_are_accepted(edited):
     assert edited.select(np.int64(3)) == [3]
     assert edited.select(np.array([4, 2])) == [4, 2]
     assert edited.select(range(2, 4)) == [2, 3]
@@ -87,7 +87,7 @@ def test_ids_and_times_of_other_kinds_that_say_the_same_are_taken(edited):
         ({"until": 2020}, "until=2020: expected a datetime"),
     ],
 )
-def test_what_names_no_edits_is_refused(edited, wrong, message):
+def test_invalid_selections_raise(edited, wrong, message):
     with pytest.raises(InputError, match=message):
         edited.select(**wrong)
     if "ids" in wrong:
@@ -96,7 +96,7 @@ def test_what_names_no_edits_is_refused(edited, wrong, message):
                 act(wrong["ids"])
 
 
-def test_a_time_that_has_no_local_one_is_refused(edited):
+def test_a_time_without_local_time_raises(edited):
     class Early(datetime):
         def astimezone(self, tz=None):
             raise OverflowError("date value out of range")
@@ -117,7 +117,7 @@ NO_TEXTS = [
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize(("wrong", "message"), NO_TEXTS)
-def test_what_is_no_list_of_texts_is_neither_anchored_nor_protected(editor, wrong, message):
+def test_anchors_and_protected_texts_must_be_lists_of_texts(editor, wrong, message):
     for act in (editor.anchor, editor.protect):
         with pytest.raises(InputError, match=message):
             act(wrong)
@@ -125,14 +125,14 @@ def test_what_is_no_list_of_texts_is_neither_anchored_nor_protected(editor, wron
     assert editor._session.waiting == []
 
 
-def test_texts_may_come_one_by_one(editor):
+def test_texts_may_come_from_an_iterator(editor):
     assert editor.anchor(text for text in ["Lado speaks .", " ", "Veta speaks ."]) == 8
     assert editor.protect(text for text in ["Lado speaks .", "Veta speaks ."]) == 8
 
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("wrong", [EDITS[0], None, 3, "Lado speaks Kubeish"])
-def test_what_is_no_list_of_edits_is_refused(editor, wrong):
+def test_edits_must_be_a_list(editor, wrong):
     adherences, context = [0.9], editor.context
     acts = (editor.edit, editor.calibrate, context.find_invalid, context.prepare)
     for act in (*acts, lambda e: editor.assess(e, adherences)):
@@ -141,7 +141,7 @@ def test_what_is_no_list_of_edits_is_refused(editor, wrong):
     assert editor.priors == []
 
 
-def test_edits_may_come_one_by_one(editor):
+def test_edits_may_come_from_an_iterator(editor):
     assert len(editor.calibrate(edit for edit in EDITS)) == 2
     assert editor.context.find_invalid(edit for edit in [*EDITS, EDITS[0].target]) == {
         5: "expected an Edit or a dict with its fields, got str"
@@ -150,16 +150,16 @@ def test_edits_may_come_one_by_one(editor):
     with pytest.raises(RequestError, match="no edits"):
         editor.edit(edit for edit in [])
 
-    def told(records):
+    def fails(_records):
         raise InputError("made to fail")
 
     with pytest.raises(InputError, match="first 1 of 1 edits are applied"):
-        editor.edit((edit for edit in EDITS[2:3]), on_batch=told)
+        editor.edit((edit for edit in EDITS[2:3]), on_batch=fails)
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_weight_that_something_else_wrote_to_is_neither_measured_nor_saved(edited, tmp_path):
-    """Its deviation may be beyond the bound, and what is exported is not what the history says."""
+def test_a_weight_modified_by_other_code_is_neither_measured_nor_saved(edited, tmp_path):
+    """Its deviation may exceed the bound, and an export would not match the history."""
     reads = {
         "deviation": edited.deviation,
         "status": edited.status,
@@ -186,7 +186,7 @@ def test_a_weight_that_something_else_wrote_to_is_neither_measured_nor_saved(edi
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("weight", [1e39, 1e300, 10**400, 1e-45, float("inf"), -1.0, "1", None, True])
-def test_a_weight_that_float32_cannot_work_with_is_refused_before_the_first_edit(editor, weight):
+def test_invalid_weights_raise_before_the_first_edit(editor, weight):
     wrong = replace(EDITS[1], weight=weight)
     with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: weight=.*from 1e-30 to 1e\+30"):
         editor.edit([EDITS[0], wrong])
@@ -196,18 +196,18 @@ def test_a_weight_that_float32_cannot_work_with_is_refused_before_the_first_edit
 
 
 @pytest.mark.parametrize("weight", WEIGHT_RANGE)
-def test_the_outermost_weights_can_be_written(editor, weight):
+def test_the_smallest_and_largest_weights_work(editor, weight):
     assert len(editor.edit([replace(EDITS[0], weight=weight), EDITS[1]])) == 2
 
 
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("span", ["ab", (1,), (0, 1, 2), (0.0, 4.0), (False, True), 3, {0: 1}, ("0", "4"), (4, 4)])
-def test_a_span_that_is_no_pair_of_places_is_refused_before_the_first_edit(editor, span):
+def test_invalid_spans_raise_before_the_first_edit(editor, span):
     with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: span "):
         editor.edit([EDITS[0], replace(EDITS[1], span=span)])
 
 
-def test_a_name_that_is_no_text_is_refused_before_anything_is_searched(editor):
+def test_a_name_that_is_not_a_string_raises_before_the_value_search(editor):
     with pytest.raises(RequestError, match=r"name=.*7.*: expected a string, or None"):
         editor.edit([replace(EDITS[0], name=np.int64(7))])
     assert editor.history() == []
@@ -220,14 +220,14 @@ def test_a_name_that_is_no_text_is_refused_before_anything_is_searched(editor):
         (1e6, r"lam=1000000\.0: the pilot realizes less than adherence=0\.5"),
     ],
 )
-def test_a_lam_beside_which_no_mu_gives_the_adherence_is_refused(make_model, tokenizer, lam, message):
-    """The pilot's key lies where no anchor does, so that lam alone decides."""
+def test_a_lam_with_which_no_mu_gives_the_adherence_raises(make_model, tokenizer, lam, message):
+    """The pilot's key is orthogonal to all anchors, so that only lam matters."""
     editor = rf.Editor(make_model("llama"), tokenizer, config=config(layers=(1,), prior={"lam": lam, "adherence": 0.5}))
     before = {name: value.clone() for name, value in editor.model.state_dict().items()}
     key = request_keys(editor.context.decoder, editor.context.projections, editor.context.prepare(EDITS[:1]))[0][0][
         0, 0
     ]
-    key = key.double()  # the moment is then singular up to the rounding of float64
+    key = key.double()  # the moment is then singular up to rounding in float64
     editor._session.moments = [torch.eye(len(key), dtype=key.dtype) - key[:, None] * key / key.square().sum()]
     with pytest.raises(InputError, match=message):
         editor.calibrate(EDITS[:1])
