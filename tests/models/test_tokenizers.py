@@ -97,7 +97,7 @@ def llama(folder):
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=True, legacy=True)
 
 
-def bytes_alone():
+def byte_tokens():
     """One token per byte and an EOS, without offsets."""
     from transformers import ByT5Tokenizer
 
@@ -111,7 +111,7 @@ MAKERS = {
     "slow_bpe": lambda folder: slow("bpe", folder),
     "slow_unigram": lambda folder: slow("unigram", folder),
     "slow_bos_eos": slow_bos_eos,
-    "bytes": lambda folder: bytes_alone(),
+    "bytes": lambda folder: byte_tokens(),
 }
 SUBJECTS = ["France", "Zoë Müller", "New York", "東京", "Émile 😀", 'the "{}" sign', "Q7", "d'Arc {x}"]
 
@@ -242,7 +242,7 @@ def test_target_that_merges_with_the_prompt_is_tokenized_separately():
 
 
 def test_target_that_always_merges_is_tokenized_without_special_tokens():
-    """Alone it would start with a BOS."""
+    """A separate text would start with a BOS."""
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(
