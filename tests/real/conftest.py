@@ -161,9 +161,9 @@ def compute_scores(model, tokenizer, pairs: Sequence[tuple[str, str]]) -> list[S
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
         for line, at in enumerate(batch):
             tokens, start = rows[at]
-            wanted = torch.tensor(tokens[start:])[:, None]
+            target_ids = torch.tensor(tokens[start:])[:, None]
             predicted = logits[line, start - 1 : len(tokens) - 1]
-            target_logits = predicted.gather(1, wanted)
+            target_logits = predicted.gather(1, target_ids)
             nlls = (predicted.logsumexp(1, keepdim=True) - target_logits).flatten()
             # Includes the token itself, and tokens with the same logit: a tie is not ranked first.
             ranks = (predicted >= target_logits).sum(1)

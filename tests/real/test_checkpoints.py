@@ -279,10 +279,10 @@ def test_a_damaged_checkpoint_is_built_again(artificial, damage):
 
 def test_a_folder_not_built_by_the_tool_is_kept(artificial, capsys):
     artificial.target.mkdir(parents=True)
-    (artificial.target / "model.safetensors").write_text("mine")
+    (artificial.target / "model.safetensors").write_text("other content")
     built(artificial)
     (kept,) = artificial.directory.glob(f"{ARTIFICIAL}.old-*")
-    assert (kept / "model.safetensors").read_text() == "mine"
+    assert (kept / "model.safetensors").read_text() == "other content"
     assert str(kept) in capsys.readouterr().err
 
 

@@ -240,7 +240,7 @@ def test_history_is_read_from_a_read_only_folder_with_a_wal(tiny, tokenizer, tmp
 
 def damage(path, draw) -> str:
     content = bytearray(path.read_bytes())
-    how = draw.choice(["flip", "flip", "truncate"]) if content else "gone"
+    how = draw.choice(["flip", "flip", "truncate"]) if content else "deleted"
     if how == "flip":
         at = draw.randrange(len(content))
         content[at] ^= 1 << draw.randrange(8)
@@ -299,7 +299,7 @@ def test_damaged_snapshot_falls_back_to_the_one_before(tiny, tokenizer, used, ca
     assert older.name in caplog.text
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "deleted"])
 def test_truncated_write_ahead_log_is_detected(tiny, tokenizer, tmp_path, how):
     """SQLite itself silently accepts a damaged log as a shorter one."""
     editor = make_editor(tiny(), tokenizer, tmp_path / "store")
