@@ -80,5 +80,5 @@ def test_a_file_that_lacks_a_matrix_of_its_metadata_raises(tmp_path):
     path = tmp_path / "s.safetensors"
     metadata = {"kind": "rlsedit-fast key statistics 1", "about": "{}", "sums": '{"4": "ab", "5": "cd"}'}
     save_file({"4": torch.zeros(6, 6)}, path, metadata=metadata)
-    with pytest.raises(InputError, match="it lacks layer 5"):
+    with pytest.raises(InputError, match="layer 5 is missing"):
         KeyStatistics.load(path)
