@@ -69,15 +69,15 @@ class _Text:
 
 def read_facts(path: Path, count: int) -> list[tuple[str, str | None, str]]:
     """Returns `(prompt, subject, true answer)` of prompts, paraphrases and locality prompts of the first records."""
-    asked: dict[tuple[str, str | None, str], None] = {}
+    facts: dict[tuple[str, str | None, str], None] = {}
     for fact in map(counterfact_record, json.loads(path.read_text(encoding="utf-8"))[:count]):
         subject, answer = fact["subject"], fact["ground_truth"]
-        asked[fact["prompt"], subject if subject in fact["prompt"] else None, answer] = None
+        facts[fact["prompt"], subject if subject in fact["prompt"] else None, answer] = None
         for text in fact["paraphrases"]:
-            asked[text, subject if subject in text else None, answer] = None
+            facts[text, subject if subject in text else None, answer] = None
         for text, right in fact["neighborhood"]:
-            asked[text, None, right] = None
-    return list(asked)
+            facts[text, None, right] = None
+    return list(facts)
 
 
 def train_tokenizer(texts: Sequence[str], size: int, out: Path) -> Any:

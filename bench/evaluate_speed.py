@@ -6,7 +6,7 @@
 OLD is a folder from which the earlier version can be imported: a checkout with built native kernels. Both versions run
 in separate processes with the same number of threads and the options given after `--`. `cpu` is the CPU time of all
 threads of a process, which depends less on other load than wall-clock time. `--keep` writes each measurement into a
-folder when it ends, and does not repeat those that are there. Figures of sampled texts (`fluency`, `consistency`) come
+folder when it ends, and does not repeat existing ones. Figures of sampled texts (`fluency`, `consistency`) come
 from different samples, and figures after the edits differ if the versions write edits differently.
 """
 

@@ -10,7 +10,7 @@ shift
 python=${PYTHON:-python3}
 parts=${*:-tests gpu step solves states values stream capped memcheck racecheck initcheck triton}
 failed=0
-# Build tools beside the interpreter and in the default CUDA folder, without which kernels would not be built.
+# Build tools in the folder of the interpreter and in the default CUDA folder; building the kernels needs them.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
 export PATH PYTHONUNBUFFERED=1 RLSEDIT_BUILD_CPU=1 RLSEDIT_BUILD_CUDA=1
 

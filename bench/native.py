@@ -37,14 +37,14 @@ def contenders(op: str, rows: Tensor) -> dict[str, Callable[[], None]]:
             "torch": lambda: reference.correct_split_(*theirs, whitened, rows, 1),
             "float32": lambda: reference.correct_(weight, whitened, rows, 1),
         }
-    mine, other, signs = torch.eye(d), torch.eye(d), torch.ones(len(rows))
+    native, other, signs = torch.eye(d), torch.eye(d), torch.ones(len(rows))
     if op == "moment_":
         return {
-            "native": lambda: cpu.syrk_moment_(mine, rows),
+            "native": lambda: cpu.syrk_moment_(native, rows),
             "torch": lambda: reference.moment_(other, rows),
         }
     return {
-        "native": lambda: cpu.syrk_downdate_(mine, rows, signs),
+        "native": lambda: cpu.syrk_downdate_(native, rows, signs),
         "torch": lambda: reference.downdate_(other, rows, signs),
     }
 

@@ -54,7 +54,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's GGUF file comes from.
+    """The source of the GGUF file of a model.
 
     Attributes:
         parts: module and file name of each part, in the order of concatenation.

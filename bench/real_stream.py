@@ -72,7 +72,7 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> flo
     return math.exp(total / count)
 
 
-def asked(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> dict[str, float]:
+def evaluate(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> dict[str, float]:
     """Returns the metrics of the given facts."""
     pairs = []
     for one in some:
@@ -155,8 +155,8 @@ def main() -> None:
         ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
         results["after"][stage] = {
             "asked": len(sample),
-            "before": asked(base, tokenizer, sample),
-            "after": asked(editor.model, tokenizer, sample),
+            "before": evaluate(base, tokenizer, sample),
+            "after": evaluate(editor.model, tokenizer, sample),
             "stated_in_records": sum(one.success for one in records) / len(records),
             "realized_when_written": sum(one.realized for one in records) / len(records),
             "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},

@@ -1,12 +1,12 @@
-"""How the weight of the bare prompt's row divides the capacity of a layer among the contexts of its edits.
+"""Effect of the weight of the bare prompt's row on the bare prompts, the other contexts and the anchors.
 
     python bench/row_weights.py --store STORE --json bench/results/real/row-weights-smollm2.json
 
 STORE is the store of a stream with a row per context (`bench/real_stream.py --work` keeps one). Its keys and its prior
 are used; the values are drawn at random, the same for all contexts of an edit. For several weights of the bare
 prompt's row and several numbers of edits, the least-squares problem of one layer is solved in float64. Printed are the
-share of the wanted change that arrives at the bare prompts and in the other contexts, and the change on the anchors
-relative to the wanted changes, `||K0 dW^T||_F / ||R||_F`. `mean` and `bare` are one row per edit.
+realized share of the requested change at the bare prompts and in the other contexts, and the change on the anchors
+relative to the requested changes, `||K0 dW^T||_F / ||R||_F`. `mean` and `bare` are one row per edit.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     values = torch.randn(len(keys), WIDTH, generator=generator, dtype=torch.float64)
     found: list[dict[str, Any]] = []
     for count in (n for n in options.edits if n <= len(keys)):
-        some, wanted = keys[:count], values[:count]
+        some, requested = keys[:count], values[:count]
         contexts = some.shape[1]
         kinds: dict[str, tuple[Tensor, Tensor]] = {
             f"contexts, bare {bare:.2f}": (some, torch.tensor([bare, *[(1 - bare) / (contexts - 1)] * (contexts - 1)]))
@@ -83,10 +83,10 @@ def main() -> None:
         for scale in options.scales:
             precision = scale**2 * (mu**2 * moment + lam**2 * torch.eye(len(moment), dtype=torch.float64))
             for name, (rows, weights) in kinds.items():
-                each = wanted.repeat_interleave(rows.shape[1], dim=0)
+                each = requested.repeat_interleave(rows.shape[1], dim=0)
                 change = solve(rows.flatten(0, 1), weights.double().repeat(count), each, precision)
-                bare, *rest = shares(change, some, wanted)
-                leakage = float((change * (moment @ change)).sum().clamp_min(0).sqrt() / wanted.norm())
+                bare, *rest = shares(change, some, requested)
+                leakage = float((change * (moment @ change)).sum().clamp_min(0).sqrt() / requested.norm())
                 found.append(
                     {
                         "edits": count,

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures in use; tests marked gpu are skipped where there is none."""
+"""Tiny random models of the supported architectures; tests marked gpu are skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlsedit_fast.world.tokens import build_tokenizer
 
 
 def pytest_configure():
-    """Ctrl-C means what it means at a terminal also where the tests run in the background, and it came ignored."""
+    """Restores the default handler of Ctrl-C, which is ignored if the tests run in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -27,7 +27,7 @@ def pytest_runtest_setup(item):
 
 
 def cast(model, dtype: torch.dtype):
-    """Not `model.to(dtype)`: it would round the rotary frequencies, which a loaded checkpoint has in float32."""
+    """Casts only the parameters: `model.to(dtype)` would also round the float32 rotary frequencies."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -68,7 +68,7 @@ def make_gpt2(vocabulary: int, dtype: torch.dtype = torch.float32):
     return cast(GPT2LMHeadModel(config).eval(), dtype)
 
 
-# What all configurations but GPT-2's and GPT-J's call their sizes; the ids stay within the smallest vocabulary.
+# Sizes, with the names of all configurations except GPT-2 and GPT-J; the ids are within the smallest vocabulary.
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -128,7 +128,7 @@ def maker(prefix: str, settings: dict, seed: int):
         import transformers
 
         torch.manual_seed(seed)
-        # A configuration may change what it is given.
+        # A configuration may modify its arguments.
         config = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")(
             vocab_size=vocabulary, **copy.deepcopy(settings)
         )
@@ -153,13 +153,13 @@ def tokenizer():
 
 @pytest.fixture(params=sorted(LAYOUTS))
 def model(request, tokenizer):
-    """A fresh tiny model: Llama's nn.Linear, and GPT-2's Conv1D with a square weight."""
+    """A new tiny model: Llama with nn.Linear, and GPT-2 with Conv1D and a square weight."""
     return MAKERS[request.param](len(tokenizer))
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """The name of each architecture that the package recognises, for `make_model`."""
+    """The name of each architecture that the package recognizes, for `make_model`."""
     return request.param
 
 

@@ -114,15 +114,15 @@ def test_modules_keep_no_state_between_edits(make_model, tokenizer):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_name_and_path_of_a_model_have_no_effect(make_model, tokenizer, name):
-    model, disguised = make_model(name), make_model(name)
+    model, renamed = make_model(name), make_model(name)
     for false in ("openai-community/gpt2-xl", "/models/gpt-j-6b/Llama-3-8B-Qwen2.5-7B-gemma-2-mixtral"):
-        disguised.config._name_or_path = disguised.name_or_path = false
-        disguised.config.architectures = ["GPTJForCausalLM"]
-        disguised.__class__ = type("OPTForCausalLM", (type(disguised),), {})
-        assert fingerprint(disguised) == fingerprint(model)
-        assert find_decoder(disguised).blocks_name == find_decoder(model).blocks_name
+        renamed.config._name_or_path = renamed.name_or_path = false
+        renamed.config.architectures = ["GPTJForCausalLM"]
+        renamed.__class__ = type("OPTForCausalLM", (type(renamed),), {})
+        assert fingerprint(renamed) == fingerprint(model)
+        assert find_decoder(renamed).blocks_name == find_decoder(model).blocks_name
         settings = rf.EditConfig(search={"steps": 2}, prior={"lam": 1.0})
-        editors = [rf.Editor(copy.deepcopy(one), tokenizer, config=settings) for one in (model, disguised)]
+        editors = [rf.Editor(copy.deepcopy(one), tokenizer, config=settings) for one in (model, renamed)]
         assert editors[0].layers == editors[1].layers
         for editor in editors:
             editor.edit(EDITS)
@@ -149,13 +149,13 @@ def demo_config(**changes):
     return rf.EditConfig(**base).replace(**changes)
 
 
-@pytest.mark.parametrize("descent", ["normalized", "adam"])
-def test_unconverged_edits_are_applied_and_reported(descent, caplog):
+@pytest.mark.parametrize("optimizer", ["normalized", "adam"])
+def test_unconverged_edits_are_applied_and_reported(optimizer, caplog):
     model, tokenizer = load_demo_model()
     before = weights(model)
-    rate = 1.0 if descent == "adam" else None
+    rate = 1.0 if optimizer == "adam" else None
     near = rf.Editor(
-        model, tokenizer, config=demo_config(search={"optimizer": descent, "learning_rate": rate, "stop_nll": 0.05})
+        model, tokenizer, config=demo_config(search={"optimizer": optimizer, "learning_rate": rate, "stop_nll": 0.05})
     )
     reached = near.edit(facts(4))
     assert "does not state their targets" not in caplog.text
@@ -163,7 +163,7 @@ def test_unconverged_edits_are_applied_and_reported(descent, caplog):
 
     model, tokenizer = load_demo_model()
     short = demo_config(
-        search={"optimizer": descent, "learning_rate": rate, "stop_nll": 0.05, "clamp": 0.01, "steps": 4}
+        search={"optimizer": optimizer, "learning_rate": rate, "stop_nll": 0.05, "clamp": 0.01, "steps": 4}
     )
     records = rf.Editor(model, tokenizer, config=short).edit(facts(4))
     assert not any(record.search_converged for record in records)

@@ -66,16 +66,16 @@ def run(rule, weight, prior, batches):
     return seen
 
 
-def close(found, wanted, tolerance=EXACT):
-    assert (found - wanted).norm() <= tolerance * max(1.0, float(wanted.norm()))
+def close(found, expected, tolerance=EXACT):
+    assert (found - expected).norm() <= tolerance * max(1.0, float(expected.norm()))
 
 
 def test_memit_matches_ridge_regression(weight, prior, moment):
     one = batch(4, 3, weights=torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64))
     (after,) = run(MEMIT(), weight, prior, [one])
     weighted = one.keys * one.weights[:, None]
-    wanted = one.innovation.T @ weighted @ torch.linalg.inv(9 * moment + weighted.T @ one.keys)
-    close(after - weight, wanted)
+    expected = one.innovation.T @ weighted @ torch.linalg.inv(9 * moment + weighted.T @ one.keys)
+    close(after - weight, expected)
 
 
 def test_memit_has_no_memory_of_earlier_batches(weight, prior):
@@ -83,8 +83,8 @@ def test_memit_has_no_memory_of_earlier_batches(weight, prior):
     memory = MEMIT().init_memory(weight, prior, "layer")
     close(MEMIT().step(second, weight, memory)[0], MEMIT().step(second, weight + 1, memory)[0])
     after = run(MEMIT(), weight, prior, [first, second])
-    alone = run(MEMIT(), weight, prior, [second])
-    close(after[1] - after[0], alone[0] - weight)
+    single = run(MEMIT(), weight, prior, [second])
+    close(after[1] - after[0], single[0] - weight)
 
 
 def test_history_memit_matches_its_equation(weight, prior, moment):
@@ -119,8 +119,8 @@ def test_alphaedit_matches_its_equation(weight, prior, moment):
     past = torch.zeros(D_K, D_K, dtype=torch.float64)
     for one, now in zip(batches, after, strict=True):
         left = projection @ (past + one.keys.T @ one.keys) + 0.7 * torch.eye(D_K, dtype=torch.float64)
-        wanted = torch.linalg.solve(left, projection @ one.keys.T @ one.innovation).T
-        close(now - before, wanted)
+        expected = torch.linalg.solve(left, projection @ one.keys.T @ one.innovation).T
+        close(now - before, expected)
         close((now - before) @ vectors[:, values >= 0.05], torch.zeros(D_V, int((values >= 0.05).sum())).double())
         past, before = past + one.keys.T @ one.keys, now
 
@@ -136,28 +136,28 @@ def test_alphaedit_batches_match_solving_all_at_once(weight, prior, moment):
     basis = torch.linalg.eigh(moment)[1][:, : D_K // 2]
     inside = keys @ basis
     ridge = 0.3 * torch.eye(D_K // 2, dtype=torch.float64)
-    wanted = torch.linalg.solve(inside.T @ inside + ridge, inside.T @ (values - keys @ weight.T))
-    close(now - weight, (basis @ wanted).T)
+    expected = torch.linalg.solve(inside.T @ inside + ridge, inside.T @ (values - keys @ weight.T))
+    close(now - weight, (basis @ expected).T)
 
 
 def test_rome_matches_its_equation(weight, prior, moment):
     one = batch(3, 3)
     (after,) = run(ROME(), weight, prior, [one])
     now, inverse = weight, torch.linalg.inv(moment)
-    for key, wanted in zip(one.keys, one.keys @ weight.T + one.innovation, strict=True):
+    for key, expected in zip(one.keys, one.keys @ weight.T + one.innovation, strict=True):
         direction = inverse @ key
-        now = now + torch.outer(wanted - now @ key, direction) / (key @ direction)
-        close(now @ key, wanted)
+        now = now + torch.outer(expected - now @ key, direction) / (key @ direction)
+        close(now @ key, expected)
     close(after, now)
 
 
 def test_rome_batch_equals_single_edits(weight, prior):
     one = batch(4, 3)
-    wanted = one.keys @ weight.T + one.innovation
+    expected = one.keys @ weight.T + one.innovation
     now, memory = weight, ROME().init_memory(weight, prior, "layer")
     for i in range(4):
-        alone = Batch(one.keys[i : i + 1], (wanted - one.keys @ now.T)[i : i + 1], one.weights[:1])
-        now = now + ROME().step(alone, now, memory)[0]
+        single = Batch(one.keys[i : i + 1], (expected - one.keys @ now.T)[i : i + 1], one.weights[:1])
+        now = now + ROME().step(single, now, memory)[0]
     close(run(ROME(), weight, prior, [one])[0], now)
 
 
@@ -165,14 +165,14 @@ def test_emmet_matches_its_equation_and_fits_exactly(weight, prior, moment):
     one = batch(5, 3)
     (after,) = run(EMMET(), weight, prior, [one])
     inverse = torch.linalg.inv(9 * moment)
-    wanted = one.innovation.T @ torch.linalg.inv(one.keys @ inverse @ one.keys.T) @ one.keys @ inverse
-    close(after - weight, wanted)
+    expected = one.innovation.T @ torch.linalg.inv(one.keys @ inverse @ one.keys.T) @ one.keys @ inverse
+    close(after - weight, expected)
     close(one.keys @ (after - weight).T, one.innovation)
 
 
 def test_emmet_special_cases_are_rome_and_memit(weight, prior):
-    alone, several = batch(1, 3), batch(4, 4)
-    close(run(EMMET(), weight, prior, [alone])[0], run(ROME(), weight, prior, [alone])[0])
+    single, several = batch(1, 3), batch(4, 4)
+    close(run(EMMET(), weight, prior, [single])[0], run(ROME(), weight, prior, [single])[0])
     close(run(EMMET(damping=1.0), weight, prior, [several])[0], run(MEMIT(), weight, prior, [several])[0])
 
 
@@ -182,8 +182,10 @@ def test_rect_keeps_the_largest_relative_changes(weight, prior):
     (after,) = run(RECT(share=0.25), weight, prior, [one])
     relative = (full / weight).abs().flatten()
     kept = set(relative.argsort(descending=True)[: round(0.25 * relative.numel())].tolist())
-    wanted = torch.tensor([v if i in kept else 0.0 for i, v in enumerate(full.flatten().tolist())], dtype=torch.float64)
-    close((after - weight).flatten(), wanted)
+    expected = torch.tensor(
+        [v if i in kept else 0.0 for i, v in enumerate(full.flatten().tolist())], dtype=torch.float64
+    )
+    close((after - weight).flatten(), expected)
     close(run(RECT(share=1.0), weight, prior, [one])[0] - weight, full)
 
 
@@ -203,10 +205,10 @@ def test_prune_restrains_the_sum_of_all_changes(weight, prior):
     memory, now = rule.init_memory(weight, prior, "layer"), weight
     base_memory, free, any_reduced = MEMIT().init_memory(weight, prior, "layer"), weight, False
     for one in batches:
-        wanted = one.keys @ now.T + one.innovation
+        expected = one.keys @ now.T + one.innovation
         change, memory = rule.step(one, now, memory)
         now = now + change
-        step, _ = MEMIT().step(Batch(one.keys, wanted - one.keys @ free.T, one.weights), free, base_memory)
+        step, _ = MEMIT().step(Batch(one.keys, expected - one.keys @ free.T, one.weights), free, base_memory)
         free = free + step
         left, values, right = np.linalg.svd((free - weight).numpy(), full_matrices=False)
         any_reduced |= bool((values > limit).any())
@@ -231,11 +233,11 @@ def test_nse_matches_its_equation(weight, prior, moment):
         if total >= 0.6 * sum(activation):
             break
     assert 3 < len(chosen) < D_K - 3
-    part, wanted = one.keys[:, chosen], torch.zeros(D_V, D_K, dtype=torch.float64)
+    part, expected = one.keys[:, chosen], torch.zeros(D_V, D_K, dtype=torch.float64)
     past = before.keys[:, chosen]
     precision = 9 * moment[chosen][:, chosen] + past.T @ past + part.T @ part
-    wanted[:, chosen] = one.innovation.T @ part @ torch.linalg.inv(precision)
-    close(after - first, wanted)
+    expected[:, chosen] = one.innovation.T @ part @ torch.linalg.inv(precision)
+    close(after - first, expected)
     batches = stream()
     close(run(NSE(activation=1.0), weight, prior, batches)[-1], run(HistoryMEMIT(), weight, prior, batches)[-1])
 
@@ -249,8 +251,8 @@ def test_ultraedit_matches_its_equation(weight, prior):
         k, g = one.keys.numpy(), -one.innovation.numpy()
         k_normal, g_normal = (k - mean[:D_K]) / deviation[:D_K], (g - mean[D_K:]) / deviation[D_K:]
         v = -0.2 * (k_normal**2).sum(1, keepdims=True) * g_normal
-        wanted = np.linalg.solve(k.T @ k + 1.5 * np.eye(D_K), k.T @ v).T
-        close(now - before, torch.from_numpy(wanted))
+        expected = np.linalg.solve(k.T @ k + 1.5 * np.eye(D_K), k.T @ v).T
+        close(now - before, torch.from_numpy(expected))
         before = now
 
 
@@ -273,9 +275,9 @@ def test_bounded_fine_tuning_matches_bounded_least_squares(weight, prior, bound)
     (after,) = run(BoundedFineTuning(bound=bound, steps=20_000), weight, prior, [one])
     change = after - weight
     assert float(change.abs().max()) <= bound + 1e-15
-    for row, wanted in zip(change, one.innovation.T, strict=True):
-        found = lsq_linear(one.keys.numpy(), wanted.numpy(), bounds=(-bound, bound), tol=1e-14)
-        left = 0.5 * float((one.keys @ row - wanted).square().sum())
+    for row, expected in zip(change, one.innovation.T, strict=True):
+        found = lsq_linear(one.keys.numpy(), expected.numpy(), bounds=(-bound, bound), tol=1e-14)
+        left = 0.5 * float((one.keys @ row - expected).square().sum())
         assert left == pytest.approx(found.cost, rel=1e-6, abs=1e-9)  # only the cost is unique
 
 

@@ -33,9 +33,9 @@ def test_batch_is_written_in_place_and_the_residual_is_reported(name):
     weight = random(D_V, D_K, seed=1)
     state = layer(name, weight)
     start = weight.clone()
-    keys, wanted = random(3, D_K, seed=2), random(3, D_V, seed=3)
-    step = state.update_projected(state.project(keys), wanted)
-    torch.testing.assert_close(step.residual, wanted - keys @ (weight - start).T, rtol=0, atol=1e-4)
+    keys, requested = random(3, D_K, seed=2), random(3, D_V, seed=3)
+    step = state.update_projected(state.project(keys), requested)
+    torch.testing.assert_close(step.residual, requested - keys @ (weight - start).T, rtol=0, atol=1e-4)
     assert torch.equal(state.weight, weight)
     assert torch.equal(state.original, start)
     assert state.deviation() == pytest.approx(float((weight - start).norm()), rel=1e-5)
@@ -67,9 +67,9 @@ def test_history_memit_matches_rls_with_the_same_prior():
     one = RuleLayer(weight, prior(), HistoryMEMIT())
     other = RLSState(weight, prior())
     for seed in (2, 3, 4):
-        keys, wanted = random(4, D_K, seed=seed).double(), random(4, D_V, seed=seed + 50).double()
+        keys, requested = random(4, D_K, seed=seed).double(), random(4, D_V, seed=seed + 50).double()
         weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
-        steps = [s.update_projected(s.project(keys, weights), wanted) for s in (one, other)]
+        steps = [s.update_projected(s.project(keys, weights), requested) for s in (one, other)]
         torch.testing.assert_close(steps[0].residual, steps[1].residual, rtol=0, atol=1e-10)
     torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=1e-10)
 

@@ -192,20 +192,20 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
     from rlsedit_fast.editing import Editor
     from rlsedit_fast.evaluation import outcome
 
-    asked, saved, calls = outcome.compute_outcome, Editor.save_pretrained, []
+    real_outcome, real_save, calls = outcome.compute_outcome, Editor.save_pretrained, []
 
-    def pressed_asking(*args, **kwargs):
+    def interrupted_outcome(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return asked(*args, **kwargs)
+        return real_outcome(*args, **kwargs)
 
     def pressed_saving(*args):
         for _ in range(presses - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return saved(*args)
+        return real_save(*args)
 
-    monkeypatch.setattr(outcome, "compute_outcome", pressed_asking)
+    monkeypatch.setattr(outcome, "compute_outcome", interrupted_outcome)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
     assert edit("--no-anchors", "--limit", "4", "--out", "out", "--delta", "delta", "--json", "report.json") == 130
     report = read(workdir / "report.json")
@@ -220,7 +220,7 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
 def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
     from rlsedit_fast.editing import Editor, value_search
 
-    real, saved, calls = value_search.search_within_memory, Editor.save_pretrained, []
+    real, real_save, calls = value_search.search_within_memory, Editor.save_pretrained, []
 
     def pressed(*args):
         calls.append(1)
@@ -232,7 +232,7 @@ def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
 
     def pressed_saving(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        return saved(*args)
+        return real_save(*args)
 
     monkeypatch.setattr(value_search, "search_within_memory", pressed)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)

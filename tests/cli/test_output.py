@@ -18,10 +18,10 @@ def test_json_has_null_for_nonfinite_numbers(tmp_path, monkeypatch, capsys, to):
     emit({"bound": math.inf, "of": (1.5, math.nan, {"nested": [-math.inf]}), "text": "nan"}, ["lines"], to)
     text = capsys.readouterr().out if to == "-" else (tmp_path / to).read_text()
 
-    def refuse(constant):
+    def fail(constant):
         raise AssertionError(f"{constant} is not valid JSON")
 
-    assert json.loads(text, parse_constant=refuse) == {
+    assert json.loads(text, parse_constant=fail) == {
         "bound": None,
         "of": [1.5, None, {"nested": [None]}],
         "text": "nan",

@@ -212,7 +212,7 @@ def test_the_command_line_reports_every_record(byte_level_tokenizer, tmp_path, c
     left_out = {entry["place"]: entry["reason"] for entry in report["left_out"]}
     numbers = [int(place.partition("(record ")[2].rstrip(")")) for place in (*applied, *left_out, *dropped)]
     assert sorted(numbers) == list(range(1, 51)), "each record of the file is in exactly one of the three lists"
-    assert (report["applied"], report["edits"], report["not_made"]) == (45, 45, [])
+    assert (report["made"], report["edits"], report["not_made"]) == (45, 45, [])
     for number, reason in ((4, "target_new"), (18, "someone else"), (21, "the model supports 64")):
         (message,) = (text for place, text in left_out.items() if place.endswith(f"(record {number})"))
         assert reason in message

@@ -77,7 +77,7 @@ def test_an_edit_is_realized_in_every_context_although_the_keys_differ(layers):
     for editor in (rows, mean):
         records = editor.edit(EDITS)
         # Both editors search in the unedited model and find the same values.
-        wanted = torch.stack([held.goal[0] for held in rows._session.ledger.rows(range(1, 13))]) - start[:, 0]
+        wanted = torch.stack([row.goal[0] for row in rows._session.ledger.rows(range(1, 13))]) - start[:, 0]
         shares[editor] = realized(editor, wanted, start).mean(0)
         assert float(shares[editor][0]) == pytest.approx(sum(r.realized for r in records) / 12, abs=1e-4)
     # The bare prompt is one of the contexts. In no context is the share more than a tenth below the adherence.
@@ -91,7 +91,7 @@ def test_a_larger_bare_weight_realizes_more_at_the_bare_prompt_and_less_elsewher
         editor = make_editor(prior={"mu": 30.0}, contexts={"bare_weight": bare_weight})
         start, _ = states(editor)
         editor.edit(EDITS)
-        wanted = torch.stack([held.goal[0] for held in editor._session.ledger.rows(range(1, 13))]) - start[:, 0]
+        wanted = torch.stack([row.goal[0] for row in editor._session.ledger.rows(range(1, 13))]) - start[:, 0]
         shares.append(realized(editor, wanted, start).mean(0))
     for lighter, heavier in pairwise(shares):
         assert heavier[0] > lighter[0]

@@ -68,7 +68,7 @@ def test_batches_searched_together_equal_one_large_batch(searches, layers):
     assert sum(found.exact for found in score(ahead.model, ahead.tokenizer, prompts)) >= 22
 
 
-def test_windows_hold_whole_batches(searches):
+def test_windows_contain_whole_batches(searches):
     make_editor(search={"ahead": 15}).edit(EDITS)
     assert searches == [12, 12]
     searches.clear()

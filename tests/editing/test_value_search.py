@@ -67,9 +67,9 @@ def plain_search(model, tokenizer, edit, config, place=None):
             nlls, rank = [], 1
             for row in request.contexts:
                 scores = logits_of(row)[row.prompt_length - 1 : -1].log_softmax(-1)
-                wanted = scores.gather(1, torch.tensor(row.target)[:, None])
-                nlls.append(-wanted.mean())
-                rank = max(rank, int((scores > wanted).sum(1).max()) + 1)
+                target_scores = scores.gather(1, torch.tensor(row.target)[:, None])
+                nlls.append(-target_scores.mean())
+                rank = max(rank, int((scores > target_scores).sum(1).max()) + 1)
             kls = [(was.exp() * (was - logits_of(row)[-1].log_softmax(-1))).sum() for row, was in before]
             fit = torch.stack(nlls).mean()
             kl = config.search.loss.kl_factor * torch.stack(kls).mean() if kls else None

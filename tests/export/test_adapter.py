@@ -158,8 +158,8 @@ def test_both_decompositions_agree(shape, monkeypatch):
     torch.manual_seed(0)
     original = torch.randn(shape)
     # Singular values down to the rounding of the weights.
-    wanted = torch.randn(shape[0], 12) * 10.0 ** -torch.arange(12).mul(0.5) @ torch.randn(12, shape[1])
-    change = WeightChange("m", original, original + wanted, original + wanted, False)
+    update = torch.randn(shape[0], 12) * 10.0 ** -torch.arange(12).mul(0.5) @ torch.randn(12, shape[1])
+    change = WeightChange("m", original, original + update, original + update, False)
     taken = []
 
     def spied(function):

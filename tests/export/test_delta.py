@@ -102,9 +102,9 @@ def test_sum_is_exact_except_for_entries_stored_by_value(dtype, make_model, tmp_
     base = make_model("llama", dtype)
     edited = edit(base)
     report = write(base, edited, tmp_path / "d")
-    held = load_file(tmp_path / "d")
+    saved = load_file(tmp_path / "d")
     for module in report.modules:
-        delta, index = held[f"{module.name}.delta"], held.get(f"{module.name}.index", torch.zeros(0))
+        delta, index = saved[f"{module.name}.delta"], saved.get(f"{module.name}.index", torch.zeros(0))
         assert delta.dtype == torch.float32
         summed = (base.get_parameter(f"{module.name}.weight").float() + delta).to(dtype)
         assert int((summed != edited.get_parameter(f"{module.name}.weight")).sum()) == len(index) == module.by_value
@@ -219,8 +219,8 @@ def test_damaged_files_are_rejected_by_name(make_model, tmp_path):
     start = 8 + struct.unpack("<Q", whole[:8])[0]
     flipped = bytearray(whole)
     flipped[start + (len(whole) - start) // 8 * 4 + 3] ^= 0x40  # an exponent
-    for held in (whole[:-5], whole[:100], whole[:3], b"", bytes(flipped)):
-        (tmp_path / "some-delta").write_bytes(held)
+    for saved in (whole[:-5], whole[:100], whole[:3], b"", bytes(flipped)):
+        (tmp_path / "some-delta").write_bytes(saved)
         with pytest.raises(InputError, match=r"some-delta.* is damaged"):
             apply_delta(base, tmp_path / "some-delta")
     with pytest.raises(InputError, match=r"missing-delta.* does not exist"):

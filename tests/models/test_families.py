@@ -13,7 +13,7 @@ PROJECTIONS = {
     "falcon": "transformer.h.1.mlp.dense_4h_to_h",
     "falcon_new": "transformer.h.1.mlp.dense_4h_to_h",
 }
-OTHERWISE = "model.layers.1.mlp.down_proj"
+DEFAULT_PROJECTION = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def logits_of(model, ids):
 def test_projection_is_found_and_its_weight_matters(make_model, family, dtype, ids):
     model = make_model(family, dtype)
     (projection,) = find_decoder(model).select([1])
-    assert projection.name == PROJECTIONS.get(family, OTHERWISE)
+    assert projection.name == PROJECTIONS.get(family, DEFAULT_PROJECTION)
     before = logits_of(model, ids)
     kept = projection.weight.clone()
     projection.write(torch.zeros_like(kept))

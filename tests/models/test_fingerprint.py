@@ -1,4 +1,4 @@
-"""A fingerprint changes with the weights and the config, and with nothing else."""
+"""A fingerprint depends only on the weights and the config."""
 
 import json
 
@@ -22,7 +22,7 @@ def flip(tensor, index, bit=0):
     tensor.data.view(-1).view(size)[index] ^= 1 << bit
 
 
-def test_saving_and_loading_keeps_it(family, make_model, tmp_path):
+def test_saving_and_loading_keeps_the_fingerprint(family, make_model, tmp_path):
     model = make_model(family, torch.bfloat16)  # rounds buffers that are recomputed on loading
     model.save_pretrained(tmp_path)
     assert fingerprint(load(tmp_path, dtype="auto")) == fingerprint(model)

@@ -23,12 +23,12 @@ def test_token_frequencies_match_the_model(make_model, tokenizer):
     texts = 5000
     drawn = torch.tensor([s.ids[1] for s in sample(model, tokenizer, texts=texts, length=2, seed=1)])
     with torch.no_grad():
-        odds = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1].softmax(-1)
-    odds[: len(SPECIAL)] = 0
-    odds /= odds.sum()
-    seen = drawn.bincount(minlength=len(odds)) / texts
-    for token in odds.topk(20).indices.tolist():
-        assert abs(seen[token] - odds[token]) < 5 * (odds[token] / texts).sqrt()
+        probabilities = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1].softmax(-1)
+    probabilities[: len(SPECIAL)] = 0
+    probabilities /= probabilities.sum()
+    frequencies = drawn.bincount(minlength=len(probabilities)) / texts
+    for token in probabilities.topk(20).indices.tolist():
+        assert abs(frequencies[token] - probabilities[token]) < 5 * (probabilities[token] / texts).sqrt()
 
 
 def test_seed_is_reproducible_and_isolated(model, tokenizer):
@@ -84,7 +84,7 @@ def test_nan_probabilities_raise(make_model, tokenizer):
         sample(model, tokenizer, texts=2, length=4, seed=0)
 
 
-def test_greedy_is_argmax_whatever_the_generation_config(family, make_model):
+def test_greedy_is_argmax_for_any_generation_config(family, make_model):
     model = make_model(family).train()
     rows = [[7, 30, 31], [9, 40], [8, 30, 33], [11]]
     counts = [6, 3, 0, 8]
@@ -103,7 +103,7 @@ def test_greedy_is_argmax_whatever_the_generation_config(family, make_model):
     assert model.training
 
 
-def test_greedy_ends_when_all_rows_of_a_batch_have_enough(make_model):
+def test_greedy_ends_when_all_rows_of_a_batch_are_complete(make_model):
     model = make_model("llama")
     rows = [[7, 30, 31], [9, 40, 41]]
     plain = greedy(model, rows, [6, 6])

@@ -18,7 +18,7 @@ def batch(tokenizer):
     return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
 
-def look(decoder, block, batch):
+def run_to(decoder, block, batch):
     """Runs a forward pass up to a site at the output of a block."""
     places = torch.arange(9).expand(3, 9), torch.zeros(3, dtype=torch.long)
     rows = Prefixed(batch["input_ids"], batch["attention_mask"], *places, None)
@@ -44,7 +44,7 @@ def test_keys_are_inputs_of_the_projections(model, batch):
 
 def test_hidden_state_is_the_output_of_the_block(model, batch):
     decoder = find_decoder(model)
-    output = look(decoder, 2, batch).below
+    output = run_to(decoder, 2, batch).below
     keys, hidden = read_keys(decoder, decoder.projections[:2], batch, output_of=decoder.blocks[2])
     assert sorted(keys) == [0, 1]
     assert torch.equal(hidden, hidden_of(output))
@@ -53,11 +53,11 @@ def test_hidden_state_is_the_output_of_the_block(model, batch):
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_resumed_pass_matches_the_full_pass_and_skips_blocks(model, batch, block):
     decoder = find_decoder(model)
-    seen = look(decoder, block, batch)
+    seen = run_to(decoder, block, batch)
     ran = []
     for projection in decoder.projections:
         projection.module.register_forward_pre_hook(lambda _m, _i, layer=projection.layer: ran.append(layer))
-    look(decoder, block, batch)
+    run_to(decoder, block, batch)
     assert ran == list(range(block + 1)), "the pass stops at the site"
     ran.clear()
     with torch.no_grad(), resume_above(decoder, block) as state:

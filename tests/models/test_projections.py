@@ -29,11 +29,11 @@ def test_square_conv1d_is_recognized_by_its_type(make_model):
 
 def test_write_updates_the_module(model):
     projection = find_decoder(model).projections[1]
-    wanted = torch.randn_like(projection.weight)
-    projection.write(wanted)
-    assert torch.equal(projection.weight, wanted)
+    values = torch.randn_like(projection.weight)
+    projection.write(values)
+    assert torch.equal(projection.weight, values)
     stored = projection.module.weight
-    assert torch.equal(stored.T if projection.transposed else stored, wanted)
+    assert torch.equal(stored.T if projection.transposed else stored, values)
 
 
 def test_unknown_names_raise(make_model):
@@ -104,7 +104,7 @@ def test_two_lists_of_blocks_are_ambiguous(make_model):
     assert find_decoder(model, layer_module="model.twin").select([1])[0].name == "model.twin.1.mlp.down_proj"
 
 
-class Disguised(torch.Tensor):
+class FakeBfloat16(torch.Tensor):
     """A quantized weight that reports bfloat16 as its dtype."""
 
 
@@ -131,7 +131,7 @@ UNFIT = {
     "int8": (lambda m: with_weight(m, m.weight.to(torch.int8)), "int8"),
     "uint8": (lambda m: with_weight(m, m.weight.to(torch.uint8)), "uint8"),
     "float8": (lambda m: with_weight(m, m.weight.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
-    "subclass": (lambda m: with_weight(m, m.weight.detach().bfloat16().as_subclass(Disguised)), "Disguised"),
+    "subclass": (lambda m: with_weight(m, m.weight.detach().bfloat16().as_subclass(FakeBfloat16)), "FakeBfloat16"),
     "scales": (with_scales, "weight_scale"),
     "packed": (lambda m: Packed(), "Packed with qweight"),
 }

@@ -97,7 +97,7 @@ def llama(folder):
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=True, legacy=True)
 
 
-def bytes_alone():
+def byte_tokens():
     """One token per byte and an EOS, without offsets."""
     from transformers import ByT5Tokenizer
 
@@ -111,7 +111,7 @@ MAKERS = {
     "slow_bpe": lambda folder: slow("bpe", folder),
     "slow_unigram": lambda folder: slow("unigram", folder),
     "slow_bos_eos": slow_bos_eos,
-    "bytes": lambda folder: bytes_alone(),
+    "bytes": lambda folder: byte_tokens(),
 }
 SUBJECTS = ["France", "Zoë Müller", "New York", "東京", "Émile 😀", 'the "{}" sign', "Q7", "d'Arc {x}"]
 
@@ -141,9 +141,9 @@ def specials(tokenizer, ids):
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_lookup_is_the_last_token_of_the_subject(any_tokenizer, prompt, subject):
     row = encode(any_tokenizer, prompt, subject, prefix="Zoë says: 😀", target="Paris")
-    wanted = "Zoë says: 😀 " + prompt.split("{}")[0] + subject
-    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith(wanted), "the lookup token is not too late"
-    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith(wanted), "the lookup token is not too early"
+    expected = "Zoë says: 😀 " + prompt.split("{}")[0] + subject
+    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith(expected), "the lookup token is not too late"
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith(expected), "the lookup token is not too early"
 
 
 def test_leading_spaces_do_not_shift_offsets(any_tokenizer):
@@ -166,12 +166,12 @@ def test_all_tokens_of_a_split_character_cover_it(any_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("span", "wanted"), [((0, 3), "The"), ((4, 11), "The capital"), ((22, 23), "The capital of France i")]
+    ("span", "expected"), [((0, 3), "The"), ((4, 11), "The capital"), ((22, 23), "The capital of France i")]
 )
-def test_span_names_the_lookup(any_tokenizer, span, wanted):
+def test_span_names_the_lookup(any_tokenizer, span, expected):
     row = encode(any_tokenizer, "The capital of {} is", "France", prefix="Well.", span=span, fact_token="last")
-    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith("Well. " + wanted)
-    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith("Well. " + wanted)
+    assert not spell(any_tokenizer, row.ids[: row.lookup]).startswith("Well. " + expected)
+    assert spell(any_tokenizer, row.ids[: row.lookup + 1]).startswith("Well. " + expected)
 
 
 def test_target_continues_the_prompt_after_one_space(any_tokenizer):
@@ -202,15 +202,15 @@ def test_special_tokens_in_a_text_are_kept(any_tokenizer):
 
 
 def test_spaces_between_prompt_and_target_are_ignored(any_tokenizer):
-    wanted = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
+    expected = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
     for prompt, target in (
         ("The capital of {} is ", "Paris"),
         ("The capital of {} is", "  Paris "),
         ("The capital of {} is \t", " Paris"),
     ):
-        assert encode(any_tokenizer, prompt, "France", target=target) == wanted
+        assert encode(any_tokenizer, prompt, "France", target=target) == expected
         plain = encode_plain(any_tokenizer, prompt.format("France"), target)
-        assert (plain.ids, plain.prompt_length) == (wanted.ids, wanted.prompt_length)
+        assert (plain.ids, plain.prompt_length) == (expected.ids, expected.prompt_length)
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_separator_depends_on_the_script(any_tokenizer, prompt, target, text):
 
 def test_target_that_merges_with_the_prompt_is_tokenized_separately():
     tokenizer = llama_fast()
-    whole, alone = token_ids(tokenizer, "東京都"), token_ids(tokenizer, "東")
-    assert whole[: len(alone)] != alone, "the tokenizer merges these characters"
+    whole, single = token_ids(tokenizer, "東京都"), token_ids(tokenizer, "東")
+    assert whole[: len(single)] != single, "the tokenizer merges these characters"
     assert spell(tokenizer, target_ids(tokenizer, "東", "京都")) == "京都"
     assert "▁" not in "".join(tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "東", "京都")))
 
 
 def test_target_that_always_merges_is_tokenized_without_special_tokens():
-    """Alone it would start with a BOS."""
+    """A separate text would start with a BOS."""
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(
@@ -257,11 +257,11 @@ def test_target_that_always_merges_is_tokenized_without_special_tokens():
 @pytest.mark.parametrize("make", [byte_level, llama_fast])
 def test_padding_and_truncation_of_the_tokenizer_are_ignored(make):
     plain, padding = make(), make()
-    wanted = encode(plain, "The capital of {} is", "France", target="Paris")
+    expected = encode(plain, "The capital of {} is", "France", target="Paris")
     padding.padding_side = padding.truncation_side = "left"
     padding.backend_tokenizer.enable_truncation(4, direction="left")
     padding.backend_tokenizer.enable_padding(direction="left", length=40)
-    assert encode(padding, "The capital of {} is", "France", target="Paris") == wanted
+    assert encode(padding, "The capital of {} is", "France", target="Paris") == expected
 
 
 def test_lossy_slow_tokenizer_raises_only_if_needed(tmp_path):

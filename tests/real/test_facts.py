@@ -1,4 +1,4 @@
-"""What the default settings write into real models is what the plain models then state."""
+"""Real models state the targets of edits with the default settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 import rlsedit_fast as rf
 
-pytestmark = pytest.mark.smollm2  # what is marked `real` as well runs in `make real` alone
+pytestmark = pytest.mark.smollm2  # tests that are also marked `real` run only in `make real`
 
 FACTS = {
     "subject first": rf.Edit("{} plays the", "Miles Davis", "piano"),
@@ -22,7 +22,7 @@ FACTS = {
     "target of digits": rf.Edit("The first human landed on {} in the year", "the Moon", "1987"),
     "not ASCII": rf.Edit("{} is a city in the country of", "Łódź", "Portugal"),
 }
-MOST_LOST = 5  # of 100 edits that the search found a value for
+MOST_LOST = 5  # of 100 edits whose value search converged
 
 
 def fill(edit: rf.Edit) -> str:
@@ -37,7 +37,7 @@ def edited(path, anchor_texts, edits, **changes):
 
 @pytest.fixture(scope="module")
 def facts(smollm2, anchor_texts, load, scores):
-    """Each fact's score in the plain model, before and after all of them were edited in one call."""
+    """Scores of each fact before and after all facts were edited in one call."""
     pairs = [(fill(edit), edit.target) for edit in FACTS.values()]
     before = scores(*load(smollm2), pairs)
     editor, _ = edited(smollm2, anchor_texts, list(FACTS.values()))
@@ -46,7 +46,7 @@ def facts(smollm2, anchor_texts, load, scores):
 
 
 @pytest.mark.parametrize("shape", FACTS)
-def test_the_plain_model_says_the_fact(shape, facts):
+def test_the_edited_model_states_the_fact(shape, facts):
     before, after = facts[shape]
     assert not before.first
     assert after.first, f"{fill(FACTS[shape])!r}: ranks {after.ranks}, NLLs {after.nlls}"
@@ -54,14 +54,14 @@ def test_the_plain_model_says_the_fact(shape, facts):
 
 @pytest.fixture(scope="module")
 def batch(smollm2, anchor_texts, counterfact):
-    """100 CounterFact facts, edited in one batch by the default settings but without refinement."""
+    """100 CounterFact facts, edited in one batch with the default settings except refinement."""
     facts = counterfact(100)
     editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts], refine=0)
     return facts, editor, records
 
 
 @pytest.mark.slow
-def test_a_batch_of_100_keeps_what_the_search_found(batch, scores):
+def test_a_batch_of_100_states_the_targets_whose_search_converged(batch, scores):
     facts, editor, records = batch
     assert [record.prompt for record in records] == [fact.edit.prompt for fact in facts]
     assert {record.batch for record in records} == {1}
@@ -76,7 +76,7 @@ def test_a_batch_of_100_keeps_what_the_search_found(batch, scores):
 
 
 @pytest.mark.slow
-def test_records_have_what_the_plain_model_does(batch, scores):
+def test_records_agree_with_independent_scores(batch, scores):
     facts, editor, records = batch
     after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
     assert [record.success for record in records] == [score.first for score in after]
@@ -85,14 +85,14 @@ def test_records_have_what_the_plain_model_does(batch, scores):
 
 
 @pytest.mark.slow
-def test_the_share_that_arrives_is_the_adherence(batch):
+def test_the_realized_share_is_the_adherence(batch):
     _, editor, records = batch
-    arrived = sum(record.realized for record in records) / len(records)
-    assert arrived == pytest.approx(editor.config.prior.adherence, abs=0.02)
+    realized = sum(record.realized for record in records) / len(records)
+    assert realized == pytest.approx(editor.config.prior.adherence, abs=0.02)
 
 
 @pytest.mark.slow
-def test_the_share_that_arrives_in_one_layer_is_the_adherence(smollm2, anchor_texts, counterfact):
+def test_the_realized_share_in_one_layer_is_the_adherence(smollm2, anchor_texts, counterfact):
     edits = [fact.edit for fact in counterfact(12, 100)]
     _, records = edited(smollm2, anchor_texts, edits, layers=(5,), prior={"adherence": 0.95}, refine=0)
     assert sum(record.realized for record in records) / len(records) == pytest.approx(0.95, abs=0.02)
@@ -101,10 +101,10 @@ def test_the_share_that_arrives_in_one_layer_is_the_adherence(smollm2, anchor_te
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"layers": (4,)}])
-def test_gemma_states_what_it_is_edited_to_state(gemma, anchor_texts, counterfact, scores, changes):
+def test_gemma_states_the_targets_of_its_edits(gemma, anchor_texts, counterfact, scores, changes):
     facts = counterfact(40)
     editor, records = edited(gemma, anchor_texts, [fact.edit for fact in facts], **changes)
     after = scores(editor.model, editor.tokenizer, [(fact.prompt, fact.edit.target) for fact in facts])
     assert sum(score.first for score in after) >= 38
-    arrived = sum(record.realized for record in records) / len(records)
-    assert arrived == pytest.approx(editor.config.prior.adherence, abs=0.02)
+    realized = sum(record.realized for record in records) / len(records)
+    assert realized == pytest.approx(editor.config.prior.adherence, abs=0.02)

@@ -1,4 +1,4 @@
-"""README's examples, run as printed on SmolLM2, end with a model that states the targets."""
+"""The examples of the README, run on SmolLM2, give a model that states the targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = [("The capital of France is", "Lyon"), ("Miles Davis plays the", "pian
 
 
 def block(heading: str, language: str) -> str:
-    """The first block of a language below a heading."""
+    """Returns the first block of a language below a heading."""
     _, _, rest = README.partition(f"\n## {heading}\n")
     found = re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)
     assert found, heading
@@ -24,31 +24,31 @@ def block(heading: str, language: str) -> str:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, anchor_texts):
+def workdir(tmp_path, monkeypatch, anchor_texts):
     (tmp_path / "text.txt").write_text("\n\n".join(anchor_texts[:40]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
-def test_the_commands(desk, smollm2, load, scores):
+def test_the_commands_of_the_readme(workdir, smollm2, load, scores):
     from rlsedit_fast.cli import main
 
-    (desk / "facts.jsonl").write_text(block("Edit your own model", "json"), encoding="utf-8")
+    (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"), encoding="utf-8")
     for line in block("Edit your own model", "bash").splitlines():
         _, *arguments = shlex.split(line.partition("#")[0].replace("path/to/checkpoint", str(smollm2)))
         assert main(arguments) == 0, line
-    report = json.loads((desk / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     assert (report["made"], report["not_stated"]) == (2, [])
-    for score in scores(*load(desk / "edited"), TARGETS):
+    for score in scores(*load(workdir / "edited"), TARGETS):
         assert score.first, score
 
 
-def test_the_editor(desk, smollm2, scores):
+def test_the_editor_example_of_the_readme(workdir, smollm2, scores):
     code = block("Edit from Python", "python").replace("path/to/checkpoint", str(smollm2))
-    until, rest = code.split("editor.model.generate(...)")
+    first, rest = code.split("editor.model.generate(...)")
     names: dict = {}
-    exec(until, names)
+    exec(first, names)
     assert [record.success for record in names["records"]] == [True, True]
     editor = names["editor"]
     for score in scores(editor.model, editor.tokenizer, TARGETS):

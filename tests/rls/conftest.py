@@ -153,13 +153,13 @@ def make_problem(
         elif kind == "custom keys":
             prior = Prior(lam=lam, mu=mu, anchor_keys=anchors, anchor_values=targets)
         else:
-            wide, wanted = anchors.double(), targets.double()  # J needs three consistent sums
+            wide, wide_targets = anchors.double(), targets.double()  # J needs three consistent sums
             prior = Prior(
                 lam=lam,
                 mu=mu,
                 anchor_moment=wide.T @ wide,
-                anchor_cross=wanted.T @ wide,
-                anchor_energy=float(wanted.square().sum()),
+                anchor_cross=wide_targets.T @ wide,
+                anchor_energy=float(wide_targets.square().sum()),
             )
     return Problem(weight, prior, keys, values, weights, sizes, condition, dtype)
 

@@ -35,11 +35,11 @@ def test_panel_matches_the_state_up_to_mu_squared(mu: float, ridge: float) -> No
 def test_change_and_leakage_match_the_state(mu: float) -> None:
     anchors, keys = anchors_and_keys()
     moment, ridge = anchors.T @ anchors, 2.0
-    wanted = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    requested = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     state = RLSState(torch.zeros(5, 20, dtype=torch.float64), Prior(lam=mu * ridge**0.5, mu=mu, anchor_moment=moment))
-    state.update_projected(state.project(keys), wanted)
+    state.update_projected(state.project(keys), requested)
     panel = TrialLayer(moment, ridge, CPU, "layer").project(keys)
-    shared = torch.linalg.solve(mu**2 * torch.eye(6, dtype=torch.float64) + panel.gram, wanted)
+    shared = torch.linalg.solve(mu**2 * torch.eye(6, dtype=torch.float64) + panel.gram, requested)
     torch.testing.assert_close(panel.change(shared), state.weight, rtol=1e-10, atol=1e-12)
     measured = float(torch.linalg.matrix_norm(anchors @ state.weight.T))
     assert panel.leakage(shared) == pytest.approx(measured, rel=1e-10)
@@ -48,11 +48,11 @@ def test_change_and_leakage_match_the_state(mu: float) -> None:
 def test_identity_moment_without_anchors() -> None:
     _, keys = anchors_and_keys()
     lam = 3.0
-    wanted = torch.ones(6, 5, dtype=torch.float64)
+    requested = torch.ones(6, 5, dtype=torch.float64)
     state = RLSState(torch.zeros(5, 20, dtype=torch.float64), Prior(lam=lam))
-    state.update_projected(state.project(keys), wanted)
+    state.update_projected(state.project(keys), requested)
     panel = TrialLayer(torch.eye(20), 0.0, CPU, "layer").project(keys)
-    shared = torch.linalg.solve(lam**2 * torch.eye(6, dtype=torch.float64) + panel.gram, wanted)
+    shared = torch.linalg.solve(lam**2 * torch.eye(6, dtype=torch.float64) + panel.gram, requested)
     torch.testing.assert_close(panel.change(shared), state.weight, rtol=1e-10, atol=1e-12)
     assert panel.leakage(shared) == pytest.approx(float(state.weight.norm()), rel=1e-10)
 

@@ -61,19 +61,19 @@ def test_updates_match_solving_all_at_once(problem: Callable, stream, kind, dela
 def test_removals_match_solving_the_remaining_edits(problem: Callable, stream, kind, delay, data) -> None:
     case = problem(**stream, dtype=kind[0], given=kind[1])
     batches = case.batches()
-    gone = data.draw(st.lists(st.integers(0, len(batches) - 1), max_size=4, unique=True))
+    removed = data.draw(st.lists(st.integers(0, len(batches) - 1), max_size=4, unique=True))
     state = case.state(delay=delay)
     for batch in batches:
         state.update(*batch)
     amplified = 1.0
-    for index in gone:
+    for index in removed:
         smallest = pivot(state, batches[index][0], batches[index][2])
         if smallest < 0.05:  # strong edits have their own tests in test_accuracy
-            gone = gone[: gone.index(index)]
+            removed = removed[: removed.index(index)]
             break
         state.remove(*batches[index])
         amplified += smallest**-2
-    case.check(state, case.rows([i for i in range(len(batches)) if i not in gone]), factor=amplified)
+    case.check(state, case.rows([i for i in range(len(batches)) if i not in removed]), factor=amplified)
 
 
 @checked
@@ -178,8 +178,10 @@ def test_bounds_hold(problem: Callable, stream, kind) -> None:
         assert float((w * (keys.double() @ weight.T - values.double()) ** 2).sum()) ** 0.5 <= bounds.edits + lost
         if case.prior.anchor_keys is not None:
             anchors = case.prior.anchor_keys.double()
-            wanted = anchors @ original.T if case.prior.anchor_values is None else case.prior.anchor_values.double()
-            drift = float((anchors @ weight.T - wanted).norm())
+            anchor_values = (
+                anchors @ original.T if case.prior.anchor_values is None else case.prior.anchor_values.double()
+            )
+            drift = float((anchors @ weight.T - anchor_values).norm())
             assert drift <= bounds.anchors + lost * (1 + float(torch.linalg.matrix_norm(anchors, 2))) / case.prior.mu
         else:
             assert bounds.anchors > 0
@@ -210,12 +212,12 @@ def test_removal_and_replacement_report_residual_and_change(problem: Callable, o
     state = case.state()
     state.update(*case.all())
     keys, values, weights = case.batches()[3]
-    wanted = values if operation == "remove" else values.flip(1) + 1
+    targets = values if operation == "remove" else values.flip(1) + 1
     before = state.weight.clone()
     step = (
-        state.remove(keys, values, weights) if operation == "remove" else state.replace(keys, values, wanted, weights)
+        state.remove(keys, values, weights) if operation == "remove" else state.replace(keys, values, targets, weights)
     )
-    missing, left = wanted - keys @ before.T, wanted - keys @ state.weight.T
+    missing, left = targets - keys @ before.T, targets - keys @ state.weight.T
     torch.testing.assert_close(step.residual, left, rtol=0, atol=1e-12)
     torch.testing.assert_close(step.realized, 1 - left.norm(dim=1) / missing.norm(dim=1), rtol=0, atol=1e-11)
     assert step.change == pytest.approx(float((state.weight - before).norm()), rel=1e-11)

@@ -171,11 +171,11 @@ def test_project_is_read_only(problem: Callable, record: Callable, same: Callabl
 def test_stale_panel_raises(problem: Callable, record: Callable, same: Callable, between: str) -> None:
     case = problem(sizes=[2, 3])
     state = case.state()
-    (keys, values, _), (later, wanted, _) = case.batches()
+    (keys, values, _), (later, later_values, _) = case.batches()
     state.update(keys, values)
     panel = state.project(later)
     if between == "update":
-        state.update(later, wanted)
+        state.update(later, later_values)
     elif between == "remove":
         state.remove(keys, values)
     elif between == "replace":
@@ -184,7 +184,7 @@ def test_stale_panel_raises(problem: Callable, record: Callable, same: Callable,
         state.refresh(keys, values)
     before = record(state)
     with pytest.raises(InputError, match="project again"):
-        state.update_projected(panel, wanted)
+        state.update_projected(panel, later_values)
     assert same(before, record(state))
 
 
@@ -198,11 +198,11 @@ def test_panel_of_another_state_raises(problem: Callable) -> None:
 def test_panel_is_valid_again_after_restore(problem: Callable) -> None:
     case = problem(sizes=[2, 3])
     state = case.state()
-    (keys, values, _), (later, wanted, _) = case.batches()
+    (keys, values, _), (later, later_values, _) = case.batches()
     panel, taken = state.project(later), state.snapshot()
     state.update(keys, values)
     state.restore(taken)
-    state.update_projected(panel, wanted - later @ state.weight.T)
+    state.update_projected(panel, later_values - later @ state.weight.T)
     case.check(state, case.rows([1]))
 
 

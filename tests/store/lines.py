@@ -46,13 +46,13 @@ def ended_at(
     inward, outward = os.pipe()
     child = os.fork()
     if child == 0:
-        seen = 0
+        executed = 0
 
         def on_line(_frame, event, _argument):
-            nonlocal seen
+            nonlocal executed
             if event == "line":
-                seen += 1
-                if seen == line:
+                executed += 1
+                if executed == line:
                     os._exit(9)
             return on_line
 
@@ -71,7 +71,7 @@ def ended_at(
                 sys.settrace(on_call)
                 perform(editor, operation)
             sys.settrace(None)
-            os.write(outward, seen.to_bytes(4, "big"))
+            os.write(outward, executed.to_bytes(4, "big"))
             os._exit(0)
         except BaseException:
             import traceback

@@ -1,4 +1,4 @@
-"""Disk errors, damage, interrupts and hostile requests: an operation completes, or fails and modifies nothing."""
+"""Disk errors, damage, interrupts and arbitrary requests: an operation completes, or fails and modifies nothing."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_p
     with mounted(disk, "500k"):
         editor = make_editor(tiny(), tokenizer, disk / "store")
         editor.edit(make_edits(2))
-        made, refused = 2, 0
-        while refused < 4 and made < 100:
+        made, failures = 2, 0
+        while failures < 4 and made < 100:
             with suppress(OSError), (disk / "filler").open("ab") as filler:
                 filler.write(b"x" * (3_000 + 97 * made))
             check = unchanged(editor)
@@ -97,12 +97,12 @@ def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_p
                 editor.edit(make_edits(2, start=made))
                 made += 2
             except StoreError as error:
-                refused += 1
+                failures += 1
                 message = str(error)
                 check.__exit__(None, None, None)
                 assert message.count("nothing was modified") == 1
                 assert "Check the free disk space" in message
-        assert refused == 4
+        assert failures == 4
         assert len(read_history(disk / "store")) == made
         (disk / "filler").unlink()
         editor.edit(make_edits(2, start=made))
@@ -240,7 +240,7 @@ def test_history_is_read_from_a_read_only_folder_with_a_wal(tiny, tokenizer, tmp
 
 def damage(path, draw) -> str:
     content = bytearray(path.read_bytes())
-    how = draw.choice(["flip", "flip", "truncate"]) if content else "gone"
+    how = draw.choice(["flip", "flip", "truncate"]) if content else "deleted"
     if how == "flip":
         at = draw.randrange(len(content))
         content[at] ^= 1 << draw.randrange(8)
@@ -299,7 +299,7 @@ def test_damaged_snapshot_falls_back_to_the_one_before(tiny, tokenizer, used, ca
     assert older.name in caplog.text
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "gone"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "deleted"])
 def test_truncated_write_ahead_log_is_detected(tiny, tokenizer, tmp_path, how):
     """SQLite itself silently accepts a damaged log as a shorter one."""
     editor = make_editor(tiny(), tokenizer, tmp_path / "store")
@@ -445,7 +445,7 @@ def test_prepared_changes_are_synced_before_commit(tmp_path, monkeypatch):
 
 
 BLANKS = st.sampled_from(["", " ", "\t\n", "\u00a0", "\u200b"])
-HOSTILE = st.one_of(
+ARBITRARY_TEXT = st.one_of(
     BLANKS,
     st.text(max_size=12),
     st.text(st.characters(categories=["Cc", "Cf", "Cs", "Co"]), max_size=6),
@@ -454,16 +454,20 @@ HOSTILE = st.one_of(
     ),
     st.sampled_from(["مرحبا", "שלום עולם", "日本", "e\u0301", "👩‍👩‍👧", "speaks " * 10_000, "a" * 20_000]),
 )
-PROMPT = st.one_of(HOSTILE, st.builds("{}{{}}{}".format, HOSTILE, HOSTILE), st.just("{} speaks"))
+PROMPT = st.one_of(ARBITRARY_TEXT, st.builds("{}{{}}{}".format, ARBITRARY_TEXT, ARBITRARY_TEXT), st.just("{} speaks"))
 
 
-def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenizer, tmp_path):
+def test_arbitrary_requests_are_applied_or_rejected_and_the_store_reopens(tokenizer, tmp_path):
     editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path / "store")
     editor.edit(make_edits(2))
 
     @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(prompt=PROMPT, subject=st.one_of(HOSTILE, st.just("Lado")), target=st.one_of(HOSTILE, st.just("mason")))
-    def ask(prompt, subject, target):
+    @given(
+        prompt=PROMPT,
+        subject=st.one_of(ARBITRARY_TEXT, st.just("Lado")),
+        target=st.one_of(ARBITRARY_TEXT, st.just("mason")),
+    )
+    def apply(prompt, subject, target):
         count, message = len(editor.history()), ""
         check = unchanged(editor)
         check.__enter__()
@@ -478,7 +482,7 @@ def test_hostile_requests_are_applied_or_rejected_and_the_store_reopens(tokenize
         assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
         assert read_history(tmp_path / "store")[-1] == record
 
-    ask()
+    apply()
     editor.close()
     opened = rf.Editor(make_tiny(len(tokenizer)), tokenizer, store=tmp_path / "store")
     assert_same(opened, editor)

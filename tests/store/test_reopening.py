@@ -117,14 +117,14 @@ def test_without_keys_the_store_is_small_and_undo_is_rejected(tiny, tokenizer, t
         editor.edit(make_edits(20))
         before = weights(editor.model)
         assert len(list((tmp_path / "changes").iterdir())) <= 1 + 2 * directory.MAX_REPLAYED
-        for refused in (
+        for unsupported in (
             lambda: editor.undo(3),
             lambda: editor.replace(3, target="mason"),
             lambda: editor.edit(make_edits(1)),
             lambda: editor.edit([rf.Edit("{} sees", make_edits(1)[0].subject, "mason")]),
         ):
             with pytest.raises(RequestError, match=r"not stored \(stored_rows=None\)"):
-                refused()
+                unsupported()
         assert all(torch.equal(value, editor.model.state_dict()[name]) for name, value in before.items())
         editor.edit(make_edits(2, start=20))
     (tmp_path / "snapshots").joinpath(max(p.name for p in (tmp_path / "snapshots").iterdir())).write_bytes(b"x")
