@@ -1,4 +1,4 @@
-# make demo | test | soak | real | lint | clean. The first run installs into .venv; later ones do so again only when an
+# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only when an
 # input of the build has changed.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
-.PHONY: demo test soak real lint clean
+.PHONY: demo test soak real lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -44,10 +44,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site, in site/. A warning, such as a broken link, is an error. Notebooks are not executed.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(STAMP): $(INPUTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
-	$(BIN)/pip install $(PIP_FLAGS) -e ".[test,lint,demo]"
+	$(BIN)/pip install $(PIP_FLAGS) -e ".[test,lint,demo,docs]"
 	touch $@
 
 $(SMOLLM2_STAMP): | $(STAMP)
@@ -59,6 +63,6 @@ $(GEMMA_STAMP): | $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f rlsedit_fast/ops/*.so rlsedit_fast/ops/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
