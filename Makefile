@@ -1,5 +1,5 @@
-# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only when an
-# input of the build has changed.
+# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only
+# when an input of the build has changed.
 
 PYTHON ?= python3
 # The CPU build of torch is enough. It goes first, and pinned, so that nothing below pulls another one in; on a
