@@ -1,6 +1,6 @@
 """Metrics of edited models by their published definitions: CounterFact, zsRE and MQuAKE.
 
-All metrics are fractions of prompts. Published releases average over the prompts of a case first.
+All metrics are fractions of prompts. Published releases average over the prompts of each case, then over the cases.
 
 - `forced` (ROME, Meng et al. 2022, arXiv 2202.05262, sec. 3.3, with mean NLL per token as in its release): an edited
   prompt or a paraphrase succeeds if NLL(new) < NLL(old), a neighborhood prompt if NLL(old) < NLL(new). Ties fail. The
