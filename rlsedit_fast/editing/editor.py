@@ -470,8 +470,14 @@ class Editor:
         ]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint."""
+        """Writes the edited model and its tokenizer as a checkpoint.
+
+        Raises:
+            InputError: if `directory` is an existing file.
+        """
         self._check_attached()
+        if Path(directory).is_file():
+            raise InputError(f"{str(directory)!r} is a file; pass a folder")
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 

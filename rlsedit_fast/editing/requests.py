@@ -116,6 +116,10 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
     if reason := invalid_weight(edit.weight):
         raise RequestError(reason)
     for field in ("paraphrases", "neighborhood"):
+        if isinstance(getattr(edit, field), str):
+            raise RequestError(
+                f"{field}={getattr(edit, field)!r}: expected a tuple of strings; put one text in a tuple"
+            )
         for text in getattr(edit, field):
             _check_evaluated(tokenizer, field, text, edit.target, longest)
     contexts = tuple(

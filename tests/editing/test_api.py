@@ -90,3 +90,16 @@ def test_the_package_has_a_version_and_exports_its_errors():
         name for name, value in vars(rf.errors).items() if inspect.isclass(value) and issubclass(value, Exception)
     }
     assert defined == set(errors)
+
+
+@pytest.mark.parametrize("field", ["paraphrases", "neighborhood"])
+def test_a_single_text_is_not_read_as_characters(editor, field):
+    with pytest.raises(RequestError, match=f"{field}='abc': expected a tuple of strings"):
+        editor.edit([rf.Edit(FACT["prompt"], FACT["subject"], FACT["target"], **{field: "abc"})])
+    assert editor.history() == []
+
+
+def test_a_checkpoint_is_not_saved_to_a_file(editor, tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(rf.InputError, match="is a file; pass a folder"):
+        editor.save_pretrained(tmp_path / "text.txt")
