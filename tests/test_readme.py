@@ -60,9 +60,8 @@ def test_commands(workdir, capsys):
 
 def test_editor_example(workdir, capsys):
     code = block("Edit from Python").replace("path/to/checkpoint", "checkpoint")
-    assert "generate(...)" in code
     names: dict = {}
-    exec(code.replace("generate(...)", "eval()"), names)
+    exec(code, names)
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active"]
     assert "1 France" in capsys.readouterr().out
     for path in ("out/model.safetensors", "edits.safetensors", "adapter/adapter_model.safetensors"):
@@ -82,7 +81,7 @@ def test_store_commands(workdir, capsys):
         assert main([name, *arguments]) in ((0, 1) if name == "edit" else (0,))
     assert (workdir / "edited-2" / "model.safetensors").exists()
     names = {}
-    exec("import rlsedit_fast as rf\n" + block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
+    exec(block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
     assert "3 France Nice active\n4 Spain Bilbao undone" in capsys.readouterr().out
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active", "undone"]
 
