@@ -46,13 +46,13 @@ def test_the_commands_of_the_readme(workdir, smollm2, load, scores):
 
 def test_the_editor_example_of_the_readme(workdir, smollm2, scores):
     code = block("Edit from Python", "python").replace("path/to/checkpoint", str(smollm2))
-    first, rest = code.split("editor.model.generate(...)")
+    first, rest = code.split("inputs = editor.tokenizer(")
     names: dict = {}
     exec(first, names)
     assert [record.success for record in names["records"]] == [True, True]
     editor = names["editor"]
     for score in scores(editor.model, editor.tokenizer, TARGETS):
         assert score.first, score
-    exec("editor.model" + rest, names)
+    exec("inputs = editor.tokenizer(" + rest, names)
     (nice,) = scores(editor.model, editor.tokenizer, [("The capital of France is", "Nice")])
     assert nice.first
