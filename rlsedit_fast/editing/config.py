@@ -304,7 +304,7 @@ class EditConfig(_Settings):
     prior: PriorConfig = PriorConfig()
     search: ValueSearchConfig = ValueSearchConfig()
     rule: str = baselines.RECURSIVE
-    rule_options: Mapping[str, float | None] = Field(default_factory=dict)
+    rule_options: Mapping[str, int | float | None] = Field(default_factory=dict)
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"

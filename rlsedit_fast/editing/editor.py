@@ -418,13 +418,19 @@ class Editor:
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
         with quiet(self.model):
             self._session.rebuild()
+            if self._recorder:
+                # Refinement may add changes; until then the last change is the rebuild, which contains all others.
+                try:
+                    self._recorder.store.compact()
+                except (StoreError, RuntimeError, MemoryError) as error:
+                    logger.warning("the layers are rebuilt and stored, but the store was not compacted: %s", error)
+            self._session.refine()
         if self._recorder is None:
             return 0
         try:
-            self._recorder.store.compact()
             self._recorder.snapshot(self._session.layers)
         except (StoreError, RuntimeError, MemoryError) as error:
-            logger.warning("the layers are rebuilt and stored, but the store was not compacted: %s", error)
+            logger.warning("the layers are rebuilt and stored, but the snapshot could not be written: %s", error)
         return before - sum(self._recorder.store.sizes().values())
 
     def status(self, *, budget: float = DEFAULT_BUDGET, sample: int = SAMPLED) -> Status:

@@ -238,7 +238,7 @@ class EditSession:
             transaction.commit(change, lambda: self.progress.protected.extend(texts))
 
     def rebuild(self) -> None:
-        """Rebuilds every layer in float64 at the present keys of the active edits, and refines them."""
+        """Rebuilds every layer in float64 at the present keys of the active edits."""
         assert self.layers is not None
         active = self.ledger.active
         self.check_stored("rebuild the layers from", active)
@@ -260,7 +260,10 @@ class EditSession:
                 self._advance(progress, point)
 
             transaction.commit(change, enter)
-        self._refiner.refine(active)
+
+    def refine(self) -> None:
+        """Refines the active edits that the model does not state."""
+        self._refiner.refine(self.ledger.active)
 
     def revise(self, transaction: Transaction, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
         """Commits a transaction with new records of active edits, and new rows of some of them."""

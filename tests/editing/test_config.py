@@ -90,6 +90,8 @@ def test_settings_round_trip_through_dicts_files_and_pickle(tmp_path):
     config = EditConfig(layers=[1], search={"steps": 3}, rule="rect", rule_options={"share": 0.4})
     assert EditConfig(**config.to_dict()) == config
     assert pickle.loads(pickle.dumps(config)) == config
+    whole = EditConfig(rule="ft", rule_options={"steps": 25}, same_subject="separate")
+    assert EditConfig(**whole.to_dict()).rule_options == {"steps": 25}
     config.save_pretrained(tmp_path / "new")
     assert EditConfig.from_pretrained(tmp_path / "new") == config
     assert EditConfig.from_pretrained(tmp_path / "new" / "edit_config.json") == config

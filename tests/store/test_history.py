@@ -213,6 +213,22 @@ def test_consolidation_keeps_active_edits_compacts_and_is_replayed(tiny, tokeniz
         rf.Editor(tiny(), tokenizer, config=config).consolidate()
 
 
+def test_refinement_after_a_consolidation_is_kept(tmp_path):
+    world = World.generate()
+    config = CONFIG.replace(prior={"adherence": 0.3}, refine=0)
+    with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
+        editor.anchor(anchor_texts(world, 0)[:500])
+        records = editor.edit([case.edit for case in world_cases(world, 5, 0)])
+    assert not all(record.success for record in records)
+    with rf.Editor(*load_demo_model(), config=config.replace(refine=2), store=tmp_path) as editor:
+        editor.consolidate()
+        _, rebuild, *later = (entry.kind for entry in editor._recorder.store.entries)
+        assert (rebuild, set(later)) == ("rebuild", {"revise"})
+    opened = rf.Editor(*load_demo_model(), store=tmp_path)
+    assert_same(opened, editor)
+    opened.undo(1)
+
+
 @pytest.mark.parametrize("key_rows", ["contexts", "mean"])
 def test_consolidation_of_one_layer_only_removes_rounding(tiny, tokenizer, key_rows):
     """The keys of a single layer do not change with later edits, so the same problem is solved again."""
