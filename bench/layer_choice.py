@@ -52,7 +52,7 @@ def paraphrased_edits(path: Path, count: int) -> list[Edit]:
     templates = {_template(edit.prompt, edit.subject) for edit in edits}
     first: dict[str, Edit] = {}
     for edit in edits:
-        texts = [_template(text, edit.subject) for text in edit.paraphrases]
+        texts = [_template(text, edit.subject) for text in edit.filled_paraphrases]
         if texts and all(any(text.endswith(template) for template in templates) for text in texts):
             first.setdefault(edit.subject, edit)
     return list(first.values())[:count]

@@ -39,10 +39,13 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
     synced and renamed to `paths`, in order.
 
     Raises:
-        InputError: a file cannot be written; existing files that were not yet replaced are kept.
+        InputError: a path is a folder, or a file cannot be written; existing files that were not yet replaced are kept.
     """
     from safetensors import SafetensorError
 
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{str(path)!r} is a folder; pass the path of a file")
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
         for path in paths:

@@ -26,7 +26,8 @@ class Edit:
         name: your own name for the edit, shown in reports and in the history.
         span: characters `[start, stop)` of the prompt with its subject filled in. The model is edited at the last token
             that overlaps them. Overrides `EditConfig.fact_token`.
-        paraphrases: other prompts, subject included, that the target should also continue; used by the evaluation.
+        paraphrases: other prompts that the target should also continue, with the subject or `{}` in its place; used by
+            the evaluation.
         neighborhood: prompts about other subjects whose continuations should not change; used by the evaluation.
 
     Example:
@@ -48,6 +49,11 @@ class Edit:
     def filled_prompt(self) -> str:
         """The prompt with the subject filled in."""
         return self.prompt.replace("{}", self.subject)
+
+    @property
+    def filled_paraphrases(self) -> tuple[str, ...]:
+        """The paraphrases with the subject filled in."""
+        return tuple(text.replace("{}", self.subject) for text in self.paraphrases)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""

@@ -96,7 +96,7 @@ def _edits(record: object) -> Iterator[Draft]:
         weight=fields.weight("weight"),
         name=fields.label("name"),
         span=fields.span("span", filled),
-        paraphrases=tuple(text.replace("{}", subject) for text in fields.texts("paraphrases")),
+        paraphrases=fields.texts("paraphrases"),
         neighborhood=fields.texts("neighborhood"),
     )
     yield Draft(edit, fields)

@@ -85,8 +85,8 @@ def read_edits(
     | `mquake` | `case_id`, and in each `requested_rewrite`: `prompt`, `subject`, `target_new.str`, `question` |
 
     An unknown field is an error in `edits` and is listed as unread in the other formats. A prompt has `{}` in place of
-    the subject or contains the subject; `{}` in the `paraphrases` of `edits` is also replaced by the subject. Conflicts
-    between edits are not checked here, see `rlsedit_fast.data.resolve`.
+    the subject or contains the subject; the same holds for paraphrases. Conflicts between edits are not checked here,
+    see `rlsedit_fast.data.resolve`.
 
     Args:
         path: the file.

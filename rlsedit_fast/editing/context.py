@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import make_rule
@@ -81,6 +82,26 @@ class ModelContext:
         rule = make_rule(self.config.rule, self.config.rule_options)
         rows = len(self.config.contexts.prefixes) if self.config.effective_rows == "contexts" else 1
         return plan_memory(self.projections, delay=self.config.delay, rows=rows, rule=rule)
+
+
+def check_arguments(model: object, tokenizer: object, config: object) -> None:
+    """Checks the types of the arguments of an editor, and that the model can generate.
+
+    Raises:
+        InputError: an argument has the wrong type.
+        ModelError: the model has no language model head.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected a loaded model. Editor.from_pretrained(path) loads one"
+        )
+    if not callable(tokenizer) or not hasattr(tokenizer, "vocab_size"):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer of transformers")
+    if config is not None and not isinstance(config, EditConfig):
+        raise InputError(f"config is a {type(config).__name__}; expected an EditConfig, such as EditConfig(**settings)")
+    head = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        raise ModelError(f"{type(model).__name__} has no language model head", hint="load it with AutoModelForCausalLM")
 
 
 def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> ModelContext:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.context import ModelContext, inspect_model
+from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord
@@ -23,6 +23,7 @@ from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
@@ -35,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 SAMPLED = 32
 """Number of active edits that `status` measures by default."""
-
-_TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
-"""Options of `from_pretrained` that also apply to the tokenizer."""
 
 
 class Editor:
@@ -82,12 +80,15 @@ class Editor:
             store: folder of the edits. If it contains edits, they are applied without forward passes.
 
         Raises:
-            ModelError: the layers or their projections are not found, or cannot be edited (together).
-            InputError: a weight to be edited contains NaN/Inf, the tokenizer has more tokens than the model, `config`
-                changes settings that are fixed for all edits of the store, or a store does not support the rule.
+            ModelError: the model has no language model head, or the layers or their projections are not found or cannot
+                be edited (together).
+            InputError: an argument has the wrong type, a weight to be edited contains NaN/Inf, the tokenizer has more
+                tokens than the model, `config` changes settings that are fixed for all edits of the store, or a store
+                does not support the rule.
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
         """
+        check_arguments(model, tokenizer, config)
         held, given = open_store(store, model, config)
         try:
             self.context: ModelContext = inspect_model(model, tokenizer, given)
@@ -121,14 +122,12 @@ class Editor:
             path: folder or Hub name, as for `AutoModelForCausalLM.from_pretrained`.
             config: see `Editor`.
             store: see `Editor`.
-            **model_options: options of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`;
-                `revision`, `trust_remote_code`, `token` and `subfolder` are also passed to the tokenizer.
-        """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+            **model_options: options of `models.load_model`, such as `dtype` and `device_map`.
 
-        model = AutoModelForCausalLM.from_pretrained(path, **model_options)
-        options = {name: model_options[name] for name in _TOKENIZER_OPTIONS if name in model_options}
-        return cls(model.eval(), AutoTokenizer.from_pretrained(path, **options), config=config, store=store)
+        Raises:
+            InputError: the model cannot be loaded. Other errors are those of `Editor`.
+        """
+        return cls(*load_model(path, **model_options), config=config, store=store)
 
     def close(self) -> None:
         """Closes the store, so that other processes can open it; the model stays edited. No effect without a store."""

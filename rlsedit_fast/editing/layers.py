@@ -412,9 +412,15 @@ def _check_finite(projections: Sequence[Projection]) -> None:
 
 
 def _mark(projection: Projection) -> tuple[object, ...]:
-    """Returns a value that changes if the weight is moved, cast or modified."""
+    """Returns a value that changes if the weight is moved, cast or modified.
+
+    Changes through `.data`, such as merging a LoRA adapter, do not count a version. A sample of the entries reveals
+    them, unless they change few entries.
+    """
     weight = projection.parameter
-    return weight.data_ptr(), weight.device, weight.dtype, weight._version
+    rows, columns = (max(1, size // 16) for size in weight.shape)
+    sample = tuple(weight.detach()[::rows, ::columns].flatten().tolist())
+    return weight.data_ptr(), weight.device, weight.dtype, weight._version, sample
 
 
 def _edit_rows(

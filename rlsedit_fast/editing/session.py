@@ -26,7 +26,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import Norms, Sample, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
-from rlsedit_fast.errors import RequestError, RLSEditError, listed
+from rlsedit_fast.errors import InputError, RequestError, RLSEditError, listed
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
 
@@ -161,6 +161,8 @@ class EditSession:
         self, requests: Sequence[Request], on_batch: Callable[[list[EditRecord]], None] | None = None
     ) -> list[EditRecord]:
         """Applies edits batch by batch and refines those that the model does not state; see `Editor.edit`."""
+        if on_batch is not None and not callable(on_batch):
+            raise InputError(f"on_batch={on_batch!r}: expected a function of the records of a batch")
         ids: list[int] = []
         fresh, writes = self.layers is None, self.progress.writes
         try:

@@ -239,8 +239,8 @@ def assess(
     Raises:
         InputError: the budget is not above 0.
     """
-    if not 0 < budget < math.inf:
-        raise InputError(f"budget={budget}: expected a finite number above 0, such as {DEFAULT_BUDGET}")
+    if not isinstance(budget, (int, float)) or not 0 < budget < math.inf:
+        raise InputError(f"budget={budget!r}: expected a finite number above 0, such as {DEFAULT_BUDGET}")
     counts = Counter(record.state for record in records)
     recent = [record for record in records if record.state == "active"][-RECENT:]
     realized = sum(r.realized for r in recent) / len(recent) if recent else None

@@ -201,7 +201,7 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
     nll, paraphrase_nll, scores = list[float](), list[float](), list[float]()
     for edit in edits:
         edited = answers.scores[fill(edit.prompt, edit.subject)[0], edit.target]
-        other = [answers.scores[prompt, edit.target] for prompt in edit.paraphrases]
+        other = [answers.scores[prompt, edit.target] for prompt in edit.filled_paraphrases]
         kept = [float(answers.next_tokens[prompt] == before.next_tokens[prompt]) for prompt in edit.neighborhood]
         parts = [
             [math.exp(-edited.nll)],

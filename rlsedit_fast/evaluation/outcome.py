@@ -149,4 +149,4 @@ def _edited(edit: Edit) -> tuple[str, str]:
 
 
 def _others(edit: Edit) -> list[tuple[str, str]]:
-    return [(prompt, edit.target) for prompt in edit.paraphrases]
+    return [(prompt, edit.target) for prompt in edit.filled_paraphrases]

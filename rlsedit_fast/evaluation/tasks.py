@@ -48,7 +48,7 @@ class TaskResult:
         error: standard error of the accuracy, `sqrt(p (1 - p) / n)`.
         items: number n of evaluated items.
         truncated: number of items whose prompt was too long for the model and was truncated at its beginning.
-        skipped: number of items with a choice that leaves no room for the prompt.
+        skipped: number of items with a choice so long that the prompt does not fit into the model's context.
 
     Example:
         >>> from rlsedit_fast.evaluation import TaskResult
@@ -184,7 +184,7 @@ def evaluate_task(
         rows += [_truncated(row, over, tokenizer.bos_token_id) for row in encoded]
     if not used:
         raise InputError(
-            f"the choices of all {len(items)} items leave no room for a prompt in the model's {longest} tokens; use "
+            f"with the choices of all {len(items)} items, no prompt fits into the {longest} tokens of the model; use "
             "shorter choices"
         )
     scores = iter(score_rows(model, rows, progress=progress))

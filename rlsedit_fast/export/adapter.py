@@ -109,8 +109,8 @@ def write_adapter(
     from safetensors.torch import save_file
 
     for label, number in (("rank", rank), ("updates", updates)):
-        if number is not None and number < 1:
-            raise InputError(f"{label}={number}: expected at least 1")
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"{label}={number!r}: expected an integer of at least 1")
     check_distinct(changes)
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}

@@ -104,6 +104,8 @@ class RLSState(Layer):
             raise InputError(f"delay is {delay!r}; expected an integer that is at least 0.")
         self._dtype = dtype or dtype_of(weight)
         checks.finite(weight=weight.detach().to(self._dtype))
+        if not isinstance(prior, Prior):
+            raise InputError(f"prior is a {type(prior).__name__}; expected a Prior, such as Prior(lam=1.0).")
         prior.check_shape(weight.shape[0], weight.shape[1], name)
         self._prior, self._delay, self._name, self._backend = prior, delay, name, backend
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype

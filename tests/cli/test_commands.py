@@ -367,7 +367,7 @@ def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsy
 
 def test_missing_model_is_reported(workdir, capsys):
     assert main(["show", "--model", "nowhere/at/all"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "model 'nowhere/at/all': the folder does not exist" in capsys.readouterr().err
 
 
 def test_show_marks_the_token_and_lists_the_layers(base, workdir, capsys):

@@ -101,7 +101,7 @@ def test_every_field_of_a_line_is_read(write):
             weight=2.0,
             name="41",
             span=(15, 21),
-            paraphrases=("France has the capital", "France's capital is"),
+            paraphrases=("{} has the capital", "France's capital is"),
             neighborhood=("The capital of Spain is",),
         ),
         rf.Edit("The capital of {} is", "France", "Lyon"),

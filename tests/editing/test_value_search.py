@@ -317,8 +317,8 @@ def test_a_half_precision_model_has_float32_values(make_model, tokenizer, name):
     assert bool(found.nll.isfinite().all())
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 6])
-def test_a_search_split_by_memory_finds_the_values_of_the_whole_batch(model, tokenizer, monkeypatch, room):
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+def test_a_search_split_by_memory_finds_the_values_of_the_whole_batch(model, tokenizer, monkeypatch, limit):
     decoder = find_decoder(model)
     edits = [*EDITS, *(Edit(e.prompt, "Voluvu Lado", e.target) for e in EDITS)]
     groups = [[5, 0], [1], [2], [3], [4]]
@@ -326,7 +326,7 @@ def test_a_search_split_by_memory_finds_the_values_of_the_whole_batch(model, tok
 
     def narrow(site, requests, config, groups):
         sizes.append(len(requests))
-        if len(requests) > room and len(groups) > 1:
+        if len(requests) > limit and len(groups) > 1:
             raise torch.OutOfMemoryError("no more")
         return real(site, requests, config, groups)
 
@@ -336,7 +336,7 @@ def test_a_search_split_by_memory_finds_the_values_of_the_whole_batch(model, tok
         whole = search_values(site, requests, CONFIG.search, groups)
         monkeypatch.setattr(value_search, "search_values", narrow)
         found, at_once = value_search.search_within_memory(site, requests, CONFIG.search, groups, 6)
-    assert at_once == {1: 1, 2: 1, 3: 3, 6: 6}[room]
+    assert at_once == {1: 1, 2: 1, 3: 3, 6: 6}[limit]
     assert sizes[0] == 6
     torch.testing.assert_close(found.delta, whole.delta, rtol=1e-3, atol=1e-3)
     assert torch.equal(found.delta[5], found.delta[0])

@@ -357,13 +357,13 @@ def test_a_too_long_prompt_is_truncated_at_its_beginning_and_counted(tokenizer):
     assert rows == [[ids[0], *ids[-62:]]], "63 tokens of the prompt and one of the answer"
 
 
-def test_an_item_whose_answer_leaves_no_room_for_the_prompt_is_skipped(tokenizer):
+def test_an_item_whose_prompt_does_not_fit_beside_its_answer_is_skipped(tokenizer):
     model = TableModel(tokenizer, {"Toze speaks": {"Kubeish": 0.9, "Nafiish": 0.1}})
     fits = Item("Toze speaks", ("Kubeish", "Nafiish"), 0)
     longer = Item("Toze speaks", ("Kubeish " * 70, "Nafiish"), 0)
     found = evaluate_task(model, tokenizer, [longer, fits])
     assert (found.accuracy, found.items, found.skipped) == (1.0, 1, 1)
-    with pytest.raises(InputError, match="leave no room"):
+    with pytest.raises(InputError, match="no prompt fits"):
         evaluate_task(model, tokenizer, [longer])
 
 
