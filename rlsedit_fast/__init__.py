@@ -25,6 +25,7 @@ from rlsedit_fast.errors import (
     ResourceError,
     RLSEditError,
     StoreError,
+    UnstatedError,
     UpdateError,
 )
 from rlsedit_fast.rls import Prior, RLSState
@@ -54,6 +55,7 @@ __all__ = [
     "Status",
     "StoreError",
     "TextFile",
+    "UnstatedError",
     "UpdateError",
     "ValueSearchConfig",
     "__version__",

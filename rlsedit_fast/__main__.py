@@ -1,6 +1,6 @@
-"""`python -m rlsedit_fast` prints versions, machine, backends and build; see `doctor`."""
+"""`python -m rlsedit_fast` is the command line `rlsedit`."""
 
-from rlsedit_fast.doctor import main
+from rlsedit_fast.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,6 +19,7 @@ __all__ = [
     "RequestError",
     "ResourceError",
     "StoreError",
+    "UnstatedError",
     "UpdateError",
 ]
 
@@ -144,6 +145,23 @@ class RequestError(RLSEditError, ValueError):
         ... except RequestError as error:
         ...     print(error)
         prompt 'The capital of {} is': the subject '' is empty; expected the entity that the fact is about
+    """
+
+
+class UnstatedError(RLSEditError):
+    """The model does not state the target of an edit after the write, and `require_stated` is set.
+
+    Example:
+        >>> from rlsedit_fast import Edit, EditConfig, Editor
+        >>> from rlsedit_fast.errors import UnstatedError
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> config = EditConfig(layers=[0], prior={"lam": 1e6}, contexts={"prefixes": [""]}, refine=0)
+        >>> editor = Editor(*load_demo_model(), config=config)
+        >>> try:  # the penalty on the weight change leaves no freedom for edits
+        ...     editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Kubeish")], require_stated=True)
+        ... except UnstatedError:
+        ...     print(len(editor.history()))  # the batch was not applied
+        0
     """
 
 

@@ -23,7 +23,7 @@ from rlsedit_fast.errors import RLSEditError
 DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 COMMANDS = (
-    *("edit", "history", "undo", "replace", "status", "consolidate"),
+    *("edit", "ask", "history", "undo", "replace", "status", "consolidate"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
 """Modules of this package, each with `HELP`, `add(parser)` and `run(options) -> exit code`."""

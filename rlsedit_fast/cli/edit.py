@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,15 +16,18 @@ from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_e
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.cli.show import describe_layers, layer_lines
+from rlsedit_fast.cli.stability import probe_other_text
+from rlsedit_fast.cli.summary import past_lines, summary
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.editing.session import PILOT
-from rlsedit_fast.errors import InputError, listed
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
     from rlsedit_fast.evaluation.outcome import CollectedAnswers
+    from rlsedit_fast.evaluation.stability import TextProbe
 
 HELP = "apply edits from a file to a model"
 
@@ -52,8 +54,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--again", action="store_true", help="also apply edits that are undone, replaced or skipped in the store"
     )
+    parser.add_argument(
+        *("--require-stated", "--require-said"),
+        action="store_true",
+        help="stop at a batch with an edit whose target the model does not state after the write: the batch is taken "
+        "back, earlier batches stay, and the exit code is 2",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="at the end, apply edits again whose target the model does not state; with --store also those of earlier "
+        "runs that are in the file",
+    )
     add_exports(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not evaluate the edits before and after")
+    parser.add_argument(
+        "--no-stability",
+        action="store_true",
+        help="do not measure perplexity and KL divergence on other text before and after; the text is the part of "
+        "--text FILE after the anchors, or text that the model generates",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the edits and print layers and memory; nothing is modified"
     )
@@ -80,7 +100,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
     facts = sift(editor, facts, options)
-    facts, known, past = _new_facts(editor, facts, again=options.again)
+    facts, known, past = _new_facts(editor, facts, again=options.again, retry=options.retry_failed)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
     results: dict[str, Any] = {
@@ -95,7 +115,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         "config": editor.config.to_dict(),
     }
     if options.dry_run:
-        lines = [f"{len(facts.edits)} edits would be applied; nothing was modified", *_past_lines(past)]
+        lines = [f"{len(facts.edits)} edits would be applied; nothing was modified", *past_lines(past)]
         emit(results, lines, options.json)
         return PARTIAL if facts.left_out or past else DONE
     if known_prompts := set(editor.protected).intersection(protected):
@@ -107,7 +127,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         results |= written.to_json
         lines = [f"all {len(known) + len(past)} edits are already in the store; no edit was applied"]
         with written.attempt():
-            emit(results, lines + _past_lines(past) + written.files, options.json)
+            emit(results, lines + past_lines(past) + written.files, options.json)
         written.raise_failures()
         return PARTIAL if facts.left_out or past else DONE
     resumed = bool(editor.priors)
@@ -119,20 +139,23 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)
     before: CollectedAnswers | None = None
+    probe: TextProbe | None = None
     if not options.no_evaluation:
         before = collect_answers(editor.model, editor.tokenizer, facts.edits)
         results["before"] = asdict(compute_outcome(facts.edits, before, before))
+        if not options.no_stability:
+            probe, results["stability"] = probe_other_text(editor, options)
     with _warnings_deferred():
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     with _warnings_deferred(), interrupts_counted(say) as interrupts:
-        applied, error = _edit(editor, facts, interrupts, results)
+        applied, error = _edit(editor, facts, interrupts, results, options)
         if applied and before is not None:
-            error = _evaluate(editor, applied, before, interrupts, results) or error
+            error = _evaluate(editor, applied, before, probe, interrupts, results) or error
         written = _write(editor, options)
         results |= written.to_json
         with written.attempt():
-            emit(results, _summary(results), options.json)
+            emit(results, summary(results), options.json)
     if error is not None:
         say(*written.failures)
         raise error
@@ -152,13 +175,38 @@ class _Interrupted(Exception):
 
 
 def _edit(
-    editor: Editor, facts: Facts, interrupts: Interrupts, results: dict[str, Any]
+    editor: Editor, facts: Facts, interrupts: Interrupts, results: dict[str, Any], options: argparse.Namespace
 ) -> tuple[dict[str, Edit], Exception | None]:
     """Applies the edits in batches and fills in `results`; returns the applied edits by place, and the error if any."""
+    began = time.perf_counter()
+    by_place = dict(zip(facts.places, facts.edits, strict=True))
+    made, error = _apply(editor, by_place, interrupts, require_stated=options.require_stated)
+    failed = [place for place, record in made.items() if record.state == "active" and not record.success]
+    if options.retry_failed and failed and error is None and not interrupts.pressed:
+        say(f"applying {len(failed)} edits again whose targets the model does not state")
+        again, error = _apply(editor, {place: by_place[place] for place in failed}, interrupts)
+        made |= again
+        results["applied_again"] = list(again)
+    made = dict(zip(made, _current(editor, made.values()), strict=True))
+    results["seconds"] = time.perf_counter() - began
+    results["skipped"] = [place for place, record in made.items() if record.state == "skipped"]
+    results["made"] = len(made) - len(results["skipped"])
+    results["not_made"] = [place for place in facts.places if place not in made]
+    active = {place: record for place, record in made.items() if record.state == "active"}
+    results["not_converged"] = [place for place, record in active.items() if not record.search_converged]
+    results["not_stated"] = [place for place, record in active.items() if not record.success]
+    results["records"] = [_entry(place, record) for place, record in made.items()]
+    results["deviation"] = [asdict(layer) for layer in editor.deviation()]
+    return {place: by_place[place] for place in made if place not in results["skipped"]}, error
+
+
+def _apply(
+    editor: Editor, edits: dict[str, Edit], interrupts: Interrupts, *, require_stated: bool = False
+) -> tuple[dict[str, EditRecord], Exception | None]:
+    """Applies edits, given by place; returns the records of those that were applied, and the error if any."""
     first = len(editor.history())
     error: Exception | None = None
-    began = time.perf_counter()
-    with interrupts.patient(1), progress(len(facts.edits), "editing", "edit") as bar:
+    with interrupts.patient(1), progress(len(edits), "editing", "edit") as bar:
 
         def on_batch(records: list[EditRecord]) -> None:
             bar.update(len(records))
@@ -166,31 +214,31 @@ def _edit(
                 raise _Interrupted
 
         try:
-            editor.edit(facts.edits, on_batch=on_batch)
+            editor.edit(list(edits.values()), on_batch=on_batch, require_stated=require_stated)
         except _Interrupted:
             pass
         except Exception as failure:  # the batches before it are applied and must be written
             error = failure
-    records = editor.history()[first:]
-    places = dict(zip((record.id for record in records), facts.places, strict=False))
-    results["seconds"] = time.perf_counter() - began
-    skipped = {record.id for record in records if record.state == "skipped"}
-    results["made"] = len(records) - len(skipped)
-    results["skipped"] = [places[i] for i in sorted(skipped)]
-    results["not_made"] = facts.places[len(records) :]
-    active = [record for record in records if record.state == "active"]
-    results["not_converged"] = [places[record.id] for record in active if not record.search_converged]
-    results["not_stated"] = [places[record.id] for record in active if not record.success]
-    results["records"] = [record.to_dict() | {"place": places[record.id]} for record in records]
-    results["deviation"] = [asdict(layer) for layer in editor.deviation()]
-    applied = {
-        places[record.id]: edit for edit, record in zip(facts.edits, records, strict=False) if record.id not in skipped
-    }
-    return applied, error
+    return dict(zip(edits, editor.history()[first:], strict=False)), error
+
+
+def _current(editor: Editor, records: Iterable[EditRecord]) -> list[EditRecord]:
+    """Returns the present records of edits; a later edit may have changed them."""
+    history = editor.history()
+    return [history[record.id - 1] for record in records]
+
+
+def _entry(place: str, record: EditRecord) -> dict[str, Any]:
+    return record.to_dict() | {"place": place, "stated": record.success, "chat_stated": record.chat_success}
 
 
 def _evaluate(
-    editor: Editor, applied: dict[str, Edit], before: CollectedAnswers, interrupts: Interrupts, results: dict[str, Any]
+    editor: Editor,
+    applied: dict[str, Edit],
+    before: CollectedAnswers,
+    probe: TextProbe | None,
+    interrupts: Interrupts,
+    results: dict[str, Any],
 ) -> Exception | None:
     """Evaluates the applied edits, given by place; Ctrl-C skips the evaluation."""
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome, stated
@@ -206,6 +254,8 @@ def _evaluate(
             }
             # Later batches may have changed the answers measured right after an edit.
             results["not_stated"] = [place for place, edit in applied.items() if not stated(edit, after)]
+            if probe is not None:
+                results["stability"]["after"] = asdict(probe(editor.model))
         except Exception as failure:
             return failure
     if "after" not in results:
@@ -222,13 +272,16 @@ def _write(editor: Editor, options: argparse.Namespace) -> Written:
     return Written()
 
 
-def _new_facts(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, list[str], list[dict[str, str]]]:
+def _new_facts(
+    editor: Editor, facts: Facts, *, again: bool, retry: bool
+) -> tuple[Facts, list[str], list[dict[str, str]]]:
     """Selects the facts that are not in the history, so that an interrupted run can be resumed.
 
     Args:
         editor: editor with a new or an existing store, or without one.
         facts: facts of the file.
         again: skip only active edits, and apply undone, replaced and skipped ones again.
+        retry: also apply active edits again whose target the model did not state.
 
     Returns:
         The facts to apply; the places of edits that are already active; and `{place, state}` of the other skipped ones.
@@ -238,6 +291,8 @@ def _new_facts(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, lis
         asked = (r.prompt, r.subject, r.target, r.weight)
         if states.get(asked) != "active":
             states[asked] = r.state
+        if retry and r.state == "active" and not r.success:
+            del states[asked]
     found = [states.get((edit.prompt, edit.subject, edit.target, edit.weight)) for edit in facts.edits]
     if again:
         found = [state if state == "active" else None for state in found]
@@ -254,59 +309,18 @@ def _new_facts(editor: Editor, facts: Facts, *, again: bool) -> tuple[Facts, lis
     return kept, known, past
 
 
-def _past_lines(past: list[dict[str, str]]) -> list[str]:
-    if not past:
-        return []
-    counts = Counter(entry["state"] for entry in past)
-    states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-    return [f"skipped {len(past)} edits of the store that are not active ({states}); --again applies them again"]
-
-
-def _summary(results: dict[str, Any]) -> list[str]:
-    made, seconds = results["made"], results["seconds"]
-    lines = [f"{made} of {results['edits']} edits applied in {seconds:.1f} s"]
-    for what, count in (
-        ("not applied, because the run ended before", len(results["not_made"])),
-        ("skipped, because the value search did not converge", len(results["skipped"])),
-        ("applied although the value search did not converge", len(results["not_converged"])),
-        ("invalid records skipped", len(results["left_out"])),
-    ):
-        if count:
-            lines.append(f"{count} {what}")
-    if failed := results["not_stated"]:
-        lines.append(
-            f"the model states the target of {made - len(failed)} of {made} edits; not of {len(failed)}: "
-            f"{', '.join(listed(map(str, failed), 10))}"
-        )
-        lines.append(
-            "to improve: raise --adherence, use more text for the anchors, or apply fewer edits of one relation"
-        )
-    lines += _past_lines(results["left_as_they_became"])
-    if "after" in results:
-        lines.append(f"{'':44}{'before':>8}{'after':>8}")
-        for name, what in (
-            ("efficacy", "efficacy (all target tokens ranked first)"),
-            ("generalization", "generalization (same, on paraphrases)"),
-            ("specificity", "specificity (neighborhood unchanged)"),
-        ):
-            was, now = (results[when][name] for when in ("before", "after"))
-            if now["of"]:
-                lines.append(f"{what:44}{was['count'] / was['of']:8.3f}{now['count'] / now['of']:8.3f}  of {now['of']}")
-    for layer in results["deviation"]:
-        lines.append(f"layer {layer['layer']}: ||W - W0|| = {layer['weight']:.4g}, bound {layer['weight_bound']:.4g}")
-    return lines + results["files"]
-
-
 @contextmanager
 def _warnings_deferred() -> Iterator[None]:
-    """Silences the warnings that the editor logs per batch; the summary reports them once."""
-    logger = logging.getLogger("rlsedit_fast.editing.editor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silences the warnings about single batches; the summary reports them once."""
+    loggers = [logging.getLogger(f"rlsedit_fast.editing.{name}") for name in ("editor", "session")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _prompts(path: Path) -> list[str]:

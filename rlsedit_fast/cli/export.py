@@ -1,4 +1,4 @@
-"""`rlsedit export`: write the difference of an edited checkpoint and its base as a delta or a LoRA adapter."""
+"""`rlsedit export`: write the present state of a store, or the difference of an edited checkpoint and its base."""
 
 from __future__ import annotations
 
@@ -20,23 +20,47 @@ from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, w
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
 
-HELP = "write the difference of an edited checkpoint and its base as a delta file or a LoRA adapter"
+HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    setup.add_model(parser)
-    parser.add_argument("--edited", required=True, metavar="MODEL", help="edited checkpoint; --model is its base")
-    _add_difference(parser)
+    parser.add_argument("--store", type=Path, metavar="DIR", help="store whose active edits are exported")
+    parser.add_argument("--edited", metavar="MODEL", help="instead of --store: edited checkpoint; --model is its base")
+    setup.add_model(parser, required=False)
+    add_exports(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if not (options.delta or options.adapter):
-        raise InputError("no output given; pass --delta FILE or --adapter DIR")
-    _check_new(options)
-    check_places(options, folders=("adapter",), files=("delta", "json"))
+    setup.show_warnings()
+    if (options.store is None) == (options.edited is None):
+        raise InputError("pass either --store DIR, or --edited MODEL with --model BASE")
+    if not (options.out or options.delta or options.adapter):
+        raise InputError("no output given; pass --out DIR (checkpoint), --delta FILE or --adapter DIR")
+    if options.edited is not None and options.model is None:
+        raise InputError("--edited requires --model BASE, the model before the edits; add it")
+    if options.edited is not None and options.out is not None:
+        raise InputError("--out requires --store; the edited checkpoint of --edited exists already")
+    check_named_exports(options)
+    return _export_store(options) if options.store is not None else _export_difference(options)
+
+
+def _export_store(options: argparse.Namespace) -> int:
+    from rlsedit_fast.cli.stores import open_editor
+
+    with open_editor(options) as editor:
+        written = write_exports(editor, options)
+        active = sum(record.state == "active" for record in editor.history())
+    lines = [f"{active} active edits", *written.files]
+    with written.attempt():
+        emit({"active": active} | written.to_json, lines, options.json)
+    written.raise_failures()
+    return DONE
+
+
+def _export_difference(options: argparse.Namespace) -> int:
     base, _ = setup.load_model(options)
     edited, _ = setup.load_model(options, options.edited)
     changes = changes_between(base, edited)
@@ -158,10 +182,8 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
         with written.attempt(f"--adapter {options.adapter}"):
             written.files += adapter_lines(editor.save_adapter(options.adapter, rank=options.rank), options.adapter)
     if written.failures and options.store:
-        command = f"rlsedit edit --store {options.store}"
-        written.failures.append(
-            f"the edits are stored; run `{command}` with the same edits and another output path to write them"
-        )
+        command = f"rlsedit export --store {options.store}"
+        written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
     return written
 
 

@@ -7,6 +7,7 @@ import argparse
 from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.cli.stores import add_store
 from rlsedit_fast.data.edits import normalized
+from rlsedit_fast.editing import EditRecord
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.models.tokens import fill
 
@@ -28,11 +29,28 @@ def run(options: argparse.Namespace) -> int:
     records = [record for record in read_history(options.store) if options.state in (None, record.state)]
     if options.subject is not None:
         records = [record for record in records if normalized(record.subject) == normalized(options.subject)]
-    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'realized':>8}  {'rank':>4}  {'NLL':>5}  edit"]
-    lines += [
-        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:8.2f}  {r.rank:>4}  "
-        f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
-        for r in records
-    ]
-    emit([record.to_dict() for record in records], lines, options.json)
+    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'rank':>5}  {'NLL':>6}  {'chat':4}  edit"]
+    lines += [_line(record) for record in records]
+    if records:
+        lines.append(
+            "rank and NLL of the target, and the answer, when the edit was last measured; rank 1: the model states the "
+            "target. chat: whether the answer to the prompt as a message contains the target"
+        )
+    emit(
+        [record.to_dict() | {"stated": record.success, "chat_stated": record.chat_success} for record in records],
+        lines,
+        options.json,
+    )
     return 0
+
+
+def _line(record: EditRecord) -> str:
+    prompt, target = plain(fill(record.prompt, record.subject)[0]), plain(record.target)
+    chat = {None: "-", True: "yes", False: "no"}[record.chat_success]
+    answers = ""
+    if record.answer is not None:
+        answers = f"  (before: {record.answer_before!r}, after: {record.answer!r})"
+    return (
+        f"{record.id:>6}  {record.time.astimezone():%Y-%m-%d %H:%M:%S}  {record.state:8}  {record.rank:>5}  "
+        f"{record.nll:6.2f}  {chat:4}  {prompt} -> {target}{answers}"
+    )

@@ -9,9 +9,9 @@ from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.stores import add_store, open_editor
-from rlsedit_fast.editing.recovery import read_status
+from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, listed
 
 HELP = "show deviation bounds, objective, remaining capacity and warnings of a store"
 
@@ -45,7 +45,14 @@ def run(options: argparse.Namespace) -> int:
             status = editor.status(budget=options.budget)
     else:
         status = read_status(options.store, budget=options.budget)
-    emit(asdict(status), status_lines(status), options.json)
+    records = [record for record in read_history(options.store) if record.state == "active"]
+    lines = status_lines(status)
+    if failed := [record.id for record in records if not record.success]:
+        lines.append(
+            f"active edits whose target the model did not state when last measured: {', '.join(listed(failed, 20))} "
+            "(see `rlsedit history`)"
+        )
+    emit(asdict(status) | {"active": [record.to_dict() for record in records]}, lines, options.json)
     return 0
 
 
@@ -56,8 +63,8 @@ def status_lines(status: Status) -> list[str]:
     if status.realized is not None and status.success is not None:
         target = f" (adherence {status.adherence:g})" if status.adherence else ""
         lines.append(
-            f"recent edits: {status.realized:.3f} of the target change realized{target}; the model stated "
-            f"{status.success:.0%} of the targets right after the edit"
+            f"recent edits: {status.realized:.3f} of the change that the value search asks for arrived in the model"
+            f"{target}; the model stated {status.success:.0%} of the targets right after the edit"
         )
     if status.sample and status.sample.success is not None:
         lines.append(
@@ -67,7 +74,7 @@ def status_lines(status: Status) -> list[str]:
             shifts = ", ".join(f"{shift:.3f}" for shift in status.sample.key_shift)
             lines.append(f"relative change of the keys since their edits, per layer: {shifts}")
     for layer in status.layers:
-        parts = [f"objective {layer.objective:.4g}"]
+        parts = [f"least-squares objective {layer.objective:.4g}"]
         if layer.anchors_bound is not None:
             parts.append(f"change of outputs on the anchors at most {layer.anchors_bound:.3g}")
         measured = f" (measured {layer.weight:.3g})" if layer.weight is not None else ""
@@ -77,7 +84,10 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"layer {layer.layer}: {', '.join(parts)}")
     if status.layers:
         left = "unknown" if status.edits_left is None else f"about {status.edits_left}"
-        lines.append(f"budget {status.budget:g}: {status.spent:.0%} used; edits left: {left}")
+        lines.append(
+            f"budget, the allowed relative change (--budget): {status.budget:g}, {status.spent:.0%} used; edits left: "
+            f"{left}"
+        )
     if status.sizes:
         sizes = ", ".join(f"{part} {size(count)}" for part, count in status.sizes.items())
         lines.append(f"size on disk: {size(sum(status.sizes.values()))} ({sizes})")

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
@@ -16,8 +16,12 @@ from rlsedit_fast.cli.output import add_json, emit, plain, say
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.errors import InputError, StoreError, listed
+from rlsedit_fast.models.answers import generate_answers
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = 20
 """Number of answers that are printed; --json lists all."""
@@ -46,11 +50,11 @@ def selection(options: argparse.Namespace) -> dict[str, Any]:
     return {"ids": options.ids or None, **given}
 
 
-def open_editor(options: argparse.Namespace) -> Editor:
-    """Opens the store with the model given by --model or recorded in the store.
+def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the unedited model of a store: the one given by --model, or recorded in the store.
 
     Raises:
-        StoreError: the store does not exist, is damaged or is in use.
+        StoreError: the store does not exist or is damaged.
         InputError: the model is not known or cannot be loaded.
     """
     if not Store.exists(options.store):
@@ -63,7 +67,17 @@ def open_editor(options: argparse.Namespace) -> Editor:
             options.model = store.about["model"]
         if not options.model:
             raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
-    model, tokenizer = setup.load_model(options)
+    return setup.load_model(options)
+
+
+def open_editor(options: argparse.Namespace) -> Editor:
+    """Opens the store with the model given by --model or recorded in the store.
+
+    Raises:
+        StoreError: the store does not exist, is damaged or is in use.
+        InputError: the model is not known or cannot be loaded.
+    """
+    model, tokenizer = open_model(options)
     return Editor(model, tokenizer, store=options.store)
 
 
@@ -144,8 +158,6 @@ def report(results: dict[str, Any], lines: Sequence[str], done: Changed, options
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:
     """Returns the answer of the model to the prompt of each edit."""
-    from rlsedit_fast.evaluation.answers import generate_answers
-
     questions = [(fill(e.prompt, e.subject)[0], e.target) for e in edits]
     return generate_answers(editor.model, editor.tokenizer, questions)
 

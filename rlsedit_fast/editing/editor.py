@@ -275,6 +275,7 @@ class Editor:
         edits: Iterable[Edit | Mapping[str, Any]],
         *,
         on_batch: Callable[[list[EditRecord]], None] | None = None,
+        require_stated: bool = False,
     ) -> list[EditRecord]:
         """Applies edits, `config.batch_size` at a time.
 
@@ -290,6 +291,9 @@ class Editor:
             edits: at least one edit, as `Edit` or as a dict with its fields.
             on_batch: called with the records of each batch after it was written. A later refinement may change `rank`
                 and `nll`; the returned records are up to date.
+            require_stated: raise an error if the model does not state the target of each edit of a batch after it was
+                written and refined; the batch is then taken back, and layers, history and store are as before it.
+                Copies the edited weights once per batch.
 
         Returns:
             One record per edit, in order, with measurements in the edited model. Check `success`: an edit that the
@@ -298,11 +302,12 @@ class Editor:
         Raises:
             RequestError: an edit is invalid; nothing was modified.
             ResourceError: there is not enough memory.
+            UnstatedError: see `require_stated`.
             RLSEditError: a batch failed; it was not applied.
         """
         requests = self.context.prepare(edits)
         with quiet(self.model):
-            records = self._session.apply(requests, on_batch)
+            records = self._session.apply(requests, on_batch, require_stated=require_stated)
         if failed := sum(not record.success and record.state == "active" for record in records):
             logger.warning(
                 "%d of %d edits are applied but the model does not state their targets; see `success` and "

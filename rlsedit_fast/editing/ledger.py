@@ -79,6 +79,15 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._records)
 
+    def copy(self) -> Ledger:
+        """Returns a copy that later changes of this ledger do not affect."""
+        other = Ledger(self._config, self._prepare)
+        other._records, other._edits = list(self._records), dict(self._edits)
+        other._requests, other._rows = dict(self._requests), dict(self._rows)
+        for mine, theirs in ((self._by_prompt, other._by_prompt), (self._by_subject, other._by_subject)):
+            theirs.update({key: set(ids) for key, ids in mine.items()})
+        return other
+
     @property
     def records(self) -> list[EditRecord]:
         """All records, oldest first."""

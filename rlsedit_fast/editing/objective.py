@@ -18,7 +18,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.models.passes import hidden_of, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.sites import Site, SiteState
-from rlsedit_fast.models.tokens import alike
+from rlsedit_fast.models.tokens import Row, alike
 from rlsedit_fast.rls import realized_fraction
 
 Forward = Callable[..., Tensor]
@@ -224,10 +224,10 @@ def mean_by(group: Tensor, values: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Edits measured in the model at their bare prompts.
+    """Edits measured in the model.
 
     Attributes:
-        realized: `1 - ||state - goal|| / ||target change||`, `[n]`; 1 if no change was wanted.
+        realized: `1 - ||state - goal|| / ||target change||`, `[n]`; 1 if no change was wanted, or no goal is given.
         nll: mean NLL of the target tokens, nats, `[n]`.
         rank: rank of the worst target token, `[n]`; 1 is first.
     """
@@ -238,17 +238,17 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(site: Site, requests: Sequence[Request], goal: Tensor, change: Tensor) -> Measured:
-    """Runs the bare prompts with their targets once through the whole model.
+def measure(site: Site, rows: Sequence[Row], goal: Tensor | None = None, change: Tensor | None = None) -> Measured:
+    """Runs prompts with their targets once through the whole model.
 
     Args:
         site: the edited hidden state.
-        requests: at least one.
-        goal: wanted state at the edited token of each bare prompt, `[n, d]`; `[n, 1]` if `realized` is not needed.
-        change: norm of the target change of each request, `[n]`.
+        rows: at least one.
+        goal: wanted state at the lookup token of each row, `[n, d]`; None if `realized` is not needed.
+        change: norm of the target change of each row, `[n]`.
     """
-    rows = [replace(row, ids=row.ids[:-1]) for row in (request.contexts[0] for request in requests)]
-    targets = [request.contexts[0].target for request in requests]
+    targets = [row.target for row in rows]
+    rows = [replace(row, ids=row.ids[:-1]) for row in rows]
     order, found = list[int](), list[tuple[Tensor, Tensor, Tensor]]()
     groups = alike([len(row.ids) for row in rows])
     for part in (group[at : at + _ROWS_AT_ONCE] for group in groups for at in range(0, len(group), _ROWS_AT_ONCE)):
@@ -269,6 +269,8 @@ def measure(site: Site, requests: Sequence[Request], goal: Tensor, change: Tenso
         found.append((state.float().cpu(), fit.nll.cpu(), fit.rank.cpu()))
     back = torch.tensor(order).argsort()
     states, nll, rank = (torch.cat(column)[back] for column in zip(*found, strict=True))
+    if goal is None or change is None:
+        return Measured(torch.ones(len(rows)), nll, rank)
     return Measured(realized_fraction(goal.cpu() - states, change.cpu()), nll, rank)
 
 

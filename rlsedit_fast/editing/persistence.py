@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from operator import attrgetter
@@ -259,6 +260,7 @@ class Recorder:
         )
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
+        self._held: list[Change] | None = None
 
     def update_settings(self, config: EditConfig) -> None:
         """Replaces the settings in the metadata of the store with the next change."""
@@ -362,25 +364,48 @@ class Recorder:
         }
         return Change(REBUILD, about, self._encoded(rows) | encode_rows(protected, "protected."))
 
-    def prepare(self, change: Change | None = None) -> None:
-        """Writes a change, after the start if that was not written yet; to be committed or aborted."""
+    def prepare(self, *changes: Change) -> None:
+        """Writes changes, after the start if that was not written yet; to be committed or aborted."""
+        if self._held is not None:
+            self._held += changes
+            return
         if self._about is not None:
             self.store.describe(self._about)
             self._about = None
-        self.store.prepare([one for one in (self._start, change) if one is not None])
+        self.store.prepare([one for one in (self._start, *changes) if one is not None])
 
     def commit(self) -> None:
         """Commits the prepared changes."""
-        self.store.commit()
-        self._start = None
+        if self._held is None:
+            self.store.commit()
+            self._start = None
 
     def abort(self) -> None:
         """Discards the prepared changes."""
         self.store.abort()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Collects the changes that are committed in the block and commits them together at its end.
+
+        An error in the block discards them.
+        """
+        self._held = held = list[Change]()
+        try:
+            yield
+        finally:
+            self._held = None
+        if held:
+            try:
+                self.prepare(*held)
+                self.commit()
+            except BaseException:
+                self.abort()
+                raise
+
     def snapshot_if_due(self, layers: EditedLayers) -> None:
         """Writes a snapshot if one is due; if writing fails, the next change tries again."""
-        if self.store.snapshot_due(self._snapshot_bytes):
+        if self._held is None and self.store.snapshot_due(self._snapshot_bytes):
             try:
                 self.snapshot(layers)
             except (StoreError, RuntimeError, MemoryError) as error:  # the edits are stored in any case

@@ -41,6 +41,13 @@ class EditRecord:
         nll: mean NLL of the target tokens after the bare prompt, after the write, nats.
         rank: rank of the worst target token after the bare prompt, after the write; 1 is first.
         name: name of the edit.
+        answer_before: greedy continuation of the bare prompt before its batch was written, as long as the target.
+        answer: the same after the write.
+        chat_answer_before: answer to the prompt as the user message of a chat, before its batch was written; None if
+            the tokenizer has no chat template.
+        chat_answer: the same after the write.
+        chat_nll: mean NLL of the target tokens in the answer of a chat after the write, see `models.chat_row`.
+        chat_rank: rank of the worst target token there.
         joint_with: ids of the other active edits of the same subject, with which it shares one value.
 
     Example:
@@ -69,12 +76,23 @@ class EditRecord:
     nll: float
     rank: int
     name: str | None = None
+    answer_before: str | None = None
+    answer: str | None = None
+    chat_answer_before: str | None = None
+    chat_answer: str | None = None
+    chat_nll: float | None = None
+    chat_rank: int | None = None
     joint_with: tuple[int, ...] = ()
 
     @property
     def success(self) -> bool:
         """Whether the model stated the target after the write: each of its tokens ranked first (`rank == 1`)."""
         return self.rank == 1
+
+    @property
+    def chat_success(self) -> bool | None:
+        """Whether the answer in a chat after the write contains the target, ignoring case; None without an answer."""
+        return None if self.chat_answer is None else self.target.strip().casefold() in self.chat_answer.casefold()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""

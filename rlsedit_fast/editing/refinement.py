@@ -50,7 +50,7 @@ class Refiner:
             if measured and not attempt:
                 failed = [record.id for record in records if not record.success]
             else:  # all edits, since refining some of them changes others
-                ranks = self._session.measure(ledger.requests(ids)).rank.tolist()
+                ranks = self._session.measurement.ranks(ledger.requests(ids)).rank.tolist()
                 failed = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1 and i not in without_gain]
             if not failed:
                 return
@@ -73,11 +73,12 @@ class Refiner:
         records = [record for record in ledger.get(ids) if record.state == "active"]
         if not records:
             return
-        now = self._session.measure(ledger.requests([record.id for record in records]))
+        now = self._session.measurement.ranks(ledger.requests([record.id for record in records]))
         changed = [
             after for before, after in zip(records, _updated(records, now), strict=True) if after.rank != before.rank
         ]
         if changed:
+            changed = self._with_answers(changed)
             with self._session.transaction("updating records", "decrease batch_size") as transaction:
                 self._session.revise(transaction, changed, {})
 
@@ -95,16 +96,22 @@ class Refiner:
         session = self._session
         assert session.layers is not None
         requests, rows = session.ledger.requests(ids), session.ledger.rows(ids)
-        before = session.measure(requests)
+        before = session.measurement.ranks(requests)
         with session.transaction(f"refining {len(ids)} edits", "decrease batch_size") as transaction:
             values = self._finder.find(requests)
             moved = session.layers.move_values(requests, rows, values, self._config.effective_rows, _FRACTION)
-            after = session.measure(requests)
+            after = session.measurement.ranks(requests)
             if not _is_better(before, after):
                 return False
-            records = _updated(session.ledger.get(ids), after)
+            records = self._with_answers(_updated(session.ledger.get(ids), after))
             session.revise(transaction, records, dict(zip(ids, moved, strict=True)))
         return True
+
+    def _with_answers(self, records: Sequence[EditRecord]) -> list[EditRecord]:
+        """Returns records with the answers of the present model."""
+        requests = self._session.ledger.requests([record.id for record in records])
+        answers = self._session.measurement.answer_fields(requests)
+        return [replace(record, **fields) for record, fields in zip(records, answers, strict=True)]
 
 
 def _updated(records: Sequence[EditRecord], now: Measured) -> list[EditRecord]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
@@ -16,7 +15,7 @@ from rlsedit_fast.editing.batching import search_ahead
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
-from rlsedit_fast.editing.objective import Measured, measure
+from rlsedit_fast.editing.measurement import Answers, Measurement, check_stated
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.priors import Pilot, choose_priors, needs_pilot
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
@@ -27,6 +26,7 @@ from rlsedit_fast.editing.status import Norms, Sample, Status, assess, calibrate
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
 from rlsedit_fast.errors import InputError, RequestError, RLSEditError, listed
+from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior
 
@@ -49,6 +49,7 @@ class EditSession:
         layers: the edited layers; None until the priors are set.
         norms: norms of each layer; empty until the priors are set.
         moments: `E[k k^T] [d_k, d_k]` of the anchors per layer; None without anchors.
+        measurement: measures edits in the present model.
         waiting: protected texts, their keys per layer and their weight, to be added when the priors are set.
     """
 
@@ -62,6 +63,7 @@ class EditSession:
         self._context, self._config, self._recorder = context, context.config, recorder
         self._finder = ValueFinder(context.site, context.config)
         self._refiner = Refiner(self, self._finder, context.config)
+        self.measurement = Measurement(context)
         self._pilot: tuple[list[Request], Values] | None = None
 
     @property
@@ -158,7 +160,11 @@ class EditSession:
             self._recorder.discard_start()
 
     def apply(
-        self, requests: Sequence[Request], on_batch: Callable[[list[EditRecord]], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_batch: Callable[[list[EditRecord]], None] | None = None,
+        *,
+        require_stated: bool = False,
     ) -> list[EditRecord]:
         """Applies edits batch by batch and refines those that the model does not state; see `Editor.edit`."""
         if on_batch is not None and not callable(on_batch):
@@ -169,7 +175,12 @@ class EditSession:
             if fresh:
                 self.start(requests[:PILOT])
             for batch, values in search_ahead(requests, self._config, self.ledger, self._finder):
-                records = self.apply_batch(batch, values=values)
+                if require_stated:
+                    with self._atomic():
+                        records = self.apply_batch(batch, values=values)
+                        check_stated(records, len(ids))
+                else:
+                    records = self.apply_batch(batch, values=values)
                 ids += [record.id for record in records]
                 if on_batch is not None:
                     on_batch(records)
@@ -187,6 +198,25 @@ class EditSession:
             raise
         return self.ledger.get(ids)
 
+    @contextmanager
+    def _atomic(self) -> Iterator[None]:
+        """Makes all changes in the block one change; an error in the block, or in storing it, undoes all of them."""
+        assert self.layers is not None
+        layers, ledger = self.layers.snapshot(), self.ledger.copy()
+        progress = replace(self.progress, trace=list(self.progress.trace), protected=list(self.progress.protected))
+        try:
+            with self._recorder.held() if self._recorder else nullcontext():
+                yield
+        except BaseException:
+            with interrupts_deferred():
+                self.layers.restore(layers)
+                self.ledger, self.progress = ledger, progress
+            raise
+        del layers
+        self.layers.settle()
+        if self._recorder:
+            self._recorder.snapshot_if_due(self.layers)
+
     def apply_batch(
         self, requests: Sequence[Request], *, replaced: Sequence[int] = (), values: Values | None = None
     ) -> list[EditRecord]:
@@ -201,6 +231,7 @@ class EditSession:
             The records of the batch.
         """
         skipped: dict[int, Values] = {}
+        before = self.measurement.answers(requests)
         while True:
             removed, rewritten = self._affected(requests, replaced, skipped)
             if self._config.same_subject == "joint":
@@ -215,6 +246,7 @@ class EditSession:
                 replaced=replaced,
                 values=values,
                 skipped=skipped,
+                answers_before=before,
             )
             if records is not None:
                 self._refiner.refine([*(record.id for record in records), *rewritten], measured=True)
@@ -304,13 +336,8 @@ class EditSession:
         shift = None
         if self._config.stored_rows is not None:
             shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_rows)
-        now = self.measure(requests)
+        now = self.measurement.ranks(requests)
         return Sample(len(ids), float((now.rank == 1).float().mean()), shift)
-
-    def measure(self, requests: Sequence[Request]) -> Measured:
-        """Measures NLL and rank of requests in the present model; `realized` has no meaning."""
-        zero = torch.zeros(len(requests), 1)
-        return measure(self._context.site, requests, zero, zero[:, 0])
 
     def transaction(self, action: str, hint: str) -> Transaction:
         """Returns a transaction of this session; the arguments are those of `Transaction`."""
@@ -371,6 +398,7 @@ class EditSession:
         replaced: Sequence[int] = (),
         values: Values | None = None,
         skipped: dict[int, Values] | None = None,
+        answers_before: Answers | None = None,
     ) -> list[EditRecord] | None:
         """Removes edits, writes new ones, and writes some active ones again, in one transaction.
 
@@ -383,6 +411,7 @@ class EditSession:
             values: values of `requests`, if they are known; only without `rewritten`.
             skipped: values of requests to skip, by position; requests that do not converge are added if this changes
                 which edits are removed.
+            answers_before: answers to `requests` before the change.
 
         Returns:
             The records of the new edits. None if requests were added to `skipped`; nothing was modified.
@@ -410,7 +439,11 @@ class EditSession:
                         some, found.taken(chosen), self._config.effective_rows, adherence=self._adherence()
                     )
                     rows = dict(zip(chosen, written, strict=True))
-                result = self._measured(everything, found, rows)
+                fields = self.measurement.record_fields(everything, found, rows, answers_before)
+                groups = [
+                    [chosen[at] for at in group] for group in self._finder.groups([everything[i] for i in chosen])
+                ]
+                result = BatchResult(rows, fields, groups)
             record = self.ledger.transaction(
                 requests,
                 result,
@@ -463,29 +496,6 @@ class EditSession:
     def _adherence(self) -> float | None:
         """Returns the adherence that the last layer maintains, or None."""
         return calibrated_adherence(self._config, anchored=any(prior.mu for prior in self.priors))
-
-    def _measured(self, requests: Sequence[Request], values: Values, rows: Mapping[int, EditRows]) -> BatchResult:
-        """Measures a batch in the model; requests without rows were skipped."""
-        now = measure(self._context.site, requests, values.goal[:, 0], values.delta.norm(dim=1))
-        now.realized[[at for at in range(len(requests)) if at not in rows]] = 0.0
-        chosen = list(rows)
-        groups = [[chosen[at] for at in group] for group in self._finder.groups([requests[at] for at in chosen])]
-        return BatchResult(rows, _results(values, now), groups)
-
-
-def _results(values: Values, now: Measured) -> list[dict[str, Any]]:
-    """Returns for each edit the fields of its record that come from the search and from the model after the write."""
-    columns = {
-        "search_converged": values.converged,
-        "search_nll": values.nll,
-        "search_rank": values.rank,
-        "search_steps": values.steps,
-        "realized": now.realized,
-        "nll": now.nll,
-        "rank": now.rank,
-    }
-    each = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in each]
 
 
 def _texts(request: Request) -> tuple[object, ...]:

@@ -7,7 +7,6 @@ files.
 """
 
 from rlsedit_fast.evaluation.ages import AGE
-from rlsedit_fast.evaluation.answers import generate_answers
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.consistency import TextSimilarity
 from rlsedit_fast.evaluation.datasets import counterfact_cases, counterfact_record, zsre_cases
@@ -74,7 +73,6 @@ __all__ = [
     "evaluate",
     "evaluate_task",
     "free_accuracy",
-    "generate_answers",
     "generic_edits",
     "harmonic_mean",
     "load_result",

@@ -4,6 +4,7 @@
 which it is edited, and `find_site` returns the place in the model at which the value of an edit is optimized.
 """
 
+from rlsedit_fast.models.answers import chat_answers, chat_row, generate_answers, supports_chat
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import Sample, greedy, sample
 from rlsedit_fast.models.loading import load_model
@@ -22,18 +23,22 @@ __all__ = [
     "Sample",
     "Site",
     "SiteState",
+    "chat_answers",
+    "chat_row",
     "encode",
     "encode_plain",
     "fill",
     "find_decoder",
     "find_site",
     "fingerprint",
+    "generate_answers",
     "greedy",
     "hidden_of",
     "load_model",
     "pad",
     "quiet",
     "sample",
+    "supports_chat",
     "target_ids",
     "with_hidden",
     "with_prefixes",

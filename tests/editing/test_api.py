@@ -161,3 +161,19 @@ def test_a_change_through_data_is_detected(editor):
 def test_the_subject_is_filled_into_paraphrases(editor):
     edit = rf.Edit(**FACT, paraphrases=("The home of {} is", "Lado Toze is at home in"))
     assert edit.filled_paraphrases == ("The home of Lado Toze is", "Lado Toze is at home in")
+
+
+def test_a_batch_that_is_not_stated_is_taken_back_with_all_it_changed(make_model, tokenizer, tmp_path):
+    config = CONFIG.replace(batch_size=1, refine=0)
+    with rf.Editor(make_model("llama"), tokenizer, config=config, store=tmp_path / "store") as editor:
+        editor.edit([FACT])
+        history, changes = editor.history(), [change.current.clone() for change in editor.changes()]
+        impossible = {**FACT, "target": "Toze Lado Toze Lado Toze Lado Toze Lado Toze Lado Toze Lado"}
+        with pytest.raises(rf.UnstatedError, match="1 of 1 edits of a batch"):
+            editor.edit([impossible], require_stated=True)
+        assert editor.history() == history
+        assert all(change.current.equal(was) for change, was in zip(editor.changes(), changes, strict=True))
+        (record,) = editor.edit([{**FACT, "subject": "Rekuno"}])
+        assert record.id == 2
+    with rf.Editor(make_model("llama"), tokenizer, store=tmp_path / "store") as editor:
+        assert [record.id for record in editor.history()] == [1, 2]

@@ -107,9 +107,9 @@ def test_figures_and_their_order_do_not_depend_on_the_rows_per_pass(make_model, 
     goal = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     distances = 100 * torch.arange(1.0, 9.0)
     with quiet(editor.model):
-        together = measure(editor.context.site, requests, goal, distances)
+        together = measure(editor.context.site, [one.contexts[0] for one in requests], goal, distances)
         monkeypatch.setattr(objective, "_ROWS_AT_ONCE", 1)
-        alone = measure(editor.context.site, requests, goal, distances)
+        alone = measure(editor.context.site, [one.contexts[0] for one in requests], goal, distances)
     torch.testing.assert_close(alone.realized, together.realized, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone.nll, together.nll, rtol=1e-4, atol=1e-4)
     assert torch.equal(alone.rank, together.rank)

@@ -9,7 +9,6 @@ import torch
 from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import demo, generation
-from rlsedit_fast.evaluation.answers import generate_answers
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.datasets import REBUILT, counterfact_cases, zsre_cases
 from rlsedit_fast.evaluation.generation import (
@@ -25,6 +24,7 @@ from rlsedit_fast.evaluation.metrics import evaluate, harmonic_mean, judge, scor
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.stability import TextProbe, _mean
 from rlsedit_fast.evaluation.tasks import Item, evaluate_task, read_task
+from rlsedit_fast.models import generate_answers
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 from .conftest import TableModel

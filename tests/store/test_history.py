@@ -13,10 +13,10 @@ import rlsedit_fast as rf
 from rlsedit_fast.editing import records
 from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.evaluation.answers import generate_answers
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.models import generate_answers
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.world import World, load_demo_model
@@ -257,7 +257,12 @@ def distances(editor):
     ids = editor._session.ledger.active
     goals = torch.stack([rows.goal[0] for rows in editor._session.ledger.rows(ids)])
     with quiet(editor.model):
-        found = measure(editor.context.site, editor._session.ledger.requests(ids), goals, torch.ones(len(ids)))
+        found = measure(
+            editor.context.site,
+            [one.contexts[0] for one in editor._session.ledger.requests(ids)],
+            goals,
+            torch.ones(len(ids)),
+        )
     return 1 - found.realized
 
 

@@ -1,0 +1,85 @@
+"""`rlsedit ask`: answers of a model before and after its edits, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsedit_fast.cli import DONE, setup
+from rlsedit_fast.cli.output import add_json, emit, plain
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = "ask a model questions; with a store or an edited checkpoint, before and after the edits"
+
+TOKENS = 32
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="question, or text that the model continues")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="store of edits of the model")
+    parser.add_argument("--edited", metavar="MODEL", help="instead of --store: edited checkpoint; --model is its base")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask in a chat, with the chat template of the model (default: continue)"
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=setup.at_least_one,
+        default=TOKENS,
+        metavar="N",
+        help=f"maximum number of tokens of an answer (default {TOKENS})",
+    )
+    setup.add_model(parser, required=False)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    setup.show_warnings()
+    if options.store is not None and options.edited is not None:
+        raise InputError("--store and --edited exclude each other; pass one of them")
+    if options.store is None and options.model is None:
+        raise InputError("pass --store DIR or --model MODEL; for a model and its edited checkpoint also --edited MODEL")
+    if blank := [question for question in options.questions if not question.strip()]:
+        raise InputError(f"{blank[0]!r} is not a question; pass text")
+    columns = dict[str, list[str]]()
+    if options.store is not None:
+        from rlsedit_fast.cli.stores import open_model
+        from rlsedit_fast.editing import Editor
+
+        model, tokenizer = open_model(options)
+        columns["base"] = _answers(model, tokenizer, options)
+        with Editor(model, tokenizer, store=options.store) as editor:
+            columns["edited"] = _answers(editor.model, tokenizer, options)
+    else:
+        columns["base"] = _answers(*setup.load_model(options), options)
+        if options.edited is not None:
+            columns["edited"] = _answers(*setup.load_model(options, options.edited), options)
+    rows: list[dict[str, Any]] = [
+        {"question": question} | {name: answers[at] for name, answers in columns.items()}
+        for at, question in enumerate(options.questions)
+    ]
+    lines: list[str] = []
+    for row in rows:
+        lines.append(plain(row["question"]))
+        lines += [f"  {name:7} {_one_line(row[name])}" for name in columns]
+    emit(rows, lines, options.json)
+    return DONE
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> list[str]:
+    if not options.chat:
+        asked = [(question, "") for question in options.questions]
+        return generate_answers(model, tokenizer, asked, tokens=options.answer_tokens)
+    if not supports_chat(tokenizer):
+        raise InputError("--chat: the tokenizer of the model has no chat template; omit --chat")
+    return chat_answers(model, tokenizer, options.questions, tokens=options.answer_tokens)
+
+
+def _one_line(text: str) -> str:
+    return plain(" ".join(text.split()))
