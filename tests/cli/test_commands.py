@@ -276,7 +276,7 @@ def test_failing_export_does_not_prevent_others(edit, workdir, monkeypatch, caps
     output = capsys.readouterr()
     assert "4 of 4 edits applied" in output.out
     assert "--out out: not written or incomplete: unexpected OSError: [Errno 28] No space left on device" in output.err
-    assert "`rlsedit edit --store edits`" in output.err
+    assert "`rlsedit export --store edits`" in output.err
     report = read(workdir / "report.json")
     assert (report["made"], report["files"]) == (4, ["delta: edits.delta"])
     assert "No space left" in report["not_written"][0]
@@ -537,7 +537,7 @@ def test_edits_not_stated_by_the_model_are_listed(edit, workdir, capsys, evaluat
     assert report["not_stated"] == failed
     assert 0 < len(failed) < 12
     assert report["made"] == 12
-    assert f"the model states the target of {12 - len(failed)} of 12 edits; not of {len(failed)}: {failed[0]}" in shown
+    assert f"the model states {12 - len(failed)} targets, {len(failed)} not: {failed[0]}" in shown
     assert "raise --adherence" in shown
     assert "after" in report or evaluation
     if not evaluation:

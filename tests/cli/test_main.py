@@ -76,7 +76,7 @@ def test_hint_survives_pickling(hint):
     ("command", "message"),
     [
         (["show", "--model", "m", "--prompt", "{} is"], "rlsedit show: error: pass either --prompt"),
-        (["export", "--model", "m", "--edited", "n"], "rlsedit export: error: no output given; pass --delta FILE"),
+        (["export", "--model", "m", "--edited", "n"], "rlsedit export: error: no output given; pass --out DIR"),
         (["show", "--model", "m", "--edits", "bad.jsonl"], "or pass --skip-bad to skip them"),
     ],
 )

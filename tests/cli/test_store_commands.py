@@ -225,7 +225,7 @@ def test_control_characters_are_escaped(workdir, capsys):
     assert main(["history", "--store", "edits"]) == 0
     shown = capsys.readouterr().out
     assert f"{PEOPLE[0].name} lives\\x1b[2J in\\u202e -> Port\\nAlder" in shown
-    assert len(shown.splitlines()) == 2
+    assert len(shown.splitlines()) == 3
 
 
 def test_other_and_missing_models_are_rejected(one_edit, workdir, capsys):
