@@ -236,32 +236,32 @@ class EditSession:
             return
         with self.transaction("protecting prompts", "protect fewer prompts, or edit fewer layers") as transaction:
             rows = self.layers.protect(keys, weight)
-            change = self._recorder.protection(rows, texts) if self._recorder else None
-            transaction.commit(change, lambda: self.progress.protected.extend(texts))
+            transaction.commit(
+                lambda recorder: recorder.protection(rows, texts), lambda: self.progress.protected.extend(texts)
+            )
 
     def rebuild(self) -> None:
         """Rebuilds every layer in float64 at the present keys of the active edits."""
         assert self.layers is not None
-        active = self.ledger.active
+        layers, active = self.layers, self.ledger.active
         self.check_stored("rebuild the layers from", active)
         with self.transaction("rebuilding the layers", "edit fewer layers") as transaction:
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)
-                rows = self.layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
+                rows = layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
             else:
-                self.layers.rebuild([])
+                layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
-            point = Point(len(active), self.layers.objective)
-            change = None
-            if self._recorder:
-                change = self._recorder.rebuild(self.ledger, rows, self.layers.protected, progress, point)
+            point = Point(len(active), layers.objective)
 
             def enter() -> None:
                 self.ledger.set_rows(dict(zip(active, rows, strict=True)))
                 self._advance(progress, point)
 
-            transaction.commit(change, enter)
+            transaction.commit(
+                lambda recorder: recorder.rebuild(self.ledger, rows, layers.protected, progress, point), enter
+            )
 
     def refine(self) -> None:
         """Refines the active edits that the model does not state."""
@@ -272,13 +272,12 @@ class EditSession:
         assert self.layers is not None
         progress = replace(self.progress, writes=self.progress.writes + bool(rows))
         point = Point(len(self.ledger.active), self.layers.objective)
-        change = self._recorder.revision(records, rows, progress, point) if self._recorder else None
 
         def enter() -> None:
             self.ledger.revise(records, rows)
             self._advance(progress, point)
 
-        transaction.commit(change, enter)
+        transaction.commit(lambda recorder: recorder.revision(records, rows, progress, point), enter)
 
     def status(self, budget: float, sample: int) -> Status:
         """Returns the status; see `Editor.status`."""
@@ -428,13 +427,12 @@ class EditSession:
             )
             added = sum(one.state == "active" for one in record.records)
             point = Point(len(self.ledger.active) + added - len(removed), self.layers.objective)
-            change = self._recorder.edit(record, progress, point) if self._recorder else None
 
             def enter() -> None:
                 self.ledger.enter(record)
                 self._advance(progress, point)
 
-            transaction.commit(change, enter)
+            transaction.commit(lambda recorder: recorder.edit(record, progress, point), enter)
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers)
         return self.ledger.get([one.id for one in record.records])
