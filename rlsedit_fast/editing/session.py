@@ -18,7 +18,7 @@ from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.objective import Measured, measure
 from rlsedit_fast.editing.persistence import Recorder
-from rlsedit_fast.editing.priors import Pilot, choose_priors, needs_pilot
+from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
@@ -80,6 +80,11 @@ class EditSession:
         waiting = self.waiting if self.layers is None else []
         return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
+    @property
+    def used_moments(self) -> list[Tensor] | None:
+        """The moments of the anchors; None if `mu = 0`, which gives the anchors no weight."""
+        return None if self._config.prior.mu == 0 else self.moments
+
     def recover(self) -> None:
         """Restores the edits of the store.
 
@@ -97,7 +102,7 @@ class EditSession:
         distinct = list({request.subject_key or request.prompt_key: request for request in requests}.values())
         values = self._finder.find(distinct)
         self._pilot = distinct, values
-        return Pilot(self._context, self._used_moments(), distinct, values)
+        return Pilot(self._context, self.used_moments, distinct, values)
 
     def start(self, requests: Sequence[Request]) -> None:
         """Chooses the priors, with the requests as pilot if necessary, and creates the states of the layers.
@@ -108,14 +113,15 @@ class EditSession:
         """
         config = self._config
         check_memory(self._context.memory())
-        anchored = self._used_moments() is not None
+        anchored = self.used_moments is not None
         if not anchored:
             logger.warning(
                 "no anchors: only the weight change is penalized; pass text whose outputs should be preserved to "
                 "Editor.anchor"
             )
-        pilot = self.pilot(requests) if needs_pilot(config, anchored=anchored) else None
-        priors = choose_priors(config, self.moments, len(self._context.layers), pilot)
+        calibrated = calibrated_adherence(config, anchored=anchored) is not None
+        pilot = self.pilot(requests) if calibrated else None
+        priors = choose_priors(config, self.used_moments, len(self._context.layers), pilot)
         del pilot  # its factors take memory that the states need
         layers = EditedLayers(
             self._context.site,
@@ -281,13 +287,12 @@ class EditSession:
 
     def status(self, budget: float, sample: int) -> Status:
         """Returns the status; see `Editor.status`."""
-        anchored = any(prior.mu for prior in self.priors)
         return assess(
             self.ledger.records,
             self.progress.trace,
             layer_statuses(self.edited, self.norms),
             batches=self.progress.batches,
-            adherence=calibrated_adherence(self._config, anchored=anchored),
+            adherence=self._adherence(),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
             sample=self._sample(sample) if sample and self.layers else None,
@@ -325,9 +330,6 @@ class EditSession:
                 "modified",
                 hint="use an editor with stored_rows='full' or 'fp16'",
             )
-
-    def _used_moments(self) -> list[Tensor] | None:
-        return None if self._config.prior.mu == 0 else self.moments
 
     def _advance(self, progress: Progress, point: Point) -> None:
         self.progress = progress
