@@ -226,7 +226,7 @@ class Editor:
                 is invalid.
         """
         if reason := invalid_weight(weight):
-            raise InputError(reason)
+            raise InputError(f"weight: {reason}")
         self._check_attached()
         texts = list(each_text(prompts))
         with quiet(self.model):

@@ -21,7 +21,6 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
-from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.statistics import KeyStatistics, collect
 from rlsedit_fast.statistics.sources import GivenTexts
 
@@ -200,7 +199,7 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
     efficacy, generalization, specificity = list[float](), list[float](), list[float]()
     nll, paraphrase_nll, scores = list[float](), list[float](), list[float]()
     for edit in edits:
-        edited = answers.scores[fill(edit.prompt, edit.subject)[0], edit.target]
+        edited = answers.scores[edit.filled_prompt, edit.target]
         other = [answers.scores[prompt, edit.target] for prompt in edit.filled_paraphrases]
         kept = [float(answers.next_tokens[prompt] == before.next_tokens[prompt]) for prompt in edit.neighborhood]
         parts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -161,3 +162,16 @@ def test_a_change_through_data_is_detected(editor):
 def test_the_subject_is_filled_into_paraphrases(editor):
     edit = rf.Edit(**FACT, paraphrases=("The home of {} is", "Lado Toze is at home in"))
     assert edit.filled_paraphrases == ("The home of Lado Toze is", "Lado Toze is at home in")
+    spaced = replace(edit, subject=" Lado Toze ", prompt="Today Lado Toze lives in")
+    assert spaced.filled_paraphrases == edit.filled_paraphrases
+    assert spaced.filled_prompt == "Today Lado Toze lives in"
+    with pytest.raises(RequestError, match="exactly once"):
+        editor.edit([replace(edit, paraphrases=("{} and {} live in",))])
+
+
+@pytest.mark.parametrize("field", ["paraphrases", "neighborhood"])
+@pytest.mark.parametrize("wrong", [None, 3, "Lado Toze is at home in", {"Lado Toze is at home in"}])
+def test_texts_of_the_evaluation_are_a_list_or_a_tuple(editor, field, wrong):
+    with pytest.raises(RequestError, match=f"edit 0: {field}=.*: expected a tuple of strings"):
+        editor.edit([{**FACT, field: wrong}])
+    assert editor.context.find_invalid([{**FACT, field: ["Veta lives in"]}]) == {}
