@@ -219,13 +219,11 @@ def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -
 
 def decode_snapshot(snapshot: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
     """Returns the saved state of each layer that `Recorder.snapshot` wrote."""
-    return [
-        Saved(
-            **{name: tensors[f"{at}.{name}"] for name in _SAVED_TENSORS},
-            **{name: about[name] for name in _SAVED_NUMBERS},
-        )
-        for at, about in enumerate(snapshot.about["layers"])
-    ]
+    found = []
+    for at, about in enumerate(snapshot.about["layers"]):
+        contents: dict[str, Any] = {name: tensors[f"{at}.{name}"] for name in _SAVED_TENSORS}
+        found.append(Saved(**contents, **{name: about[name] for name in _SAVED_NUMBERS}))
+    return found
 
 
 def decode_transaction(entry: Entry) -> TransactionRecord:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from rlsedit_fast.editing.config import EditConfig, PriorConfig
@@ -200,6 +199,8 @@ class Pilot:
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
         """Returns the mu at which the closed form gives the adherence, or almost the maximum; and that fraction."""
+        from scipy.optimize import brentq  # slow to import
+
         layers = self._under(None)
         grams = [
             layer.project(rows_of_contexts(key, self._key_rows)).gram
@@ -314,6 +315,8 @@ def _next_point(points: Sequence[tuple[float, float]], aim: float) -> float:
 
 def _mu_with_lam(prior: PriorConfig, moments: Sequence[Tensor], pilot: Pilot) -> float:
     """Returns the mu at which the pilot realizes the adherence with a given lam."""
+    from scipy.optimize import brentq
+
     lam = prior.lam
     assert lam is not None
     scale = lam / math.sqrt(float(moments[0].diagonal().double().mean())) or 1.0
