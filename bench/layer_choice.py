@@ -44,9 +44,9 @@ SEEDS = 4
 def paraphrased_edits(path: Path, count: int) -> list[Edit]:
     """Returns the first edits with different subjects whose paraphrases are genuine.
 
-    Three quarters of the rephrased prompts in EasyEdit's CounterFact are generation prompts of the original data set,
-    such as "The best restaurants around {} include" for "{} is located in the country of", which the target does not
-    complete. A paraphrase counts as genuine if it ends with a prompt template of the file.
+    Many of the rephrased prompts in EasyEdit's CounterFact are generation prompts of the original data set, such as
+    "The best restaurants around {} include" for "{} is located in the country of", which the target does not complete.
+    A paraphrase counts as genuine if it ends with a prompt template of the file: 2,342 of the 10,000 first ones do.
     """
     edits = read_edits(path).edits
     templates = {_template(edit.prompt, edit.subject) for edit in edits}

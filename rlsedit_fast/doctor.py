@@ -21,7 +21,7 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.ops import cuda, dispatch
 
 BUILD_FACTS = Path(__file__).parent / "ops" / "_build.json"
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "scipy")
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Atomic file writes, and safetensors files with typed metadata."""
+"""Atomic file writes, safetensors files with typed metadata, and JSON files of the user."""
 
 from __future__ import annotations
 
@@ -122,6 +122,23 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
         except (KeyError, ValueError) as error:
             raise damaged(path, f"its metadata cannot be read ({error})", advice) from error
         yield Described(file, about, sums)
+
+
+def read_json(path: Path, expected: str, named: str | None = None) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: the file.
+        expected: what it should contain, for the error message.
+        named: name of the file in the error message; by default its path.
+
+    Raises:
+        InputError: the file cannot be read or is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{named or path}: cannot be read as JSON ({error}); expected {expected}") from error
 
 
 def damaged(path: str | Path, why: str, advice: str) -> InputError:

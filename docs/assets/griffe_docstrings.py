@@ -30,7 +30,7 @@ from griffe import (
 )
 
 _EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
-_SETTINGS = "_Settings"
+_SETTINGS = "Settings"
 """Base class of the settings."""
 
 

@@ -48,8 +48,8 @@ def on_page_content(content: str, *, page: Any, **_: Any) -> str:
         mathml = convert(found[1].strip(), display="block" if formula[1] == "div" else "inline")
         if _UNKNOWN.search(mathml):
             raise ValueError(f"{page.file.src_uri}: latex2mathml does not support the formula {given}")
-        for given, wanted in _SPACING:
-            mathml = mathml.replace(given, wanted)
+        for plain, spaced in _SPACING:
+            mathml = mathml.replace(plain, spaced)
         return f'<div class="formula">{mathml}</div>' if formula[1] == "div" else mathml
 
     return _FORMULA.sub(rendered, content)

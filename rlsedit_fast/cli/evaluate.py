@@ -14,6 +14,7 @@ from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.editing.presets import GENERIC
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import read_json
 
 HELP = "compare editing rules on streams of edits, on the demo model or on any model with CounterFact, zsRE or MQuAKE"
 
@@ -263,7 +264,7 @@ def _changes(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     expected = 'a JSON object of objects such as {"rome": {"lam": 1}}'
-    given = setup.read_json("--rule-settings", path, expected)
+    given = read_json(path, expected, f"--rule-settings {path}")
     if not isinstance(given, dict) or not all(isinstance(fields, dict) for fields in given.values()):
         raise InputError(f"--rule-settings {path}: expected {expected}")
     if wrong := sorted({*given} - {*RULES}):

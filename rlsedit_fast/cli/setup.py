@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rlsedit_fast.baselines import RULES
 from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor
+from rlsedit_fast.editing.config import load_settings
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
 from rlsedit_fast.editing.recovery import read_settings
 from rlsedit_fast.errors import InputError
@@ -166,7 +166,7 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a setting is unknown or has an invalid value.
     """
-    changes: dict[str, Any] = _read_config(options.config) if options.config else {}
+    changes = load_settings(options.config, f"--config {options.config}") if options.config else {}
     for option, (group, setting) in _OPTIONS.items():
         if (value := getattr(options, option, None)) is None:
             continue
@@ -248,29 +248,6 @@ def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None 
 def show_warnings() -> None:
     """Prints warnings of the package to stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-
-
-def read_json(option: str, path: Path, expected: str) -> Any:
-    """Reads a JSON file given by an option.
-
-    Raises:
-        InputError: the file cannot be read or is not valid JSON; the message states what is expected.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: cannot be read as JSON ({error}); expected {expected}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    given = read_json("--config", path, "a JSON object with fields of EditConfig")
-    if not isinstance(given, dict):
-        raise InputError(f"--config {path}: expected a JSON object with fields of EditConfig, got {given!r:.40}")
-    try:
-        EditConfig(**given)
-    except InputError as error:
-        raise InputError(f"--config {path}: {error.message}", error.hint) from None
-    return given
 
 
 def _layers(text: str) -> tuple[int, ...]:

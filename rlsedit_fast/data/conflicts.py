@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlsedit_fast.data.edits import Edit, normalized
+from rlsedit_fast.data.edits import Edit, normalized, prompt_key
 from rlsedit_fast.errors import InputError, RequestError, listed
-from rlsedit_fast.models.tokens import fill
 
 Conflicts = Literal["later", "first", "keep", "error"]
 """Rules of `resolve`.
@@ -129,7 +128,7 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
         raise InputError(f"{len(places)} places for {len(edits)} edits: expected one each")
     by_prompt: dict[object, list[int]] = defaultdict(list)
     for index, edit in enumerate(edits):
-        by_prompt[_prompt_key(edit, index)].append(index)
+        by_prompt[_key(edit, index)].append(index)
     duplicates: list[tuple[int, int]] = []
     contradictions: list[tuple[int, int]] = []
     for group in by_prompt.values():
@@ -183,12 +182,12 @@ def _compare(
     return duplicates, contradictions
 
 
-def _prompt_key(edit: Edit, index: int) -> object:
+def _key(edit: Edit, index: int) -> object:
     """Returns the normalized filled prompt, or the index if the prompt cannot be filled."""
     if not _is_valid(edit):
         return index
     try:
-        return normalized(fill(edit.prompt, edit.subject)[0])
+        return prompt_key(edit)
     except RequestError:
         return index
 

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models.tokens import fill
 
 WEIGHT_RANGE = 1e-30, 1e30
 """Range of edit weights. A weight is stored in float32 together with its inverse and its products with keys."""
@@ -47,13 +48,21 @@ class Edit:
 
     @property
     def filled_prompt(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        """The prompt with the subject filled in, see `models.fill`.
+
+        Raises:
+            RequestError: the prompt does not contain the subject, or has several `{}`.
+        """
+        return fill(self.prompt, self.subject)[0]
 
     @property
     def filled_paraphrases(self) -> tuple[str, ...]:
-        """The paraphrases with the subject filled in."""
-        return tuple(text.replace("{}", self.subject) for text in self.paraphrases)
+        """The paraphrases with the subject in place of `{}`, see `models.fill`; those without `{}` are unchanged.
+
+        Raises:
+            RequestError: a paraphrase has several `{}`.
+        """
+        return tuple(fill(text, self.subject)[0] if "{}" in text else text for text in self.paraphrases)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""
@@ -78,12 +87,21 @@ class Edit:
         return cls(**given)
 
 
+def prompt_key(edit: Edit) -> str:
+    """Returns the normalized filled prompt, which is equal for edits with the same prompt.
+
+    Raises:
+        RequestError: see `Edit.filled_prompt`.
+    """
+    return normalized(edit.filled_prompt)
+
+
 def invalid_weight(weight: object) -> str | None:
-    """Returns why a weight is invalid, or None."""
+    """Returns what is expected instead of an invalid weight, or None."""
     least, most = WEIGHT_RANGE
     if isinstance(weight, int | float) and not isinstance(weight, bool) and least <= weight <= most:
         return None
-    return f"weight={weight!r:.60}: expected a number from {least:g} to {most:g}; the default is 1"
+    return f"expected a number from {least:g} to {most:g}, got {weight!r:.60}; the default is 1"
 
 
 def normalized(text: str) -> str:

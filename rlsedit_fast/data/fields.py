@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence, Set
 from difflib import get_close_matches
 from typing import Any
 
+from rlsedit_fast.data.edits import invalid_weight
 from rlsedit_fast.data.source import DuplicateKeys
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import fill
@@ -85,14 +85,14 @@ class Fields:
         return None
 
     def weight(self, name: str) -> float:
-        """Returns an optional positive number, 1 if absent."""
+        """Returns an optional weight of an edit, 1 if absent."""
         value = self._take(name)
         if value is None:
             return 1.0
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
-            return float(value)
-        self.problem(name, f"expected a finite number above 0, got {_shown(value)}")
-        return 1.0
+        if reason := invalid_weight(value):
+            self.problem(name, reason)
+            return 1.0
+        return float(value)
 
     def span(self, name: str, text: str) -> tuple[int, int] | None:
         """Returns an optional `[start, stop]`, character positions in `text`."""

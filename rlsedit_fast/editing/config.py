@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rlsedit_fast import baselines
 from rlsedit_fast.editing.presets import published
+from rlsedit_fast.editing.settings import Settings
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import read_json
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
@@ -65,46 +66,8 @@ _Layers = Annotated[tuple[_Index, ...], BeforeValidator(_to_tuple), AfterValidat
 _Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_prefixes)]
 _KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
-_Self = TypeVar("_Self", bound="_Settings")
 
-
-class _Settings(BaseModel):
-    """Validated, immutable settings; an invalid value raises InputError that names the setting."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False)
-
-    if not TYPE_CHECKING:  # type checkers use the signature that pydantic derives from the fields
-
-        def __init__(self, **settings: Any) -> None:
-            try:
-                super().__init__(**settings)
-            except ValidationError as error:
-                raise InputError(_describe(error, type(self))) from None
-
-    def replace(self: _Self, **changes: Any) -> _Self:
-        """Returns a copy with changed settings. A dict changes single settings of a group.
-
-        Raises:
-            InputError: a setting is unknown or invalid.
-
-        Example:
-            >>> from rlsedit_fast import EditConfig
-            >>> EditConfig().replace(batch_size=10, prior={"adherence": 0.9}).prior.adherence
-            0.9
-        """
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        for name, value in changes.items():
-            group = values.get(name)
-            if isinstance(group, _Settings) and isinstance(value, Mapping):
-                try:
-                    value = group.replace(**value)
-                except InputError as error:
-                    raise InputError(f"{name}: {error.message}", error.hint) from None
-            values[name] = value
-        return type(self)(**values)
-
-
-class ContextConfig(_Settings):
+class ContextConfig(Settings):
     """Contexts of an edit: prefixes before the prompt, for which the edit is searched and written.
 
     Attributes:
@@ -133,7 +96,7 @@ class ContextConfig(_Settings):
     bare_weight: _Fraction = 0.5
 
 
-class PriorConfig(_Settings):
+class PriorConfig(Settings):
     """Strength of the penalties on the weight change and on changed outputs on the anchors.
 
     Attributes:
@@ -158,7 +121,7 @@ class PriorConfig(_Settings):
     ridge: _NonNegative = 0.01
 
 
-class LossConfig(_Settings):
+class LossConfig(Settings):
     """The published loss of MEMIT's value search, minimized by `adam` and `normalized`.
 
     Attributes:
@@ -175,7 +138,7 @@ class LossConfig(_Settings):
     weight_decay: _NonNegative = 0.5
 
 
-class ValueSearchConfig(_Settings):
+class ValueSearchConfig(Settings):
     """Search of the value of an edit: the hidden state at the edited token with which the model states the target.
 
     Attributes:
@@ -241,7 +204,7 @@ class ValueSearchConfig(_Settings):
         return self.learning_rate or LEARNING_RATES[self.optimizer]
 
 
-class EditConfig(_Settings):
+class EditConfig(Settings):
     """Settings of an `Editor`.
 
     Groups accept an object or a dict. Some names of peft and of MEMIT's hyperparameter files are accepted as well:
@@ -333,6 +296,10 @@ class EditConfig(_Settings):
             raise InputError(f"refine={self.refine} requires stored rows, and stored_rows is None; change one of them")
         return self
 
+    def __hash__(self) -> int:
+        """Hashes all settings but `rule_options`, which is a dict."""
+        return hash(tuple(getattr(self, name) for name in type(self).model_fields if name != "rule_options"))
+
     @property
     def effective_rows(self) -> KeyRows:
         """`contexts.rows`, or its default for the rule."""
@@ -384,7 +351,7 @@ class EditConfig(_Settings):
         return cls(**published(name)).replace(**changes)
 
     def replace(self, **changes: Any) -> EditConfig:
-        """See `_Settings.replace`; accepts the names of peft and MEMIT as well."""
+        """See `Settings.replace`; accepts the names of peft and MEMIT as well."""
         return super().replace(**_expanded(changes))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -400,19 +367,31 @@ class EditConfig(_Settings):
         Raises:
             InputError: the file cannot be read, or a setting is unknown or invalid.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{file}: cannot be read as JSON ({error}); expected a JSON object with fields of EditConfig"
-            ) from error
-        if not isinstance(settings, dict):
-            raise InputError(f"{file}: expected a JSON object with fields of EditConfig, got {settings!r:.40}")
-        try:
-            return cls(**settings)
-        except InputError as error:
-            raise InputError(f"{file}: {error.message}", error.hint) from None
+        return cls(**load_settings(Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)))
+
+
+def load_settings(file: Path, named: str | None = None) -> dict[str, Any]:
+    """Reads a JSON file with settings of `EditConfig` and checks them.
+
+    Args:
+        file: the file.
+        named: name of the file in error messages; by default its path.
+
+    Returns:
+        The settings that the file contains; names of peft and MEMIT are replaced by those of `EditConfig`.
+
+    Raises:
+        InputError: the file cannot be read, or a setting is unknown or invalid.
+    """
+    named, expected = named or str(file), "a JSON object with fields of EditConfig"
+    settings = read_json(file, expected, named)
+    if not isinstance(settings, dict):
+        raise InputError(f"{named}: expected {expected}, got {settings!r:.40}")
+    try:
+        EditConfig(**settings)
+    except InputError as error:
+        raise InputError(f"{named}: {error.message}", error.hint) from None
+    return _expanded(settings)
 
 
 _NAMES = {
@@ -455,43 +434,8 @@ def _group(settings: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Returns a nested group as a dict that is part of `settings`."""
     for name in names:
         group = settings.get(name, {})
-        if isinstance(group, _Settings):
+        if isinstance(group, Settings):
             group = {field: getattr(group, field) for field in group.model_fields_set}
         settings[name] = dict(group)
         settings = settings[name]
     return settings
-
-
-def _describe(error: ValidationError, settings: type[_Settings]) -> str:
-    """Formats the errors of a validation: name, given value, expected values."""
-    return "; ".join(_describe_one(dict(one), settings) for one in error.errors(include_url=False))
-
-
-def _describe_one(one: dict[str, Any], settings: type[_Settings]) -> str:
-    name = ".".join(map(str, one["loc"]))
-    cause = one.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        group = name in settings.model_fields and isinstance(settings.model_fields[name].default, _Settings)
-        return f"{name}: {cause}" if group else str(cause)
-    if one["type"] == "extra_forbidden":
-        return _unknown(name, settings)
-    limits = {"greater_than_equal": "a number of at least {ge:g}", "greater_than": "a number above {gt:g}"}
-    limits |= {"less_than": "a number below {lt:g}"}
-    expected = limits[one["type"]].format(**one["ctx"]) if one["type"] in limits else one["msg"]
-    expected = expected.removeprefix("Input should be ")
-    return f"{name}={one['input']!r:.80}: expected {expected}"
-
-
-def _unknown(name: str, settings: type[_Settings]) -> str:
-    """States that a setting is unknown, and where a setting with this or a similar name is."""
-    places: dict[str, str] = {}
-    for field, about in settings.model_fields.items():
-        places[field] = field
-        group = about.default
-        if isinstance(group, _Settings):
-            for inner in type(group).model_fields:
-                places.setdefault(inner, f"{field}={{{inner!r}: ...}}")
-    if name in places:
-        return f"unknown setting {name!r}; it belongs to a group: {places[name]}"
-    near = get_close_matches(name, list(places), n=1)
-    return f"unknown setting {name!r}; {f'did you mean {places[near[0]]}?' if near else 'see EditConfig'}"

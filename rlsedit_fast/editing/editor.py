@@ -226,7 +226,7 @@ class Editor:
                 is invalid.
         """
         if reason := invalid_weight(weight):
-            raise InputError(reason)
+            raise InputError(f"weight: {reason}")
         self._check_attached()
         texts = list(each_text(prompts))
         with quiet(self.model):
@@ -267,8 +267,7 @@ class Editor:
         self._check_not_started("assess")
         with quiet(self.model):
             pilot = self._session.pilot(self.context.prepare(edits))
-            moments = None if self.config.prior.mu == 0 else self._session.moments
-            return tabulate(self.config, moments, pilot, adherences)
+            return tabulate(self.config, self._session.used_moments, pilot, adherences)
 
     def edit(
         self,

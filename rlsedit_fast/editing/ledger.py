@@ -9,11 +9,11 @@ from datetime import datetime
 from numbers import Integral
 from typing import Any
 
-from rlsedit_fast.data.edits import Edit, normalized
+from rlsedit_fast.data.edits import Edit, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.records import EditRecord, EditState
-from rlsedit_fast.editing.requests import Request, prompt_key, subject_key
+from rlsedit_fast.editing.requests import Request, subject_key
 from rlsedit_fast.errors import InputError
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"

@@ -25,7 +25,7 @@ from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior, RLSState
+from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.rounding import packed, unpacked
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
@@ -44,7 +44,8 @@ FIXED = (
 )
 """Settings that hold for all edits of a store. Others may change between edits."""
 
-_SAVED = ("weight", "base", "pending", "signs", "image")
+_SAVED_TENSORS = ("weight", "base", "pending", "signs", "image")
+_SAVED_NUMBERS = ("floor", "objective", "edits")
 
 
 def open_store(
@@ -73,9 +74,9 @@ def open_store(
         return None, config or EditConfig()
     store = Store(directory)
     try:
-        about, found = store.about, fingerprint(model)
-        settings = settings_of(about, config)
-        if found != about["fingerprint"]:
+        about = store.about
+        settings = settings_of(about, config)  # before the fingerprint, which reads all weights
+        if (found := fingerprint(model)) != about["fingerprint"]:
             raise StoreError(
                 f"the store {str(directory)!r} was created with the model {about['fingerprint'][:16]} "
                 f"({about['model'] or 'no path recorded'}), and this model is {found[:16]} (weights, dtype or config "
@@ -215,6 +216,15 @@ def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -
     if f"{name}.exponents" in tensors:
         rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
     return rows
+
+
+def decode_snapshot(snapshot: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
+    """Returns the saved state of each layer that `Recorder.snapshot` wrote."""
+    found = []
+    for at, about in enumerate(snapshot.about["layers"]):
+        contents: dict[str, Any] = {name: tensors[f"{at}.{name}"] for name in _SAVED_TENSORS}
+        found.append(Saved(**contents, **{name: about[name] for name in _SAVED_NUMBERS}))
+    return found
 
 
 def decode_transaction(entry: Entry) -> TransactionRecord:
@@ -419,16 +429,9 @@ class Recorder:
             saved, health = state.saved(), state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does this.", state.name, health.advice)
-            about.append(
-                {
-                    "floor": saved.floor,
-                    "objective": saved.objective,
-                    "edits": saved.edits,
-                    "monitor": asdict(health),
-                    "deviation": state.deviation(),
-                }
-            )
-            tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED}
+            numbers = {name: getattr(saved, name) for name in _SAVED_NUMBERS}
+            about.append(numbers | {"monitor": asdict(health), "deviation": state.deviation()})
+            tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED_TENSORS}
         self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
 
     def _encoded(self, rows: Sequence[EditRows]) -> dict[str, Tensor]:

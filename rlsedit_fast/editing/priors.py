@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from rlsedit_fast.editing.config import EditConfig, PriorConfig
@@ -58,32 +57,24 @@ class Tradeoff:
     leakage: list[float]
 
 
-def needs_pilot(config: EditConfig, *, anchored: bool) -> bool:
-    """Returns whether mu or lam must be found with a pilot."""
-    prior = config.prior
-    return (prior.mu is None or prior.lam is None) if anchored and prior.mu != 0 else prior.lam is None
-
-
 def choose_priors(
     config: EditConfig, moments: Sequence[Tensor] | None, layers: int, pilot: Pilot | None
 ) -> list[Prior]:
     """Returns the prior of each layer.
 
-    Without anchors, or with mu = 0, lam is calibrated unless given. Otherwise mu is, and lam follows from `ridge`.
+    Without anchors lam is calibrated unless given. Otherwise mu is, and lam follows from `ridge`.
 
     Args:
         config: settings of the editor.
-        moments: `E[k k^T] [d_k, d_k]` per layer, or None without anchors.
+        moments: `E[k k^T] [d_k, d_k]` per layer, or None without anchors; see `EditSession.used_moments`.
         layers: number of edited layers.
-        pilot: the pilot, with the same moments; None if nothing is calibrated.
+        pilot: the pilot, with the same moments; None if nothing is calibrated, see `calibrated_adherence`.
 
     Raises:
         InputError: mu is given and there are no anchors, or lam is given and no mu gives the adherence.
     """
     prior = config.prior
-    if prior.mu == 0:
-        moments = None
-    elif moments is None and prior.mu is not None:
+    if moments is None and prior.mu:
         raise InputError(
             f"mu={prior.mu} requires anchors, and there are none",
             hint="pass --text, --statistics or --self-generate (Python: Editor.anchor(texts))",
@@ -208,6 +199,8 @@ class Pilot:
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
         """Returns the mu at which the closed form gives the adherence, or almost the maximum; and that fraction."""
+        from scipy.optimize import brentq  # slow to import
+
         layers = self._under(None)
         grams = [
             layer.project(rows_of_contexts(key, self._key_rows)).gram
@@ -322,6 +315,8 @@ def _next_point(points: Sequence[tuple[float, float]], aim: float) -> float:
 
 def _mu_with_lam(prior: PriorConfig, moments: Sequence[Tensor], pilot: Pilot) -> float:
     """Returns the mu at which the pilot realizes the adherence with a given lam."""
+    from scipy.optimize import brentq
+
     lam = prior.lam
     assert lam is not None
     scale = lam / math.sqrt(float(moments[0].diagonal().double().mean())) or 1.0

@@ -23,6 +23,7 @@ from rlsedit_fast.editing.persistence import (
     decode_edit,
     decode_revision,
     decode_rows,
+    decode_snapshot,
     decode_transaction,
     settings_of,
 )
@@ -151,7 +152,7 @@ class _Recovery:
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
         snapshot, tensors = next(self._store.snapshots(), (None, {}))
         reached = snapshot.seq if snapshot else 0
-        saved = _saved(snapshot, tensors) if snapshot else None
+        saved = decode_snapshot(snapshot, tensors) if snapshot else None
         active = _active([entry for entry in entries if entry.seq <= reached])
         layers = self._start(entries[0], saved)
         _restore_progress(self._progress, entries[0])
@@ -295,22 +296,6 @@ def _enter_history(ledger: Ledger, entry: Entry, rows: Mapping[int, EditRows]) -
     for text in entry.about["history"]:
         edit, record = decode_edit(text)
         ledger.enter_one(edit, record, rows.get(record.id))
-
-
-def _saved(entry: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
-    return [
-        Saved(
-            weight=tensors[f"{at}.weight"],
-            base=tensors[f"{at}.base"],
-            pending=tensors[f"{at}.pending"],
-            signs=tensors[f"{at}.signs"],
-            image=tensors[f"{at}.image"],
-            floor=about["floor"],
-            objective=about["objective"],
-            edits=about["edits"],
-        )
-        for at, about in enumerate(entry.about["layers"])
-    ]
 
 
 def _restore_progress(progress: Progress, entry: Entry) -> None:

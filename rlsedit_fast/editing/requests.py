@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.data.edits import Edit, invalid_weight, normalized
+from rlsedit_fast.data.edits import Edit, invalid_weight, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import RequestError, listed
-from rlsedit_fast.models.tokens import Row, encode, encode_plain, fill
+from rlsedit_fast.models.tokens import Row, encode, encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,14 +114,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; pass the text that the model should state")
     if reason := invalid_weight(edit.weight):
-        raise RequestError(reason)
-    for field in ("paraphrases", "neighborhood"):
-        if isinstance(getattr(edit, field), str):
-            raise RequestError(
-                f"{field}={getattr(edit, field)!r}: expected a tuple of strings; put one text in a tuple"
-            )
-        for text in getattr(edit, field):
-            _check_evaluated(tokenizer, field, text, edit.target, longest)
+        raise RequestError(f"weight: {reason}")
+    _check_evaluated(tokenizer, edit, longest)
     contexts = tuple(
         encode(
             tokenizer,
@@ -151,29 +145,25 @@ def _check_characters(field: str, text: str) -> None:
         raise RequestError(f"{field}={text!r:.80} contains half a character (a lone surrogate); correct the text")
 
 
-def _check_evaluated(
-    tokenizer: PreTrainedTokenizerBase, field: str, text: object, target: str, longest: int | None
-) -> None:
-    """Checks a text that is only used by the evaluation, with the target after it."""
-    if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"{field}: {text!r:.80}: expected strings that are not blank")
-    _check_characters(field, text)
-    # A token has at least one byte, so most texts are short enough without being tokenized.
-    if longest is not None and len(text.encode()) + len(target.encode()) > longest - _SPECIAL_TOKENS:
-        tokens = len(encode_plain(tokenizer, text, target).ids)
-        if tokens > longest:
-            raise RequestError(
-                f"{field}: {text[:60]!r}: {tokens} tokens with the target, and the model supports {longest}"
-            )
-
-
-def prompt_key(edit: Edit) -> str:
-    """Returns the normalized filled prompt of an edit.
-
-    Raises:
-        RequestError: the prompt does not contain the subject, see `fill`.
-    """
-    return normalized(fill(edit.prompt, edit.subject)[0])
+def _check_evaluated(tokenizer: PreTrainedTokenizerBase, edit: Edit, longest: int | None) -> None:
+    """Checks the texts that are only used by the evaluation, with the target after them."""
+    for field in ("paraphrases", "neighborhood"):
+        texts = getattr(edit, field)
+        if not isinstance(texts, list | tuple):
+            raise RequestError(f"{field}={texts!r:.80}: expected a tuple of strings; put one text in a tuple")
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise RequestError(f"{field}: {text!r:.80}: expected strings that are not blank")
+            _check_characters(field, text)
+    for field, texts in (("paraphrases", edit.filled_paraphrases), ("neighborhood", edit.neighborhood)):
+        for text in texts:
+            # A token has at least one byte, so most texts are short enough without being tokenized.
+            if longest is None or len(text.encode()) + len(edit.target.encode()) <= longest - _SPECIAL_TOKENS:
+                continue
+            if (tokens := len(encode_plain(tokenizer, text, edit.target).ids)) > longest:
+                raise RequestError(
+                    f"{field}: {text[:60]!r}: {tokens} tokens with the target, and the model supports {longest}"
+                )
 
 
 def subject_key(edit: Edit, config: EditConfig) -> str | None:

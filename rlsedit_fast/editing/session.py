@@ -17,7 +17,7 @@ from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement, check_stated
 from rlsedit_fast.editing.persistence import Recorder
-from rlsedit_fast.editing.priors import Pilot, choose_priors, needs_pilot
+from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
@@ -82,6 +82,11 @@ class EditSession:
         waiting = self.waiting if self.layers is None else []
         return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
+    @property
+    def used_moments(self) -> list[Tensor] | None:
+        """The moments of the anchors; None if `mu = 0`, which gives the anchors no weight."""
+        return None if self._config.prior.mu == 0 else self.moments
+
     def recover(self) -> None:
         """Restores the edits of the store.
 
@@ -99,7 +104,7 @@ class EditSession:
         distinct = list({request.subject_key or request.prompt_key: request for request in requests}.values())
         values = self._finder.find(distinct)
         self._pilot = distinct, values
-        return Pilot(self._context, self._used_moments(), distinct, values)
+        return Pilot(self._context, self.used_moments, distinct, values)
 
     def start(self, requests: Sequence[Request]) -> None:
         """Chooses the priors, with the requests as pilot if necessary, and creates the states of the layers.
@@ -110,14 +115,15 @@ class EditSession:
         """
         config = self._config
         check_memory(self._context.memory())
-        anchored = self._used_moments() is not None
+        anchored = self.used_moments is not None
         if not anchored:
             logger.warning(
                 "no anchors: only the weight change is penalized; pass text whose outputs should be preserved to "
                 "Editor.anchor"
             )
-        pilot = self.pilot(requests) if needs_pilot(config, anchored=anchored) else None
-        priors = choose_priors(config, self.moments, len(self._context.layers), pilot)
+        calibrated = calibrated_adherence(config, anchored=anchored) is not None
+        pilot = self.pilot(requests) if calibrated else None
+        priors = choose_priors(config, self.used_moments, len(self._context.layers), pilot)
         del pilot  # its factors take memory that the states need
         layers = EditedLayers(
             self._context.site,
@@ -268,32 +274,32 @@ class EditSession:
             return
         with self.transaction("protecting prompts", "protect fewer prompts, or edit fewer layers") as transaction:
             rows = self.layers.protect(keys, weight)
-            change = self._recorder.protection(rows, texts) if self._recorder else None
-            transaction.commit(change, lambda: self.progress.protected.extend(texts))
+            transaction.commit(
+                lambda recorder: recorder.protection(rows, texts), lambda: self.progress.protected.extend(texts)
+            )
 
     def rebuild(self) -> None:
         """Rebuilds every layer in float64 at the present keys of the active edits."""
         assert self.layers is not None
-        active = self.ledger.active
+        layers, active = self.layers, self.ledger.active
         self.check_stored("rebuild the layers from", active)
         with self.transaction("rebuilding the layers", "edit fewer layers") as transaction:
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)
-                rows = self.layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
+                rows = layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
             else:
-                self.layers.rebuild([])
+                layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
-            point = Point(len(active), self.layers.objective)
-            change = None
-            if self._recorder:
-                change = self._recorder.rebuild(self.ledger, rows, self.layers.protected, progress, point)
+            point = Point(len(active), layers.objective)
 
             def enter() -> None:
                 self.ledger.set_rows(dict(zip(active, rows, strict=True)))
                 self._advance(progress, point)
 
-            transaction.commit(change, enter)
+            transaction.commit(
+                lambda recorder: recorder.rebuild(self.ledger, rows, layers.protected, progress, point), enter
+            )
 
     def refine(self) -> None:
         """Refines the active edits that the model does not state."""
@@ -304,23 +310,21 @@ class EditSession:
         assert self.layers is not None
         progress = replace(self.progress, writes=self.progress.writes + bool(rows))
         point = Point(len(self.ledger.active), self.layers.objective)
-        change = self._recorder.revision(records, rows, progress, point) if self._recorder else None
 
         def enter() -> None:
             self.ledger.revise(records, rows)
             self._advance(progress, point)
 
-        transaction.commit(change, enter)
+        transaction.commit(lambda recorder: recorder.revision(records, rows, progress, point), enter)
 
     def status(self, budget: float, sample: int) -> Status:
         """Returns the status; see `Editor.status`."""
-        anchored = any(prior.mu for prior in self.priors)
         return assess(
             self.ledger.records,
             self.progress.trace,
             layer_statuses(self.edited, self.norms),
             batches=self.progress.batches,
-            adherence=calibrated_adherence(self._config, anchored=anchored),
+            adherence=self._adherence(),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
             sample=self._sample(sample) if sample and self.layers else None,
@@ -353,9 +357,6 @@ class EditSession:
                 "modified",
                 hint="use an editor with stored_rows='full' or 'fp16'",
             )
-
-    def _used_moments(self) -> list[Tensor] | None:
-        return None if self._config.prior.mu == 0 else self.moments
 
     def _advance(self, progress: Progress, point: Point) -> None:
         self.progress = progress
@@ -461,13 +462,12 @@ class EditSession:
             )
             added = sum(one.state == "active" for one in record.records)
             point = Point(len(self.ledger.active) + added - len(removed), self.layers.objective)
-            change = self._recorder.edit(record, progress, point) if self._recorder else None
 
             def enter() -> None:
                 self.ledger.enter(record)
                 self._advance(progress, point)
 
-            transaction.commit(change, enter)
+            transaction.commit(lambda recorder: recorder.edit(record, progress, point), enter)
         if self._recorder:
             self._recorder.snapshot_if_due(self.layers)
         return self.ledger.get([one.id for one in record.records])

@@ -30,7 +30,7 @@ class Transaction:
 
     Raises:
         ModelError: a weight was modified by other code.
-        ResourceError: out of memory inside the block.
+        ResourceError: out of memory; nothing was modified.
     """
 
     def __init__(
@@ -41,16 +41,21 @@ class Transaction:
         self._snapshot: LayersSnapshot | None = None
 
     def __enter__(self) -> Transaction:
-        self._snapshot = self._layers.snapshot()
+        try:
+            self._snapshot = self._layers.snapshot()
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(error) from error
         return self
 
-    def commit(self, change: Change | None = None, then: Callable[[], object] | None = None) -> None:
+    def commit(
+        self, change: Callable[[Recorder], Change] | None = None, then: Callable[[], object] | None = None
+    ) -> None:
         """Makes the change permanent.
 
         Ctrl-C is deferred from the commit to the store until the change is applied in memory.
 
         Args:
-            change: the change for the store, if there is one.
+            change: returns the change for the store; not called without a store, or if a weight contains NaN/Inf.
             then: called after the commit; enters the change in memory and must not fail.
 
         Raises:
@@ -59,7 +64,7 @@ class Transaction:
         """
         self._layers.check_finite()
         if self._recorder and change is not None:
-            self._recorder.prepare(change)
+            self._recorder.prepare(change(self._recorder))
         with interrupts_deferred():
             if self._recorder and change is not None:
                 self._recorder.commit()
@@ -73,11 +78,14 @@ class Transaction:
     ) -> None:
         if self._snapshot is not None:
             with interrupts_deferred():
-                self._layers.restore(self._snapshot)
-                self._snapshot = None
-                if self._recorder:
-                    self._recorder.abort()
+                try:
+                    self._layers.restore(self._snapshot)
+                finally:
+                    self._snapshot = None
+                    if self._recorder:
+                        self._recorder.abort()
         if isinstance(error, torch.OutOfMemoryError):
-            raise ResourceError(
-                f"out of memory while {self._action}; nothing was modified. ({error})", self._hint
-            ) from error
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> ResourceError:
+        return ResourceError(f"out of memory while {self._action}; nothing was modified. ({error})", self._hint)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from rlsedit_fast.errors import ResourceError, UpdateError, listed
 from rlsedit_fast.models.sites import Site
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _PEAK = 1.5
 """Peak memory of an evaluation relative to what it keeps for the backward pass and starts from; an estimate. Logits of
@@ -176,9 +173,32 @@ def search_within_memory(
     Raises:
         torch.OutOfMemoryError: a single group does not fit.
     """
-    found, order, at_once = _in_parts(
-        site, groups, at_once, lambda part, local: search_values(site, [requests[i] for i in part], config, local)
-    )
+    found: list[Values] = []
+    order: list[int] = []
+    rest = [list(group) for group in groups]
+    while rest:
+        part, count = [rest[0]], len(rest[0])
+        for group in rest[1:]:
+            if count + len(group) > at_once:
+                break
+            part.append(group)
+            count += len(group)
+        indices = [i for group in part for i in group]
+        places = {i: at for at, i in enumerate(indices)}
+        local = [[places[i] for i in group] for group in part]
+        try:
+            found.append(search_values(site, [requests[i] for i in indices], config, local))
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            at_once = max(1, count // 2)
+            logger.info("out of memory with %d requests; searching %d at once from now on", count, at_once)
+        else:
+            rest = rest[len(part) :]
+            order += indices
+            continue
+        if site.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()  # fragments may be too small for a smaller part
     return Values.joined(found, order), at_once
 
 
@@ -297,51 +317,6 @@ class ValueFinder:
                 others = [at for at in range(len(requests)) if at not in again]
                 found = self.find([requests[at] for at in again])
                 values = Values.joined([values.taken(others), found], [*others, *again])
-
-
-def _in_parts(
-    site: Site, groups: Sequence[Sequence[int]], at_once: int, run: Callable[[list[int], list[list[int]]], T]
-) -> tuple[list[T], list[int], int]:
-    """Runs a function on parts of a batch, which are halved whenever device memory runs out.
-
-    Args:
-        site: determines the device.
-        groups: indices of the requests of a batch; a group is never divided.
-        at_once: number of requests per part at first, at least 1.
-        run: called with the indices of a part, and its groups by position in it.
-
-    Returns:
-        The results of `run`, the indices in the order of the parts, and the number of requests per part that fit.
-
-    Raises:
-        torch.OutOfMemoryError: a single group does not fit.
-    """
-    found: list[T] = []
-    order: list[int] = []
-    rest = [list(group) for group in groups]
-    while rest:
-        part, count = [rest[0]], len(rest[0])
-        for group in rest[1:]:
-            if count + len(group) > at_once:
-                break
-            part.append(group)
-            count += len(group)
-        indices = [i for group in part for i in group]
-        places = {i: at for at, i in enumerate(indices)}
-        try:
-            found.append(run(indices, [[places[i] for i in group] for group in part]))
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-            at_once = max(1, count // 2)
-            logger.info("out of memory with %d requests; searching %d at once from now on", count, at_once)
-        else:
-            rest = rest[len(part) :]
-            order += indices
-            continue
-        if site.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()  # fragments may be too small for a smaller part
-    return found, order, at_once
 
 
 def _kept_bytes(evaluate: Callable[[], Tensor | None], weights: set[int]) -> int:

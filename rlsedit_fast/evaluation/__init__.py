@@ -11,7 +11,7 @@ from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice
 from rlsedit_fast.evaluation.consistency import TextSimilarity
 from rlsedit_fast.evaluation.datasets import counterfact_cases, counterfact_record, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
-from rlsedit_fast.evaluation.figures import Spread, by_age, over_seeds, pareto, retention, spread
+from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, spread
 from rlsedit_fast.evaluation.generation import continuations, free_accuracy, matches_answer, n_gram_entropy
 from rlsedit_fast.evaluation.generic_facts import generic_edits
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground, running_text
@@ -28,10 +28,11 @@ from rlsedit_fast.evaluation.layers import (
 from rlsedit_fast.evaluation.metrics import Metric, Report, evaluate, harmonic_mean, score_before
 from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.outcome import CollectedAnswers, Outcome, Share, collect_answers, compute_outcome
+from rlsedit_fast.evaluation.plan import Plan
 from rlsedit_fast.evaluation.runs import Job, load_result, result_path, run_jobs, value
 from rlsedit_fast.evaluation.scoring import Score, score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
-from rlsedit_fast.evaluation.stream import Ground, Plan
+from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task, read_task
 
 __all__ = [
@@ -61,7 +62,6 @@ __all__ = [
     "Trial",
     "Trials",
     "anchor_texts",
-    "by_age",
     "choose",
     "collect_answers",
     "compare",
@@ -86,7 +86,6 @@ __all__ = [
     "read_task",
     "related_cases",
     "result_path",
-    "retention",
     "run_jobs",
     "running_text",
     "score",

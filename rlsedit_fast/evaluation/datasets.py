@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, Question
+from rlsedit_fast.files import read_json
 
 REBUILT = 5
 """Maximum number of prompts of a rebuilt neighborhood, and of `Case.held_out`."""
@@ -149,10 +149,7 @@ def read_records(path: Path) -> list[Any]:
     Raises:
         InputError: the file cannot be read, or is not a JSON list with at least one record.
     """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    records = read_json(path, "a JSON list of records")
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: expected a JSON list of records")
     return records

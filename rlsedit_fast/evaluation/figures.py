@@ -1,4 +1,4 @@
-"""Statistics over runs: mean and standard deviation over seeds, retention by age, and the Pareto front."""
+"""Statistics over runs: mean and standard deviation over seeds, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -76,55 +76,6 @@ def over_seeds(results: Sequence[Mapping[str, Any]], metric: str, form: str, *, 
         0.900 ± 0.141
     """
     return spread([value(dict(result), metric, form, of=of) for result in results])
-
-
-def by_age(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, tuple[float, float]]:
-    """Collects a figure by age of the edits.
-
-    Args:
-        result: contents of a result file.
-        metric: name of the metric.
-        form: form of the metric.
-
-    Returns:
-        By group of edits, `first-last`: the value directly after these edits and the value at the end of the stream.
-
-    Example:
-        >>> from rlsedit_fast.evaluation import by_age
-        >>> row = {"of": "1-10", "metric": "efficacy"}
-        >>> rows = [row | {"form": "made:strict", "value": 1.0}, row | {"form": "end:strict", "value": 0.9}]
-        >>> by_age({"rows": rows})
-        {'1-10': (1.0, 0.9)}
-    """
-    made, end = {}, {}
-    for row in result["rows"]:
-        if row["metric"] == metric and row["form"] == f"made:{form}":
-            made[row["of"]] = row["value"]
-        elif row["metric"] == metric and row["form"] == f"end:{form}":
-            end[row["of"]] = row["value"]
-    return {age: (first, end[age]) for age, first in made.items() if age in end}
-
-
-def retention(result: Mapping[str, Any], metric: str = "efficacy", form: str = "strict") -> dict[str, float]:
-    """Computes the retention by age of the edits.
-
-    Args:
-        result: contents of a result file.
-        metric: name of the metric.
-        form: form of the metric.
-
-    Returns:
-        By group of edits, `first-last`: the value at the end divided by the value directly after these edits, without
-        groups whose first value is 0.
-
-    Example:
-        >>> from rlsedit_fast.evaluation import retention
-        >>> row = {"of": "1-10", "metric": "efficacy"}
-        >>> rows = [row | {"form": "made:strict", "value": 0.8}, row | {"form": "end:strict", "value": 0.4}]
-        >>> retention({"rows": rows})
-        {'1-10': 0.5}
-    """
-    return {age: end / first for age, (first, end) in by_age(result, metric, form).items() if first}
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

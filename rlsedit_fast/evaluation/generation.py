@@ -208,7 +208,8 @@ def free_answers(
         first = [_first_tokens(known[prompt, answer], row) for answer, row in rows.items() if (prompt, answer) in known]
         ids = max(first, key=len, default=[])
         begun.append(ids[: next((at for at, token in enumerate(ids) if token in ends), None)])
-        prompts.append(encode_plain(tokenizer, prompt).ids)
+        row = next(iter(rows.values()))
+        prompts.append(row.ids[: row.prompt_length])
 
     def text(at: int, new: Sequence[int]) -> str:
         return str(tokenizer.decode([*begun[at], *new], skip_special_tokens=True))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rlsedit_fast.data.layouts import detect
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, edited_twice, related_cases, world_cases
 from rlsedit_fast.evaluation.consistency import reference_similarity, reference_texts
-from rlsedit_fast.evaluation.datasets import counterfact_cases, zsre_cases
+from rlsedit_fast.evaluation.datasets import counterfact_cases, read_records, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.stream import Ground
@@ -260,7 +260,7 @@ def _trimmed(case: Case) -> Case:
 
 
 def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
-    """Detects the data set of a file by the fields of its first record.
+    """Detects the data set of a file by the fields of its records, as `read_edits` does.
 
     Args:
         path: the file.
@@ -269,16 +269,12 @@ def layout_of(path: Path) -> Literal["counterfact", "zsre", "mquake"]:
         Name of the data set.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or contains another data set.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            head = file.read(4000)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if re.search(r'"requested_rewrite"\s*:\s*\[', head):
-        return "mquake"
-    return "zsre" if '"src"' in head else "counterfact"
+    found = detect(read_records(path))
+    if found == "edits":
+        raise InputError(f"{path}: expected records of CounterFact, zsRE or MQuAKE, which contain the true answers")
+    return found
 
 
 def running_text(path: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,16 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.editor import Editor
 from rlsedit_fast.evaluation.outcome import CollectedAnswers, collect_answers
 from rlsedit_fast.evaluation.stability import TextProbe
+from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
 from rlsedit_fast.models.sites import find_site
-from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.statistics import KeyStatistics, collect
 from rlsedit_fast.statistics.sources import GivenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PROBED = 2000
-"""Maximum number of tokens on which the drift is measured."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,7 @@ class Trials:
         self._anchors, self._tokens = list(anchors), tokens
         self._identity = fingerprint(model)
         self._statistics: dict[int, torch.Tensor] = {}
-        self._probe = TextProbe(model, tokenizer, probed, tokens=PROBED)
-        self._perplexity = self._probe(model).perplexity
+        self._probe = TextProbe(model, tokenizer, probed)
         self._before = collect_answers(model, tokenizer, edits)
         self.decoder: Decoder = find_decoder(
             model, layer_module=config.layer_module, projection_module=config.projection_module
@@ -176,7 +171,7 @@ class Trials:
         moments = {layer: self._statistics[layer] for layer in editor.layers}
         editor.anchor(KeyStatistics(moments, self.anchor_tokens, self._identity, "texts of a trial"))
         with _restored(editor.context.projections):
-            with _no_warnings():
+            with warnings_silenced("rlsedit_fast.editing"):  # about failed edits, which the trials count
                 records = editor.edit(self._edits)
             answers = collect_answers(self._model, self._tokenizer, self._edits)
             drift = self._probe(self._model)
@@ -187,7 +182,7 @@ class Trials:
         return Trial(
             layers=editor.layers,
             kl=drift.kl,
-            perplexity=drift.perplexity / self._perplexity,
+            perplexity=drift.perplexity / self._probe.unedited.perplexity,
             change=change,
             converged=sum(record.search_converged for record in records) / len(records),
             seconds=time.perf_counter() - began,
@@ -200,7 +195,7 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
     efficacy, generalization, specificity = list[float](), list[float](), list[float]()
     nll, paraphrase_nll, scores = list[float](), list[float](), list[float]()
     for edit in edits:
-        edited = answers.scores[fill(edit.prompt, edit.subject)[0], edit.target]
+        edited = answers.scores[edit.filled_prompt, edit.target]
         other = [answers.scores[prompt, edit.target] for prompt in edit.filled_paraphrases]
         kept = [float(answers.next_tokens[prompt] == before.next_tokens[prompt]) for prompt in edit.neighborhood]
         parts = [
@@ -239,15 +234,3 @@ def _restored(projections: Sequence[Projection]) -> Iterator[None]:
     finally:
         for projection, original in zip(projections, originals, strict=True):
             projection.write(original)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Disables the editor's warnings about failed edits, which the trials count."""
-    editing = logging.getLogger("rlsedit_fast.editing")
-    level = editing.level
-    editing.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        editing.setLevel(level)

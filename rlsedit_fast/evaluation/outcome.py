@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rlsedit_fast.data import Edit
 from rlsedit_fast.evaluation.scoring import Score, score
-from rlsedit_fast.models.tokens import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,7 +144,7 @@ def stated(edit: Edit, answers: CollectedAnswers) -> bool:
 
 
 def _edited(edit: Edit) -> tuple[str, str]:
-    return fill(edit.prompt, edit.subject)[0], edit.target
+    return edit.filled_prompt, edit.target
 
 
 def _others(edit: Edit) -> list[tuple[str, str]]:

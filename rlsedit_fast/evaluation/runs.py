@@ -19,7 +19,8 @@ from tqdm import tqdm
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
-from rlsedit_fast.evaluation.stream import Ground, Plan, UneditedResults, finished, run
+from rlsedit_fast.evaluation.plan import Plan, finished
+from rlsedit_fast.evaluation.stream import Ground, UneditedResults, run
 
 
 @dataclass(frozen=True)

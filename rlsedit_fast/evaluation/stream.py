@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,9 @@ from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.consistency import TextSimilarity, consistency
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
 from rlsedit_fast.evaluation.metrics import (
-    RECORDED_NAMES,
     Before,
     Judged,
     Known,
-    Metric,
     Report,
     judge,
     score_before,
@@ -397,11 +395,11 @@ def _weights(plan: Plan, count: int) -> list[float]:
 
 def _enter_report(enter: Enter, edits: int, of: str, report: Report, when: str = "") -> None:
     prefix = f"{when}:" if when else ""
-    for part in fields(report):
-        metric: Metric = getattr(report, part.name)
-        for name in ("forced", "strict", "exact", "tokens"):
-            form = RECORDED_NAMES.get(name, name)
-            enter(edits, of, part.name, prefix + form, getattr(metric, name), metric.prompts)
+    for part, forms in report.to_json().items():
+        prompts = getattr(report, part).prompts
+        for form, value in forms.items():
+            if form != "prompts":
+                enter(edits, of, part, prefix + form, value, prompts)
     enter(edits, of, "score", prefix + "forced", report.score, report.efficacy.prompts)
     enter(edits, of, "score", prefix + "strict", report.strict_score, report.efficacy.prompts)
 

@@ -203,8 +203,7 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> 
         >>> tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "Toze Lado Rekuno lives in", "Port Alder"))
         ['Port', 'Alder']
     """
-    text = _strip_spaces(prompt)
-    return _continuation(tokenizer, text, token_ids(tokenizer, text), target)
+    return encode_plain(tokenizer, prompt, target).target
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "") -> Row:
@@ -242,16 +241,20 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int],
     if not ids:
         raise RequestError(f"the tokenizer has no token for the prompt {text!r}; use another prompt")
     answer = _separator(text, answer) + answer
-    for before, known in ((text, ids), (_NEUTRAL, token_ids(tokenizer, _NEUTRAL))):
-        whole = token_ids(tokenizer, before + answer)
-        if whole[: len(known)] == known:
-            found = whole[len(known) :]
-            break
-    else:
+    found = _after(tokenizer, text, ids, answer)
+    if found is None:
+        found = _after(tokenizer, _NEUTRAL, token_ids(tokenizer, _NEUTRAL), answer)
+    if found is None:
         found = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not found:
         raise RequestError(f"the tokenizer has no token for target {target!r}; use another target")
     return found
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], answer: str) -> list[int] | None:
+    """Returns the token ids of an answer after a text with token ids `ids`; None if these change."""
+    whole = token_ids(tokenizer, text + answer)
+    return whole[len(ids) :] if whole[: len(ids)] == ids else None
 
 
 def _separator(text: str, answer: str) -> str:

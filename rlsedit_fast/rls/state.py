@@ -249,15 +249,14 @@ class RLSState(Layer):
         keys, weights, (old, new) = self._batch(keys, weights, old_values=old_values, new_values=new_values)
         self._check_count(keys.shape[0])
         panel = self._panel(keys, weights)
-        innovation = self._innovation(panel, old)
-        prepared = prepare_replacement(
-            panel, new - old, innovation, weights, sketch=self._sketch, objective=self._objective, name=self._name
+        change, step = prepare_replacement(
+            panel, new - old, self._innovation(panel, old), weights, objective=self._objective, name=self._name
         )
         self._save_weight()
-        self._master.correct(prepared.whitened, prepared.rows, 1, self._backend)
-        self._objective = prepared.step.objective
+        self._master.correct(change, panel.projected, 1, self._backend)
+        self._objective = step.objective
         self._version = next(_versions)
-        return prepared.step
+        return step
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:

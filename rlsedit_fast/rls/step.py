@@ -25,8 +25,8 @@ class PreparedStep:
     """Everything that a step writes: `W += sign * whitened^T rows`.
 
     Attributes:
-        rows: `U [n, d_k]`; for a replacement of values `F [n, d_k]`.
-        whitened: `A [n, d_v]`; for a replacement of values their weighted change.
+        rows: `U [n, d_k]`.
+        whitened: `A [n, d_v]`.
         sketch: sketch of C after the step.
         step: result of the step.
     """
@@ -87,8 +87,8 @@ def prepare_step(
 
 
 def prepare_replacement(
-    panel: Panel, shift: Tensor, innovation: Tensor, weights: Tensor, *, sketch: Sketch, objective: float, name: str
-) -> PreparedStep:
+    panel: Panel, shift: Tensor, innovation: Tensor, weights: Tensor, *, objective: float, name: str
+) -> tuple[Tensor, Step]:
     """Computes and checks a change of the values of applied rows; synchronizes with the host once.
 
     Args:
@@ -96,9 +96,11 @@ def prepare_replacement(
         shift: change of the values `[n, d_v]`.
         innovation: old values minus the present outputs `[n, d_v]`.
         weights: weights of the rows `[n]`.
-        sketch: sketch of C, which does not change.
         objective: `J` before the step.
         name: name of the layer, for error messages.
+
+    Returns:
+        The weighted change of the values `[n, d_v]`, so that `W += change^T F`, and the result of the step.
 
     Raises:
         UpdateError: the result overflows.
@@ -111,8 +113,7 @@ def prepare_replacement(
     gained, size = torch.stack((energy, change)).tolist()
     if not (math.isfinite(gained) and size < torch.finfo(shift.dtype).max):
         raise UpdateError(_overflow_message(panel, name))
-    step = Step(residual, realized(innovation + shift, residual), max(objective + gained, 0.0), size)
-    return PreparedStep(panel.projected, weighted, sketch, step)
+    return weighted, Step(residual, realized(innovation + shift, residual), max(objective + gained, 0.0), size)
 
 
 def _overflow_message(panel: Panel, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlsedit_fast.cli import main
+from rlsedit_fast.cli import main, setup
 from rlsedit_fast.editing import value_search
 from rlsedit_fast.statistics import collection
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
@@ -363,6 +364,15 @@ def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsy
     assert edit(*(str(base) if option == "BASE" else option for option in options)) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in workdir.rglob("*")) == before
+
+
+def test_options_override_settings_that_the_file_names_as_peft_and_memit_do(workdir):
+    settings = {"layers_to_transform": [1], "mom2_update_weight": 16, "v_num_grad_steps": 7}
+    (workdir / "memit.json").write_text(json.dumps(settings))
+    parser = argparse.ArgumentParser()
+    setup.add_settings(parser)
+    config = setup.make_config(parser.parse_args(["--config", "memit.json", "--layers", "0", "--mu", "3"]))
+    assert (config.layers, config.prior.mu, config.search.steps) == ((0,), 3.0, 7)
 
 
 def test_missing_model_is_reported(workdir, capsys):

@@ -207,10 +207,10 @@ def test_explicit_format_is_used(write):
         ({"subject": " "}, "subject: is blank (' ')"),
         ({"prompt": "The capital is"}, "prompt: prompt 'The capital is'"),
         ({"prompt": "{} and {} are"}, "prompt: prompt '{} and {} are'"),
-        ({"weight": 0}, "weight: expected a finite number above 0, got 0"),
-        ({"weight": 10**400}, "weight: expected a finite number above 0, got 1000"),
-        ({"weight": float("nan")}, "weight: expected a finite number above 0, got nan"),
-        ({"weight": True}, "weight: expected a finite number above 0, got True"),
+        ({"weight": 0}, "weight: expected a number from 1e-30 to 1e+30, got 0"),
+        ({"weight": 10**400}, "weight: expected a number from 1e-30 to 1e+30, got 1000"),
+        ({"weight": float("nan")}, "weight: expected a number from 1e-30 to 1e+30, got nan"),
+        ({"weight": True}, "weight: expected a number from 1e-30 to 1e+30, got True"),
         ({"name": 1.5}, "name: expected a string or an integer, got 1.5"),
         ({"paraphrases": ["x", 3]}, "paraphrases: expected non-blank strings, got 3"),
         ({"neighborhood": [""]}, "neighborhood: expected non-blank strings, got ''"),
@@ -267,7 +267,7 @@ def test_all_problems_of_a_record_are_reported(write):
     read = read_edits(write([{"prompt": 1, "weight": -1}]), strict=False)
     assert str(read.skipped[0]) == (
         "facts.json:2 (record 1): prompt: expected a string, got 1; subject: missing; target: missing; "
-        "weight: expected a finite number above 0, got -1"
+        "weight: expected a number from 1e-30 to 1e+30, got -1; the default is 1"
     )
 
 

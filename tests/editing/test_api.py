@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -177,3 +178,104 @@ def test_a_batch_that_is_not_stated_is_taken_back_with_all_it_changed(make_model
         assert record.id == 2
     with rf.Editor(make_model("llama"), tokenizer, store=tmp_path / "store") as editor:
         assert [record.id for record in editor.history()] == [1, 2]
+
+
+@pytest.mark.parametrize("field", ["paraphrases", "neighborhood"])
+def test_a_single_text_is_not_read_as_characters(editor, field):
+    with pytest.raises(RequestError, match=f"{field}='abc': expected a tuple of strings"):
+        editor.edit([rf.Edit(FACT["prompt"], FACT["subject"], FACT["target"], **{field: "abc"})])
+    assert editor.history() == []
+
+
+def test_a_checkpoint_is_not_saved_to_a_file(editor, tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(rf.InputError, match="is a file; pass a folder"):
+        editor.save_pretrained(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": "path"}, "model is a str; expected a loaded model"),
+        ({"tokenizer": "path"}, "tokenizer is a str; expected a tokenizer"),
+        ({"config": {"batch_size": 10}}, "config is a dict; expected an EditConfig"),
+    ],
+)
+def test_arguments_of_other_types_raise(make_model, tokenizer, wrong, message, tmp_path):
+    for store in (None, tmp_path / "store"):
+        given = {"model": make_model("llama"), "tokenizer": tokenizer, "config": CONFIG, "store": store} | wrong
+        with pytest.raises(rf.InputError, match=message):
+            rf.Editor(given.pop("model"), given.pop("tokenizer"), **given)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_a_head_raises(make_model, tokenizer, family):
+    with pytest.raises(rf.ModelError, match="has no language model head"):
+        rf.Editor(make_model(family).base_model, tokenizer, config=CONFIG)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "a/b/c"])
+def test_a_missing_folder_raises(path):
+    with pytest.raises(rf.InputError, match=f"model '{path}': the folder does not exist"):
+        rf.Editor.from_pretrained(path)
+
+
+def test_wrong_types_of_options_raise_before_a_change(editor, tmp_path):
+    with pytest.raises(rf.InputError, match="on_batch=3"):
+        editor.edit([FACT], on_batch=3)
+    assert editor.history() == []
+    editor.edit([FACT])
+    with pytest.raises(rf.InputError, match="budget='a'"):
+        editor.status(budget="a")
+    with pytest.raises(rf.InputError, match="rank='4'"):
+        editor.save_adapter(tmp_path / "adapter", rank="4")
+    with pytest.raises(rf.InputError, match="is a folder; pass the path of a file"):
+        editor.save_delta(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_through_data_is_detected(editor):
+    editor.edit([FACT])
+    weight = editor.model.get_submodule("model.layers.1.mlp.down_proj").weight
+    weight.data += 1e-3
+    changed = weight.detach().clone()
+    for operation in (lambda: editor.edit([{**FACT, "subject": "Rekuno"}]), lambda: editor.undo(1)):
+        with pytest.raises(rf.ModelError, match="modified by other code"):
+            operation()
+    assert weight.equal(changed)
+
+
+def test_the_subject_is_filled_into_paraphrases(editor):
+    edit = rf.Edit(**FACT, paraphrases=("The home of {} is", "Lado Toze is at home in"))
+    assert edit.filled_paraphrases == ("The home of Lado Toze is", "Lado Toze is at home in")
+
+
+def test_a_batch_that_is_not_stated_is_taken_back_with_all_it_changed(make_model, tokenizer, tmp_path):
+    config = CONFIG.replace(batch_size=1, refine=0)
+    with rf.Editor(make_model("llama"), tokenizer, config=config, store=tmp_path / "store") as editor:
+        editor.edit([FACT])
+        history, changes = editor.history(), [change.current.clone() for change in editor.changes()]
+        impossible = {**FACT, "target": "Toze Lado Toze Lado Toze Lado Toze Lado Toze Lado Toze Lado"}
+        with pytest.raises(rf.UnstatedError, match="1 of 1 edits of a batch"):
+            editor.edit([impossible], require_stated=True)
+        assert editor.history() == history
+        assert all(change.current.equal(was) for change, was in zip(editor.changes(), changes, strict=True))
+        (record,) = editor.edit([{**FACT, "subject": "Rekuno"}])
+        assert record.id == 2
+    with rf.Editor(make_model("llama"), tokenizer, store=tmp_path / "store") as editor:
+        assert [record.id for record in editor.history()] == [1, 2]
+
+    spaced = replace(edit, subject=" Lado Toze ", prompt="Today Lado Toze lives in")
+    assert spaced.filled_paraphrases == edit.filled_paraphrases
+    assert spaced.filled_prompt == "Today Lado Toze lives in"
+    with pytest.raises(RequestError, match="exactly once"):
+        editor.edit([replace(edit, paraphrases=("{} and {} live in",))])
+
+
+@pytest.mark.parametrize("field", ["paraphrases", "neighborhood"])
+@pytest.mark.parametrize("wrong", [None, 3, "Lado Toze is at home in", {"Lado Toze is at home in"}])
+def test_texts_of_the_evaluation_are_a_list_or_a_tuple(editor, field, wrong):
+    with pytest.raises(RequestError, match=f"edit 0: {field}=.*: expected a tuple of strings"):
+        editor.edit([{**FACT, field: wrong}])
+    assert editor.context.find_invalid([{**FACT, field: ["Veta lives in"]}]) == {}

@@ -100,6 +100,14 @@ def test_settings_round_trip_through_dicts_files_and_pickle(tmp_path):
         EditConfig.from_pretrained(tmp_path / "wrong.json")
     with pytest.raises(InputError, match=r"none: cannot be read as JSON"):
         EditConfig.from_pretrained(tmp_path / "none")
+    (tmp_path / "memit.json").write_text('{"layers_to_transform": [3], "mom2_update_weight": 16}')
+    assert EditConfig.from_pretrained(tmp_path / "memit.json").prior.mu == 4.0
+
+
+def test_equal_settings_have_equal_hashes():
+    config = EditConfig(layers=[1], rule="rect", rule_options={"share": 0.4})
+    assert hash(config) == hash(EditConfig(**config.to_dict()))
+    assert len({config, config.replace(batch_size=7), config.replace(rule_options={"share": 0.5})}) == 3
 
 
 def test_a_dict_changes_single_settings_of_a_group():

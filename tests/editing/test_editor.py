@@ -616,8 +616,9 @@ def test_a_pilot_counts_edits_of_one_prompt_once(make_model, tokenizer):
     assert priors[0] == priors[1]
 
 
-def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer, monkeypatch):
-    from rlsedit_fast.rls import state
+@pytest.mark.parametrize("failing", ["build", "snapshot"])
+def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer, monkeypatch, failing):
+    from rlsedit_fast.rls import RLSState, state
 
     editor = rf.Editor(make_model("llama"), tokenizer, config=config())
     editor.edit([rf.Edit("{} lives in", "Toze Lado", "Port Alder")])
@@ -626,7 +627,7 @@ def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer,
     def fails(*_arguments, **_options):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(state, "build", fails)
+    monkeypatch.setattr(state if failing == "build" else RLSState, failing, fails)
     with pytest.raises(
         rf.errors.ResourceError, match="out of memory while rebuilding the layers; nothing was modified"
     ):

@@ -119,7 +119,7 @@ def test_data_sets_without_generation_prompts_raise_with_references(write):
     flat = {"prompt": "The mother tongue of Ida is", "subject": "Ida", "target_new": "French", "ground_truth": "Greek"}
     flat |= {"rephrase_prompt": "Ida speaks", "locality_prompt": "Ann is", "locality_ground_truth": "here"}
     snippets = str(write("snippets.json", SNIPPETS))
-    for name, first in (("flat", flat), ("zsre", {"src": "What?"}), ("mquake", {"requested_rewrite": []})):
+    for name, first in (("flat", flat), ("zsre", {"src": "What?", "alt": "a"}), ("mquake", {"requested_rewrite": []})):
         spec = GroundSpec(model="any", data=str(write(f"{name}.json", [first])), references=snippets)
         with pytest.raises(InputError, match=rf"{name}\.json.*CounterFact in its original format"):
             make_cases(spec, "plain", 1, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rlsedit_fast.evaluation.layers import (
     single_layers,
     windows,
 )
+from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer
 
@@ -106,6 +108,15 @@ def test_every_trial_is_measured_and_reported(searched):
         assert one.change > 0
         assert one.kl >= 0
     assert max(one.efficacy for one in found.trials) > 0.5, "the edits are effective"
+
+
+def test_warnings_are_silenced_inside_a_block_only(caplog):
+    logger = logging.getLogger("rlsedit_fast.some.module")
+    with warnings_silenced("rlsedit_fast.some"):
+        logger.warning("dropped")
+        logger.error("logged")
+    logger.warning("logged again")
+    assert caplog.messages == ["logged", "logged again"]
 
 
 def test_the_search_does_not_change_the_model(searched):

@@ -193,8 +193,11 @@ def test_the_format_of_a_file_is_detected_from_its_fields(write):
     assert make_cases(spec, "plain", 3, 0, 5)[0] == mquake_cases(path, 3, order=5)
     path.write_text(json.dumps([{"requested_rewrite": {"prompt": "{} is", "subject": "[x"}}]))
     assert layout_of(path) == "counterfact"
-    path.write_text(json.dumps([{"subject": "UniFirst", "src": "What?"}]))
+    path.write_text(json.dumps([{"subject": "UniFirst", "src": "What?", "alt": "aircraft"}]))
     assert layout_of(path) == "zsre"
+    path.write_text(json.dumps([{"prompt": "{} is", "subject": "Ann", "target": "a pilot"}]))
+    with pytest.raises(InputError, match="expected records of CounterFact, zsRE or MQuAKE"):
+        layout_of(path)
 
 
 CHAIN = MultiHop(("Lado lives in", "The home of Lado is in"), "Old Garnet", "Port Alder", ("Farrow",))

@@ -11,7 +11,7 @@ from rlsedit_fast.cli import main
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation import grounds, phases, runs, stream
 from rlsedit_fast.evaluation.demo import CONFIG
-from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, retention, spread
+from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, spread
 from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
 from rlsedit_fast.evaluation.plan import Plan
 from rlsedit_fast.evaluation.runs import Job, load_result, result_path, value
@@ -92,13 +92,13 @@ def test_protected_prompts_are_not_evaluation_prompts(monkeypatch, tmp_path):
 
 def test_every_age_is_evaluated_after_its_batch_and_at_the_end(finished_runs):
     _, results = finished_runs
-    kept = retention(results["rls"])
-    assert list(kept) == ["1-5", "6-10", "11-15", "16-20"]
-    assert all(share > 0.5 for share in kept.values())
-    at_end = [
-        row["value"] for row in results["rls"]["rows"] if row["metric"] == "efficacy" and row["form"] == "end:strict"
-    ]
-    assert sum(at_end) / 4 == pytest.approx(value(results["rls"], "efficacy", "strict"))
+    made, at_end = (
+        {r["of"]: r["value"] for r in results["rls"]["rows"] if (r["metric"], r["form"]) == ("efficacy", form)}
+        for form in ("made:strict", "end:strict")
+    )
+    assert list(made) == list(at_end) == ["1-5", "6-10", "11-15", "16-20"]
+    assert all(at_end[age] > 0.5 * first for age, first in made.items())
+    assert sum(at_end.values()) / 4 == pytest.approx(value(results["rls"], "efficacy", "strict"))
 
 
 def test_retention_compares_the_same_cases_after_their_batch_and_at_the_end(tmp_path):
@@ -113,7 +113,6 @@ def test_retention_compares_the_same_cases_after_their_batch_and_at_the_end(tmp_
     assert {("efficacy", "strict"), ("generalization", "strict"), ("neighbors", "forced")} <= set(evaluations)
     assert all(first == last for first, last in evaluations.values())
     assert evaluations["efficacy", "strict"][0][1] == 5
-    assert retention(found)["16-20"] == 1.0
 
 
 def test_a_finished_run_is_reused_only_with_equal_settings(finished_runs, monkeypatch):

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import rlsedit_fast as rf
 from rlsedit_fast.cli import main
+from rlsedit_fast.editing import persistence
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.recovery import read_history, read_status
-from rlsedit_fast.errors import RequestError, RLSEditError, StoreError
+from rlsedit_fast.errors import InputError, RequestError, RLSEditError, StoreError
 from rlsedit_fast.store import Change, Store
 from rlsedit_fast.store.journal import Journal
 
@@ -172,6 +174,24 @@ def test_failed_commit_is_rolled_back(tiny, tokenizer, tmp_path, monkeypatch, do
     editor.edit(make_edits(2, start=4))
     editor.close()
     assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
+
+
+def test_a_change_is_discarded_even_if_the_layers_cannot_be_restored(tiny, tokenizer, tmp_path, monkeypatch):
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(4))
+    stored = sorted((tmp_path / "changes").iterdir())
+
+    def fails(*_arguments):
+        raise RuntimeError("made to fail")
+
+    monkeypatch.setattr(Journal, "commit", fails)
+    monkeypatch.setattr(EditedLayers, "restore", fails)
+    with pytest.raises(RuntimeError, match="made to fail"):
+        editor.edit(make_edits(2, start=4))
+    monkeypatch.undo()
+    assert sorted((tmp_path / "changes").iterdir()) == stored
+    editor.close()
+    assert len(rf.Editor(tiny(), tokenizer, store=tmp_path).history()) == 4
 
 
 def test_failed_snapshot_is_logged_and_the_batch_is_applied(tiny, tokenizer, tmp_path, monkeypatch, caplog):
@@ -369,6 +389,18 @@ def test_other_models_are_rejected(tiny, tokenizer, used):
             rf.Editor(model, tokenizer, store=place)
         now = model.state_dict()
         assert all(torch.equal(value.nan_to_num(), now[name].nan_to_num()) for name, value in before.items())
+
+
+def test_settings_of_a_store_are_checked_before_the_fingerprint(tiny, tokenizer, used, monkeypatch):
+    """The fingerprint reads all weights."""
+    place, editor = used
+
+    def fails(_model):
+        raise AssertionError("the fingerprint was computed")
+
+    monkeypatch.setattr(persistence, "fingerprint", fails)
+    with pytest.raises(InputError, match=r"layers=.* these settings are fixed"):
+        rf.Editor(tiny(), tokenizer, config=editor.config.replace(layers=[0]), store=place)
 
 
 def test_nan_in_the_model_rejects_the_batch(tiny, tokenizer, tmp_path):
