@@ -94,12 +94,13 @@ def read_edits(
 ) -> EditFile:
     """Reads a UTF-8 file of edits.
 
-    The file is a JSON list of records, has one JSON record per line (JSON Lines), or is a CSV or TSV table with a header
-    line. Blank lines and empty rows are ignored.
+    The file is a JSON list of records, has one JSON record per line (JSON Lines), or is a CSV or TSV table with a
+    header line. Blank lines and empty rows are ignored.
 
     | format | fields |
     |---|---|
-    | `edits` | `prompt`, `subject`, `target`; optional `name` or `id`, `weight`, `paraphrases`, `neighborhood`, `span` |
+    | `edits` | `prompt`, `subject`, `target`; optional `name` (or `id`), `weight`, `paraphrases`, \
+`neighborhood`, `span` |
     | `counterfact` | `case_id`, `requested_rewrite` (`prompt`, `subject`, `target_new.str`), `paraphrase_prompts`, \
 `neighborhood_prompts`; or EasyEdit's `prompt`, `subject`, `target_new`, `rephrase_prompt`, `locality_prompt` |
     | `zsre` | `src`, `subject`, `alt` or `answers`, `rephrase`, `loc` |
@@ -109,8 +110,8 @@ def read_edits(
     the subject or contains the subject; the same holds for paraphrases. Conflicts between edits are not checked here,
     see `rlsedit_fast.data.resolve`.
 
-    A table has the fields as columns, in upper or lower case, separated by commas, semicolons or tabs. Other columns are
-    listed as unread. A cell of several paraphrases or neighborhood prompts separates them by `|` or is a JSON list.
+    A table has the fields as columns, in upper or lower case, separated by commas, semicolons or tabs. Other columns
+    are listed as unread. A cell of several paraphrases or neighborhood prompts separates them by `|` or is a JSON list.
 
     Args:
         path: the file, or an open file.
@@ -163,11 +164,11 @@ def read_edits(
                 places.append(place)
     if skipped and strict:
         detected = f" (detected from its fields; others: {', '.join(FORMATS)})" if format == "auto" else ""
+        skip = ", or pass --skip-bad to skip them (Python: strict=False)" if edits else ""
         raise RequestError(
-            f"{label}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; no "
-            "edit was read:\n" + "\n".join(_listed(skipped, every=not edits)),
-            hint="correct these records"
-            + (", or pass --skip-bad to skip them (Python: strict=False)" if edits else ""),
+            f"{label}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; "
+            "no edit was read:\n" + "\n".join(_listed(skipped, every=not edits)),
+            hint=f"correct these records{skip}",
         )
     ignored = set[str]().union(*(unread(value.content, taken) for value in values))
     return EditFile(edits, skipped, places, found, sorted(ignored))

@@ -338,7 +338,7 @@ def test_line_numbers_match_a_text_editor(write):
 
 
 TABLE = """prompt,subject,target,id,weight,paraphrases,neighborhood,source
-The capital of {} is,France,Lyon,41,2,{} has the capital|France's capital is,"[""The capital of Spain is"", ""a|b""]",web
+The capital of {} is,France,Lyon,41,2,{} has the capital|France's capital is,"[""Spain's capital is"", ""a|b""]",web
 ,,,,,,,
 "{}, the trumpeter, plays the",Miles Davis,piano,,,,,
 """
@@ -363,7 +363,7 @@ def test_every_column_of_a_table_is_read(write, name, content):
             weight=2.0,
             name="41",
             paraphrases=("{} has the capital", "France's capital is"),
-            neighborhood=("The capital of Spain is", "a|b"),
+            neighborhood=("Spain's capital is", "a|b"),
         ),
         rf.Edit("{}, the trumpeter, plays the", "Miles Davis", "piano"),
     ]
@@ -376,10 +376,7 @@ def test_every_column_of_a_table_is_read(write, name, content):
 def test_tables_of_spreadsheets_are_read(write, name, delimiter):
     rows = (["", "prompt", "subject", "target", "weight"], ["0", "{} is, was", "France", '"big; ""new"""', '"0,5"'])
     content = "\r\n".join(delimiter.join(row) for row in rows)
-    if delimiter == ";":
-        content = "sep=;\r\n" + content
-    else:
-        content = content.replace("0,5", "0.5")
+    content = f"sep=;\r\n{content}" if delimiter == ";" else content.replace("0,5", "0.5")
     read = read_edits(write(content.encode(), name))
     assert read.edits == [rf.Edit("{} is, was", "France", 'big; "new"', weight=0.5)]
     assert read.places == [f"{name}:{3 if delimiter == ';' else 2}"]
@@ -465,7 +462,7 @@ def test_open_files_are_read(write, mode):
     with write(lines(PLAIN), "facts.jsonl").open(mode) as file:
         read = read_edits(file)
         assert (read.edits[0].target, read.places) == ("Lyon", ["facts.jsonl:1"])
-    with pytest.raises(RequestError, match="cannot be read: .*closed file"):
+    with pytest.raises(RequestError, match=r"cannot be read: .*closed file"):
         read_edits(file)
     with pytest.raises(RequestError, match="3 is not a file of edits"):
         read_edits(3)

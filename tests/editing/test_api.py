@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
+import logging
 
 import pytest
 
@@ -26,6 +29,36 @@ def test_edits_may_be_dicts(editor):
     assert editor._session.ledger.edits([1]) == [
         rf.Edit(**FACT, name="first", weight=2.0, paraphrases=("Lado Toze is at home in",))
     ]
+
+
+def test_a_file_of_edits_is_a_list_of_edits(editor):
+    file = rf.read_edits(io.StringIO("\n".join(json.dumps(FACT | {"id": at}) for at in (1, 2))))
+    assert editor.context.find_invalid(file) == {}
+    found = rf.resolve(file)
+    assert (found.edits, found.places) == ([file[1]], ["<file>:1", "<file>:2"])
+    editor.calibrate(file)
+    assert [record.name for record in editor.edit(file)] == ["1", "2"]
+
+
+def test_resolve_accepts_dicts(editor):
+    assert rf.resolve([FACT, FACT | {"target": "Old Corran"}]).edits == [rf.Edit(**FACT | {"target": "Old Corran"})]
+    with pytest.raises(RequestError, match="edit 1: unknown field 'targt'; did you mean 'target'"):
+        rf.resolve([FACT, FACT | {"targt": "x"}])
+    with pytest.raises(RequestError, match="put a single edit in a list"):
+        rf.resolve(FACT)
+
+
+def test_white_space_around_an_edit_is_ignored_and_reported(editor, caplog):
+    spaced = rf.Edit(" {} lives in \t", " Lado Toze ", " Port Alder\n", span=(1, 5))
+    assert spaced.trimmed() == rf.Edit(**FACT, span=(0, 4))
+    assert rf.Edit("Where is {}?\n ", "Lado", "x").trimmed().prompt == "Where is {}?\n"
+    plain, same = editor.context.prepare([rf.Edit(**FACT, span=(0, 4)), spaced])
+    assert plain == same
+    assert caplog.records == []
+    with caplog.at_level(logging.INFO, logger="rlsedit_fast"):
+        (record,) = editor.edit([spaced.to_dict()])
+    assert (record.prompt, record.subject, record.target) == tuple(FACT.values())
+    assert "white space around the prompt, subject or target of 1 edits is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
