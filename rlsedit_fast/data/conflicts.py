@@ -168,9 +168,7 @@ def resolve(
         if _is_valid(edits[index]):
             by_subject[normalized(edits[index].subject)].append(index)
     shared = [group for group in by_subject.values() if len(group) > 1]
-    return Resolved(
-        [edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, edits, list(places)
-    )
+    return Resolved([edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, edits, list(places))
 
 
 def _edit(given: Edit | Mapping[str, Any], index: int) -> Edit:

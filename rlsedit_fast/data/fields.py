@@ -12,7 +12,6 @@ from rlsedit_fast.data.table import Row
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import fill
 
-
 _SIMILAR = 0.6  # ratio of difflib above which a known name is suggested for an unknown field
 _MISSPELLED = 0.85  # the same for columns of tables, where unknown names are common
 
