@@ -19,6 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", choices=("active", "undone", "replaced", "skipped"), help="list only edits in this state"
     )
+    parser.add_argument("--name", help="list only edits with this name")
     parser.add_argument("--subject", help="list only edits of this subject")
     add_json(parser)
 
@@ -28,11 +29,18 @@ def run(options: argparse.Namespace) -> int:
     records = [record for record in read_history(options.store) if options.state in (None, record.state)]
     if options.subject is not None:
         records = [record for record in records if normalized(record.subject) == normalized(options.subject)]
-    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'realized':>8}  {'rank':>4}  {'NLL':>5}  edit"]
+    if options.name is not None:
+        records = [record for record in records if record.name == options.name]
+    names = [plain(record.name or "") for record in records]
+    width = max(map(len, names), default=0)
+    if width:
+        width = max(width, len("name"))
+    heads = [f"  {text:{width}}" if width else "" for text in ("name", *names)]
+    lines = [f"{'id':>6}{heads[0]}  {'time':19}  {'state':8}  {'realized':>8}  {'rank':>4}  {'NLL':>5}  edit"]
     lines += [
-        f"{r.id:>6}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:8.2f}  {r.rank:>4}  "
+        f"{r.id:>6}{head}  {r.time.astimezone():%Y-%m-%d %H:%M:%S}  {r.state:8}  {r.realized:8.2f}  {r.rank:>4}  "
         f"{r.nll:5.2f}  {plain(fill(r.prompt, r.subject)[0])} -> {plain(r.target)}"
-        for r in records
+        for r, head in zip(records, heads[1:], strict=True)
     ]
     emit([record.to_dict() for record in records], lines, options.json)
     return 0

@@ -316,6 +316,7 @@ class Editor:
         self,
         ids: int | Sequence[int] | None = None,
         *,
+        name: str | None = None,
         subject: str | None = None,
         last: int | None = None,
         since: datetime | None = None,
@@ -325,6 +326,7 @@ class Editor:
 
         Args:
             ids: ids of active edits.
+            name: name of the edits, as given in `Edit.name` or in a file.
             subject: subject of the edits, up to white space.
             last: number of edits; the most recent ones are selected.
             since: earliest time of the edits; local time if it has no time zone.
@@ -337,7 +339,7 @@ class Editor:
             InputError: no criterion is given, a criterion is invalid, an id is not that of an active edit, or no
                 active edit matches.
         """
-        return self._session.ledger.select(ids, subject=subject, last=last, since=since, until=until)
+        return self._session.ledger.select(ids, name=name, subject=subject, last=last, since=since, until=until)
 
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Removes edits exactly: the weights become those that the stored rows of the remaining edits determine.

@@ -78,9 +78,15 @@ def test_hint_survives_pickling(hint):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["show", "--model", "m", "--prompt", "{} is"], "rlsedit show: error: --subject, --target is missing; a single"),
+        (
+            ["show", "--model", "m", "--prompt", "{} is"],
+            "rlsedit show: error: --subject, --target is missing; a single",
+        ),
         (["edit", "--model", "m", "--dry-run", "--target", "x", "--subject", "y"], "error: --prompt is missing"),
-        (["edit", "--model", "m", "--dry-run", "--name", "x", "--edits", "-"], "--name cannot be combined with --edits"),
+        (
+            ["edit", "--model", "m", "--dry-run", "--name", "x", "--edits", "-"],
+            "--name cannot be combined with --edits",
+        ),
         (["edit", "--model", "m", "--dry-run"], "no edits given; pass --edits FILE, or a single edit by --prompt"),
         (["edit", "--model", "m", "--dry-run", *ONE, "--limit", "2"], "--limit requires --edits FILE"),
         (["edit", "--model", "m", "--dry-run", *ONE[:-1], " "], "the given edit: target: is blank (' ')"),

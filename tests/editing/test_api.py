@@ -115,6 +115,30 @@ def test_selected_edits_are_undone_and_replaced(editor):
     assert [one.state for one in editor.history()] == ["active", "undone", "replaced", "active"]
 
 
+def test_edits_are_selected_by_name(editor):
+    with pytest.raises(rf.InputError, match=r"name 'home': no active edit has a name \(active: none\)"):
+        editor.select(name="home")
+    editor.edit(
+        [FACT | {"name": "home"}, FACT | {"subject": "Veta Fado", "name": "home"}, FACT | {"subject": "Rekuno"}]
+    )
+    assert editor.select(name="home") == [1, 2]
+    assert editor.select(name="home", subject="Veta Fado") == [2]
+    editor.undo(editor.select(name="home", last=1))
+    assert editor.select(name="home") == [1]
+    for name, message in (
+        ("hone", "no edit has this name; similar names: 'home'"),
+        ("other", "no edit has this name; names of active edits: 'home'"),
+        (3, "name=3: expected a string"),
+    ):
+        with pytest.raises(rf.InputError, match=message):
+            editor.select(name=name)
+    with pytest.raises(rf.InputError, match=r"\[2\] are not ids of active edits \(active: 1, 3\)"):
+        editor.undo(2)
+    editor.undo(1)
+    with pytest.raises(rf.InputError, match=r"the edits with this name are not active: 1 \(undone\), 2 \(undone\)"):
+        editor.select(name="home")
+
+
 def test_the_package_has_a_version_and_exports_its_errors():
     assert rf.__version__
     errors = [name for name in rf.__all__ if name.endswith("Error")]
