@@ -133,7 +133,10 @@ def resolve(
     check_list(edits)
     if places is None and isinstance(edits, EditFile):
         places = edits.places
-    edits = [_edit(edit, index) for index, edit in enumerate(edits)]
+    return _resolve([_edit(edit, index) for index, edit in enumerate(edits)], conflicts, places)
+
+
+def _resolve(edits: list[Edit], conflicts: Conflicts, places: Sequence[str] | None) -> Resolved:
     if places is None:
         places = [f"edit {i}{f' ({edit.name})' if getattr(edit, 'name', None) else ''}" for i, edit in enumerate(edits)]
     if len(places) != len(edits):

@@ -63,18 +63,14 @@ class Edit:
 
         Line breaks at the end of the prompt are kept, since the target then begins a line.
         """
-        texts = {
-            "prompt": strip_trailing(self.prompt).lstrip(),
-            "subject": self.subject.strip(),
-            "target": self.target.strip(),
-        }
-        if all(getattr(self, field) == text for field, text in texts.items()):
+        prompt, subject, target = strip_trailing(self.prompt).lstrip(), self.subject.strip(), self.target.strip()
+        if (prompt, subject, target) == (self.prompt, self.subject, self.target):
             return self
         span = self.span
         if span is not None and is_pair(span):
             before = len(self.prompt) - len(self.prompt.lstrip())
             span = span[0] - before, span[1] - before
-        return replace(self, **texts, span=span)
+        return replace(self, prompt=prompt, subject=subject, target=target, span=span)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""

@@ -59,16 +59,11 @@ def read_text(given: str | Path | IO[str] | IO[bytes]) -> tuple[str, str, str]:
     Raises:
         RequestError: the file cannot be read, is not UTF-8, or is empty.
     """
-    if isinstance(given, str | Path):
-        path = Path(given)
-        label, name, read = str(given), path.name, path.read_bytes
-    elif hasattr(given, "read"):
-        label = str(getattr(given, "name", "<file>"))
-        name, read = Path(label).name, given.read
-    else:
+    if not isinstance(given, str | Path) and not hasattr(given, "read"):
         raise RequestError(f"{given!r:.60} is not a file of edits; pass a path or an open file")
+    label = str(given) if isinstance(given, str | Path) else str(getattr(given, "name", "<file>"))
     try:
-        raw: Any = read()
+        raw = Path(given).read_bytes() if isinstance(given, str | Path) else given.read()
         text = (raw.decode() if isinstance(raw, bytes) else raw).removeprefix("\ufeff")
     except IsADirectoryError:
         raise RequestError(f"{label} is a directory; pass a file of edits") from None
@@ -79,7 +74,7 @@ def read_text(given: str | Path | IO[str] | IO[bytes]) -> tuple[str, str, str]:
         raise RequestError(f"{label} cannot be read: {reason}; pass a file of edits") from error
     if not text.strip():
         raise RequestError(f"{label} is empty; expected {EXPECTED}")
-    return label, name, text
+    return label, Path(label).name, text
 
 
 def json_values(label: str, name: str, text: str) -> list[Value]:

@@ -111,8 +111,9 @@ class EditSession:
         anchored = self._used_moments() is not None
         if not anchored:
             logger.warning(
-                "no anchors: only the weight change is penalized; pass text whose outputs should be preserved to "
-                "Editor.anchor"
+                "no anchors: only the weight change is penalized. To preserve the outputs on text, pass --text FILE or "
+                "collect key statistics once with `rlsedit statistics` (Python: Editor.anchor('text.txt'), or "
+                "Editor.anchor() for collected statistics)"
             )
         pilot = self.pilot(requests) if needs_pilot(config, anchored=anchored) else None
         priors = choose_priors(config, self.moments, len(self._context.layers), pilot)

@@ -11,6 +11,7 @@ import pytest
 
 import rlsedit_fast as rf
 from rlsedit_fast.errors import RequestError
+from rlsedit_fast.statistics.cache import cache_path
 
 CONFIG = rf.EditConfig(
     layers=(1,), contexts={"prefixes": ("",)}, prior={"lam": 1.0}, search={"steps": 2}, fact_token="last"
@@ -74,6 +75,54 @@ def test_invalid_dicts_raise_before_the_first_edit(editor, wrong, message):
     with pytest.raises(RequestError, match=message):
         editor.edit([FACT, wrong])
     assert editor.history() == []
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Lado speaks Kubeish .\n\nVeta plays the organ .\n")
+    return path
+
+
+def test_anchors_are_read_from_a_file(editor, text, tmp_path, caplog):
+    editor.statistics(rf.TextFile(text)).save(tmp_path / "statistics.safetensors")
+    for given in (text, str(text), rf.TextFile(text), text.open(), tmp_path / "statistics.safetensors"):
+        caplog.clear()
+        assert editor.anchor(given) == 11
+        assert "the anchors have 11 tokens, and keys have 96 dimensions" in caplog.text
+    assert editor.anchors.startswith("11 tokens: text.txt, sha256")
+    assert editor.anchor(text, tokens=7) == 7
+    caplog.clear()
+    assert editor.anchor(rf.SelfGenerated(editor.model, length=8), tokens=100) == 100
+    assert caplog.text == ""
+
+
+def test_names_of_files_are_not_anchors(editor, text, tmp_path):
+    for given, message in (
+        (tmp_path / "none.txt", "there is no such file; pass the path of a text file, or put a single text in a list"),
+        (tmp_path, "there is no such file"),
+        ([str(text)], "these are names of files, not texts\nhint: pass a single path without a list"),
+        (rf.SelfGenerated(editor.model), "has no end; pass tokens="),
+    ):
+        with pytest.raises(rf.InputError, match=message):
+            editor.anchor(given)
+    with pytest.raises(rf.InputError, match="tokens=5: key statistics have a fixed number of tokens"):
+        editor.anchor(tokens=5)
+    assert editor.anchors is None
+
+
+def test_anchors_are_found_in_the_cache(make_model, tokenizer, text, tmp_path, monkeypatch, caplog):
+    editor = rf.Editor(make_model("llama"), tokenizer, config=CONFIG.replace(prior={"mu": 2.0}))
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path / "cache"))
+    assert editor.anchor() == 0
+    assert f"in {tmp_path / 'cache'}; collect them with `rlsedit statistics`" in caplog.text
+    found = editor.statistics(rf.TextFile(text))
+    found.save(cache_path(found.fingerprint, editor.layers, found.source, None))
+    assert editor.anchor() == 11
+    assert editor.anchors == f"11 tokens: {found.source}"
+    (prior,) = editor.calibrate([FACT])
+    assert prior.mu == 2.0
+    assert "no anchors" not in caplog.text
 
 
 def test_a_single_dict_is_not_a_list_of_edits(editor):
