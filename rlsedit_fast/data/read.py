@@ -139,7 +139,9 @@ def read_edits(
         'edits'
     """
     if format not in (*FORMATS, "auto"):
-        raise InputError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
+        raise InputError(
+            f"format={format!r}: expected auto, {', '.join(FORMATS)}; JSON, CSV and TSV are detected and have no format"
+        )
     if zsre_target not in get_args(ZsreTarget):
         raise InputError(f"zsre_target={zsre_target!r}: expected {' or '.join(get_args(ZsreTarget))}")
     label, name, text = read_text(path)
@@ -163,7 +165,11 @@ def read_edits(
                 edits.append(draft.edit)
                 places.append(place)
     if skipped and strict:
-        detected = f" (detected from its fields; others: {', '.join(FORMATS)})" if format == "auto" else ""
+        detected = (
+            f" (detected from its fields; others: {', '.join(name for name in FORMATS if name != found)})"
+            if format == "auto"
+            else ""
+        )
         skip = ", or pass --skip-bad to skip them (Python: strict=False)" if edits else ""
         raise RequestError(
             f"{label}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; "

@@ -113,7 +113,9 @@ def _undecodable(label: str, error: UnicodeDecodeError) -> str:
         if raw.startswith(start):
             return f"{label} is {kind}, not a text file; {advice}. Expected {EXPECTED}"
     line = raw.count(b"\n", 0, error.start) + 1
-    return f"{label}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
+    return (
+        f"{label}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8 (Excel: CSV UTF-8)"
+    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,9 +27,9 @@ class Row(dict[str, Any]):
 
 def is_table(name: str, text: str) -> bool:
     """Returns whether a text is a table: by the suffix of its name, or because its first line is a header."""
-    if Path(name).suffix.lower() in _SUFFIXES:
-        return True
     first = _first_line(text)
+    if Path(name).suffix.lower() in _SUFFIXES:
+        return not first.startswith(('{"', "[{"))
     return not first.startswith(("{", "[")) and len(_REQUIRED.intersection(_header(first)[1])) > 1
 
 

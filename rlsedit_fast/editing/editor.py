@@ -295,7 +295,7 @@ class Editor:
         (`EditConfig.refine`).
 
         Args:
-            edits: at least one edit, as `Edit` or as a dict with its fields.
+            edits: at least one edit, as `Edit` or as a dict with its fields; or the result of `read_edits`.
             on_batch: called with the records of each batch after it was written. A later refinement may change `rank`
                 and `nll`; the returned records are up to date.
 

@@ -301,7 +301,10 @@ def _listed(ids: Any) -> list[int]:
     """Returns one or several ids, including NumPy integers, as a list."""
     several = [ids] if _is_whole(ids) or not isinstance(ids, Iterable) or isinstance(ids, str | bytes) else list(ids)
     if wrong := [one for one in several if not _is_whole(one)]:
-        raise InputError(f"ids: {wrong[0]!r}: expected one id or a list of ids, integers as in history()")
+        raise InputError(
+            f"ids: {wrong[0]!r}: expected one id or a list of ids, integers as in history(); select(name=...) "
+            "returns the ids of a name"
+        )
     return [int(one) for one in several]
 
 

@@ -383,6 +383,10 @@ def test_tables_of_spreadsheets_are_read(write, name, delimiter):
     assert read.unread == ["column 1"]
 
 
+def test_json_lines_are_read_whatever_the_suffix(write):
+    assert read_edits(write(lines(PLAIN), "facts.csv")).edits[0].target == "Lyon"
+
+
 def test_line_breaks_within_cells_keep_the_places(write):
     read = read_edits(write('prompt,subject,target\n"Q: {}?\nA:",France,"Ly\non"\n{} is,Spain,x\n', "facts.csv"))
     assert [edit.target for edit in read.edits] == ["Ly\non", "x"]
