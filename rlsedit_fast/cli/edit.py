@@ -1,4 +1,4 @@
-"""`rlsedit edit`: apply edits from a file and write the edited model, a delta or an adapter."""
+"""`rlsedit edit`: apply edits from a file, or a single edit, and write the edited model, a delta or an adapter."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from rlsedit_fast.evaluation.outcome import CollectedAnswers
     from rlsedit_fast.evaluation.stability import TextProbe
 
-HELP = "apply edits from a file to a model"
+HELP = "apply edits from a file, or a single edit, to a model"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     setup.add_model(parser)
-    add_facts(parser)
+    add_facts(parser, single=True)
     setup.add_settings(parser)
     setup.add_anchors(parser)
     parser.add_argument(

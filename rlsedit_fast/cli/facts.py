@@ -1,16 +1,19 @@
-"""Reads a file of edits and reports which records are skipped and why."""
+"""Reads a file of edits, or a single edit from options, and reports which records are skipped and why."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from rlsedit_fast.cli.output import say
 from rlsedit_fast.cli.setup import at_least_one
-from rlsedit_fast.data import FORMATS, Edit, ZsreTarget, read_edits
+from rlsedit_fast.data import FORMATS, Edit, EditFile, ZsreTarget, read_edits
 from rlsedit_fast.data.conflicts import Conflicts, resolve
+from rlsedit_fast.data.read import edit_from_record
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError, RequestError, listed
 
@@ -38,18 +41,36 @@ FILE_OPTIONS = {"format": "auto", "zsre_target": "alt", "limit": None, "conflict
 """Defaults of the options that control how a file of edits is read."""
 
 
-def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds the options that select a file of edits."""
+_SINGLE = {
+    "prompt": "prompt with {} in place of the subject",
+    "subject": "subject of the edit",
+    "target": "text that the model should generate after the prompt",
+    "name": "your own name for the edit (optional)",
+}
+"""Options of a single edit."""
+
+_REQUIRED = ("prompt", "subject", "target")
+
+
+def add_facts(parser: argparse.ArgumentParser, *, required: bool = True, single: bool = False) -> None:
+    """Adds the options that select a file of edits.
+
+    Args:
+        parser: parser of the command.
+        required: whether the command needs edits.
+        single: also add options for a single edit, instead of a file.
+    """
     group = parser.add_argument_group("edits")
     group.add_argument(
         "--edits",
         type=Path,
         metavar="FILE",
-        required=required,
-        help="JSON Lines with the fields prompt, subject and target, or a CounterFact, zsRE or MQuAKE file",
+        required=required and not single,
+        help="JSON Lines, JSON, CSV or TSV with prompt, subject and target, or a CounterFact, zsRE or MQuAKE file; - "
+        "reads from stdin",
     )
     group.add_argument(
-        "--format", choices=("auto", *FORMATS), help="file format (default: auto, detected from the fields)"
+        "--format", choices=("auto", *FORMATS), help="fields of the file (default: auto, detected from the fields)"
     )
     group.add_argument(
         "--zsre-target",
@@ -65,39 +86,80 @@ def add_facts(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     )
     group.add_argument("--skip-bad", action="store_true", help="skip and report invalid records instead of stopping")
     parser.set_defaults(**FILE_OPTIONS)
+    if single:
+        one = parser.add_argument_group("a single edit (instead of --edits)")
+        for name, what in _SINGLE.items():
+            one.add_argument(f"--{name}", help=what)
 
 
-def file_options_given(options: argparse.Namespace) -> list[str]:
-    """Returns the options of `add_facts` that are set although they apply to a file of edits."""
-    changed = [name for name, default in FILE_OPTIONS.items() if getattr(options, name) != default]
-    return [f"--{name.replace('_', '-')}" for name in changed]
+def facts_given(options: argparse.Namespace) -> bool:
+    """Returns whether a file of edits or a single edit is given.
+
+    Raises:
+        InputError: both are given, the single edit is incomplete, or an option for files is given without a file.
+    """
+    one = [name for name in _SINGLE if getattr(options, name, None) is not None]
+    if options.edits is not None:
+        if one:
+            raise InputError(f"{_named(one)} cannot be combined with --edits; pass either a file or a single edit")
+        return True
+    if files := [name for name, default in FILE_OPTIONS.items() if getattr(options, name) != default]:
+        raise InputError(f"{_named(files)} requires --edits FILE; add it or omit {_named(files)}")
+    if one and (missing := [name for name in _REQUIRED if name not in one]):
+        raise InputError(f"{_named(missing)} is missing; a single edit requires {_named(_REQUIRED)}")
+    return bool(one)
 
 
 def read_facts(options: argparse.Namespace) -> Facts:
-    """Reads the file, resolves conflicts between its edits and prints a summary to stderr.
+    """Reads the edits, resolves conflicts between them and prints a summary to stderr.
 
     Raises:
         RequestError: a record is invalid and --skip-bad is not given, or no edit is left.
-        InputError: an option does not apply to the format of the file.
+        InputError: no edits are given, or an option does not apply to the format of the file.
     """
+    if not facts_given(options):
+        raise InputError(f"no edits given; pass --edits FILE, or a single edit by {_named(_REQUIRED)}")
+    if options.edits is None:
+        record = {name: getattr(options, name) for name in _SINGLE}
+        edits, places = [edit_from_record(record, place="the given edit")], ["command line"]
+        left_out, unread = list[dict[str, str]](), list[str]()
+    else:
+        file, title = _read(options)
+        edits, places, unread = file.edits[: options.limit], file.places[: options.limit], file.unread
+        left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
+        _report(left_out)
+        if not edits:
+            raise RequestError(f"{title}: no valid record is left; see the reasons above")
+        say(f"{title}: {len(edits)} edits, format {file.format}")
+    given, edits = edits, [edit.trimmed() for edit in edits]
+    resolved = resolve(edits, conflicts=options.conflicts, places=places)
+    say(*resolved.describe())
+    if trimmed := sum(one is not other for one, other in zip(given, edits, strict=True)):
+        say(f"white space around the prompt, subject or target of {trimmed} edits is ignored")
+    if unread:
+        say(f"ignored fields: {', '.join(unread)}")
+    kept = [places[i] for i in resolved.kept]
+    return Facts(resolved.edits, kept, left_out, {**resolved.to_json(), "places": list(places)}, list(unread))
+
+
+def _read(options: argparse.Namespace) -> tuple[EditFile, str]:
+    """Returns the contents of the file of edits and its name."""
+    stdin = str(options.edits) == "-"
+    title = "<stdin>" if stdin else str(options.edits)
     file = read_edits(
-        options.edits, format=options.format, strict=not options.skip_bad, zsre_target=options.zsre_target
+        getattr(sys.stdin, "buffer", sys.stdin) if stdin else options.edits,
+        format=options.format,
+        strict=not options.skip_bad,
+        zsre_target=options.zsre_target,
     )
     if options.zsre_target != FILE_OPTIONS["zsre_target"] and file.format != "zsre":
-        raise InputError(
-            f"--zsre-target applies to zsRE files only, and {options.edits} has the format {file.format}; omit it"
-        )
-    edits, places = file.edits[: options.limit], file.places[: options.limit]
-    left_out = [{"place": skipped.place, "reason": str(skipped)} for skipped in file.skipped]
-    _report(left_out)
-    if not edits:
-        raise RequestError(f"{options.edits}: no valid record is left; see the reasons above")
-    resolved = resolve(edits, conflicts=options.conflicts, places=places)
-    say(f"{options.edits}: {len(edits)} edits, format {file.format}", *resolved.describe())
-    if file.unread:
-        say(f"ignored fields: {', '.join(file.unread)}")
-    kept = [places[i] for i in resolved.kept]
-    return Facts(resolved.edits, kept, left_out, {**resolved.to_json(), "places": list(places)}, list(file.unread))
+        raise InputError(f"--zsre-target applies to zsRE files only, and {title} has the format {file.format}; omit it")
+    return file, title
+
+
+def _named(names: Sequence[str]) -> str:
+    """Returns the options of the given names as text."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
@@ -115,7 +177,7 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
         raise RequestError(
             f"{len(bad)} of {len(facts.edits)} edits are invalid for this model; nothing was modified:\n"
             + "\n".join(shown),
-            hint="correct these edits or pass --skip-bad to skip them",
+            hint="correct these edits" + (" or pass --skip-bad to skip them" if len(bad) < len(facts.edits) else ""),
         )
     _report(left_out)
     keep = [i for i in range(len(facts.edits)) if i not in bad]

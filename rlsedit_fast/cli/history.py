@@ -20,6 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", choices=("active", "undone", "replaced", "skipped"), help="list only edits in this state"
     )
+    parser.add_argument("--name", help="list only edits with this name")
     parser.add_argument("--subject", help="list only edits of this subject")
     add_json(parser)
 
@@ -29,8 +30,13 @@ def run(options: argparse.Namespace) -> int:
     records = [record for record in read_history(options.store) if options.state in (None, record.state)]
     if options.subject is not None:
         records = [record for record in records if normalized(record.subject) == normalized(options.subject)]
-    lines = [f"{'id':>6}  {'time':19}  {'state':8}  {'rank':>5}  {'NLL':>6}  {'chat':4}  edit"]
-    lines += [_line(record) for record in records]
+    if options.name is not None:
+        records = [record for record in records if record.name == options.name]
+    names = [plain(record.name or "") for record in records]
+    width = max(map(len, ("name", *names))) if any(names) else 0
+    named = [f"  {text:{width}}" if width else "" for text in ("name", *names)]
+    lines = [f"{'id':>6}{named[0]}  {'time':19}  {'state':8}  {'rank':>5}  {'NLL':>6}  {'chat':4}  edit"]
+    lines += [f"{record.id:>6}{name}  {_line(record)}" for record, name in zip(records, named[1:], strict=True)]
     if records:
         lines.append(
             "rank and NLL of the target, and the answer, when the edit was last measured; rank 1: the model states the "
@@ -51,6 +57,6 @@ def _line(record: EditRecord) -> str:
     if record.answer is not None:
         answers = f"  (before: {record.answer_before!r}, after: {record.answer!r})"
     return (
-        f"{record.id:>6}  {record.time.astimezone():%Y-%m-%d %H:%M:%S}  {record.state:8}  {record.rank:>5}  "
+        f"{record.time.astimezone():%Y-%m-%d %H:%M:%S}  {record.state:8}  {record.rank:>5}  "
         f"{record.nll:6.2f}  {chat:4}  {prompt} -> {target}{answers}"
     )

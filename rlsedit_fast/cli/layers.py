@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, PARTIAL, setup
-from rlsedit_fast.cli.facts import Facts, add_facts, file_options_given, read_facts, sift
+from rlsedit_fast.cli.facts import Facts, add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor
@@ -113,10 +113,8 @@ def run(options: argparse.Namespace) -> int:
 def _facts(options: argparse.Namespace) -> Facts:
     from rlsedit_fast.evaluation.generic_facts import MOST, generic_edits
 
-    if options.edits is not None:
+    if facts_given(options):
         return read_facts(options)
-    if ignored := ", ".join(file_options_given(options)):
-        raise InputError(f"{ignored} requires --edits FILE; add it or omit {ignored}")
     if options.count > MOST:
         raise InputError(
             f"--count {options.count}: the built-in list has {MOST} facts; reduce --count or pass --edits FILE"

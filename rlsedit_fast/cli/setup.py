@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlsedit_fast.baselines import RULES
-from rlsedit_fast.cli.output import progress, say
+from rlsedit_fast.cli.output import progress
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.config import load_settings
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
@@ -17,7 +17,6 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
-from rlsedit_fast.statistics.cache import find_cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -216,20 +215,12 @@ def anchor(editor: Editor, options: argparse.Namespace) -> str:
     if options.no_anchors:
         return "none"
     if options.statistics is not None:
-        found: KeyStatistics | None = KeyStatistics.load(options.statistics)
+        editor.anchor(KeyStatistics.load(options.statistics))
     elif options.text is not None or options.self_generate:
-        found = gather(editor, make_source(editor, options), options.tokens)
+        editor.anchor(gather(editor, make_source(editor, options), options.tokens))
     else:
-        found = find_cached(editor.fingerprint(), editor.layers)
-        if found is None:
-            say(
-                "no anchors: only the weight change is penalized. To preserve the model's outputs on text, collect key "
-                "statistics once with `rlsedit statistics`, or pass --text FILE or --self-generate"
-            )
-            return "none"
-    assert found is not None
-    tokens = editor.anchor(found)
-    return f"{tokens} tokens: {found.source}"
+        editor.anchor()
+    return editor.anchors or "none"
 
 
 def make_source(editor: Editor, options: argparse.Namespace) -> Source:

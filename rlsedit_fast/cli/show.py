@@ -8,13 +8,11 @@ from typing import Any
 
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import DONE, PARTIAL, setup
-from rlsedit_fast.cli.facts import add_facts, file_options_given, read_facts, sift
+from rlsedit_fast.cli.facts import add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
-from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.errors import InputError
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
 
@@ -22,11 +20,7 @@ HELP = "show the tokens and layers that edits would change, and the memory neede
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     setup.add_model(parser)
-    add_facts(parser, required=False)
-    one = parser.add_argument_group("a single edit (instead of --edits)")
-    one.add_argument("--prompt", help="prompt with {} in place of the subject")
-    one.add_argument("--subject", help="subject of the edit")
-    one.add_argument("--target", help="target of the edit")
+    add_facts(parser, required=False, single=True)
     setup.add_settings(parser)
     add_json(parser)
 
@@ -34,19 +28,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
-    one = (options.prompt, options.subject, options.target)
-    if any(one) and (not all(one) or options.edits):
-        raise InputError("pass either --prompt, --subject and --target together, or --edits FILE, or none of them")
-    ignored = [] if options.edits else file_options_given(options)
-    if ignored:
-        named = ", ".join(ignored)
-        raise InputError(f"{named} requires --edits FILE; add it or omit {named}")
-    facts = read_facts(options) if options.edits else None
+    facts = read_facts(options) if facts_given(options) else None
     editor = setup.make_editor(options)
     if facts:
         facts = sift(editor, facts, options)
-    edits = facts.edits if facts else [Edit(*one)] if all(one) else []
-    requests = editor.context.prepare(edits) if edits else []
+    requests = editor.context.prepare(facts.edits) if facts else []
     results: dict[str, Any] = {
         "model": type(editor.model).__name__,
         "preset": getattr(find_preset(editor.model.config), "name", None),

@@ -35,7 +35,10 @@ def add_store(parser: argparse.ArgumentParser) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Adds the options that select edits; an edit must match all of them."""
     group = parser.add_argument_group("selection of active edits (edits must match all options given)")
-    group.add_argument("ids", nargs="*", type=int, metavar="ID", help="edit ids, as listed by `rlsedit history`")
+    group.add_argument(
+        "ids", nargs="*", metavar="ID", help="ids or names of edits, as listed by `rlsedit history`; a number is an id"
+    )
+    group.add_argument("--name", help="edits with this name")
     group.add_argument("--subject", help="edits of this subject")
     group.add_argument("--last", type=int, metavar="N", help="the N most recent edits")
     group.add_argument(
@@ -44,10 +47,13 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--until", type=_time, metavar="TIME", help="edits applied at or before TIME")
 
 
-def selection(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the selection options as arguments of `Editor.select`."""
-    given = {name: getattr(options, name) for name in ("subject", "last", "since", "until")}
-    return {"ids": options.ids or None, **given}
+def select(editor: Editor, options: argparse.Namespace) -> list[int]:
+    """Returns the ids of the edits that the options of `add_selection` select; see `Editor.select`."""
+    ids: list[int] = []
+    for text in options.ids:
+        ids += [int(text)] if text.isdecimal() else editor.select(name=text)
+    criteria = {name: getattr(options, name) for name in ("name", "subject", "last", "since", "until")}
+    return editor.select(ids or None, **criteria)
 
 
 def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -132,7 +138,7 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
     setup.show_warnings()
     check_named_exports(options)
     with open_editor(options) as editor:
-        ids = editor.select(**selection(options))
+        ids = select(editor, options)
         selected = set(ids)
         old = [record for record in editor.history() if record.id in selected]
         before = ask(editor, old)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlsedit_fast.data.edits import Edit, normalized, prompt_key
+from rlsedit_fast.data.edits import Edit, check_list, normalized, prompt_key
+from rlsedit_fast.data.read import EditFile
 from rlsedit_fast.errors import InputError, RequestError, listed
 
 Conflicts = Literal["later", "first", "keep", "error"]
@@ -94,25 +95,31 @@ class Resolved:
         )
 
 
-def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Sequence[str] | None = None) -> Resolved:
+def resolve(
+    edits: Iterable[Edit | Mapping[str, Any]],
+    *,
+    conflicts: Conflicts = "later",
+    places: Sequence[str] | None = None,
+) -> Resolved:
     """Finds edits with the same filled prompt, up to white space and Unicode normalization, and keeps one of each.
 
     An edit whose prompt does not contain its subject is kept and not compared; the editor rejects it with the reason.
 
     Args:
-        edits: any number of edits.
+        edits: any number of edits, as `Edit` or as dicts with its fields, or the result of `read_edits`.
         conflicts: which edit to keep: the `later` or the `first` one, at its own position; `keep` keeps the last edit
             for each target; `error` raises an error for contradictions. Duplicates are always reduced to one: the first
             with `first`, otherwise the last.
-        places: name of each edit in reports, such as `EditFile.places`; by default its index, and its name if it has
-            one.
+        places: name of each edit in reports; by default its position in the file, or else its index, and its name if
+            it has one.
 
     Returns:
         The edits to apply and what was dropped.
 
     Raises:
         InputError: an unknown rule, or the number of places differs from the number of edits.
-        RequestError: there are contradictions and `conflicts` is `error`.
+        RequestError: there are contradictions and `conflicts` is `error`, `edits` is not a list, or a dict has unknown
+            or missing fields.
 
     Example:
         >>> from rlsedit_fast import Edit, resolve
@@ -122,6 +129,13 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
     """
     if conflicts not in get_args(Conflicts):
         raise InputError(f"conflicts={conflicts!r}: expected one of {', '.join(get_args(Conflicts))}")
+    check_list(edits)
+    if places is None and isinstance(edits, EditFile):
+        places = edits.places
+    return _resolve([_edit(edit, index) for index, edit in enumerate(edits)], conflicts, places)
+
+
+def _resolve(edits: list[Edit], conflicts: Conflicts, places: Sequence[str] | None) -> Resolved:
     if places is None:
         places = [f"edit {i}{f' ({edit.name})' if getattr(edit, 'name', None) else ''}" for i, edit in enumerate(edits)]
     if len(places) != len(edits):
@@ -156,9 +170,17 @@ def resolve(edits: Sequence[Edit], *, conflicts: Conflicts = "later", places: Se
         if _is_valid(edits[index]):
             by_subject[normalized(edits[index].subject)].append(index)
     shared = [group for group in by_subject.values() if len(group) > 1]
-    return Resolved(
-        [edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, list(edits), list(places)
-    )
+    return Resolved([edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, edits, list(places))
+
+
+def _edit(given: Edit | Mapping[str, Any], index: int) -> Edit:
+    """Returns an edit; invalid values other than dicts are left to the editor."""
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return Edit.from_dict(given)
+    except RequestError as error:
+        raise RequestError(f"edit {index}: {error.message}") from None
 
 
 def _compare(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 from rlsedit_fast.errors import RequestError
-from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.models.tokens import fill, is_pair, strip_trailing
 
 WEIGHT_RANGE = 1e-30, 1e30
 """Range of edit weights. A weight is stored in float32 together with its inverse and its products with keys."""
@@ -18,6 +18,8 @@ WEIGHT_RANGE = 1e-30, 1e30
 @dataclass(frozen=True)
 class Edit:
     """A fact that the model should state.
+
+    White space around prompt, subject and target is ignored, except line breaks at the end of the prompt.
 
     Attributes:
         prompt: text that the target continues, with `{}` in place of the subject.
@@ -64,18 +66,34 @@ class Edit:
         """
         return tuple(fill(text, self.subject)[0] if "{}" in text else text for text in self.paraphrases)
 
+    def trimmed(self) -> Edit:
+        """Returns the edit without white space around prompt, subject and target, as it is applied.
+
+        Line breaks at the end of the prompt are kept, since the target then begins a line.
+        """
+        prompt, subject, target = strip_trailing(self.prompt).lstrip(), self.subject.strip(), self.target.strip()
+        if (prompt, subject, target) == (self.prompt, self.subject, self.target):
+            return self
+        span = self.span
+        if span is not None and is_pair(span):
+            before = len(self.prompt) - len(self.prompt.lstrip())
+            span = span[0] - before, span[1] - before
+        return replace(self, prompt=prompt, subject=subject, target=target, span=span)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Edit:
-        """Returns the edit with the given fields; lists become tuples.
+        """Returns the edit with the given fields; lists become tuples, and `id` may be given as `name`.
 
         Raises:
             RequestError: a field is missing or unknown.
         """
         known = [field.name for field in fields(cls)]
+        if values.get("id") is not None and values.get("name") is None:
+            values = {name: value for name, value in values.items() if name != "id"} | {"name": str(values["id"])}
         for name in values:
             if name not in known:
                 near = get_close_matches(str(name), known, n=1)
@@ -94,6 +112,12 @@ def prompt_key(edit: Edit) -> str:
         RequestError: see `Edit.filled_prompt`.
     """
     return normalized(edit.filled_prompt)
+
+
+def check_list(edits: object) -> None:
+    """Raises RequestError unless the argument is a list of edits, or another iterable of them."""
+    if isinstance(edits, Edit | str | Mapping) or not isinstance(edits, Iterable):
+        raise RequestError(f"edits: expected a list of edits, got {edits!r:.60}; put a single edit in a list")
 
 
 def invalid_weight(weight: object) -> str | None:

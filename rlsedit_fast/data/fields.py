@@ -8,8 +8,12 @@ from typing import Any
 
 from rlsedit_fast.data.edits import invalid_weight
 from rlsedit_fast.data.source import DuplicateKeys
+from rlsedit_fast.data.table import Row
 from rlsedit_fast.errors import RequestError
 from rlsedit_fast.models.tokens import fill
+
+_SIMILAR = 0.6  # ratio of difflib above which a known name is suggested for an unknown field
+_MISSPELLED = 0.85  # the same for columns of tables, where unknown names are common
 
 
 class Fields:
@@ -41,11 +45,19 @@ class Fields:
         self.problems.append((self._name(name), reason))
 
     def allow_only(self, names: Sequence[str]) -> None:
-        """Adds a problem for each field that is not among `names`, with a suggestion."""
+        """Adds a problem for each field that is not among `names`, with a suggestion.
+
+        Columns of a table are allowed, except probable misspellings.
+        """
+        table = isinstance(self._record, Row)
         for name in self._record:
             if name in names:
                 continue
-            near = [match for match in get_close_matches(name, names, n=len(names)) if match not in self._record]
+            similar = get_close_matches(name, names, n=len(names), cutoff=_MISSPELLED if table else _SIMILAR)
+            near = [match for match in similar if match not in self._record]
+            if table and not near:
+                continue
+            self.taken.add(self._name(name))
             self._suggested.update(near[:1])
             hint = f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(names)}"
             self.problem(name, f"unknown field; {hint}")
@@ -74,8 +86,9 @@ class Fields:
                 found += listed
         return tuple(found)
 
-    def label(self, name: str) -> str | None:
-        """Returns an optional string or integer as a string."""
+    def label(self, *names: str) -> str | None:
+        """Returns the first of some optional fields that is given, a string or an integer, as a string."""
+        name = next((name for name in names if self._record.get(name) is not None), names[0])
         value = self._take(name)
         if value is None or isinstance(value, str):
             return value

@@ -86,7 +86,7 @@ def detect(records: Sequence[Any]) -> Format:
 
 def _edits(record: object) -> Iterator[Draft]:
     fields = Fields(record)
-    fields.allow_only(("prompt", "subject", "target", "name", "weight", "paraphrases", "neighborhood", "span"))
+    fields.allow_only(("prompt", "subject", "target", "name", "id", "weight", "paraphrases", "neighborhood", "span"))
     prompt, subject, target = (fields.text(name) for name in ("prompt", "subject", "target"))
     filled = fields.filled("prompt", prompt, subject)
     edit = Edit(
@@ -94,7 +94,7 @@ def _edits(record: object) -> Iterator[Draft]:
         subject,
         target,
         weight=fields.weight("weight"),
-        name=fields.label("name"),
+        name=fields.label("name", "id"),
         span=fields.span("span", filled),
         paraphrases=fields.texts("paraphrases"),
         neighborhood=fields.texts("neighborhood"),
@@ -103,17 +103,18 @@ def _edits(record: object) -> Iterator[Draft]:
 
 
 def _counterfact(record: object) -> Iterator[Draft]:
-    """Reads the original layout (Meng et al., 2022) and the flat layout of EasyEdit."""
+    """Reads the original layout (Meng et al., 2022) and the flat layout of EasyEdit, also with fields of `edits`."""
     fields = Fields(record)
-    name = fields.label("case_id")
+    name, weight = fields.label("case_id", "name", "id"), fields.weight("weight")
     if isinstance(record, dict) and "requested_rewrite" not in record:
         prompt, subject, target = (fields.text(part) for part in ("prompt", "subject", "target_new"))
         fields.filled("prompt", prompt, subject)
     else:
         prompt, subject, target = _rewrite(fields.inner("requested_rewrite"))
-    paraphrases = fields.texts("paraphrase_prompts", "rephrase_prompt")
-    neighborhood = fields.texts("neighborhood_prompts", "locality_prompt")
-    yield Draft(Edit(prompt, subject, target, name=name, paraphrases=paraphrases, neighborhood=neighborhood), fields)
+    paraphrases = fields.texts("paraphrase_prompts", "rephrase_prompt", "paraphrases")
+    neighborhood = fields.texts("neighborhood_prompts", "locality_prompt", "neighborhood")
+    edit = Edit(prompt, subject, target, weight, name, paraphrases=paraphrases, neighborhood=neighborhood)
+    yield Draft(edit, fields)
 
 
 def _zsre(record: object, target: ZsreTarget) -> Iterator[Draft]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args, overload
 
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.data.fields import unread
 from rlsedit_fast.data.layouts import FORMATS, Format, ZsreTarget, detect, layout
-from rlsedit_fast.data.source import load
+from rlsedit_fast.data.source import json_values, read_text
+from rlsedit_fast.data.table import is_table, read_table
 from rlsedit_fast.errors import InputError, RequestError, listed
 
 
@@ -38,8 +39,8 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class EditFile:
-    """Contents of a file of edits.
+class EditFile(Sequence[Edit]):
+    """Contents of a file of edits: a sequence of edits, which `Editor.edit` and `resolve` accept.
 
     Attributes:
         edits: the edits, in file order.
@@ -56,8 +57,10 @@ class EditFile:
         ...     json.dump([record], file)
         ...     file.flush()
         ...     found = read_edits(file.name)
-        >>> found.format, len(found.edits), found.unread
+        >>> found.format, len(found), found.unread
         ('counterfact', 1, ['ground_truth'])
+        >>> [edit.target for edit in found]
+        ['Rome']
     """
 
     edits: list[Edit]
@@ -66,19 +69,38 @@ class EditFile:
     format: Format
     unread: list[str]
 
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    @overload
+    def __getitem__(self, index: int) -> Edit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Edit]: ...
+
+    def __getitem__(self, index: int | slice) -> Edit | Sequence[Edit]:
+        return self.edits[index]
+
 
 def read_edits(
-    path: str | Path,
+    path: str | Path | IO[str] | IO[bytes],
     *,
     format: Format | Literal["auto"] = "auto",
     strict: bool = True,
     zsre_target: ZsreTarget = "alt",
 ) -> EditFile:
-    """Reads a UTF-8 file of edits: a JSON list of records, or one record per line (blank lines are ignored).
+    """Reads a UTF-8 file of edits.
+
+    The file is a JSON list of records, has one JSON record per line (JSON Lines), or is a CSV or TSV table with a
+    header line. Blank lines and empty rows are ignored.
 
     | format | fields |
     |---|---|
-    | `edits` | `prompt`, `subject`, `target`; optional `name`, `weight`, `paraphrases`, `neighborhood`, `span` |
+    | `edits` | `prompt`, `subject`, `target`; optional `name` (or `id`), `weight`, `paraphrases`, \
+`neighborhood`, `span` |
     | `counterfact` | `case_id`, `requested_rewrite` (`prompt`, `subject`, `target_new.str`), `paraphrase_prompts`, \
 `neighborhood_prompts`; or EasyEdit's `prompt`, `subject`, `target_new`, `rephrase_prompt`, `locality_prompt` |
     | `zsre` | `src`, `subject`, `alt` or `answers`, `rephrase`, `loc` |
@@ -88,8 +110,11 @@ def read_edits(
     the subject or contains the subject; the same holds for paraphrases. Conflicts between edits are not checked here,
     see `rlsedit_fast.data.resolve`.
 
+    A table has the fields as columns, in upper or lower case, separated by commas, semicolons or tabs. Other columns
+    are listed as unread. A cell of several paraphrases or neighborhood prompts separates them by `|` or is a JSON list.
+
     Args:
-        path: the file.
+        path: the file, or an open file.
         format: one of the formats above, or `auto` to detect it from the fields of the first records.
         strict: raise an error if a record is invalid. If False, invalid records are listed as skipped.
         zsre_target: field of zsRE that is used as the target: `alt`, a counterfactual answer, as in MEND and EasyEdit,
@@ -100,7 +125,8 @@ def read_edits(
         The edits, the skipped records and the ignored fields.
 
     Raises:
-        RequestError: the file cannot be read, is not JSON, or has an invalid record; names file, line and field.
+        RequestError: the file cannot be read, is neither JSON nor a table, or has an invalid record; names file, line
+            and field.
         InputError: an unknown format or target.
 
     Example:
@@ -113,11 +139,13 @@ def read_edits(
         'edits'
     """
     if format not in (*FORMATS, "auto"):
-        raise InputError(f"format={format!r}: expected auto, {', '.join(FORMATS)}")
+        raise InputError(
+            f"format={format!r}: expected auto, {', '.join(FORMATS)}; JSON, CSV and TSV are detected and have no format"
+        )
     if zsre_target not in get_args(ZsreTarget):
         raise InputError(f"zsre_target={zsre_target!r}: expected {' or '.join(get_args(ZsreTarget))}")
-    path = Path(path)
-    values = load(path)
+    label, name, text = read_text(path)
+    values = read_table(label, name, text) if is_table(name, text) else json_values(label, name, text)
     found = detect([value.content for value in values]) if format == "auto" else format
     drafts_of = layout(found, zsre_target)
     edits: list[Edit] = []
@@ -137,21 +165,42 @@ def read_edits(
                 edits.append(draft.edit)
                 places.append(place)
     if skipped and strict:
-        detected = f" (detected from its fields; others: {', '.join(FORMATS)})" if format == "auto" else ""
-        raise RequestError(
-            f"{path}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; no "
-            "edit was read:\n" + "\n".join(listed(skipped)),
-            hint="correct these records, or pass --skip-bad to skip them (Python: strict=False)",
+        detected = (
+            f" (detected from its fields; others: {', '.join(name for name in FORMATS if name != found)})"
+            if format == "auto"
+            else ""
         )
-    ignored = set[str]().union(*(unread(value.content, taken) for value in values)) if found != "edits" else set()
+        skip = ", or pass --skip-bad to skip them (Python: strict=False)" if edits else ""
+        raise RequestError(
+            f"{label}, read as {found!r}{detected}: {len(skipped)} of {len(skipped) + len(edits)} edits are invalid; "
+            "no edit was read:\n" + "\n".join(_listed(skipped, every=not edits)),
+            hint=f"correct these records{skip}",
+        )
+    ignored = set[str]().union(*(unread(value.content, taken) for value in values))
     return EditFile(edits, skipped, places, found, sorted(ignored))
 
 
-def load_edits(path: str | Path, **options: Any) -> list[Edit]:
+def edit_from_record(record: Mapping[str, Any], *, place: str) -> Edit:
+    """Returns the edit of one record in the format `edits`.
+
+    Args:
+        record: its fields.
+        place: name of the record in errors.
+
+    Raises:
+        RequestError: the record is invalid.
+    """
+    (draft,) = layout("edits", "alt")(dict(record))
+    if draft.fields.problems:
+        raise RequestError(str(_skip(place, draft.fields.problems)))
+    return draft.edit
+
+
+def load_edits(path: str | Path | IO[str] | IO[bytes], **options: Any) -> list[Edit]:
     """Returns the edits of a file; shorthand for `read_edits(path, ...).edits`.
 
     Args:
-        path: the file.
+        path: the file, or an open file.
         **options: keyword arguments of `read_edits`.
 
     Returns:
@@ -176,3 +225,11 @@ def load_edits(path: str | Path, **options: Any) -> list[Edit]:
 def _skip(place: str, problems: Sequence[tuple[str, str]]) -> Skipped:
     (field, reason), *more = problems
     return Skipped(place, field or None, "; ".join([reason, *(f"{name}: {why}" for name, why in more)]))
+
+
+def _listed(skipped: Sequence[Skipped], *, every: bool) -> list[str]:
+    """Returns the lines that list invalid records; a single line if every record of the file has the same problem."""
+    same = {(one.field, one.reason) for one in skipped}
+    if every and len(skipped) > 1 and len(same) == 1:
+        return [f"{skipped[0]} (and the same in all others)"]
+    return listed(skipped)

@@ -1,4 +1,4 @@
-"""Reads the JSON values of a file with their positions; the file is a JSON list or has one value per line."""
+"""Reads the text of a file, and its JSON values with their positions: a JSON list or one value per line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlsedit_fast.errors import RequestError
 
+EXPECTED = (
+    "JSON Lines or a JSON list of records with prompt, subject and target, or CSV or TSV with a header line such as "
+    "prompt,subject,target"
+)
+"""Description of the accepted files."""
+
 _BLANK = re.compile(r"[ \t\r\n]*")
+_BINARY = (
+    (b"PK\x03\x04", "a zip archive, such as an Excel workbook", "save the sheet as CSV UTF-8, or unpack the archive"),
+    (b"\x1f\x8b", "compressed with gzip", "decompress it"),
+    (b"PAR1", "a Parquet file", "convert it to JSON Lines or CSV"),
+)
 
 
 class DuplicateKeys(dict[str, Any]):
@@ -26,12 +37,12 @@ class DuplicateKeys(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Value:
-    """One JSON value of a file.
+    """One record of a file.
 
     Attributes:
         place: `facts.jsonl:12`, or `facts.json:12 (record 3)` in a list; line and record count from 1.
         content: the value.
-        error: reason why there is no value, if a line is not valid JSON.
+        error: reason why there is no value, if a line is invalid.
     """
 
     place: str
@@ -39,33 +50,72 @@ class Value:
     error: str | None = None
 
 
-def load(path: Path) -> list[Value]:
-    """Returns all values of a UTF-8 file, in order.
+def read_text(given: str | Path | IO[str] | IO[bytes]) -> tuple[str, str, str]:
+    """Returns the label of a file for errors, its name for places, and its text.
+
+    Args:
+        given: path of a UTF-8 file, or an open file.
 
     Raises:
-        RequestError: the file cannot be read, is not UTF-8, is empty, or is a list that is not valid JSON.
+        RequestError: the file cannot be read, is not UTF-8, or is empty.
     """
+    if not isinstance(given, str | Path) and not hasattr(given, "read"):
+        raise RequestError(f"{given!r:.60} is not a file of edits; pass a path or an open file")
+    label = str(given) if isinstance(given, str | Path) else str(getattr(given, "name", "<file>"))
     try:
-        raw = path.read_bytes()
+        raw = Path(given).read_bytes() if isinstance(given, str | Path) else given.read()
+        text = (raw.decode() if isinstance(raw, bytes) else raw).removeprefix("\ufeff")
     except IsADirectoryError:
-        raise RequestError(f"{path} is a directory; pass a file of edits") from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}; pass a file of edits") from error
-    try:
-        text = raw.decode("utf-8-sig")
+        raise RequestError(f"{label} is a directory; pass a file of edits") from None
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RequestError(
-            f"{path}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8"
-        ) from None
+        raise RequestError(_undecodable(label, error)) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{label} cannot be read: {reason}; pass a file of edits") from error
     if not text.strip():
-        raise RequestError(f"{path} is empty; expected a JSON list of records, or one record per line")
+        raise RequestError(f"{label} is empty; expected {EXPECTED}")
+    return label, Path(label).name, text
+
+
+def json_values(label: str, name: str, text: str) -> list[Value]:
+    """Returns the values of a JSON list, or of one JSON value per line, in order.
+
+    Args:
+        label: name of the file in errors.
+        name: name of the file in places.
+        text: its contents.
+
+    Raises:
+        RequestError: the list is empty or not valid JSON, or no line is valid JSON.
+    """
     decoder = JSONDecoder(object_pairs_hook=_object)
     start = _skip(text, 0)
-    values = list(_listed(path, text, start, decoder) if text[start] == "[" else _lines(path, text, decoder))
-    if not values:
-        raise RequestError(f"{path} contains an empty list; expected at least one record")
+    if text[start] == "[":
+        values = list(_listed(label, name, text, start, decoder))
+        if not values:
+            raise RequestError(f"{label} contains an empty list; expected at least one record")
+        return values
+    values = list(_lines(name, text, decoder))
+    if all(value.error is not None for value in values):
+        if text[start] == "{":
+            raise RequestError(
+                f"{label}: no line is a record; {values[0].place}: {values[0].error}; write each record on one line, "
+                "or all records as a JSON list"
+            )
+        line = text[start:].partition("\n")[0].strip()
+        raise RequestError(f"{label} is not a file of edits: it starts with {line!r:.80}; expected {EXPECTED}")
     return values
+
+
+def _undecodable(label: str, error: UnicodeDecodeError) -> str:
+    raw = error.object
+    for start, kind, advice in _BINARY:
+        if raw.startswith(start):
+            return f"{label} is {kind}, not a text file; {advice}. Expected {EXPECTED}"
+    line = raw.count(b"\n", 0, error.start) + 1
+    return (
+        f"{label}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save the file as UTF-8 (Excel: CSV UTF-8)"
+    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,19 +134,19 @@ def _skip(text: str, at: int) -> int:
     return found.end()
 
 
-def _lines(path: Path, text: str, decoder: JSONDecoder) -> Iterator[Value]:
+def _lines(name: str, text: str, decoder: JSONDecoder) -> Iterator[Value]:
     # Not splitlines(): JSON strings may contain U+2028 and similar.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{path.name}:{number}"
+        place = f"{name}:{number}"
         try:
             yield Value(place, decoder.decode(line))
         except JSONDecodeError as error:
             yield Value(place, None, f"invalid JSON at column {error.colno}: {error.msg}")
 
 
-def _listed(path: Path, text: str, at: int, decoder: JSONDecoder) -> Iterator[Value]:
+def _listed(label: str, name: str, text: str, at: int, decoder: JSONDecoder) -> Iterator[Value]:
     """Yields the values of a list one by one, to know the line of each."""
     line, counted = 1, 0
     number = 0
@@ -107,7 +157,7 @@ def _listed(path: Path, text: str, at: int, decoder: JSONDecoder) -> Iterator[Va
             number += 1
             line, counted = line + text.count("\n", counted, at), at
             content, at = decoder.raw_decode(text, at)
-            yield Value(f"{path.name}:{line} (record {number})", content)
+            yield Value(f"{name}:{line} (record {number})", content)
             at = _skip(text, at)
             more = text[at : at + 1] == ","
             if more:
@@ -119,5 +169,5 @@ def _listed(path: Path, text: str, at: int, decoder: JSONDecoder) -> Iterator[Va
             raise JSONDecodeError("Extra data after the list", text, at)
     except JSONDecodeError as error:
         raise RequestError(
-            f"{path}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file"
+            f"{label}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file"
         ) from None

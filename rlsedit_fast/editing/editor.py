@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
+from rlsedit_fast.editing.anchors import Anchors, find_statistics
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
@@ -27,7 +28,7 @@ from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls import Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
-from rlsedit_fast.statistics.sources import GivenTexts, Source, each_text
+from rlsedit_fast.statistics.sources import Source, each_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +96,7 @@ class Editor:
             self.model, self.tokenizer = model, tokenizer
             if store is not None and held is None:
                 held = create_store(store, self.context, given)
+            self._anchors: str | None = None
             self._recorder = Recorder(held, self.config, self.context.projections) if held else None
             self._session = EditSession(self.context, self._recorder)
             if self._recorder:
@@ -160,28 +162,34 @@ class Editor:
         """The protected prompts, including those of a store."""
         return self._session.protected
 
-    def anchor(self, texts: Iterable[str] | KeyStatistics) -> int:
+    @property
+    def anchors(self) -> str | None:
+        """The anchors set by `anchor`: number of tokens and source. None without them, and for anchors of a store."""
+        return self._anchors
+
+    def anchor(self, texts: Anchors | None = None, *, tokens: int | None = None) -> int:
         """Sets the anchors: text on which the outputs of the edited layers are preserved, at every token.
 
         Args:
-            texts: texts with thousands of tokens, ideally more than d_k; or key statistics collected from them.
+            texts: path of a text file, texts, or a `Source`, with thousands of tokens, ideally more than d_k; or key
+                statistics, or the path of their file. By default the statistics that `rlsedit statistics` collected
+                for this model and these layers, from the cache.
+            tokens: number of tokens to read; by default all of the text. Required for `SelfGenerated`.
 
         Returns:
-            The number of tokens.
+            The number of tokens; 0 if the cache has no statistics of this model, in which case nothing is set.
 
         Raises:
-            InputError: the priors are already set, by `calibrate` or the first edit; there are no texts; or the
-                statistics belong to another model or lack a layer.
+            InputError: the priors are already set, by `calibrate` or the first edit; there are no texts, or they are
+                names of files; a file does not exist; or the statistics belong to another model or lack a layer.
         """
         self._check_not_started("anchor")
-        if isinstance(texts, KeyStatistics):
-            texts.check(self.fingerprint(), self.layers)
-            found = texts
-        else:
-            # The statistics are not saved, so they need no fingerprint, which reads all weights.
-            found = self.context.collect(GivenTexts(texts), identity="")
+        found = find_statistics(self.context, texts, tokens=tokens, identity=self.fingerprint)
+        if found is None:
+            return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
         self._session.moments = [found.moments[layer].cpu() for layer in self.layers]
+        self._anchors = f"{found.tokens} tokens: {found.source}"
         return found.tokens
 
     def statistics(
@@ -287,7 +295,7 @@ class Editor:
         (`EditConfig.refine`).
 
         Args:
-            edits: at least one edit, as `Edit` or as a dict with its fields.
+            edits: at least one edit, as `Edit` or as a dict with its fields; or the result of `read_edits`.
             on_batch: called with the records of each batch after it was written. A later refinement may change `rank`
                 and `nll`; the returned records are up to date.
             require_stated: raise an error if the model does not state the target of each edit of a batch after it was
@@ -320,6 +328,7 @@ class Editor:
         self,
         ids: int | Sequence[int] | None = None,
         *,
+        name: str | None = None,
         subject: str | None = None,
         last: int | None = None,
         since: datetime | None = None,
@@ -329,6 +338,7 @@ class Editor:
 
         Args:
             ids: ids of active edits.
+            name: name of the edits, as given in `Edit.name` or in a file.
             subject: subject of the edits, up to white space.
             last: number of edits; the most recent ones are selected.
             since: earliest time of the edits; local time if it has no time zone.
@@ -341,7 +351,7 @@ class Editor:
             InputError: no criterion is given, a criterion is invalid, an id is not that of an active edit, or no
                 active edit matches.
         """
-        return self._session.ledger.select(ids, subject=subject, last=last, since=since, until=until)
+        return self._session.ledger.select(ids, name=name, subject=subject, last=last, since=since, until=until)
 
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Removes edits exactly: the weights become those that the stored rows of the remaining edits determine.

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
@@ -14,9 +15,10 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.records import EditRecord, EditState
 from rlsedit_fast.editing.requests import Request, subject_key
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, listed
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"
+_SHOWN = 5  # number of ids or names that an error lists
 
 
 @dataclass(frozen=True)
@@ -102,28 +104,31 @@ class Ledger:
         """Raises InputError unless the ids are those of active edits, at least one, each given once."""
         wrong = [i for i in ids if i not in self._edits]
         if wrong or not ids or len(set(ids)) != len(ids):
-            raise InputError(
-                f"ids {list(ids)}: {f'{wrong} are not ids of active edits' if wrong else 'expected distinct ids'}; "
-                "nothing was modified",
-                hint=_HISTORY,
+            reason = (
+                f"{wrong} are not ids of active edits ({self._shown_active()})" if wrong else "expected distinct ids"
             )
+            raise InputError(f"ids {list(ids)}: {reason}; nothing was modified", hint=_HISTORY)
 
     def select(
         self,
         ids: int | Sequence[int] | None = None,
         *,
+        name: str | None = None,
         subject: str | None = None,
         last: int | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
     ) -> list[int]:
         """Selects active edits; see `Editor.select`."""
-        if ids is None and subject is None and last is None and since is None and until is None:
-            raise InputError("no selection given; pass ids, subject, last, since or until")
+        if all(criterion is None for criterion in (ids, name, subject, last, since, until)):
+            raise InputError("no selection given; pass ids, name, subject, last, since or until")
         if last is not None and (not _is_whole(last) or last < 1):
             raise InputError(f"last={last!r}: expected an integer of at least 1")
-        if subject is not None and not isinstance(subject, str):
-            raise InputError(f"subject={subject!r}: expected a string")
+        for criterion, text in (("name", name), ("subject", subject)):
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"{criterion}={text!r}: expected a string")
+        if name is not None:
+            self._check_name(name)
         least, most = _moment("since", since), _moment("until", until)
         if ids is not None:
             ids = _listed(ids)
@@ -131,17 +136,36 @@ class Ledger:
         chosen = [
             i
             for i in (self.active if ids is None else ids)
-            if (subject is None or normalized(self._edits[i].subject) == normalized(subject))
+            if (name is None or self._edits[i].name == name)
+            and (subject is None or normalized(self._edits[i].subject) == normalized(subject))
             and (least is None or self._records[i - 1].time >= least)
             and (most is None or self._records[i - 1].time <= most)
         ]
         if last is not None:
             chosen = sorted(chosen)[-last:]  # ids ascend with time
         if not chosen:
-            given = {"ids": ids, "subject": subject, "last": last, "since": since, "until": until}
+            given = {"ids": ids, "name": name, "subject": subject, "last": last, "since": since, "until": until}
             criteria = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
             raise InputError(f"{criteria}: no active edit matches; nothing was modified", hint=_HISTORY)
         return chosen
+
+    def _check_name(self, name: str) -> None:
+        """Raises InputError if no active edit has a name."""
+        names = dict.fromkeys(edit.name for edit in self._edits.values() if edit.name is not None)
+        if name in names:
+            return
+        if past := [f"{record.id} ({record.state})" for record in self._records if record.name == name]:
+            reason = f"the edits with this name are not active: {', '.join(listed(past, _SHOWN))}"
+        elif near := get_close_matches(name, names):
+            reason = f"no edit has this name; similar names: {', '.join(map(repr, near))}"
+        elif names:
+            reason = f"no edit has this name; names of active edits: {', '.join(listed(map(repr, names), _SHOWN))}"
+        else:
+            reason = f"no active edit has a name ({self._shown_active()})"
+        raise InputError(f"name {name!r}: {reason}; nothing was modified", hint=_HISTORY)
+
+    def _shown_active(self) -> str:
+        return f"active: {', '.join(listed(self.active, _SHOWN)) or 'none'}"
 
     def edit(self, identity: int) -> Edit:
         """Returns an active edit."""
@@ -286,7 +310,10 @@ def _listed(ids: Any) -> list[int]:
     """Returns one or several ids, including NumPy integers, as a list."""
     several = [ids] if _is_whole(ids) or not isinstance(ids, Iterable) or isinstance(ids, str | bytes) else list(ids)
     if wrong := [one for one in several if not _is_whole(one)]:
-        raise InputError(f"ids: {wrong[0]!r}: expected one id or a list of ids, integers as in history()")
+        raise InputError(
+            f"ids: {wrong[0]!r}: expected one id or a list of ids, integers as in history(); select(name=...) "
+            "returns the ids of a name"
+        )
     return [int(one) for one in several]
 
 

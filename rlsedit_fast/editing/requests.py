@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.data.edits import Edit, invalid_weight, normalized, prompt_key
+from rlsedit_fast.data.edits import Edit, check_list, invalid_weight, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.models.tokens import Row, encode, encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SPECIAL_TOKENS = 8  # maximum number of tokens that a tokenizer adds to a text
@@ -88,21 +91,23 @@ def _attempt(
     config: EditConfig,
     longest: int | None,
 ) -> tuple[list[Request], dict[int, str]]:
-    if isinstance(edits, Edit | str | Mapping) or not isinstance(edits, Iterable):
-        raise RequestError(f"edits: expected a list of edits, got {edits!r:.60}; put a single edit in a list")
+    check_list(edits)
     requests: list[Request] = []
     invalid: dict[int, str] = {}
-    for index, edit in enumerate(edits):
+    trimmed = 0
+    for index, given in enumerate(edits):
         try:
+            edit = Edit.from_dict(given) if isinstance(given, Mapping) else given
             requests.append(_prepare_one(tokenizer, edit, config, longest))
+            trimmed += requests[-1].edit is not edit
         except RequestError as error:
             invalid[index] = str(error)
+    if trimmed:
+        logger.info("white space around the prompt, subject or target of %d edits is ignored", trimmed)
     return requests, invalid
 
 
 def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditConfig, longest: int | None) -> Request:
-    if isinstance(edit, Mapping):
-        edit = Edit.from_dict(edit)
     if not isinstance(edit, Edit):
         raise RequestError(f"expected an Edit or a dict with its fields, got {type(edit).__name__}")
     for field in ("prompt", "subject", "target"):
@@ -113,6 +118,7 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         raise RequestError(f"name={edit.name!r}: expected a string, or None")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; pass the text that the model should state")
+    edit = edit.trimmed()
     if reason := invalid_weight(edit.weight):
         raise RequestError(f"weight: {reason}")
     _check_evaluated(tokenizer, edit, longest)

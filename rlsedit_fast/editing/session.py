@@ -118,8 +118,9 @@ class EditSession:
         anchored = self.used_moments is not None
         if not anchored:
             logger.warning(
-                "no anchors: only the weight change is penalized; pass text whose outputs should be preserved to "
-                "Editor.anchor"
+                "no anchors: only the weight change is penalized. To preserve the outputs on text, pass --text FILE or "
+                "collect key statistics once with `rlsedit statistics` (Python: Editor.anchor('text.txt'), or "
+                "Editor.anchor() for collected statistics)"
             )
         calibrated = calibrated_adherence(config, anchored=anchored) is not None
         pilot = self.pilot(requests) if calibrated else None

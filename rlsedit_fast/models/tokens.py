@@ -153,9 +153,9 @@ def encode(
     """
     filled, start = fill(prompt, subject)
     stop = start + len(subject.strip())
-    text = _strip_spaces(filled)
+    text = strip_trailing(filled)
     if span is not None:
-        if not _is_pair(span) or not 0 <= span[0] < span[1] <= len(text):
+        if not is_pair(span) or not 0 <= span[0] < span[1] <= len(text):
             raise RequestError(
                 f"span {span!r} of {text!r}: expected two integers [start, stop) with 0 <= start < stop <= "
                 f"{len(text)}, characters of the prompt with its subject"
@@ -169,7 +169,8 @@ def encode(
     return Row(ids + _continuation(tokenizer, before + text, ids, target), lookup, len(ids))
 
 
-def _is_pair(span: object) -> bool:
+def is_pair(span: object) -> bool:
+    """Returns whether a span is a pair of integers."""
     if not isinstance(span, tuple | list) or len(span) != 2:
         return False
     return all(isinstance(at, int) and not isinstance(at, bool) for at in span)
@@ -228,7 +229,7 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = 
         >>> len(row.ids), row.prompt_length, row.lookup
         (5, 4, -1)
     """
-    text = _strip_spaces(prompt)
+    text = strip_trailing(prompt)
     ids = token_ids(tokenizer, text)
     return Row(ids + _continuation(tokenizer, text, ids, target), -1, len(ids))
 
@@ -269,7 +270,8 @@ def _is_unspaced(character: str) -> bool:
     return wide and unicodedata.category(character)[0] in "LMNP" and "HANGUL" not in unicodedata.name(character, "")
 
 
-def _strip_spaces(text: str) -> str:
+def strip_trailing(text: str) -> str:
+    """Removes white space from the end of a text, up to a line break."""
     while text and text[-1].isspace() and text[-1] not in _NEWLINES:
         text = text[:-1]
     return text

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.generation import sample
@@ -21,6 +21,7 @@ _PARAGRAPH = 8192  # maximum number of characters of a paragraph, so that a file
 _READ = 1 << 20  # bytes per read while hashing a file
 
 
+@runtime_checkable
 class Source(Protocol):
     """A stream of tokenized texts.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -391,6 +393,37 @@ def test_show_marks_the_token_and_lists_the_layers(base, workdir, capsys):
     assert len(report["edits"]) == 3
     assert report["edits"][0]["tokens"][report["edits"][0]["lookup"]] == PEOPLE[0].name.split()[-1]
     assert main(["show", "--model", str(base), *one[:2]]) == 2
+
+
+@pytest.mark.parametrize("content", ["csv", "jsonl"])
+def test_edits_are_read_from_stdin(base, workdir, capsys, monkeypatch, content):
+    lines = records(2)
+    lines[1]["target"] += " "
+    if content == "csv":
+        columns = ("prompt", "subject", "target")
+        text = "\n".join(",".join(row) for row in (columns, *([line[name] for name in columns] for line in lines)))
+    else:
+        text = "\n".join(map(json.dumps, lines))
+    stdin = io.BytesIO(text.encode())
+    stdin.name = "<stdin>"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+    assert main(["show", "--model", str(base), "--edits", "-", "--json", "report.json"]) == 0
+    assert [edit["subject"] for edit in read(workdir / "report.json")["edits"]] == [PEOPLE[0].name, PEOPLE[1].name]
+    stderr = capsys.readouterr().err
+    assert "<stdin>: 2 edits, format edits" in stderr
+    assert "white space around the prompt, subject or target of 1 edits is ignored" in stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"prompt,subject,target\n{} is,x\n")))
+    assert main(["show", "--model", str(base), "--edits", "-"]) == 2
+    assert ":2: target: missing" in capsys.readouterr().err
+
+
+def test_a_single_edit_is_given_by_options(base, workdir, capsys):
+    command = ["edit", "--model", str(base), "--config", "settings.json", "--layers", "0", "--no-anchors"]
+    one = ["--prompt", "{} lives in", "--subject", PEOPLE[0].name, "--target", " Port Alder", "--name", "home"]
+    assert main([*command, *one, "--delta", "edit.delta", "--json", "report.json"]) == 0
+    (record,) = read(workdir / "report.json")["records"]
+    assert (record["name"], record["target"], record["place"]) == ("home", "Port Alder", "command line")
+    assert "of 1 edits is ignored" in capsys.readouterr().err
 
 
 def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monkeypatch):

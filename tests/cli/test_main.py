@@ -65,6 +65,9 @@ def test_hint_is_printed_on_a_line_of_its_own(monkeypatch, capsys):
     assert capsys.readouterr().err == "rlsedit history: error: a is 1, expected 2\nhint: pass --a 2\n"
 
 
+ONE = ("--prompt", "{} is", "--subject", "a", "--target", "b")
+
+
 @pytest.mark.parametrize("hint", [None, "pass b=2"])
 def test_hint_survives_pickling(hint):
     error = pickle.loads(pickle.dumps(InputError("b is 1", hint)))
@@ -75,14 +78,26 @@ def test_hint_survives_pickling(hint):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["show", "--model", "m", "--prompt", "{} is"], "rlsedit show: error: pass either --prompt"),
+        (
+            ["show", "--model", "m", "--prompt", "{} is"],
+            "rlsedit show: error: --subject, --target is missing; a single",
+        ),
+        (["edit", "--model", "m", "--dry-run", "--target", "x", "--subject", "y"], "error: --prompt is missing"),
+        (
+            ["edit", "--model", "m", "--dry-run", "--name", "x", "--edits", "-"],
+            "--name cannot be combined with --edits",
+        ),
+        (["edit", "--model", "m", "--dry-run"], "no edits given; pass --edits FILE, or a single edit by --prompt"),
+        (["edit", "--model", "m", "--dry-run", *ONE, "--limit", "2"], "--limit requires --edits FILE"),
+        (["edit", "--model", "m", "--dry-run", *ONE[:-1], " "], "the given edit: target: is blank (' ')"),
         (["export", "--model", "m", "--edited", "n"], "rlsedit export: error: no output given; pass --out DIR"),
         (["show", "--model", "m", "--edits", "bad.jsonl"], "or pass --skip-bad to skip them"),
     ],
 )
 def test_errors_name_options(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "{} is"}\n')
+    good = '{"prompt": "{} is", "subject": "a", "target": "b"}'
+    (tmp_path / "bad.jsonl").write_text(f'{good}\n{{"prompt": "{{}} is"}}\n')
     assert main(command) == 2
     assert message in capsys.readouterr().err
 

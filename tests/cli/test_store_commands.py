@@ -105,8 +105,10 @@ def test_store_is_resumed_and_edits_are_undone_and_replaced(edit, base, workdir,
     states = [r["state"] for r in history(capsys)]
     assert states == "active undone replaced active undone active active active active undone".split()
     assert [r["id"] for r in history(capsys, "--state", "replaced")] == [3]
-    assert main(["history", "--store", "edits"]) == 0
-    assert "replaced" in capsys.readouterr().out
+    assert main(["history", "--store", "edits", "--name", "fact 2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in shown] == [["id", "name", "time"], ["3", "fact", "2"], ["10", "fact", "2"]]
+    assert "replaced" in shown[1]
 
     assert main(["status", "--store", "edits", "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
@@ -253,6 +255,21 @@ def test_unconverged_replacement_is_reported_as_skipped(edit, base, workdir, cap
     result = json.loads((workdir / "result.json").read_text())
     assert (result["replaced"], [entry["replaces"] for entry in result["skipped"]]) == ([], [2])
     assert [r["state"] for r in history(capsys)] == ["active"] * 6 + ["skipped"]
+
+
+def test_edits_are_undone_and_replaced_by_name(edit, base, workdir, capsys):
+    lines = records(0, 5)
+    lines[4]["name"] = "1"
+    (workdir / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert edit("facts.jsonl", *NEW) == 0
+    assert main(["undo", "--store", "edits", "fact 1", "1"]) == 0
+    assert main(["replace", "--store", "edits", "--name", "1", "--target", lines[4]["target"] + "s"]) == 0
+    states = ["undone", "undone", "active", "active", "replaced", "active"]
+    assert [r["state"] for r in history(capsys)] == states
+    for name, message in (("fact 1", "are not active: 2 (undone)"), ("fatc 3", "similar names: 'fact 3', 'fact 2'")):
+        assert main(["undo", "--store", "edits", name]) == 2
+        assert message in capsys.readouterr().err
+    assert [r["state"] for r in history(capsys)] == states
 
 
 def test_history_matches_subjects_like_undo(edit, base, workdir, capsys):

@@ -337,6 +337,147 @@ def test_line_numbers_match_a_text_editor(write):
     ]
 
 
+TABLE = """prompt,subject,target,id,weight,paraphrases,neighborhood,source
+The capital of {} is,France,Lyon,41,2,{} has the capital|France's capital is,"[""Spain's capital is"", ""a|b""]",web
+,,,,,,,
+"{}, the trumpeter, plays the",Miles Davis,piano,,,,,
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("facts.csv", TABLE),
+        ("facts.CSV", TABLE.replace("prompt,subject", "Prompt, Subject").replace("\n", "\r\n")),
+        ("facts.csv", "\ufeff" + TABLE),
+        ("facts.txt", TABLE),
+    ],
+)
+def test_every_column_of_a_table_is_read(write, name, content):
+    read = read_edits(write(content.encode(), name))
+    assert read.edits == [
+        rf.Edit(
+            "The capital of {} is",
+            "France",
+            "Lyon",
+            weight=2.0,
+            name="41",
+            paraphrases=("{} has the capital", "France's capital is"),
+            neighborhood=("Spain's capital is", "a|b"),
+        ),
+        rf.Edit("{}, the trumpeter, plays the", "Miles Davis", "piano"),
+    ]
+    assert read.places == [f"{name}:2", f"{name}:4"]
+    assert (read.format, read.unread) == ("edits", ["source"])
+
+
+@pytest.mark.parametrize("name", ["facts.csv", "facts.tsv", "facts"])
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_tables_of_spreadsheets_are_read(write, name, delimiter):
+    rows = (["", "prompt", "subject", "target", "weight"], ["0", "{} is, was", "France", '"big; ""new"""', '"0,5"'])
+    content = "\r\n".join(delimiter.join(row) for row in rows)
+    content = f"sep=;\r\n{content}" if delimiter == ";" else content.replace("0,5", "0.5")
+    read = read_edits(write(content.encode(), name))
+    assert read.edits == [rf.Edit("{} is, was", "France", 'big; "new"', weight=0.5)]
+    assert read.places == [f"{name}:{3 if delimiter == ';' else 2}"]
+    assert read.unread == ["column 1"]
+
+
+def test_json_lines_are_read_whatever_the_suffix(write):
+    assert read_edits(write(lines(PLAIN), "facts.csv")).edits[0].target == "Lyon"
+
+
+def test_line_breaks_within_cells_keep_the_places(write):
+    read = read_edits(write('prompt,subject,target\n"Q: {}?\nA:",France,"Ly\non"\n{} is,Spain,x\n', "facts.csv"))
+    assert [edit.target for edit in read.edits] == ["Ly\non", "x"]
+    assert read.places == ["facts.csv:2", "facts.csv:5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        ("prompt,subject,target_new,ground_truth\n{} is,France,Lyon,Paris", "counterfact"),
+        ("src,subject,alt,loc\n{} is,France,Lyon,x", "zsre"),
+    ],
+)
+def test_tables_have_the_fields_of_the_other_formats(write, content, format):
+    read = read_edits(write(content, "facts.csv"))
+    assert (read.edits[0].target, read.format) == ("Lyon", format)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("{} is,France,Lyon,,x", "5 cells for 4 columns; put cells that contain ',' into double quotes"),
+        ("{} is,France", "target: missing"),
+        ("{} is,France,Lyon,much", "weight: expected a finite number above 0, got 'much'"),
+    ],
+)
+def test_invalid_rows_are_reported_with_their_line(write, row, expected):
+    path = write(f"prompt,subject,target,weight\n\n{row}\n{{}} is,Spain,x", "facts.csv")
+    with pytest.raises(RequestError, match="1 of 2 edits are invalid") as error:
+        read_edits(path)
+    assert f"facts.csv:3: {expected}" in str(error.value)
+    assert "--skip-bad" in str(error.value)
+    assert read_edits(path, strict=False).places == ["facts.csv:4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "The capital of {} is,France,Lyon",
+            "the first line is 'The capital of {} is,France,Lyon'; expected the names",
+        ),
+        ("prompt,subject,target", "has a header and no rows"),
+        ("prompt,subject,target,Target\na,b,c,d", "has the column 'target' more than once"),
+        ('prompt,subject,target\n"Heroes" by {},Bowie,x', "the row at line 2 is invalid .*write each quote"),
+        ("prompt,subject,target,paraphrase\n{} is,a,b,c", "paraphrase: unknown field; did you mean 'paraphrases'"),
+        (b"prompt,subject,target\n{} is,Orl\xe9ans,x", "byte 0xe9 in line 2 is not UTF-8"),
+    ],
+)
+def test_invalid_tables_raise(write, content, expected):
+    with pytest.raises(RequestError, match=expected) as error:
+        read_edits(write(content, "facts.csv"))
+    assert "--skip-bad" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "Lyon is the capital.\nRome too.",
+            "is not a file of edits: it starts with 'Lyon is the capital.'; expected JSON",
+        ),
+        ('{\n"prompt": "a"\n}', "no line is a record; facts.txt:1: invalid JSON at column 2"),
+        (b"PK\x03\x04\x90\xff", "is a zip archive, such as an Excel workbook, not a text file; save the sheet as CSV"),
+        (lines({"prompt": "{} is", "subject": "x"}, {"prompt": "{} is", "subject": "y"}), "same in all others"),
+    ],
+)
+def test_errors_of_whole_files_do_not_advise_to_skip_records(write, content, expected):
+    with pytest.raises(RequestError, match=expected) as error:
+        read_edits(write(content, "facts.txt"))
+    assert "--skip-bad" not in str(error.value)
+    assert str(error.value).count("facts.txt") == (2 if isinstance(content, str) and "{" in content else 1)
+
+
+@pytest.mark.parametrize("mode", ["r", "rb"])
+def test_open_files_are_read(write, mode):
+    with write(lines(PLAIN), "facts.jsonl").open(mode) as file:
+        read = read_edits(file)
+        assert (read.edits[0].target, read.places) == ("Lyon", ["facts.jsonl:1"])
+    with pytest.raises(RequestError, match=r"cannot be read: .*closed file"):
+        read_edits(file)
+    with pytest.raises(RequestError, match="3 is not a file of edits"):
+        read_edits(3)
+
+
+def test_id_is_a_name(write):
+    read = read_edits(write(lines({**PLAIN, "id": 7}, {**PLAIN, "id": 8, "name": "eight"}), "facts.jsonl"))
+    assert [edit.name for edit in read.edits] == ["7", "eight"]
+    assert read.unread == []
+
+
 def test_edits_from_lists():
     edits = edits_from_lists(
         ["{} plays the", "The capital of France is"],

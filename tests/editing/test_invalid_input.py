@@ -118,7 +118,7 @@ NO_TEXTS = [
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize(("wrong", "message"), NO_TEXTS)
 def test_anchors_and_protected_texts_must_be_lists_of_texts(editor, wrong, message):
-    for act in (editor.anchor, editor.protect):
+    for act in (editor.protect, *[editor.anchor] * (wrong is not None)):
         with pytest.raises(InputError, match=message):
             act(wrong)
     assert editor._session.moments is None
