@@ -82,8 +82,8 @@ class Editor:
         Raises:
             ModelError: the model has no language model head, or the layers or their projections are not found or cannot
                 be edited (together).
-            InputError: an argument has the wrong type, a weight to be edited contains NaN/Inf, the tokenizer has more
-                tokens than the model, `config` changes settings that are fixed for all edits of the store, or a store
+            InputError: an argument has the wrong type, a weight to be edited contains NaN/Inf, the tokenizer is that of
+                another model, `config` changes settings that are fixed for all edits of the store, or a store
                 does not support the rule.
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
