@@ -17,7 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.cli.places import check_inputs, check_places
 from rlsedit_fast.errors import RLSEditError
 
 DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
                 module.add(commands.add_parser(name, help=module.HELP, description=module.HELP))
             options = parser.parse_args(argv)
             prog = f"rlsedit {options.command}"
+            check_inputs(options)
             check_places(options)
             code: int = modules[options.command].run(options)
             return code

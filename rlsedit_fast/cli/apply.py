@@ -11,6 +11,7 @@ from rlsedit_fast.cli.export import Written, check_checkpoint
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.export import apply_delta
+from rlsedit_fast.export.delta import check_delta
 
 HELP = "apply a delta file to its base model and write the edited checkpoint"
 
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     check_checkpoint(options.out, options.model)
     check_places(options, folders=("out",))
+    check_delta(options.delta)
+    setup.check_model(options)
     model, tokenizer = setup.load_model(options)
     report = apply_delta(model, options.delta)
     written = Written()

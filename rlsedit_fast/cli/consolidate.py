@@ -10,6 +10,8 @@ from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.status import status_lines
 from rlsedit_fast.cli.stores import add_store, open_editor
+from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.errors import InputError
 
 HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
 
@@ -24,6 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
+    if not read_history(options.store):
+        raise InputError(f"the store {str(options.store)!r} has no edits, so there is nothing to rebuild")
     with open_editor(options) as editor:
         freed = editor.consolidate()
         status = editor.status()

@@ -45,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="local folder or Hugging Face Hub name of the model, or demo, the bundled model with its own settings "
         "unless --config is given (default demo)",
     )
-    group.add_argument("--dtype", help="dtype to load the model in (default float32)")
+    group.add_argument("--dtype", type=setup.dtype, help="dtype to load the model in (default float32)")
     group.add_argument("--device", help="device to load the model on (default cpu)")
     group.add_argument(
         "--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE file (required unless the model is demo)"
@@ -163,6 +163,8 @@ def run(options: argparse.Namespace) -> int:
             f"--rule-settings {options.rule_settings}: {', '.join(unused)} not in --rules; add them to --rules or "
             "remove their settings"
         )
+    if options.model != DEMO:
+        setup.check_model(options, base)
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
         config = base.for_rule(rule, **changes.get(rule, {}))

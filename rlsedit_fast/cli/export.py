@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("no output given; pass --delta FILE or --adapter DIR")
     _check_new(options)
     check_places(options, folders=("adapter",), files=("delta", "json"))
+    for path in (options.model, options.edited):
+        setup.check_model(options, path=path)
     base, _ = setup.load_model(options)
     edited, _ = setup.load_model(options, options.edited)
     changes = changes_between(base, edited)
@@ -182,7 +184,10 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--adapter", type=Path, metavar="DIR", help="folder for a LoRA adapter in PEFT format")
     group.add_argument(
-        "--rank", type=int, metavar="R", help="maximum rank of the adapter (default: as high as needed to be exact)"
+        "--rank",
+        type=setup.at_least_one,
+        metavar="R",
+        help="maximum rank of the adapter (default: as high as needed to be exact)",
     )
 
 
@@ -192,8 +197,6 @@ def _check_new(options: argparse.Namespace) -> None:
             _check_absent(name, path)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
-    if options.rank is not None and options.rank < 1:
-        raise InputError(f"--rank {options.rank}: expected at least 1; omit --rank for an exact adapter")
 
 
 def _check_absent(name: str, path: Path) -> None:

@@ -40,11 +40,10 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     if options.model is not None and not options.measure:
         raise InputError("--model is used only with --measure; add --measure or omit --model")
+    status = read_status(options.store, budget=options.budget)  # also checks the options before the model is loaded
     if options.measure:
         with open_editor(options) as editor:
             status = editor.status(budget=options.budget)
-    else:
-        status = read_status(options.store, budget=options.budget)
     emit(asdict(status), status_lines(status), options.json)
     return 0
 

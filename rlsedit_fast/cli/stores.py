@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +14,8 @@ from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, w
 from rlsedit_fast.cli.output import add_json, emit, plain, say
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
-from rlsedit_fast.errors import InputError, StoreError, listed
+from rlsedit_fast.editing.recovery import select_edits
+from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
 
@@ -33,7 +33,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("selection of active edits (edits must match all options given)")
     group.add_argument("ids", nargs="*", type=int, metavar="ID", help="edit ids, as listed by `rlsedit history`")
     group.add_argument("--subject", help="edits of this subject")
-    group.add_argument("--last", type=int, metavar="N", help="the N most recent edits")
+    group.add_argument("--last", type=setup.at_least_one, metavar="N", help="the N most recent edits")
     group.add_argument(
         "--since", type=_time, metavar="TIME", help="edits applied at or after TIME, such as 2026-03-01T12:00"
     )
@@ -53,16 +53,16 @@ def open_editor(options: argparse.Namespace) -> Editor:
         StoreError: the store does not exist, is damaged or is in use.
         InputError: the model is not known or cannot be loaded.
     """
-    if not Store.exists(options.store):
-        raise StoreError(
-            f"{str(options.store)!r} does not contain a store; pass the folder of a store",
-            hint="create one with `rlsedit edit --store DIR`",
-        )
-    if options.model is None:
-        with closing(Store(options.store, write=False)) as store:
-            options.model = store.about["model"]
-        if not options.model:
-            raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
+    with Store(options.store) as store:  # also checks that no other process has opened it
+        recorded = store.about["model"]
+    if options.model is None and not recorded:
+        raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
+    given, options.model = options.model, options.model or recorded
+    try:
+        setup.check_model(options)
+    except InputError as error:
+        moved = f"the store {str(options.store)!r} was created with this path; pass --model if the model has moved"
+        raise InputError(error.message, error.hint if given else moved) from error
     model, tokenizer = setup.load_model(options)
     return Editor(model, tokenizer, store=options.store)
 
@@ -117,6 +117,7 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
     """
     setup.show_warnings()
     check_named_exports(options)
+    select_edits(options.store, **selection(options))  # fails before the model is loaded
     with open_editor(options) as editor:
         ids = editor.select(**selection(options))
         selected = set(ids)

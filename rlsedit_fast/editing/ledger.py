@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,7 +14,7 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.records import EditRecord, EditState
 from rlsedit_fast.editing.requests import Request, prompt_key, subject_key
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, listed
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"
 
@@ -91,13 +91,20 @@ class Ledger:
 
     def check(self, ids: Sequence[int]) -> None:
         """Raises InputError unless the ids are those of active edits, at least one, each given once."""
-        wrong = [i for i in ids if i not in self._edits]
-        if wrong or not ids or len(set(ids)) != len(ids):
+        if not ids:
+            raise InputError("no ids were given; pass at least one id of an active edit", hint=_HISTORY)
+        if wrong := [i for i in ids if i not in self._edits]:
+            shown = [
+                f"{i} ({self._records[i - 1].state})" if 1 <= i <= len(self._records) else f"{i} (no such edit)"
+                for i in wrong
+            ]
+            active = ", ".join(listed(self._edits)) or "none"
             raise InputError(
-                f"ids {list(ids)}: {f'{wrong} are not ids of active edits' if wrong else 'expected distinct ids'}; "
-                "nothing was modified",
+                f"ids {', '.join(listed(shown))}: not active; the active edits are: {active}. Nothing was modified",
                 hint=_HISTORY,
             )
+        if twice := sorted(i for i, count in Counter(ids).items() if count > 1):
+            raise InputError(f"ids {', '.join(listed(twice))} given more than once; pass each id once")
 
     def select(
         self,

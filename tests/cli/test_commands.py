@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlsedit_fast.cli import main
+from rlsedit_fast.cli import main, setup
 from rlsedit_fast.editing import value_search
 from rlsedit_fast.statistics import collection
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
@@ -318,7 +318,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
     assert "--json file is also the input file --delta" in capsys.readouterr().err
     assert (workdir / "facts.jsonl").read_bytes() == before
     for command in (
-        ["apply", "--model", str(base), "--delta", "none", "--out", "file/out"],
+        ["apply", "--model", str(base), "--delta", "file", "--out", "file/out"],
         ["demo", "--out", "file/out"],
         ["evaluate", "--out", "file/out"],
         ["export", "--model", str(base), "--edited", str(base), "--delta", "file/delta"],
@@ -335,7 +335,6 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--out", "BASE"), "is the folder of the model"),
         (("--out", "out", "--rank", "4"), "--rank requires --adapter"),
         (("--out", "out", "--again"), "--again requires --store"),
-        (("--adapter", "out", "--rank", "0"), "--rank 0: expected at least 1"),
         (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
         (("--out", "facts.jsonl/out"), "cannot be written (Not a directory)"),
         (
@@ -349,16 +348,29 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--delta", "new", "--out", "new/out"), "lies below --delta new, which is a file"),
         (("--out", "out", "--json", "settings.json"), "is also the input file --config"),
         (("--out", "out", "--layers", "x"), "expected layer indices"),
-        (("--out", "out", "--layers", "9"), "layers 0 to 3"),
-        (("--out", "out", "--adherence", "2"), "adherence=2"),
-        (("--out", "out", "--statistics", "none.safetensors"), "does not exist"),
-        (("--out", "out", "--protect", "none.txt"), "cannot be read"),
+        (("--out", "out", "--layers", "9"), "--layers 9: layers [9] do not exist; the model has layers 0 to 3"),
+        (("--out", "out", "--adherence", "2"), "--adherence 2.0: expected a number below 1"),
+        (("--out", "out", "--layers", "1,1"), "--layers 1,1: expected at least one layer index, each given once"),
+        (
+            ("--out", "out", "--statistics", "none.safetensors"),
+            "--statistics none.safetensors: the file does not exist",
+        ),
+        (("--out", "out", "--statistics", "text.txt"), "is damaged or not a"),
+        (("--out", "out", "--text", "tex.txt"), "did you mean text.txt?"),
+        (("--out", "out", "--text", "."), "--text .: this is a folder; pass a file"),
+        (("--out", "out", "--no-anchors", "--mu", "2"), "--mu 2 is the weight of the anchors, and --no-anchors"),
+        (("--out", "out", "--device", "cuda:99"), "device 'cuda:99'"),
+        (("--store", "taken"), "contains file and is not a store"),
+        (("--out", "out", "--protect", "none.txt"), "--protect none.txt: the file does not exist"),
         (("--out", "out", "--config", "text.txt"), "cannot be read as JSON"),
         (("--out", "out", "--config", "other.json"), "unknown setting 'laters'"),
     ],
 )
-def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, options, message):
+def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, monkeypatch, options, message):
     (workdir / "other.json").write_text('{"laters": [1]}')
+    (workdir / "taken").mkdir()
+    (workdir / "taken" / "file").write_text("")
+    monkeypatch.setattr(setup, "load_model", None)  # nothing is loaded
     before = sorted(path.name for path in workdir.rglob("*"))
     assert edit(*(str(base) if option == "BASE" else option for option in options)) == 2
     assert message in capsys.readouterr().err
@@ -486,7 +498,11 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
     assert layers("--preset", "generic") == ("shipped", [0, 1])
     assert layers("--layers", "1-2") == ("shipped", [1, 2])
     assert main(["show", "--model", str(base), "--preset", "gpt2-xl"]) == 2
-    assert "layers 0 to 3" in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert "--preset gpt2-xl is for gpt2 models with 48 layers of width 1600" in stderr
+    assert "omit --preset to use layers 0 to 3 by depth" in stderr
+    assert main(["show", "--model", str(base), "--preset", "gpt2-xl", "--layers", "1"]) == 0
+    assert "warning: --preset gpt2-xl is for gpt2 models" in capsys.readouterr().err
 
     edit = [
         "edit",
@@ -556,6 +572,7 @@ def test_edits_not_stated_by_the_model_are_listed(edit, workdir, capsys, evaluat
     ],
 )
 def test_text_options_without_text_are_rejected(workdir, base, capsys, options, message):
+    (workdir / "statistics.safetensors").write_text("")
     assert main(["edit", "--model", str(base), "--edits", "facts.jsonl", *options]) == 2
     assert message in capsys.readouterr().err
 
