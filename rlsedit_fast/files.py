@@ -105,15 +105,21 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
             file = stack.enter_context(safe_open(path, framework="pt"))
             metadata = file.metadata() or {}
         except FileNotFoundError as error:
-            raise InputError(f"file {str(path)!r} does not exist; expected a {kind!r} file") from error
+            raise InputError(
+                f"the file {str(path)!r} does not exist; pass the path of a file of kind {kind!r}"
+            ) from error
         except OSError as error:
-            raise InputError(f"cannot read {str(path)!r} ({error}); expected a {kind!r} file") from error
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error}); pass the path of a readable file of kind {kind!r}"
+            ) from error
         except SafetensorError as error:
-            raise InputError(f"{str(path)!r} is damaged or not a {kind!r} file ({error}); {advice}") from error
+            raise InputError(
+                f"{str(path)!r} is damaged, or not a file of kind {kind!r} ({error}); pass another path or {advice}"
+            ) from error
         if metadata.get("kind") != kind:
             raise InputError(
-                f"{str(path)!r} is a safetensors file of kind {metadata.get('kind')!r}, expected {kind!r}; pass a file "
-                "of that kind and format version"
+                f"{str(path)!r} is {_named(metadata.get('kind'))}; expected a file of kind {kind!r}: pass another path "
+                f"or {advice}"
             )
         try:
             about, sums = json.loads(metadata["about"]), json.loads(metadata["sums"])
@@ -122,6 +128,10 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
         except (KeyError, ValueError) as error:
             raise damaged(path, f"its metadata cannot be read ({error})", advice) from error
         yield Described(file, about, sums)
+
+
+def _named(kind: str | None) -> str:
+    return "a safetensors file of another program" if kind is None else f"a file of kind {kind!r}"
 
 
 def damaged(path: str | Path, why: str, advice: str) -> InputError:

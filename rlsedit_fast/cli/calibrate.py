@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--adherences",
-        type=float,
+        type=_fraction,
         nargs="+",
         metavar="A",
         default=[0.8, 0.9, 0.95, 0.975, 0.99],
@@ -34,6 +34,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     setup.add_settings(parser)
     setup.add_anchors(parser)
     add_json(parser)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 and below 1, such as 0.9")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
-from rlsedit_fast.editing.presets import GENERIC
 from rlsedit_fast.errors import InputError
 
 HELP = "compare editing rules on streams of edits, on the demo model or on any model with CounterFact, zsRE or MQuAKE"
@@ -129,7 +128,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="output folder (default evaluation)"
     )
-    setup.add_settings(parser)
+    setup.add_settings(parser, rule=False)
     add_json(parser)
 
 
@@ -149,13 +148,11 @@ def run(options: argparse.Namespace) -> int:
         given["items"] = _ITEMS
     spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
-    if options.preset == GENERIC and options.model != DEMO:
-        raise InputError("--preset generic is not supported by `rlsedit evaluate`; pass --layers")
     if base.rule != RECURSIVE:
         raise InputError(
             f"--config {options.config}: the field rule={base.rule!r} is not allowed here; remove it and pass --rules"
         )
-    if options.model == DEMO and options.config is None and options.preset in ("auto", GENERIC):
+    if options.model == DEMO and options.config is None and options.preset == "auto":
         base = CONFIG.replace(**setup.settings_given(options))
     changes = _changes(options.rule_settings)
     if unused := sorted(set(changes) - set(options.rules)):

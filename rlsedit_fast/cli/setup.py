@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rlsedit_fast.baselines import RULES
+from rlsedit_fast.baselines import BASELINES, RECURSIVE
 from rlsedit_fast.cli.output import progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.persistence import check_store
@@ -62,15 +62,17 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
-def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the options that select the edited layers."""
+def add_choice(parser: argparse.ArgumentParser, *, generic: bool = True) -> argparse._ArgumentGroup:
+    """Adds the options that select the edited layers; `generic` is whether --preset generic is accepted."""
     group = parser.add_argument_group("settings (defaults are those of EditConfig)")
     group.add_argument(
         "--preset",
-        choices=("auto", GENERIC, *PRESETS),
+        choices=("auto", *[GENERIC] * generic, *PRESETS),
         default="auto",
-        help="auto (default): the layers published for this model architecture, or layers chosen by depth; generic: "
-        "layers chosen by depth; a model name: all settings published for that model except context prefixes",
+        metavar="NAME",
+        help="auto (default): the layers published for this model architecture, or else layers chosen by depth; "
+        f"{'generic: always layers chosen by depth; ' * generic}{', '.join(PRESETS)}: all settings published for that "
+        "model, except its context prefixes",
     )
     group.add_argument(
         "--config",
@@ -85,9 +87,9 @@ def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that set fields of `EditConfig`."""
-    group = add_choice(parser)
+def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
+    """Adds the options that set fields of `EditConfig`; `rule` is False for a command that rejects --rule."""
+    group = add_choice(parser, generic=rule)
     group.add_argument("--batch-size", type=at_least_one, metavar="N", help="edits per batch")
     group.add_argument(
         "--adherence",
@@ -100,7 +102,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--mu", type=float, help="strength of the penalty on changed outputs on the anchors; overrides --adherence"
     )
     group.add_argument(
-        "--rule", choices=RULES, help="editing method (its settings: rule_options in --config) (default rls)"
+        "--rule",
+        metavar="RULE",
+        help=argparse.SUPPRESS
+        if not rule
+        else f"editing method: {RECURSIVE} (default), or one that cannot undo edits: "
+        f"{', '.join(BASELINES)}; its settings: rule_options in --config",
     )
     group.add_argument("--fact-token", choices=get_args(FactToken), help="token whose representation is edited")
     group.add_argument(
@@ -278,7 +285,7 @@ def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
             "--self-generate), or --mu 0"
         )
     if getattr(options, "statistics", None) is not None:
-        with open_tensors(options.statistics, STATISTICS, "collect them again with `rlsedit statistics`") as file:
+        with open_tensors(options.statistics, STATISTICS, "collect the statistics again") as file:
             held = {int(layer) for layer in file.sums}
         if missing := sorted({*(config.layers or ())} - held):
             raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -304,7 +304,7 @@ class EditConfig(_Settings):
     prior: PriorConfig = PriorConfig()
     search: ValueSearchConfig = ValueSearchConfig()
     rule: str = baselines.RECURSIVE
-    rule_options: Mapping[str, int | float | None] = Field(default_factory=dict)
+    rule_options: Mapping[str, Any] = Field(default_factory=dict)
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"
@@ -330,7 +330,10 @@ class EditConfig(_Settings):
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
                     )
         if self.refine and self.stored_rows is None:
-            raise InputError(f"refine={self.refine} requires stored rows, and stored_rows is None; change one of them")
+            raise InputError(
+                f"refine={self.refine} requires stored rows, and stored_rows is None; set stored_rows='full' or "
+                "refine=0"
+            )
         return self
 
     @property
@@ -468,18 +471,48 @@ def _describe(error: ValidationError, settings: type[_Settings]) -> str:
 
 
 def _describe_one(one: dict[str, Any], settings: type[_Settings]) -> str:
-    name = ".".join(map(str, one["loc"]))
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).removeprefix(".")
     cause = one.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         group = name in settings.model_fields and isinstance(settings.model_fields[name].default, _Settings)
         return f"{name}: {cause}" if group else str(cause)
     if one["type"] == "extra_forbidden":
         return _unknown(name, settings)
-    limits = {"greater_than_equal": "a number of at least {ge:g}", "greater_than": "a number above {gt:g}"}
-    limits |= {"less_than": "a number below {lt:g}"}
-    expected = limits[one["type"]].format(**one["ctx"]) if one["type"] in limits else one["msg"]
-    expected = expected.removeprefix("Input should be ")
-    return f"{name}={one['input']!r:.80}: expected {expected}"
+    field = settings.model_fields.get(str(one["loc"][0])) if one["loc"] else None
+    if one["type"] in ("greater_than", "less_than") and field is not None and _is_fraction(field.metadata):
+        expected = "a number above 0 and below 1"
+    elif one["type"] in ("tuple_type", "model_type", "dataclass_type"):
+        expected = _EXPECTED_LISTS.get(name, f"a dict of settings or a {type(field.default).__name__}" if field else "")
+    else:
+        expected = _EXPECTED.get(one["type"], one["msg"]).format(**one.get("ctx", {}))
+    return f"{name}={one['input']!r:.80}: expected {expected.removeprefix('Input should be ')}"
+
+
+def _is_fraction(metadata: Sequence[Any]) -> bool:
+    return any(getattr(limit, "gt", None) == 0 for limit in metadata) and any(
+        getattr(limit, "lt", None) == 1 for limit in metadata
+    )
+
+
+_EXPECTED = {
+    "greater_than_equal": "a number of at least {ge:g}",
+    "greater_than": "a number above {gt:g}",
+    "less_than": "a number below {lt:g}",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "True or False",
+    "dict_type": "a dict",
+    "mapping_type": "a dict",
+}
+"""Expected values by pydantic's type of error."""
+
+_EXPECTED_LISTS = {
+    "layers": "a list of layer indices such as [4, 5, 6], or None",
+    "prefixes": "a list of strings, '' first",
+    "kl_prompts": "a list of strings with '{}' in place of the subject",
+}
 
 
 def _unknown(name: str, settings: type[_Settings]) -> str:

@@ -355,7 +355,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
             ("--out", "out", "--statistics", "none.safetensors"),
             "--statistics none.safetensors: the file does not exist",
         ),
-        (("--out", "out", "--statistics", "text.txt"), "is damaged or not a"),
+        (("--out", "out", "--statistics", "text.txt"), "is damaged, or not a file of kind"),
         (("--out", "out", "--text", "tex.txt"), "did you mean text.txt?"),
         (("--out", "out", "--text", "."), "--text .: this is a folder; pass a file"),
         (("--out", "out", "--no-anchors", "--mu", "2"), "--mu 2 is the weight of the anchors, and --no-anchors"),

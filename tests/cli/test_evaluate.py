@@ -81,10 +81,6 @@ def test_given_setting_overrides_the_demo_settings(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["--model", "own", "--data", "cf.json", "--text", "text.txt", "--preset", "generic"],
-            "--preset generic is not supported by `rlsedit evaluate`; pass --layers",
-        ),
         (["--rule-settings", "settings.json"], "rome not in --rules"),
     ],
 )

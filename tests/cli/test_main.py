@@ -104,6 +104,10 @@ def test_errors_name_options(tmp_path, monkeypatch, capsys, command, message):
             )
         ),
         (["show", "--model", "m", "--dtype", "fp16"], "argument --dtype: dtype 'fp16': expected one of"),
+        (
+            ["calibrate", "--model", "m", "--edits", "facts", "--adherences", "0.9", "90"],
+            "'90': expected a number above 0",
+        ),
         (["show", "--model", "m", "--dtype", "fp16"], "did you mean float16?"),
     ],
 )

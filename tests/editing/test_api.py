@@ -35,10 +35,11 @@ def test_edits_may_be_dicts(editor):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"prompt": "{} is", "subject": "Lado"}, "edit 1: missing fields: target"),
-        (FACT | {"targt": "x"}, "edit 1: unknown field 'targt'; did you mean 'target'"),
-        (FACT | {"case": 3}, "edit 1: unknown field 'case'; expected: prompt, subject, target, weight"),
-        (FACT | {"subject": 3}, "edit 1: subject=3: expected a string"),
+        ({"prompt": "{} is", "subject": "Lado"}, "edit 2: missing fields: target; add them"),
+        ({"prompt": "{} is", "target": "x"}, "missing fields: subject; name the words of the prompt"),
+        (FACT | {"targt": "x"}, "edit 2: unknown field 'targt'; did you mean 'target'"),
+        (FACT | {"case": 3}, "edit 2: unknown field 'case'; expected: prompt, subject, target, weight"),
+        (FACT | {"subject": 3}, "edit 2: subject=3: expected a string"),
     ],
 )
 def test_invalid_dicts_raise_before_the_first_edit(editor, wrong, message):
