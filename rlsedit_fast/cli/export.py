@@ -28,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     setup.add_model(parser)
     parser.add_argument("--edited", required=True, metavar="MODEL", help="edited checkpoint; --model is its base")
     _add_difference(parser)
+    add_overwrite(parser)
     add_json(parser)
 
 
@@ -103,7 +104,17 @@ def add_exports(parser: argparse.ArgumentParser) -> None:
     """Adds the options for the output of an edited model."""
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder for the complete edited checkpoint")
+    add_overwrite(group)
     _add_difference(parser)
+
+
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
+    """Adds the option --overwrite."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace existing outputs, once the new ones are complete (default: an existing output is an error)",
+    )
 
 
 def check_exports(options: argparse.Namespace, model: str) -> None:
@@ -118,28 +129,28 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
             "edits and allows undo), or check the edits with --dry-run"
         )
     if options.out is not None:
-        check_checkpoint(options.out, model)
+        check_checkpoint(options.out, model, overwrite=options.overwrite)
     _check_new(options)
     _check_places(options)
 
 
-def check_named_exports(options: argparse.Namespace) -> None:
+def check_named_exports(options: argparse.Namespace, model: str) -> None:
     """Checks like `check_exports`, but no output is required.
 
     Raises:
         InputError: an output already exists or cannot be created.
     """
     if options.out is not None:
-        _check_absent("--out", options.out)
+        check_checkpoint(options.out, model, overwrite=options.overwrite)
     _check_new(options)
     _check_places(options)
 
 
-def check_checkpoint(out: Path, model: str) -> None:
-    """Raises InputError if the output folder is the model itself or already exists."""
-    if Path(model).exists() and out.resolve() == Path(model).resolve():
+def check_checkpoint(out: Path, model: str, *, overwrite: bool) -> None:
+    """Raises InputError if the output folder is the model itself, or already exists and may not be overwritten."""
+    if model and Path(model).exists() and out.resolve() == Path(model).resolve():
         raise InputError(f"--out {out} is the folder of the model; choose another folder")
-    _check_absent("--out", out)
+    _check_absent("--out", out, overwrite=overwrite)
 
 
 def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
@@ -150,15 +161,16 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
         say("no edit is active: no delta or adapter was written")
     if options.out is not None:
         with written.attempt(f"--out {options.out}"):
-            editor.save_pretrained(options.out)
+            editor.save_pretrained(options.out, overwrite=options.overwrite)
             written.files.append(f"checkpoint: {options.out}")
     if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):
-            editor.save_delta(options.delta)
+            editor.save_delta(options.delta, overwrite=options.overwrite)
             written.files.append(f"delta: {options.delta}")
     if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
-            written.files += adapter_lines(editor.save_adapter(options.adapter, rank=options.rank), options.adapter)
+            report = editor.save_adapter(options.adapter, rank=options.rank, overwrite=options.overwrite)
+            written.files += adapter_lines(report, options.adapter)
     if written.failures and options.store:
         command = f"rlsedit edit --store {options.store}"
         written.failures.append(
@@ -194,15 +206,17 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
 def _check_new(options: argparse.Namespace) -> None:
     for name, path in (("--delta", options.delta), ("--adapter", options.adapter)):
         if path is not None:
-            _check_absent(name, path)
+            _check_absent(name, path, overwrite=options.overwrite)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
 
 
-def _check_absent(name: str, path: Path) -> None:
+def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
     with suppress(OSError):  # an inaccessible path is reported when it is created
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(f"{name} {path} already exists; choose another path or remove it")
+        if overwrite and path.exists() and path.is_dir() == (name == "--delta"):
+            raise InputError(f"{name} {path} is a {'folder' if path.is_dir() else 'file'}; choose another path")
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{name} {path} already exists; choose another path or pass --overwrite")
 
 
 def _check_places(options: argparse.Namespace) -> None:

@@ -116,7 +116,9 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
         make: changes the edits with the given ids and returns their records.
     """
     setup.show_warnings()
-    check_named_exports(options)
+    with Store(options.store, write=False) as store:
+        recorded = store.about["model"]
+    check_named_exports(options, options.model or recorded or "")
     select_edits(options.store, **selection(options))  # fails before the model is loaded
     with open_editor(options) as editor:
         ids = editor.select(**selection(options))

@@ -133,7 +133,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
 
     stream = _stream(model, tokenizer, cases, before, config, anchors, "editing")
     answers_after = _complete(model, tokenizer, [question.prompt for _, question in questions])
-    stream.editor.save_pretrained(out / "model")
+    stream.editor.save_pretrained(out / "model", overwrite=True)
     answers_reloaded = _complete(*_reload(out / "model"), [question.prompt for _, question in questions])
 
     bare_model, _ = load_demo_model()

@@ -97,6 +97,15 @@ def test_edit_writes_every_export_and_reports_the_edits(edit, base, workdir, cap
 
     exported = ["export", "--model", str(base), "--edited", "out", "--delta", "again.delta", "--adapter", "thin"]
     assert main([*exported, "--rank", "3"]) == 0
+    (workdir / "applied" / "notes.txt").write_text("kept")
+    (workdir / "applied" / "model-00001-of-00002.safetensors").write_text("old")
+    apply = ["apply", "--model", str(base), "--delta", "again.delta", "--out", "applied"]
+    assert main(apply) == 2
+    assert main([*apply, "--overwrite"]) == 0
+    names = {path.name for path in (workdir / "applied").iterdir()}
+    assert {"notes.txt", "model.safetensors"} <= names
+    assert not any(name.startswith("model-0") for name in names)
+    assert not list(workdir.glob(".*.tmp"))
     assert load_file(workdir / "again.delta").keys() == load_file(workdir / "edits.delta").keys()
     assert "rank 3 of 12, relative error 0." in capsys.readouterr().out
 
@@ -200,10 +209,10 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return real_outcome(*args, **kwargs)
 
-    def pressed_saving(*args):
+    def pressed_saving(*args, **options):
         for _ in range(presses - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return real_save(*args)
+        return real_save(*args, **options)
 
     monkeypatch.setattr(outcome, "compute_outcome", interrupted_outcome)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
@@ -230,9 +239,9 @@ def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    def pressed_saving(*args):
+    def pressed_saving(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return real_save(*args)
+        return real_save(*args, **options)
 
     monkeypatch.setattr(value_search, "search_within_memory", pressed)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
@@ -267,7 +276,7 @@ def test_failing_batch_keeps_earlier_batches_and_is_reported(edit, workdir, monk
 def test_failing_export_does_not_prevent_others(edit, workdir, monkeypatch, capsys):
     from rlsedit_fast.editing import Editor
 
-    def full(*_):
+    def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Editor, "save_pretrained", full)
@@ -333,6 +342,8 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         ((), "no output given"),
         (("--out", "facts.jsonl"), "already exists"),
         (("--out", "BASE"), "is the folder of the model"),
+        (("--out", "BASE", "--overwrite"), "is the folder of the model"),
+        (("--out", "facts.jsonl", "--overwrite"), "--out facts.jsonl is a file; choose another path"),
         (("--out", "out", "--rank", "4"), "--rank requires --adapter"),
         (("--out", "out", "--again"), "--again requires --store"),
         (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
@@ -349,7 +360,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--out", "out", "--json", "settings.json"), "is also the input file --config"),
         (("--out", "out", "--layers", "x"), "expected layer indices"),
         (("--out", "out", "--layers", "9"), "--layers 9: layers [9] do not exist; the model has layers 0 to 3"),
-        (("--out", "out", "--adherence", "2"), "--adherence 2.0: expected a number below 1"),
+        (("--out", "out", "--adherence", "2"), "--adherence 2.0: expected a number above 0 and below 1"),
         (("--out", "out", "--layers", "1,1"), "--layers 1,1: expected at least one layer index, each given once"),
         (
             ("--out", "out", "--statistics", "none.safetensors"),
@@ -450,7 +461,9 @@ def test_statistics_overwrite_only_statistics(base, workdir, capsys):
     assert {name: (workdir / name).read_bytes() for name in before} == before
     assert main([*command, "new.safetensors"]) == 0
     first = load_file(workdir / "new.safetensors")
-    assert main([*command, "new.safetensors", "--tokens", "900"]) == 0
+    assert main([*command, "new.safetensors", "--tokens", "900"]) == 2
+    assert "already exists; choose another path or pass --overwrite" in capsys.readouterr().err
+    assert main([*command, "new.safetensors", "--tokens", "900", "--overwrite"]) == 0
     assert not torch.equal(first["0"], load_file(workdir / "new.safetensors")["0"])
 
 

@@ -116,6 +116,26 @@ def test_a_checkpoint_is_not_saved_to_a_file(editor, tmp_path):
         editor.save_pretrained(tmp_path / "text.txt")
 
 
+def test_existing_outputs_are_overwritten_only_if_asked(editor, tmp_path, monkeypatch):
+    editor.edit([FACT])
+    saves = {"model": editor.save_pretrained, "delta": editor.save_delta, "adapter": editor.save_adapter}
+    for name, save in saves.items():
+        save(tmp_path / name)
+        with pytest.raises(rf.InputError, match=r"(?s)already exists.*overwrite=True"):
+            save(tmp_path / name)
+        save(tmp_path / name, overwrite=True)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    def full(_folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(editor.tokenizer, "save_pretrained", full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        editor.save_pretrained(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(saves)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
