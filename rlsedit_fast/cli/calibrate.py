@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, working
 
 HELP = "show the mu and lam that each adherence gives and how far it moves the anchors; the model is not modified"
 
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     editor = setup.make_editor(options)
     facts = sift(editor, facts, options)
     anchors = setup.anchor(editor, options)
-    rows = editor.assess(facts.edits[: options.pilot], options.adherences)
+    with working("calibrating"):
+        rows = editor.assess(facts.edits[: options.pilot], options.adherences)
     lines = [f"layers {', '.join(map(str, editor.layers))}; anchors: {anchors}"]
     lines.append(f"{'adherence':>9}  {'realized':>8}  {'mu':>10}  {'lam':>22}  leakage per layer")
     for row in rows:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsedit_fast.baselines import RECURSIVE, RULES
 from rlsedit_fast.cli import DONE, PARTIAL, setup
-from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.cli.output import add_json, emit, is_quiet, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError
@@ -25,6 +25,14 @@ _SHOWN = (
 )
 _OPTIONAL = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
 """Metrics that are shown only if the data set contains the prompts for them."""
+
+_EXPLAINED = (
+    "fractions of prompts: efficacy of the edited prompts, generalization to paraphrases, neighbors that do not change",
+    "strict: each token of the target is ranked first (neighbors: the prediction is that of the unedited model); free: "
+    "greedy generation gives the target; score forced: harmonic mean, where a prompt counts if the right answer is the "
+    "more likely one of two",
+)
+"""Explanation of the figures in the table."""
 
 _ITEMS = _FREE = 100
 _PROBED = 2000
@@ -100,7 +108,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--edits", type=setup.at_least_one, metavar="N", default=1000, help="edits per stream (default 1000)"
     )
     group.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", default=[0, 1, 2], help="one stream per seed (default 0 1 2)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        default=[0],
+        help="one stream per seed; several give mean and standard deviation (default 0)",
     )
     group.add_argument(
         "--free",
@@ -177,13 +190,15 @@ def run(options: argparse.Namespace) -> int:
             )
             jobs.setdefault(rule, []).append(Job(spec, plan, result_path(options.out, plan)))
     every_job = [job for each in jobs.values() for job in each]
-    runs_done = iter(run_jobs(every_job, processes=options.jobs, log=say, show=True))
+    runs_done = iter(run_jobs(every_job, processes=options.jobs, log=say, show=not is_quiet()))
     found = {rule: [next(runs_done) for _ in each] for rule, each in jobs.items()}
     every = [result for each in found.values() for result in each]
     shown = (*_SHOWN, *(figure for figure in _OPTIONAL if over_seeds(every, *figure) is not None))
     header = " ".join(f"{f'{metric} {form}':>22}" for metric, form in shown)
+    seeds = ", ".join(map(str, options.seeds))
     lines = [
-        f"{options.edits} edits, seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation",
+        f"{options.edits} edits, "
+        + (f"seeds {seeds}: mean ± standard deviation" if len(options.seeds) > 1 else f"seed {seeds}"),
         f"{'':14}{header}",
     ]
     results: dict[str, Any] = {"model": spec.name, "edits": options.edits, "seeds": options.seeds, "rules": {}}
@@ -205,7 +220,7 @@ def run(options: argparse.Namespace) -> int:
     lines += [f"failed, not included in the figures: {line}" for line in failed]
     if len(options.rules) > 1 and options.rule_settings is None:
         lines.append("rules without --rule-settings used their default settings, which are not tuned for this model")
-    emit(results, [*lines, _samples(every[0]), f"results: {options.out}"], options.json)
+    emit(results, [*lines, *_EXPLAINED, _samples(every[0]), f"results: {options.out}"], options.json)
     return PARTIAL if failed else DONE
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlsedit_fast.baselines import BASELINES, RECURSIVE
-from rlsedit_fast.cli.output import progress, say
+from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.persistence import check_store
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
@@ -349,7 +349,7 @@ def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None 
 
 def show_warnings() -> None:
     """Prints warnings of the package to stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.ERROR if is_quiet() else logging.WARNING, format="%(message)s")
 
 
 def read_json(option: str, path: Path, expected: str) -> Any:

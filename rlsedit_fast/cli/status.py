@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.recovery import read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--model is used only with --measure; add --measure or omit --model")
     status = read_status(options.store, budget=options.budget)  # also checks the options before the model is loaded
     if options.measure:
-        with open_editor(options) as editor:
+        with open_editor(options) as editor, working("measuring"):
             status = editor.status(budget=options.budget)
     emit(asdict(status), status_lines(status), options.json)
     return 0

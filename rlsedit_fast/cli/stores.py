@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
-from rlsedit_fast.cli.output import add_json, emit, plain, say
+from rlsedit_fast.cli.output import add_json, emit, plain, say, working
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.editing.recovery import select_edits
@@ -124,8 +124,10 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
         ids = editor.select(**selection(options))
         selected = set(ids)
         old = [record for record in editor.history() if record.id in selected]
-        before = ask(editor, old)
-        records = make(editor, [record.id for record in old])
+        with working("answers before"):
+            before = ask(editor, old)
+        with working("changing the model"):
+            records = make(editor, [record.id for record in old])
         try:
             return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
-from rlsedit_fast.editing.records import EditRecord
+from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError, StoreError
@@ -140,6 +140,15 @@ class Editor:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        path = str(getattr(self.model.config, "_name_or_path", "") or "")
+        layers = ", ".join(map(str, self.layers))
+        ledger, store = self._session.ledger, self._recorder.store.directory if self._recorder else None
+        return (
+            f"Editor({type(self.model).__name__}{f' {path!r}' * bool(path)}, layers {layers}, "
+            f"{len(ledger.active)} of {len(ledger)} edits active, {f'store {str(store)!r}' if store else 'no store'})"
+        )
 
     @property
     def config(self) -> EditConfig:
@@ -453,8 +462,8 @@ class Editor:
             return self._session.status(budget, sample)
 
     def history(self) -> list[EditRecord]:
-        """Returns the records of all edits, oldest first."""
-        return self._session.ledger.records
+        """Returns the records of all edits, oldest first, in a list that prints as a table."""
+        return History(self._session.ledger.records)
 
     def deviation(self) -> list[LayerDeviation]:
         """Returns the deviation of each edited layer and its bounds; empty before the first edit."""

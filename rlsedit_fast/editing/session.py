@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
 from rlsedit_fast.editing.batching import search_ahead
@@ -115,8 +116,10 @@ class EditSession:
                 "Editor.anchor"
             )
         pilot = self.pilot(requests) if needs_pilot(config, anchored=anchored) else None
+        report_activity("calibrating mu and lam")
         priors = choose_priors(config, self.moments, len(self._context.layers), pilot)
         del pilot  # its factors take memory that the states need
+        report_activity("building the states of the layers")
         layers = EditedLayers(
             self._context.site,
             self._context.projections,
@@ -245,6 +248,7 @@ class EditSession:
         active = self.ledger.active
         self.check_stored("rebuild the layers from", active)
         with self.transaction("rebuilding the layers", "edit fewer layers") as transaction:
+            report_activity("rebuilding the layers")
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)

@@ -209,6 +209,18 @@ def test_invalid_commands_are_rejected_and_modify_nothing(
     assert history(capsys) == before
 
 
+def test_quiet_prints_only_results(base, one_edit, workdir, capsys):
+    shutil.copytree(one_edit, workdir / "edits")
+    capsys.readouterr()
+    assert main(["undo", "--store", "edits", "1", "--quiet"]) == 0
+    output = capsys.readouterr()
+    assert "1 edits undone" in output.out
+    assert output.err == ""
+    assert main(["undo", "--store", "edits", "1", "--quiet"]) == 2
+    assert "1 (undone): not active" in capsys.readouterr().err
+    assert main(["history", "--store", "edits"]) == 0
+
+
 def test_dry_run_reports_remaining_edits_and_writes_nothing(base, one_edit, workdir, capsys):
     shutil.copytree(one_edit, workdir / "edits")
     first = {"prompt": "{} lives in", "subject": PEOPLE[0].name, "target": "Port Alder"}

@@ -240,6 +240,31 @@ def test_encoder_decoder_checkpoints_raise_before_the_weights_are_loaded(tmp_pat
         load_model(tmp_path)
 
 
+def test_editor_and_history_print_what_they_contain(editor):
+    editor.edit([FACT, FACT | {"subject": "Rekuno <b>"}])
+    editor.undo(1)
+    assert repr(editor) == "Editor(LlamaForCausalLM, layers 1, 1 of 2 edits active, no store)"
+    history = editor.history()
+    assert isinstance(history, list)
+    title, first, _ = str(history).splitlines()
+    assert title.split() == ["id", "state", "prompt", "->", "target", "rank", "nll", "realized"]
+    assert "undone" in first
+    assert "Lado Toze lives in -> Port Alder" in first
+    assert "<td>Rekuno &lt;b&gt; lives in -&gt; Port Alder</td>" in history._repr_html_()
+    assert f"{41 * 2 - 40} more" in repr(type(history)([*history] * 41))
+
+
+def test_progress_bars_show_the_step_within_a_batch(editor):
+    from rlsedit_fast.activity import activity_shown
+
+    steps = []
+    bar = SimpleNamespace(set_postfix_str=lambda text, refresh=True: steps.append(text))
+    with activity_shown(bar):
+        editor.edit([FACT])
+    assert steps[0].startswith(("value search, step 0 of at most 2", "building the states", "calibrating"))
+    assert steps[-1] == ""
+
+
 def test_a_name_that_cannot_be_downloaded_raises_with_the_reason_last():
     with pytest.raises(rf.InputError, match=r"(?s)could be downloaded .* Reason: .*") as raised:
         load_model("no-such-owner/no-such-model", local_files_only=True)
