@@ -8,6 +8,7 @@ the last committed batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 __all__ = [
     "BackendError",
@@ -144,7 +145,7 @@ class RequestError(RLSEditError, ValueError):
         ...     fill("The capital of {} is", "")
         ... except RequestError as error:
         ...     print(error)
-        prompt 'The capital of {} is': the subject '' is empty; expected the entity that the fact is about
+        prompt 'The capital of {} is': the subject is empty; name the words of the prompt that the fact is about
     """
 
 
@@ -207,6 +208,12 @@ class StoreError(RLSEditError):
         ...     print(error)
         'missing' does not contain a store (no journal.db); pass the folder of a store
     """
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'NAME'?" with the most similar known name, or an empty string if there is none."""
+    near = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def listed(lines: Iterable[object], most: int = 10, *, where: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +65,52 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
                 temporary.unlink()
 
 
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+"""Weights of a checkpoint, which may have other names in another one, such as a different number of parts."""
+
+
+def check_new(path: str | Path, *, overwrite: bool) -> None:
+    """Raises InputError if a path exists and `overwrite` is False; a folder without files does not count."""
+    place = Path(path)
+    if not overwrite and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise InputError(
+            f"{str(path)!r} already exists; nothing was written",
+            hint="choose another path, or pass --overwrite (Python: overwrite=True)",
+        )
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """Writes a checkpoint: yields a temporary folder, whose files are moved to `folder` when the block ends.
+
+    Files of `folder` stay until the new ones are complete. Then files of the same names and other weights of a
+    checkpoint are replaced; other files stay.
+
+    Raises:
+        InputError: `folder` is a file.
+    """
+    if folder.is_file():
+        raise InputError(f"{str(folder)!r} is a file; pass a folder")
+    temporary = folder.absolute().with_name(f".{folder.absolute().name[:100]}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not folder.exists():
+            temporary.rename(folder)
+            return
+        for pattern in _WEIGHTS:
+            for old in folder.glob(pattern):
+                if not (temporary / old.name).exists():
+                    old.unlink()
+        for new in temporary.iterdir():
+            if new.is_dir():
+                shutil.copytree(new, folder / new.name, dirs_exist_ok=True)
+            else:
+                new.replace(folder / new.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_tensors(
     path: Path, kind: str, tensors: Mapping[str, Tensor], *, about: Mapping[str, Any], sums: Mapping[str, str]
 ) -> None:
@@ -105,15 +152,21 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
             file = stack.enter_context(safe_open(path, framework="pt"))
             metadata = file.metadata() or {}
         except FileNotFoundError as error:
-            raise InputError(f"file {str(path)!r} does not exist; expected a {kind!r} file") from error
+            raise InputError(
+                f"the file {str(path)!r} does not exist; pass the path of a file of kind {kind!r}"
+            ) from error
         except OSError as error:
-            raise InputError(f"cannot read {str(path)!r} ({error}); expected a {kind!r} file") from error
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error}); pass the path of a readable file of kind {kind!r}"
+            ) from error
         except SafetensorError as error:
-            raise InputError(f"{str(path)!r} is damaged or not a {kind!r} file ({error}); {advice}") from error
+            raise InputError(
+                f"{str(path)!r} is damaged, or not a file of kind {kind!r} ({error}); pass another path, or {advice}"
+            ) from error
         if metadata.get("kind") != kind:
             raise InputError(
-                f"{str(path)!r} is a safetensors file of kind {metadata.get('kind')!r}, expected {kind!r}; pass a file "
-                "of that kind and format version"
+                f"{str(path)!r} is {_named(metadata.get('kind'))}; expected a file of kind {kind!r}: pass another "
+                f"path, or {advice}"
             )
         try:
             about, sums = json.loads(metadata["about"]), json.loads(metadata["sums"])
@@ -139,6 +192,10 @@ def read_json(path: Path, expected: str, named: str | None = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{named or path}: cannot be read as JSON ({error}); expected {expected}") from error
+
+
+def _named(kind: str | None) -> str:
+    return "a safetensors file of another program" if kind is None else f"a file of kind {kind!r}"
 
 
 def damaged(path: str | Path, why: str, advice: str) -> InputError:

@@ -22,7 +22,7 @@ from rlsedit_fast.baselines.prune import PRUNE
 from rlsedit_fast.baselines.rect import RECT
 from rlsedit_fast.baselines.rome import ROME
 from rlsedit_fast.baselines.ultraedit import UltraEdit
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,10 @@ def make_rule(name: str, options: Mapping[str, Any]) -> Rule | None:
         RECT(share=0.2)
     """
     if name not in RULES:
-        raise InputError(f"rule={name!r}: expected one of {', '.join(RULES)}")
+        raise InputError(
+            f"rule={name!r}: expected {RECURSIVE}, or a rule that cannot undo edits: {', '.join(BASELINES)}"
+            f"{did_you_mean(name, RULES)}"
+        )
     if not isinstance(options, Mapping):
         raise InputError(f"rule_options={options!r}: expected a mapping of options for rule {name!r}")
     known = _option_types(BASELINES[name]) if name in BASELINES else {}

@@ -221,7 +221,9 @@ class RuleLayer(Layer):
             UpdateError: the batch cannot be solved, or the result is not finite.
         """
         if panel.version != self._version:
-            raise InputError(f"the panel is not from the current state of {self._name}; call project again.")
+            raise InputError(
+                f"{self._name} was changed after the panel was computed; call project again and pass its result."
+            )
         checks.matrix("innovation", innovation, rows=len(panel.keys), columns=self._original.shape[0])
         checks.finite(innovation=innovation)
         innovation = innovation.detach().double()

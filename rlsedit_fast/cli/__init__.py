@@ -17,7 +17,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.cli.output import add_quiet, set_quiet
+from rlsedit_fast.cli.places import check_inputs, check_places
 from rlsedit_fast.errors import RLSEditError
 
 DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
@@ -40,13 +41,18 @@ def main(argv: list[str] | None = None) -> int:
                 prog="rlsedit",
                 description="Edit facts in language models with recursive least squares (RLSEdit).",
                 epilog="Run `rlsedit COMMAND --help` for the options of a command.",
+                allow_abbrev=False,
             )
             commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
             modules = {name: importlib.import_module(f"rlsedit_fast.cli.{name}") for name in COMMANDS}
             for name, module in modules.items():
-                module.add(commands.add_parser(name, help=module.HELP, description=module.HELP))
+                command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+                module.add(command)
+                add_quiet(command)
             options = parser.parse_args(argv)
+            set_quiet(options.quiet)
             prog = f"rlsedit {options.command}"
+            check_inputs(options)
             check_places(options)
             code: int = modules[options.command].run(options)
             return code

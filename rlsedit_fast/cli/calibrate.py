@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, working
 
 HELP = "show the mu and lam that each adherence gives and how far it moves the anchors; the model is not modified"
 
@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--adherences",
-        type=float,
+        type=_fraction,
         nargs="+",
         metavar="A",
         default=[0.8, 0.9, 0.95, 0.975, 0.99],
@@ -36,6 +36,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 and below 1, such as 0.9")
+    return value
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
@@ -44,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     editor = setup.make_editor(options)
     facts = sift(editor, facts, options)
     anchors = setup.anchor(editor, options)
-    rows = editor.assess(facts.edits[: options.pilot], options.adherences)
+    with working("calibrating"):
+        rows = editor.assess(facts.edits[: options.pilot], options.adherences)
     lines = [f"layers {', '.join(map(str, editor.layers))}; anchors: {anchors}"]
     lines.append(f"{'adherence':>9}  {'realized':>8}  {'mu':>10}  {'lam':>22}  leakage per layer")
     for row in rows:

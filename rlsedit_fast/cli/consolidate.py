@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.status import status_lines
 from rlsedit_fast.cli.stores import add_store, open_editor
+from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.errors import InputError
 
 HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
 
@@ -24,10 +26,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
-    with open_editor(options) as editor:
+    if not read_history(options.store):
+        raise InputError(f"the store {str(options.store)!r} has no edits, so there is nothing to rebuild")
+    with open_editor(options) as editor, working("rebuilding"):
         freed = editor.consolidate()
         status = editor.status()
-    change = f"{size(freed)} smaller" if freed >= 0 else f"{size(-freed)} larger (its first snapshot)"
+    change = f"{size(freed)} smaller"
+    if freed < 0:
+        change = (
+            f"{size(-freed)} larger, because it now contains a snapshot of the rebuilt layers "
+            f"({size(status.sizes.get('snapshots', -freed))}), from which it opens faster; later snapshots replace it"
+        )
     lines = [f"rebuilt from {status.edits['active']} active edits; the store is {change}"]
     emit({"freed": freed, "status": asdict(status)}, lines + status_lines(status), options.json)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.cli.setup import at_least_one
 from rlsedit_fast.errors import InputError
 
 HELP = "apply a stream of edits to the bundled demo model and measure the results"
@@ -16,9 +17,9 @@ HELP = "apply a stream of edits to the bundled demo model and measure the result
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument(
-        "--edits", type=int, default=1000, help="number of edits, each about a different person (default 1000)"
+        "--edits", type=at_least_one, default=1000, help="number of edits, each about a different person (default 1000)"
     )
-    parser.add_argument("--batch-size", type=int, default=10, help="edits per batch (default 10)")
+    parser.add_argument("--batch-size", type=at_least_one, default=10, help="edits per batch (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling people and facts (default 0)")
     parser.add_argument(
         "--out",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
-from rlsedit_fast.cli.output import add_json, emit, progress, say
+from rlsedit_fast.cli.output import add_json, complain, emit, progress, say, working
 from rlsedit_fast.cli.show import describe_layers, layer_lines
 from rlsedit_fast.cli.stability import probe_other_text
 from rlsedit_fast.cli.summary import past_lines, summary
@@ -141,11 +141,13 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     before: CollectedAnswers | None = None
     probe: TextProbe | None = None
     if not options.no_evaluation:
-        before = collect_answers(editor.model, editor.tokenizer, facts.edits)
+        with working("evaluating before the edits"):
+            before = collect_answers(editor.model, editor.tokenizer, facts.edits)
         results["before"] = asdict(compute_outcome(facts.edits, before, before))
         if not options.no_stability:
-            probe, results["stability"] = probe_other_text(editor, options)
-    with _warnings_deferred():
+            with working("measuring other text"):
+                probe, results["stability"] = probe_other_text(editor, options)
+    with _warnings_deferred(), working("calibrating"):
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     with _warnings_deferred(), interrupts_counted(say) as interrupts:
@@ -157,7 +159,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         with written.attempt():
             emit(results, summary(results), options.json)
     if error is not None:
-        say(*written.failures)
+        complain(*written.failures)
         raise error
     written.raise_failures()
     if interrupts.pressed:
@@ -246,7 +248,8 @@ def _evaluate(
     with interrupts.patient(0):
         try:
             edits = list(applied.values())
-            after = collect_answers(editor.model, editor.tokenizer, edits)
+            with working("evaluating after the edits"):
+                after = collect_answers(editor.model, editor.tokenizer, edits)
             # Restrict "before" to the edits that were applied.
             results |= {
                 "before": asdict(compute_outcome(edits, before, before)),

@@ -9,10 +9,9 @@ from typing import Any
 
 from rlsedit_fast.baselines import RECURSIVE, RULES
 from rlsedit_fast.cli import DONE, PARTIAL, setup
-from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.cli.output import add_json, emit, is_quiet, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import EditConfig
-from rlsedit_fast.editing.presets import GENERIC
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import read_json
 
@@ -27,6 +26,14 @@ _SHOWN = (
 )
 _OPTIONAL = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
 """Metrics that are shown only if the data set contains the prompts for them."""
+
+_EXPLAINED = (
+    "fractions of prompts: efficacy of the edited prompts, generalization to paraphrases, neighbors that do not change",
+    "strict: each token of the target is ranked first (neighbors: the prediction is that of the unedited model); free: "
+    "greedy generation gives the target; score forced: harmonic mean, where a prompt counts if the right answer is the "
+    "more likely one of two",
+)
+"""Explanation of the figures in the table."""
 
 _ITEMS = _FREE = 100
 _PROBED = 2000
@@ -46,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="local folder or Hugging Face Hub name of the model, or demo, the bundled model with its own settings "
         "unless --config is given (default demo)",
     )
-    group.add_argument("--dtype", help="dtype to load the model in (default float32)")
+    group.add_argument("--dtype", type=setup.dtype, help="dtype to load the model in (default float32)")
     group.add_argument("--device", help="device to load the model on (default cpu)")
     group.add_argument(
         "--data", metavar="FILE", help="CounterFact, zsRE or MQuAKE file (required unless the model is demo)"
@@ -102,7 +109,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--edits", type=setup.at_least_one, metavar="N", default=1000, help="edits per stream (default 1000)"
     )
     group.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", default=[0, 1, 2], help="one stream per seed (default 0 1 2)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        default=[0],
+        help="one stream per seed; several give mean and standard deviation (default 0)",
     )
     group.add_argument(
         "--free",
@@ -130,7 +142,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", type=Path, default=Path("evaluation"), metavar="DIR", help="output folder (default evaluation)"
     )
-    setup.add_settings(parser)
+    setup.add_settings(parser, rule=False)
     add_json(parser)
 
 
@@ -150,13 +162,11 @@ def run(options: argparse.Namespace) -> int:
         given["items"] = _ITEMS
     spec = GroundSpec(**{name: value for name, value in given.items() if value is not None})
     base = setup.make_config(options)
-    if options.preset == GENERIC and options.model != DEMO:
-        raise InputError("--preset generic is not supported by `rlsedit evaluate`; pass --layers")
     if base.rule != RECURSIVE:
         raise InputError(
             f"--config {options.config}: the field rule={base.rule!r} is not allowed here; remove it and pass --rules"
         )
-    if options.model == DEMO and options.config is None and options.preset in ("auto", GENERIC):
+    if options.model == DEMO and options.config is None and options.preset == "auto":
         base = CONFIG.replace(**setup.settings_given(options))
     changes = _changes(options.rule_settings)
     if unused := sorted(set(changes) - set(options.rules)):
@@ -164,6 +174,8 @@ def run(options: argparse.Namespace) -> int:
             f"--rule-settings {options.rule_settings}: {', '.join(unused)} not in --rules; add them to --rules or "
             "remove their settings"
         )
+    if options.model != DEMO:
+        setup.check_model(options, base)
     jobs: dict[str, list[Job]] = {}
     for rule in options.rules:
         config = base.for_rule(rule, **changes.get(rule, {}))
@@ -179,13 +191,15 @@ def run(options: argparse.Namespace) -> int:
             )
             jobs.setdefault(rule, []).append(Job(spec, plan, result_path(options.out, plan)))
     every_job = [job for each in jobs.values() for job in each]
-    runs_done = iter(run_jobs(every_job, processes=options.jobs, log=say, show=True))
+    runs_done = iter(run_jobs(every_job, processes=options.jobs, log=say, show=not is_quiet()))
     found = {rule: [next(runs_done) for _ in each] for rule, each in jobs.items()}
     every = [result for each in found.values() for result in each]
     shown = (*_SHOWN, *(figure for figure in _OPTIONAL if over_seeds(every, *figure) is not None))
     header = " ".join(f"{f'{metric} {form}':>22}" for metric, form in shown)
+    seeds = ", ".join(map(str, options.seeds))
     lines = [
-        f"{options.edits} edits, seeds {', '.join(map(str, options.seeds))}: mean ± standard deviation",
+        f"{options.edits} edits, "
+        + (f"seeds {seeds}: mean ± standard deviation" if len(options.seeds) > 1 else f"seed {seeds}"),
         f"{'':14}{header}",
     ]
     results: dict[str, Any] = {"model": spec.name, "edits": options.edits, "seeds": options.seeds, "rules": {}}
@@ -207,7 +221,7 @@ def run(options: argparse.Namespace) -> int:
     lines += [f"failed, not included in the figures: {line}" for line in failed]
     if len(options.rules) > 1 and options.rule_settings is None:
         lines.append("rules without --rule-settings used their default settings, which are not tuned for this model")
-    emit(results, [*lines, _samples(every[0]), f"results: {options.out}"], options.json)
+    emit(results, [*lines, *_EXPLAINED, _samples(every[0]), f"results: {options.out}"], options.json)
     return PARTIAL if failed else DONE
 
 

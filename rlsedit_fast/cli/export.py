@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
         raise InputError("--out requires --store; the edited checkpoint of --edited exists already")
-    check_named_exports(options)
+    check_named_exports(options, options.model or "")
     return _export_store(options) if options.store is not None else _export_difference(options)
 
 
@@ -61,6 +61,8 @@ def _export_store(options: argparse.Namespace) -> int:
 
 
 def _export_difference(options: argparse.Namespace) -> int:
+    for path in (options.model, options.edited):
+        setup.check_model(options, path=path)
     base, _ = setup.load_model(options)
     edited, _ = setup.load_model(options, options.edited)
     changes = changes_between(base, edited)
@@ -125,7 +127,17 @@ def add_exports(parser: argparse.ArgumentParser) -> None:
     """Adds the options for the output of an edited model."""
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help="folder for the complete edited checkpoint")
+    add_overwrite(group)
     _add_difference(parser)
+
+
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
+    """Adds the option --overwrite."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace existing outputs, once the new ones are complete (default: an existing output is an error)",
+    )
 
 
 def check_exports(options: argparse.Namespace, model: str) -> None:
@@ -140,28 +152,28 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
             "edits and allows undo), or check the edits with --dry-run"
         )
     if options.out is not None:
-        check_checkpoint(options.out, model)
+        check_checkpoint(options.out, model, overwrite=options.overwrite)
     _check_new(options)
     _check_places(options)
 
 
-def check_named_exports(options: argparse.Namespace) -> None:
+def check_named_exports(options: argparse.Namespace, model: str) -> None:
     """Checks like `check_exports`, but no output is required.
 
     Raises:
         InputError: an output already exists or cannot be created.
     """
     if options.out is not None:
-        _check_absent("--out", options.out)
+        check_checkpoint(options.out, model, overwrite=options.overwrite)
     _check_new(options)
     _check_places(options)
 
 
-def check_checkpoint(out: Path, model: str) -> None:
-    """Raises InputError if the output folder is the model itself or already exists."""
-    if Path(model).exists() and out.resolve() == Path(model).resolve():
+def check_checkpoint(out: Path, model: str, *, overwrite: bool) -> None:
+    """Raises InputError if the output folder is the model itself, or already exists and may not be overwritten."""
+    if model and Path(model).exists() and out.resolve() == Path(model).resolve():
         raise InputError(f"--out {out} is the folder of the model; choose another folder")
-    _check_absent("--out", out)
+    _check_absent("--out", out, overwrite=overwrite)
 
 
 def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
@@ -172,15 +184,16 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
         say("no edit is active: no delta or adapter was written")
     if options.out is not None:
         with written.attempt(f"--out {options.out}"):
-            editor.save_pretrained(options.out)
+            editor.save_pretrained(options.out, overwrite=options.overwrite)
             written.files.append(f"checkpoint: {options.out}")
     if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):
-            editor.save_delta(options.delta)
+            editor.save_delta(options.delta, overwrite=options.overwrite)
             written.files.append(f"delta: {options.delta}")
     if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
-            written.files += adapter_lines(editor.save_adapter(options.adapter, rank=options.rank), options.adapter)
+            report = editor.save_adapter(options.adapter, rank=options.rank, overwrite=options.overwrite)
+            written.files += adapter_lines(report, options.adapter)
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
@@ -204,24 +217,27 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--adapter", type=Path, metavar="DIR", help="folder for a LoRA adapter in PEFT format")
     group.add_argument(
-        "--rank", type=int, metavar="R", help="maximum rank of the adapter (default: as high as needed to be exact)"
+        "--rank",
+        type=setup.at_least_one,
+        metavar="R",
+        help="maximum rank of the adapter (default: as high as needed to be exact)",
     )
 
 
 def _check_new(options: argparse.Namespace) -> None:
     for name, path in (("--delta", options.delta), ("--adapter", options.adapter)):
         if path is not None:
-            _check_absent(name, path)
+            _check_absent(name, path, overwrite=options.overwrite)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
-    if options.rank is not None and options.rank < 1:
-        raise InputError(f"--rank {options.rank}: expected at least 1; omit --rank for an exact adapter")
 
 
-def _check_absent(name: str, path: Path) -> None:
+def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
     with suppress(OSError):  # an inaccessible path is reported when it is created
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(f"{name} {path} already exists; choose another path or remove it")
+        if overwrite and path.exists() and path.is_dir() == (name == "--delta"):
+            raise InputError(f"{name} {path} is a {'folder' if path.is_dir() else 'file'}; choose another path")
+        if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{name} {path} already exists; choose another path or pass --overwrite")
 
 
 def _check_places(options: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
         )
     texts = running_text(options.text)
     facts = _facts(options)
+    setup.check_model(options, config)
     model, tokenizer = setup.load_model(options)
     editor = Editor(model, tokenizer, config=config)
     if options.edits is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlsedit_fast.activity import activity_shown
 from rlsedit_fast.errors import InputError
 
 
@@ -72,16 +74,60 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+_quiet = False
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --quiet."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="print only results and errors: no progress bars, notices and warnings"
+    )
+
+
+def set_quiet(quiet: bool) -> None:
+    """Sets whether notices, warnings and progress bars are hidden, also those of transformers."""
+    global _quiet
+    _quiet = quiet
+    if quiet:
+        from transformers.utils import logging as transformers_logging
+
+        logging.basicConfig(level=logging.ERROR, format="%(message)s")
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+
+
+def is_quiet() -> bool:
+    """Returns whether notices and progress bars are hidden."""
+    return _quiet
+
+
 def say(*lines: str) -> None:
-    """Prints lines to stderr."""
+    """Prints notices to stderr, unless --quiet is given."""
+    if not _quiet:
+        complain(*lines)
+
+
+def complain(*lines: str) -> None:
+    """Prints errors to stderr."""
     for line in lines:
         print(line, file=sys.stderr)
 
 
 @contextmanager
 def progress(total: int | None, what: str, unit: str) -> Iterator[Any]:
-    """Shows a progress bar on stderr; `update(n)` advances it."""
+    """Shows a progress bar on stderr, with the present step of the work; `update(n)` advances it."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=total is None or total > 100_000) as bar:
+    scaled = total is None or total > 100_000
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, disable=_quiet) as bar, activity_shown(bar):
         yield bar
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows the time and the present step of work that has no count, on stderr."""
+    from tqdm import tqdm
+
+    form = "{desc}: {elapsed}{postfix}"
+    with tqdm(desc=what, bar_format=form, disable=_quiet, leave=False) as bar, activity_shown(bar):
+        yield

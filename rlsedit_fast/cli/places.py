@@ -1,4 +1,4 @@
-"""Checks output paths before the work starts, so that results are not lost to a path that cannot be written."""
+"""Checks the paths of input and output files before the work starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import permutations
 from pathlib import Path
 
@@ -14,6 +15,36 @@ from rlsedit_fast.errors import InputError
 
 _INPUTS = ("edits", "protect", "text", "statistics", "config", "data", "references", "rule_settings", "delta")
 """Options that name an input file (--delta only in `apply`)."""
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """Checks that every input file exists and is readable.
+
+    Raises:
+        InputError: an input file is missing, a folder, empty or not readable.
+    """
+    for name in _INPUTS:
+        path = _path(options, name)
+        if path is None or (name == "delta" and options.command != "apply"):
+            continue
+        option = f"--{name.replace('_', '-')} {path}"
+        if path.is_dir():
+            raise InputError(f"{option}: this is a folder; pass a file")
+        if not path.exists():
+            raise InputError(f"{option}: the file does not exist{_similar(path)}")
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{option}: the file is not readable; change its permissions or pass another file")
+    if (tasks := _path(options, "tasks")) is not None and not tasks.is_dir():
+        raise InputError(f"--tasks {tasks}: expected a folder that contains NAME.jsonl files")
+
+
+def _similar(path: Path) -> str:
+    """Returns the suggestion of a file in the same folder with a similar name."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [one.name for one in path.absolute().parent.iterdir() if one.is_file()]
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else "; pass an existing file"
 
 
 def check_places(options: argparse.Namespace, *, folders: Sequence[str] = (), files: Sequence[str] = ("json",)) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from rlsedit_fast.cli import DONE, PARTIAL
 from rlsedit_fast.cli.stores import add_change, change, report
-from rlsedit_fast.errors import listed
+from rlsedit_fast.errors import InputError, listed
 
 HELP = "replace the target of edits of a store; the old edits stay in the history"
 
@@ -19,6 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if not options.target.strip():
+        raise InputError(f"--target {options.target!r} is empty; pass the text that the model should state")
     done = change(options, lambda editor, ids: editor.replace(ids, target=options.target))
     entries = [entry | {"replaces": was.id} for entry, was in zip(done.entries, done.old, strict=True)]
     replaced = [entry for entry in entries if entry["state"] != "skipped"]

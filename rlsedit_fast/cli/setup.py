@@ -7,16 +7,19 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rlsedit_fast.baselines import RULES
-from rlsedit_fast.cli.output import progress
+from rlsedit_fast.baselines import BASELINES, RECURSIVE
+from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.config import load_settings
+from rlsedit_fast.editing.persistence import check_store
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
 from rlsedit_fast.editing.recovery import read_settings
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import open_tensors
 from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
+from rlsedit_fast.statistics.key_statistics import STATISTICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +38,6 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
 }
 """Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds the options that select the model and how to load it."""
@@ -46,7 +47,11 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
         "--model", required=required, help=f"local folder or Hugging Face Hub name of the model{default}"
     )
     group.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="dtype to load the model in (default: dtype of the checkpoint)"
+        "--dtype",
+        type=dtype,
+        default="auto",
+        metavar="DTYPE",
+        help="dtype to load the model in: float32, bfloat16, float16, or auto, that of the checkpoint (default auto)",
     )
     group.add_argument(
         "--device",
@@ -56,15 +61,17 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
-def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Adds the options that select the edited layers."""
+def add_choice(parser: argparse.ArgumentParser, *, generic: bool = True) -> argparse._ArgumentGroup:
+    """Adds the options that select the edited layers; `generic` is whether --preset generic is accepted."""
     group = parser.add_argument_group("settings (defaults are those of EditConfig)")
     group.add_argument(
         "--preset",
-        choices=("auto", GENERIC, *PRESETS),
+        choices=("auto", *[GENERIC] * generic, *PRESETS),
         default="auto",
-        help="auto (default): the layers published for this model architecture, or layers chosen by depth; generic: "
-        "layers chosen by depth; a model name: all settings published for that model except context prefixes",
+        metavar="NAME",
+        help="auto (default): the layers published for this model architecture, or else layers chosen by depth; "
+        f"{'generic: always layers chosen by depth; ' * generic}{', '.join(PRESETS)}: all settings published for that "
+        "model, except its context prefixes",
     )
     group.add_argument(
         "--config",
@@ -79,10 +86,10 @@ def add_choice(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that set fields of `EditConfig`."""
-    group = add_choice(parser)
-    group.add_argument("--batch-size", type=int, metavar="N", help="edits per batch")
+def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
+    """Adds the options that set fields of `EditConfig`; `rule` is False for a command that rejects --rule."""
+    group = add_choice(parser, generic=rule)
+    group.add_argument("--batch-size", type=at_least_one, metavar="N", help="edits per batch")
     group.add_argument(
         "--adherence",
         type=float,
@@ -94,11 +101,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--mu", type=float, help="strength of the penalty on changed outputs on the anchors; overrides --adherence"
     )
     group.add_argument(
-        "--rule", choices=RULES, help="editing method (its settings: rule_options in --config) (default rls)"
+        "--rule",
+        metavar="RULE",
+        help=argparse.SUPPRESS
+        if not rule
+        else f"editing method: {RECURSIVE} (default), or one that cannot undo edits: "
+        f"{', '.join(BASELINES)}; its settings: rule_options in --config",
     )
     group.add_argument("--fact-token", choices=get_args(FactToken), help="token whose representation is edited")
     group.add_argument(
-        "--search-ahead", type=int, metavar="N", help="search the values of N edits together, if more than a batch"
+        "--search-ahead",
+        type=at_least_one,
+        metavar="N",
+        help="search the values of N edits together, if more than a batch",
     )
 
 
@@ -120,7 +135,9 @@ def add_anchors(parser: argparse.ArgumentParser) -> None:
 
 def add_tokens(parser: argparse._ActionsContainer) -> None:
     """Adds the options --tokens and --seed; `settle_text` sets their defaults."""
-    parser.add_argument("--tokens", type=int, metavar="N", help=f"number of tokens to use (default {DEFAULT_TOKENS})")
+    parser.add_argument(
+        "--tokens", type=at_least_one, metavar="N", help=f"number of tokens to use (default {DEFAULT_TOKENS})"
+    )
     parser.add_argument("--seed", type=int, help="random seed of --self-generate (default 0)")
 
 
@@ -136,6 +153,19 @@ def settle_text(options: argparse.Namespace) -> None:
         raise InputError("--seed requires --self-generate; add it or omit --seed")
     options.tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
     options.seed = 0 if options.seed is None else options.seed
+
+
+def dtype(text: str) -> str:
+    """Parses the name of a dtype for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: the dtype is unknown.
+    """
+    try:
+        loading.check_dtype(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    return text
 
 
 def at_least_one(text: str) -> int:
@@ -169,13 +199,24 @@ def settings_given(options: argparse.Namespace) -> dict[str, Any]:
     for option, (group, setting) in _OPTIONS.items():
         if (value := getattr(options, option, None)) is None:
             continue
+        _check_option(option, value, {setting: value} if group is None else {group: {setting: value}})
         if group is None:
             changes[setting] = value
         else:
             changes[group] = {**changes.get(group, {}), setting: value}
     if options.layers is not None:
         changes["layers"] = _layers(options.layers)
+        _check_option("layers", options.layers, {"layers": changes["layers"]})
     return changes
+
+
+def _check_option(option: str, value: object, setting: dict[str, Any]) -> None:
+    """Raises InputError that names the option, not the setting, if its value is invalid."""
+    try:
+        EditConfig().replace(**setting)
+    except InputError as error:
+        expected = error.message.rpartition(": expected ")[2]
+        raise InputError(f"--{option.replace('_', '-')} {value}: expected {expected}", error.hint) from None
 
 
 def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:
@@ -195,11 +236,72 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
     return EditConfig.from_preset(GENERIC if options.preset == "auto" else options.preset, **changes)
 
 
+def check_model(options: argparse.Namespace, config: EditConfig | None = None, path: str | None = None) -> None:
+    """Checks options that depend on the model against its config, before the weights are loaded.
+
+    Args:
+        options: options added by `add_model`.
+        config: settings of the editor, if there is one.
+        path: the model, if not the one of the options.
+
+    Raises:
+        InputError: the device, the dtype, the model or a layer does not exist.
+        ModelError: the model is not supported.
+    """
+    loading.check_dtype(options.dtype)
+    loading.check_device(options.device)
+    found = loading.load_config(path or options.model, trust_remote_code=getattr(options, "trust_remote_code", False))
+    text = found.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)
+    preset = PRESETS.get(getattr(options, "preset", ""))
+    if config is None or depth is None:
+        return
+    wrong = [layer for layer in config.layers or () if layer >= depth]
+    if preset is not None and preset != find_preset(found):
+        about = (
+            f"--preset {preset.name} is for {preset.model_type} models with {preset.blocks} layers of width "
+            f"{preset.hidden_size}, and {path or options.model} is {text.model_type} with {depth} layers of width "
+            f"{text.hidden_size}"
+        )
+        if wrong and options.layers is None:
+            raise InputError(f"{about}; omit --preset to use layers 0 to {depth - 1} by depth, or pass --layers")
+        say(f"warning: {about}")
+    if wrong:
+        where = f"--layers {options.layers}" if options.layers is not None else f"layers={list(config.layers or ())}"
+        raise InputError(f"{where}: layers {wrong} do not exist; the model has layers 0 to {depth - 1}")
+
+
+def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
+    """Checks the options of the anchors before the model is loaded.
+
+    Raises:
+        InputError: the options contradict each other, or the file of --statistics cannot be used.
+    """
+    if getattr(options, "no_anchors", False) and config.prior.mu:
+        given = f"--mu {options.mu:g}" if options.mu is not None else f"mu={config.prior.mu:g} in the settings"
+        raise InputError(
+            f"{given} is the weight of the anchors, and --no-anchors omits them; pass anchors (--text, --statistics or "
+            "--self-generate), or --mu 0"
+        )
+    if getattr(options, "statistics", None) is not None:
+        with open_tensors(options.statistics, STATISTICS, "collect the statistics again") as file:
+            held = {int(layer) for layer in file.sums}
+        if missing := sorted({*(config.layers or ())} - held):
+            raise InputError(
+                f"--statistics {options.statistics} contains the layers {sorted(held)} and lacks {missing}; collect "
+                "statistics for all edited layers"
+            )
+
+
 def make_editor(options: argparse.Namespace) -> Editor:
     """Checks the settings before the slow loading of the model, and returns an editor, with a store if one is given."""
     place = getattr(options, "store", None)
     stored = read_settings(place) if place is not None else None
     config = make_config(options, stored)
+    _check_anchors(options, config)
+    if place is not None:
+        check_store(place, config)
+    check_model(options, config)
     model, tokenizer = load_model(options)
     if options.preset == GENERIC and config.layers is None and find_preset(model.config) is not None:
         config = config.replace(layers=config.layers_for(model.config.get_text_config().num_hidden_layers))
@@ -238,7 +340,7 @@ def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None 
 
 def show_warnings() -> None:
     """Prints warnings of the package to stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.ERROR if is_quiet() else logging.WARNING, format="%(message)s")
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlsedit_fast.cli.export import add_overwrite
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.cli.setup import (
@@ -38,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="output file (default: a cache entry that `rlsedit edit` finds by model fingerprint)",
     )
+    add_overwrite(parser)
     add_choice(parser)
     add_json(parser)
 
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     settle_text(options)
     check_places(options, files=("out", "json"))
     if options.out is not None:
-        _check_replaceable(options.out)
+        _check_replaceable(options.out, overwrite=options.overwrite)
     editor = make_editor(options)
     source = make_source(editor, options)
     out = options.out or cache_path(editor.fingerprint(), editor.layers, source.name, options.tokens)
@@ -70,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_replaceable(out: Path) -> None:
-    """Raises InputError for an existing file that does not contain key statistics."""
+def _check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Raises InputError for an existing file without --overwrite, or that does not contain key statistics."""
     if not out.exists():
         return
     try:
@@ -81,3 +83,5 @@ def _check_replaceable(out: Path) -> None:
         raise InputError(
             f"--out {out} already exists and is not a key statistics file; choose another path or remove it"
         ) from error
+    if not overwrite:
+        raise InputError(f"--out {out} already exists; choose another path or pass --overwrite")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
-from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
@@ -40,11 +40,10 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     if options.model is not None and not options.measure:
         raise InputError("--model is used only with --measure; add --measure or omit --model")
+    status = read_status(options.store, budget=options.budget)  # also checks the options before the model is loaded
     if options.measure:
-        with open_editor(options) as editor:
+        with open_editor(options) as editor, working("measuring"):
             status = editor.status(budget=options.budget)
-    else:
-        status = read_status(options.store, budget=options.budget)
     records = [record for record in read_history(options.store) if record.state == "active"]
     lines = status_lines(status)
     if failed := [record.id for record in records if not record.success]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
-from rlsedit_fast.cli.output import add_json, emit, plain, say
+from rlsedit_fast.cli.output import add_json, emit, plain, say, working
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
-from rlsedit_fast.errors import InputError, StoreError, listed
+from rlsedit_fast.editing.recovery import select_edits
+from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.models.answers import generate_answers
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
@@ -40,20 +40,25 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--name", help="edits with this name")
     group.add_argument("--subject", help="edits of this subject")
-    group.add_argument("--last", type=int, metavar="N", help="the N most recent edits")
+    group.add_argument("--last", type=setup.at_least_one, metavar="N", help="the N most recent edits")
     group.add_argument(
         "--since", type=_time, metavar="TIME", help="edits applied at or after TIME, such as 2026-03-01T12:00"
     )
     group.add_argument("--until", type=_time, metavar="TIME", help="edits applied at or before TIME")
 
 
-def select(editor: Editor, options: argparse.Namespace) -> list[int]:
-    """Returns the ids of the edits that the options of `add_selection` select; see `Editor.select`."""
+def selected(options: argparse.Namespace) -> list[int]:
+    """Returns the ids of the edits that the options of `add_selection` select, without loading the model.
+
+    Raises:
+        StoreError: the store does not exist or is damaged.
+        InputError: see `Editor.select`.
+    """
     ids: list[int] = []
     for text in options.ids:
-        ids += [int(text)] if text.isdecimal() else editor.select(name=text)
+        ids += [int(text)] if text.isdecimal() else select_edits(options.store, name=text)
     criteria = {name: getattr(options, name) for name in ("name", "subject", "last", "since", "until")}
-    return editor.select(ids or None, **criteria)
+    return select_edits(options.store, ids=ids or None, **criteria)
 
 
 def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -63,16 +68,16 @@ def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         StoreError: the store does not exist or is damaged.
         InputError: the model is not known or cannot be loaded.
     """
-    if not Store.exists(options.store):
-        raise StoreError(
-            f"{str(options.store)!r} does not contain a store; pass the folder of a store",
-            hint="create one with `rlsedit edit --store DIR`",
-        )
-    if options.model is None:
-        with closing(Store(options.store, write=False)) as store:
-            options.model = store.about["model"]
-        if not options.model:
-            raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
+    with Store(options.store) as store:  # also checks that no other process has opened it
+        recorded = store.about["model"]
+    if options.model is None and not recorded:
+        raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
+    given, options.model = options.model, options.model or recorded
+    try:
+        setup.check_model(options)
+    except InputError as error:
+        moved = f"the store {str(options.store)!r} was created with this path; pass --model if the model has moved"
+        raise InputError(error.message, error.hint if given else moved) from error
     return setup.load_model(options)
 
 
@@ -136,13 +141,16 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
         make: changes the edits with the given ids and returns their records.
     """
     setup.show_warnings()
-    check_named_exports(options)
+    with Store(options.store, write=False) as store:
+        recorded = store.about["model"]
+    check_named_exports(options, options.model or recorded or "")
+    chosen = set(selected(options))
     with open_editor(options) as editor:
-        ids = select(editor, options)
-        selected = set(ids)
-        old = [record for record in editor.history() if record.id in selected]
-        before = ask(editor, old)
-        records = make(editor, [record.id for record in old])
+        old = [record for record in editor.history() if record.id in chosen]
+        with working("answers before"):
+            before = ask(editor, old)
+        with working("changing the model"):
+            records = make(editor, [record.id for record in old])
         try:
             return Changed(old, records, before, ask(editor, records), write_exports(editor, options))
         except KeyboardInterrupt:

@@ -100,7 +100,8 @@ class Edit:
                 suggestion = f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}"
                 raise RequestError(f"unknown field {name!r}; {suggestion}")
         if missing := [name for name in known[:3] if name not in values]:
-            raise RequestError(f"missing fields: {', '.join(missing)}")
+            what = "name the words of the prompt that the fact is about" if missing == ["subject"] else "add them"
+            raise RequestError(f"missing fields: {', '.join(missing)}; {what}")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**given)
 

@@ -267,7 +267,7 @@ class EditConfig(Settings):
     prior: PriorConfig = PriorConfig()
     search: ValueSearchConfig = ValueSearchConfig()
     rule: str = baselines.RECURSIVE
-    rule_options: Mapping[str, int | float | None] = Field(default_factory=dict)
+    rule_options: Mapping[str, Any] = Field(default_factory=dict)
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"
@@ -293,7 +293,10 @@ class EditConfig(Settings):
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
                     )
         if self.refine and self.stored_rows is None:
-            raise InputError(f"refine={self.refine} requires stored rows, and stored_rows is None; change one of them")
+            raise InputError(
+                f"refine={self.refine} requires stored rows, and stored_rows is None; set stored_rows='full' or "
+                "refine=0"
+            )
         return self
 
     def __hash__(self) -> int:

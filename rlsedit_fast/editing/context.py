@@ -19,6 +19,7 @@ from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request, find_invalid, prepare
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.loading import check_config, check_tokenizer
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
@@ -89,16 +90,22 @@ def check_arguments(model: object, tokenizer: object, config: object) -> None:
 
     Raises:
         InputError: an argument has the wrong type.
-        ModelError: the model has no language model head.
+        ModelError: the model has no language model head, or is an encoder-decoder model.
     """
+    if isinstance(tokenizer, torch.nn.Module) and hasattr(model, "vocab_size"):
+        raise InputError("the first argument is a tokenizer and the second one a model; swap them")
     if not isinstance(model, torch.nn.Module):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected a loaded model. Editor.from_pretrained(path) loads one"
-        )
+        kind = type(model).__name__
+        if isinstance(getattr(model, "model", None), torch.nn.Module):
+            raise InputError(
+                f"model is a {kind}, which contains a model; pass its parts: Editor(pipeline.model, pipeline.tokenizer)"
+            )
+        raise InputError(f"model is a {kind}; expected a loaded model. Editor.from_pretrained(path) loads one")
     if not callable(tokenizer) or not hasattr(tokenizer, "vocab_size"):
         raise InputError(f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer of transformers")
     if config is not None and not isinstance(config, EditConfig):
         raise InputError(f"config is a {type(config).__name__}; expected an EditConfig, such as EditConfig(**settings)")
+    check_config(getattr(model, "config", None))
     head = getattr(model, "get_output_embeddings", None)
     if head is not None and head() is None:
         raise ModelError(f"{type(model).__name__} has no language model head", hint="load it with AutoModelForCausalLM")
@@ -114,18 +121,13 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 
     Raises:
         ModelError: the layers or their projections are not found, or cannot be edited (together).
-        InputError: a weight to be edited contains NaN/Inf, or the tokenizer has more tokens than the model.
+        InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
     known = find_preset(model.config)
     layers = known.layers if known and config.layers is None else config.layers_for(len(decoder.blocks))
     projections: Sequence[Projection] = decoder.select(layers)
-    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if tokenizer.vocab_size > rows:  # without tokens that a user added, which edits may not use
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {rows} embeddings; pass the tokenizer of "
-            "the model"
-        )
+    check_tokenizer(model, tokenizer)
     for projection in projections:
         if not all_finite(projection.weight):
             raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")

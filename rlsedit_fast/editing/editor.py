@@ -17,11 +17,12 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
-from rlsedit_fast.editing.records import EditRecord
+from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
+from rlsedit_fast.files import check_new, written_folder
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.loading import load_model
@@ -83,8 +84,8 @@ class Editor:
         Raises:
             ModelError: the model has no language model head, or the layers or their projections are not found or cannot
                 be edited (together).
-            InputError: an argument has the wrong type, a weight to be edited contains NaN/Inf, the tokenizer has more
-                tokens than the model, `config` changes settings that are fixed for all edits of the store, or a store
+            InputError: an argument has the wrong type, a weight to be edited contains NaN/Inf, the tokenizer is that of
+                another model, `config` changes settings that are fixed for all edits of the store, or a store
                 does not support the rule.
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
@@ -141,6 +142,15 @@ class Editor:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        path = str(getattr(self.model.config, "_name_or_path", "") or "")
+        layers = ", ".join(map(str, self.layers))
+        ledger, store = self._session.ledger, self._recorder.store.directory if self._recorder else None
+        return (
+            f"Editor({type(self.model).__name__}{f' {path!r}' * bool(path)}, layers {layers}, "
+            f"{len(ledger.active)} of {len(ledger)} edits active, {f'store {str(store)!r}' if store else 'no store'})"
+        )
 
     @property
     def config(self) -> EditConfig:
@@ -466,8 +476,8 @@ class Editor:
             return self._session.status(budget, sample)
 
     def history(self) -> list[EditRecord]:
-        """Returns the records of all edits, oldest first."""
-        return self._session.ledger.records
+        """Returns the records of all edits, oldest first, in a list that prints as a table."""
+        return History(self._session.ledger.records)
 
     def deviation(self) -> list[LayerDeviation]:
         """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
@@ -488,25 +498,37 @@ class Editor:
             for projection, state in self._session.edited
         ]
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
         """Writes the edited model and its tokenizer as a checkpoint.
 
+        Args:
+            directory: folder of the checkpoint.
+            overwrite: replace the checkpoint in a folder that contains files, once the new one is complete.
+
         Raises:
-            InputError: if `directory` is an existing file.
+            InputError: `directory` is a file, or contains files and `overwrite` is False.
         """
         self._check_attached()
-        if Path(directory).is_file():
-            raise InputError(f"{str(directory)!r} is a file; pass a folder")
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        with written_folder(Path(directory)) as folder:
+            check_new(directory, overwrite=overwrite)
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
-    def save_delta(self, path: str | Path) -> DeltaReport:
-        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`."""
+    def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
+        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
+
+        An existing file raises InputError unless `overwrite` is True.
+        """
+        check_new(path, overwrite=overwrite)
         active = sum(record.state == "active" for record in self.history())
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
-    def save_adapter(self, directory: str | Path, *, rank: int | None = None) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`."""
+    def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
+        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`.
+
+        A folder that contains files raises InputError unless `overwrite` is True.
+        """
+        check_new(directory, overwrite=overwrite)
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._session.progress.writes)
         return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)

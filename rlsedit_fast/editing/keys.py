@@ -107,14 +107,16 @@ def text_keys(
     """
     texts = list(each_text(texts))
     rows = [encode_plain(tokenizer, text) for text in texts]
-    wrong = [text for text, row in zip(texts, rows, strict=True) if not text.strip() or not row.ids]
-    long = [text for text, row in zip(texts, rows, strict=True) if longest is not None and len(row.ids) > longest]
-    if not rows or wrong or long:
-        raise InputError(
-            f"{len(rows)} texts, {len(wrong)} of them blank and {len(long)} longer than the {longest} tokens that the "
-            f"model supports{f', such as {long[0][:60]!r}' if long else ''}; expected at least one text, each with 1 "
-            f"to {longest} tokens"
-        )
+    if not rows:
+        raise InputError("no texts were given; pass at least one")
+    for place, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
+        if not text.strip() or not row.ids:
+            raise InputError(f"text {place} of {len(texts)} is blank; remove it")
+        if longest is not None and len(row.ids) > longest:
+            raise InputError(
+                f"text {place} of {len(texts)}, {text[:60]!r}, has {len(row.ids)} tokens, and the model supports "
+                f"{longest}; shorten or split it"
+            )
     found: list[list[Tensor]] = [[] for _ in projections]
     for at in range(0, len(rows), _TEXTS_AT_ONCE):
         ids, mask = pad(rows[at : at + _TEXTS_AT_ONCE], decoder.device)

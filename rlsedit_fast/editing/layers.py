@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
 from rlsedit_fast.editing.config import KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
@@ -197,6 +198,7 @@ class EditedLayers:
         goal, aimed = values.goal, torch.zeros(0)
         keys, written = list[Tensor](), list[Tensor]()
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
+            report_activity(f"writing layer {projection.layer}")
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
             assert now is not None
             rows = rows_of_contexts(read, key_rows)

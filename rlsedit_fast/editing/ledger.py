@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -102,12 +102,19 @@ class Ledger:
 
     def check(self, ids: Sequence[int]) -> None:
         """Raises InputError unless the ids are those of active edits, at least one, each given once."""
-        wrong = [i for i in ids if i not in self._edits]
-        if wrong or not ids or len(set(ids)) != len(ids):
-            reason = (
-                f"{wrong} are not ids of active edits ({self._shown_active()})" if wrong else "expected distinct ids"
+        if not ids:
+            raise InputError("no ids were given; pass at least one id of an active edit", hint=_HISTORY)
+        if wrong := [i for i in ids if i not in self._edits]:
+            shown = [
+                f"{i} ({self._records[i - 1].state})" if 1 <= i <= len(self._records) else f"{i} (no such edit)"
+                for i in wrong
+            ]
+            raise InputError(
+                f"ids {', '.join(listed(shown))}: not active ({self._shown_active()}); nothing was modified",
+                hint=_HISTORY,
             )
-            raise InputError(f"ids {list(ids)}: {reason}; nothing was modified", hint=_HISTORY)
+        if twice := sorted(i for i, count in Counter(ids).items() if count > 1):
+            raise InputError(f"ids {', '.join(listed(twice))} given more than once; pass each id once")
 
     def select(
         self,

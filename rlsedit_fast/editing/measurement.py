@@ -124,7 +124,7 @@ def check_stated(records: Sequence[EditRecord], earlier: int) -> None:
     failed = [at for at, record in enumerate(records) if not record.success or record.state != "active"]
     if failed:
         lines = [
-            f"edit {earlier + at}: {records[at].prompt!r}, subject {records[at].subject!r}: the model states "
+            f"edit {earlier + at + 1}: {records[at].prompt!r}, subject {records[at].subject!r}: the model states "
             f"{records[at].answer!r}, the target is {records[at].target!r}"
             for at in failed
         ]

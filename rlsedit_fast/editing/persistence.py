@@ -23,7 +23,7 @@ from rlsedit_fast.editing.layers import EditedLayers, EditRows
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.errors import InputError, StoreError
-from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.rls import Prior, RLSState, Saved
 from rlsedit_fast.rls.rounding import packed, unpacked
@@ -64,12 +64,7 @@ def open_store(
     """
     if directory is None:
         return None, config or EditConfig()
-    if config is not None and (config.rule != RECURSIVE or config.norm_anchor):
-        raise InputError(
-            f"store={str(directory)!r} with rule={config.rule!r}, norm_anchor={config.norm_anchor}: a store does not "
-            "contain the memory of these",
-            hint=f"use rule={RECURSIVE!r} without norm_anchor, or no store",
-        )
+    _check_rule(directory, config)
     if not Store.exists(directory):
         return None, config or EditConfig()
     store = Store(directory)
@@ -78,15 +73,39 @@ def open_store(
         settings = settings_of(about, config)  # before the fingerprint, which reads all weights
         if (found := fingerprint(model)) != about["fingerprint"]:
             raise StoreError(
-                f"the store {str(directory)!r} was created with the model {about['fingerprint'][:16]} "
-                f"({about['model'] or 'no path recorded'}), and this model is {found[:16]} (weights, dtype or config "
-                "mismatch, or the model is already edited); nothing was modified",
+                f"the store {str(directory)!r} was created with the model {about['model'] or 'without a path'!r} "
+                f"(fingerprint {about['fingerprint'][:12]}), and this model is {identify(model, found)}: weights, "
+                "dtype or config differ, or the model is already edited; nothing was modified",
                 hint="load the unedited model that the store was created with",
             )
     except BaseException:
         store.close()
         raise
     return store, settings
+
+
+def check_store(directory: str | Path, config: EditConfig | None) -> None:
+    """Checks, without the model, that a store can be opened or created with these settings.
+
+    Raises:
+        InputError: a setting is fixed by the store and differs, or a store does not support the rule.
+        StoreError: the store is damaged, has another version or is in use, or the folder contains other files.
+    """
+    _check_rule(directory, config)
+    if not Store.exists(directory):
+        Store.check_empty(directory)
+        return
+    with Store(directory) as store:
+        settings_of(store.about, config)
+
+
+def _check_rule(directory: str | Path, config: EditConfig | None) -> None:
+    if config is not None and (config.rule != RECURSIVE or config.norm_anchor):
+        raise InputError(
+            f"store={str(directory)!r} with rule={config.rule!r}, norm_anchor={config.norm_anchor}: a store does not "
+            "contain the memory of these",
+            hint=f"use rule={RECURSIVE!r} without norm_anchor, or no store",
+        )
 
 
 def create_store(directory: str | Path, context: ModelContext, given: EditConfig) -> Store:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -126,7 +126,8 @@ def published(name: str) -> dict[str, Any]:
     if name == GENERIC:
         return {}
     if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; expected one of {', '.join((*PRESETS, GENERIC))}")
+        known = (*PRESETS, GENERIC)
+        raise InputError(f"unknown preset {name!r}: expected one of {', '.join(known)}{did_you_mean(name, known)}")
     return PRESETS[name].settings()
 
 

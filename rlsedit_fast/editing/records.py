@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from html import escape
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,57 @@ class EditRecord:
         """Returns the record of a dict written by `to_dict`."""
         fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**fields | {"time": datetime.fromisoformat(fields["time"])})
+
+
+_SHOWN = 20  # records at the beginning and at the end of a longer history
+
+
+class History(list[EditRecord]):
+    """The records of an editor: a list that prints as a table, in a notebook as an HTML table.
+
+    Example:
+        >>> from rlsedit_fast.editing.records import History
+        >>> History([])
+        no edits
+    """
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no edits"
+        rows = [_TITLES, *self._rows()]
+        widths = [max(len(row[at]) for row in rows) for at in range(len(_TITLES))]
+        left = {1, 2}  # columns of text
+        return "\n".join(
+            "  ".join(
+                f"{cell:<{width}}" if at in left else f"{cell:>{width}}"
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
+        return f"<table><tr>{''.join(f'<th>{title}</th>' for title in _TITLES)}</tr>{body}</table>"
+
+    def _rows(self) -> list[list[str]]:
+        rest = len(self) - 2 * _SHOWN
+        if rest <= 0:
+            return [_cells(record) for record in self]
+        skipped = ["...", "", f"{rest} more", "", "", ""]
+        return [*map(_cells, self[:_SHOWN]), skipped, *map(_cells, self[-_SHOWN:])]
+
+
+_TITLES = ["id", "state", "prompt -> target", "rank", "nll", "realized"]
+
+
+def _cells(record: EditRecord) -> list[str]:
+    filled = record.prompt.replace("{}", record.subject)
+    what = "".join(c if c.isprintable() else " " for c in f"{filled} -> {record.target}")
+    what = what if len(what) <= _WIDTH else f"{what[: _WIDTH - 3]}..."
+    return [str(record.id), record.state, what, str(record.rank), f"{record.nll:.2f}", f"{record.realized:.2f}"]
+
+
+_WIDTH = 80  # characters of prompt and target
 
 
 @dataclass(frozen=True)

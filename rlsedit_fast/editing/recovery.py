@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -57,6 +58,21 @@ def read_history(directory: str | Path) -> list[EditRecord]:
     """
     with Store(directory, write=False) as store:
         return _read_ledger(store)[0].records
+
+
+def select_edits(directory: str | Path, **criteria: Any) -> list[int]:
+    """Returns the ids of the active edits of a store that match all criteria, without the model.
+
+    Args:
+        directory: folder of the store.
+        **criteria: arguments of `Editor.select`.
+
+    Raises:
+        StoreError: the store does not exist or is damaged.
+        InputError: see `Editor.select`.
+    """
+    with Store(directory, write=False) as store:
+        return _read_ledger(store)[0].select(**criteria)
 
 
 def _read_ledger(store: Store) -> tuple[Ledger, Progress]:

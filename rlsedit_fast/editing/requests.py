@@ -58,15 +58,19 @@ def prepare(
         longest: maximum number of tokens of the model; None if there is no limit.
 
     Raises:
-        RequestError: an edit is invalid (all invalid edits are listed by index), there are no edits, or `edits` is not
-            a list.
+        RequestError: an edit is invalid (all are listed, counted from 1), there are no edits, or `edits` is not a list.
     """
     requests, invalid = _attempt(tokenizer, edits, config, longest)
     if not (count := len(requests) + len(invalid)):
         raise RequestError("no edits were given; pass at least one")
     if invalid:
-        lines = listed(f"edit {index}: {reason}" for index, reason in invalid.items())
-        raise RequestError(f"{len(invalid)} of {count} edits are invalid; nothing was modified:\n" + "\n".join(lines))
+        if count == 1:
+            raise RequestError(f"the edit is invalid; nothing was modified: {invalid[0]}")
+        lines = listed(f"edit {index + 1}: {reason}" for index, reason in invalid.items())
+        verb = "is" if len(invalid) == 1 else "are"
+        raise RequestError(
+            f"{len(invalid)} of {count} edits {verb} invalid; nothing was modified:\n" + "\n".join(lines)
+        )
     return requests
 
 

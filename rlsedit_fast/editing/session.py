@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
+from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
 from rlsedit_fast.editing.batching import search_ahead
@@ -124,8 +125,10 @@ class EditSession:
             )
         calibrated = calibrated_adherence(config, anchored=anchored) is not None
         pilot = self.pilot(requests) if calibrated else None
+        report_activity("calibrating mu and lam")
         priors = choose_priors(config, self.used_moments, len(self._context.layers), pilot)
         del pilot  # its factors take memory that the states need
+        report_activity("building the states of the layers")
         layers = EditedLayers(
             self._context.site,
             self._context.projections,
@@ -285,6 +288,7 @@ class EditSession:
         layers, active = self.layers, self.ledger.active
         self.check_stored("rebuild the layers from", active)
         with self.transaction("rebuilding the layers", "edit fewer layers") as transaction:
+            report_activity("rebuilding the layers")
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)

@@ -36,9 +36,10 @@ def reference_texts(path: Path) -> Texts:
         try:
             found[entry["relation_id"], entry["target_id"]] += [sample["text"] for sample in entry["samples"]]
         except (KeyError, TypeError) as error:
+            problem = f"the field {error} is missing" if isinstance(error, KeyError) else "a field has another type"
             raise InputError(
-                f"{path}, record {at} lacks {error}; expected the format of ROME's attribute_snippets.json: "
-                "relation_id, target_id, and samples, a list of objects with a text"
+                f"{path}, record {at}: {problem}; expected the format of ROME's attribute_snippets.json: relation_id, "
+                "target_id, and samples, a list of objects with a text"
             ) from error
     return {ids: tuple(texts) for ids, texts in found.items()}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from rlsedit_fast.activity import activity_shown
 from rlsedit_fast.editing import ContextConfig, EditConfig, Editor, EditRecord, PriorConfig, ValueSearchConfig
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.ages import age_groups
@@ -133,7 +134,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
 
     stream = _stream(model, tokenizer, cases, before, config, anchors, "editing")
     answers_after = _complete(model, tokenizer, [question.prompt for _, question in questions])
-    stream.editor.save_pretrained(out / "model")
+    stream.editor.save_pretrained(out / "model", overwrite=True)
     answers_reloaded = _complete(*_reload(out / "model"), [question.prompt for _, question in questions])
 
     bare_model, _ = load_demo_model()
@@ -169,7 +170,7 @@ def _stream(
     when_made: list[float] = []
     records: list[EditRecord] = []
     seconds = 0.0
-    with tqdm(total=len(cases), desc=title, unit="edit") as bar:
+    with tqdm(total=len(cases), desc=title, unit="edit") as bar, activity_shown(bar):
         for start, stop in groups:
             began = time.perf_counter()
             records += editor.edit([case.edit for case in cases[start:stop]], on_batch=lambda made: _advance(bar, made))

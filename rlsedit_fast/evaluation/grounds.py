@@ -318,5 +318,6 @@ def _tasks(spec: GroundSpec) -> dict[str, list[Item]]:
     paths = {name: Path(spec.tasks) / f"{name}.jsonl" for name in TASKS}
     found = {name: read_task(name, path, items=spec.items) for name, path in paths.items() if path.exists()}
     if not found:
-        raise InputError(f"{spec.tasks}: expected at least one of {', '.join(path.name for path in paths.values())}")
+        names = ", ".join(path.name for path in paths.values())
+        raise InputError(f"the folder of tasks {spec.tasks!r} contains none of {names}; pass a folder with one of them")
     return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlsedit_fast.activity import report_activity
 from rlsedit_fast.data import Edit
 from rlsedit_fast.evaluation.scoring import Score, score
 
@@ -96,9 +97,13 @@ def collect_answers(
     pairs = list(dict.fromkeys(pair for edit in edits for pair in (_edited(edit), *_others(edit))))
     prompts = list(dict.fromkeys(prompt for edit in edits for prompt in edit.neighborhood))
     # The first prediction does not depend on the answer that is scored.
-    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)])
+    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)], progress=_report)
     next_tokens = {prompt: one.predicted[0] for prompt, one in zip(prompts, found[len(pairs) :], strict=True)}
     return CollectedAnswers(dict(zip(pairs, found, strict=False)), next_tokens)
+
+
+def _report(done: int, of: int) -> None:
+    report_activity(f"prompt {done} of {of}")
 
 
 def compute_outcome(edits: Sequence[Edit], answers: CollectedAnswers, before: CollectedAnswers) -> Outcome:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from rlsedit_fast.activity import activity_shown
+
 
 class PhaseProgress(Protocol):
     """Function that reports the progress of a phase."""
@@ -56,7 +58,7 @@ class Phases:
             bar.update(done - bar.n)
 
         try:
-            with bar:
+            with bar, activity_shown(bar):
                 yield progress
                 bar.leave = bar.leave and bar.total is not None  # remove the bar of a phase without work
         finally:

@@ -96,7 +96,7 @@ def run_jobs(
     processes = min(processes, len(todo))
     if processes < 2:
         for at, job in enumerate(todo, 1):
-            log(_line(at, len(todo), job, _run_one(job, show=show)))
+            log(_line(at, len(todo), job, _run_one(job, show=show, log=log)))
     else:
         threads = max(1, torch.get_num_threads() // processes)
         # Not fork: it does not copy the threads of a process that has used PyTorch.
@@ -182,8 +182,8 @@ def row(
 
 def _line(at: int, of: int, job: Job, result: dict[str, Any]) -> str:
     plan = job.plan
-    scores = [value(result, metric, "strict") for metric in ("efficacy", "generalization", "neighbors")]
-    shown = " ".join("-" if score is None else f"{score:.3f}" for score in scores)
+    scores = {metric: value(result, metric, "strict") for metric in ("efficacy", "generalization", "neighbors")}
+    shown = ", ".join(f"{metric} {'-' if score is None else f'{score:.3f}'}" for metric, score in scores.items())
     return f"[{at}/{of}] {plan.label} {plan.stream} seed {plan.seed}: {shown} ({result['seconds_run']:.0f} s)"
 
 
@@ -209,11 +209,13 @@ def _threads_each(threads: int) -> Iterator[None]:
             os.environ[name] = given
 
 
-def _run_one(job: Job, *, show: bool = False) -> dict[str, Any]:
+def _run_one(job: Job, *, show: bool = False, log: Callable[[str], None] | None = None) -> dict[str, Any]:
     cases, superseded = _cases(job.spec, job.plan.stream, job.plan.edits, job.plan.seed, job.plan.order)
     ground, unedited = _ground(job.spec)
     job.path.parent.mkdir(parents=True, exist_ok=True)
-    return run(ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, log=_print, show=show)
+    return run(
+        ground, job.plan, cases, job.path, superseded=superseded, unedited=unedited, log=log or _print, show=show
+    )
 
 
 @lru_cache(maxsize=2)

@@ -14,7 +14,7 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, linear_weight
 from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
-from rlsedit_fast.models.fingerprint import digest, fingerprint
+from rlsedit_fast.models.fingerprint import digest, fingerprint, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,8 +170,9 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         _check_whole(path, opened)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
-                f"{str(path)!r} belongs to the base model {about['base_fingerprint'][:16]}, this model is {found[:16]} "
-                "(weights, dtype or config mismatch); the model was not modified. Load the unedited base model"
+                f"{str(path)!r} belongs to the base model with the fingerprint {about['base_fingerprint'][:12]}, and "
+                f"this model is {identify(model, found)}: weights, dtype or config differ; the model was not modified. "
+                "Load the unedited base model"
             )
         results: list[tuple[Tensor, Tensor]] = []
         modules = []
@@ -186,6 +187,12 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         for weight, new in results:
             weight.copy_(new)
     return DeltaReport(str(path), found, about["dtype"], about["edits"], about["version"], tuple(modules))
+
+
+def check_delta(path: str | Path) -> None:
+    """Raises InputError if a file is not a complete delta file; the tensors are not read."""
+    with open_tensors(Path(path), KIND, _ADVICE) as opened:
+        _check_whole(path, opened)
 
 
 def _dtype_of(changes: Sequence[WeightChange]) -> str:

@@ -72,6 +72,12 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
     return digest.hexdigest()
 
 
+def identify(model: PreTrainedModel, found: str) -> str:
+    """Describes a model in a message, by its path or class and the first digits of its fingerprint `found`."""
+    path = str(getattr(model.config, "_name_or_path", "") or "")
+    return f"{path!r} (fingerprint {found[:12]})" if path else f"{type(model).__name__} (fingerprint {found[:12]})"
+
+
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns parameters and persistent buffers, tied ones once. The name of the head is normalized."""
     head = model.get_output_embeddings()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlsedit_fast.activity import report_activity
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import cache_argument, cache_of, quiet
 from rlsedit_fast.models.prefixes import pad_left, reading, runner
@@ -90,6 +91,7 @@ def sample(
     with quiet(model), torch.no_grad():
         cache, name = None, cache_argument(model)
         for _ in range(length - 1):
+            report_activity(f"generating {texts} texts, token {ids.shape[1]} of {length}")
             # The mask also covers the cached tokens.
             mask = torch.ones_like(ids)
             earlier: dict[str, Any] = {name: cache}

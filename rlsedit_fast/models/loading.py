@@ -1,19 +1,35 @@
-"""Loads the model and tokenizer of a checkpoint."""
+"""Loads the model and tokenizer of a checkpoint, and checks beforehand whether they can be loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_TOKENIZER_OPTIONS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
-"""Options of `from_pretrained` that also apply to the tokenizer."""
+_CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of `from_pretrained` that also apply to the config and the tokenizer."""
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_OTHER_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+"""Names of dtypes in other tools."""
+
+_TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "tekken.json")
+
+_PADDING = 1024  # embeddings are padded to a multiple of at most this number
+_MOST_RENAMED = 0.05  # fraction of tokens that differ between versions of one tokenizer, such as reserved ones
+
+# torch without CUDA raises AssertionError, a damaged file SafetensorError.
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
 
 def load_model(
@@ -33,6 +49,7 @@ def load_model(
 
     Raises:
         InputError: the model cannot be loaded or moved to the device.
+        ModelError: the model is an encoder-decoder model.
 
     Example:
         >>> from rlsedit_fast.models import load_model
@@ -43,22 +60,236 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = str(path)
-    # A name on the Hub has at most one slash, and starts with a letter or a digit.
-    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not Path(name).exists():
-        raise InputError(f"model {name!r}: the folder does not exist; pass a checkpoint folder or a name on the Hub")
+    for name in ("dtype", "torch_dtype"):
+        check_dtype(options.get(name))
+    check_device(device)
+    shared = {option: options[option] for option in _CONFIG_OPTIONS if option in options}
+    if "config" not in options and "gguf_file" not in options:
+        load_config(path, **shared)
     if device == "auto":
         options["device_map"] = device
-    shared = {option: options[option] for option in _TOKENIZER_OPTIONS if option in options}
     try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **shared)  # first, because it is loaded faster
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-    # torch without CUDA raises AssertionError, a damaged file SafetensorError.
-    except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
-        raise InputError(f"model {name!r} cannot be loaded: {error}") from error
+    except _FAILURES as error:
+        raise _not_loaded(path, error, options) from error
     if device and device != "auto":
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used: {error}") from error
     return model.eval(), tokenizer
+
+
+def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
+    """Loads the config of a model, to check it before the weights are loaded.
+
+    Args:
+        path: folder or model name, as for `AutoConfig.from_pretrained`.
+        **options: options of `AutoConfig.from_pretrained`.
+
+    Returns:
+        The config.
+
+    Raises:
+        InputError: the folder does not exist, lacks `config.json` or tokenizer files, or the config cannot be loaded.
+        ModelError: the model is an encoder-decoder model.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import load_config
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> load_config(MODEL_DIR).num_hidden_layers
+        4
+    """
+    from transformers import AutoConfig
+
+    name, folder = str(path), Path(path)
+    # A name on the Hub has at most one slash, and starts with a letter or a digit.
+    if (name.count("/") > 1 or name.startswith(("/", ".", "~")) or not name) and not folder.exists():
+        raise InputError(f"model {name!r}: the folder does not exist; pass a checkpoint folder or a name on the Hub")
+    if folder.is_file():
+        raise InputError(f"model {name!r} is a file; pass the folder of the checkpoint, which contains config.json")
+    if folder.is_dir() and not options.get("subfolder"):
+        _check_folder(folder)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, **options)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, options) from error
+    check_config(config)
+    return config
+
+
+def check_config(config: object) -> None:
+    """Raises ModelError for the config of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{getattr(config, 'model_type', 'the model')}: encoder-decoder models are not supported; pass a "
+            "decoder-only model, such as those that AutoModelForCausalLM loads"
+        )
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises InputError unless a dtype is None, a dtype of torch, or a name of one of the supported dtypes."""
+    if dtype is None or isinstance(dtype, torch.dtype | Mapping) or dtype in _DTYPES:
+        return
+    if isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype) and dtype not in _OTHER_DTYPES:
+        return
+    known = ", ".join(_DTYPES)
+    near = [_OTHER_DTYPES.get(str(dtype).lower(), ""), *get_close_matches(str(dtype).lower(), _DTYPES, n=1)]
+    meant = next((f"; did you mean {one}?" for one in near if one), "")
+    raise InputError(f"dtype {dtype!r}: expected one of {known}{meant}")
+
+
+def check_device(device: object) -> None:
+    """Raises InputError for a device that this machine does not have; `auto` and None are accepted."""
+    if device is None:
+        return
+    if device == "auto":
+        if find_spec("accelerate") is None:
+            raise InputError("device 'auto' requires accelerate; run `pip install accelerate`, or pass one device")
+        return
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {device!r} is unknown; expected cpu, cuda, cuda:1, mps or auto") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise InputError(
+                f"device {str(device)!r}: PyTorch finds no CUDA device on this machine; use cpu, or install a build of "
+                "PyTorch with CUDA. `rlsedit doctor` shows what was found"
+            )
+        if found.index is not None and found.index >= count:
+            raise InputError(f"device {str(device)!r} does not exist; the devices are cuda:0 to cuda:{count - 1}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not available on this machine; use cpu")
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks whether a tokenizer belongs to a model, without network access.
+
+    Its size and its special tokens are compared with the model and, if the tokenizer of the checkpoint is on this
+    machine, its tokens with those. Padded and resized embeddings, added tokens and another end-of-text token of a chat
+    model are accepted.
+
+    Args:
+        model: causal language model.
+        tokenizer: the tokenizer to check.
+
+    Raises:
+        InputError: the tokenizer is that of another model.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import check_tokenizer
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> check_tokenizer(*load_demo_model())
+    """
+    rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    # vocab_size does not count tokens that a user added, which edits may not use.
+    size = tokenizer.vocab_size
+    if reason := _other_size(size, max(size, _length(tokenizer)), rows) or _other_ends(model, tokenizer):
+        raise _other_tokenizer(model, reason)
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if not name or str(getattr(tokenizer, "name_or_path", "")) == name:
+        return
+    own = _own_tokenizer(name)
+    if own is not None and (differing := _differing(own.get_vocab(), tokenizer.get_vocab())):
+        raise _other_tokenizer(model, f"{differing} tokens have other ids than in the tokenizer of {name!r}")
+
+
+def _length(tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+
+
+def _other_size(size: int, length: int, rows: int) -> str:
+    """Returns how the size of a tokenizer contradicts the number of embeddings, or an empty string."""
+    if size > rows:
+        return f"the tokenizer has {size} tokens and the model {rows} embeddings"
+    if rows > 2 * length + _PADDING:
+        return f"the tokenizer has only {length} tokens and the model {rows} embeddings"
+    return ""
+
+
+def _other_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns how the ids of the first and last token of a text contradict the config, or an empty string.
+
+    One of them may differ, as the end of a text in chat models. Defaults of the class of the config do not count.
+    """
+    config, differing = model.config.get_text_config(), list[str]()
+    try:
+        default = type(config)()
+    except Exception:  # a config of other code that requires arguments
+        return ""
+    for name in ("bos_token_id", "eos_token_id"):
+        given, own = getattr(config, name, None), getattr(tokenizer, name, None)
+        ids = given if isinstance(given, list) else [given]
+        if None in (given, own) or given == getattr(default, name, None) or own in ids:
+            return ""
+        differing.append(f"{name} {own} in the tokenizer and {given} in the model")
+    return ", ".join(differing)
+
+
+def _own_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a checkpoint that is on this machine, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # no tokenizer, or one that needs code of the checkpoint
+        return None
+    return found
+
+
+def _differing(own: Mapping[str, int], given: Mapping[str, int]) -> int:
+    """Returns the number of tokens with other ids, or without one, if there are too many for the same tokenizer."""
+    both = [token for token in own if token in given]
+    differing = sum(own[token] != given[token] for token in both)
+    lacking = min(len(own), len(given)) - len(both)
+    allowed = _MOST_RENAMED * min(len(own), len(given))
+    return differing + lacking if differing + lacking > allowed else 0
+
+
+def _other_tokenizer(model: PreTrainedModel, reason: str) -> InputError:
+    named = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return InputError(
+        f"the tokenizer is not that of the model {named!r}: {reason}; pass the tokenizer of the model, such as "
+        "AutoTokenizer.from_pretrained with the same path"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises InputError for a folder that does not contain a model and a tokenizer."""
+    present = {path.name for path in folder.iterdir()}
+    what = f"model {str(folder)!r}"
+    if "config.json" not in present:
+        if "adapter_config.json" in present:
+            raise InputError(
+                f"{what}: the folder contains an adapter, not a model; merge it into its base model "
+                "(merge_and_unload of peft) and save that"
+            )
+        inner = sorted(one.parent.name for one in folder.glob("*/config.json"))
+        raise InputError(
+            f"{what}: the folder has no config.json, so it is not a checkpoint; pass the folder that "
+            f"save_pretrained wrote{f', such as {str(folder / inner[0])!r}' if inner else ''}"
+        )
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise InputError(
+            f"{what}: the folder has no tokenizer files, such as tokenizer.json; save the tokenizer there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _not_loaded(path: str | Path, error: BaseException, options: Mapping[str, Any]) -> InputError:
+    """Returns the error for a model that transformers cannot load, with its reason last."""
+    reason = str(error) if not isinstance(error, KeyError) else f"unknown name {error}"
+    if Path(path).exists():
+        return InputError(f"model {str(path)!r} cannot be loaded: {reason}")
+    advice = "check the name and the network connection, or pass the folder of a checkpoint"
+    if options.get("local_files_only"):
+        advice = "it is not in the local cache; omit local_files_only, or pass the folder of a checkpoint"
+    return InputError(
+        f"model {str(path)!r}: there is no such folder, and no model of this name could be downloaded from the Hugging "
+        f"Face Hub; {advice}. Reason: {reason}"
+    )

@@ -79,7 +79,7 @@ def fill(prompt: str, subject: str) -> tuple[str, int]:
     """
     if not (name := subject.strip()):
         raise RequestError(
-            f"prompt {prompt!r}: the subject {subject!r} is empty; expected the entity that the fact is about"
+            f"prompt {prompt!r}: the subject is empty; name the words of the prompt that the fact is about"
         )
     holes = prompt.count("{}")
     if holes == 1:
@@ -87,9 +87,14 @@ def fill(prompt: str, subject: str) -> tuple[str, int]:
         return prompt[:start] + name + prompt[start + 2 :], start
     if holes == 0 and (place := _last_occurrence(prompt, name)) is not None:
         return prompt, place
+    if holes:
+        times = "twice" if holes == 2 else f"{holes} times"
+        raise RequestError(
+            f"the prompt {prompt!r} contains {{}} {times}; keep it where the model is edited and write the subject "
+            f"{name!r} at the other place{'s' * (holes > 2)}"
+        )
     raise RequestError(
-        f"prompt {prompt!r} with subject {subject!r}: expected '{{}}' exactly once (found {holes} times), or the "
-        "subject itself; mark the position of the subject with '{}'"
+        f"the prompt {prompt!r} contains neither {{}} nor the subject {name!r}; write {{}} in place of the subject"
     )
 
 

@@ -65,8 +65,8 @@ class KeyStatistics:
         """Raises InputError if the statistics are of another model or lack one of the layers."""
         if fingerprint != self.fingerprint:
             raise InputError(
-                f"these key statistics were collected from the model {self.fingerprint[:12]}…, and this model is "
-                f"{fingerprint[:12]}… (weights, dtype or config mismatch); collect them from this model"
+                f"these key statistics were collected from a model with the fingerprint {self.fingerprint[:12]}, and "
+                f"this model has {fingerprint[:12]}: weights, dtype or config differ; collect them from this model"
             )
         if missing := sorted(set(layers) - set(self.moments)):
             raise InputError(

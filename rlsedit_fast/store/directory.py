@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ class Store:
 
     def __init__(self, directory: str | Path, *, write: bool = True) -> None:
         self.directory = Path(directory)
-        if not self.exists(directory):
-            raise StoreError(f"{str(directory)!r} does not contain a store (no {_JOURNAL}); pass the folder of a store")
+        self.check_exists(directory)
         self._write = write
         self._prepared: list[Entry] = []
         self._in_doubt = False
@@ -108,14 +108,9 @@ class Store:
         place = Path(directory)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            existing = sorted(path.name for path in place.iterdir())
+            cls.check_empty(place)
         except OSError as error:
             raise StoreError(f"store {str(place)!r} cannot be created ({error}); choose a writable folder") from error
-        own = {_LOCK, _HEAD, _CHANGES, _SNAPSHOTS, _JOURNAL, f"{_JOURNAL}-wal", f"{_JOURNAL}-shm"}
-        if foreign := [name for name in existing if name not in own]:
-            raise StoreError(
-                f"{str(place)!r} contains {', '.join(foreign[:3])} and is not a store; choose an empty folder"
-            )
         lock = Lock(place / _LOCK)
         try:
             for folder in (_CHANGES, _SNAPSHOTS):
@@ -135,6 +130,30 @@ class Store:
         place = Path(directory)
         # The head file exists after the first commit; an empty journal beside it is damaged.
         return (place / _HEAD).exists() or Journal.is_begun(place / _JOURNAL)
+
+    @classmethod
+    def check_exists(cls, directory: str | Path) -> None:
+        """Raises StoreError if the folder does not contain a store, with the name of a similar one beside it."""
+        if cls.exists(directory):
+            return
+        place = Path(directory)
+        names: list[str] = []
+        with suppress(OSError):
+            names = [one.name for one in place.absolute().parent.iterdir() if one != place and cls.exists(one)]
+        near = get_close_matches(place.name, names, n=1)
+        meant = f"; did you mean {str(place.with_name(near[0]))!r}?" if near else "; pass the folder of a store"
+        raise StoreError(f"{str(directory)!r} does not contain a store (no {_JOURNAL}){meant}")
+
+    @staticmethod
+    def check_empty(directory: str | Path) -> None:
+        """Raises StoreError if the folder exists and contains files that are not those of a new store."""
+        place = Path(directory)
+        own = {_LOCK, _HEAD, _CHANGES, _SNAPSHOTS, _JOURNAL, f"{_JOURNAL}-wal", f"{_JOURNAL}-shm"}
+        existing = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        if foreign := [name for name in existing if name not in own]:
+            raise StoreError(
+                f"{str(place)!r} contains {', '.join(foreign[:3])} and is not a store; choose an empty folder"
+            )
 
     @property
     def about(self) -> dict[str, Any]:

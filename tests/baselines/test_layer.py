@@ -128,7 +128,7 @@ def test_bad_rows_and_stale_panels_raise():
             state.project(bad)
     assert torch.equal(state.weight, before)
     state.update_projected(panel, random(2, D_V, seed=3))
-    with pytest.raises(InputError, match="not from the current state"):
+    with pytest.raises(InputError, match="was changed after the panel"):
         state.update_projected(panel, random(2, D_V, seed=3))
 
 
@@ -143,7 +143,7 @@ def test_overflow_raises():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("unknown", {}, "expected one of rls, ft, ft-bounded, rome"),
+        ("unknown", {}, "expected rls, or a rule that cannot undo edits: ft, ft-bounded, rome"),
         ("memit", {"share": 0.4}, "'memit' has no option share; its options are none"),
         ("rls", {"mu": 1.0}, "'rls' has no option mu"),
         ("rect", {"share": 0.0}, "above 0 and at most 1"),

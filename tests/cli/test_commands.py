@@ -100,6 +100,15 @@ def test_edit_writes_every_export_and_reports_the_edits(edit, base, workdir, cap
 
     exported = ["export", "--model", str(base), "--edited", "out", "--delta", "again.delta", "--adapter", "thin"]
     assert main([*exported, "--rank", "3"]) == 0
+    (workdir / "applied" / "notes.txt").write_text("kept")
+    (workdir / "applied" / "model-00001-of-00002.safetensors").write_text("old")
+    apply = ["apply", "--model", str(base), "--delta", "again.delta", "--out", "applied"]
+    assert main(apply) == 2
+    assert main([*apply, "--overwrite"]) == 0
+    names = {path.name for path in (workdir / "applied").iterdir()}
+    assert {"notes.txt", "model.safetensors"} <= names
+    assert not any(name.startswith("model-0") for name in names)
+    assert not list(workdir.glob(".*.tmp"))
     assert load_file(workdir / "again.delta").keys() == load_file(workdir / "edits.delta").keys()
     assert "rank 3 of 12, relative error 0." in capsys.readouterr().out
 
@@ -203,10 +212,10 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return real_outcome(*args, **kwargs)
 
-    def pressed_saving(*args):
+    def pressed_saving(*args, **options):
         for _ in range(presses - 1):
             os.kill(os.getpid(), signal.SIGINT)
-        return real_save(*args)
+        return real_save(*args, **options)
 
     monkeypatch.setattr(outcome, "compute_outcome", interrupted_outcome)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
@@ -233,9 +242,9 @@ def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
         return found
 
-    def pressed_saving(*args):
+    def pressed_saving(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return real_save(*args)
+        return real_save(*args, **options)
 
     monkeypatch.setattr(value_search, "search_within_memory", pressed)
     monkeypatch.setattr(Editor, "save_pretrained", pressed_saving)
@@ -270,7 +279,7 @@ def test_failing_batch_keeps_earlier_batches_and_is_reported(edit, workdir, monk
 def test_failing_export_does_not_prevent_others(edit, workdir, monkeypatch, capsys):
     from rlsedit_fast.editing import Editor
 
-    def full(*_):
+    def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Editor, "save_pretrained", full)
@@ -321,7 +330,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
     assert "--json file is also the input file --delta" in capsys.readouterr().err
     assert (workdir / "facts.jsonl").read_bytes() == before
     for command in (
-        ["apply", "--model", str(base), "--delta", "none", "--out", "file/out"],
+        ["apply", "--model", str(base), "--delta", "file", "--out", "file/out"],
         ["demo", "--out", "file/out"],
         ["evaluate", "--out", "file/out"],
         ["export", "--model", str(base), "--edited", str(base), "--delta", "file/delta"],
@@ -336,9 +345,10 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         ((), "no output given"),
         (("--out", "facts.jsonl"), "already exists"),
         (("--out", "BASE"), "is the folder of the model"),
+        (("--out", "BASE", "--overwrite"), "is the folder of the model"),
+        (("--out", "facts.jsonl", "--overwrite"), "--out facts.jsonl is a file; choose another path"),
         (("--out", "out", "--rank", "4"), "--rank requires --adapter"),
         (("--out", "out", "--again"), "--again requires --store"),
-        (("--adapter", "out", "--rank", "0"), "--rank 0: expected at least 1"),
         (("--out", "/proc/out"), "--out /proc/out: cannot be written"),
         (("--out", "facts.jsonl/out"), "cannot be written (Not a directory)"),
         (
@@ -352,16 +362,29 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--delta", "new", "--out", "new/out"), "lies below --delta new, which is a file"),
         (("--out", "out", "--json", "settings.json"), "is also the input file --config"),
         (("--out", "out", "--layers", "x"), "expected layer indices"),
-        (("--out", "out", "--layers", "9"), "layers 0 to 3"),
-        (("--out", "out", "--adherence", "2"), "adherence=2"),
-        (("--out", "out", "--statistics", "none.safetensors"), "does not exist"),
-        (("--out", "out", "--protect", "none.txt"), "cannot be read"),
+        (("--out", "out", "--layers", "9"), "--layers 9: layers [9] do not exist; the model has layers 0 to 3"),
+        (("--out", "out", "--adherence", "2"), "--adherence 2.0: expected a number above 0 and below 1"),
+        (("--out", "out", "--layers", "1,1"), "--layers 1,1: expected at least one layer index, each given once"),
+        (
+            ("--out", "out", "--statistics", "none.safetensors"),
+            "--statistics none.safetensors: the file does not exist",
+        ),
+        (("--out", "out", "--statistics", "text.txt"), "is damaged, or not a file of kind"),
+        (("--out", "out", "--text", "tex.txt"), "did you mean text.txt?"),
+        (("--out", "out", "--text", "."), "--text .: this is a folder; pass a file"),
+        (("--out", "out", "--no-anchors", "--mu", "2"), "--mu 2 is the weight of the anchors, and --no-anchors"),
+        (("--out", "out", "--device", "cuda:99"), "device 'cuda:99'"),
+        (("--store", "taken"), "contains file and is not a store"),
+        (("--out", "out", "--protect", "none.txt"), "--protect none.txt: the file does not exist"),
         (("--out", "out", "--config", "text.txt"), "cannot be read as JSON"),
         (("--out", "out", "--config", "other.json"), "unknown setting 'laters'"),
     ],
 )
-def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, options, message):
+def test_invalid_options_are_rejected_before_any_work(edit, base, workdir, capsys, monkeypatch, options, message):
     (workdir / "other.json").write_text('{"laters": [1]}')
+    (workdir / "taken").mkdir()
+    (workdir / "taken" / "file").write_text("")
+    monkeypatch.setattr(setup, "load_model", None)  # nothing is loaded
     before = sorted(path.name for path in workdir.rglob("*"))
     assert edit(*(str(base) if option == "BASE" else option for option in options)) == 2
     assert message in capsys.readouterr().err
@@ -481,7 +504,9 @@ def test_statistics_overwrite_only_statistics(base, workdir, capsys):
     assert {name: (workdir / name).read_bytes() for name in before} == before
     assert main([*command, "new.safetensors"]) == 0
     first = load_file(workdir / "new.safetensors")
-    assert main([*command, "new.safetensors", "--tokens", "900"]) == 0
+    assert main([*command, "new.safetensors", "--tokens", "900"]) == 2
+    assert "already exists; choose another path or pass --overwrite" in capsys.readouterr().err
+    assert main([*command, "new.safetensors", "--tokens", "900", "--overwrite"]) == 0
     assert not torch.equal(first["0"], load_file(workdir / "new.safetensors")["0"])
 
 
@@ -529,7 +554,11 @@ def test_preset_is_selected_by_architecture_by_name_or_not(base, workdir, capsys
     assert layers("--preset", "generic") == ("shipped", [0, 1])
     assert layers("--layers", "1-2") == ("shipped", [1, 2])
     assert main(["show", "--model", str(base), "--preset", "gpt2-xl"]) == 2
-    assert "layers 0 to 3" in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert "--preset gpt2-xl is for gpt2 models with 48 layers of width 1600" in stderr
+    assert "omit --preset to use layers 0 to 3 by depth" in stderr
+    assert main(["show", "--model", str(base), "--preset", "gpt2-xl", "--layers", "1"]) == 0
+    assert "warning: --preset gpt2-xl is for gpt2 models" in capsys.readouterr().err
 
     edit = [
         "edit",
@@ -599,6 +628,7 @@ def test_edits_not_stated_by_the_model_are_listed(edit, workdir, capsys, evaluat
     ],
 )
 def test_text_options_without_text_are_rejected(workdir, base, capsys, options, message):
+    (workdir / "statistics.safetensors").write_text("")
     assert main(["edit", "--model", str(base), "--edits", "facts.jsonl", *options]) == 2
     assert message in capsys.readouterr().err
 

@@ -52,6 +52,8 @@ def test_conflicting_stream_finishes_under_a_rule_without_undo(tmp_path):
 )
 def test_ignored_options_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    for name in ("cf.json", "text.txt", "moments", "a", "b", "c"):
+        (tmp_path / name).write_text("")
     (tmp_path / "rule.json").write_text('{"rule": "memit"}')
     (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who"}]')
     assert main(["evaluate", *options]) == 2
@@ -79,15 +81,13 @@ def test_given_setting_overrides_the_demo_settings(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["--model", "own", "--data", "cf.json", "--text", "text.txt", "--preset", "generic"],
-            "--preset generic is not supported by `rlsedit evaluate`; pass --layers",
-        ),
         (["--rule-settings", "settings.json"], "rome not in --rules"),
     ],
 )
 def test_unused_settings_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    for name in ("cf.json", "text.txt"):
+        (tmp_path / name).write_text("")
     (tmp_path / "settings.json").write_text('{"rome": {"prior": {"lam": 1.0}}}')
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err

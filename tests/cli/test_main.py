@@ -107,7 +107,23 @@ def test_errors_name_options(tmp_path, monkeypatch, capsys, command, message):
     [
         (["undo", "--store", "edits", "--json", "3"], "put ids before --json, or write ./3"),
         (["show", "--model", "m", "--edits", "facts", "--limit", "-1"], "expected an integer of at least 1"),
-        (["calibrate", "--model", "m", "--edits", "facts", "--pilot", "0"], "expected an integer of at least 1"),
+        *(
+            ([*command, "0"], "expected an integer of at least 1")
+            for command in (
+                ["calibrate", "--model", "m", "--edits", "facts", "--pilot"],
+                ["edit", "--model", "m", "--edits", "facts", "--tokens"],
+                ["edit", "--model", "m", "--edits", "facts", "--batch-size"],
+                ["edit", "--model", "m", "--edits", "facts", "--search-ahead"],
+                ["edit", "--model", "m", "--edits", "facts", "--rank"],
+                ["undo", "--store", "edits", "--last"],
+            )
+        ),
+        (["show", "--model", "m", "--dtype", "fp16"], "argument --dtype: dtype 'fp16': expected one of"),
+        (
+            ["calibrate", "--model", "m", "--edits", "facts", "--adherences", "0.9", "90"],
+            "'90': expected a number above 0",
+        ),
+        (["show", "--model", "m", "--dtype", "fp16"], "did you mean float16?"),
     ],
 )
 def test_misread_arguments_are_rejected(capsys, command, message):

@@ -33,8 +33,10 @@ def edit(base, workdir):
     def run(facts, *options):
         (workdir / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
         return main(
-            ["edit", "--model", str(base), "--edits", "facts.jsonl", "--config", "settings.json", "--no-stability"]
-            + [*options, "--json", "report.json"]
+            [
+                *("edit", "--model", str(base), "--edits", "facts.jsonl", "--config", "settings.json"),
+                *("--no-stability", *options, "--json", "report.json"),
+            ]
         )
 
     return run

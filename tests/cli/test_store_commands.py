@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlsedit_fast as rf
-from rlsedit_fast.cli import main
+from rlsedit_fast.cli import main, setup
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
 PEOPLE = World.generate().people
@@ -176,6 +176,11 @@ def test_exports_are_written_if_all_edits_are_already_in_the_store(base, one_edi
     ("command", "message"),
     [
         (["history", "--store", "none"], "does not contain a store"),
+        (["undo", "--store", "edit", "1"], "did you mean 'edits'?"),
+        (["undo", "--store", "edits", "1", "77", "78"], "ids 77 (no such edit), 78 (no such edit): not active; the"),
+        (["undo", "--store", "edits", "77"], "the active edits are: 1"),
+        (["undo", "--store", "edits", "1", "1"], "ids 1 given more than once"),
+        (["consolidate", "--store", "edit"], "did you mean 'edits'?"),
         (["undo", "--store", "edits"], "no selection given"),
         (["undo", "--store", "edits", "77"], "hint: list the edits with `rlsedit history`"),
         (["undo", "--store", "edits", "--subject", "Nobody"], "no active edit matches"),
@@ -193,13 +198,29 @@ def test_exports_are_written_if_all_edits_are_already_in_the_store(base, one_edi
         (["edit", "--edits", "more.jsonl", "--store", "edits", "--preset", "generic"], "--preset generic"),
     ],
 )
-def test_invalid_commands_are_rejected_and_modify_nothing(base, one_edit, workdir, capsys, command, message):
+def test_invalid_commands_are_rejected_and_modify_nothing(
+    base, one_edit, workdir, capsys, monkeypatch, command, message
+):
     shutil.copytree(one_edit, workdir / "edits")
     before = history(capsys)
     command = [*command, "--model", str(base)] if command[0] == "edit" else command
+    if "--no-anchors" not in command:
+        monkeypatch.setattr(setup, "load_model", None)  # nothing is loaded
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert history(capsys) == before
+
+
+def test_quiet_prints_only_results(base, one_edit, workdir, capsys):
+    shutil.copytree(one_edit, workdir / "edits")
+    capsys.readouterr()
+    assert main(["undo", "--store", "edits", "1", "--quiet"]) == 0
+    output = capsys.readouterr()
+    assert "1 edits undone" in output.out
+    assert output.err == ""
+    assert main(["undo", "--store", "edits", "1", "--quiet"]) == 2
+    assert "1 (undone): not active" in capsys.readouterr().err
+    assert main(["history", "--store", "edits"]) == 0
 
 
 def test_dry_run_reports_remaining_edits_and_writes_nothing(base, one_edit, workdir, capsys):

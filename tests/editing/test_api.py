@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models import load_model
 from rlsedit_fast.statistics.cache import cache_path
 
 CONFIG = rf.EditConfig(
@@ -66,10 +70,11 @@ def test_white_space_around_an_edit_is_ignored_and_reported(editor, caplog):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"prompt": "{} is", "subject": "Lado"}, "edit 1: missing fields: target"),
-        (FACT | {"targt": "x"}, "edit 1: unknown field 'targt'; did you mean 'target'"),
-        (FACT | {"case": 3}, "edit 1: unknown field 'case'; expected: prompt, subject, target, weight"),
-        (FACT | {"subject": 3}, "edit 1: subject=3: expected a string"),
+        ({"prompt": "{} is", "subject": "Lado"}, "edit 2: missing fields: target; add them"),
+        ({"prompt": "{} is", "target": "x"}, "missing fields: subject; name the words of the prompt"),
+        (FACT | {"targt": "x"}, "edit 2: unknown field 'targt'; did you mean 'target'"),
+        (FACT | {"case": 3}, "edit 2: unknown field 'case'; expected: prompt, subject, target, weight"),
+        (FACT | {"subject": 3}, "edit 2: subject=3: expected a string"),
     ],
 )
 def test_invalid_dicts_raise_before_the_first_edit(editor, wrong, message):
@@ -150,11 +155,17 @@ def test_options_of_the_checkpoint_reach_the_tokenizer(make_model, tokenizer, mo
         seen["tokenizer"] = (path, options)
         return tokenizer
 
+    def load_config(path, **options):
+        seen["config"] = (path, options)
+        return model.config
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", load_config)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_tokenizer)
     shared = {"revision": "v2", "trust_remote_code": True, "token": "secret", "subfolder": "sub"}
     rf.Editor.from_pretrained("some/model", config=CONFIG, dtype="auto", **shared)
-    assert seen == {"model": ("some/model", {"dtype": "auto", **shared}), "tokenizer": ("some/model", shared)}
+    others = dict.fromkeys(("config", "tokenizer"), ("some/model", shared))
+    assert seen == {"model": ("some/model", {"dtype": "auto", **shared}), **others}
 
 
 def test_selected_edits_are_undone_and_replaced(editor):
@@ -212,12 +223,36 @@ def test_a_checkpoint_is_not_saved_to_a_file(editor, tmp_path):
         editor.save_pretrained(tmp_path / "text.txt")
 
 
+def test_existing_outputs_are_overwritten_only_if_asked(editor, tmp_path, monkeypatch):
+    editor.edit([FACT])
+    saves = {"model": editor.save_pretrained, "delta": editor.save_delta, "adapter": editor.save_adapter}
+    for name, save in saves.items():
+        save(tmp_path / name)
+        with pytest.raises(rf.InputError, match=r"(?s)already exists.*overwrite=True"):
+            save(tmp_path / name)
+        save(tmp_path / name, overwrite=True)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    def full(_folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(editor.tokenizer, "save_pretrained", full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        editor.save_pretrained(tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(saves)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"model": "path"}, "model is a str; expected a loaded model"),
         ({"tokenizer": "path"}, "tokenizer is a str; expected a tokenizer"),
         ({"config": {"batch_size": 10}}, "config is a dict; expected an EditConfig"),
+        (
+            {"model": SimpleNamespace(model=torch.nn.Linear(1, 1), tokenizer="t")},
+            r"model is a SimpleNamespace, which contains a model.*Editor\(pipeline.model, pipeline.tokenizer\)",
+        ),
     ],
 )
 def test_arguments_of_other_types_raise(make_model, tokenizer, wrong, message, tmp_path):
@@ -232,6 +267,130 @@ def test_arguments_of_other_types_raise(make_model, tokenizer, wrong, message, t
 def test_a_model_without_a_head_raises(make_model, tokenizer, family):
     with pytest.raises(rf.ModelError, match="has no language model head"):
         rf.Editor(make_model(family).base_model, tokenizer, config=CONFIG)
+
+
+def test_swapped_arguments_and_encoder_decoder_models_raise(make_model, tokenizer):
+    model = make_model("llama")
+    with pytest.raises(rf.InputError, match="swap them"):
+        rf.Editor(tokenizer, model, config=CONFIG)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(rf.ModelError, match="encoder-decoder models are not supported"):
+        rf.Editor(model, tokenizer, config=CONFIG)
+
+
+def saved(model, tokenizer, folder):
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+def other_tokenizer(size):
+    """A tokenizer with the tokens of the fixture in another order."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from rlsedit_fast.world.tokens import build_tokenizer
+
+    words = sorted(build_tokenizer().get_vocab())[:size]
+    vocab = {word: at for at, word in enumerate(words)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
+
+
+def test_a_smaller_tokenizer_of_another_model_raises(make_model, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved(make_model("llama"), tokenizer, tmp_path))
+    with pytest.raises(rf.InputError, match="tokens have other ids than in the tokenizer of"):
+        rf.Editor(model, other_tokenizer(200), config=CONFIG)
+    rf.Editor(model, tokenizer, config=CONFIG)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    model.resize_token_embeddings(384)
+    rf.Editor(model, tokenizer, config=CONFIG)
+    model.config._name_or_path = ""
+    model.resize_token_embeddings(4096)
+    with pytest.raises(rf.InputError, match="the tokenizer has only 323 tokens and the model 4096 embeddings"):
+        rf.Editor(model, tokenizer, config=CONFIG)
+
+
+def test_other_ends_of_texts_raise_unless_only_one_differs(make_model, tokenizer):
+    model = make_model("llama")
+    model.config.bos_token_id, model.config.eos_token_id = 20, [21, 22]
+    with pytest.raises(rf.InputError, match="bos_token_id 1 in the tokenizer and 20 in the model, eos_token_id 2"):
+        rf.Editor(model, tokenizer, config=CONFIG)
+    model.config.bos_token_id = tokenizer.bos_token_id
+    rf.Editor(model, tokenizer, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has no config.json, so it is not a checkpoint"),
+        (["inner/config.json"], "such as .*inner"),
+        (["adapter_config.json"], "contains an adapter, not a model"),
+        (["config.json", "model.safetensors"], "has no tokenizer files, such as tokenizer.json"),
+        (["config.json", "tokenizer.json"], "cannot be loaded: "),
+    ],
+)
+def test_folders_that_are_no_checkpoints_raise(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+    with pytest.raises(rf.InputError, match=message):
+        load_model(tmp_path)
+
+
+def test_encoder_decoder_checkpoints_raise_before_the_weights_are_loaded(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("")
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
+    with pytest.raises(rf.ModelError, match="t5: encoder-decoder models are not supported"):
+        load_model(tmp_path)
+
+
+def test_editor_and_history_print_what_they_contain(editor):
+    editor.edit([FACT, FACT | {"subject": "Rekuno <b>"}])
+    editor.undo(1)
+    assert repr(editor) == "Editor(LlamaForCausalLM, layers 1, 1 of 2 edits active, no store)"
+    history = editor.history()
+    assert isinstance(history, list)
+    title, first, _ = str(history).splitlines()
+    assert title.split() == ["id", "state", "prompt", "->", "target", "rank", "nll", "realized"]
+    assert "undone" in first
+    assert "Lado Toze lives in -> Port Alder" in first
+    assert "<td>Rekuno &lt;b&gt; lives in -&gt; Port Alder</td>" in history._repr_html_()
+    assert f"{41 * 2 - 40} more" in repr(type(history)([*history] * 41))
+
+
+def test_progress_bars_show_the_step_within_a_batch(editor):
+    from rlsedit_fast.activity import activity_shown
+
+    steps = []
+    bar = SimpleNamespace(set_postfix_str=lambda text, refresh=True: steps.append(text))
+    with activity_shown(bar):
+        editor.edit([FACT])
+    assert steps[0].startswith(("value search, step 0 of at most 2", "building the states", "calibrating"))
+    assert steps[-1] == ""
+
+
+def test_a_name_that_cannot_be_downloaded_raises_with_the_reason_last():
+    with pytest.raises(rf.InputError, match=r"(?s)could be downloaded .* Reason: .*") as raised:
+        load_model("no-such-owner/no-such-model", local_files_only=True)
+    assert "Repo id" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype 'fp16': expected .*; did you mean float16?"),
+        ({"dtype": "bfloat"}, "did you mean bfloat16?"),
+        ({"dtype": 16}, "dtype 16: expected one of auto, float32"),
+        ({"device": "gpu"}, "device 'gpu' is unknown; expected cpu, cuda"),
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
+    ],
+)
+def test_unknown_dtypes_and_devices_raise_before_the_model_is_loaded(options, message):
+    with pytest.raises(rf.InputError, match=message):
+        rf.Editor.from_pretrained("/nowhere/model", **options)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./model", "a/b/c"])

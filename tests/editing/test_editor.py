@@ -159,7 +159,7 @@ def test_replace_writes_the_new_target_and_keeps_the_history(make_model, tokeniz
     assert target_nll(model, tokenizer, [new])[0] < before
     assert [r.state for r in editor.history()] == ["replaced", *["active"] * 6]
     assert record == editor.history()[-1]
-    with pytest.raises(InputError, match="not ids of active edits"):
+    with pytest.raises(InputError, match=r"ids 1 \(replaced\): not active"):
         editor.undo(1)
 
 
@@ -241,10 +241,10 @@ def test_a_failed_first_batch_leaves_the_editor_unused(make_model, tokenizer, mo
 
 BAD = [
     ([], "no edits"),
-    ([rf.Edit("{} lives in", "", "Port Alder")], "subject '' is empty"),
+    ([rf.Edit("{} lives in", "", "Port Alder")], "name the words of the prompt that the fact is about"),
     ([rf.Edit("{} lives in", "Lado", " ")], "target ' ' is empty"),
-    ([rf.Edit("He lives in", "Lado", "Port Alder")], "exactly once"),
-    ([rf.Edit("{} and {}", "Lado", "Port Alder")], "found 2"),
+    ([rf.Edit("He lives in", "Lado", "Port Alder")], "contains neither {} nor the subject"),
+    ([rf.Edit("{} and {}", "Lado", "Port Alder")], "contains {} twice; keep it where the model is edited"),
     ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=0.0)], "weight=0.0"),
     ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=float("nan"))], "weight=nan"),
     ([rf.Edit("{} " + "speaks " * 100, "Lado", "Port Alder")], "the model supports 64"),
@@ -261,13 +261,16 @@ def test_invalid_edits_raise_and_change_nothing(make_model, tokenizer, edits, me
     start, history = weights(model), editor.history()
     with pytest.raises(RequestError, match=message):
         editor.edit([*EDITS[2:4], *edits] if edits else edits)
+    if edits:
+        with pytest.raises(RequestError, match=f"the edit is invalid; nothing was modified: .*{message}"):
+            editor.edit(edits)
     assert_same(start, model)
     assert editor.history() == history
 
 
 def test_the_error_names_all_invalid_edits(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
-    with pytest.raises(RequestError, match=r"(?s)2 of 4 .*edit 1: .*edit 3: "):
+    with pytest.raises(RequestError, match=r"(?s)2 of 4 .*edit 2: .*edit 4: "):
         editor.edit([EDITS[0], rf.Edit("x", "y", "z"), EDITS[1], rf.Edit("{} is", "Lado", "")])
 
 
@@ -438,9 +441,9 @@ def test_protected_prompts_keep_their_outputs(make_model, tokenizer, after):
 def test_invalid_prompts_to_protect_raise(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer)
     for prompts, weight, message in (
-        ([], 1.0, "0 texts"),
-        ([" "], 1.0, "1 of them blank"),
-        (["a " * 99], 1.0, "1 longer"),
+        ([], 1.0, "no texts were given"),
+        (["Lado", " "], 1.0, "text 2 of 2 is blank"),
+        (["a " * 99], 1.0, "text 1 of 1, .* tokens, and the model supports 64"),
     ):
         with pytest.raises(InputError, match=message):
             editor.protect(prompts, weight=weight)

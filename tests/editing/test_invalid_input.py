@@ -188,7 +188,7 @@ def test_a_weight_modified_by_other_code_is_neither_measured_nor_saved(edited, t
 @pytest.mark.parametrize("weight", [1e39, 1e300, 10**400, 1e-45, float("inf"), -1.0, "1", None, True])
 def test_invalid_weights_raise_before_the_first_edit(editor, weight):
     wrong = replace(EDITS[1], weight=weight)
-    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: weight: .*from 1e-30 to 1e\+30"):
+    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 2: weight: .*from 1e-30 to 1e\+30"):
         editor.edit([EDITS[0], wrong])
     assert list(editor.context.find_invalid([EDITS[0], wrong])) == [1]
     with pytest.raises(InputError, match=r"weight: .*from 1e-30 to 1e\+30"):
@@ -203,7 +203,7 @@ def test_the_smallest_and_largest_weights_work(editor, weight):
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("span", ["ab", (1,), (0, 1, 2), (0.0, 4.0), (False, True), 3, {0: 1}, ("0", "4"), (4, 4)])
 def test_invalid_spans_raise_before_the_first_edit(editor, span):
-    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 1: span "):
+    with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 2: span "):
         editor.edit([EDITS[0], replace(EDITS[1], span=span)])
 
 

@@ -82,7 +82,9 @@ def test_settings_of_a_preset_can_be_changed_and_unknown_names_raise():
     config = EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10)
     assert (config.prior.lam, config.batch_size, config.search.optimizer) == (0.5, 10, "adam")
     assert EditConfig.from_preset("llama-3-8b", prior={"lam": 0.5}, batch_size=10) == config
-    with pytest.raises(InputError, match=r"unknown preset 'llama'; expected one of gpt2-xl, .*, generic"):
+    with pytest.raises(
+        InputError, match=r"unknown preset 'llama': expected one of gpt2-xl, .*, generic; did you mean 'llama-3-8b'"
+    ):
         EditConfig.from_preset("llama")
     with pytest.raises(InputError, match="unknown setting 'layer'; did you mean layers"):
         EditConfig.from_preset("generic", layer=(1,))

@@ -325,17 +325,18 @@ def test_no_run_starts_after_a_failed_one(monkeypatch, tmp_path):
     assert len(started) < 4
 
 
-def test_a_model_that_cannot_be_loaded_on_the_device_raises(monkeypatch):
+def test_a_model_that_cannot_be_loaded_raises(monkeypatch):
     from rlsedit_fast.models import loading
+    from rlsedit_fast.world import MODEL_DIR
 
     class Failing:
         @classmethod
         def from_pretrained(cls, *_given, **_options):
-            raise AssertionError("Torch not compiled with CUDA enabled")
+            raise AssertionError("made to fail")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM", Failing)
-    with pytest.raises(InputError, match="model 'somewhere' cannot be loaded: Torch not compiled"):
-        loading.load_model("somewhere", dtype="auto", device="cuda")
+    with pytest.raises(InputError, match=f"model '{MODEL_DIR}' cannot be loaded: made to fail"):
+        loading.load_model(MODEL_DIR, dtype="auto")
 
 
 def test_seconds_by_phase_add_up(finished_runs):

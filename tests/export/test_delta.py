@@ -226,7 +226,7 @@ def test_damaged_files_are_rejected_by_name(make_model, tmp_path):
     with pytest.raises(InputError, match=r"missing-delta.* does not exist"):
         apply_delta(base, tmp_path / "missing-delta")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(InputError, match=r"other.* expected 'rlsedit-fast delta 1'"):
+    with pytest.raises(InputError, match=r"other.* expected a file of kind 'rlsedit-fast delta 1'"):
         apply_delta(base, tmp_path / "other")
     assert_untouched(base, before)
 

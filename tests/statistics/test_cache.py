@@ -84,7 +84,11 @@ def test_damaged_and_misnamed_files_are_skipped_with_a_warning(tmp_path, caplog)
     cut.write_bytes(cut.read_bytes()[:-1])
     put(tmp_path, "cd" * 32, "x", tokens=70).rename(tmp_path / f"{identity}-0.safetensors")
     assert find_cached(identity, [1, 2], directory=tmp_path).source == "good"
-    for message in (f"{flipped.name}' is damaged", f"{cut.name}' is damaged", "from the model cdcdcdcdcdcd…"):
+    for message in (
+        f"{flipped.name}' is damaged",
+        f"{cut.name}' is damaged",
+        "a model with the fingerprint cdcdcdcdcdcd",
+    ):
         assert message in caplog.text
 
 

@@ -60,7 +60,7 @@ def test_a_damaged_file_raises(statistics, tmp_path):
 def test_a_file_of_another_kind_raises(statistics, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"4": torch.zeros(6, 6)}, path)
-    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file of kind None, expected"):
+    with pytest.raises(InputError, match=r"model\.safetensors' is a safetensors file of another program; expected"):
         KeyStatistics.load(path)
     with pytest.raises(InputError, match=r"none\.safetensors' does not exist"):
         KeyStatistics.load(tmp_path / "none.safetensors")
