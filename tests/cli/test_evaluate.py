@@ -53,7 +53,7 @@ def test_conflicting_stream_finishes_under_a_rule_without_undo(tmp_path):
 def test_ignored_options_are_rejected(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rule.json").write_text('{"rule": "memit"}')
-    (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who"}]')
+    (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who", "alt": "Ann"}]')
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
