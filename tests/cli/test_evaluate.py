@@ -55,7 +55,7 @@ def test_ignored_options_are_rejected(tmp_path, monkeypatch, capsys, options, me
     for name in ("cf.json", "text.txt", "moments", "a", "b", "c"):
         (tmp_path / name).write_text("")
     (tmp_path / "rule.json").write_text('{"rule": "memit"}')
-    (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who"}]')
+    (tmp_path / "zsre.json").write_text('[{"src": "Who?", "subject": "Who", "alt": "Ann"}]')
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()

@@ -127,6 +127,12 @@ def test_explicit_lam_and_mu_override_calibration(make_model, tokenizer):
             assert prior.mu > 0
 
 
+def test_a_given_mu_needs_no_pilot(make_model, tokenizer, monkeypatch):
+    editor = make_editor(make_model("llama"), tokenizer, prior={"mu": 7.0})
+    monkeypatch.setattr("rlsedit_fast.editing.session.Pilot", None)
+    assert [prior.mu for prior in editor.calibrate(EDITS)] == [7.0] * len(editor.layers)
+
+
 def test_mu_is_calibrated_for_a_given_lam(make_model, tokenizer):
     editor = make_editor(make_model("llama"), tokenizer, prior={"lam": 0.01, "adherence": 0.8}, batch_size=6)
     records = editor.edit([rf.Edit(e.prompt, e.subject, e.target) for e in EDITS])
