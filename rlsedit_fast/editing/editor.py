@@ -20,9 +20,9 @@ from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
-from rlsedit_fast.errors import InputError, StoreError
-from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_delta
-from rlsedit_fast.files import check_new, written_folder
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
+from rlsedit_fast.files import check_new
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.loading import load_model
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLED = 32
-"""Number of active edits that `status` measures by default."""
+SAMPLED = 32  # number of active edits that `status` measures by default
 
 
 class Editor:
@@ -145,12 +144,10 @@ class Editor:
 
     def __repr__(self) -> str:
         path = str(getattr(self.model.config, "_name_or_path", "") or "")
-        layers = ", ".join(map(str, self.layers))
-        ledger, store = self._session.ledger, self._recorder.store.directory if self._recorder else None
-        return (
-            f"Editor({type(self.model).__name__}{f' {path!r}' * bool(path)}, layers {layers}, "
-            f"{len(ledger.active)} of {len(ledger)} edits active, {f'store {str(store)!r}' if store else 'no store'})"
-        )
+        name = type(self.model).__name__ + f" {path!r}" * bool(path)
+        ledger, layers = self._session.ledger, ", ".join(map(str, self.layers))
+        store = f"store {str(self._recorder.store.directory)!r}" if self._recorder else "no store"
+        return f"Editor({name}, layers {layers}, {len(ledger.active)} of {len(ledger)} edits active, {store})"
 
     @property
     def config(self) -> EditConfig:
@@ -233,8 +230,7 @@ class Editor:
         Args:
             prompts: texts whose continuations should not change.
             weight: weight of each token, compared to an edit with weight 1. Many tokens with a large weight leave less
-                freedom for edits: the comparison of rules protects its many neighbors with 0.01
-                (bench/results/paper/demo, "rls protecting").
+                freedom for edits.
 
         Returns:
             The number of protected tokens.
@@ -308,9 +304,8 @@ class Editor:
             edits: at least one edit, as `Edit` or as a dict with its fields; or the result of `read_edits`.
             on_batch: called with the records of each batch after it was written. A later refinement may change `rank`
                 and `nll`; the returned records are up to date.
-            require_stated: raise an error if the model does not state the target of each edit of a batch after it was
-                written and refined; the batch is then taken back, and layers, history and store are as before it.
-                Copies the edited weights once per batch.
+            require_stated: take a batch back and raise an error if the model does not state all of its targets; layers,
+                history and store are then as before the batch.
 
         Returns:
             One record per edit, in order, with measurements in the edited model. Check `success`: an edit that the
@@ -366,10 +361,9 @@ class Editor:
     def undo(self, ids: int | Sequence[int]) -> list[EditRecord]:
         """Removes edits exactly: the weights become those that the stored rows of the remaining edits determine.
 
-        The rows of an edit are its keys and values in each layer, found when it was written. Rows of later edits were
-        found in a model with the undone edits and stay as they are, so the weights are not those of a new stream of the
-        remaining edits. If no edit and no protected prompt remains, the weights are the original ones. Active edits
-        that shared a value with an undone one are written again without it and keep their ids.
+        Rows of later edits were found in a model with the undone edits and stay as they are, so the weights are not
+        those of a new stream of the remaining edits. If no edit and no protected prompt remains, the weights are the
+        original ones. Active edits that shared a value with an undone one are written again and keep their ids.
 
         Args:
             ids: ids of active edits, such as `select` returns.
@@ -394,10 +388,7 @@ class Editor:
     def replace(self, ids: Sequence[int], target: str) -> list[EditRecord]: ...
 
     def replace(self, ids: int | Sequence[int], target: str) -> EditRecord | list[EditRecord]:
-        """Gives edits a new target: the old edits are removed exactly, and new ones are applied.
-
-        The rows of other edits stay, as in `undo`. The values of the new edits are searched in the model without the
-        old ones.
+        """Gives edits a new target: removes the old edits as `undo` does, and applies new ones.
 
         Args:
             ids: ids of active edits, such as `select` returns.
@@ -423,9 +414,8 @@ class Editor:
         """Rebuilds every layer in float64 at the present keys of the active edits, and compacts the store.
 
         Do this when `status` advises it. Later edits change the inputs of deeper edited layers, so stored keys become
-        outdated; they are read again, and the last layer gets what is missing to the goal of each edit. Edits that the
-        model then does not state are refined. The store deletes the rows of edits that are not active; the history
-        keeps their records.
+        outdated; they are read again, and edits that the model then does not state are refined. The store deletes the
+        rows of edits that are not active.
 
         Returns:
             Bytes by which the store became smaller; negative if its new snapshot is larger than what was deleted.
@@ -443,17 +433,11 @@ class Editor:
             self._session.rebuild()
             if self._recorder:
                 # Refinement may add changes; until then the last change is the rebuild, which contains all others.
-                try:
-                    self._recorder.store.compact()
-                except (StoreError, RuntimeError, MemoryError) as error:
-                    logger.warning("the layers are rebuilt and stored, but the store was not compacted: %s", error)
+                self._recorder.compact()
             self._session.refine()
         if self._recorder is None:
             return 0
-        try:
-            self._recorder.snapshot(self._session.layers)
-        except (StoreError, RuntimeError, MemoryError) as error:
-            logger.warning("the layers are rebuilt and stored, but the snapshot could not be written: %s", error)
+        self._recorder.try_snapshot(self._session.layers)
         return before - sum(self._recorder.store.sizes().values())
 
     def status(self, *, budget: float = DEFAULT_BUDGET, sample: int = SAMPLED) -> Status:
@@ -487,47 +471,21 @@ class Editor:
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; empty before the first edit."""
         self._check_attached()
-        return [
-            WeightChange(
-                name=projection.name,
-                original=state.original,
-                current=state.weight,
-                stored=projection.weight,
-                transposed=projection.transposed,
-            )
-            for projection, state in self._session.edited
-        ]
+        return self._session.layers.changes() if self._session.layers else []
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint.
-
-        Args:
-            directory: folder of the checkpoint.
-            overwrite: replace the checkpoint in a folder that contains files, once the new one is complete.
-
-        Raises:
-            InputError: `directory` is a file, or contains files and `overwrite` is False.
-        """
+        """Writes the edited model and its tokenizer as a checkpoint; see `export.write_checkpoint`."""
         self._check_attached()
-        with written_folder(Path(directory)) as folder:
-            check_new(directory, overwrite=overwrite)
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        write_checkpoint(self.model, self.tokenizer, directory, overwrite=overwrite)
 
     def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
-        """Writes the weight change as a file for `rlsedit apply` and `export.apply_delta`; see `export.write_delta`.
-
-        An existing file raises InputError unless `overwrite` is True.
-        """
+        """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""
         check_new(path, overwrite=overwrite)
-        active = sum(record.state == "active" for record in self.history())
+        active = len(self._session.ledger.active)
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
     def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter in PEFT format; see `export.write_adapter`.
-
-        A folder that contains files raises InputError unless `overwrite` is True.
-        """
+        """Writes the weight change as a LoRA adapter, see `export.write_adapter`; `overwrite` replaces a folder."""
         check_new(directory, overwrite=overwrite)
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._session.progress.writes)

@@ -18,6 +18,7 @@ from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
+from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.projections import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import Prior, RLSState, Saved
@@ -156,6 +157,19 @@ class EditedLayers:
             state.restore(taken)
         self._protected = list(snapshot.protected)
         self._marks = [_mark(projection) for projection in self._projections]
+
+    def changes(self) -> list[WeightChange]:
+        """Returns the original and the edited weight of each layer."""
+        return [
+            WeightChange(
+                name=projection.name,
+                original=state.original,
+                current=state.weight,
+                stored=projection.weight,
+                transposed=projection.transposed,
+            )
+            for projection, state in zip(self._projections, self.states, strict=True)
+        ]
 
     def check_finite(self) -> None:
         """Raises UpdateError if a written weight contains NaN/Inf in the dtype of the model."""

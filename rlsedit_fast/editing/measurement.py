@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsedit_fast.editing.context import ModelContext, max_tokens
+from rlsedit_fast.editing.layers import EditedLayers
+from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.objective import Measured, measure
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.status import Sample
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import UnstatedError, listed
 from rlsedit_fast.models.answers import CHAT_TOKENS, chat_answers, chat_row, generate_answers, supports_chat
@@ -43,6 +46,18 @@ class Measurement:
     def ranks(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets at the bare prompts; `realized` has no meaning."""
         return measure(self._context.site, [request.contexts[0] for request in requests])
+
+    def sample(self, ledger: Ledger, layers: EditedLayers, most: int) -> Sample:
+        """Measures at most `most` active edits, evenly spaced over the stream."""
+        active, config = ledger.active, self._context.config
+        ids = [active[at * len(active) // min(most, len(active))] for at in range(min(most, len(active)))]
+        if not ids:
+            return Sample(0, None, None)
+        requests = ledger.requests(ids)
+        shift = None
+        if config.stored_rows is not None:
+            shift = layers.key_shift(requests, ledger.rows(ids), config.effective_rows)
+        return Sample(len(ids), float((self.ranks(requests).rank == 1).float().mean()), shift)
 
     def answers(self, requests: Sequence[Request]) -> Answers:
         """Generates answers to the prompts."""

@@ -432,13 +432,24 @@ class Recorder:
                 self.abort()
                 raise
 
+    def compact(self) -> None:
+        """Deletes the changes that the last one contains; if that fails, logs a warning."""
+        try:
+            self.store.compact()
+        except (StoreError, RuntimeError, MemoryError) as error:
+            logger.warning("the change is stored, but the store was not compacted: %s", error)
+
     def snapshot_if_due(self, layers: EditedLayers) -> None:
         """Writes a snapshot if one is due; if writing fails, the next change tries again."""
         if self._held is None and self.store.snapshot_due(self._snapshot_bytes):
-            try:
-                self.snapshot(layers)
-            except (StoreError, RuntimeError, MemoryError) as error:  # the edits are stored in any case
-                logger.warning("the edits are stored, but the snapshot could not be written: %s", error)
+            self.try_snapshot(layers)
+
+    def try_snapshot(self, layers: EditedLayers) -> None:
+        """Writes a snapshot; if that fails, logs a warning, since all changes are stored in any case."""
+        try:
+            self.snapshot(layers)
+        except (StoreError, RuntimeError, MemoryError) as error:
+            logger.warning("the edits are stored, but the snapshot could not be written: %s", error)
 
     def snapshot(self, layers: EditedLayers) -> None:
         """Writes a snapshot."""

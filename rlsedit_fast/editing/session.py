@@ -23,7 +23,7 @@ from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.status import Norms, Sample, Status, assess, calibrated_adherence, layer_statuses
+from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
 from rlsedit_fast.errors import InputError, RequestError, RLSEditError, listed
@@ -332,21 +332,8 @@ class EditSession:
             adherence=self._adherence(),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
-            sample=self._sample(sample) if sample and self.layers else None,
+            sample=self.measurement.sample(self.ledger, self.layers, sample) if sample and self.layers else None,
         )
-
-    def _sample(self, most: int) -> Sample:
-        """Measures some active edits, evenly spaced over the stream, in the present model."""
-        active = self.ledger.active
-        ids = [active[at * len(active) // min(most, len(active))] for at in range(min(most, len(active)))]
-        if not ids or self.layers is None:
-            return Sample(0, None, None)
-        requests = self.ledger.requests(ids)
-        shift = None
-        if self._config.stored_rows is not None:
-            shift = self.layers.key_shift(requests, self.ledger.rows(ids), self._config.effective_rows)
-        now = self.measurement.ranks(requests)
-        return Sample(len(ids), float((now.rank == 1).float().mean()), shift)
 
     def transaction(self, action: str, hint: str) -> Transaction:
         """Returns a transaction of this session; the arguments are those of `Transaction`."""

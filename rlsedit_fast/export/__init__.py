@@ -2,6 +2,7 @@
 
 from rlsedit_fast.export.adapter import AdapterReport, ModuleFactors, write_adapter
 from rlsedit_fast.export.changes import WeightChange, changes_between
+from rlsedit_fast.export.checkpoint import write_checkpoint
 from rlsedit_fast.export.delta import DeltaReport, ModuleDelta, apply_delta, write_delta
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "apply_delta",
     "changes_between",
     "write_adapter",
+    "write_checkpoint",
     "write_delta",
 ]
