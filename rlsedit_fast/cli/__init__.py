@@ -27,7 +27,7 @@ COMMANDS = (
     *("edit", "history", "undo", "replace", "status", "consolidate"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
-"""Modules of this package, each with `HELP`, `add(parser)` and `run(options) -> exit code`."""
+"""Modules of this package, each with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; `ABOUT` is a longer help."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,13 @@ def main(argv: list[str] | None = None) -> int:
             commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
             modules = {name: importlib.import_module(f"rlsedit_fast.cli.{name}") for name in COMMANDS}
             for name, module in modules.items():
-                command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+                command = commands.add_parser(
+                    name,
+                    help=module.HELP,
+                    description=getattr(module, "ABOUT", module.HELP),
+                    usage=f"rlsedit {name} {module.USAGE}",
+                    allow_abbrev=False,
+                )
                 module.add(command)
                 add_quiet(command)
             options = parser.parse_args(argv)

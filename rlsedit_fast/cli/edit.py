@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from rlsedit_fast.evaluation.outcome import CollectedAnswers
 
 HELP = "apply edits from a file to a model"
+ABOUT = (
+    "Apply edits from a file to a model, batch by batch, and write the edited model, its change, or both. The "
+    "command prints what the model states before and after the edits. Ctrl-C finishes the current batch and writes "
+    "the results."
+)
+USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError
 
 HELP = "compare editing rules on streams of edits, on the demo model or on any model with CounterFact, zsRE or MQuAKE"
+USAGE = "[--model MODEL --data FILE --text FILE] [--rules RULE ...] [options]"
 
 _SHOWN = (
     ("efficacy", "strict"),

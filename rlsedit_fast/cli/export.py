@@ -21,6 +21,7 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
 
 HELP = "write the difference of an edited checkpoint and its base as a delta file or a LoRA adapter"
+USAGE = "--model BASE --edited MODEL [--delta FILE] [--adapter DIR] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

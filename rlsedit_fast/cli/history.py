@@ -11,6 +11,8 @@ from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.models.tokens import fill
 
 HELP = "list the edits of a store; the model is not loaded"
+ABOUT = "List the edits of a store, including undone and replaced ones. The model is not loaded."
+USAGE = "--store DIR [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

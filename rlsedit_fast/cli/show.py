@@ -17,6 +17,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
+USAGE = "--model MODEL [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
