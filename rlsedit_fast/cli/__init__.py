@@ -27,7 +27,7 @@ COMMANDS = (
     *("edit", "history", "undo", "replace", "status", "consolidate"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
-"""Modules of this package, each with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; `ABOUT` is a longer help."""
+"""Modules of this package, each with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; some have `ABOUT`."""
 
 logger = logging.getLogger(__name__)
 
