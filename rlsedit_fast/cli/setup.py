@@ -232,7 +232,8 @@ def _check_option(option: str, value: object, setting: dict[str, Any]) -> None:
         EditConfig().replace(**setting)
     except InputError as error:
         expected = error.message.rpartition(": expected ")[2]
-        raise InputError(f"--{option.replace('_', '-')} {value}: expected {expected}", error.hint) from None
+        given = f"{value:g}" if isinstance(value, float) else value
+        raise InputError(f"--{option.replace('_', '-')} {given}: expected {expected}", error.hint) from None
 
 
 def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:

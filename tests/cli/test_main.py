@@ -112,7 +112,7 @@ def test_rejected_options_are_not_in_the_help_of_evaluate(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["evaluate", "--edit", "3"], "unrecognized arguments: --edit 3"),
+        (["evaluate", "--edit", "3"], "unrecognized arguments: --edit 3; did you mean '--edits'?"),
         (["evaluate", "--preset", "generic"], "invalid choice: 'generic'"),
         (["undo", "--store", "edits", "--json", "3"], "put ids before --json, or write ./3"),
         (["show", "--model", "m", "--edits", "facts", "--limit", "-1"], "expected an integer of at least 1"),

@@ -202,8 +202,7 @@ def test_invalid_commands_are_rejected_and_modify_nothing(
     shutil.copytree(one_edit, workdir / "edits")
     before = history(capsys)
     command = [*command, "--model", str(base)] if command[0] == "edit" else command
-    if "--no-anchors" not in command:
-        monkeypatch.setattr(setup, "load_model", None)  # nothing is loaded
+    monkeypatch.setattr(setup, "load_model", None)  # nothing is loaded
     assert main(command) == 2
     assert message in capsys.readouterr().err
     assert history(capsys) == before

@@ -286,7 +286,14 @@ def test_unknown_dtypes_and_devices_raise_before_the_model_is_loaded(options, me
         rf.Editor.from_pretrained("/nowhere/model", **options)
 
 
-@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "a/b/c"])
+def test_a_missing_folder_names_a_similar_one(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("")
+    with pytest.raises(rf.InputError, match=r"the folder does not exist; did you mean '.*checkpoint'\?"):
+        load_model(tmp_path / "checkpont")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./model", "a/b/c", "my model", "~/model"])
 def test_a_missing_folder_raises(path):
     with pytest.raises(rf.InputError, match=f"model '{path}': the folder does not exist"):
         rf.Editor.from_pretrained(path)
