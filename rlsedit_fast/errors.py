@@ -159,7 +159,7 @@ class UnstatedError(RLSEditError):
         >>> config = EditConfig(layers=[0], prior={"lam": 1e6}, contexts={"prefixes": [""]}, refine=0)
         >>> editor = Editor(*load_demo_model(), config=config)
         >>> try:  # the penalty on the weight change leaves no freedom for edits
-        ...     editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Kubeish")], require_stated=True)
+        ...     editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Nafiish")], require_stated=True)
         ... except UnstatedError:
         ...     print(len(editor.history()))  # the batch was not applied
         0

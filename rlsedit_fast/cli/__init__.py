@@ -16,10 +16,11 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from rlsedit_fast.cli.output import add_quiet, set_quiet
 from rlsedit_fast.cli.places import check_inputs, check_places
-from rlsedit_fast.errors import RLSEditError
+from rlsedit_fast.errors import RLSEditError, did_you_mean
 
 DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
@@ -27,7 +28,7 @@ COMMANDS = (
     *("edit", "ask", "history", "undo", "replace", "status", "consolidate"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
 )
-"""Modules of this package, each with `HELP`, `add(parser)` and `run(options) -> exit code`."""
+"""Modules of this package with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; some have `ABOUT`."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,18 @@ def main(argv: list[str] | None = None) -> int:
             commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
             modules = {name: importlib.import_module(f"rlsedit_fast.cli.{name}") for name in COMMANDS}
             for name, module in modules.items():
-                command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+                command = commands.add_parser(
+                    name,
+                    help=module.HELP,
+                    description=getattr(module, "ABOUT", module.HELP),
+                    usage=f"rlsedit {name} {module.USAGE}",
+                    allow_abbrev=False,
+                )
                 module.add(command)
                 add_quiet(command)
-            options = parser.parse_args(argv)
+            options, unknown = parser.parse_known_args(argv)
+            if unknown:
+                _reject(commands.choices[options.command], unknown)
             set_quiet(options.quiet)
             prog = f"rlsedit {options.command}"
             check_inputs(options)
@@ -70,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("%s: unexpected error", prog, exc_info=True)
         print(f"{prog}: error: {unexpected(error)}", file=sys.stderr)
         return FAILED
+
+
+def _reject(command: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    """Exits with an error for unknown arguments, with the name of a similar option."""
+    known = [option for action in command._actions for option in action.option_strings]
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
 
 
 def unexpected(error: Exception) -> str:

@@ -15,6 +15,7 @@ from rlsedit_fast.export.delta import check_delta
 from rlsedit_fast.files import written_folder
 
 HELP = "apply a delta file to its base model and write the edited checkpoint"
+USAGE = "--model MODEL --delta FILE --out DIR [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

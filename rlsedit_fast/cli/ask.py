@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HELP = "ask a model questions; with a store or an edited checkpoint, before and after the edits"
 
+USAGE = "(--store DIR | --model MODEL [--edited MODEL]) [--chat] QUESTION ... [options]"
 TOKENS = 32
 
 

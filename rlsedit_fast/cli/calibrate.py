@@ -8,8 +8,15 @@ from dataclasses import asdict
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, working
+from rlsedit_fast.errors import InputError
 
-HELP = "show the mu and lam that each adherence gives and how far it moves the anchors; the model is not modified"
+HELP = "compare values of --adherence before editing; the model is not modified"
+ABOUT = (
+    "Show for several adherences the penalties mu and lam that they give and what they would do to a sample of the "
+    "edits and to other text: realized, the fraction of the target change that arrives, and leakage, the change of "
+    "the outputs on the anchors per layer. Pass the chosen value to `rlsedit edit --adherence`."
+)
+USAGE = "--model MODEL --edits FILE [--text FILE] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
     setup.settle_text(options)
+    if options.adherence is not None:
+        raise InputError("--adherence is not used here; pass --adherences with the values to compare")
     facts = read_facts(options)
     editor = setup.make_editor(options)
     facts = sift(editor, facts, options)

@@ -13,7 +13,13 @@ from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.errors import InputError
 
-HELP = "rebuild the edited layers in float64 from the active edits and compact the store"
+HELP = "rebuild the edited layers of a store from its active edits"
+ABOUT = (
+    "Read the keys of the active edits again, rebuild the edited layers from them in float64, and delete the stored"
+    " rows of edits that are no longer active; the history keeps their records. Do this when `rlsedit status` "
+    "advises it."
+)
+USAGE = "--store DIR [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

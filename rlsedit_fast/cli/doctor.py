@@ -8,6 +8,7 @@ from rlsedit_fast.cli import DONE
 from rlsedit_fast.cli.output import add_json, emit
 
 HELP = "print versions, machine, backends and why a backend is unavailable"
+USAGE = "[--json [FILE]]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from rlsedit_fast.cli.stability import probe_other_text
 from rlsedit_fast.cli.summary import past_lines, summary
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
+from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.session import PILOT
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from rlsedit_fast.evaluation.stability import TextProbe
 
 HELP = "apply edits from a file, or a single edit, to a model"
+ABOUT = (
+    "Apply edits from a file, or a single edit, to a model, batch by batch, and write the edited model, its change, or "
+    "both. At the end, the command prints which targets the model states, with the answers before and after for those "
+    "that it does not state. Ctrl-C finishes the current batch and writes the results."
+)
+USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +97,10 @@ def run(options: argparse.Namespace) -> int:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
     facts = read_facts(options)
+    if options.store and Store.exists(options.store):
+        asked = {(r.prompt, r.subject, r.target, r.weight) for r in read_history(options.store)}
+        if asked and any((e.prompt, e.subject, e.target, e.weight) not in asked for e in facts.edits):
+            _check_anchors_fixed(options)
     if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
     with setup.make_editor(options) as editor:
@@ -131,11 +142,8 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         written.raise_failures()
         return PARTIAL if facts.left_out or past else DONE
     resumed = bool(editor.priors)
-    if resumed and (options.statistics or options.text or options.self_generate or options.no_anchors):
-        raise InputError(
-            f"the anchors of the store {str(options.store)!r} are fixed and apply to all of its edits; omit "
-            "--statistics, --text, --self-generate and --no-anchors, or create another store"
-        )
+    if resumed:
+        _check_anchors_fixed(options)
     results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)
     before: CollectedAnswers | None = None
@@ -165,6 +173,14 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     if interrupts.pressed:
         return INTERRUPTED
     return PARTIAL if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
+
+
+def _check_anchors_fixed(options: argparse.Namespace) -> None:
+    if options.statistics or options.text or options.self_generate or options.no_anchors:
+        raise InputError(
+            f"the anchors of the store {str(options.store)!r} are fixed and apply to all of its edits; omit "
+            "--statistics, --text, --self-generate and --no-anchors, or create another store"
+        )
 
 
 def _protect(editor: Editor, prompts: list[str]) -> None:

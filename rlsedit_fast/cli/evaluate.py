@@ -16,6 +16,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import read_json
 
 HELP = "compare editing rules on streams of edits, on the demo model or on any model with CounterFact, zsRE or MQuAKE"
+USAGE = "[--model MODEL --data FILE --text FILE] [--rules RULE ...] [options]"
 
 _SHOWN = (
     ("efficacy", "strict"),

@@ -21,6 +21,7 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
+USAGE = "(--store DIR | --model BASE --edited MODEL) [--out DIR] [--delta FILE] [--adapter DIR] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlsedit_fast.cli.output import add_json, emit, plain
+from rlsedit_fast.cli.output import add_json, emit, plain, say
 from rlsedit_fast.cli.stores import add_store
 from rlsedit_fast.data.edits import normalized
 from rlsedit_fast.editing import EditRecord
@@ -12,6 +12,8 @@ from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.models.tokens import fill
 
 HELP = "list the edits of a store; the model is not loaded"
+ABOUT = "List the edits of a store, including undone and replaced ones. The model is not loaded."
+USAGE = "--store DIR [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"{'id':>6}{named[0]}  {'time':19}  {'state':8}  {'rank':>5}  {'NLL':>6}  {'chat':4}  edit"]
     lines += [f"{record.id:>6}{name}  {_line(record)}" for record, name in zip(records, named[1:], strict=True)]
     if records:
-        lines.append(
+        say(
             "rank and NLL of the target, and the answer, when the edit was last measured; rank 1: the model states the "
             "target. chat: whether the answer to the prompt as a message contains the target"
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlsedit_fast.evaluation.layers import LayerSearch, Trial
 
 HELP = "try groups of layers with a few edits each and recommend one; the model is not modified"
+USAGE = "--model MODEL --text FILE [--edits FILE] [options]"
 
 DEFAULT_COUNT = 40
 DEFAULT_TOKENS = 20_000

@@ -43,7 +43,7 @@ def _similar(path: Path) -> str:
     names: list[str] = []
     with suppress(OSError):
         names = [one.name for one in path.absolute().parent.iterdir() if one.is_file()]
-    near = get_close_matches(path.name, names, n=1)
+    near = get_close_matches(path.name, names, n=1, cutoff=0.75)
     return f"; did you mean {path.with_name(near[0])}?" if near else "; pass an existing file"
 
 

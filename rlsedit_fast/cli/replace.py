@@ -8,13 +8,18 @@ from rlsedit_fast.cli import DONE, PARTIAL
 from rlsedit_fast.cli.stores import add_change, change, report
 from rlsedit_fast.errors import InputError, listed
 
-HELP = "replace the target of edits of a store; the old edits stay in the history"
+HELP = "give edits of a store a new target"
+ABOUT = (
+    "Give edits of a store a new target: each is undone, and an edit with the new target is applied. The old edits "
+    "stay in the history as replaced. Select them by id or by the options below."
+)
+USAGE = "--store DIR [ID ...] --target TEXT [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     add_change(parser)
-    parser.add_argument("--target", required=True, help="new target")
+    parser.add_argument("--target", required=True, metavar="TEXT", help="text that the model should state instead")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -89,16 +89,25 @@ def add_choice(parser: argparse.ArgumentParser, *, generic: bool = True) -> argp
 def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
     """Adds the options that set fields of `EditConfig`; `rule` is False for a command that rejects --rule."""
     group = add_choice(parser, generic=rule)
-    group.add_argument("--batch-size", type=at_least_one, metavar="N", help="edits per batch")
+    group.add_argument(
+        "--batch-size", type=at_least_one, metavar="N", help="edits that are written at once (default 100)"
+    )
     group.add_argument(
         "--adherence",
         type=float,
         metavar="A",
-        help="fraction of the target change to realize, such as 0.95; lam and mu are calibrated to reach it",
+        help="fraction of the change that an edit needs which is written into the model, between 0 and 1 (default "
+        f"{EditConfig().prior.adherence:g}): with more, edits hold more surely and other text changes more. lam and mu "
+        "are calibrated to reach it",
     )
-    group.add_argument("--lam", type=float, help="strength of the penalty on the weight change; overrides --adherence")
     group.add_argument(
-        "--mu", type=float, help="strength of the penalty on changed outputs on the anchors; overrides --adherence"
+        "--lam", type=float, metavar="X", help="penalty on the weight change, instead of the calibrated one"
+    )
+    group.add_argument(
+        "--mu",
+        type=float,
+        metavar="X",
+        help="penalty on changed outputs on the anchors, instead of the calibrated one; 0 for no anchors",
     )
     group.add_argument(
         "--rule",
@@ -108,12 +117,18 @@ def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
         else f"editing method: {RECURSIVE} (default), or one that cannot undo edits: "
         f"{', '.join(BASELINES)}; its settings: rule_options in --config",
     )
-    group.add_argument("--fact-token", choices=get_args(FactToken), help="token whose representation is edited")
+    group.add_argument(
+        "--fact-token",
+        choices=get_args(FactToken),
+        help="token at which the model is edited: the last (default) or the first one of the subject, or the last one "
+        "of the prompt",
+    )
     group.add_argument(
         "--search-ahead",
         type=at_least_one,
         metavar="N",
-        help="search the values of N edits together, if more than a batch",
+        help="number of edits whose values are searched at once, before their batches are written one by one (default: "
+        "one batch); faster with small batches",
     )
 
 
@@ -138,7 +153,7 @@ def add_tokens(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--tokens", type=at_least_one, metavar="N", help=f"number of tokens to use (default {DEFAULT_TOKENS})"
     )
-    parser.add_argument("--seed", type=int, help="random seed of --self-generate (default 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed of --self-generate (default 0)")
 
 
 def settle_text(options: argparse.Namespace) -> None:
@@ -216,7 +231,8 @@ def _check_option(option: str, value: object, setting: dict[str, Any]) -> None:
         EditConfig().replace(**setting)
     except InputError as error:
         expected = error.message.rpartition(": expected ")[2]
-        raise InputError(f"--{option.replace('_', '-')} {value}: expected {expected}", error.hint) from None
+        given = f"{value:g}" if isinstance(value, float) else value
+        raise InputError(f"--{option.replace('_', '-')} {given}: expected {expected}", error.hint) from None
 
 
 def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -> EditConfig:

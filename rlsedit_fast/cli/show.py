@@ -15,6 +15,7 @@ from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
+USAGE = "--model MODEL [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.editing import Editor
+from rlsedit_fast.editing.context import max_tokens
 from rlsedit_fast.statistics.sources import SelfGenerated, Source, TextFile
 
 if TYPE_CHECKING:
@@ -28,16 +29,17 @@ def probe_other_text(editor: Editor, options: argparse.Namespace) -> tuple[TextP
     """
     from rlsedit_fast.evaluation.stability import TextProbe
 
+    length = min(LENGTH, max_tokens(editor.model) or LENGTH)
     rows, what = list[list[int]](), ""
     if options.text is not None:
         rows = list(_rows(TextFile(options.text), editor, skip=options.tokens))
         what = f"{options.text.name}, the part after the anchors"
     if sum(map(len, rows)) < _LEAST:
-        source = SelfGenerated(editor.model, seed=(options.seed or 0) + 1, length=LENGTH, batch=TOKENS // LENGTH + 1)
+        source = SelfGenerated(editor.model, seed=(options.seed or 0) + 1, length=length, batch=TOKENS // length + 1)
         rows = list(_rows(source, editor))
         what = "text that the model generated before the edits"
     texts = [str(editor.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    probe = TextProbe(editor.model, editor.tokenizer, texts, tokens=TOKENS, length=LENGTH)
+    probe = TextProbe(editor.model, editor.tokenizer, texts, tokens=TOKENS, length=length)
     return probe, {"text": what, "before": asdict(probe.unedited)}
 
 

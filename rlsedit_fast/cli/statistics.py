@@ -24,6 +24,7 @@ from rlsedit_fast.statistics.cache import cache_path
 from rlsedit_fast.statistics.key_statistics import STATISTICS
 
 HELP = "collect key covariance (mom2) statistics on text, once per model; edits then use them as anchors"
+USAGE = "--model MODEL (--text FILE | --self-generate) [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

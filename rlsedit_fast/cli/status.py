@@ -13,7 +13,12 @@ from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
 from rlsedit_fast.errors import InputError, listed
 
-HELP = "show deviation bounds, objective, remaining capacity and warnings of a store"
+HELP = "show how far the edits of a store have changed the model, and how many more fit"
+ABOUT = (
+    "Show bounds on the change of each edited layer, an estimate of how many more edits fit into a budget, and "
+    "warnings with what to do. The model is loaded only with --measure."
+)
+USAGE = "--store DIR [--measure] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         default=DEFAULT_BUDGET,
+        metavar="X",
         help="allowed relative change of the outputs on the anchors, or of the weights if there are no anchors; used "
         f"to estimate how many more edits fit (default {DEFAULT_BUDGET})",
     )

@@ -6,7 +6,13 @@ import argparse
 
 from rlsedit_fast.cli.stores import add_change, change, report
 
-HELP = "undo edits of a store; their rows are removed exactly and the other edits stay"
+HELP = "undo edits of a store exactly"
+ABOUT = (
+    "Undo edits of a store: what they added to the weights is removed exactly, and the other edits stay. Select the"
+    " edits by id or by the options below. The store always records the change; --out, --delta and --adapter write "
+    "the model."
+)
+USAGE = "--store DIR [ID ...] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

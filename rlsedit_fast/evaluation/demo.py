@@ -108,7 +108,7 @@ class StreamResult:
     seconds: float
 
 
-def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
+def run(*, edits: int, batch_size: int, seed: int, out: Path, show: bool = True) -> dict[str, Any]:
     """Edits the demo model, evaluates, saves and reloads it; then edits another copy without the KL term.
 
     Args:
@@ -116,6 +116,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
         batch_size: edits per batch.
         seed: random seed of the choice of people, facts and anchor sentences.
         out: output folder; the checkpoint is written to its subfolder `model`.
+        show: whether to show progress bars on stderr.
 
     Returns:
         The results, JSON-serializable.
@@ -132,7 +133,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
     answers_before = _complete(model, tokenizer, [question.prompt for _, question in questions])
     anchors = anchor_texts(world, seed)
 
-    stream = _stream(model, tokenizer, cases, before, config, anchors, "editing")
+    stream = _stream(model, tokenizer, cases, before, config, anchors, "editing", show=show)
     answers_after = _complete(model, tokenizer, [question.prompt for _, question in questions])
     stream.editor.save_pretrained(out / "model", overwrite=True)
     answers_reloaded = _complete(*_reload(out / "model"), [question.prompt for _, question in questions])
@@ -146,6 +147,7 @@ def run(*, edits: int, batch_size: int, seed: int, out: Path) -> dict[str, Any]:
         config.replace(search={"kl_prompts": ()}),
         anchors,
         "again without KL",
+        show=show,
     )
 
     answers = [
@@ -163,6 +165,8 @@ def _stream(
     config: EditConfig,
     anchors: Sequence[str],
     title: str,
+    *,
+    show: bool,
 ) -> StreamResult:
     editor = Editor(model, tokenizer, config=config)
     editor.anchor(anchors)
@@ -170,7 +174,7 @@ def _stream(
     when_made: list[float] = []
     records: list[EditRecord] = []
     seconds = 0.0
-    with tqdm(total=len(cases), desc=title, unit="edit") as bar, activity_shown(bar):
+    with tqdm(total=len(cases), desc=title, unit="edit", disable=not show) as bar, activity_shown(bar):
         for start, stop in groups:
             began = time.perf_counter()
             records += editor.edit([case.edit for case in cases[start:stop]], on_batch=lambda made: _advance(bar, made))

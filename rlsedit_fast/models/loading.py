@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +26,8 @@ _OTHER_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32
 """Names of dtypes in other tools."""
 
 _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "tekken.json")
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _PADDING = 1024  # embeddings are padded to a multiple of at most this number
 _MOST_RENAMED = 0.05  # fraction of tokens that differ between versions of one tokenizer, such as reserved ones
@@ -104,9 +108,9 @@ def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name, folder = str(path), Path(path)
-    # A name on the Hub has at most one slash, and starts with a letter or a digit.
-    if (name.count("/") > 1 or name.startswith(("/", ".", "~")) or not name) and not folder.exists():
-        raise InputError(f"model {name!r}: the folder does not exist; pass a checkpoint folder or a name on the Hub")
+    if not _HUB_NAME.fullmatch(name) and not folder.exists():
+        advice = _similar(folder) or "; pass a checkpoint folder or a name on the Hub"
+        raise InputError(f"model {name!r}: the folder does not exist{advice}")
     if folder.is_file():
         raise InputError(f"model {name!r} is a file; pass the folder of the checkpoint, which contains config.json")
     if folder.is_dir() and not options.get("subfolder"):
@@ -281,6 +285,15 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _similar(folder: Path) -> str:
+    """Returns the suggestion of a folder with a similar name beside `folder`."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [one.name for one in folder.absolute().parent.iterdir() if (one / "config.json").exists()]
+    near = get_close_matches(folder.name, names, n=1, cutoff=0.75)
+    return f"; did you mean {str(folder.with_name(near[0]))!r}?" if near else ""
+
+
 def _not_loaded(path: str | Path, error: BaseException, options: Mapping[str, Any]) -> InputError:
     """Returns the error for a model that transformers cannot load, with its reason last."""
     reason = str(error) if not isinstance(error, KeyError) else f"unknown name {error}"
@@ -291,5 +304,5 @@ def _not_loaded(path: str | Path, error: BaseException, options: Mapping[str, An
         advice = "it is not in the local cache; omit local_files_only, or pass the folder of a checkpoint"
     return InputError(
         f"model {str(path)!r}: there is no such folder, and no model of this name could be downloaded from the Hugging "
-        f"Face Hub; {advice}. Reason: {reason}"
+        f"Face Hub{_similar(Path(path))}; {advice}. Reason: {reason}"
     )

@@ -363,7 +363,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         (("--out", "out", "--json", "settings.json"), "is also the input file --config"),
         (("--out", "out", "--layers", "x"), "expected layer indices"),
         (("--out", "out", "--layers", "9"), "--layers 9: layers [9] do not exist; the model has layers 0 to 3"),
-        (("--out", "out", "--adherence", "2"), "--adherence 2.0: expected a number above 0 and below 1"),
+        (("--out", "out", "--adherence", "2"), "--adherence 2: expected a number above 0 and below 1"),
         (("--out", "out", "--layers", "1,1"), "--layers 1,1: expected at least one layer index, each given once"),
         (
             ("--out", "out", "--statistics", "none.safetensors"),

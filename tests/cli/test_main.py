@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 
-from rlsedit_fast.cli import history, main
+from rlsedit_fast.cli import COMMANDS, history, main
 from rlsedit_fast.errors import InputError
 
 
@@ -102,9 +103,32 @@ def test_errors_name_options(tmp_path, monkeypatch, capsys, command, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_short_usage_and_names_every_option(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    usage, _, rest = shown.partition("\n\n")
+    assert usage.startswith(f"usage: rlsedit {name} ")
+    assert len(usage.splitlines()) <= 2
+    assert "--quiet" in rest
+    for option in re.findall(r"--[a-z-]+", usage):
+        assert f"  {option}" in rest
+
+
+def test_rejected_options_are_not_in_the_help_of_evaluate(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert "--rule " not in shown
+    assert "generic" not in shown
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["evaluate", "--edit", "3"], "unrecognized arguments: --edit 3; did you mean '--edits'?"),
+        (["evaluate", "--preset", "generic"], "invalid choice: 'generic'"),
         (["undo", "--store", "edits", "--json", "3"], "put ids before --json, or write ./3"),
         (["show", "--model", "m", "--edits", "facts", "--limit", "-1"], "expected an integer of at least 1"),
         *(

@@ -205,8 +205,8 @@ def test_explicit_format_is_used(write):
         ({"colour": 3}, "colour: unknown field; expected: prompt, subject, target, name,"),
         ({"subject": 3}, "subject: expected a string, got 3"),
         ({"subject": " "}, "subject: is blank (' ')"),
-        ({"prompt": "The capital is"}, "prompt: prompt 'The capital is'"),
-        ({"prompt": "{} and {} are"}, "prompt: prompt '{} and {} are'"),
+        ({"prompt": "The capital is"}, "prompt: the prompt 'The capital is' contains neither"),
+        ({"prompt": "{} and {} are"}, "prompt: the prompt '{} and {} are' contains {} twice"),
         ({"weight": 0}, "weight: expected a number from 1e-30 to 1e+30, got 0"),
         ({"weight": 10**400}, "weight: expected a number from 1e-30 to 1e+30, got 1000"),
         ({"weight": float("nan")}, "weight: expected a number from 1e-30 to 1e+30, got nan"),
@@ -410,7 +410,7 @@ def test_tables_have_the_fields_of_the_other_formats(write, content, format):
     [
         ("{} is,France,Lyon,,x", "5 cells for 4 columns; put cells that contain ',' into double quotes"),
         ("{} is,France", "target: missing"),
-        ("{} is,France,Lyon,much", "weight: expected a finite number above 0, got 'much'"),
+        ("{} is,France,Lyon,much", "weight: expected a number from 1e-30 to 1e+30, got 'much'"),
     ],
 )
 def test_invalid_rows_are_reported_with_their_line(write, row, expected):

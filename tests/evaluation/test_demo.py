@@ -67,5 +67,10 @@ def test_age_groups_are_whole_batches_and_cover_the_stream(count, batch_size):
 
 @pytest.mark.parametrize("arguments", [["--edits", "0"], ["--edits", "2001"], ["--batch-size", "0"]])
 def test_invalid_numbers_are_rejected_with_a_reason(arguments, tmp_path, capsys):
-    assert main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 2
+    command = ["demo", *arguments, "--out", str(tmp_path / "out")]
+    if arguments[1] == "0":
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+    else:
+        assert main(command) == 2
     assert "expected" in capsys.readouterr().err
