@@ -32,7 +32,7 @@ def write_checkpoint(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_checkpoint(*load_demo_model(), f"{folder}/model")
     """
-    check_new(directory, overwrite=overwrite)
     with written_folder(Path(directory)) as folder:
+        check_new(directory, overwrite=overwrite)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -28,22 +28,25 @@ def questions(edits):
     return [(fill(edit.prompt, edit.subject)[0], edit.target) for edit in edits]
 
 
+EDITS = 100
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     store = tmp_path_factory.mktemp("stream") / "store"
     world = World.generate()
-    edits = [case.edit for case in world_cases(world, 500, 0)]
+    edits = [case.edit for case in world_cases(world, EDITS, 0)]
     model, tokenizer = load_demo_model()
     before = generate_answers(model, tokenizer, questions(edits))
-    with rf.Editor(model, tokenizer, config=CONFIG.replace(batch_size=50), store=store) as editor:
+    with rf.Editor(model, tokenizer, config=CONFIG.replace(batch_size=25), store=store) as editor:
         editor.anchor(anchor_texts(world, 0))
         editor.edit(edits)
-    return store, edits, before, sorted(random.Random(3).sample(range(1, 501), 250))
+    return store, edits, before, sorted(random.Random(3).sample(range(1, EDITS + 1), EDITS // 2))
 
 
 @pytest.fixture
 def stream(made, tmp_path):
-    """A copy of a store with 500 edits, the edits, the answers before them, and a random half of the ids."""
+    """A copy of a store with `EDITS` edits, the edits, the answers before them, and a random half of the ids."""
     store, *rest = made
     return Path(shutil.copytree(store, tmp_path / "store")), *rest
 
@@ -53,20 +56,20 @@ def test_undoing_a_random_half_equals_applying_only_the_other_half(stream):
     store, edits, before, undone = stream
     editor = rf.Editor(*load_demo_model(), store=store)
     order = random.Random(4).sample(undone, len(undone))
-    for identity in order[:60]:
+    for identity in order[:12]:
         editor.undo(identity)
     editor.close()
     editor = rf.Editor(*load_demo_model(), store=store)
-    for at in range(60, 250, 38):
-        editor.undo(order[at : at + 38])
+    for at in range(12, len(order), 12):
+        editor.undo(order[at : at + 12])
 
     kept = editor._session.ledger.active
-    assert kept == [i for i in range(1, 501) if i not in set(undone)]
+    assert kept == [i for i in range(1, EDITS + 1) if i not in set(undone)]
     (state,) = editor._session.layers.states
     rows = editor._session.ledger.rows(kept)
     only = rf.RLSState(state.original, state.prior)
-    for at in range(0, 250, 50):
-        part = rows[at : at + 50]
+    for at in range(0, len(rows), 25):
+        part = rows[at : at + 25]
         only.update(torch.cat([one.keys[0] for one in part]), torch.cat([one.values[0] for one in part]))
     assert float((state.weight - only.weight).norm() / only.weight.norm()) < 1e-4
     change = float((state.weight - only.weight).norm() / (only.weight - state.original).norm())
