@@ -151,7 +151,8 @@ class Fields:
             return value
         if value is None:
             if self._readable and name not in self._suggested:
-                self.problem(name, "missing")
+                about = "; name the words of the prompt that the fact is about" if name == "subject" else ""
+                self.problem(name, f"missing{about}")
         elif isinstance(value, str):
             self.problem(name, f"is blank ({value!r})")
         else:
