@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.session import PILOT
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
+from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ ABOUT = (
     "that it does not state. Ctrl-C finishes the current batch and writes the results."
 )
 USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
+
+_PER_BATCH = ("rlsedit_fast.editing.editor", "rlsedit_fast.editing.session")
+"""Loggers of warnings about single batches; the summary reports them once."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -155,10 +157,10 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         if not options.no_stability:
             with working("measuring other text"):
                 probe, results["stability"] = probe_other_text(editor, options)
-    with _warnings_deferred(), working("calibrating"):
+    with warnings_silenced(*_PER_BATCH), working("calibrating"):
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
-    with _warnings_deferred(), interrupts_counted(say) as interrupts:
+    with warnings_silenced(*_PER_BATCH), interrupts_counted(say) as interrupts:
         applied, error = _edit(editor, facts, interrupts, results, options)
         if applied and before is not None:
             error = _evaluate(editor, applied, before, probe, interrupts, results) or error
@@ -326,20 +328,6 @@ def _new_facts(
     left = [at for at, state in enumerate(found) if state is None]
     kept = replace(facts, places=[facts.places[at] for at in left], edits=[facts.edits[at] for at in left])
     return kept, known, past
-
-
-@contextmanager
-def _warnings_deferred() -> Iterator[None]:
-    """Silences the warnings about single batches; the summary reports them once."""
-    loggers = [logging.getLogger(f"rlsedit_fast.editing.{name}") for name in ("editor", "session")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _prompts(path: Path) -> list[str]:
