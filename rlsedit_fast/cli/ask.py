@@ -8,22 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.output import add_json, emit, plain
+from rlsedit_fast.cli.stores import open_model
+from rlsedit_fast.editing import Editor
+from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
+from rlsedit_fast.models.tokens import fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = "ask a model questions; with a store or an edited checkpoint, before and after the edits"
 
-USAGE = "(--store DIR | --model MODEL [--edited MODEL]) [--chat] QUESTION ... [options]"
+USAGE = "(--store DIR [--edit ID ...] | --model MODEL [--edited MODEL]) [--chat] [QUESTION ...] [options]"
 TOKENS = 32
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="question, or text that the model continues")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="question, or text that the model continues")
     parser.add_argument("--store", type=Path, metavar="DIR", help="store of edits of the model")
+    parser.add_argument(
+        "--edit",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="with --store: ask the prompts of edits, given by id or name",
+    )
     parser.add_argument("--edited", metavar="MODEL", help="instead of --store: edited checkpoint; --model is its base")
     parser.add_argument(
         "--chat", action="store_true", help="ask in a chat, with the chat template of the model (default: continue)"
@@ -46,13 +57,16 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--store and --edited exclude each other; pass one of them")
     if options.store is None and options.model is None:
         raise InputError("pass --store DIR or --model MODEL; for a model and its edited checkpoint also --edited MODEL")
+    if options.edit and options.store is None:
+        raise InputError("--edit requires --store DIR, the store of the edits; add it")
+    if options.edit:
+        options.questions += _prompts(options)
+    if not options.questions:
+        raise InputError("no question given; pass text, or --store DIR --edit ID")
     if blank := [question for question in options.questions if not question.strip()]:
         raise InputError(f"{blank[0]!r} is not a question; pass text")
     columns = dict[str, list[str]]()
     if options.store is not None:
-        from rlsedit_fast.cli.stores import open_model
-        from rlsedit_fast.editing import Editor
-
         model, tokenizer = open_model(options)
         columns["base"] = _answers(model, tokenizer, options)
         with Editor(model, tokenizer, store=options.store) as editor:
@@ -80,6 +94,21 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options
     if not supports_chat(tokenizer):
         raise InputError("--chat: the tokenizer of the model has no chat template; omit --chat")
     return chat_answers(model, tokenizer, options.questions, tokens=options.answer_tokens)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Returns the prompts of the edits that --edit selects, in any state."""
+    records = read_history(options.store)
+    prompts: list[str] = []
+    for text in options.edit:
+        found = [one for one in records if (one.id == int(text) if text.isdecimal() else one.name == text)]
+        if not found:
+            raise InputError(
+                f"--edit {text}: the store has no edit with this id or name; list them with `rlsedit history --store "
+                f"{options.store}`"
+            )
+        prompts += [fill(one.prompt, one.subject)[0] for one in found]
+    return prompts
 
 
 def _one_line(text: str) -> str:

@@ -134,6 +134,10 @@ def test_ask_shows_the_answers_side_by_side(edit, base, workdir, capsys):
     for model in (["--store", "edits"], ["--model", str(base), "--edited", "out"]):
         assert main(["ask", *model, *asked]) == 0
         assert json.loads(capsys.readouterr().out) == expected
+    assert main(["ask", "--store", "edits", "--answer-tokens", "1", "--json", "--edit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main(["ask", "--store", "edits", "--edit", "7"]) == 2
+    assert "--edit 7: the store has no edit with this id or name" in capsys.readouterr().err
     assert main(["ask", "--model", "out", *asked]) == 0
     assert json.loads(capsys.readouterr().out) == [{"question": PROMPT, "base": "harp"}]
 
@@ -142,6 +146,8 @@ def test_ask_shows_the_answers_side_by_side(edit, base, workdir, capsys):
     ("options", "message"),
     [
         (["Who?"], "pass --store DIR or --model MODEL"),
+        (["--model", "x"], "no question given"),
+        (["--model", "x", "--edit", "1"], "--edit requires --store"),
         (["--store", "edits", "--edited", "x", "Who?"], "exclude each other"),
         (["--model", "x", " "], "is not a question"),
     ],
