@@ -291,7 +291,7 @@ def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
     """Checks the options of the anchors before the model is loaded.
 
     Raises:
-        InputError: the options contradict each other, or the file of --statistics cannot be used.
+        InputError: the options contradict each other, or the file of --statistics or --text cannot be used.
     """
     if getattr(options, "no_anchors", False) and config.prior.mu:
         given = f"--mu {options.mu:g}" if options.mu is not None else f"mu={config.prior.mu:g} in the settings"
@@ -299,6 +299,8 @@ def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
             f"{given} is the weight of the anchors, and --no-anchors omits them; pass anchors (--text, --statistics or "
             "--self-generate), or --mu 0"
         )
+    if getattr(options, "text", None) is not None:
+        TextFile(options.text).check()
     if getattr(options, "statistics", None) is not None:
         with open_tensors(options.statistics, STATISTICS, "collect the statistics again") as file:
             held = {int(layer) for layer in file.sums}

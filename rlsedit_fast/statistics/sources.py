@@ -115,8 +115,19 @@ class TextFile:
         Raises:
             InputError: the file is not UTF-8, or a line of a `.jsonl` file has no string in `text`.
         """
-        texts = self._records if self._path.suffix == ".jsonl" else self._paragraphs
-        return _tokenized(tokenizer, texts(start))
+        return _tokenized(tokenizer, self._texts(start))
+
+    def check(self) -> None:
+        """Reads the first text.
+
+        Raises:
+            InputError: the file contains no text, is not UTF-8, or its first line has no string in `text`.
+        """
+        if next((text for _, text in self._texts(0) if text.strip()), None) is None:
+            raise InputError(f"text file {self._path.name!r} contains no text; pass a file with text")
+
+    def _texts(self, start: int) -> Iterator[tuple[int, str]]:
+        return self._records(start) if self._path.suffix == ".jsonl" else self._paragraphs(start)
 
     def _paragraphs(self, start: int) -> Iterator[tuple[int, str]]:
         held, size = [], 0

@@ -371,6 +371,7 @@ def test_commands_check_output_paths_first(base, workdir, capsys):
         ),
         (("--out", "out", "--statistics", "text.txt"), "is damaged, or not a file of kind"),
         (("--out", "out", "--text", "tex.txt"), "did you mean text.txt?"),
+        (("--out", "out", "--text", "taken/file"), "contains no text"),
         (("--out", "out", "--text", "."), "--text .: this is a folder; pass a file"),
         (("--out", "out", "--no-anchors", "--mu", "2"), "--mu 2 is the weight of the anchors, and --no-anchors"),
         (("--out", "out", "--device", "cuda:99"), "device 'cuda:99'"),

@@ -218,7 +218,7 @@ def test_a_ground_with_a_model_requires_its_files(tmp_path):
         make_ground(GroundSpec(model="somewhere", text=str(text)))
     with pytest.raises(InputError, match="expected a CounterFact, zsRE or MQuAKE file"):
         make_cases(GroundSpec(model="somewhere"), "plain", 5, 0)
-    with pytest.raises(InputError, match=r"expected at least one of sst2\.jsonl"):
+    with pytest.raises(InputError, match=r"contains none of sst2\.jsonl"):
         make_ground(GroundSpec(tasks=str(tmp_path)))
 
 
