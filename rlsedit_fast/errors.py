@@ -216,6 +216,11 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number with its noun, which gets an `s` unless the number is 1: `1 edit`, `2 edits`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def listed(lines: Iterable[object], most: int = 10, *, where: str = "") -> list[str]:
     """Returns at most `most` of the lines as strings, followed by "and N more" plus `where` if there are more."""
     every = [str(line) for line in lines]

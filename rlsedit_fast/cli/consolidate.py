@@ -11,7 +11,7 @@ from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.status import status_lines
 from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.recovery import read_history
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, counted
 
 HELP = "rebuild the edited layers of a store from its active edits"
 ABOUT = (
@@ -43,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
             f"{size(-freed)} larger, because it now contains a snapshot of the rebuilt layers "
             f"({size(status.sizes.get('snapshots', -freed))}), from which it opens faster; later snapshots replace it"
         )
-    lines = [f"rebuilt from {status.edits['active']} active edits; the store is {change}"]
+    lines = [f"rebuilt from {counted(status.edits['active'], 'active edit')}; the store is {change}"]
     emit({"freed": freed, "status": asdict(status)}, lines + status_lines(status), options.json)
     return 0

@@ -20,7 +20,7 @@ from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.session import PILOT
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.store import Store
@@ -128,7 +128,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         "config": editor.config.to_dict(),
     }
     if options.dry_run:
-        lines = [f"{len(facts.edits)} edits would be applied; nothing was modified", *past_lines(past)]
+        lines = [f"{counted(len(facts.edits), 'edit')} would be applied; nothing was modified", *past_lines(past)]
         emit(results, lines, options.json)
         return PARTIAL if facts.left_out or past else DONE
     if known_prompts := set(editor.protected).intersection(protected):
@@ -203,7 +203,7 @@ def _edit(
     made, error = _apply(editor, by_place, interrupts, require_stated=options.require_stated)
     failed = [place for place, record in made.items() if record.state == "active" and not record.success]
     if options.retry_failed and failed and error is None and not interrupts.pressed:
-        say(f"applying {len(failed)} edits again whose targets the model does not state")
+        say(f"applying {counted(len(failed), 'edit')} again whose target the model does not state")
         again, error = _apply(editor, {place: by_place[place] for place in failed}, interrupts)
         made |= again
         results["applied_again"] = list(again)

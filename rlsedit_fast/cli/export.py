@@ -15,7 +15,7 @@ from rlsedit_fast.cli import DONE, setup, unexpected
 from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.errors import InputError, RLSEditError
+from rlsedit_fast.errors import InputError, RLSEditError, counted
 from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
@@ -54,7 +54,7 @@ def _export_store(options: argparse.Namespace) -> int:
     with open_editor(options) as editor:
         written = write_exports(editor, options)
         active = sum(record.state == "active" for record in editor.history())
-    lines = [f"{active} active edits", *written.files]
+    lines = [counted(active, "active edit"), *written.files]
     with written.attempt():
         emit({"active": active} | written.to_json, lines, options.json)
     written.raise_failures()

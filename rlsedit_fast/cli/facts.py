@@ -15,7 +15,7 @@ from rlsedit_fast.data import FORMATS, Edit, EditFile, ZsreTarget, read_edits
 from rlsedit_fast.data.conflicts import Conflicts, resolve
 from rlsedit_fast.data.read import edit_from_record
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.errors import InputError, RequestError, listed
+from rlsedit_fast.errors import InputError, RequestError, counted, listed
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read_facts(options: argparse.Namespace) -> Facts:
         _report(left_out)
         if not edits:
             raise RequestError(f"{title}: no valid record is left; see the reasons above")
-        say(f"{title}: {len(edits)} edits, format {file.format}")
+        say(f"{title}: {counted(len(edits), 'edit')}, format {file.format}")
     given, edits = edits, [edit.trimmed() for edit in edits]
     resolved = resolve(edits, conflicts=options.conflicts, places=places)
     say(*resolved.describe())
@@ -194,4 +194,4 @@ def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
 def _report(left_out: list[dict[str, str]]) -> None:
     if left_out:
         lines = listed((entry["reason"] for entry in left_out), where=" (use --json to list all)")
-        say(f"{len(left_out)} records skipped:", *(f"  {line}" for line in lines))
+        say(f"{counted(len(left_out), 'record')} skipped:", *(f"  {line}" for line in lines))

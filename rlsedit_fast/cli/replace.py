@@ -6,7 +6,7 @@ import argparse
 
 from rlsedit_fast.cli import DONE, PARTIAL
 from rlsedit_fast.cli.stores import add_change, change, report
-from rlsedit_fast.errors import InputError, listed
+from rlsedit_fast.errors import InputError, counted, listed
 
 HELP = "give edits of a store a new target"
 ABOUT = (
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     entries = [entry | {"replaces": was.id} for entry, was in zip(done.entries, done.old, strict=True)]
     replaced = [entry for entry in entries if entry["state"] != "skipped"]
     skipped = [entry for entry in entries if entry["state"] == "skipped"]
-    lines = [f"{len(replaced)} edits replaced; answers of the model before and after:", *done.lines]
+    lines = [f"{counted(len(replaced), 'edit')} replaced; answers of the model before and after:", *done.lines]
     if skipped:
         ids = ", ".join(listed(entry["replaces"] for entry in skipped))
         lines.append(

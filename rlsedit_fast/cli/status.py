@@ -11,7 +11,7 @@ from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
-from rlsedit_fast.errors import InputError, listed
+from rlsedit_fast.errors import InputError, counted, listed
 
 HELP = "show how far the edits of a store have changed the model, and how many more fit"
 ABOUT = (
@@ -73,7 +73,8 @@ def status_lines(status: Status) -> list[str]:
         )
     if status.sample and status.sample.success is not None:
         lines.append(
-            f"sample of {status.sample.edits} active edits: the model states {status.sample.success:.0%} of the targets"
+            f"sample of {counted(status.sample.edits, 'active edit')}: the model states "
+            f"{status.sample.success:.0%} of the targets"
         )
         if status.sample.key_shift:
             shifts = ", ".join(f"{shift:.3f}" for shift in status.sample.key_shift)

@@ -21,7 +21,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         ("skipped, because the value search did not converge", len(results["skipped"])),
         ("applied although the value search did not converge", len(results["not_converged"])),
         ("applied a second time, because the model did not state them", len(results.get("applied_again", ()))),
-        ("invalid records skipped", len(results["left_out"])),
+        ("skipped, because the record is invalid", len(results["left_out"])),
     ):
         if count:
             lines.append(f"{count} {what}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rlsedit_fast.cli.stores import add_change, change, report
+from rlsedit_fast.errors import counted
 
 HELP = "undo edits of a store exactly"
 ABOUT = (
@@ -23,5 +24,5 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     done = change(options, lambda editor, ids: editor.undo(ids))
-    lines = [f"{len(done.records)} edits undone; answers of the model before and after:", *done.lines]
+    lines = [f"{counted(len(done.records), 'edit')} undone; answers of the model before and after:", *done.lines]
     return report({"undone": done.entries}, lines, done, options)

@@ -218,7 +218,7 @@ def test_quiet_prints_only_results(base, one_edit, workdir, capsys):
     capsys.readouterr()
     assert main(["undo", "--store", "edits", "1", "--quiet"]) == 0
     output = capsys.readouterr()
-    assert "1 edits undone" in output.out
+    assert "1 edit undone" in output.out
     assert output.err == ""
     assert main(["undo", "--store", "edits", "1", "--quiet"]) == 2
     assert "1 (undone): not active" in capsys.readouterr().err
