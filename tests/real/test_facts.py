@@ -23,15 +23,18 @@ FACTS = {
     "not ASCII": rf.Edit("{} is a city in the country of", "Łódź", "Portugal"),
 }
 MOST_LOST = 5  # of 100 edits whose value search converged
+PILOT = 20  # fewer than by default, since each trial of the calibration writes and reads the whole pilot
 
 
 def fill(edit: rf.Edit) -> str:
     return edit.prompt.replace("{}", edit.subject)
 
 
-def edited(path, anchor_texts, edits, **changes):
+def edited(path, anchor_texts, edits, pilot=None, **changes):
     editor = rf.Editor.from_pretrained(path, config=rf.EditConfig(**changes))
     editor.anchor(anchor_texts)
+    if pilot is not None:
+        editor.calibrate(edits[:pilot])
     return editor, editor.edit(edits)
 
 
@@ -56,7 +59,7 @@ def test_the_edited_model_states_the_fact(shape, facts):
 def batch(smollm2, anchor_texts, counterfact):
     """100 CounterFact facts, edited in one batch with the default settings except refinement."""
     facts = counterfact(100)
-    editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts], refine=0)
+    editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts], PILOT, refine=0)
     return facts, editor, records
 
 
