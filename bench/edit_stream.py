@@ -7,7 +7,7 @@ the model knows the subject.
     python bench/edit_stream.py --model llama-3-8b --device cuda --json FILE
 
 The time of every batch is split into `values` (value search), `keys` (forward passes that read keys), `solve` (panel,
-factor, flush), `write` (weight update), `measure` (forward pass that measures the realized change), `store` (not used,
+factor, flush), `write` (weight update), `measure` (rank and realized change, and the answers before and after), `store` (not used,
 see store.py) and `other`. On CUDA every part is synchronized. `flat` is the median batch time of the last tenth of the
 stream divided by that of the first tenth, by part.
 """
@@ -30,7 +30,7 @@ from recording import add_json, record
 from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import layers, session, value_search
+from rlsedit_fast.editing import layers, measurement, value_search
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls.state import RLSState
@@ -48,7 +48,8 @@ WATCHED = (
     (RLSState, "outputs", "solve"),
     (layers, "amplify_innovation", "solve"),
     (layers, "amplify_values", "solve"),
-    (session, "measure", "measure"),
+    (measurement, "measure", "measure"),
+    (measurement, "generate_answers", "measure"),
 )
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search={"steps": 25})
 """Settings of the random models: five layers, default contexts, KL prompt and stopping rule."""

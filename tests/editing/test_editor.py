@@ -251,8 +251,8 @@ BAD = [
     ([rf.Edit("{} lives in", "Lado", " ")], "target ' ' is empty"),
     ([rf.Edit("He lives in", "Lado", "Port Alder")], "contains neither {} nor the subject"),
     ([rf.Edit("{} and {}", "Lado", "Port Alder")], "contains {} twice; keep it where the model is edited"),
-    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=0.0)], "weight=0.0"),
-    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=float("nan"))], "weight=nan"),
+    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=0.0)], "weight: expected a number from .*, got 0.0"),
+    ([rf.Edit("{} lives in", "Lado", "Port Alder", weight=float("nan"))], "weight: expected a number from .*, got nan"),
     ([rf.Edit("{} " + "speaks " * 100, "Lado", "Port Alder")], "the model supports 64"),
     ([rf.Edit("{} lives in", 3, "Port Alder")], "subject=3"),
     (["Lado lives in Port Alder"], "expected an Edit"),
@@ -453,7 +453,7 @@ def test_invalid_prompts_to_protect_raise(make_model, tokenizer):
     ):
         with pytest.raises(InputError, match=message):
             editor.protect(prompts, weight=weight)
-    with pytest.raises(InputError, match="weight=0"):
+    with pytest.raises(InputError, match="weight: expected a number from .*, got 0;"):
         editor.protect(PROTECTED, weight=0)
 
 

@@ -61,14 +61,19 @@ def assert_same(before, model):
     assert [name for name, value in before.items() if not torch.equal(value, now[name])] == []
 
 
+TINY = [("llama", (1,)), ("llama", (0, 1, 2)), ("gpt2", (1, 2))]
+
+
 def mean_realized(records):
     return sum(record.realized for record in records) / len(records)
 
 
-@pytest.mark.parametrize("adherence", [0.6, 0.95])
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [("llama", (1,)), ("llama", (0, 1, 2)), ("gpt2", (1, 2)), ("demo", (0,)), ("demo", (0, 1)), ("demo", (0, 1, 2))],
+    ("name", "layers", "adherence"),
+    [
+        *((name, layers, share) for name, layers in TINY for share in (0.6, 0.95)),
+        *(("demo", (0,), 0.6), ("demo", (0, 1, 2), 0.95)),
+    ],
 )
 def test_the_realized_share_equals_the_adherence(make_editor, name, layers, adherence):
     """A second editor gets the calibrated mu as a number, and so does not aim at more than the wanted change."""

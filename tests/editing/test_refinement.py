@@ -196,8 +196,7 @@ def test_ctrl_c_in_a_round_keeps_the_applied_edits(monkeypatch):
     assert_same(refined, plain)
 
 
-@pytest.mark.parametrize("keys", ["full", "fp16"])
-@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize(("keys", "snapshot"), [("full", False), ("fp16", True)])
 def test_a_refined_stream_is_reopened_and_undone_bit_for_bit(tmp_path, keys, snapshot):
     uninterrupted = make_editor(stored_rows=keys)
     start = weights(uninterrupted)

@@ -128,7 +128,7 @@ def test_data_sets_without_generation_prompts_raise_with_references(write):
 
 
 def test_reference_texts_in_another_format_or_without_words_raise(write):
-    with pytest.raises(InputError, match=r"record 1 lacks 'relation_id'.*attribute_snippets\.json"):
+    with pytest.raises(InputError, match=r"record 1: the field 'relation_id' is missing.*attribute_snippets\.json"):
         reference_texts(write("other.json", [{"text": "a text"}]))
     with pytest.raises(InputError, match="no reference text has a word"):
         TextSimilarity(["", "."])
