@@ -453,7 +453,7 @@ def test_invalid_prompts_to_protect_raise(make_model, tokenizer):
     ):
         with pytest.raises(InputError, match=message):
             editor.protect(prompts, weight=weight)
-    with pytest.raises(InputError, match="weight: expected a number from .*, got 0;"):
+    with pytest.raises(InputError, match=r"weight: expected a number from .*, got 0;"):
         editor.protect(PROTECTED, weight=0)
 
 
