@@ -8,8 +8,8 @@ the model knows the subject.
 
 The time of every batch is split into `values` (value search), `keys` (forward passes that read keys), `solve` (panel,
 factor, flush), `write` (weight update), `measure` (rank, realized change, and answers before and after), `store` (not
-used, see store.py) and `other`. On CUDA every part is synchronized. `flat` is the median batch time of the last tenth of
-the stream divided by that of the first tenth, by part.
+used, see store.py) and `other`. On CUDA every part is synchronized. `flat` is the median batch time of the last tenth
+of the stream divided by that of the first tenth, by part.
 """
 
 from __future__ import annotations
