@@ -74,7 +74,7 @@ def test_store_commands(workdir, capsys):
     (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
     lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
-    names = ["edit", "history", "undo", "replace", "status", "consolidate"]
+    names = ["edit", "history", "ask", "undo", "replace", "status", "consolidate", "export"]
     assert [command[:2] for command in commands] == [["rlsedit", name] for name in names]
     for _, name, *arguments in commands:
         # An untrained model may not state the targets; then `edit` returns 1.

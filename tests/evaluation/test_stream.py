@@ -22,6 +22,7 @@ CONFIG = CONFIG.replace(batch_size=5, search={"ahead": 20})
 
 def plan(label="rls", **changes):
     settings = {"stream": "plain", "edits": 20, "seed": 1, "config": CONFIG, "checkpoints": (0.5, 1.0)}
+    settings["probed"] = 400
     return Plan(label=label, **{**settings, **changes})
 
 

@@ -297,7 +297,7 @@ def test_another_model_and_missing_layers_raise():
     statistics = KeyStatistics({layer: torch.zeros(2, 2) for layer in (4, 11)}, 9, "ab" * 32, "text")
     statistics.check("ab" * 32, [4])
     statistics.check("ab" * 32, [11, 4])
-    with pytest.raises(InputError, match=r"from the model abababababab…, and this model is cdcdcdcdcdcd…"):
+    with pytest.raises(InputError, match=r"with the fingerprint abababababab, and this model has cdcdcdcdcdcd"):
         statistics.check("cd" * 32, [4])
     with pytest.raises(InputError, match=r"layers \[4, 11\] and lack \[5\]"):
         statistics.check("ab" * 32, [4, 5])

@@ -23,12 +23,12 @@ def run(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_two_hundred_random_kills_lose_no_acknowledged_change(tmp_path):
+def test_random_kills_lose_no_acknowledged_change(tmp_path):
     """After every kill, the state is that of a run without kills after the last acknowledged change or the next."""
-    result = run(HERE / "victim.py", tmp_path / "store", 1, 205, 300)
-    assert result["killed"] >= 200
-    assert result["killed_in_opening"] > 5
-    assert result["present_but_not_acknowledged"] > 5
+    result = run(HERE / "victim.py", tmp_path / "store", 1, 65, 100)
+    assert result["killed"] >= 60
+    assert result["killed_in_opening"] > 0
+    assert result["present_but_not_acknowledged"] > 0
 
 
 @pytest.mark.soak
