@@ -12,11 +12,12 @@ import rlsedit_fast as rf
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.layers import row_weights
 from rlsedit_fast.evaluation.cases import world_cases
-from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls.reference import solve_all
 from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.world import World, load_demo_model
+
+from .demo_anchors import demo_statistics
 
 WORLD = World.generate()
 EDITS = [replace(case.edit, weight=1.0 + at % 2) for at, case in enumerate(world_cases(WORLD, 12, 0))]
@@ -33,7 +34,7 @@ CONTEXTS = len(CONFIG.contexts.prefixes)
 
 def make_editor(**changes):
     editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(**changes))
-    editor.anchor(anchor_texts(WORLD, 0)[:1000])
+    editor.anchor(demo_statistics(1000))
     return editor
 
 
@@ -142,7 +143,7 @@ def test_a_store_with_several_rows_per_edit_reopens_bit_for_bit(tmp_path, keys, 
     uninterrupted.undo([2, 9])
     config = CONFIG.replace(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
     with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
-        editor.anchor(anchor_texts(WORLD, 0)[:1000])
+        editor.anchor(demo_statistics(1000))
         editor.edit(EDITS)
     with rf.Editor(*load_demo_model(), store=tmp_path) as editor:
         editor.undo([2, 9])

@@ -16,9 +16,10 @@ from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
-from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.rls import TrialPanel
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
+
+from .demo_anchors import demo_statistics
 
 NAMES = [" ".join(name) for name in itertools.permutations("Toze Lado Rekuno Fado Veta Voluvu".split(), 3)]
 PROMPTS = ["{} lives in", "{} works as a", "{} plays the", "{} speaks", "{} is", "Friends know that {} is"]
@@ -37,7 +38,7 @@ def make_editor(make_model, tokenizer):
         if name == "demo":
             settings = {"layers": (0,), "search": {"steps": 40, "stop_nll": 0.03}}
             editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(**settings).replace(**changes))
-            editor.anchor(anchor_texts(WORLD, 0)[:1000])
+            editor.anchor(demo_statistics(1000))
             return editor
         settings = {
             "layers": (1,),

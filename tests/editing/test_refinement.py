@@ -12,10 +12,11 @@ from rlsedit_fast.editing import refinement, value_search
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
-from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.store import Store
 from rlsedit_fast.world import World, load_demo_model
+
+from .demo_anchors import demo_statistics
 
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 20, 0)]
@@ -30,7 +31,7 @@ CONFIG = rf.EditConfig(
 
 def make_editor(store=None, **changes):
     editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(batch_size=10, **changes), store=store)
-    editor.anchor(anchor_texts(WORLD, 0)[:600])
+    editor.anchor(demo_statistics(600))
     return editor
 
 

@@ -16,6 +16,8 @@ from rlsedit_fast.evaluation.demo import anchor_texts
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.world import World, load_demo_model
 
+from .demo_anchors import demo_statistics
+
 WORLD = World.generate()
 EDITS = [case.edit for case in world_cases(WORLD, 12, 0)]
 CONFIG = EditConfig(
@@ -31,7 +33,7 @@ OPTIONS = {"alphaedit": {"null_share": 0.7, "ridge": 0.01}, "ultraedit": {"rate"
 def make_editor(rule="rls", **changes):
     options = changes.pop("rule_options", OPTIONS.get(rule, {}))
     editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(rule=rule, rule_options=options, **changes))
-    editor.anchor(anchor_texts(WORLD, 0)[:1000])
+    editor.anchor(demo_statistics(1000))
     return editor
 
 
