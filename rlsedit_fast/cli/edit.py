@@ -37,6 +37,9 @@ ABOUT = (
 )
 USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
 
+CHAT_EDITS = 100
+"""Maximum number of edits that are also asked in a chat by default; each takes about as long as the edit on a CPU."""
+
 _PER_BATCH = ("rlsedit_fast.editing.editor", "rlsedit_fast.editing.session")
 """Loggers of warnings about single batches; the summary reports them once."""
 
@@ -75,6 +78,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="at the end, apply edits again whose target the model does not state; with --store also those of earlier "
         "runs that are in the file",
     )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="also ask each prompt in a chat before and after, if the model has a chat template (default: for at most "
+        f"{CHAT_EDITS} edits)",
+    )
     add_exports(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not evaluate the edits before and after")
     parser.add_argument(
@@ -99,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
         check_exports(options, options.model)
     protected = _prompts(options.protect) if options.protect else []
     facts = read_facts(options)
+    if options.chat is None and "measure_chat" not in setup.settings_given(options):
+        options.chat = len(facts.edits) <= CHAT_EDITS
     if options.store and Store.exists(options.store):
         asked = {(r.prompt, r.subject, r.target, r.weight) for r in read_history(options.store)}
         if asked and any((e.prompt, e.subject, e.target, e.weight) not in asked for e in facts.edits):

@@ -35,6 +35,7 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
     "lam": ("prior", "lam"),
     "mu": ("prior", "mu"),
     "search_ahead": ("search", "ahead"),
+    "chat": (None, "measure_chat"),
 }
 """Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
 

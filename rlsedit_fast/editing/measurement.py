@@ -41,7 +41,7 @@ class Measurement:
 
     def __init__(self, context: ModelContext) -> None:
         self._context = context
-        self._has_chat = supports_chat(context.tokenizer)
+        self._has_chat = context.config.measure_chat and supports_chat(context.tokenizer)
 
     def ranks(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets at the bare prompts; `realized` has no meaning."""

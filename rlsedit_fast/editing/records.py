@@ -44,8 +44,8 @@ class EditRecord:
         name: name of the edit.
         answer_before: greedy continuation of the bare prompt before its batch was written, as long as the target.
         answer: the same after the write.
-        chat_answer_before: answer to the prompt as the user message of a chat, before its batch was written; None if
-            the tokenizer has no chat template.
+        chat_answer_before: answer to the prompt as the user message of a chat, before its batch was written; None
+            without `EditConfig.measure_chat`, or if the tokenizer has no chat template.
         chat_answer: the same after the write.
         chat_nll: mean NLL of the target tokens in the answer of a chat after the write, see `models.chat_row`.
         chat_rank: rank of the worst target token there.
