@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import refinement, value_search
+from rlsedit_fast.editing import refinement, session, value_search
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
@@ -225,3 +225,22 @@ def test_an_edit_whose_search_did_not_converge_is_not_refined(monkeypatch):
     )
     editor = make_editor(search={"clamp": 0.01})
     assert all(record.search_rank > 1 and not record.success for record in editor.edit(EDITS[:4]))
+
+
+def test_a_batch_and_its_refinement_are_stored_together(tmp_path, monkeypatch):
+    """With `require_stated`, nothing is stored before the batch was refined and checked."""
+    stored = []
+
+    def check(records, _earlier):
+        stored.append(editor._recorder.store.last)
+
+    monkeypatch.setattr(session, "check_stated", check)
+    with make_editor(tmp_path, refine=1) as editor:
+        records = editor.edit(EDITS[:10], require_stated=True)
+        kinds = [entry.kind for entry in editor._recorder.store.entries]
+        assert kinds[:2] == ["start", "edit"]
+        assert "revise" in kinds
+        assert stored == [0]
+    with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
+        assert opened.history() == records
+        assert_same(opened, editor)
