@@ -94,6 +94,7 @@ def test_the_realized_share_is_the_adherence(batch):
     assert realized == pytest.approx(editor.config.prior.adherence, abs=0.02)
 
 
+@pytest.mark.real
 @pytest.mark.slow
 def test_the_realized_share_in_one_layer_is_the_adherence(smollm2, anchor_texts, counterfact):
     edits = [fact.edit for fact in counterfact(12, 100)]
