@@ -26,9 +26,10 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 demo: $(STAMP)
 	$(BIN)/rlsedit demo --out demo-out --json demo-out/demo.json
 
-# One thread a worker: the workers fill the cores, and their thread pools would fight over them.
+# One thread a worker: the workers fill the cores, and their thread pools would fight over them. A file runs in one
+# worker, since several files have a setup that takes long.
 test: lint $(SMOLLM2_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What takes too long for every change: a thousand kills, and an end at every line of the code that writes a store.
 soak: $(STAMP)
