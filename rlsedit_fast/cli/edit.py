@@ -38,7 +38,7 @@ ABOUT = (
 USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
 
 CHAT_EDITS = 100
-"""Maximum number of edits that are also asked in a chat by default; each takes about as long as the edit on a CPU."""
+"""Maximum number of edits that are also asked in a chat by default; two answers are generated for each."""
 
 _PER_BATCH = ("rlsedit_fast.editing.editor", "rlsedit_fast.editing.session")
 """Loggers of warnings about single batches; the summary reports them once."""
@@ -287,7 +287,8 @@ def _evaluate(
             # Later batches may have changed the answers measured right after an edit.
             results["not_stated"] = [place for place, edit in applied.items() if not stated(edit, after)]
             if probe is not None:
-                results["stability"]["after"] = asdict(probe(editor.model))
+                with working("measuring other text"):
+                    results["stability"]["after"] = asdict(probe(editor.model))
         except Exception as failure:
             return failure
     if "after" not in results:

@@ -240,7 +240,7 @@ class EditConfig(Settings):
             many earlier edits as the call added, drawn at random. Requires `rls` and stored rows. None: 2 if these
             are given, otherwise 0.
         measure_chat: also ask each prompt as the user message of a chat, before and after its batch, if the tokenizer
-            has a chat template; see `EditRecord.chat_answer`. On a CPU this takes about as long as the edit.
+            has a chat template; see `EditRecord.chat_answer`. Two answers are generated for each edit.
         stored_rows: keys and values of each edit that are kept in memory and in the store, for exact removal and for
             rebuilding the layers: `d_k + d_v` numbers per row and layer. `full`: in the dtype of the solver. `fp16`:
             half of that; the edit is written with the rounded keys and values (relative error 2^-11), so removal is
