@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlsedit_fast.cli import DONE, setup
-from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint
+from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint, is_gguf_output
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import apply_delta
 from rlsedit_fast.export.delta import check_delta
 from rlsedit_fast.files import written_folder
@@ -35,6 +36,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if is_gguf_output(options.out):
+        raise InputError(
+            f"--out {options.out}: `rlsedit apply` writes checkpoint folders; write a GGUF file with `rlsedit export "
+            "--store DIR --out FILE.gguf`"
+        )
     check_checkpoint(options.out, options.model, overwrite=options.overwrite)
     check_places(options, folders=("out",))
     check_delta(options.delta)
