@@ -11,9 +11,9 @@ from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint, is
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export import apply_delta
+from rlsedit_fast.export import apply_delta, write_checkpoint
+from rlsedit_fast.export.card import CardContents, make_card
 from rlsedit_fast.export.delta import check_delta
-from rlsedit_fast.files import written_folder
 
 HELP = "apply a delta file to its base model and write the edited checkpoint"
 USAGE = "--model MODEL --delta FILE --out DIR [options]"
@@ -48,9 +48,9 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = setup.load_model(options)
     report = apply_delta(model, options.delta)
     written = Written()
-    with written.attempt(f"--out {options.out}"), written_folder(options.out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with written.attempt(f"--out {options.out}"):
+        card = make_card(CardContents(str(options.model), report.edits)) if report.edits else None
+        write_checkpoint(model, tokenizer, options.out, card=card, overwrite=options.overwrite)
         written.files.append(f"checkpoint: {options.out}")
     with written.attempt():
         emit(asdict(report) | {"out": str(options.out)} | written.to_json, written.files, options.json)

@@ -176,7 +176,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         applied, error = _edit(editor, facts, interrupts, results, options)
         if applied and before is not None:
             error = _evaluate(editor, applied, before, probe, interrupts, results) or error
-        written = _write(editor, options)
+        written = _write(editor, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
             emit(results, summary(results), options.json)
@@ -298,10 +298,10 @@ def _evaluate(
     return None
 
 
-def _write(editor: Editor, options: argparse.Namespace) -> Written:
+def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any] | None = None) -> Written:
     """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
-        return write_exports(editor, options)
+        return write_exports(editor, options, stability)
     if options.out or options.delta or options.adapter:
         say("no edit is active: nothing was written")
     return Written()

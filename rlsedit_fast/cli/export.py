@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -208,8 +208,14 @@ def check_checkpoint(out: Path, model: str, *, overwrite: bool) -> None:
     _check_absent("--out", out, overwrite=overwrite)
 
 
-def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
-    """Writes the outputs given by the options; delta and adapter only if an edit is active."""
+def write_exports(editor: Editor, options: argparse.Namespace, stability: Mapping[str, Any] | None = None) -> Written:
+    """Writes the outputs given by the options; delta and adapter only if an edit is active.
+
+    Args:
+        editor: the editor.
+        options: the options.
+        stability: measurements on other text, for the model card.
+    """
     written = Written()
     active = any(record.state == "active" for record in editor.history())
     if not active and (options.delta or options.adapter):
@@ -222,7 +228,7 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
             written.files += gguf_lines(written.gguf)
     elif options.out is not None:
         with written.attempt(f"--out {options.out}"):
-            editor.save_pretrained(options.out, overwrite=options.overwrite)
+            editor.save_pretrained(options.out, overwrite=options.overwrite, stability=stability)
             written.files.append(f"checkpoint: {options.out}")
     if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):

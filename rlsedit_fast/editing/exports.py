@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast.editing.cards import card_contents
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
+from rlsedit_fast.export.card import CARD, CardContents, make_card
 from rlsedit_fast.export.changes import same_bits
 from rlsedit_fast.export.gguf import AUTO, TYPES, GgufTarget, find_targets, write_gguf
-from rlsedit_fast.files import check_new
+from rlsedit_fast.files import check_new, written_whole
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import GgufHeader, check_gguf, is_gguf
 from rlsedit_fast.models.passes import quiet
@@ -114,6 +117,8 @@ class Exports:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: ModelContext
+    _anchors: str | None
+    _recorder: Recorder | None
     _session: EditSession
 
     def fingerprint(self) -> str:
@@ -129,10 +134,20 @@ class Exports:
         self._check_attached()
         return self._session.layers.changes() if self._session.layers else []
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint; see `export.write_checkpoint`."""
+    def save_pretrained(
+        self, directory: str | Path, *, overwrite: bool = False, stability: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the edited model, its tokenizer and a model card as a checkpoint; see `export.write_checkpoint`.
+
+        Args:
+            directory: folder of the checkpoint.
+            overwrite: replace the checkpoint and the card in a folder that contains files.
+            stability: measurements on other text for the card, as in the output of `rlsedit edit --json`: a dict with
+                `text`, a description, and `before` and `after`, fields of an `evaluation.Stability`.
+        """
         self._check_attached()
-        write_checkpoint(self.model, self.tokenizer, directory, overwrite=overwrite)
+        card = make_card(self._card(stability))
+        write_checkpoint(self.model, self.tokenizer, directory, card=card, overwrite=overwrite)
 
     def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
         """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""
@@ -141,11 +156,17 @@ class Exports:
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
     def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter, see `export.write_adapter`; `overwrite` replaces a folder."""
+        """Writes the weight change as a LoRA adapter with a model card, see `export.write_adapter`.
+
+        `overwrite` replaces an existing folder.
+        """
         check_new(directory, overwrite=overwrite)
         base = str(getattr(self.model.config, "_name_or_path", ""))
         writes = max(1, self._session.progress.writes)
-        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+        report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+        with written_whole(Path(directory, CARD)) as (temporary,):
+            temporary.write_text(make_card(self._card(), adapter=True), encoding="utf-8")
+        return report
 
     def save_gguf(
         self,
@@ -239,6 +260,10 @@ class Exports:
                 if tensor_type != AUTO:
                     target.choose(tensor_type)
         return header
+
+    def _card(self, stability: Mapping[str, Any] | None = None) -> CardContents:
+        stored = self._recorder is not None
+        return card_contents(self.context, self._session, anchors=self._anchors, stability=stability, stored=stored)
 
     @property
     def _blocks(self) -> int:

@@ -269,9 +269,7 @@ def test_files_that_cannot_be_edited_are_refused_before_they_are_loaded(tmp_path
 
 
 def test_a_missing_package_is_named(llama, monkeypatch):
-    monkeypatch.setattr(
-        "rlsedit_fast.models.gguf_files.find_spec", lambda name: None if name == "gguf" else object()
-    )
+    monkeypatch.setattr("rlsedit_fast.models.gguf_files.find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(InputError, match="gguf is not installed") as error:
         load_model(llama)
     assert 'pip install "rlsedit-fast[gguf]"' in error.value.hint
