@@ -35,7 +35,7 @@ def write_model(path, model, *, types=None, alignment=None):
     writer = gguf.GGUFWriter(path, architecture)
     if alignment:
         writer.add_custom_alignment(alignment)
-    writer.add_name("mistral" if kind == "mistral" else "Tiny")
+    writer.add_name("Tiny")
     writer.add_array("general.tags", ["tiny", "Łódź"])
     for key, name in GGUF_TO_TRANSFORMERS_MAPPING["config"][architecture].items():
         value = _setting(model.config, name)
