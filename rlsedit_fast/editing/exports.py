@@ -17,7 +17,7 @@ from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
-from rlsedit_fast.export.card import CARD, CardContents, make_card
+from rlsedit_fast.export.card import CARD, CardContents, hub_name, make_card
 from rlsedit_fast.export.changes import same_bits
 from rlsedit_fast.export.gguf import AUTO, TYPES, GgufTarget, find_targets, write_gguf
 from rlsedit_fast.files import check_new, written_whole
@@ -161,7 +161,8 @@ class Exports:
         `overwrite` replaces an existing folder.
         """
         check_new(directory, overwrite=overwrite)
-        base = str(getattr(self.model.config, "_name_or_path", ""))
+        base = str(getattr(self.model.config, "_name_or_path", "") or "")
+        base = hub_name(base) or base
         writes = max(1, self._session.progress.writes)
         report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
         with written_whole(Path(directory, CARD)) as (temporary,):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsedit_fast._version import __version__
+from rlsedit_fast.errors import counted
 from rlsedit_fast.models.gguf_files import is_gguf, read_header
 
 CARD = "README.md"
@@ -56,7 +57,7 @@ class CardContents:
 
     Attributes:
         base: path or Hub name of the base model.
-        count: number of active edits.
+        count: number of active edits; None if it is not known.
         edits: the active edits, of which the card lists `SHOWN`; may be empty if they are not known.
         settings: settings of the edits, by name.
         figures: measurements, by name.
@@ -69,7 +70,7 @@ class CardContents:
     """
 
     base: str
-    count: int
+    count: int | None
     edits: Sequence[CardEdit] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -106,7 +107,7 @@ def make_card(contents: CardContents, *, adapter: bool = False) -> str:
     )
     what = "LoRA adapter with edits of" if adapter else "Edited version of"
     base = f"[{escape(name)}](https://huggingface.co/{name})" if name else escape(shown) or "an unnamed model"
-    edits = f"{contents.count} factual edit{'s' * (contents.count != 1)}"
+    edits = "factual edits" if contents.count is None else counted(contents.count, "factual edit")
     lines = [
         "---",
         data.to_yaml().rstrip("\n"),
@@ -204,7 +205,7 @@ def _edit_lines(contents: CardContents) -> list[str]:
         f"| {escape(edit.prompt)} | {escape(edit.target)} | {edit.rank} | {edit.nll:.2f} |"
         for edit in contents.edits[:SHOWN]
     ]
-    if (rest := contents.count - len(contents.edits[:SHOWN])) > 0:
+    if (rest := (contents.count or 0) - len(contents.edits[:SHOWN])) > 0:
         lines += ["", f"and {rest} more edits, which are not listed."]
     return lines
 
