@@ -18,8 +18,8 @@ _IGNORED = (".git/**", ".cache/**", "**/.cache/**", "*.tmp", ".*.tmp", "**/.DS_S
 """Files of a folder that are not uploaded."""
 
 _LOGIN = (
-    "create a token with write access at https://huggingface.co/settings/tokens, and run `hf auth login`, set HF_TOKEN, "
-    "or pass --token (Python: token=...)"
+    "create a token with write access at https://huggingface.co/settings/tokens, and run `hf auth login`, set "
+    "HF_TOKEN, or pass --token (Python: token=...)"
 )
 
 

@@ -41,7 +41,11 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, Assertion
 
 
 def load_model(
-    path: str | Path, *, device: str | None = None, **options: Any
+    path: str | Path,
+    *,
+    device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode and its tokenizer.
 
@@ -49,6 +53,7 @@ def load_model(
         path: folder or model name, as for `AutoModelForCausalLM.from_pretrained`; or a GGUF file, whose weights are
             dequantized.
         device: device of the model; `auto` uses all devices (requires accelerate), None that of `from_pretrained`.
+        tokenizer: the tokenizer, if it is already loaded; see `load_tokenizer`.
         **options: options of `AutoModelForCausalLM.from_pretrained`, such as `dtype`. `revision`,
             `trust_remote_code`, `token`, `subfolder`, `cache_dir` and `local_files_only` are also passed to the
             tokenizer.
@@ -67,6 +72,8 @@ def load_model(
         >>> model.dtype
         torch.float32
     """
+    from transformers import AutoModelForCausalLM
+
     for name in ("dtype", "torch_dtype"):
         check_dtype(options.get(name))
     check_device(device)
@@ -77,7 +84,14 @@ def load_model(
         load_config(path, **shared)
     if device == "auto":
         options["device_map"] = device
-    model, tokenizer = _loaded(path, options, shared)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, **shared)  # first, because it is loaded faster
+    try:
+        model: Any = (
+            _load_gguf(path, options) if is_gguf(path) else AutoModelForCausalLM.from_pretrained(path, **options)
+        )
+    except _FAILURES as error:
+        raise _not_loaded(path, error, options) from error
     if device and device != "auto":
         try:
             model = model.to(device)
@@ -86,28 +100,55 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _loaded(path: str | Path, options: dict[str, Any], shared: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Args:
+        path: folder or model name, as for `AutoTokenizer.from_pretrained`; or a GGUF file.
+        **options: options of `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import load_tokenizer
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> load_tokenizer(MODEL_DIR).bos_token
+        '<s>'
+    """
+    from transformers import AutoTokenizer
 
     try:
         if not is_gguf(path):
-            tokenizer = AutoTokenizer.from_pretrained(path, **shared)  # first, because it is loaded faster
-            return AutoModelForCausalLM.from_pretrained(path, **options), tokenizer
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+            return found
         with _alone(path) as (folder, name):
-            options = {"config": _gguf_config(path)} | options
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, config=options["config"])
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **_dequantized(), **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except _FAILURES as error:
         raise _not_loaded(path, error, options) from error
-    # An ordinary model now, which save_pretrained would reject because of how it was loaded.
-    for owner, attribute in ((model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, attribute):
-            delattr(owner, attribute)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
+    """Loads a GGUF file as an ordinary model, which `save_pretrained` accepts."""
+    from transformers import AutoModelForCausalLM
+
+    kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
+    kept = {"config": _gguf_config(path), **_dequantized(), **kept}
+    with _alone(path) as (folder, name):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False
-    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(path)
-    return model, tokenizer
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
 
 
 @contextmanager
@@ -213,6 +254,11 @@ def check_config(config: object) -> None:
             f"{getattr(config, 'model_type', 'the model')}: encoder-decoder models are not supported; pass a "
             "decoder-only model, such as those that AutoModelForCausalLM loads"
         )
+
+
+def max_tokens(config: PretrainedConfig) -> int | None:
+    """Returns the maximum number of tokens of a model, or None if there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_dtype(dtype: object) -> None:
