@@ -22,6 +22,13 @@ PYTHON = os.environ.get("RLSEDIT_LLAMA_PYTHON", sys.executable)
 """An interpreter with the package xllamacpp."""
 
 FACTS = [Edit("{} is in", subject, target) for subject, target in (("Ada", "x"), ("Bo", "Q"), ("Cy", "7"))]
+CONFIG = EditConfig(
+    layers=[1],
+    fact_token="last",
+    prior={"lam": 0.001, "mu": 0},
+    contexts={"prefixes": [""]},
+    search={"clamp": 20.0, "steps": 40, "stop_nll": 0.05},
+)
 CITIES = [
     Edit("The capital of {} is", "France", "Lyon"),
     Edit("The capital of {} is", "Japan", "Osaka"),
@@ -45,14 +52,7 @@ def answers(path, edits, tokens):
 @pytest.mark.parametrize("kind", ["auto", "own", "F16", "F32", "BF16", "Q5_1"])
 def test_types_of_edited_tensors(kind, tmp_path):
     source = write_model(tmp_path / "model.gguf", tiny_llama())
-    config = EditConfig(
-        layers=[1],
-        fact_token="last",
-        prior={"lam": 0.001, "mu": 0},
-        contexts={"prefixes": [""]},
-        search={"clamp": 20.0, "steps": 40, "stop_nll": 0.05},
-    )
-    editor = Editor.from_pretrained(source, config=config)
+    editor = Editor.from_pretrained(source, config=CONFIG)
     editor.edit(FACTS)
     report = editor.save_gguf(tmp_path / "edited.gguf", tensor_type=kind)
     assert not report.lost
@@ -63,14 +63,7 @@ def test_types_of_edited_tensors(kind, tmp_path):
 def test_k_quants_become_a_type_that_holds_the_edits(tmp_path):
     types = {"ffn_down.weight": k_quant(64, 256)}
     source = write_model(tmp_path / "model.gguf", tiny_llama(inner=256), types=types)
-    config = EditConfig(
-        layers=[1],
-        fact_token="last",
-        prior={"lam": 0.001, "mu": 0},
-        contexts={"prefixes": [""]},
-        search={"clamp": 20.0},
-    )
-    editor = Editor.from_pretrained(source, config=config)
+    editor = Editor.from_pretrained(source, config=CONFIG)
     editor.edit(FACTS)
     report = editor.save_gguf(tmp_path / "edited.gguf")
     stated = [edit.target for edit, found in zip(FACTS, report.edits, strict=True) if found.rank == 1]
