@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,6 +195,12 @@ def test_the_source_can_be_named_and_has_to_be_the_file_of_the_model(source, wor
     other = write_model(workdir / "other.gguf", tiny_llama(seed=9))
     with pytest.raises(InputError, match="differs from the weight"):
         editor.check_gguf(other)
+
+
+def test_quiet_hides_the_bars(source, workdir):
+    command = [sys.executable, "-m", "rlsedit_fast", "ask", "--model", str(source), "house", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_checkpoint_can_be_written_from_a_gguf_file(source, workdir):
