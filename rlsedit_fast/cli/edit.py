@@ -300,7 +300,7 @@ def _write(editor: Editor, options: argparse.Namespace) -> Written:
     """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
         return write_exports(editor, options)
-    if options.out or options.delta or options.adapter:
+    if options.out or options.delta or options.adapter or options.patch:
         say("no edit is active: nothing was written")
     return Written()
 

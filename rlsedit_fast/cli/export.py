@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,12 +16,23 @@ from rlsedit_fast.cli.output import add_json, emit, say
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError, RLSEditError, counted
-from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
+from rlsedit_fast.export import (
+    AdapterReport,
+    Engine,
+    WeightChange,
+    changes_between,
+    write_adapter,
+    write_delta,
+    write_patch,
+)
+from rlsedit_fast.export.engines import check_engine
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
-USAGE = "(--store DIR | --model BASE --edited MODEL) [--out DIR] [--delta FILE] [--adapter DIR] [options]"
+USAGE = (
+    "(--store DIR | --model BASE --edited MODEL) [--out DIR] [--delta FILE] [--adapter DIR] [--patch FILE] [options]"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     if (options.store is None) == (options.edited is None):
         raise InputError("pass either --store DIR, or --edited MODEL with --model BASE")
-    if not (options.out or options.delta or options.adapter):
-        raise InputError("no output given; pass --out DIR (checkpoint), --delta FILE or --adapter DIR")
+    if not (options.out or options.delta or options.adapter or options.patch):
+        raise InputError("no output given; pass --out DIR (checkpoint), --delta FILE, --adapter DIR or --patch FILE")
     if options.edited is not None and options.model is None:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
@@ -66,6 +77,7 @@ def _export_difference(options: argparse.Namespace) -> int:
         setup.check_model(options, path=path)
     base, _ = setup.load_model(options)
     edited, _ = setup.load_model(options, options.edited)
+    check_engine(options.engine, type(base).__name__)
     changes = changes_between(base, edited)
     written = Written()
     results: dict[str, Any] = {"changed": [change.name for change in changes]}
@@ -80,9 +92,13 @@ def _export_difference(options: argparse.Namespace) -> int:
                 "`rlsedit edit --adapter` writes an exact adapter whose rank is at most the number of edits"
             )
         with written.attempt(f"--adapter {options.adapter}"):
-            report = write_adapter(changes, options.adapter, rank=options.rank, base_model=str(options.model))
+            report = write_adapter(
+                changes, options.adapter, rank=options.rank, base_model=str(options.model), engine=options.engine
+            )
             results["adapter"] = asdict(report)
             written.files += adapter_lines(report, options.adapter)
+    if options.patch:
+        _write_patch(changes, options.patch, fingerprint(base), written)
     with written.attempt():
         emit(results | written.to_json, written.files, options.json)
     written.raise_failures()
@@ -147,7 +163,7 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
     Raises:
         InputError: no output is given, or one already exists or cannot be created.
     """
-    if not (options.out or options.delta or options.adapter or options.store):
+    if not (options.out or options.delta or options.adapter or options.patch or options.store):
         raise InputError(
             "no output given; pass --out DIR (checkpoint), --delta FILE, --adapter DIR, or --store DIR (keeps the "
             "edits and allows undo), or check the edits with --dry-run"
@@ -181,7 +197,7 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
     """Writes the outputs given by the options; delta and adapter only if an edit is active."""
     written = Written()
     active = any(record.state == "active" for record in editor.history())
-    if not active and (options.delta or options.adapter):
+    if not active and (options.delta or options.adapter or options.patch):
         say("no edit is active: no delta or adapter was written")
     if options.out is not None:
         with written.attempt(f"--out {options.out}"):
@@ -193,8 +209,12 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
             written.files.append(f"delta: {options.delta}")
     if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
-            report = editor.save_adapter(options.adapter, rank=options.rank, overwrite=options.overwrite)
+            report = editor.save_adapter(
+                options.adapter, rank=options.rank, engine=options.engine, overwrite=options.overwrite
+            )
             written.files += adapter_lines(report, options.adapter)
+    if options.patch is not None and active:
+        _write_patch(editor.changes(), options.patch, editor.fingerprint(), written)
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
@@ -203,12 +223,20 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
 
 def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
     """Returns the path of the adapter and one line per module with rank and relative error."""
-    lines = [f"adapter: {directory}"]
+    lines = [f"adapter: {directory}, rank {report.rank}"]
     lines += [
         f"  {module.name}: rank {module.used} of {module.needed}, relative error {module.error:.2g}"
         for module in report.modules
     ]
     return lines
+
+
+def _write_patch(changes: list[WeightChange], path: Path, base_fingerprint: str, written: Written) -> None:
+    with written.attempt(f"--patch {path}"):
+        patches = write_patch(changes, path, base_fingerprint=base_fingerprint)
+        entries = sum(patch.full_shape[0] * patch.full_shape[1] for patch in patches)
+        changed = sum(len(patch.indices) for patch in patches)
+        written.files.append(f"patch: {path}, {changed:,} of {entries:,} entries of {counted(len(patches), 'weight')}")
 
 
 def _add_difference(parser: argparse.ArgumentParser) -> None:
@@ -223,19 +251,33 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="maximum rank of the adapter (default: as high as needed to be exact)",
     )
+    group.add_argument(
+        "--for",
+        dest="engine",
+        choices=get_args(Engine),
+        help="server of the adapter: vllm pads the rank with zeros to the next value of its --max-lora-rank",
+    )
+    group.add_argument(
+        "--patch",
+        type=Path,
+        metavar="FILE",
+        help="sparse patch (safetensors): changed entries by position in the checkpoint, for vLLM",
+    )
 
 
 def _check_new(options: argparse.Namespace) -> None:
-    for name, path in (("--delta", options.delta), ("--adapter", options.adapter)):
+    for name, path in (("--delta", options.delta), ("--adapter", options.adapter), ("--patch", options.patch)):
         if path is not None:
             _check_absent(name, path, overwrite=options.overwrite)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
+    if options.engine is not None and options.adapter is None:
+        raise InputError(f"--for {options.engine} requires --adapter DIR; add it or omit --for")
 
 
 def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
     with suppress(OSError):  # an inaccessible path is reported when it is created
-        if overwrite and path.exists() and path.is_dir() == (name == "--delta"):
+        if overwrite and path.exists() and path.is_dir() == (name in ("--delta", "--patch")):
             raise InputError(f"{name} {path} is a {'folder' if path.is_dir() else 'file'}; choose another path")
         if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(f"{name} {path} already exists; choose another path or pass --overwrite")
@@ -243,4 +285,4 @@ def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
 
 def _check_places(options: argparse.Namespace) -> None:
     folders = ("out", "adapter") if options.store and Store.exists(options.store) else ("out", "adapter", "store")
-    check_places(options, folders=folders, files=("delta", "json"))
+    check_places(options, folders=folders, files=("delta", "patch", "json"))

@@ -19,9 +19,10 @@ from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
+from rlsedit_fast.export.engines import Engine, check_engine
 from rlsedit_fast.files import check_new
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = 32  # number of active edits that `status` measures by default
 
 
 class Editor:
@@ -484,12 +483,14 @@ class Editor:
         active = len(self._session.ledger.active)
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
-    def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
+    def save_adapter(
+        self, directory: str | Path, *, rank: int | None = None, engine: Engine | None = None, overwrite: bool = False
+    ) -> AdapterReport:
         """Writes the weight change as a LoRA adapter, see `export.write_adapter`; `overwrite` replaces a folder."""
+        check_engine(engine, type(self.model).__name__)
         check_new(directory, overwrite=overwrite)
-        base = str(getattr(self.model.config, "_name_or_path", ""))
-        writes = max(1, self._session.progress.writes)
-        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+        base, writes = str(getattr(self.model.config, "_name_or_path", "")), max(1, self._session.progress.writes)
+        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes, engine=engine)
 
     def _check_attached(self) -> None:
         if self._session.layers:
