@@ -1,4 +1,4 @@
-# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only
+# make demo | test | soak | real | deploy-test | lint | docs | clean. The first run installs into .venv; later ones do so again only
 # when an input of the build has changed.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
-.PHONY: demo test soak real lint docs clean
+.PHONY: demo test soak real deploy-test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -40,6 +40,11 @@ soak: $(STAMP)
 real: JOBS := 1
 real: $(STAMP) $(SMOLLM2_STAMP) $(GEMMA_STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n $(JOBS) -m "real or smollm2"
+
+# Other programs that read edited models: vLLM on the CPU, mergekit, lm-eval, and wheels of this package. Each is
+# installed into an environment of its own in .venv/deploy (several GB).
+deploy-test: $(STAMP) $(SMOLLM2_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m deploy
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -43,7 +43,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     action = parser.add_argument_group("what to load (DIR: on this machine, or an absolute path on the server's)")
     action.add_argument("--adapter", metavar="DIR", help="LoRA adapter to load, written with --for vllm")
-    action.add_argument("--name", help="name under which the adapter is served; with --edits alone, the model to ask")
+    action.add_argument(
+        "--name",
+        dest="served",
+        metavar="NAME",
+        help="name under which the adapter is served; with --edits alone, the model to ask (default: the base model)",
+    )
     action.add_argument("--overwrite", action="store_true", help="replace a loaded adapter of this name")
     action.add_argument("--checkpoint", metavar="DIR", help="edited checkpoint whose weights replace the served ones")
     action.add_argument("--unload", metavar="NAME", help="name of an adapter to unload")
@@ -62,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
         server.unload_adapter(options.unload)
         lines.append(f"{server.url} no longer serves {options.unload}")
     if options.adapter is not None:
-        server.load_adapter(options.name, options.adapter, replace=options.overwrite)
-        lines.append(f"{server.url} serves the adapter {options.adapter} as {options.name}")
+        server.load_adapter(options.served, options.adapter, replace=options.overwrite)
+        lines.append(f"{server.url} serves the adapter {options.adapter} as {options.served}")
     if options.checkpoint is not None:
         server.reload_weights(options.checkpoint)
         lines.append(f"{server.url} serves the weights of {options.checkpoint}")
@@ -72,13 +77,13 @@ def run(options: argparse.Namespace) -> int:
     if facts is None:
         emit(results, lines, options.json)
         return DONE
-    report = count_stated(server, facts.edits, model=options.name)
+    report = count_stated(server, facts.edits, model=options.served)
     results |= {"stated": report.stated, "asked": report.asked, "left_out": facts.left_out}
     results["unstated"] = [
         {"place": facts.places[at], "target": facts.edits[at].target, "answer": report.answers[at]}
         for at in report.unstated
     ]
-    lines.append(f"{report.stated} of {report.asked} targets are stated by {options.name or results['models'][0]}")
+    lines.append(f"{report.stated} of {report.asked} targets are stated by {options.served or results['models'][0]}")
     lines += [f"  {one['place']}: {one['target']!r}, answer {one['answer']!r}" for one in results["unstated"]]
     emit(results, lines, options.json)
     return PARTIAL if report.unstated or facts.left_out else DONE
@@ -101,11 +106,11 @@ def _check(options: argparse.Namespace) -> None:
             "nothing to do; pass --adapter DIR --name NAME, --checkpoint DIR, --unload NAME, or --edits FILE to ask "
             "the prompts of edits"
         )
-    if options.adapter is not None and not options.name:
+    if options.adapter is not None and not options.served:
         raise InputError("--adapter requires --name NAME, the name under which the adapter is served; add it")
     if options.overwrite and options.adapter is None:
         raise InputError("--overwrite requires --adapter DIR; add it or omit --overwrite")
-    if options.name and options.checkpoint is not None:
+    if options.served and options.checkpoint is not None:
         raise InputError("--name cannot be combined with --checkpoint: the served model keeps its name; omit it")
     if options.unload is not None and options.edits is not None:
         raise InputError("--edits cannot be combined with --unload; ask the server in a second command")

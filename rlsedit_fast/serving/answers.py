@@ -9,6 +9,7 @@ from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.serving.http import Server
 
+_FEW_TOKENS = 4  # enough for most targets
 _MOST_TOKENS = 64
 
 
@@ -55,12 +56,16 @@ def count_stated(server: Server, edits: Sequence[Edit], *, model: str | None = N
         >>> report = count_stated(VLLM(), [Edit("{} lives in", "Ann", "Rome")])  # doctest: +SKIP
     """
     prompts = [fill(edit.prompt, edit.subject)[0] for edit in edits]
-    longest = max((len(edit.target.encode()) for edit in edits), default=1)
-    found = server.complete(prompts, model=model, max_tokens=min(longest + 1, _MOST_TOKENS))
-    unstated = tuple(
-        at
-        for at, (edit, answer) in enumerate(zip(edits, found, strict=True))
-        if not answer.text.lstrip().startswith(edit.target.strip())
-    )
-    answers = tuple(answer.text for answer in found)
-    return StatedReport(len(edits) - len(unstated), len(edits), answers, unstated)
+    targets = [edit.target.strip() for edit in edits]
+    answers = [answer.text for answer in server.complete(prompts, model=model, max_tokens=_FEW_TOKENS)]
+    # Answers that are the start of the target are asked again with a token for each byte.
+    short = [
+        at for at, target in enumerate(targets) if target != (said := answers[at].lstrip()) and target.startswith(said)
+    ]
+    if short:
+        longest = max(len(targets[at].encode()) for at in short)
+        longer = server.complete([prompts[at] for at in short], model=model, max_tokens=min(longest + 1, _MOST_TOKENS))
+        for at, answer in zip(short, longer, strict=True):
+            answers[at] = answer.text
+    unstated = tuple(at for at, target in enumerate(targets) if not answers[at].lstrip().startswith(target))
+    return StatedReport(len(edits) - len(unstated), len(edits), tuple(answers), unstated)
