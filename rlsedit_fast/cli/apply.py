@@ -38,8 +38,7 @@ def run(options: argparse.Namespace) -> int:
     check_checkpoint(options.out, options.model, overwrite=options.overwrite)
     check_places(options, folders=("out",))
     check_delta(options.delta)
-    setup.check_model(options)
-    model, tokenizer = setup.load_model(options)
+    model, tokenizer = setup.load_model(options, config=setup.check_model(options))
     report = apply_delta(model, options.delta)
     written = Written()
     with written.attempt(f"--out {options.out}"), written_folder(options.out) as folder:

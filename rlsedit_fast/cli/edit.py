@@ -116,14 +116,15 @@ def run(options: argparse.Namespace) -> int:
             _check_anchors_fixed(options)
     if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
-    with setup.make_editor(options) as editor:
+    plan = setup.plan_editor(options)
+    facts = sift(facts, plan, options)
+    with plan.load() as editor:
         return _run(editor, facts, protected, options)
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
-    facts = sift(editor, facts, options)
     facts, known, past = _new_facts(editor, facts, again=options.again, retry=options.retry_failed)
     layers = describe_layers(editor)
     say(*layer_lines(layers))

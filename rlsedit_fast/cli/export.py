@@ -73,10 +73,11 @@ def _export_store(options: argparse.Namespace) -> int:
 
 
 def _export_difference(options: argparse.Namespace) -> int:
-    for path in (options.model, options.edited):
-        setup.check_model(options, path=path)
-    base, _ = setup.load_model(options)
-    edited, _ = setup.load_model(options, options.edited)
+    paths = (options.model, options.edited)
+    configs = [setup.check_model(options, path=path) for path in paths]
+    base, edited = (
+        setup.load_model(options, path, config=config)[0] for path, config in zip(paths, configs, strict=True)
+    )
     check_engine(options.engine, type(base).__name__)
     changes = changes_between(base, edited)
     written = Written()

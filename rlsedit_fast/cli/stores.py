@@ -74,11 +74,11 @@ def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
     given, options.model = options.model, options.model or recorded
     try:
-        setup.check_model(options)
+        config = setup.check_model(options)
     except InputError as error:
         moved = f"the store {str(options.store)!r} was created with this path; pass --model if the model has moved"
         raise InputError(error.message, error.hint if given else moved) from error
-    return setup.load_model(options)
+    return setup.load_model(options, config=config)
 
 
 def open_editor(options: argparse.Namespace) -> Editor:

@@ -37,13 +37,18 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, Assertion
 
 
 def load_model(
-    path: str | Path, *, device: str | None = None, **options: Any
+    path: str | Path,
+    *,
+    device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode and its tokenizer.
 
     Args:
         path: folder or model name, as for `AutoModelForCausalLM.from_pretrained`.
         device: device of the model; `auto` uses all devices (requires accelerate), None that of `from_pretrained`.
+        tokenizer: the tokenizer, if it is already loaded; see `load_tokenizer`.
         **options: options of `AutoModelForCausalLM.from_pretrained`, such as `dtype`. `revision`,
             `trust_remote_code`, `token`, `subfolder`, `cache_dir` and `local_files_only` are also passed to the
             tokenizer.
@@ -62,7 +67,7 @@ def load_model(
         >>> model.dtype
         torch.float32
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     for name in ("dtype", "torch_dtype"):
         check_dtype(options.get(name))
@@ -72,8 +77,9 @@ def load_model(
         load_config(path, **shared)
     if device == "auto":
         options["device_map"] = device
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, **shared)  # first, because it is loaded faster
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)  # first, because it is loaded faster
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except _FAILURES as error:
         raise _not_loaded(path, error, options) from error
@@ -83,6 +89,34 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used: {error}") from error
     return model.eval(), tokenizer
+
+
+def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Args:
+        path: folder or model name, as for `AutoTokenizer.from_pretrained`.
+        **options: options of `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import load_tokenizer
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> load_tokenizer(MODEL_DIR).bos_token
+        '<s>'
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, options) from error
+    return tokenizer
 
 
 def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
@@ -130,6 +164,11 @@ def check_config(config: object) -> None:
             f"{getattr(config, 'model_type', 'the model')}: encoder-decoder models are not supported; pass a "
             "decoder-only model, such as those that AutoModelForCausalLM loads"
         )
+
+
+def max_tokens(config: PretrainedConfig) -> int | None:
+    """Returns the maximum number of tokens of a model, or None if there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_dtype(dtype: object) -> None:

