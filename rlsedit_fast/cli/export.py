@@ -27,6 +27,7 @@ from rlsedit_fast.export import (
 )
 from rlsedit_fast.export.engines import check_engine
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.loading import load_config
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
@@ -78,7 +79,6 @@ def _export_difference(options: argparse.Namespace) -> int:
     base, edited = (
         setup.load_model(options, path, config=config)[0] for path, config in zip(paths, configs, strict=True)
     )
-    check_engine(options.engine, type(base).__name__)
     changes = changes_between(base, edited)
     written = Written()
     results: dict[str, Any] = {"changed": [change.name for change in changes]}
@@ -274,6 +274,9 @@ def _check_new(options: argparse.Namespace) -> None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
     if options.engine is not None and options.adapter is None:
         raise InputError(f"--for {options.engine} requires --adapter DIR; add it or omit --for")
+    if options.engine is not None and options.model is not None:
+        config = load_config(options.model, trust_remote_code=options.trust_remote_code)
+        check_engine(options.engine, next(iter(config.architectures or []), ""))
 
 
 def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
