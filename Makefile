@@ -43,9 +43,10 @@ real: JOBS := 1
 real: $(STAMP) $(SMOLLM2_STAMP) $(GEMMA_STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n $(JOBS) -m "real or smollm2"
 
-# Edited models in other programs. llama.cpp comes as a wheel.
+# Other programs that read edited models: llama.cpp (a wheel), and vLLM on the CPU, mergekit, lm-eval and wheels of this
+# package, each in an environment of its own in .venv/deploy (several GB).
 deploy-test: $(STAMP) $(SMOLLM2_STAMP) $(LLAMA_CPP_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m deploy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m deploy
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -303,7 +303,7 @@ def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any
     """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
         return write_exports(editor, options, stability)
-    if options.out or options.delta or options.adapter:
+    if options.out or options.delta or options.adapter or options.patch:
         say("no edit is active: nothing was written")
     return Written()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,14 +17,27 @@ from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.editing.exports import GgufReport
 from rlsedit_fast.errors import InputError, RLSEditError, counted, listed
-from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
+from rlsedit_fast.export import (
+    AdapterReport,
+    Engine,
+    WeightChange,
+    changes_between,
+    write_adapter,
+    write_delta,
+    write_patch,
+)
+from rlsedit_fast.export.engines import check_engine
 from rlsedit_fast.export.gguf import AUTO, TYPES
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import SUFFIX, is_gguf
+from rlsedit_fast.models.loading import load_config
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
-USAGE = "(--store DIR | --model BASE --edited MODEL) [--out DIR|FILE.gguf] [--delta FILE] [--adapter DIR] [options]"
+USAGE = (
+    "(--store DIR | --model BASE --edited MODEL) [--out DIR|FILE.gguf] [--delta FILE] [--adapter DIR] [--patch FILE] "
+    "[options]"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +54,10 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     if (options.store is None) == (options.edited is None):
         raise InputError("pass either --store DIR, or --edited MODEL with --model BASE")
-    if not (options.out or options.delta or options.adapter):
-        raise InputError("no output given; pass --out DIR (checkpoint), --out FILE.gguf, --delta FILE or --adapter DIR")
+    if not (options.out or options.delta or options.adapter or options.patch):
+        raise InputError(
+            "no output given; pass --out DIR (checkpoint), --out FILE.gguf, --delta FILE, --adapter DIR or --patch FILE"
+        )
     if options.edited is not None and options.model is None:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
@@ -85,9 +100,13 @@ def _export_difference(options: argparse.Namespace) -> int:
                 "`rlsedit edit --adapter` writes an exact adapter whose rank is at most the number of edits"
             )
         with written.attempt(f"--adapter {options.adapter}"):
-            report = write_adapter(changes, options.adapter, rank=options.rank, base_model=str(options.model))
+            report = write_adapter(
+                changes, options.adapter, rank=options.rank, base_model=str(options.model), engine=options.engine
+            )
             results["adapter"] = asdict(report)
             written.files += adapter_lines(report, options.adapter)
+    if options.patch:
+        _write_patch(changes, options.patch, fingerprint(base), written)
     with written.attempt():
         emit(results | written.to_json, written.files, options.json)
     written.raise_failures()
@@ -172,7 +191,7 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
     Raises:
         InputError: no output is given, or one already exists or cannot be created.
     """
-    if not (options.out or options.delta or options.adapter or options.store):
+    if not (options.out or options.delta or options.adapter or options.patch or options.store):
         raise InputError(
             "no output given; pass --out DIR (checkpoint) or FILE.gguf, --delta FILE, --adapter DIR, or --store DIR "
             "(keeps the edits and allows undo), or check the edits with --dry-run"
@@ -219,7 +238,7 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
     """
     written = Written()
     active = any(record.state == "active" for record in editor.history())
-    if not active and (options.delta or options.adapter):
+    if not active and (options.delta or options.adapter or options.patch):
         say("no edit is active: no delta or adapter was written")
     if options.out is not None and is_gguf_output(options.out):
         with written.attempt(f"--out {options.out}"), working("writing the GGUF file and measuring the edits in it"):
@@ -237,8 +256,12 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
             written.files.append(f"delta: {options.delta}")
     if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
-            report = editor.save_adapter(options.adapter, rank=options.rank, overwrite=options.overwrite)
+            report = editor.save_adapter(
+                options.adapter, rank=options.rank, engine=options.engine, overwrite=options.overwrite
+            )
             written.files += adapter_lines(report, options.adapter)
+    if options.patch is not None and active:
+        _write_patch(editor.changes(), options.patch, editor.fingerprint(), written)
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
@@ -283,12 +306,20 @@ def gguf_lines(report: GgufReport) -> list[str]:
 
 def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
     """Returns the path of the adapter and one line per module with rank and relative error."""
-    lines = [f"adapter: {directory}"]
+    lines = [f"adapter: {directory}, rank {report.rank}"]
     lines += [
         f"  {module.name}: rank {module.used} of {module.needed}, relative error {module.error:.2g}"
         for module in report.modules
     ]
     return lines
+
+
+def _write_patch(changes: list[WeightChange], path: Path, base_fingerprint: str, written: Written) -> None:
+    with written.attempt(f"--patch {path}"):
+        patches = write_patch(changes, path, base_fingerprint=base_fingerprint)
+        entries = sum(patch.full_shape[0] * patch.full_shape[1] for patch in patches)
+        changed = sum(len(patch.indices) for patch in patches)
+        written.files.append(f"patch: {path}, {changed:,} of {entries:,} entries of {counted(len(patches), 'weight')}")
 
 
 def _add_difference(parser: argparse.ArgumentParser) -> None:
@@ -303,21 +334,38 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="maximum rank of the adapter (default: as high as needed to be exact)",
     )
+    group.add_argument(
+        "--for",
+        dest="engine",
+        choices=get_args(Engine),
+        help="server of the adapter: vllm pads the rank with zeros to the next value of its --max-lora-rank",
+    )
+    group.add_argument(
+        "--patch",
+        type=Path,
+        metavar="FILE",
+        help="sparse patch (safetensors): changed entries by position in the checkpoint, for vLLM",
+    )
 
 
 def _check_new(options: argparse.Namespace) -> None:
-    for name, path in (("--delta", options.delta), ("--adapter", options.adapter)):
+    for name, path in (("--delta", options.delta), ("--adapter", options.adapter), ("--patch", options.patch)):
         if path is not None:
             _check_absent(name, path, overwrite=options.overwrite)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
+    if options.engine is not None and options.adapter is None:
+        raise InputError(f"--for {options.engine} requires --adapter DIR; add it or omit --for")
     if options.gguf_type is not None and not is_gguf_output(options.out):
         raise InputError("--gguf-type requires --out FILE.gguf; add it or omit --gguf-type")
+    if options.engine is not None and options.model is not None:
+        config = load_config(options.model, trust_remote_code=options.trust_remote_code)
+        check_engine(options.engine, next(iter(config.architectures or []), ""))
 
 
 def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
     with suppress(OSError):  # an inaccessible path is reported when it is created
-        is_file = name == "--delta" or is_gguf_output(path)
+        is_file = name in ("--delta", "--patch") or is_gguf_output(path)
         if overwrite and path.exists() and path.is_dir() == is_file:
             raise InputError(f"{name} {path} is a {'folder' if path.is_dir() else 'file'}; choose another path")
         if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -329,4 +377,4 @@ def _check_places(options: argparse.Namespace) -> None:
     folders = ["adapter"] if out else ["out", "adapter"]
     if not (options.store and Store.exists(options.store)):
         folders.append("store")
-    check_places(options, folders=folders, files=("delta", "json", *["out"] * out))
+    check_places(options, folders=folders, files=("delta", "patch", "json", *["out"] * out))

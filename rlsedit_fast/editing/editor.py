@@ -20,7 +20,7 @@ from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.loading import load_model
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = 32  # number of active edits that `status` measures by default
 
 
 class Editor(Exports):

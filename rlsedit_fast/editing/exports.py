@@ -19,6 +19,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
 from rlsedit_fast.export.card import CARD, CardContents, hub_name, make_card
 from rlsedit_fast.export.changes import same_bits
+from rlsedit_fast.export.engines import Engine, check_engine
 from rlsedit_fast.export.gguf import AUTO, TYPES, GgufTarget, find_targets, write_gguf
 from rlsedit_fast.files import check_new, written_whole
 from rlsedit_fast.models.fingerprint import fingerprint
@@ -155,16 +156,19 @@ class Exports:
         active = len(self._session.ledger.active)
         return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
 
-    def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
+    def save_adapter(
+        self, directory: str | Path, *, rank: int | None = None, engine: Engine | None = None, overwrite: bool = False
+    ) -> AdapterReport:
         """Writes the weight change as a LoRA adapter with a model card, see `export.write_adapter`.
 
         `overwrite` replaces an existing folder.
         """
+        check_engine(engine, type(self.model).__name__)
         check_new(directory, overwrite=overwrite)
         base = str(getattr(self.model.config, "_name_or_path", "") or "")
         base = hub_name(base) or base
         writes = max(1, self._session.progress.writes)
-        report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
+        report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes, engine=engine)
         with written_whole(Path(directory, CARD)) as (temporary,):
             temporary.write_text(make_card(self._card(), adapter=True), encoding="utf-8")
         return report
