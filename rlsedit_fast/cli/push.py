@@ -124,7 +124,8 @@ def _plain_card(folder: Path) -> str:
     """Returns a card for a folder without one, of which only an adapter names its base model."""
     settings = folder / "adapter_config.json"
     if not settings.exists():
-        return make_card(CardContents("", None))
+        library = "transformers" if (folder / "config.json").exists() else "gguf"
+        return make_card(CardContents("", None), library=library)
     about = read_json(settings, "the config of an adapter")
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
-    return make_card(CardContents(str(base or ""), None), adapter=True)
+    return make_card(CardContents(str(base or ""), None), library="peft")

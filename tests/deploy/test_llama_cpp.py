@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from importlib.util import find_spec
-
 import pytest
 
 gguf = pytest.importorskip("gguf")
@@ -15,11 +11,9 @@ import gguf_edits  # noqa: E402
 from rlsedit_fast import Edit, EditConfig, Editor  # noqa: E402
 
 from ..gguf_models import k_quant, tiny_llama, write_model  # noqa: E402
+from .environments import environment  # noqa: E402
 
 pytestmark = pytest.mark.deploy
-
-PYTHON = os.environ.get("RLSEDIT_LLAMA_PYTHON", sys.executable)
-"""An interpreter with the package xllamacpp."""
 
 FACTS = [Edit("{} is in", subject, target) for subject, target in (("Ada", "x"), ("Bo", "Q"), ("Cy", "7"))]
 CONFIG = EditConfig(
@@ -38,19 +32,20 @@ CITIES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def installed():
-    if sys.executable == PYTHON and find_spec("xllamacpp") is None:
-        pytest.skip("xllamacpp is not installed; pip install xllamacpp, or set RLSEDIT_LLAMA_PYTHON")
+@pytest.fixture(scope="module")
+def answers():
+    """Returns a function that asks llama.cpp for the edits in a file."""
+    python = environment("llama.cpp", ("xllamacpp",))
 
+    def ask(path, edits, tokens):
+        asked = [(edit.prompt.replace("{}", edit.subject), tokens) for edit in edits]
+        return [answer.strip() for answer in gguf_edits.llama_answers(str(python), path, asked)]
 
-def answers(path, edits, tokens):
-    asked = [(edit.prompt.replace("{}", edit.subject), tokens) for edit in edits]
-    return [answer.strip() for answer in gguf_edits.llama_answers(PYTHON, path, asked)]
+    return ask
 
 
 @pytest.mark.parametrize("kind", ["auto", "own", "F16", "F32", "BF16", "Q5_1"])
-def test_types_of_edited_tensors(kind, tmp_path):
+def test_types_of_edited_tensors(kind, tmp_path, answers):
     source = write_model(tmp_path / "model.gguf", tiny_llama())
     editor = Editor.from_pretrained(source, config=CONFIG)
     editor.edit(FACTS)
@@ -60,7 +55,7 @@ def test_types_of_edited_tensors(kind, tmp_path):
     assert answers(tmp_path / "edited.gguf", FACTS, 1) == ["x", "Q", "7"]
 
 
-def test_k_quants_become_a_type_that_holds_the_edits(tmp_path):
+def test_k_quants_become_a_type_that_holds_the_edits(tmp_path, answers):
     types = {"ffn_down.weight": k_quant(64, 256)}
     source = write_model(tmp_path / "model.gguf", tiny_llama(inner=256), types=types)
     editor = Editor.from_pretrained(source, config=CONFIG)
@@ -72,7 +67,7 @@ def test_k_quants_become_a_type_that_holds_the_edits(tmp_path):
     assert all(target in found for target in stated)
 
 
-def test_a_real_model_states_the_edits_and_is_restored(tmp_path):
+def test_a_real_model_states_the_edits_and_is_restored(tmp_path, answers):
     source = gguf_edits.smollm2()
     with Editor.from_pretrained(source, store=tmp_path / "store") as editor:
         editor.anchor(["The quick brown fox jumps over the lazy dog."] * 20)
