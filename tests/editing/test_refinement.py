@@ -113,10 +113,10 @@ def test_the_same_earlier_edits_are_checked_after_reopening(tmp_path):
     with make_editor(tmp_path, refine=0) as editor:
         editor.edit(EDITS[:7])
         editor.undo(3)
-        drawn = [editor._session._refiner.earlier_ids(than, 3) for than in range(1, 30)]
+        drawn = [editor._session.refiner.earlier_ids(than, 3) for than in range(1, 30)]
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
-        assert [opened._session._refiner.earlier_ids(than, 3) for than in range(1, 30)] == drawn
-        assert opened._session._refiner.earlier_ids(5, 10) == [1, 2, 4]
+        assert [opened._session.refiner.earlier_ids(than, 3) for than in range(1, 30)] == drawn
+        assert opened._session.refiner.earlier_ids(5, 10) == [1, 2, 4]
     assert drawn[0] == []
     assert set().union(*drawn) == {1, 2, 4, 5, 6, 7}
     assert all(len(ids) == 3 for ids in drawn[5:])
