@@ -130,7 +130,7 @@ class Baseline:
         self.unchanged = [one for part in settings.unchanged for one in part.questions()]
         self.expected = settings.answers
         self.questions: list[Question] = list({one.key: one for one in (*self.unchanged, *self.expected)}.values())
-        _check_questions(model, tokenizer, self.questions)
+        check_questions(model, tokenizer, self.questions)
         self.answers = answers_of(model, tokenizer, self.questions)
         self.probe: TextProbe | None = None
         self.text = ""
@@ -298,17 +298,31 @@ def answers_of(
     return found
 
 
-def _check_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> None:
+def check_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], named: str = "gates"
+) -> None:
+    """Raises InputError if a prompt is too long for the model, or is to be asked in a chat without a template.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        questions: the prompts.
+        named: where they come from, for the message.
+    """
     if any(one.chat for one in questions) and not supports_chat(tokenizer):
-        raise InputError("gates: `chat: true`, and the tokenizer has no chat template; omit it to continue the prompts")
+        raise InputError(f"{named}: `chat: true`, and the tokenizer has no chat template; omit it")
     longest = max_tokens(model)
     for one in questions:
-        count = len(encode_plain(tokenizer, one.prompt).ids) + one.answer_tokens + _CHAT_TEMPLATE * one.chat
-        if longest is not None and count > longest:
+        if longest is not None and (count := tokens_needed(tokenizer, one)) > longest:
             raise InputError(
-                f"gates: {one.prompt!r:.60}: {count} tokens with its answer, and the model supports {longest}; shorten "
-                "the prompt or decrease `tokens`"
+                f"{named}: {one.prompt!r:.60}: {count} tokens with its answer, and the model supports {longest}; "
+                "shorten the prompt or decrease `tokens`"
             )
+
+
+def tokens_needed(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
+    """Returns the number of tokens of a prompt with its answer; in a chat an upper estimate."""
+    return len(encode_plain(tokenizer, question.prompt).ids) + question.answer_tokens + _CHAT_TEMPLATE * question.chat
 
 
 def _texts(file: str, tokens: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:

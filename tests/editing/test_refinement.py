@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import refinement, session, value_search
+from rlsedit_fast.editing import refinement, stream, value_search
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
@@ -234,7 +234,7 @@ def test_a_batch_and_its_refinement_are_stored_together(tmp_path, monkeypatch):
     def check(records, _earlier):
         stored.append(editor._recorder.store.last)
 
-    monkeypatch.setattr(session, "check_stated", check)
+    monkeypatch.setattr(stream, "check_stated", check)
     with make_editor(tmp_path, refine=1) as editor:
         records = editor.edit(EDITS[:10], require_stated=True)
         kinds = [entry.kind for entry in editor._recorder.store.entries]
