@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, VIOLATED, setup
-from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
+from rlsedit_fast.cli.export import Written, add_exports, check_exports, check_gguf_export, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.gates import add_checks, gate_lines, gate_results, read_gates
 from rlsedit_fast.cli.output import add_json, complain, emit, progress, say, working
@@ -38,7 +38,7 @@ ABOUT = (
     "both. At the end, the command prints which targets the model states, with the answers before and after for those "
     "that it does not state. Ctrl-C finishes the current batch and writes the results."
 )
-USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
+USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR|FILE.gguf] [options]"
 
 CHAT_EDITS = 100
 """Maximum number of edits that are also asked in a chat by default; two answers are generated for each."""
@@ -121,14 +121,15 @@ def run(options: argparse.Namespace) -> int:
             _check_anchors_fixed(options)
     if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
-    with setup.make_editor(options) as editor:
+    plan = setup.plan_editor(options)
+    facts = sift(facts, plan, options)
+    with plan.load() as editor:
         return _run(editor, facts, protected, options)
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
-    facts = sift(editor, facts, options)
     facts, known, past = _new_facts(editor, facts, again=options.again, retry=options.retry_failed)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
@@ -147,6 +148,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         lines = [f"{counted(len(facts.edits), 'edit')} would be applied; nothing was modified", *past_lines(past)]
         emit(results, lines, options.json)
         return PARTIAL if facts.left_out or past else DONE
+    check_gguf_export(editor, options)
     if known_prompts := set(editor.protected).intersection(protected):
         say(f"{len(known_prompts)} of {len(protected)} prompts are already protected")
         protected = [prompt for prompt in protected if prompt not in known_prompts]
@@ -164,7 +166,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         written.raise_failures()
         if results.get("gates", {}).get("violated"):
             return VIOLATED
-        return PARTIAL if facts.left_out or past else DONE
+        return PARTIAL if facts.left_out or past or written.lost else DONE
     resumed = bool(editor.priors)
     if resumed:
         _check_anchors_fixed(options)
@@ -189,7 +191,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
             failure = _evaluate(editor, applied, before, probe, interrupts, results)
             error = error or failure
         checked = _report_gates(gates, results, options)
-        written = _write(editor, options)
+        written = _write(editor, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
             emit(results, [*summary(results), *checked], options.json)
@@ -199,7 +201,8 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     written.raise_failures()
     if interrupts.pressed:
         return INTERRUPTED
-    return PARTIAL if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
+    incomplete = facts.left_out or past or results["skipped"] or results["not_stated"] or written.lost
+    return PARTIAL if incomplete else DONE
 
 
 def _check_anchors_fixed(options: argparse.Namespace) -> None:
@@ -343,11 +346,11 @@ def _evaluate(
     return None
 
 
-def _write(editor: Editor, options: argparse.Namespace) -> Written:
+def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any] | None = None) -> Written:
     """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
-        return write_exports(editor, options)
-    if options.out or options.delta or options.adapter:
+        return write_exports(editor, options, stability)
+    if options.out or options.delta or options.adapter or options.patch:
         say("no edit is active: nothing was written")
     return Written()
 
