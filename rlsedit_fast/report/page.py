@@ -53,7 +53,7 @@ def render(report: ChangeReport, title: str | None = None) -> str:
     }
     from markupsafe import Markup
 
-    return environment.get_template(_TEMPLATE).render(
+    page = environment.get_template(_TEMPLATE).render(
         report=report,
         status=status,
         title=title or report.model.rstrip("/").rsplit("/", 1)[-1],
@@ -64,8 +64,8 @@ def render(report: ChangeReport, title: str | None = None) -> str:
         script=Markup(script),
         digest=digest,
         has_chat=any(row.chat_now is not None for row in report.edits),
-        has_names=any(row.name for row in report.edits),
     )
+    return page.lstrip()
 
 
 def _environment() -> Environment:
