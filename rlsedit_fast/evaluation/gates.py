@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.editing import Editor, EditRecord
-from rlsedit_fast.editing.context import max_tokens
 from rlsedit_fast.errors import GateError, InputError, counted, listed
 from rlsedit_fast.evaluation.gate_file import Expected, GateSettings, Question, make_settings, read_gate_file
 from rlsedit_fast.evaluation.gate_results import GateReport, GateResult
@@ -19,6 +18,7 @@ from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.unedited import unedited
 from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import encode_plain, fill
 from rlsedit_fast.statistics.sources import TextFile
 
@@ -311,7 +311,7 @@ def check_questions(
     """
     if any(one.chat for one in questions) and not supports_chat(tokenizer):
         raise InputError(f"{named}: `chat: true`, and the tokenizer has no chat template; omit it")
-    longest = max_tokens(model)
+    longest = max_tokens(model.config)
     for one in questions:
         if longest is not None and (count := tokens_needed(tokenizer, one)) > longest:
             raise InputError(
@@ -327,7 +327,7 @@ def tokens_needed(tokenizer: PreTrainedTokenizerBase, question: Question) -> int
 
 def _texts(file: str, tokens: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:
     """Returns texts with at least `tokens` tokens if the file has as many, and the maximum length of a text."""
-    length = min(_LENGTH, max_tokens(model) or _LENGTH)
+    length = min(_LENGTH, max_tokens(model.config) or _LENGTH)
     texts, taken = list[str](), 0
     for _, ids in TextFile(file).read(tokenizer, 0):
         if taken >= tokens:

@@ -17,7 +17,7 @@ _INK, _MUTED, _LINE, _ACCENT, _WARN = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _ACCENT: "--accent", _WARN: "--bad"}
 """Colors that stand for the variables of the page, which differ in dark mode."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same data give the same file
     "font.size": 9,

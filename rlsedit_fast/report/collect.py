@@ -13,7 +13,6 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.data.edits import normalized
 from rlsedit_fast.editing import Editor, EditRecord, Status
-from rlsedit_fast.editing.context import max_tokens
 from rlsedit_fast.editing.recovery import Contents
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.gate_file import Question
@@ -22,6 +21,7 @@ from rlsedit_fast.evaluation.gates import BoundGates, answers_of, check_question
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.unedited import unedited
 from rlsedit_fast.models.answers import CHAT_TOKENS, generate_answers, supports_chat
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import fill
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _fitting(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> tuple[list[Question], int]:
     """Returns the questions that are short enough for the model, and the number of the others."""
-    longest = max_tokens(model)
+    longest = max_tokens(model.config)
     kept = [one for one in questions if longest is None or tokens_needed(tokenizer, one) <= longest]
     return kept, len(questions) - len(kept)
 

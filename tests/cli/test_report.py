@@ -13,7 +13,7 @@ from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer
 
 PEOPLE = World.generate().people[:8]
-LIVES, PLAYS = RELATIONS[0], RELATIONS[1]
+LIVES = RELATIONS[0]
 
 
 def target(person, relation=LIVES):
