@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,39 @@ def _read_ledger(store: Store) -> tuple[Ledger, Progress]:
     return ledger, progress
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a store, without the rows of its edits.
+
+    Attributes:
+        about: metadata of the store: model, fingerprint, settings, layers, version.
+        records: records of all edits.
+        edits: the active edits by id, with the prompts for their evaluation.
+        protected: the protected prompts.
+        trace: recent values of the objective.
+        status: the status.
+    """
+
+    about: dict[str, Any]
+    records: list[EditRecord]
+    edits: dict[int, Edit]
+    protected: list[str]
+    trace: list[Point]
+    status: Status
+
+
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
     """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
+
+    Raises:
+        StoreError: the store does not exist or is damaged.
+        InputError: the budget is not above 0.
+    """
+    return read_contents(directory, budget=budget).status
+
+
+def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Contents:
+    """Returns the contents of a store without the model; see `read_status`.
 
     Raises:
         StoreError: the store does not exist or is damaged.
@@ -120,7 +151,7 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
                 )
             )
         anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
-        return assess(
+        status = assess(
             ledger.records,
             progress.trace,
             layers,
@@ -129,6 +160,8 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
             budget=budget,
             sizes=store.sizes(),
         )
+        edits = dict(zip(ledger.active, ledger.edits(ledger.active), strict=True))
+        return Contents(about, ledger.records, edits, progress.protected, progress.trace, status)
 
 
 def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
