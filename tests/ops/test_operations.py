@@ -301,6 +301,41 @@ def test_correct_split_matches_correct_on_the_joined_weight(backend, device, sig
     assert torch.equal(ops.split(got)[0], high.cpu())
 
 
+def check_nans_stay(correct, device):
+    """Checks NaN of every payload in U, and in the halves: an infinite upper half with a remainder is a NaN."""
+    payloads = torch.tensor([*(1 << bit for bit in range(23)), 0x407FFF, 0x7F7FFF, 0x7F8000, 0x7FFFFF])
+    bits = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).to(torch.int32)
+    rows = bits.view(torch.float32)[None]
+    assert rows.isnan().all()
+    high, low = ops.split(torch.randn(9, rows.shape[1]))
+    high[8], low[8] = torch.inf, 1
+    halves = [half.to(device, copy=True) for half in (high, low)]
+    correct(*halves, torch.ones(1, 9, device=device), rows.to(device))
+    assert all(half.isnan().all() for half in (halves[0], ops.join(*halves)))
+    halves = [half.to(device, copy=True) for half in (high, low)]
+    correct(*halves, torch.zeros(1, 9, device=device), torch.zeros_like(rows).to(device))
+    assert halves[0].isnan().all(1).tolist() == [False] * 8 + [True]
+    assert not halves[0][:8].isnan().any()
+    number = torch.tensor([[0x7F7FFFFF, 0x7F7F8000]], dtype=torch.int32).view(torch.float32)
+    halves = [half.to(device) for half in ops.split(number)]
+    correct(*halves, torch.zeros(1, 1, device=device), torch.zeros(1, 2, device=device))
+    assert torch.equal(ops.join(*halves).cpu(), number)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_correct_split_keeps_every_nan(backend, device):
+    needs(backend, "correct_split_")
+    check_nans_stay(lambda *given: ops.correct_split_(*given, 1, backend=backend), device)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_native_correct_split_keeps_every_nan_in_every_instruction_set(isa):
+    needs("cpu", "correct_split_")
+    if not cpu.runs(isa):
+        pytest.skip(f"this processor has no {isa}")
+    check_nans_stay(lambda *given: cpu.correct_split_(*given, 1, isa), "cpu")
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_native_correct_split_in_every_instruction_set(isa, transposed):
