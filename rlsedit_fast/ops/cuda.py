@@ -1,8 +1,8 @@
 """The `cuda` backend: float32 CUDA C++ kernels, from a prebuilt library or compiled at run time.
 
 The kernels have not run on a GPU yet (they compile for every target and run on the host, block by block, in tests), so
-`auto` does not select them. `panel` supports only a few edits, too few for matrix units. `correct_` and `moment_` are
-left to the Triton kernels.
+`auto` uses them only where it measured on the machine that they are correct and faster. `panel` supports only a few
+edits, too few for matrix units. `correct_` and `moment_` are left to the Triton kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlsedit_fast.ops import cuda_launch, cuda_plan
 from rlsedit_fast.ops.cuda_plan import MAX_EDITS, MAX_LAYERS, MAX_PANEL_EDITS
+from rlsedit_fast.ops.sizes import SizeClass
 
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the kernels are compiled for; devices before it have too little shared memory."""
@@ -75,8 +76,10 @@ def _too_old(device: int) -> str | None:
 
 
 @cache
-def _problem(launcher: cuda_launch.Launcher, device: int | None) -> str | None:
-    return launcher.problem(device)
+def _problem(device: int | None) -> str | None:
+    """See `Launcher.problem`; None if there is no launcher."""
+    found = cuda_launch.launcher()
+    return None if isinstance(found, str) else found.problem(device)
 
 
 def unavailable_reason() -> str | None:
@@ -87,7 +90,7 @@ def unavailable_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is available (torch.cuda.is_available() is false)"
     reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
-    return _problem(found, None) or (reasons[0] if all(reasons) else None)
+    return _problem(None) or (reasons[0] if all(reasons) else None)
 
 
 def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -95,8 +98,7 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     first = tensors[0]
     if first.device.type != "cuda":
         return f"tensors must be on a CUDA device, got {first.device}"
-    launcher, device = cuda_launch.launcher(), first.device.index
-    if reason := _too_old(device) or (None if isinstance(launcher, str) else _problem(launcher, device)):
+    if reason := _too_old(first.device.index) or _problem(first.device.index):
         return reason
     if first.dtype != torch.float32:
         return f"it computes in float32 only, got {first.dtype}"
@@ -109,3 +111,8 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     if op in ("panel", "downdate_") and first.stride(-1) != 1:
         return f"base must have contiguous rows, got strides {first.stride()}"
     return None
+
+
+def preferred(size: SizeClass) -> bool:
+    """Returns False: nothing is recorded on a GPU yet, so `auto` uses the backend only where it measured it."""
+    return False

@@ -125,8 +125,10 @@ class Compiled:
         if driver // 1000 >= runtime // 1000:
             return None
         versions = [f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime)]
-        return "the driver supports CUDA {}, but CuPy is for CUDA {}: update the driver, or install another CuPy".format(
-            *versions
+        return (
+            "the driver supports CUDA {}, but CuPy is for CUDA {}: update the driver, or install another CuPy".format(
+                *versions
+            )
         )
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:

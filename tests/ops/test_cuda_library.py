@@ -85,6 +85,11 @@ def test_library_without_a_driver_gives_the_versions(library):
     assert library.problem(0) == library.problem(None)
 
 
+def forget():
+    cuda._too_old.cache_clear()
+    cuda._problem.cache_clear()
+
+
 class Devices:
     """Replaces the launcher and the CUDA devices: `capabilities` by index, `problems` by index, None is the driver."""
 
@@ -92,7 +97,7 @@ class Devices:
 
     def __init__(self, monkeypatch, capabilities, problems):
         self.problem = problems.get
-        cuda._too_old.cache_clear()
+        forget()
         monkeypatch.setattr(cuda_launch, "launcher", lambda: self)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -120,7 +125,7 @@ def devices(monkeypatch):
     yield lambda capabilities, **problems: Devices(
         monkeypatch, capabilities, {None if name == "driver" else 0: text for name, text in problems.items()}
     )
-    cuda._too_old.cache_clear()
+    forget()
 
 
 def test_old_device_or_driver_is_not_used(devices):

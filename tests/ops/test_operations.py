@@ -13,6 +13,7 @@ import torch
 
 from rlsedit_fast import doctor, ops
 from rlsedit_fast.ops import cpu, cuda, cuda_launch, dispatch, reference
+from rlsedit_fast.ops.sizes import size_class
 
 U = 2.0**-24
 WIDTHS = (1, 3, 17, 64, 100, 257)
@@ -230,9 +231,8 @@ def test_factor_reports_the_failed_pivot(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("d", WIDTHS)
-def test_downdate(backend, device, d, monkeypatch):
+def test_downdate(backend, device, d):
     needs(backend, "downdate_")
-    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     for r in (*PENDING, 33, cpu.SYRK_RANK + 2):
         base, _, pending, signs = operands(d, 1, r)
         got, *rest = (t.to(device, copy=True) for t in (base, pending, signs))
@@ -241,7 +241,7 @@ def test_downdate(backend, device, d, monkeypatch):
         reference.downdate_(truth, pending.double(), signs.double())
         magnitude = base.double().abs() + pending.double().abs().T @ pending.double().abs()
         assert ((got.double().cpu() - truth).abs() <= bound(r + 3, magnitude, backend)).all()
-        if backend in ("cuda", "triton") or (backend == "cpu" and r >= cpu.SYRK_RANK):
+        if backend != "reference":
             assert torch.equal(got, got.T)
 
 
@@ -364,9 +364,8 @@ def test_native_correct_split_in_every_instruction_set(isa, transposed):
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [50, 4 * cpu.SYRK_RANK + 3])
-def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, tokens, monkeypatch):
+def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, tokens):
     needs(backend, "moment_")
-    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     if backend == "cpu" and accumulator == torch.float64:
         pytest.skip("the cpu backend supports only float32")
     if backend == "triton" and accumulator == torch.float64:
@@ -378,13 +377,25 @@ def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, toke
     magnitude = moment.double().abs() + rows.double().abs().T @ rows.double().abs()
     assert got.dtype == accumulator
     assert ((got.double().cpu() - truth).abs() <= bound(tokens + 2, magnitude, backend)).all()
-    if backend == "triton" or (backend == "cpu" and tokens >= cpu.SYRK_RANK):
+    if backend != "reference":
         assert torch.equal(got, got.T)
 
 
-@pytest.mark.parametrize(("d", "r", "by_syrk"), [(4096, 256, True), (4096, 255, False), (2048, 512, False)])
-def test_ssyrk_is_used_for_many_rows_of_wide_matrices(d, r, by_syrk):
-    assert cpu._use_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
+@pytest.mark.parametrize(
+    ("op", "d", "rows", "native"),
+    [
+        ("downdate_", 4096, 256, True),
+        ("downdate_", 4096, 128, False),
+        ("downdate_", 2048, 512, False),
+        ("moment_", 1024, 4096, True),
+        ("panel", 4096, 100, True),
+        ("panel", 4096, 129, False),
+    ],
+)
+def test_native_kernels_are_the_default_where_recorded_benchmarks_show_it(op, d, rows, native):
+    needs("cpu", op)
+    matrix, keys = torch.empty(d, d, device="meta"), torch.empty(rows, d, device="meta")
+    assert cpu.preferred(size_class(op, (matrix, keys))) is native
 
 
 def batch_of(op, device):
