@@ -21,8 +21,8 @@ from rlsedit_fast.ops.sizes import SizeClass
 
 # Most edits for which the native panel is the default; machines differ, so `auto` measures. Speedup over torch: on an
 # AMD machine 1.5 at 128 edits and 1.1 to 1.3 at 256 (bench/results/panel-cpu.json); on an Intel machine (earlier
-# versions) 1.14 at 64 and 0.95 at 100 with two threads (panel-cpu-intel.json), 1.35 at 128 and 0.71 at 256 with one thread
-# (panel-crossover-cpu.json).
+# versions) 1.14 at 64 and 0.95 at 100 with two threads (panel-cpu-intel.json), 1.35 at 128 and 0.71 at 256 with one
+# thread (panel-crossover-cpu.json).
 PANEL_EDITS = 128
 
 _SMALL = 1 << 20  # workspace floats whose memory traffic is negligible

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -78,6 +78,7 @@ class Selection:
         logger.info("%s uses %s; stored in %s", size.key, described(merged[size.key]), self.choices.path)
         return merged[size.key]
 
+    @torch.no_grad()
     def measure(
         self, size: SizeClass, runs: Mapping[str, Run], default: str, *, seconds: float = measurement.SECONDS
     ) -> Choice | None:
@@ -106,6 +107,10 @@ class Selection:
             return None
         except Exception as error:  # after a failed kernel, every later call on the device can fail
             logger.warning("measuring %s failed: %s", size.key, error)
+        finally:
+            if self._device.type == "cuda":
+                with suppress(RuntimeError):  # of a failed device
+                    torch.cuda.empty_cache()  # the problems are larger than the operands of most steps
         for name, reason in excluded.items():
             logger.warning("backend %r is not used for %s: %s", name, size.key, reason)
         if default in excluded:

@@ -125,11 +125,11 @@ def problem(size: SizeClass, device: torch.device, *, pending: int = PENDING, sy
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator).mul_(scale)
+        return torch.randn(*shape, dtype=torch.float32, device=device, generator=generator).mul_(scale)
 
     def square(d: int) -> Tensor:
         if not symmetric:
-            return torch.full((d, d), 1e-3, device=device).fill_diagonal_(1)
+            return torch.full((d, d), 1e-3, dtype=torch.float32, device=device).fill_diagonal_(1)
         rows = random(d, d, scale=d**-0.5)
         return rows @ rows.T
 
@@ -138,7 +138,7 @@ def problem(size: SizeClass, device: torch.device, *, pending: int = PENDING, sy
         return (square(first), random(rows, first), random(pending, first, scale=1e-2), _signs(pending, device)), ()
     if op == "factor":
         keys = random(rows, first, scale=first**-0.5)
-        return (keys, keys.clone(), random(rows, others[0]), torch.ones(rows, device=device)), (1,)
+        return (keys, keys.clone(), random(rows, others[0]), _signs(rows, device).abs()), (1,)
     if op == "downdate_":
         return (square(first), random(rows, first, scale=1e-3), _signs(rows, device)), ()
     if op == "moment_":
@@ -149,7 +149,7 @@ def problem(size: SizeClass, device: torch.device, *, pending: int = PENDING, sy
 
 def _signs(rows: int, device: torch.device) -> Tensor:
     """Returns signs of both kinds."""
-    return torch.where(torch.arange(rows, device=device) % 3 == 1, -1.0, 1.0)
+    return 1 - 2 * (torch.arange(rows, device=device) % 3 == 1).float()
 
 
 def copies(given: Problem) -> tuple[Any, ...]:

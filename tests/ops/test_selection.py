@@ -185,6 +185,19 @@ def test_problems_have_the_sizes_of_their_class():
     assert large.rows == 512
 
 
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.op)
+def test_settings_and_random_numbers_of_the_caller_do_not_matter(size):
+    state, before = torch.get_rng_state(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert measurement.check(size, reference.OPS[size.op], CPU) is None
+        tensors, _ = problem(size, CPU)
+    finally:
+        torch.set_default_dtype(before)
+    assert {tensor.dtype for tensor in tensors} <= {torch.float32, torch.bfloat16, torch.int16}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_first_use_measures_stores_and_reports_once(machine, caplog):
     with caplog.at_level(logging.INFO, logger="rlsedit_fast.ops"):
         assert [run(), run(9), run()] == ["triton"] * 3
