@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
-from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row
 
 _SLACK = 0.05
@@ -141,7 +142,7 @@ class Site:
                     state["output"] = with_hidden(below, _added(hidden_of(below), lookup, change))
                 else:
                     state["output"] = below
-                    handle = self.module.register_forward_hook(lambda _m, _i, out: _added(out, lookup, change))
+                    handle = self.module.register_forward_hook(lambda _m, _i, out: _changed(out, lookup, change))
                 try:
                     with reading(self.decoder, row, at) as read:
                         logits: Tensor = read(self.decoder.model(**batch.arguments()))
@@ -199,7 +200,7 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     if change is not None:
         at = torch.ones(1, dtype=torch.long, device=change.device)
         handles.append(
-            projection.module.register_forward_hook(lambda _m, _i, out: _added(out, at.to(out.device), change[None]))
+            projection.module.register_forward_hook(lambda _m, _i, out: _changed(out, at, change[None]))
         )
     ids = torch.tensor([[0, 1]], device=decoder.device)
     try:
@@ -220,6 +221,11 @@ def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
         do(output)
 
     return module.register_forward_hook(hook)
+
+
+def _changed(output: Any, at: Tensor, change: Tensor) -> Any:
+    """Returns the output of a module with `change [rows, d]` added to its hidden state, see `_added`."""
+    return with_hidden(output, _added(hidden_of(output), at, change))
 
 
 def _added(state: Tensor, at: Tensor, change: Tensor) -> Tensor:
