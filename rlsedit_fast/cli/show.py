@@ -13,6 +13,7 @@ from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.models.linear import Projection
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
 USAGE = "--model MODEL [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
@@ -53,23 +54,43 @@ def run(options: argparse.Namespace) -> int:
 
 def describe_layers(editor: Editor) -> list[dict[str, Any]]:
     """Returns the edited projections with shape, dtype, device and memory in bytes."""
-    weights = {p.layer: p.weight for p in editor.context.projections}
-    return [
-        asdict(layer) | {"shape": list(weights[layer.layer].shape), "dtype": str(weights[layer.layer].dtype)}
-        for layer in editor.context.memory()
-    ]
+    projections = {p.layer: p for p in editor.context.projections}
+    return [asdict(layer) | _described(projections[layer.layer]) for layer in editor.context.memory()]
+
+
+def _described(projection: Projection) -> dict[str, Any]:
+    """Returns shape, dtype and, for a mixture of experts, its numbers of experts."""
+    layout = projection.layout
+    found: dict[str, Any] = {"shape": [projection.value_width, projection.blocks[0].shape[1]]}
+    found["dtype"] = str(projection.dtype)
+    if layout is not None:
+        found |= {"experts": layout.experts, "active": layout.active, "shared": layout.shared}
+    return found
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
     """Formats the result of `describe_layers` as text."""
     lines = [
-        f"  {layer['name']}  {layer['shape']} {layer['dtype']} on {layer['device']}: "
-        f"state {size(layer['state'])}, plus {size(layer['building'])} while it is built"
+        f"  {layer['name']}  {_experts(layer)}{layer['shape']} {layer['dtype']} on {layer['device']}: "
+        f"state {'up to ' * ('experts' in layer)}{size(layer['state'])}, plus {size(layer['building'])} while it is built"
         for layer in layers
+    ]
+    lines += [
+        f"  {layer['name']}: each edit adds {size(layer['applied'])}, and {size(layer['pairs'])} per pair of edits "
+        f"(1,000 edits: {size(1000 * layer['applied'] + 10**6 * layer['pairs'])})"
+        for layer in layers
+        if layer["applied"]
     ]
     anchors, per_edit = (size(sum(layer[what] for layer in layers)) for what in ("anchors", "per_edit"))
     lines.append(f"  host memory: {anchors} for anchors, {per_edit} per undoable edit")
     return lines
+
+
+def _experts(layer: dict[str, Any]) -> str:
+    if "experts" not in layer:
+        return ""
+    shared = " and a shared one" if layer["shared"] else ""
+    return f"{layer['experts']} experts, {layer['active']} per token{shared}, "
 
 
 def _tokens(editor: Editor, request: Request) -> dict[str, Any]:

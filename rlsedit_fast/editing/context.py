@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines import make_rule
+from rlsedit_fast.baselines import RECURSIVE, make_rule
 from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
@@ -22,7 +22,8 @@ from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.loading import check_config, check_tokenizer
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
-from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.statistics.collection import collect
@@ -127,9 +128,12 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     known = find_preset(model.config)
     layers = known.layers if known and config.layers is None else config.layers_for(len(decoder.blocks))
     projections: Sequence[Projection] = decoder.select(layers)
+    if config.layers is None and projections[-1].layout is not None:
+        projections = projections[-1:]  # a mixture of experts has room for many edits
     check_tokenizer(model, tokenizer)
+    _check_settings(projections, config)
     for projection in projections:
-        if not all_finite(projection.weight):
+        if not all_finite(*projection.parameters.values()):
             raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
     with quiet(model):
         decoder = with_prefixes(decoder, longest=max_tokens(model))
@@ -137,6 +141,23 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
     return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:
+    """Raises InputError for settings that a mixture of experts does not support."""
+    mixture = next((projection.name for projection in projections if projection.layout is not None), None)
+    if mixture is None:
+        return
+    for setting, given, supported in (
+        ("rule", config.rule, RECURSIVE),
+        ("contexts.rows", config.contexts.rows or "contexts", "contexts"),
+        ("stored_rows", config.stored_rows if config.stored_rows == "fp16" else "full", "full"),
+    ):
+        if given != supported:
+            raise InputError(
+                f"{setting}={given!r}: {mixture} is a mixture of experts, which requires {setting}={supported!r}: each "
+                "context reaches experts of its own"
+            )
 
 
 def max_tokens(model: PreTrainedModel) -> int | None:

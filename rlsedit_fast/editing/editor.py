@@ -10,6 +10,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+from torch import Tensor
+
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
@@ -27,7 +30,7 @@ from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls import BlockPrior, Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
 
@@ -160,7 +163,7 @@ class Editor:
         return self.context.layers
 
     @property
-    def priors(self) -> list[Prior]:
+    def priors(self) -> list[Prior | BlockPrior]:
         """The prior of each edited layer; empty before the calibration or the first edit."""
         return self._session.priors
 
@@ -195,7 +198,7 @@ class Editor:
         if found is None:
             return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
-        self._session.moments = [found.moments[layer].cpu() for layer in self.layers]
+        self._session.moments = [found.moments[layer].to(torch.device("cpu")) for layer in self.layers]
         self._anchors = f"{found.tokens} tokens: {found.source}"
         return found.tokens
 
@@ -218,10 +221,9 @@ class Editor:
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
-        originals = {
-            f"{projection.name}.weight": state.original.T if projection.transposed else state.original
-            for projection, state in self._session.edited
-        }
+        originals = dict[str, Tensor]()
+        for projection, state in self._session.edited:
+            originals |= projection.assembled(state.originals())
         return fingerprint(self.model, instead=originals)
 
     def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
@@ -248,7 +250,7 @@ class Editor:
             self._session.protect(texts, keys, weight)
         return len(keys[0])
 
-    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior]:
+    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
         """Sets the prior of each layer with a pilot batch; the model is not modified.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot

@@ -28,8 +28,9 @@ from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
 from rlsedit_fast.errors import InputError, RequestError, RLSEditError, listed
 from rlsedit_fast.interrupts import interrupts_deferred
-from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.rls import BlockPrior, Prior
+from rlsedit_fast.statistics.key_statistics import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class EditSession:
         progress: counters.
         layers: the edited layers; None until the priors are set.
         norms: norms of each layer; empty until the priors are set.
-        moments: `E[k k^T] [d_k, d_k]` of the anchors per layer; None without anchors.
+        moments: moments of the anchors per layer; None without anchors.
         measurement: measures edits in the present model.
         waiting: protected texts, their keys per layer and their weight, to be added when the priors are set.
     """
@@ -59,7 +60,7 @@ class EditSession:
         self.progress = Progress()
         self.layers: EditedLayers | None = None
         self.norms: list[Norms] = []
-        self.moments: list[Tensor] | None = None
+        self.moments: list[Moment] | None = None
         self.waiting: list[tuple[list[str], list[Tensor], float]] = []
         self._context, self._config, self._recorder = context, context.config, recorder
         self._finder = ValueFinder(context.site, context.config)
@@ -73,7 +74,7 @@ class EditSession:
         return list(zip(self._context.projections, self.layers.states, strict=True)) if self.layers else []
 
     @property
-    def priors(self) -> list[Prior]:
+    def priors(self) -> list[Prior | BlockPrior]:
         """The prior of each layer; empty until the priors are set."""
         return [state.prior for _, state in self.edited]
 
@@ -84,7 +85,7 @@ class EditSession:
         return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
     @property
-    def used_moments(self) -> list[Tensor] | None:
+    def used_moments(self) -> list[Moment] | None:
         """The moments of the anchors; None if `mu = 0`, which gives the anchors no weight."""
         return None if self._config.prior.mu == 0 else self.moments
 
@@ -126,7 +127,8 @@ class EditSession:
         calibrated = calibrated_adherence(config, anchored=anchored) is not None
         pilot = self.pilot(requests) if calibrated else None
         report_activity("calibrating mu and lam")
-        priors = choose_priors(config, self.used_moments, len(self._context.layers), pilot)
+        layouts = [projection.layout for projection in self._context.projections]
+        priors = choose_priors(config, self.used_moments, layouts, pilot)
         del pilot  # its factors take memory that the states need
         report_activity("building the states of the layers")
         layers = EditedLayers(
@@ -145,7 +147,7 @@ class EditSession:
                 protected.append(layers.protect(keys, weight))
                 transaction.commit()
         prompts = self.protected
-        self.norms = [Norms.of(state.original, state.prior) for state in layers.states]
+        self.norms = [Norms.of(state.originals(), state.prior) for state in layers.states]
         if self._recorder:
             self._recorder.begin(priors, protected, prompts, [asdict(norms) for norms in self.norms])
         self.layers, self.progress.protected = layers, prompts

@@ -325,7 +325,7 @@ def _anchor(
         if found is None or texts is not anchors or not set(editor.layers) <= set(found.moments):
             tokens = ground.tokens
             if tokens is None:
-                width = max(projection.weight.shape[1] for projection in editor.context.projections)
+                width = max(block.shape[1] for projection in editor.context.projections for block in projection.blocks)
                 tokens = min(TOKENS_PER_DIMENSION * width, MOST_TOKENS)
             with phases("key statistics", "token") as progress:
                 found = editor.statistics(GivenTexts(anchors), tokens=tokens, progress=progress)

@@ -94,6 +94,25 @@ class ExpertProjection(Projection):
         stacked, *shared = (parameter.detach() for parameter in self.parameters.values())
         return [*(stacked.mT if self.transposed else stacked).unbind(), *shared]
 
+    def block_name(self, block: int) -> tuple[str, bool]:
+        """See `Projection`: the parameter with the index of the expert, or the module of the shared expert."""
+        if block == self.sizes.experts:
+            return f"{self.name}.{self.shared}", False
+        return f"{self.name}.{self.experts_name}.{self.down}.{block}", self.transposed
+
+    def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """See `Projection`."""
+        stacked = torch.stack(list(blocks[: self.sizes.experts]))
+        parts = [stacked.mT if self.transposed else stacked, *blocks[self.sizes.experts :]]
+        return dict(zip(self.parameters, parts, strict=True))
+
+    def add(self, change: Mapping[int, Tensor]) -> None:
+        """See `Projection`; changes of some blocks, each `[d_v, block width]`, float64."""
+        blocks = self.blocks
+        with torch.no_grad():
+            for block, delta in change.items():
+                blocks[block].copy_(blocks[block].double() + delta)
+
     def watch(self, pick: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]) -> list[Any]:
         """See `Projection`."""
         record = _Record(self, pick)

@@ -69,6 +69,28 @@ class Projection(ABC):
             The handles of the hooks.
         """
 
+    @abstractmethod
+    def block_name(self, block: int) -> tuple[str, bool]:
+        """Returns the name of a block in files of changes, and whether the model stores it transposed."""
+
+    @abstractmethod
+    def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns parameters, by dotted name, that have the given blocks; those of the model are not changed."""
+
+    @abstractmethod
+    def add(self, change: Any) -> None:
+        """Adds the change of a trial (`TrialPanel.change`) to the weight, rounded to its dtype."""
+
+    def copies(self) -> list[Tensor]:
+        """Returns copies of the parameters, for `restore`."""
+        return [parameter.detach().clone() for parameter in self.parameters.values()]
+
+    def restore(self, copies: Sequence[Tensor]) -> None:
+        """Restores the parameters bit for bit."""
+        with torch.no_grad():
+            for parameter, copied in zip(self.parameters.values(), copies, strict=True):
+                parameter.copy_(copied)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight."""
@@ -141,6 +163,19 @@ class LinearProjection(Projection):
     def watch(self, pick: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]) -> list[Any]:
         """See `Projection`."""
         return [self.module.register_forward_pre_hook(lambda _module, inputs: keep(pick(inputs[0])))]
+
+    def block_name(self, block: int) -> tuple[str, bool]:
+        """See `Projection`."""
+        return self.name, self.transposed
+
+    def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """See `Projection`."""
+        (block,) = blocks
+        return {f"{self.name}.weight": block.T if self.transposed else block}
+
+    def add(self, change: Tensor) -> None:
+        """See `Projection`; `change [d_v, d_k]`, float64."""
+        self.write(self.weight.double() + change)
 
     def write(self, weight: Tensor) -> None:
         """Copies `weight [d_v, d_k]` into the module, rounded to its dtype."""

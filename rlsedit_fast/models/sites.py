@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
+from rlsedit_fast.models.experts import ExpertProjection, check_mixture
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row
@@ -158,7 +159,7 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
     """Returns the site of the last projection.
 
     Each projection is probed with a forward pass over two tokens, up to its block, to test whether its output is added
-    to the residual stream unchanged.
+    to the residual stream unchanged. The output of a mixture of experts is compared with the one that its keys give.
 
     Args:
         decoder: the model.
@@ -166,6 +167,9 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
 
     Returns:
         The site; `direct` is True if all projections are added unchanged.
+
+    Raises:
+        ModelError: see `experts.check_mixture`.
 
     Example:
         >>> from rlsedit_fast.models import find_decoder, find_site
@@ -176,6 +180,9 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
         >>> site.projection.layer, site.direct
         (1, True)
     """
+    for projection in projections:
+        if isinstance(projection, ExpertProjection):
+            check_mixture(projection, lambda: _run(decoder))
     direct = all(_adds_directly(decoder, projection) for projection in projections)
     return Site(decoder, projections[-1], direct)
 
@@ -202,16 +209,21 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
         handles.append(
             projection.module.register_forward_hook(lambda _m, _i, out: _changed(out, at, change[None]))
         )
-    ids = torch.tensor([[0, 1]], device=decoder.device)
     try:
         with torch.no_grad():
-            decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            _run(decoder)
     except StopForward:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return outputs[0]
+
+
+def _run(decoder: Decoder) -> None:
+    """Runs a forward pass over two tokens."""
+    ids = torch.tensor([[0, 1]], device=decoder.device)
+    decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
 def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:

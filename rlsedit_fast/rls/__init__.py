@@ -3,7 +3,7 @@
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_state import BlockPanel, BlockState
 from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
-from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
+from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
@@ -16,6 +16,8 @@ __all__ = [
     "BlockPanel",
     "BlockPrior",
     "BlockState",
+    "BlockTrialLayer",
+    "BlockTrialPanel",
     "Bounds",
     "Monitor",
     "Panel",

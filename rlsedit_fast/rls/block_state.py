@@ -14,10 +14,11 @@ from torch import Tensor
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
+from rlsedit_fast.rls.block_covariance import Covariances
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_rows import AppliedRows
 from rlsedit_fast.rls.block_weights import BlockWeights, SavedBlocks
-from rlsedit_fast.rls.blocks import BlockLayout, Group
+from rlsedit_fast.rls.blocks import BlockLayout
 from rlsedit_fast.rls.monitor import Monitor, probe
 from rlsedit_fast.rls.results import Bounds, Step, realized
 from rlsedit_fast.rls.state import dtype_of
@@ -150,7 +151,7 @@ class BlockState:
         self._prior, self._name, self._layout = prior, name, layout
         self._dtype = dtype or dtype_of(weights[0])
         self._weights = BlockWeights(weights, self._dtype)
-        self._covariances: dict[int, Tensor] = {}
+        self._covariances = Covariances(prior, self.device, self._dtype, name)
         self._rows = AppliedRows(layout, self.value_width, self._dtype, self.device)
         self._objective = 0.0
         self._snapshots: weakref.WeakSet[BlockSnapshot] = weakref.WeakSet()
@@ -205,6 +206,10 @@ class BlockState:
     def value_width(self) -> int:
         """The width of a value, `d_v`."""
         return self._weights.rows
+
+    def originals(self) -> list[Tensor]:
+        """Returns the original weight of each block; for a block that was never written a view of the model."""
+        return self._weights.originals()
 
     def weights(self) -> list[tuple[Tensor, Tensor] | None]:
         """Returns the original and the current weight of each block; None for a block that was never written."""
@@ -263,10 +268,10 @@ class BlockState:
     def cross(self, keys: Tensor, panel: BlockPanel) -> Tensor:
         """Returns `K' C K^T [m, n]`, float64, for rows of keys `K'` and the keys `K` of a panel of this state."""
         keys, _, _ = self._batch(keys, None)
-        prior = self._gram(keys, panel.keys, panel.projected)
+        prior = self._covariances.gram(keys, panel.keys, panel.projected)
         if not len(self._rows):
             return prior
-        old = self._gram(self._rows.keys, keys, self._projected(keys)[0])
+        old = self._covariances.gram(self._rows.keys, keys, self._covariances.project(keys)[0])
         return prior - torch.linalg.solve_triangular(self._rows.lower, old, upper=False).T @ panel.coupling
 
     @torch.no_grad()
@@ -438,41 +443,14 @@ class BlockState:
             checks.positive_weights(cast["weights"])
         return cast.pop("keys"), cast.pop("weights"), [cast[argument] for argument in others]
 
-    def _covariance(self, block: int) -> Tensor:
-        """Returns `C0_e` of a block; it is computed when the first key reaches the block."""
-        if block not in self._covariances:
-            self._covariances[block] = self._prior.covariance(block, self.device, self._dtype, self._name)
-        return self._covariances[block]
-
-    def _projected(self, keys: Tensor) -> tuple[Tensor, list[Group]]:
-        """Returns the features of `K C0 [n, features]` and the groups of the rows."""
-        features, groups = self._layout.features(keys), self._layout.groups(keys)
-        projected = torch.empty_like(features, memory_format=torch.contiguous_format)
-        for group in groups:
-            part = self._layout.part(features, group) @ self._covariance(group.block)
-            self._layout.put(projected, group, part)
-        return projected, groups
-
-    def _gram(self, left: Tensor, keys: Tensor, projected: Tensor) -> Tensor:
-        """Returns `K_left C0 K^T [m, n]`, float64, from the rows of keys and the projected features of the latter."""
-        layout = self._layout
-        result = torch.zeros(len(left), len(keys), dtype=torch.float64, device=left.device)
-        others = {group.block: group for group in layout.groups(left)}
-        features = layout.features(left)
-        for group in layout.groups(keys):
-            if (other := others.get(group.block)) is not None:
-                product = layout.part(features, other) @ layout.part(projected, group).T
-                result.index_put_((other.rows[:, None], group.rows[None, :]), product.double(), accumulate=True)
-        return result
-
     @full_float32()
     def _panel(self, keys: Tensor, weights: Tensor, rows: AppliedRows | None = None) -> BlockPanel:
         rows = self._rows if rows is None else rows
-        projected, _ = self._projected(keys)
-        gram = self._gram(keys, keys, projected)
+        projected, _ = self._covariances.project(keys)
+        gram = self._covariances.gram(keys, keys, projected)
         coupling = torch.zeros(0, len(keys), dtype=torch.float64, device=self.device)
         if len(rows):
-            coupling = torch.linalg.solve_triangular(rows.lower, self._gram(rows.keys, keys, projected), upper=False)
+            coupling = torch.linalg.solve_triangular(rows.lower, self._covariances.gram(rows.keys, keys, projected), upper=False)
             gram -= coupling.T @ coupling
         return BlockPanel(keys, weights, 0.5 * (gram + gram.T), self._version, self, projected, coupling)
 

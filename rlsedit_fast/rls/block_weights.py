@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.blocks import BlockLayout
 from rlsedit_fast.rls.master import Master, master_of
@@ -39,6 +38,10 @@ class BlockWeights:
     def rows(self) -> int:
         """`d_v`."""
         return self._views[0].shape[0]
+
+    def originals(self) -> list[Tensor]:
+        """Returns the original weight of each block; for a block that was never written a view of the model."""
+        return [self._original(block) for block in range(len(self._views))]
 
     def pairs(self) -> list[tuple[Tensor, Tensor] | None]:
         """Returns the original and the exact weight of each block; None for a block that was never written."""
@@ -107,10 +110,3 @@ class BlockWeights:
 
     def _original(self, block: int) -> Tensor:
         return self._originals.get(block, self._views[block])
-
-
-def check_blocks(views: Sequence[Tensor], name: str) -> None:
-    """Raises InputError unless all blocks are finite."""
-    for block, view in enumerate(views):
-        if not checks.all_finite(view):
-            raise InputError(f"{name}: the weight of block {block} contains NaN/Inf; load the model again")

@@ -1,18 +1,19 @@
 """Block-sparse keys of a layer of experts, and second moments of its blocks.
 
 With the routing fixed, a layer of experts computes `sum_e g_e W_e a_e + W_s a_s`, which is linear in the stacked weight
-`[W_1 ... W_E, W_s]`. The key of a token is `[g_e a_e]`, zero in the blocks of experts that the token does not reach. Keys
-are stored without these zeros.
+`[W_1 ... W_E, W_s]`. The key of a token is `[g_e a_e]`, zero in the blocks of experts that the token does not reach.
+Keys are stored without these zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import checks
 
@@ -185,6 +186,7 @@ class BlockMoment:
         shared: `[shared, shared]`; None without a shared expert.
         reached: number of tokens that reached each expert, `[experts]`, int64.
         tokens: number of tokens.
+        energy: `||K0 W0^T||^2`, the energy of the outputs; 0 if it is unknown.
 
     Raises:
         InputError: shapes or dtypes do not match, or an entry is not finite.
@@ -203,6 +205,7 @@ class BlockMoment:
     shared: Tensor | None
     reached: Tensor
     tokens: int
+    energy: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises InputError if shapes or dtypes do not match."""
@@ -226,21 +229,36 @@ class BlockMoment:
         shared = torch.zeros(layout.shared, layout.shared, device=device) if layout.shared else None
         return cls(routed, shared, torch.zeros(layout.experts, dtype=torch.long), 0)
 
-    def added(self, layout: BlockLayout, keys: Tensor) -> BlockMoment:
-        """Adds the products of keys to sums, in place, and returns the sums with their new counts."""
-        from rlsedit_fast import ops
+    def added(self, layout: BlockLayout, keys: Tensor, weights: Sequence[Tensor] | None = None) -> BlockMoment:
+        """Adds the products of keys to sums, in place, and returns the sums with their new counts.
 
+        Args:
+            layout: layout of the keys.
+            keys: rows of keys.
+            weights: the blocks of `W0`, for the energy; None leaves it as it is.
+        """
         features = layout.features(keys)
         reached = torch.bincount(layout.routing(keys).flatten().cpu(), minlength=layout.experts)
+        outputs = None if weights is None else keys.new_zeros(len(keys), weights[0].shape[0])
         for group in layout.groups(keys):
-            ops.moment_(self.block(group.block), layout.part(features, group).contiguous())
-        return BlockMoment(self.routed, self.shared, self.reached + reached, self.tokens + len(keys))
+            part = layout.part(features, group).contiguous()
+            ops.moment_(self.block(group.block), part)
+            if outputs is not None and weights is not None:
+                outputs.index_add_(0, group.rows, part @ weights[group.block].to(part.dtype).T)
+        energy = self.energy + (0.0 if outputs is None else float(outputs.double().square().sum()))
+        return replace(self, reached=self.reached + reached, tokens=self.tokens + len(keys), energy=energy)
 
     def mean(self) -> BlockMoment:
-        """Returns the mean of sums, divided in place."""
-        for tensor in (self.routed, *([] if self.shared is None else [self.shared])):
-            tensor.div_(max(1, self.tokens))
-        return self
+        """Returns the mean of sums; the moments are divided in place."""
+        for tensor in self.tensors().values():
+            if tensor.is_floating_point():
+                tensor.div_(max(1, self.tokens))
+        return replace(self, energy=self.energy / max(1, self.tokens))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors by name, for files."""
+        found = {"routed": self.routed, "shared": self.shared, "reached": self.reached}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def block(self, block: int) -> Tensor:
         """Returns the moment of a block, a view."""
@@ -252,7 +270,7 @@ class BlockMoment:
     def to(self, device: torch.device) -> BlockMoment:
         """Returns the moment on a device."""
         shared = None if self.shared is None else self.shared.to(device)
-        return BlockMoment(self.routed.to(device), shared, self.reached, self.tokens)
+        return replace(self, routed=self.routed.to(device), shared=shared)
 
     def mean_energy(self) -> float:
         """Returns the mean of the diagonal over all features of all blocks."""
