@@ -176,7 +176,12 @@ class EditedLayers:
         """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
         return [
             WeightChange(
-                name=name, original=pair[0], current=pair[1], stored=projection.blocks[block], transposed=transposed
+                name=name,
+                original=pair[0],
+                current=pair[1],
+                stored=projection.blocks[block],
+                transposed=transposed,
+                expert=projection.layout is not None and block < projection.layout.experts,
             )
             for projection, state in zip(self._projections, self.states, strict=True)
             for block, pair in enumerate(state.weights())

@@ -304,9 +304,7 @@ def _trial_layer(projection: Projection, moment: Moment | None, ridge: float) ->
     return TrialLayer(moment, ridge, projection.device, projection.name)
 
 
-def _ridges(
-    ridge: float, moments: Sequence[Moment | None], layouts: Sequence[BlockLayout | None]
-) -> list[float]:
+def _ridges(ridge: float, moments: Sequence[Moment | None], layouts: Sequence[BlockLayout | None]) -> list[float]:
     """Returns `lam^2 / mu^2` per layer: a fraction of the mean diagonal of the moment."""
     return [ridge * _mean_diagonal(moment, layout) for moment, layout in zip(moments, layouts, strict=True)]
 

@@ -88,7 +88,7 @@ def write_adapter(
         Rank needed, rank used and error per module.
 
     Raises:
-        InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, or the
+        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of an expert, no weight changed beyond rounding, or the
             folder cannot be written.
 
     Example:
@@ -112,6 +112,12 @@ def write_adapter(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{label}={number!r}: expected an integer of at least 1")
     check_distinct(changes)
+    if experts := [change.name for change in changes if change.expert]:
+        raise InputError(
+            f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which an adapter "
+            "cannot contain",
+            hint="write a delta or a checkpoint (Python: save_delta, save_pretrained)",
+        )
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for change in changes:

@@ -81,9 +81,14 @@ class ExpertProjection(Projection):
         return self.sizes
 
     @property
+    def stacked_name(self) -> str:
+        """Dotted name of the output weight of the routed experts in the model."""
+        return f"{self.name}.{self.experts_name}.{self.down}"
+
+    @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """See `Projection`."""
-        found = {f"{self.name}.{self.experts_name}.{self.down}": self.experts.get_parameter(self.down)}
+        found = {self.stacked_name: self.experts.get_parameter(self.down)}
         if self.shared is not None:
             found[f"{self.name}.{self.shared}.weight"] = self.module.get_submodule(self.shared).get_parameter("weight")
         return found
@@ -98,7 +103,7 @@ class ExpertProjection(Projection):
         """See `Projection`: the parameter with the index of the expert, or the module of the shared expert."""
         if block == self.sizes.experts:
             return f"{self.name}.{self.shared}", False
-        return f"{self.name}.{self.experts_name}.{self.down}.{block}", self.transposed
+        return f"{self.stacked_name}.{block}", self.transposed
 
     def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
         """See `Projection`."""
@@ -286,11 +291,11 @@ def expert_projection(
     for one in shared:
         check_weight(f"{block_name}.{mixture}.{one}", module.get_submodule(one))
     if len({one.rpartition(".")[0] for one in shared}) > 1:
-        raise ModelError(f"{block_name}.{mixture} is a mixture of experts with several shared ones, {shared}; {_SUPPORTED}")
+        raise ModelError(
+            f"{block_name}.{mixture} is a mixture of experts with several shared ones, {shared}; {_SUPPORTED}"
+        )
     last = shared[-1] if shared else None
-    gates = [
-        one for one, m in module.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1 and count > 1
-    ]
+    gates = [one for one, m in module.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1 and count > 1]
     if len(gates) > 1:
         raise ModelError(f"{block_name}.{mixture} is a mixture of experts with several gates, {gates}; {_SUPPORTED}")
     active = _active(module, config)
@@ -323,7 +328,9 @@ def _weights(name: str, experts: nn.Module, width: int) -> tuple[str, str, bool]
                     found.append((up, down, transposed))
     if len(found) > 1:  # square weights fit both ways
         found = [one for one in found if "down" in one[1] and "down" not in one[0]] or found
-    contents = {key: (type(parameter).__name__, parameter.dtype, list(parameter.shape)) for key, parameter in own.items()}
+    contents = {
+        key: (type(parameter).__name__, parameter.dtype, list(parameter.shape)) for key, parameter in own.items()
+    }
     if len(found) != 1:
         raise ModelError(
             f"{name} is a mixture of experts with {contents or 'no weights of its own'}; {_SUPPORTED}",

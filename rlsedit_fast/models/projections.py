@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.experts import ExpertProjection, expert_projection
@@ -176,6 +177,43 @@ def find_decoder(
     if not isinstance(blocks, nn.ModuleList):
         raise ModelError(f"layer_module={name!r} is not an nn.ModuleList; expected the name of the list of blocks")
     return Decoder(model, list(blocks), name, projection_module)
+
+
+def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
+    """Returns the output weight of a routed expert.
+
+    Args:
+        model: transformers causal language model.
+        name: dotted name of the stacked weight and the index of the expert, see `Projection.block_name`.
+
+    Returns:
+        `(weight [d_v, width], transposed)`, the weight as a view; None if there is no such expert.
+    """
+    parameter, _, index = name.rpartition(".")
+    if not index.isdecimal() or not any(parameter == one for one, _ in model.named_parameters()):
+        return None
+    for projection in _mixtures(find_decoder(model)):
+        if parameter == projection.stacked_name and int(index) < projection.sizes.experts:
+            return projection.blocks[int(index)], projection.transposed
+    return None
+
+
+def stacked_blocks(model: PreTrainedModel, name: str) -> list[str]:
+    """Returns the names of the blocks of a stacked weight of experts, see `find_block`; empty for other tensors."""
+    for projection in _mixtures(find_decoder(model)):
+        if name == projection.stacked_name:
+            return [projection.block_name(block)[0] for block in range(projection.sizes.experts)]
+    return []
+
+
+def _mixtures(decoder: Decoder) -> list[ExpertProjection]:
+    """Returns the mixtures of experts of a model, without those of an unknown form."""
+    found = []
+    for layer, block in enumerate(decoder.blocks):
+        if _experts(block) is not None:
+            with suppress(ModelError):
+                found += decoder.locate([layer])
+    return [projection for projection in found if isinstance(projection, ExpertProjection)]
 
 
 def _find_blocks(model: PreTrainedModel) -> str:

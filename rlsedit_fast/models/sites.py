@@ -206,9 +206,7 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     handles = [_on_output(decoder.blocks[projection.layer], keep)]
     if change is not None:
         at = torch.ones(1, dtype=torch.long, device=change.device)
-        handles.append(
-            projection.module.register_forward_hook(lambda _m, _i, out: _changed(out, at, change[None]))
-        )
+        handles.append(projection.module.register_forward_hook(lambda _m, _i, out: _changed(out, at, change[None])))
     try:
         with torch.no_grad():
             _run(decoder)

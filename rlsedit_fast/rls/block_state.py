@@ -450,7 +450,9 @@ class BlockState:
         gram = self._covariances.gram(keys, keys, projected)
         coupling = torch.zeros(0, len(keys), dtype=torch.float64, device=self.device)
         if len(rows):
-            coupling = torch.linalg.solve_triangular(rows.lower, self._covariances.gram(rows.keys, keys, projected), upper=False)
+            coupling = torch.linalg.solve_triangular(
+                rows.lower, self._covariances.gram(rows.keys, keys, projected), upper=False
+            )
             gram -= coupling.T @ coupling
         return BlockPanel(keys, weights, 0.5 * (gram + gram.T), self._version, self, projected, coupling)
 

@@ -100,7 +100,9 @@ def test_a_wrong_reading_of_the_weights_is_noticed(make_model, ids):
 def test_experts_in_separate_modules_are_refused(make_model):
     model = make_model("qwen3_moe")
     model.model.layers[1].mlp.experts = nn.ModuleList([copy.deepcopy(make_model("llama").model.layers[0].mlp)] * 2)
-    with pytest.raises(ModelError, match=r"(?s)layers\.1\.mlp\.experts is a mixture.*as in transformers 5.*projection_m"):
+    with pytest.raises(
+        ModelError, match=r"(?s)layers\.1\.mlp\.experts is a mixture.*as in transformers 5.*projection_m"
+    ):
         find_decoder(model).select([1])
 
 
