@@ -40,9 +40,8 @@ class LayerMemory:
         building: additional bytes while the state is built in float64; other rules need them for each batch. A rebuild
             also needs some copies of W and keeps the old C of every layer until all layers are done.
         per_edit: stored rows of an edit, in host memory; in the last layer including the states that they aim at.
-        applied: of a mixture of experts: bytes on the device per applied edit. 0 for other layers, whose memory does not
-            grow.
-        pairs: of a mixture of experts: bytes on the device per pair of applied edits, for the factor of the dual system.
+        applied: bytes on the device per applied edit of a mixture of experts; 0 for other layers, which do not grow.
+        pairs: the same per pair of applied edits, for the factor of the dual system.
     """
 
     layer: int

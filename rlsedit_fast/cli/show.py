@@ -72,7 +72,8 @@ def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
     """Formats the result of `describe_layers` as text."""
     lines = [
         f"  {layer['name']}  {_experts(layer)}{layer['shape']} {layer['dtype']} on {layer['device']}: "
-        f"state {'up to ' * ('experts' in layer)}{size(layer['state'])}, plus {size(layer['building'])} while it is built"
+        f"state {'up to ' * ('experts' in layer)}{size(layer['state'])}, "
+        f"plus {size(layer['building'])} while it is built"
         for layer in layers
     ]
     lines += [

@@ -19,10 +19,10 @@ from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request, find_invalid, prepare
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import check_config, check_tokenizer
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
-from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.rls.checks import all_finite

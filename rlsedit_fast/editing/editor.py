@@ -10,9 +10,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
-from torch import Tensor
-
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
@@ -21,8 +18,9 @@ from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
+from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
 from rlsedit_fast.files import check_new
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = 32  # number of active edits that `status` measures by default
 
 
 class Editor:
@@ -198,7 +194,7 @@ class Editor:
         if found is None:
             return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
-        self._session.moments = [found.moments[layer].to(torch.device("cpu")) for layer in self.layers]
+        self._session.moments = [found.moments[layer].cpu() for layer in self.layers]
         self._anchors = f"{found.tokens} tokens: {found.source}"
         return found.tokens
 
@@ -221,10 +217,7 @@ class Editor:
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
-        originals = dict[str, Tensor]()
-        for projection, state in self._session.edited:
-            originals |= projection.assembled(state.originals())
-        return fingerprint(self.model, instead=originals)
+        return fingerprint(self.model, instead=self._session.layers.originals() if self._session.layers else None)
 
     def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
         """Preserves the present outputs of the edited layers on every token of prompts, in addition to the anchors.
@@ -469,6 +462,11 @@ class Editor:
         """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
         self._check_attached()
         return layer_deviations(self._session.edited)
+
+    def routing_change(self, texts: Iterable[str], *, tokens: int = TOKENS) -> dict[int, float]:
+        """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""
+        self._check_attached()
+        return routing_change(self.context, self._session.layers, texts, tokens)
 
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; empty before the first edit."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -16,6 +17,7 @@ from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
 from rlsedit_fast.editing.config import KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
 from rlsedit_fast.export import WeightChange
@@ -31,43 +33,6 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
-
-
-@dataclass(frozen=True)
-class EditRows:
-    """Rows of an edit in the least-squares problem of every layer, in host memory; sufficient to remove the edit.
-
-    Attributes:
-        keys: per layer `[rows, d_k]`.
-        values: per layer `[rows, d_v]`.
-        weight: weight of the edit; see `row_weights`.
-        goal: edited hidden state that the rows aim at, `[rows, d_v]`, including what was added for the adherence or by
-            a refinement; with a mean key the one of the bare prompt. None for protected rows.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    weight: float
-    goal: Tensor | None = None
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.keys[0])
-
-
-def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """Returns keys `[n, contexts, d]` as rows: one per context, or the mean of each edit."""
-    return per_context.flatten(0, 1) if key_rows == "contexts" else per_context.mean(1)
-
-
-def goals_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """Returns states `[n, contexts, d]` for `rows_of_contexts`; for a mean key the one of the bare prompt."""
-    return per_context.flatten(0, 1) if key_rows == "contexts" else per_context[:, 0]
-
-
-def row_weights(rows: int, bare_weight: float) -> list[float]:
-    """Returns the weights of an edit's rows, with sum 1: the bare prompt's, and equal ones for the other contexts."""
-    return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
 
 
 def _make_state(
@@ -172,6 +137,26 @@ class EditedLayers:
         self._protected = list(snapshot.protected)
         self._marks = [_mark(projection) for projection in self._projections]
 
+    def originals(self) -> dict[str, Tensor]:
+        """Returns the edited parameters as they were before the first edit, by name."""
+        found = dict[str, Tensor]()
+        for projection, state in zip(self._projections, self.states, strict=True):
+            found |= projection.assembled(state.originals())
+        return found
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Gives the model its original weights inside the block, and the edited ones back bit for bit after it."""
+        edited = [projection.copies() for projection in self._projections]
+        try:
+            for projection, state in zip(self._projections, self.states, strict=True):
+                projection.restore(list(projection.assembled(state.originals()).values()))
+            yield
+        finally:
+            for projection, copies in zip(self._projections, edited, strict=True):
+                projection.restore(copies)
+            self._marks = [_mark(projection) for projection in self._projections]
+
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
         return [
@@ -251,7 +236,7 @@ class EditedLayers:
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
             _check_finite([projection])  # the next layer reads the model
-        return _edit_rows(keys, written, contexts, weights, aimed)
+        return edit_rows(keys, written, contexts, weights, aimed)
 
     def move_values(
         self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, fraction: float
@@ -391,7 +376,7 @@ class EditedLayers:
                 some = layer_keys[part].to(state.device, state.dtype)
                 held.append((some, state.outputs(some)))  # outputs of exactly these rows, so that the residual is 0
             these, outputs = zip(*held, strict=True)
-            rows += _edit_rows(these, outputs, 1, [weight] * len(these[0]))
+            rows += edit_rows(these, outputs, 1, [weight] * len(these[0]))
         self.add_protected(rows)
         return rows
 
@@ -464,17 +449,6 @@ def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
     if layout is None:
         return (now - then).norm(dim=1) / then.norm(dim=1)
     return layout.distance(now, then) / layout.norm(then)
-
-
-def _edit_rows(
-    keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float], goal: Tensor | None = None
-) -> list[EditRows]:
-    """Splits rows `[n each, d]` per layer into those of `n` edits with the given weights."""
-    sides = [
-        list(zip(*(layer.cpu().unflatten(0, (-1, each)) for layer in side), strict=True)) for side in (keys, values)
-    ]
-    goals = repeat(None, len(weights)) if goal is None else goal.cpu().unflatten(0, (-1, each))
-    return [EditRows(k, v, float(weight), g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
 
 
 def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:

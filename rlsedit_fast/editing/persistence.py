@@ -19,13 +19,15 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
+from rlsedit_fast.editing.rows import EditRows
+from rlsedit_fast.editing.stored_priors import about_prior, moment_tensors
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.rls import BlockMoment, BlockPrior, Prior, RLSState, Saved
+from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved
 from rlsedit_fast.rls.rounding import packed, unpacked
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
@@ -237,40 +239,6 @@ def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -
     return rows
 
 
-def about_prior(prior: Prior | BlockPrior) -> dict[str, Any]:
-    """Returns the numbers of a prior, JSON-serializable."""
-    about: dict[str, Any] = {"lam": prior.lam, "mu": prior.mu}
-    if isinstance(prior, BlockPrior) and prior.moment is not None:
-        about |= {"tokens": prior.moment.tokens, "energy": prior.moment.energy}
-    return about
-
-
-def decode_prior(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], at: int, projection: Projection
-) -> Prior | BlockPrior:
-    """Returns a stored prior.
-
-    Args:
-        about: result of `about_prior`.
-        tensors: the tensors of the start of the store.
-        at: index of the layer among the edited ones.
-        projection: the projection.
-    """
-    if projection.layout is None:
-        return Prior(**about, anchor_moment=tensors.get(f"moment.{at}"))
-    prefix, moment = f"moment.{at}.", None
-    if f"{prefix}routed" in tensors:
-        parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-        moment = BlockMoment(**({"shared": None} | parts), tokens=about["tokens"], energy=about["energy"])
-    return BlockPrior(layout=projection.layout, lam=about["lam"], mu=about["mu"], moment=moment)
-
-
-def _moment_tensors(prior: Prior | BlockPrior, at: int) -> dict[str, Tensor]:
-    if isinstance(prior, BlockPrior):
-        return {f"moment.{at}.{name}": t for name, t in (prior.moment.tensors() if prior.moment else {}).items()}
-    return {} if prior.anchor_moment is None else {f"moment.{at}": prior.anchor_moment}
-
-
 def decode_snapshot(snapshot: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
     """Returns the saved state of each layer that `Recorder.snapshot` wrote."""
     found = []
@@ -354,7 +322,7 @@ class Recorder:
             "prompts": list(prompts),
             "norms": list(norms),
         }
-        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in _moment_tensors(prior, i).items()}
+        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in moment_tensors(prior, i).items()}
         for at, rows in enumerate(protected):
             tensors |= encode_rows(rows, f"protected.{at}.")
         self._start = Change(START, about, tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.persistence import (
     EDIT,
@@ -22,7 +22,6 @@ from rlsedit_fast.editing.persistence import (
     REBUILD,
     REVISE,
     decode_edit,
-    decode_prior,
     decode_revision,
     decode_rows,
     decode_snapshot,
@@ -31,7 +30,9 @@ from rlsedit_fast.editing.persistence import (
 )
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.stored_priors import decode_prior
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.rls import Saved

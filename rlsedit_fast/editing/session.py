@@ -14,7 +14,7 @@ from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
 from rlsedit_fast.editing.batching import search_ahead
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement, check_stated
 from rlsedit_fast.editing.persistence import Recorder
@@ -23,6 +23,7 @@ from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values

@@ -21,6 +21,9 @@ from rlsedit_fast.rls.prior import chunks
 DEFAULT_BUDGET = 0.25
 """Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
 
+SAMPLED = 32
+"""Default number of active edits that `Editor.status` measures."""
+
 RECENT = 100
 """Number of active edits that count as recent."""
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.editor import Editor
@@ -18,8 +16,8 @@ from rlsedit_fast.evaluation.outcome import CollectedAnswers, collect_answers
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
-from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.statistics import KeyStatistics, collect
@@ -150,7 +148,7 @@ class Trials:
                 longest=getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
                 identity=self._identity,
             )
-            self._statistics |= {layer: moment.to(torch.device("cpu")) for layer, moment in found.moments.items()}
+            self._statistics |= {layer: moment.cpu() for layer, moment in found.moments.items()}
             self.anchor_tokens = found.tokens
 
     def run(self, config: EditConfig) -> Trial:

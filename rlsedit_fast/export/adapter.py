@@ -88,8 +88,8 @@ def write_adapter(
         Rank needed, rank used and error per module.
 
     Raises:
-        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of an expert, no weight changed beyond rounding, or the
-            folder cannot be written.
+        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of a routed expert, no
+            weight changed beyond rounding, or the folder cannot be written.
 
     Example:
         >>> import os
@@ -114,8 +114,8 @@ def write_adapter(
     check_distinct(changes)
     if experts := [change.name for change in changes if change.expert]:
         raise InputError(
-            f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which an adapter "
-            "cannot contain",
+            f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which an "
+            "adapter cannot contain",
             hint="write a delta or a checkpoint (Python: save_delta, save_pretrained)",
         )
     modules: list[ModuleFactors] = []

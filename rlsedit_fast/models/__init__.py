@@ -5,9 +5,9 @@ which it is edited, and `find_site` returns the place in the model at which the 
 """
 
 from rlsedit_fast.models.answers import chat_answers, chat_row, generate_answers, supports_chat
+from rlsedit_fast.models.experts import ExpertProjection
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import Sample, greedy, sample
-from rlsedit_fast.models.experts import ExpertProjection
 from rlsedit_fast.models.linear import LinearProjection, Projection
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden

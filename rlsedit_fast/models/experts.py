@@ -1,8 +1,8 @@
 """Mixtures of experts: finds the weights of the experts by structure, and reads keys with their routing.
 
 A mixture contains a module with stacked weights of all experts, which is called with the states, the indices of each
-token's experts and their weights. Grouped products run inside that module, where hooks see nothing, so the activations of
-the wanted tokens are computed again from its inputs. `check_mixture` verifies the result in the model.
+token's experts and their weights. Grouped products run inside that module, where hooks see nothing, so the activations
+of the wanted tokens are computed again from its inputs. `check_mixture` verifies the result in the model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SLACK = 0.05
 """Allowed relative error of an output that is computed again from keys: rounding in bfloat16, a few times 2^-8."""
 
 _SUPPORTED = (
-    "supported are stacked weights [experts, d, f] or [experts, f, d] that are called with the experts of each token and "
-    "their weights, as in transformers 5"
+    "supported are stacked weights [experts, d, f] or [experts, f, d] that are called with the experts of each token "
+    "and their weights, as in transformers 5"
 )
 
 
@@ -52,9 +52,8 @@ class ExpertProjection(Projection):
         >>> from rlsedit_fast.models import find_decoder
         >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        >>> config = Qwen3MoeConfig(
-        ...     **sizes, num_key_value_heads=1, vocab_size=9, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6
-        ... )
+        >>> experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+        >>> config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=1, vocab_size=9)
         >>> (projection,) = find_decoder(Qwen3MoeForCausalLM(config)).projections
         >>> projection.name, projection.layout
         ('model.layers.0.mlp', BlockLayout(experts=4, width=6, active=2, shared=0))
@@ -177,6 +176,11 @@ class _Record:
             if self._gate is not None:
                 shared = shared * self._gate.flatten(0, -2).to(wide).sigmoid()
         return projection.sizes.pack(activations, routed.experts, shared).unflatten(0, routed.shape)
+
+    def routing(self) -> Tensor:
+        """Returns the experts of the wanted tokens, `[n, active]`, ascending."""
+        assert self._routed is not None
+        return self._routed.experts.sort(dim=1).values
 
     def offset(self) -> Tensor | float:
         """Returns what biases add to the output, `[n, d]`, or 0."""
@@ -360,7 +364,28 @@ def _within(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
 
-def check_mixture(projection: ExpertProjection, run: Callable[[], None]) -> None:
+def read_routing(projections: Sequence[ExpertProjection], run: Callable[[], object]) -> list[Tensor]:
+    """Reads which experts each token reaches.
+
+    Args:
+        projections: mixtures of experts.
+        run: runs a forward pass through all of them.
+
+    Returns:
+        Per mixture `[tokens, active]`, ascending.
+    """
+    records = [_Record(one, lambda states: states.reshape(-1, states.shape[-1]).detach()) for one in projections]
+    try:
+        with torch.no_grad():
+            run()
+        return [record.routing() for record in records]
+    finally:
+        for record in records:
+            for handle in record.handles:
+                handle.remove()
+
+
+def check_mixture(projection: ExpertProjection, run: Callable[[], object]) -> None:
     """Verifies that keys times weights give the output of a mixture of experts.
 
     Args:

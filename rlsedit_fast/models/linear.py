@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Projection(ABC):
     """The last linear map of a decoder layer's MLP: its input is the key, its output enters the residual stream.
 
-    Its weight consists of blocks `[d_v, block width]`: one for an ordinary MLP, one per expert for a mixture of experts.
+    Its weight consists of blocks `[d_v, block width]`: one for an ordinary MLP, one per expert for a mixture.
 
     Attributes:
         layer: index of the decoder layer.

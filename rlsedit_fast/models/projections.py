@@ -78,8 +78,8 @@ class Decoder:
         """Finds the projections of some layers. Other blocks need not have one.
 
         The projection of a block is its last linear module outside attention whose output has the width of the residual
-        stream, if all such modules are in one parent module. In a block with a mixture of experts it is the mixture: the
-        routed experts with their router, and a shared expert in the same module.
+        stream, if all such modules are in one parent module. In a block with a mixture of experts it is the mixture:
+        the routed experts with their router, and a shared expert in the same module.
 
         Args:
             layers: indices of blocks, from 0.
@@ -192,7 +192,7 @@ def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
     parameter, _, index = name.rpartition(".")
     if not index.isdecimal() or not any(parameter == one for one, _ in model.named_parameters()):
         return None
-    for projection in _mixtures(find_decoder(model)):
+    for projection in find_mixtures(find_decoder(model)):
         if parameter == projection.stacked_name and int(index) < projection.sizes.experts:
             return projection.blocks[int(index)], projection.transposed
     return None
@@ -200,13 +200,13 @@ def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
 
 def stacked_blocks(model: PreTrainedModel, name: str) -> list[str]:
     """Returns the names of the blocks of a stacked weight of experts, see `find_block`; empty for other tensors."""
-    for projection in _mixtures(find_decoder(model)):
+    for projection in find_mixtures(find_decoder(model)):
         if name == projection.stacked_name:
             return [projection.block_name(block)[0] for block in range(projection.sizes.experts)]
     return []
 
 
-def _mixtures(decoder: Decoder) -> list[ExpertProjection]:
+def find_mixtures(decoder: Decoder) -> list[ExpertProjection]:
     """Returns the mixtures of experts of a model, without those of an unknown form."""
     found = []
     for layer, block in enumerate(decoder.blocks):

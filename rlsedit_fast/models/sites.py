@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
-from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.experts import ExpertProjection, check_mixture
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
+from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row
 

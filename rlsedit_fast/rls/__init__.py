@@ -1,7 +1,8 @@
 """The RLS solver: applies edits to one weight matrix. It works on tensors and does not depend on transformers."""
 
+from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.block_prior import BlockPrior
-from rlsedit_fast.rls.block_state import BlockPanel, BlockState
+from rlsedit_fast.rls.block_state import BlockState
 from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
 from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor

@@ -6,7 +6,6 @@ import itertools
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +14,10 @@ from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.block_covariance import Covariances
+from rlsedit_fast.rls.block_panel import BlockPanel, BlockSnapshot
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_rows import AppliedRows
 from rlsedit_fast.rls.block_weights import BlockWeights, SavedBlocks
-from rlsedit_fast.rls.blocks import BlockLayout
 from rlsedit_fast.rls.monitor import Monitor, probe
 from rlsedit_fast.rls.results import Bounds, Step, realized
 from rlsedit_fast.rls.state import dtype_of
@@ -27,68 +26,7 @@ _versions = itertools.count(1)
 _orders = itertools.count(1)
 
 _DRIFTED = 1e-6
-"""Relative error of the factor above which a refresh is recommended; it is float64 and is built from float32 products."""
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPanel:
-    """A batch of keys projected with the current state (`BlockState.project`).
-
-    Attributes:
-        keys: rows of keys `[n, key_width]` in the dtype of the state.
-        weights: `w [n]`.
-        gram: `G = K C K^T [n, n]`, float64, symmetric.
-        version: version of the state; any change of the state makes the panel stale.
-        state: the state.
-        projected: features of `K C0 [n, features]`.
-        coupling: `L^-1 K_old C0 K^T [rows, n]`, float64, for the applied rows `K_old`.
-
-    Example:
-        >>> import torch
-        >>> from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState
-        >>> layout = BlockLayout(experts=2, width=2, active=1)
-        >>> state = BlockState(list(torch.zeros(2, 1, 2)), BlockPrior(layout=layout, lam=1.0))
-        >>> state.project(torch.tensor([[3.0, 4.0, 0.0]])).gram
-        tensor([[25.]], dtype=torch.float64)
-    """
-
-    keys: Tensor
-    weights: Tensor
-    gram: Tensor
-    version: int
-    state: BlockState
-    projected: Tensor
-    coupling: Tensor
-
-    @property
-    def noise(self) -> Tensor:
-        """`1/w [n]`."""
-        return 1 / self.weights
-
-    def cross(self, keys: Tensor) -> Tensor:
-        """Returns `K' C K^T [m, n]`, float64, for rows of keys `K' [m, key_width]`."""
-        return self.state.cross(keys, self)
-
-
-@dataclass(eq=False)
-class BlockSnapshot:
-    """A point to which `BlockState.restore` can return; copies of blocks are taken before they are written.
-
-    Attributes:
-        rows: the applied rows.
-        count: their number.
-        blocks: the blocks that were written since, as they were.
-        objective: `J`.
-        version: version of the state.
-        order: position among the snapshots.
-    """
-
-    rows: AppliedRows
-    count: int
-    blocks: SavedBlocks
-    objective: float
-    version: int
-    order: int
+"""Relative error of the factor above which a refresh is recommended: it is built from products in float32."""
 
 
 class BlockState:
@@ -168,11 +106,6 @@ class BlockState:
         return self._name
 
     @property
-    def layout(self) -> BlockLayout:
-        """The layout of the keys."""
-        return self._layout
-
-    @property
     def edits(self) -> int:
         """The number of edit rows applied."""
         return len(self._rows)
@@ -224,7 +157,8 @@ class BlockState:
     @torch.no_grad()
     def deviation(self) -> float:
         """Returns `||W - W0||_F`."""
-        return math.sqrt(sum(float((now.double() - old.double()).square().sum()) for old, now in self._changed()))
+        changed = [pair for pair in self.weights() if pair is not None]
+        return math.sqrt(sum(float((now.double() - old.double()).square().sum()) for old, now in changed))
 
     def bounds(self) -> Bounds:
         """Returns bounds on the weight, the anchors and the edits (each term of `J` is at most `J`)."""
@@ -414,9 +348,6 @@ class BlockState:
         self._objective, self._version = snapshot.objective, snapshot.version
         self._weights.restore(snapshot.blocks)
 
-    def _changed(self) -> list[tuple[Tensor, Tensor]]:
-        return [pair for pair in self.weights() if pair is not None]
-
     def _batch(
         self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -454,7 +385,7 @@ class BlockState:
                 rows.lower, self._covariances.gram(rows.keys, keys, projected), upper=False
             )
             gram -= coupling.T @ coupling
-        return BlockPanel(keys, weights, 0.5 * (gram + gram.T), self._version, self, projected, coupling)
+        return BlockPanel(keys, weights, 0.5 * (gram + gram.T), self._version, projected, coupling, self.cross)
 
     def _append(self, panel: BlockPanel, innovation: Tensor) -> Step:
         rows = self._rows
@@ -480,7 +411,7 @@ class BlockState:
         if int(info) or not bool(lower.isfinite().all()):
             raise UpdateError(
                 f"the batch of {len(panel.keys)} rows for {self._name} could not be factored: pivot {int(info)} is not "
-                f"positive or overflows. No state was modified. Scale the keys down, or use float64."
+                "positive or overflows. No state was modified. Scale the keys down, or use float64."
             )
         return lower
 
@@ -496,8 +427,8 @@ class BlockState:
         places, missing = self._rows.find(keys, weights, start)
         if missing:
             raise InputError(
-                f"{missing} of {len(keys)} rows are not applied to {self._name}; pass keys and weights of applied edits. "
-                "No state was modified."
+                f"{missing} of {len(keys)} rows are not applied to {self._name}; pass keys and weights of applied "
+                "edits. No state was modified."
             )
         return places
 

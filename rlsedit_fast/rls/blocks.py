@@ -272,6 +272,10 @@ class BlockMoment:
         shared = None if self.shared is None else self.shared.to(device)
         return replace(self, routed=self.routed.to(device), shared=shared)
 
+    def cpu(self) -> BlockMoment:
+        """Returns the moment in host memory."""
+        return self.to(torch.device("cpu"))
+
     def mean_energy(self) -> float:
         """Returns the mean of the diagonal over all features of all blocks."""
         diagonals = [self.routed.diagonal(dim1=1, dim2=2).flatten()]

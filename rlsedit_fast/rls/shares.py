@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import UpdateError
-from rlsedit_fast.rls.block_state import BlockPanel
+from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.results import Panel
 
 MAX_TERMS = 3

@@ -16,8 +16,8 @@ from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
-from rlsedit_fast.models.passes import quiet, read_keys
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.passes import quiet, read_keys
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row, pad
 from rlsedit_fast.rls import BlockMoment

@@ -165,6 +165,23 @@ def test_a_delta_restores_the_edited_experts(make_model, tokenizer, tmp_path):
         assert changes_between(base, edited) == []
 
 
+def test_the_change_of_the_routing_is_measured(make_model, tokenizer):
+    model = make_model("qwen3_moe", torch.bfloat16)
+    editor = make_editor(model, tokenizer)
+    assert editor.routing_change(ANCHORS[:5]) == {2: 0.0, 3: 0.0}
+    records = editor.edit(EDITS[:5])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    change = editor.routing_change(ANCHORS[:5])
+    assert change[2] == 0.0, "the inputs of the first edited layer do not change"
+    assert 0 < change[3] < 1
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    editor.undo([record.id for record in records])
+    assert editor.routing_change(ANCHORS[:5]) == {2: 0.0, 3: 0.0}
+    assert rf.Editor(make_model("llama"), tokenizer, config=make_config()).routing_change(["A text"]) == {}
+    with pytest.raises(rf.errors.InputError, match="no texts"):
+        editor.routing_change([])
+
+
 def test_statistics_are_saved_and_checked(make_model, tokenizer, tmp_path):
     from rlsedit_fast.statistics import GivenTexts, KeyStatistics
 
