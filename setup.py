@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA_LIBRARY = "librlsedit_cuda.so"
-CUDA_TARGETS = ("80", "90a", "100")
+CUDA_TARGETS = ("80", "90a", "100", "120")  # code for 8.0 also runs on 8.6 and 8.9
 PTX_TARGET = "80"  # compiled at load time on newer devices that are not in CUDA_TARGETS
 LOG_TAIL = 1500  # characters shown of the log of a failed build
 FOLDERS = {"rlsedit_fast.kernels": "kernels/triton", "rlsedit_fast.cuda_sources": "csrc/cuda"}

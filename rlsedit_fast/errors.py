@@ -19,6 +19,7 @@ __all__ = [
     "RemovalError",
     "RequestError",
     "ResourceError",
+    "ServerError",
     "StoreError",
     "UnstatedError",
     "UpdateError",
@@ -193,6 +194,20 @@ class ResourceError(RLSEditError, MemoryError):
         >>> from rlsedit_fast.errors import ResourceError
         >>> issubclass(ResourceError, MemoryError)
         True
+    """
+
+
+class ServerError(RLSEditError):
+    """An inference server cannot be reached, or refused a request.
+
+    Example:
+        >>> from rlsedit_fast.errors import ServerError
+        >>> from rlsedit_fast.serving import VLLM
+        >>> try:
+        ...     VLLM("http://127.0.0.1:1").models()
+        ... except ServerError as error:
+        ...     print(str(error).partition(":")[0])
+        http
     """
 
 

@@ -26,7 +26,7 @@ DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 
 COMMANDS = (
     *("edit", "ask", "history", "undo", "replace", "status", "consolidate"),
-    *("show", "layers", "statistics", "calibrate", "export", "apply", "evaluate", "demo", "doctor"),
+    *("show", "layers", "statistics", "calibrate", "export", "apply", "push", "deploy", "evaluate", "demo", "doctor"),
 )
 """Modules of this package with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; some have `ABOUT`."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, setup
-from rlsedit_fast.cli.export import Written, add_exports, check_exports, write_exports
+from rlsedit_fast.cli.export import Written, add_exports, check_exports, check_gguf_export, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.output import add_json, complain, emit, progress, say, working
 from rlsedit_fast.cli.show import describe_layers, layer_lines
@@ -35,7 +35,7 @@ ABOUT = (
     "both. At the end, the command prints which targets the model states, with the answers before and after for those "
     "that it does not state. Ctrl-C finishes the current batch and writes the results."
 )
-USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR] [options]"
+USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR|FILE.gguf] [options]"
 
 CHAT_EDITS = 100
 """Maximum number of edits that are also asked in a chat by default; two answers are generated for each."""
@@ -116,14 +116,15 @@ def run(options: argparse.Namespace) -> int:
             _check_anchors_fixed(options)
     if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
-    with setup.make_editor(options) as editor:
+    plan = setup.plan_editor(options)
+    facts = sift(facts, plan, options)
+    with plan.load() as editor:
         return _run(editor, facts, protected, options)
 
 
 def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.Namespace) -> int:
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
-    facts = sift(editor, facts, options)
     facts, known, past = _new_facts(editor, facts, again=options.again, retry=options.retry_failed)
     layers = describe_layers(editor)
     say(*layer_lines(layers))
@@ -142,6 +143,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         lines = [f"{counted(len(facts.edits), 'edit')} would be applied; nothing was modified", *past_lines(past)]
         emit(results, lines, options.json)
         return PARTIAL if facts.left_out or past else DONE
+    check_gguf_export(editor, options)
     if known_prompts := set(editor.protected).intersection(protected):
         say(f"{len(known_prompts)} of {len(protected)} prompts are already protected")
         protected = [prompt for prompt in protected if prompt not in known_prompts]
@@ -153,7 +155,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         with written.attempt():
             emit(results, lines + past_lines(past) + written.files, options.json)
         written.raise_failures()
-        return PARTIAL if facts.left_out or past else DONE
+        return PARTIAL if facts.left_out or past or written.lost else DONE
     resumed = bool(editor.priors)
     if resumed:
         _check_anchors_fixed(options)
@@ -175,7 +177,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         applied, error = _edit(editor, facts, interrupts, results, options)
         if applied and before is not None:
             error = _evaluate(editor, applied, before, probe, interrupts, results) or error
-        written = _write(editor, options)
+        written = _write(editor, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
             emit(results, summary(results), options.json)
@@ -185,7 +187,8 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     written.raise_failures()
     if interrupts.pressed:
         return INTERRUPTED
-    return PARTIAL if facts.left_out or past or results["skipped"] or results["not_stated"] else DONE
+    incomplete = facts.left_out or past or results["skipped"] or results["not_stated"] or written.lost
+    return PARTIAL if incomplete else DONE
 
 
 def _check_anchors_fixed(options: argparse.Namespace) -> None:
@@ -296,11 +299,11 @@ def _evaluate(
     return None
 
 
-def _write(editor: Editor, options: argparse.Namespace) -> Written:
+def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any] | None = None) -> Written:
     """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
     if any(record.state == "active" for record in editor.history()):
-        return write_exports(editor, options)
-    if options.out or options.delta or options.adapter:
+        return write_exports(editor, options, stability)
+    if options.out or options.delta or options.adapter or options.patch:
         say("no edit is active: nothing was written")
     return Written()
 

@@ -31,9 +31,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
     facts = read_facts(options) if facts_given(options) else None
-    editor = setup.make_editor(options)
+    plan = setup.plan_editor(options)
     if facts:
-        facts = sift(editor, facts, options)
+        facts = sift(facts, plan, options)
+    editor = plan.load()
     requests = editor.context.prepare(facts.edits) if facts else []
     results: dict[str, Any] = {
         "model": type(editor.model).__name__,

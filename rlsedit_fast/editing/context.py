@@ -16,11 +16,11 @@ from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.keys import text_keys
 from rlsedit_fast.editing.presets import find_preset
-from rlsedit_fast.editing.requests import Request, find_invalid, prepare
+from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.models.loading import check_config, check_tokenizer
+from rlsedit_fast.models.loading import check_config, check_tokenizer, max_tokens
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
@@ -63,20 +63,16 @@ class ModelContext:
 
     def prepare(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Request]:
         """Validates and tokenizes edits; see `requests.prepare`."""
-        return prepare(self.tokenizer, edits, self.config, longest=max_tokens(self.model))
-
-    def find_invalid(self, edits: Iterable[Edit | Mapping[str, Any]]) -> dict[int, str]:
-        """Returns the reason for each edit that `prepare` rejects, by index."""
-        return find_invalid(self.tokenizer, edits, self.config, longest=max_tokens(self.model))
+        return prepare(self.tokenizer, edits, self.config, longest=max_tokens(self.model.config))
 
     def text_keys(self, texts: Iterable[str]) -> list[Tensor]:
         """Reads the keys of every token of texts in each edited layer; see `keys.text_keys`."""
-        return text_keys(self.decoder, self.tokenizer, self.projections, texts, longest=max_tokens(self.model))
+        return text_keys(self.decoder, self.tokenizer, self.projections, texts, longest=max_tokens(self.model.config))
 
     def collect(self, source: Source, **options: Any) -> KeyStatistics:
         """Collects key statistics of the edited layers; see `statistics.collect` for the options."""
         return collect(
-            self.decoder, self.tokenizer, self.projections, source, longest=max_tokens(self.model), **options
+            self.decoder, self.tokenizer, self.projections, source, longest=max_tokens(self.model.config), **options
         )
 
     def memory(self) -> list[LayerMemory]:
@@ -136,7 +132,7 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         if not all_finite(*projection.parameters.values()):
             raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
     with quiet(model):
-        decoder = with_prefixes(decoder, longest=max_tokens(model))
+        decoder = with_prefixes(decoder, longest=max_tokens(model.config))
         site = find_site(decoder, projections)
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
@@ -158,11 +154,6 @@ def _check_settings(projections: Sequence[Projection], config: EditConfig) -> No
                 f"{setting}={given!r}: {mixture} is a mixture of experts, which requires {setting}={supported!r}: each "
                 "context reaches experts of its own"
             )
-
-
-def max_tokens(model: PreTrainedModel) -> int | None:
-    """Returns the maximum number of tokens of a model, or None if there is no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _single_layer(

@@ -15,6 +15,7 @@ from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
+from rlsedit_fast.editing.exports import Exports
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
@@ -22,10 +23,7 @@ from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
-from rlsedit_fast.files import check_new
 from rlsedit_fast.interrupts import interrupts_deferred
-from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls import BlockPrior, Prior
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Editor:
+class Editor(Exports):
     """Edits a transformers model in place.
 
     The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
@@ -214,10 +212,6 @@ class Editor:
         if len(self._session.ledger):
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
         return self.context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
-
-    def fingerprint(self) -> str:
-        """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
-        return fingerprint(self.model, instead=self._session.layers.originals() if self._session.layers else None)
 
     def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
         """Preserves the present outputs of the edited layers on every token of prompts, in addition to the anchors.
@@ -467,33 +461,6 @@ class Editor:
         """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""
         self._check_attached()
         return routing_change(self.context, self._session.layers, texts, tokens)
-
-    def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer; empty before the first edit."""
-        self._check_attached()
-        return self._session.layers.changes() if self._session.layers else []
-
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint; see `export.write_checkpoint`."""
-        self._check_attached()
-        write_checkpoint(self.model, self.tokenizer, directory, overwrite=overwrite)
-
-    def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
-        """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""
-        check_new(path, overwrite=overwrite)
-        active = len(self._session.ledger.active)
-        return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
-
-    def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter, see `export.write_adapter`; `overwrite` replaces a folder."""
-        check_new(directory, overwrite=overwrite)
-        base = str(getattr(self.model.config, "_name_or_path", ""))
-        writes = max(1, self._session.progress.writes)
-        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
-
-    def _check_attached(self) -> None:
-        if self._session.layers:
-            self._session.layers.check_attached()
 
     def _check_not_started(self, method: str) -> None:
         if self._session.layers:

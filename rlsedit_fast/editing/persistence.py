@@ -124,7 +124,7 @@ def create_store(directory: str | Path, context: ModelContext, given: EditConfig
     path = str(getattr(context.model.config, "_name_or_path", ""))
     about = {
         "fingerprint": fingerprint(context.model),
-        "model": str(Path(path).resolve()) if path and Path(path).is_dir() else path,
+        "model": str(Path(path).resolve()) if path and Path(path).exists() else path,
         "given": given.to_dict(),
         "config": context.config.to_dict(),
         "layers": [

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.context import ModelContext, max_tokens
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.experts import ExpertProjection, read_routing
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import find_mixtures
 from rlsedit_fast.models.tokens import encode_plain
@@ -41,7 +42,7 @@ def routing_change(
         InputError: there are no texts, or a text is not a string.
     """
     mixtures = [one for one in find_mixtures(context.decoder) if one.layer >= context.layers[0]]
-    rows, left, longest = list[list[int]](), tokens, max_tokens(context.model) or tokens
+    rows, left, longest = list[list[int]](), tokens, max_tokens(context.model.config) or tokens
     for text in each_text(texts):
         ids = encode_plain(context.tokenizer, text).ids[: min(longest, left)]
         if ids:

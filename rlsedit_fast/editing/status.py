@@ -22,7 +22,7 @@ DEFAULT_BUDGET = 0.25
 """Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
 
 SAMPLED = 32
-"""Default number of active edits that `Editor.status` measures."""
+"""Default number of active edits that are measured in the model."""
 
 RECENT = 100
 """Number of active edits that count as recent."""

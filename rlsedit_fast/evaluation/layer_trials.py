@@ -17,6 +17,7 @@ from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import find_site
@@ -145,7 +146,7 @@ class Trials:
                 self.decoder.select(missing),
                 GivenTexts(self._anchors),
                 tokens=self._tokens,
-                longest=getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
+                longest=max_tokens(self._model.config),
                 identity=self._identity,
             )
             self._statistics |= {layer: moment.cpu() for layer, moment in found.moments.items()}

@@ -157,6 +157,16 @@ def check_distinct(changes: Sequence[WeightChange]) -> None:
         raise InputError(f"several changes of {', '.join(repeated)}; pass one change per module")
 
 
+def check_no_experts(changes: Sequence[WeightChange], what: str) -> None:
+    """Raises InputError if a change is that of a routed expert, which `what` cannot contain."""
+    if experts := [change.name for change in changes if change.expert]:
+        raise InputError(
+            f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which {what} "
+            "cannot contain",
+            hint="write a checkpoint or a delta (--out, --delta; Python: save_pretrained, save_delta)",
+        )
+
+
 def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
     """Returns the weight of a linear module, or the output weight of a routed expert.
 

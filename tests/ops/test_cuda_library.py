@@ -244,7 +244,7 @@ def test_every_target_compiles_without_warnings_and_spills(tmp_path):
     if nvcc is None:
         pytest.skip("needs nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    targets = [target for target in ("sm_80", "sm_90a", "sm_100") if target.rstrip("a") in known]
+    targets = [target for target in ("sm_80", "sm_90a", "sm_100", "sm_120") if target.rstrip("a") in known]
     assert targets
     codes = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
     done = subprocess.run(
