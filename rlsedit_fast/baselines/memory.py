@@ -41,7 +41,7 @@ class LayerMemory:
             also needs some copies of W and keeps the old C of every layer until all layers are done.
         per_edit: stored rows of an edit, in host memory; in the last layer including the states that they aim at.
         applied: bytes on the device per applied edit of a mixture of experts; 0 for other layers, which do not grow.
-        pairs: the same per pair of applied edits, for the factor of the dual system.
+        pairs: the same per pair of applied edits, for the factor of the dual system and a copy of it during a step.
     """
 
     layer: int
@@ -120,7 +120,7 @@ def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last
         rows * (item * (layout.key_width + d_v) + (_FLOAT * d_v if last else 0)),
         # keys and projected keys; innovations, and the same whitened, in float64
         applied=rows * (item * (layout.key_width + features) + 2 * _DOUBLE * d_v),
-        pairs=_DOUBLE * rows * rows,
+        pairs=2 * _DOUBLE * rows * rows,
     )
 
 

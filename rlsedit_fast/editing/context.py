@@ -77,9 +77,7 @@ class ModelContext:
 
     def memory(self) -> list[LayerMemory]:
         """Returns the memory that editing needs in addition to the model, per edited layer."""
-        rule = make_rule(self.config.rule, self.config.rule_options)
-        rows = len(self.config.contexts.prefixes) if self.config.effective_rows == "contexts" else 1
-        return plan_memory(self.projections, delay=self.config.delay, rows=rows, rule=rule)
+        return _memory(self.projections, self.config)
 
 
 def check_arguments(model: object, tokenizer: object, config: object) -> None:
@@ -121,11 +119,7 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
-    known = find_preset(model.config)
-    layers = known.layers if known and config.layers is None else config.layers_for(len(decoder.blocks))
-    projections: Sequence[Projection] = decoder.select(layers)
-    if config.layers is None and projections[-1].layout is not None:
-        projections = projections[-1:]  # a mixture of experts has room for many edits
+    projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config))
     check_tokenizer(model, tokenizer)
     _check_settings(projections, config)
     for projection in projections:
@@ -137,6 +131,37 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
     return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:
+    """Returns the layers to edit: those of the settings, or the default ones.
+
+    If the last of the default layers contains a mixture of experts, it is the only one: it has room for many edits.
+    """
+    if config.layers is not None:
+        return config.layers
+    known = find_preset(decoder.model.config)
+    layers = known.layers if known else config.layers_for(len(decoder.blocks))
+    return layers[-1:] if decoder.locate(layers[-1:])[0].layout is not None else layers
+
+
+def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Projection], list[LayerMemory]]:
+    """Returns the projections that an editor would edit and the memory it needs, also for a model on the meta device.
+
+    Raises:
+        ModelError: see `inspect_model`.
+        InputError: a setting is not supported.
+    """
+    decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
+    projections = decoder.locate(choose_layers(decoder, config))
+    _check_settings(projections, config)
+    return projections, _memory(projections, config)
+
+
+def _memory(projections: Sequence[Projection], config: EditConfig) -> list[LayerMemory]:
+    rule = make_rule(config.rule, config.rule_options)
+    rows = len(config.contexts.prefixes) if config.effective_rows == "contexts" else 1
+    return plan_memory(projections, delay=config.delay, rows=rows, rule=rule)
 
 
 def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:

@@ -154,10 +154,10 @@ class AppliedRows:
         return places, missing
 
     def _reserve(self, needed: int) -> None:
-        """Grows the buffers to `needed` rows; doubling keeps the total cost of many small batches linear."""
+        """Grows the buffers to `needed` rows, by a quarter at least, which keeps the cost of many small batches low."""
         if needed <= len(self._lower):
             return
-        size = max(needed, 2 * len(self._lower))
+        size = max(needed, len(self._lower) + len(self._lower) // 4)
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.new_empty(size, buffer.shape[1])
             self._buffers[name][: self._count] = buffer[: self._count]

@@ -235,4 +235,4 @@ def test_memory_counts_what_the_state_holds(make_model, tokenizer):
     rows = state._rows
     held = sum(t.nbytes for t in (rows.keys, rows.projected, rows.start, rows.whitened))
     assert held == 20 * plan.applied
-    assert rows.lower.numel() * 8 == 20 * 20 * plan.pairs
+    assert 2 * rows.lower.numel() * 8 == 20 * 20 * plan.pairs
