@@ -131,7 +131,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome
 
     facts, known, past = _new_facts(editor, facts, again=options.again, retry=options.retry_failed)
-    layers = describe_layers(editor)
+    layers = describe_layers(editor.context.projections, editor.context.memory())
     say(*layer_lines(layers))
     results: dict[str, Any] = {
         "model": str(options.model),

@@ -18,6 +18,7 @@ from rlsedit_fast.editing.exports import Exports
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
+from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
 from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
@@ -25,7 +26,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls import BlockPrior, Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
 
@@ -154,7 +155,7 @@ class Editor(Exports):
         return self.context.layers
 
     @property
-    def priors(self) -> list[Prior]:
+    def priors(self) -> list[Prior | BlockPrior]:
         """The prior of each edited layer; empty before the calibration or the first edit."""
         return self._session.priors
 
@@ -234,7 +235,7 @@ class Editor(Exports):
             self._session.protect(texts, keys, weight)
         return len(keys[0])
 
-    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior]:
+    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
         """Sets the prior of each layer with a pilot batch; the model is not modified.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
@@ -451,6 +452,11 @@ class Editor(Exports):
         """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
         self._check_attached()
         return layer_deviations(self._session.edited)
+
+    def routing_change(self, texts: Iterable[str], *, tokens: int = TOKENS) -> dict[int, float]:
+        """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""
+        self._check_attached()
+        return routing_change(self.context, self._session.layers, texts, tokens)
 
     def _check_not_started(self, method: str) -> None:
         if self._session.layers:

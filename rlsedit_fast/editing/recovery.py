@@ -13,7 +13,7 @@ from torch import Tensor
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.persistence import (
     EDIT,
@@ -30,11 +30,13 @@ from rlsedit_fast.editing.persistence import (
 )
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.stored_priors import decode_prior
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.ops import dispatch
-from rlsedit_fast.rls import Prior, Saved
+from rlsedit_fast.rls import Saved
 from rlsedit_fast.store import Entry, Store
 
 
@@ -185,12 +187,12 @@ def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progr
     entries = _required(store.entries)
     if not entries:
         return None
-    originals = [projection.weight.clone() for projection in context.projections]
+    originals = [projection.copies() for projection in context.projections]
     try:
         return _Recovery(store, context, ledger, progress).run(entries)
     except BaseException:
         for projection, original in zip(context.projections, originals, strict=True):
-            projection.write(original)
+            projection.restore(original)
         raise
 
 
@@ -225,7 +227,8 @@ class _Recovery:
     def _start(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
         priors = [
-            Prior(**prior, anchor_moment=tensors.get(f"moment.{at}")) for at, prior in enumerate(entry.about["priors"])
+            decode_prior(about, tensors, at, projection)
+            for at, (about, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))
         ]
         layers = EditedLayers(
             self._site,

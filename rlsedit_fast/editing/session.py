@@ -13,7 +13,7 @@ from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement
 from rlsedit_fast.editing.persistence import Recorder
@@ -22,13 +22,15 @@ from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
 from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.interrupts import interrupts_deferred
-from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.rls import BlockPrior, Prior
+from rlsedit_fast.statistics.key_statistics import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class EditSession:
         progress: counters.
         layers: the edited layers; None until the priors are set.
         norms: norms of each layer; empty until the priors are set.
-        moments: `E[k k^T] [d_k, d_k]` of the anchors per layer; None without anchors.
+        moments: moments of the anchors per layer; None without anchors.
         measurement: measures edits in the present model.
         finder: searches values.
         refiner: refines edits that the model does not state.
@@ -61,7 +63,7 @@ class EditSession:
         self.progress = Progress()
         self.layers: EditedLayers | None = None
         self.norms: list[Norms] = []
-        self.moments: list[Tensor] | None = None
+        self.moments: list[Moment] | None = None
         self.waiting: list[tuple[list[str], list[Tensor], float]] = []
         self.config = context.config
         self._context, self._recorder = context, recorder
@@ -76,7 +78,7 @@ class EditSession:
         return list(zip(self._context.projections, self.layers.states, strict=True)) if self.layers else []
 
     @property
-    def priors(self) -> list[Prior]:
+    def priors(self) -> list[Prior | BlockPrior]:
         """The prior of each layer; empty until the priors are set."""
         return [state.prior for _, state in self.edited]
 
@@ -87,7 +89,7 @@ class EditSession:
         return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
 
     @property
-    def used_moments(self) -> list[Tensor] | None:
+    def used_moments(self) -> list[Moment] | None:
         """The moments of the anchors; None if `mu = 0`, which gives the anchors no weight."""
         return None if self.config.prior.mu == 0 else self.moments
 
@@ -129,7 +131,8 @@ class EditSession:
         calibrated = calibrated_adherence(config, anchored=anchored) is not None
         pilot = self.pilot(requests) if calibrated else None
         report_activity("calibrating mu and lam")
-        priors = choose_priors(config, self.used_moments, len(self._context.layers), pilot)
+        layouts = [projection.layout for projection in self._context.projections]
+        priors = choose_priors(config, self.used_moments, layouts, pilot)
         del pilot  # its factors take memory that the states need
         report_activity("building the states of the layers")
         layers = EditedLayers(
@@ -148,7 +151,7 @@ class EditSession:
                 protected.append(layers.protect(keys, weight))
                 transaction.commit()
         prompts = self.protected
-        self.norms = [Norms.of(state.original, state.prior) for state in layers.states]
+        self.norms = [Norms.of(state.originals(), state.prior) for state in layers.states]
         if self._recorder:
             self._recorder.begin(priors, protected, prompts, [asdict(norms) for norms in self.norms])
         self.layers, self.progress.protected = layers, prompts
