@@ -7,7 +7,7 @@ Keys are stored without these zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -228,6 +228,11 @@ class BlockMoment:
         routed = torch.zeros(layout.experts, layout.width, layout.width, device=device)
         shared = torch.zeros(layout.shared, layout.shared, device=device) if layout.shared else None
         return cls(routed, shared, torch.zeros(layout.experts, dtype=torch.long), 0)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, tokens: int, energy: float) -> BlockMoment:
+        """Returns a moment of named tensors, see `tensors`."""
+        return cls(tensors["routed"], tensors.get("shared"), tensors["reached"], tokens, energy)
 
     def added(self, layout: BlockLayout, keys: Tensor, weights: Sequence[Tensor] | None = None) -> BlockMoment:
         """Adds the products of keys to sums, in place, and returns the sums with their new counts.
