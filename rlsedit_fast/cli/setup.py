@@ -46,7 +46,7 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", required=required, help=f"local folder or Hugging Face Hub name of the model{default}"
+        "--model", required=required, help=f"local folder, GGUF file, or Hugging Face Hub name of the model{default}"
     )
     group.add_argument(
         "--dtype",
