@@ -33,6 +33,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
+from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls import Prior, Saved
 from rlsedit_fast.store import Entry, Store
 
@@ -209,14 +210,15 @@ class _Recovery:
             included = entry.seq <= reached  # in the snapshot
             needed = not included or (self._config.stored_rows is not None and self._has_rows_of(entry, active))
             tensors = self._read(entry, included) if needed else {}
-            if entry.kind == EDIT:
-                self._edit(layers, entry, tensors, included)
-            elif entry.kind == REVISE:
-                self._revise(layers, entry, tensors, included)
-            elif entry.kind == PROTECT and needed:
-                self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
-            elif entry.kind == REBUILD:
-                self._rebuild(layers, entry, tensors, included)
+            with dispatch.pinned(entry.about.get("backends", {})):
+                if entry.kind == EDIT:
+                    self._edit(layers, entry, tensors, included)
+                elif entry.kind == REVISE:
+                    self._revise(layers, entry, tensors, included)
+                elif entry.kind == PROTECT and needed:
+                    self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
+                elif entry.kind == REBUILD:
+                    self._rebuild(layers, entry, tensors, included)
             _restore_progress(self._progress, entry)
         return layers
 

@@ -23,6 +23,8 @@ extern "C" RLSEDIT_API void run_backwards(int on) { backwards = on; }
 
 extern "C" const char* rlsedit_cuda_last_error(void) { return rlsedit::last_error; }
 
+extern "C" int rlsedit_cuda_check(int) { return RLSEDIT_OK; }
+
 extern "C" int rlsedit_cuda_launch(const char* name, const char* types, void** arguments, int64_t grid_x,
                                    int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared, int, void*) {
     const rlsedit::Kernel* kernel;
