@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from rlsedit_fast.ops import cuda_launch
-from rlsedit_fast.ops.cuda_plan import Launch
+from rlsedit_fast.ops import cuda_launch, cuda_plan
 
 from . import machine
-from .parser import Kernel, parse
+from .launches import Launch
+from .parser import parse
 from .translation import Program, translate
 
 ARCHITECTURE = 80  # of the PTX in the library
@@ -90,66 +85,30 @@ def _compiled(nvrtc: ctypes.CDLL, text: str, options: tuple[str, ...]) -> str:
     return result.value.decode()
 
 
-def region(tensor: Tensor) -> machine.Region:
-    """Returns the memory from the first to the last element of a tensor."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    count = last + 1 if tensor.numel() else 0
-    return machine.Region(tensor.data_ptr(), count * tensor.element_size(), tensor.element_size())
-
-
-def packed(kernel: Kernel, values: list[Tensor | int | float]) -> bytes:
-    """Returns the parameters as they lie in memory; missing ones at the end are zero."""
-    memory = bytearray(kernel.parameter_bytes)
-    for value, offset, size in zip(values, kernel.parameters.values(), kernel.parameter_sizes, strict=False):
-        if isinstance(value, Tensor):
-            memory[offset : offset + 8] = struct.pack("<Q", value.data_ptr())
-        elif isinstance(value, float):
-            memory[offset : offset + 4] = struct.pack("<f", value)
-        else:
-            memory[offset : offset + size] = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    return bytes(memory)
-
-
 class Kernels:
     """The kernels of a PTX text, with the interface of `cuda_launch.Launcher`.
 
     Args:
         text: PTX of all kernels.
         mode: how to run them.
-
-    Attributes:
-        counts: of every launch since the last `clear`: kernel, program and counts.
+        recorded: receives every launch, as it is before it runs.
     """
 
     origin = "compiled kernels on the CPU"
 
-    def __init__(self, text: str, mode: machine.Mode = machine.MODES[0]) -> None:
-        self.text, self.mode = text, mode
+    def __init__(self, text: str, mode: machine.Mode = machine.MODES[0], recorded: list[Launch] | None = None) -> None:
+        self.text, self.mode, self.recorded = text, mode, recorded
         self.programs: dict[str, Program] = {}
-        self.counts: list[tuple[str, Program, np.ndarray]] = []
-
-    def kernel(self, name: str) -> Kernel:
-        """Returns a parsed kernel by its name without prefix."""
-        return parse(self.text, f"rlsedit_{name}")
 
     def program(self, name: str) -> Program:
-        """Returns a translated kernel."""
+        """Returns a translated kernel by its name without prefix."""
         if name not in self.programs:
-            self.programs[name] = translate(self.kernel(name))
+            self.programs[name] = translate(parse(self.text, f"rlsedit_{name}"))
         return self.programs[name]
 
-    def launch(self, launch: Launch, device: int, stream: int) -> None:
+    def launch(self, launch: cuda_plan.Launch, device: int, stream: int) -> None:
         """Runs a launch on host memory; see `cuda_launch.Launcher.launch`."""
-        program = self.program(launch.kernel)
-        tensors = {a.data_ptr(): a for a in launch.arguments if isinstance(a, torch.Tensor)}
-        counts = machine.run(
-            program,
-            launch.grid,
-            launch.threads,
-            launch.shared,
-            packed(program.kernel, list(launch.arguments)),
-            [region(tensor) for tensor in tensors.values()],
-            self.mode,
-        )
-        if self.mode.counting:
-            self.counts.append((launch.kernel, program, counts))
+        repeatable = Launch(self.program(launch.kernel), launch.grid, launch.threads, launch.shared, launch.arguments)
+        if self.recorded is not None:
+            self.recorded.append(repeatable.copied())
+        repeatable.run(self.mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 _BYTES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2}
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*?\n\{", re.DOTALL)
@@ -70,15 +70,6 @@ class Kernel:
     static_shared: int
     statements: tuple[Statement, ...]
     labels: dict[str, int] = field(default_factory=dict)
-
-    def without(self, number: int) -> Kernel:
-        """Returns the kernel with an instruction that does nothing in place of number `number`."""
-        return self.changed(number, replace(self.statements[number], opcode="nop", operands=()))
-
-    def changed(self, number: int, statement: Statement) -> Kernel:
-        """Returns the kernel with another instruction `number`."""
-        statements = (*self.statements[:number], statement, *self.statements[number + 1 :])
-        return replace(self, statements=statements)
 
 
 def split_operands(text: str) -> tuple[str, ...]:

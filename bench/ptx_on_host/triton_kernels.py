@@ -7,14 +7,12 @@ by one that runs the PTX on the CPU.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -24,8 +22,8 @@ from rlsedit_fast.kernels import correct, downdate, moment, panel
 from rlsedit_fast.ops import triton as backend
 
 from . import machine
-from .cuda_kernels import packed, region
-from .parser import Kernel, parse
+from .launches import Launch
+from .parser import parse
 from .translation import Program, translate
 
 MODULES = (panel, downdate, correct, moment)
@@ -41,39 +39,30 @@ class Host:
         capability: 80 or 90.
         mode: how to run kernels.
         processors: number of multiprocessors.
-        change: replaces a kernel before it runs, for planted mistakes.
         launched: names of kernels with their settings, in order.
-        counts: of every launch, if the mode counts: kernel, launch, program and counts.
+        recorded: receives every launch, as it is before it runs.
+        compiled: the compiled kernel of every recorded launch.
     """
 
     capability: int
     mode: machine.Mode = machine.MODES[0]
     processors: int = 4
-    change: Callable[[Kernel], Kernel] | None = None
     launched: list[str] = field(default_factory=list)
-    counts: list[tuple[str, Any, Program, np.ndarray]] = field(default_factory=list)
+    recorded: list[Launch] | None = None
+    compiled: list[CompiledKernel] = field(default_factory=list)
 
     def launch(self, compiled: CompiledKernel, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
         """Runs a compiled kernel."""
         text = compiled.asm["ptx"]
         program = translated(text, compiled.metadata.name)
-        if self.change:
-            program = translate(self.change(program.kernel))
         types = compiled.src.signature.values()
         given = [value for kind, value in zip(types, arguments, strict=True) if kind != "constexpr"]
-        tensors = {value.data_ptr(): value for value in given if isinstance(value, torch.Tensor)}
+        launch = Launch(program, grid, 32 * compiled.metadata.num_warps, compiled.metadata.shared, tuple(given))
         self.launched.append(described(compiled))
-        counts = machine.run(
-            program,
-            grid,
-            32 * compiled.metadata.num_warps,
-            compiled.metadata.shared,
-            packed(program.kernel, given),
-            [region(tensor) for tensor in tensors.values()],
-            self.mode,
-        )
-        if self.mode.counting:
-            self.counts.append((compiled.metadata.name, compiled, program, counts))
+        if self.recorded is not None:
+            self.recorded.append(launch.copied())
+            self.compiled.append(compiled)
+        launch.run(self.mode)
 
     # Triton's interface of a driver
 
@@ -144,8 +133,3 @@ def on_host(host: Host) -> Iterator[Host]:
         stack.enter_context(mock.patch.object(backend, "unavailable_reason", return_value=None))
         stack.enter_context(mock.patch.object(backend, "unsupported_reason", return_value=None))
         yield host
-
-
-def matrix_instructions(text: str) -> int:
-    """Returns the number of matrix instructions of a PTX text."""
-    return len(re.findall(r"wgmma\.mma_async|mma\.sync", text))

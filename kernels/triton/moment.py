@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rlsedit_fast.kernels.precision import chosen
-from rlsedit_fast.kernels.tables import configuration, device
+from rlsedit_fast.kernels.tables import configuration, device, interpreted
 from rlsedit_fast.kernels.tiles import blocks, lower_tile, triangle
 
 
@@ -76,7 +76,7 @@ def moment_(moment: torch.Tensor, rows: torch.Tensor, *, input_precision: str | 
     with torch.cuda.device_of(moment):
         moment_kernel[(triangle(blocks(d, settings["TILE"])), layers)](
             *(moment, rows, *moment.stride()[:2], *rows.stride()[:2], d, t),
-            WIDEN=narrow and not moment.is_cuda,
+            WIDEN=narrow and interpreted(),
             PRECISION="ieee" if narrow else precision,
             **settings,
         )

@@ -1,8 +1,8 @@
 """The CUDA kernels, as nvcc and NVRTC compile them, executed on the CPU by bench/ptx_on_host.
 
 Operands are surrounded by NaN, outputs and workspaces start as NaN, and an access outside an operand is an error.
-Blocks and warps run in forward and reverse order with bitwise equal results. Accesses of different threads with no barrier
-between them are errors. docs/kernels.md describes what this cannot show.
+Blocks and warps run in forward and reverse order with bitwise equal results. Accesses of different threads with no
+barrier between them are errors. docs/kernels.md describes what this cannot show.
 """
 
 from __future__ import annotations

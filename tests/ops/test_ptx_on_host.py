@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from ptx_on_host import cuda_kernels, machine, parser, translation
+from ptx_on_host import launches, machine, parser, translation
 from ptx_on_host.machine import MODES, MachineError, Mode
 
 needs_compiler = pytest.mark.skipif(machine.compiler() is None, reason="needs a C++ compiler")
@@ -51,8 +51,8 @@ def run(body, x, y, *, threads=32, blocks=1, mode=MODES[0], limit=machine.LIMIT)
         (blocks, 1, 1),
         threads,
         0,
-        cuda_kernels.packed(given.kernel, [x, y]),
-        [cuda_kernels.region(x), cuda_kernels.region(y)],
+        launches.packed(given.kernel, (x, y)),
+        [launches.region(x), launches.region(y)],
         mode,
         limit,
     )
