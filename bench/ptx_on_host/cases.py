@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -63,7 +64,12 @@ def precision(name: str) -> Iterator[None]:
 
 
 def of_triton(capability: int, name: str) -> dict[str, Launch]:
-    """Returns a launch of every configuration of the Triton kernels in a precision, by kernel and settings.
+    """Returns a launch of every configuration of the Triton kernels in a precision, by kernel and settings."""
+    return {text: launch for text, (launch, _) in of_triton_compiled(capability, name).items()}
+
+
+def of_triton_compiled(capability: int, name: str) -> dict[str, tuple[Launch, Any]]:
+    """`of_triton`, with Triton's compiled kernels.
 
     The sizes are such that loops run more often than copies are in flight.
     """
@@ -90,8 +96,8 @@ def of_triton(capability: int, name: str) -> dict[str, Launch]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             if dtype == torch.float32 or name == "ieee":
                 moment.moment_(symmetric(1, 128), torch.randn(1, 160, 128).to(dtype))
-    found: dict[str, Launch] = {}
+    found: dict[str, tuple[Launch, Any]] = {}
     for text, launch, compiled in zip(host.launched, host.recorded or (), host.compiled, strict=True):
         narrow = next((kind[1:] for kind in compiled.src.signature.values() if kind in ("*bf16", "*fp16")), "")
-        found.setdefault(f"{text} {narrow}".strip(), launch)
+        found.setdefault(f"{text} {narrow}".strip(), (launch, compiled))
     return found

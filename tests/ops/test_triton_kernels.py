@@ -43,6 +43,10 @@ def test_kernels_in_the_interpreter():
 def test_precision_from_argument_environment_or_default(monkeypatch):
     monkeypatch.delenv("RLSEDIT_TRITON_PRECISION", raising=False)
     assert chosen(None) == "tf32x3"
+    assert chosen(None, "panel", "sm_90") == "tf32x3"
+    assert chosen(None, "correct", "sm_80") == "tf32x3"
+    assert chosen(None, "correct", "sm_90") == chosen(None, "downdate", "sm_90") == "bf16x6"
+    assert chosen("tf32x3", "correct", "sm_90") == "tf32x3"
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "bf16x6")
     assert chosen(None) == "bf16x6"
     assert chosen("ieee") == "ieee"
