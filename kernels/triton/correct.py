@@ -134,7 +134,8 @@ def correct_split_kernel(
     )
     upper = tl.load(high, mask=mask, other=0).to(tl.int32) << 16
     joined = (upper + tl.load(low, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
-    bits = (joined + product * sign.to(tl.float32)).to(tl.int32, bitcast=True)
+    new = joined + product * sign.to(tl.float32)
+    bits = tl.where(new == new, new.to(tl.int32, bitcast=True), 0x7FC00000)  # rounding could carry out of a NaN
     upper = (bits + 0x8000) >> 16  # ties away from zero, see `ops.split`
     tl.store(high, upper.to(tl.int16), mask=mask)
     tl.store(low, (bits - (upper << 16)).to(tl.int16), mask=mask)

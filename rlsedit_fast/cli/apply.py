@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlsedit_fast.cli import DONE, setup
-from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint
+from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint, is_gguf_output
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
-from rlsedit_fast.export import apply_delta
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.export import apply_delta, write_checkpoint
+from rlsedit_fast.export.card import CardContents, make_card
 from rlsedit_fast.export.delta import check_delta
-from rlsedit_fast.files import written_folder
 
 HELP = "apply a delta file to its base model and write the edited checkpoint"
 USAGE = "--model MODEL --delta FILE --out DIR [options]"
@@ -35,16 +36,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if is_gguf_output(options.out):
+        raise InputError(
+            f"--out {options.out}: `rlsedit apply` writes checkpoint folders; write a GGUF file with `rlsedit export "
+            "--store DIR --out FILE.gguf`"
+        )
     check_checkpoint(options.out, options.model, overwrite=options.overwrite)
     check_places(options, folders=("out",))
     check_delta(options.delta)
-    setup.check_model(options)
-    model, tokenizer = setup.load_model(options)
+    model, tokenizer = setup.load_model(options, config=setup.check_model(options))
     report = apply_delta(model, options.delta)
     written = Written()
-    with written.attempt(f"--out {options.out}"), written_folder(options.out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with written.attempt(f"--out {options.out}"):
+        card = make_card(CardContents(str(options.model), report.edits)) if report.edits else None
+        write_checkpoint(model, tokenizer, options.out, card=card, overwrite=options.overwrite)
         written.files.append(f"checkpoint: {options.out}")
     with written.attempt():
         emit(asdict(report) | {"out": str(options.out)} | written.to_json, written.files, options.json)

@@ -72,9 +72,10 @@ def run(options: argparse.Namespace) -> int:
         with Editor(model, tokenizer, store=options.store) as editor:
             columns["edited"] = _answers(editor.model, tokenizer, options)
     else:
-        columns["base"] = _answers(*setup.load_model(options), options)
-        if options.edited is not None:
-            columns["edited"] = _answers(*setup.load_model(options, options.edited), options)
+        paths = {"base": options.model} | ({"edited": options.edited} if options.edited is not None else {})
+        configs = {name: setup.check_model(options, path=path) for name, path in paths.items()}
+        for name, path in paths.items():
+            columns[name] = _answers(*setup.load_model(options, path, config=configs[name]), options)
     rows: list[dict[str, Any]] = [
         {"question": question} | {name: answers[at] for name, answers in columns.items()}
         for at, question in enumerate(options.questions)

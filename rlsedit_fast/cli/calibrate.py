@@ -60,8 +60,9 @@ def run(options: argparse.Namespace) -> int:
     if options.adherence is not None:
         raise InputError("--adherence is not used here; pass --adherences with the values to compare")
     facts = read_facts(options)
-    editor = setup.make_editor(options)
-    facts = sift(editor, facts, options)
+    plan = setup.plan_editor(options)
+    facts = sift(facts, plan, options)
+    editor = plan.load()
     anchors = setup.anchor(editor, options)
     with working("calibrating"):
         rows = editor.assess(facts.edits[: options.pilot], options.adherences)

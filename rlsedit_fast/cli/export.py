@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from rlsedit_fast.cli import DONE, setup, unexpected
-from rlsedit_fast.cli.output import add_json, emit, say
+from rlsedit_fast.cli import DONE, PARTIAL, setup, unexpected
+from rlsedit_fast.cli.output import add_json, emit, say, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.errors import InputError, RLSEditError, counted
-from rlsedit_fast.export import AdapterReport, changes_between, write_adapter, write_delta
+from rlsedit_fast.editing.exports import GgufReport
+from rlsedit_fast.errors import InputError, RLSEditError, counted, listed
+from rlsedit_fast.export import (
+    AdapterReport,
+    Engine,
+    WeightChange,
+    changes_between,
+    write_adapter,
+    write_delta,
+    write_patch,
+)
+from rlsedit_fast.export.engines import check_engine
+from rlsedit_fast.export.gguf import AUTO, TYPES
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.gguf_files import SUFFIX, is_gguf
+from rlsedit_fast.models.loading import load_config
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
-USAGE = "(--store DIR | --model BASE --edited MODEL) [--out DIR] [--delta FILE] [--adapter DIR] [options]"
+USAGE = (
+    "(--store DIR | --model BASE --edited MODEL) [--out DIR|FILE.gguf] [--delta FILE] [--adapter DIR] [--patch FILE] "
+    "[options]"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +54,10 @@ def run(options: argparse.Namespace) -> int:
     setup.show_warnings()
     if (options.store is None) == (options.edited is None):
         raise InputError("pass either --store DIR, or --edited MODEL with --model BASE")
-    if not (options.out or options.delta or options.adapter):
-        raise InputError("no output given; pass --out DIR (checkpoint), --delta FILE or --adapter DIR")
+    if not (options.out or options.delta or options.adapter or options.patch):
+        raise InputError(
+            "no output given; pass --out DIR (checkpoint), --out FILE.gguf, --delta FILE, --adapter DIR or --patch FILE"
+        )
     if options.edited is not None and options.model is None:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
@@ -52,20 +70,22 @@ def _export_store(options: argparse.Namespace) -> int:
     from rlsedit_fast.cli.stores import open_editor
 
     with open_editor(options) as editor:
+        check_gguf_export(editor, options)
         written = write_exports(editor, options)
         active = sum(record.state == "active" for record in editor.history())
     lines = [counted(active, "active edit"), *written.files]
     with written.attempt():
         emit({"active": active} | written.to_json, lines, options.json)
     written.raise_failures()
-    return DONE
+    return PARTIAL if written.lost else DONE
 
 
 def _export_difference(options: argparse.Namespace) -> int:
-    for path in (options.model, options.edited):
-        setup.check_model(options, path=path)
-    base, _ = setup.load_model(options)
-    edited, _ = setup.load_model(options, options.edited)
+    paths = (options.model, options.edited)
+    configs = [setup.check_model(options, path=path) for path in paths]
+    base, edited = (
+        setup.load_model(options, path, config=config)[0] for path, config in zip(paths, configs, strict=True)
+    )
     changes = changes_between(base, edited)
     written = Written()
     results: dict[str, Any] = {"changed": [change.name for change in changes]}
@@ -80,9 +100,13 @@ def _export_difference(options: argparse.Namespace) -> int:
                 "`rlsedit edit --adapter` writes an exact adapter whose rank is at most the number of edits"
             )
         with written.attempt(f"--adapter {options.adapter}"):
-            report = write_adapter(changes, options.adapter, rank=options.rank, base_model=str(options.model))
+            report = write_adapter(
+                changes, options.adapter, rank=options.rank, base_model=str(options.model), engine=options.engine
+            )
             results["adapter"] = asdict(report)
             written.files += adapter_lines(report, options.adapter)
+    if options.patch:
+        _write_patch(changes, options.patch, fingerprint(base), written)
     with written.attempt():
         emit(results | written.to_json, written.files, options.json)
     written.raise_failures()
@@ -96,10 +120,17 @@ class Written:
     Attributes:
         files: one line per written file.
         failures: one reason per file that could not be written.
+        gguf: the GGUF file, if one was written.
     """
 
     files: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    gguf: GgufReport | None = None
+
+    @property
+    def lost(self) -> list[int]:
+        """Ids of the edits that the quantization of a GGUF file lost."""
+        return self.gguf.lost if self.gguf else []
 
     @contextmanager
     def attempt(self, what: str = "") -> Iterator[None]:
@@ -114,9 +145,10 @@ class Written:
             self.failures.append(f"{what}: not written or incomplete: {unexpected(error)}")
 
     @property
-    def to_json(self) -> dict[str, list[str]]:
+    def to_json(self) -> dict[str, Any]:
         """Files and failures, JSON-serializable."""
-        return {"files": self.files, "not_written": self.failures}
+        gguf = {"gguf": asdict(self.gguf) | {"lost": self.lost}} if self.gguf else {}
+        return {"files": self.files, "not_written": self.failures} | gguf
 
     def raise_failures(self) -> None:
         """Raises InputError if there are failures."""
@@ -127,7 +159,19 @@ class Written:
 def add_exports(parser: argparse.ArgumentParser) -> None:
     """Adds the options for the output of an edited model."""
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the complete edited checkpoint")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR|FILE.gguf",
+        help="folder for the complete edited checkpoint; or, if --model is a GGUF file, edited copy of that file",
+    )
+    group.add_argument(
+        "--gguf-type",
+        choices=TYPES,
+        metavar="TYPE",
+        help=f"type of the edited tensors in a GGUF file: {', '.join(TYPES)}. auto (default): their own type if no "
+        "edit is lost with it, and otherwise the smallest of Q8_0, F16 and F32 with which none is lost",
+    )
     add_overwrite(group)
     _add_difference(parser)
 
@@ -147,10 +191,10 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
     Raises:
         InputError: no output is given, or one already exists or cannot be created.
     """
-    if not (options.out or options.delta or options.adapter or options.store):
+    if not (options.out or options.delta or options.adapter or options.patch or options.store):
         raise InputError(
-            "no output given; pass --out DIR (checkpoint), --delta FILE, --adapter DIR, or --store DIR (keeps the "
-            "edits and allows undo), or check the edits with --dry-run"
+            "no output given; pass --out DIR (checkpoint) or FILE.gguf, --delta FILE, --adapter DIR, or --store DIR "
+            "(keeps the edits and allows undo), or check the edits with --dry-run"
         )
     if options.out is not None:
         check_checkpoint(options.out, model, overwrite=options.overwrite)
@@ -171,21 +215,40 @@ def check_named_exports(options: argparse.Namespace, model: str) -> None:
 
 
 def check_checkpoint(out: Path, model: str, *, overwrite: bool) -> None:
-    """Raises InputError if the output folder is the model itself, or already exists and may not be overwritten."""
+    """Raises InputError if the output is the model itself, cannot be made of it, or exists and may not be replaced."""
+    if is_gguf_output(out) and model and not is_gguf(model):
+        raise InputError(
+            f"--out {out}: a GGUF file is written as an edited copy of the GGUF file of the model, and {model} is "
+            "not one; pass --model FILE.gguf, or write a folder and convert it with convert_hf_to_gguf.py of llama.cpp"
+        )
+    if is_gguf_output(out) and model and out.exists() and Path(model).exists() and out.samefile(model):
+        raise InputError(f"--out {out} is the file of the model; choose another file")
     if model and Path(model).exists() and out.resolve() == Path(model).resolve():
         raise InputError(f"--out {out} is the folder of the model; choose another folder")
     _check_absent("--out", out, overwrite=overwrite)
 
 
-def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
-    """Writes the outputs given by the options; delta and adapter only if an edit is active."""
+def write_exports(editor: Editor, options: argparse.Namespace, stability: Mapping[str, Any] | None = None) -> Written:
+    """Writes the outputs given by the options; delta and adapter only if an edit is active.
+
+    Args:
+        editor: the editor.
+        options: the options.
+        stability: measurements on other text, for the model card.
+    """
     written = Written()
     active = any(record.state == "active" for record in editor.history())
-    if not active and (options.delta or options.adapter):
+    if not active and (options.delta or options.adapter or options.patch):
         say("no edit is active: no delta or adapter was written")
-    if options.out is not None:
+    if options.out is not None and is_gguf_output(options.out):
+        with written.attempt(f"--out {options.out}"), working("writing the GGUF file and measuring the edits in it"):
+            written.gguf = editor.save_gguf(
+                options.out, tensor_type=options.gguf_type or AUTO, overwrite=options.overwrite
+            )
+            written.files += gguf_lines(written.gguf)
+    elif options.out is not None:
         with written.attempt(f"--out {options.out}"):
-            editor.save_pretrained(options.out, overwrite=options.overwrite)
+            editor.save_pretrained(options.out, overwrite=options.overwrite, stability=stability)
             written.files.append(f"checkpoint: {options.out}")
     if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):
@@ -193,22 +256,70 @@ def write_exports(editor: Editor, options: argparse.Namespace) -> Written:
             written.files.append(f"delta: {options.delta}")
     if options.adapter is not None and active:
         with written.attempt(f"--adapter {options.adapter}"):
-            report = editor.save_adapter(options.adapter, rank=options.rank, overwrite=options.overwrite)
+            report = editor.save_adapter(
+                options.adapter, rank=options.rank, engine=options.engine, overwrite=options.overwrite
+            )
             written.files += adapter_lines(report, options.adapter)
+    if options.patch is not None and active:
+        _write_patch(editor.changes(), options.patch, editor.fingerprint(), written)
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
     return written
 
 
+def is_gguf_output(out: Path | None) -> bool:
+    """Returns whether --out names a GGUF file."""
+    return out is not None and out.suffix.lower() == SUFFIX
+
+
+def check_gguf_export(editor: Editor, options: argparse.Namespace) -> None:
+    """Checks before the work that the edited weights can be written into a GGUF file, if one is the output.
+
+    Raises:
+        InputError: the model was not loaded from a GGUF file, or a tensor cannot be written with the type.
+        ModelError: the file has no tensor for an edited module.
+    """
+    if is_gguf_output(options.out):
+        editor.check_gguf(tensor_type=options.gguf_type or AUTO)
+
+
+def gguf_lines(report: GgufReport) -> list[str]:
+    """Returns the path of a GGUF file, one line per changed tensor, and what quantization did to the edits."""
+    lines = [f"GGUF file: {report.path}"]
+    if not report.tensors:
+        return [*lines, f"  no weight differs: the file is a copy of {report.source}"]
+    lines += [
+        f"  {one.name}: {one.type if one.type == one.type_before else f'{one.type} (before {one.type_before})'}, error "
+        f"of quantization {one.error:.2g} of the change"
+        for one in report.tensors
+    ]
+    lines += [f"  {types} was not used: {lost} edits would be lost" for types, lost in report.tried.items()]
+    stated = sum(edit.rank == 1 for edit in report.edits)
+    before = sum(edit.rank_before == 1 for edit in report.edits)
+    lines.append(f"  the written weights state {stated} of {len(report.edits)} active edits, the model {before}")
+    if report.lost:
+        ids = ", ".join(listed(report.lost, 20))
+        lines.append(f"  lost by quantization: edits {ids}; --gguf-type auto chooses a larger type")
+    return lines
+
+
 def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
     """Returns the path of the adapter and one line per module with rank and relative error."""
-    lines = [f"adapter: {directory}"]
+    lines = [f"adapter: {directory}, rank {report.rank}"]
     lines += [
         f"  {module.name}: rank {module.used} of {module.needed}, relative error {module.error:.2g}"
         for module in report.modules
     ]
     return lines
+
+
+def _write_patch(changes: list[WeightChange], path: Path, base_fingerprint: str, written: Written) -> None:
+    with written.attempt(f"--patch {path}"):
+        patches = write_patch(changes, path, base_fingerprint=base_fingerprint)
+        entries = sum(patch.full_shape[0] * patch.full_shape[1] for patch in patches)
+        changed = sum(len(patch.indices) for patch in patches)
+        written.files.append(f"patch: {path}, {changed:,} of {entries:,} entries of {counted(len(patches), 'weight')}")
 
 
 def _add_difference(parser: argparse.ArgumentParser) -> None:
@@ -223,24 +334,47 @@ def _add_difference(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="maximum rank of the adapter (default: as high as needed to be exact)",
     )
+    group.add_argument(
+        "--for",
+        dest="engine",
+        choices=get_args(Engine),
+        help="server of the adapter: vllm pads the rank with zeros to the next value of its --max-lora-rank",
+    )
+    group.add_argument(
+        "--patch",
+        type=Path,
+        metavar="FILE",
+        help="sparse patch (safetensors): changed entries by position in the checkpoint, for vLLM",
+    )
 
 
 def _check_new(options: argparse.Namespace) -> None:
-    for name, path in (("--delta", options.delta), ("--adapter", options.adapter)):
+    for name, path in (("--delta", options.delta), ("--adapter", options.adapter), ("--patch", options.patch)):
         if path is not None:
             _check_absent(name, path, overwrite=options.overwrite)
     if options.rank is not None and options.adapter is None:
         raise InputError("--rank requires --adapter DIR; add it or omit --rank")
+    if options.engine is not None and options.adapter is None:
+        raise InputError(f"--for {options.engine} requires --adapter DIR; add it or omit --for")
+    if options.gguf_type is not None and not is_gguf_output(options.out):
+        raise InputError("--gguf-type requires --out FILE.gguf; add it or omit --gguf-type")
+    if options.engine is not None and options.model is not None:
+        config = load_config(options.model, trust_remote_code=options.trust_remote_code)
+        check_engine(options.engine, next(iter(config.architectures or []), ""))
 
 
 def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:
     with suppress(OSError):  # an inaccessible path is reported when it is created
-        if overwrite and path.exists() and path.is_dir() == (name == "--delta"):
+        is_file = name in ("--delta", "--patch") or is_gguf_output(path)
+        if overwrite and path.exists() and path.is_dir() == is_file:
             raise InputError(f"{name} {path} is a {'folder' if path.is_dir() else 'file'}; choose another path")
         if not overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(f"{name} {path} already exists; choose another path or pass --overwrite")
 
 
 def _check_places(options: argparse.Namespace) -> None:
-    folders = ("out", "adapter") if options.store and Store.exists(options.store) else ("out", "adapter", "store")
-    check_places(options, folders=folders, files=("delta", "json"))
+    out = is_gguf_output(options.out)
+    folders = ["adapter"] if out else ["out", "adapter"]
+    if not (options.store and Store.exists(options.store)):
+        folders.append("store")
+    check_places(options, folders=folders, files=("delta", "patch", "json", *["out"] * out))

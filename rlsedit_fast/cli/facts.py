@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rlsedit_fast.cli.output import say
-from rlsedit_fast.cli.setup import at_least_one
+from rlsedit_fast.cli.setup import EditorPlan, at_least_one
 from rlsedit_fast.data import FORMATS, Edit, EditFile, ZsreTarget, read_edits
 from rlsedit_fast.data.conflicts import Conflicts, resolve
 from rlsedit_fast.data.read import edit_from_record
-from rlsedit_fast.editing import Editor
+from rlsedit_fast.editing.requests import find_invalid
 from rlsedit_fast.errors import InputError, RequestError, counted, listed
+from rlsedit_fast.models.loading import max_tokens
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,18 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def sift(editor: Editor, facts: Facts, options: argparse.Namespace) -> Facts:
+def sift(facts: Facts, plan: EditorPlan, options: argparse.Namespace) -> Facts:
     """Removes the edits that are invalid for the tokenizer or the context length of the model.
+
+    Args:
+        facts: the edits.
+        plan: the model, of which only the tokenizer and the config are loaded.
+        options: options added by `add_facts`.
 
     Raises:
         RequestError: an edit is invalid and --skip-bad is not given, or no edit is left.
     """
-    bad = editor.context.find_invalid(facts.edits)
+    bad = find_invalid(plan.tokenizer, facts.edits, plan.config, longest=max_tokens(plan.model_config))
     if not bad:
         return facts
     left_out = [{"place": facts.places[i], "reason": f"{facts.places[i]}: {reason}"} for i, reason in bad.items()]

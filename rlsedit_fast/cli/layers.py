@@ -13,7 +13,6 @@ from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import Facts, add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say
 from rlsedit_fast.data import Edit
-from rlsedit_fast.editing import Editor
 from rlsedit_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,11 +81,10 @@ def run(options: argparse.Namespace) -> int:
         )
     texts = running_text(options.text)
     facts = _facts(options)
-    setup.check_model(options, config)
-    model, tokenizer = setup.load_model(options)
-    editor = Editor(model, tokenizer, config=config)
+    plan = setup.plan_editor(options)
     if options.edits is not None:
-        facts = sift(editor, facts, options)
+        facts = sift(facts, plan, options)
+    model, tokenizer = setup.load_model(options, config=plan.model_config, tokenizer=plan.tokenizer)
     edits = _of_different_subjects(facts.edits, options.count)
     if len(edits) < options.count:
         say(f"only {len(edits)} edits have different subjects; --count is {options.count}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,7 +23,7 @@ from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFi
 from rlsedit_fast.statistics.key_statistics import STATISTICS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TOKENS = 100_000
 """Tokens for the key statistics; several times the key dimension of current models."""
@@ -45,7 +46,7 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", required=required, help=f"local folder or Hugging Face Hub name of the model{default}"
+        "--model", required=required, help=f"local folder, GGUF file, or Hugging Face Hub name of the model{default}"
     )
     group.add_argument(
         "--dtype",
@@ -195,13 +196,22 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def load_model(options: argparse.Namespace, path: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the model given by the options, or the one at `path`; see `models.loading`."""
+def load_model(
+    options: argparse.Namespace, path: str | None = None, **loaded: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the model given by the options, or the one at `path`.
+
+    Args:
+        options: options added by `add_model`.
+        path: the model, if not the one of the options.
+        **loaded: `config` and `tokenizer`, if they are loaded already; see `models.loading.load_model`.
+    """
     return loading.load_model(
         options.model if path is None else path,
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
+        **loaded,
     )
 
 
@@ -253,8 +263,10 @@ def make_config(options: argparse.Namespace, stored: EditConfig | None = None) -
     return EditConfig.from_preset(GENERIC if options.preset == "auto" else options.preset, **changes)
 
 
-def check_model(options: argparse.Namespace, config: EditConfig | None = None, path: str | None = None) -> None:
-    """Checks options that depend on the model against its config, before the weights are loaded.
+def check_model(
+    options: argparse.Namespace, config: EditConfig | None = None, path: str | None = None
+) -> PretrainedConfig:
+    """Checks options that depend on the model against its config, before the weights are loaded, and returns it.
 
     Args:
         options: options added by `add_model`.
@@ -272,7 +284,7 @@ def check_model(options: argparse.Namespace, config: EditConfig | None = None, p
     depth = getattr(text, "num_hidden_layers", None)
     preset = PRESETS.get(getattr(options, "preset", ""))
     if config is None or depth is None:
-        return
+        return found
     wrong = [layer for layer in config.layers or () if layer >= depth]
     if preset is not None and preset != find_preset(found):
         about = (
@@ -286,6 +298,7 @@ def check_model(options: argparse.Namespace, config: EditConfig | None = None, p
     if wrong:
         where = f"--layers {options.layers}" if options.layers is not None else f"layers={list(config.layers or ())}"
         raise InputError(f"{where}: layers {wrong} do not exist; the model has layers 0 to {depth - 1}")
+    return found
 
 
 def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
@@ -312,19 +325,41 @@ def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
             )
 
 
-def make_editor(options: argparse.Namespace) -> Editor:
-    """Checks the settings before the slow loading of the model, and returns an editor, with a store if one is given."""
+@dataclass(frozen=True)
+class EditorPlan:
+    """An editor whose settings are checked and whose model is not loaded yet.
+
+    Attributes:
+        options: options of the command.
+        config: settings of the editor.
+        model_config: config of the model.
+        tokenizer: tokenizer of the model.
+    """
+
+    options: argparse.Namespace
+    config: EditConfig
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self) -> Editor:
+        """Loads the model and returns the editor, with a store if one is given."""
+        model, tokenizer = load_model(self.options, config=self.model_config, tokenizer=self.tokenizer)
+        return Editor(model, tokenizer, config=self.config, store=getattr(self.options, "store", None))
+
+
+def plan_editor(options: argparse.Namespace) -> EditorPlan:
+    """Checks the settings, and loads the config and the tokenizer of the model."""
     place = getattr(options, "store", None)
     stored = read_settings(place) if place is not None else None
     config = make_config(options, stored)
     _check_anchors(options, config)
     if place is not None:
         check_store(place, config)
-    check_model(options, config)
-    model, tokenizer = load_model(options)
-    if options.preset == GENERIC and config.layers is None and find_preset(model.config) is not None:
-        config = config.replace(layers=config.layers_for(model.config.get_text_config().num_hidden_layers))
-    return Editor(model, tokenizer, config=config, store=place)
+    found = check_model(options, config)
+    if options.preset == GENERIC and config.layers is None and find_preset(found) is not None:
+        config = config.replace(layers=config.layers_for(found.get_text_config().num_hidden_layers))
+    tokenizer = loading.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    return EditorPlan(options, config, found, tokenizer)
 
 
 def anchor(editor: Editor, options: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.context import max_tokens
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.statistics.sources import SelfGenerated, Source, TextFile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def probe_other_text(editor: Editor, options: argparse.Namespace) -> tuple[TextP
     """
     from rlsedit_fast.evaluation.stability import TextProbe
 
-    length = min(LENGTH, max_tokens(editor.model) or LENGTH)
+    length = min(LENGTH, max_tokens(editor.model.config) or LENGTH)
     rows, what = list[list[int]](), ""
     if options.text is not None:
         rows = list(_rows(TextFile(options.text), editor, skip=options.tokens))

@@ -13,8 +13,8 @@ from rlsedit_fast.cli.setup import (
     add_model,
     add_tokens,
     gather,
-    make_editor,
     make_source,
+    plan_editor,
     settle_text,
     show_warnings,
 )
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     check_places(options, files=("out", "json"))
     if options.out is not None:
         _check_replaceable(options.out, overwrite=options.overwrite)
-    editor = make_editor(options)
+    editor = plan_editor(options).load()
     source = make_source(editor, options)
     out = options.out or cache_path(editor.fingerprint(), editor.layers, source.name, options.tokens)
     checkpoint = out.with_name(f"{out.name}.part")

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.cli import DONE, setup
-from rlsedit_fast.cli.export import Written, add_exports, check_named_exports, write_exports
+from rlsedit_fast.cli import DONE, PARTIAL, setup
+from rlsedit_fast.cli.export import Written, add_exports, check_gguf_export, check_named_exports, write_exports
 from rlsedit_fast.cli.output import add_json, emit, plain, say, working
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
@@ -74,11 +74,11 @@ def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
     given, options.model = options.model, options.model or recorded
     try:
-        setup.check_model(options)
+        config = setup.check_model(options)
     except InputError as error:
         moved = f"the store {str(options.store)!r} was created with this path; pass --model if the model has moved"
         raise InputError(error.message, error.hint if given else moved) from error
-    return setup.load_model(options)
+    return setup.load_model(options, config=config)
 
 
 def open_editor(options: argparse.Namespace) -> Editor:
@@ -146,6 +146,7 @@ def change(options: argparse.Namespace, make: Callable[[Editor, list[int]], list
     check_named_exports(options, options.model or recorded or "")
     chosen = set(selected(options))
     with open_editor(options) as editor:
+        check_gguf_export(editor, options)
         old = [record for record in editor.history() if record.id in chosen]
         with working("answers before"):
             before = ask(editor, old)
@@ -167,7 +168,7 @@ def report(results: dict[str, Any], lines: Sequence[str], done: Changed, options
     with done.written.attempt():
         emit(results | done.written.to_json, lines, options.json)
     done.written.raise_failures()
-    return DONE
+    return PARTIAL if done.written.lost else DONE
 
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -15,31 +14,27 @@ from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
+from rlsedit_fast.editing.exports import Exports
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.records import EditRecord, History
+from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
-from rlsedit_fast.files import check_new
 from rlsedit_fast.interrupts import interrupts_deferred
-from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.rls import BlockPrior, Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 
-SAMPLED = 32  # number of active edits that `status` measures by default
-
-
-class Editor:
+class Editor(Exports):
     """Edits a transformers model in place.
 
     The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
@@ -160,7 +155,7 @@ class Editor:
         return self.context.layers
 
     @property
-    def priors(self) -> list[Prior]:
+    def priors(self) -> list[Prior | BlockPrior]:
         """The prior of each edited layer; empty before the calibration or the first edit."""
         return self._session.priors
 
@@ -216,14 +211,6 @@ class Editor:
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
         return self.context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
 
-    def fingerprint(self) -> str:
-        """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
-        originals = {
-            f"{projection.name}.weight": state.original.T if projection.transposed else state.original
-            for projection, state in self._session.edited
-        }
-        return fingerprint(self.model, instead=originals)
-
     def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
         """Preserves the present outputs of the edited layers on every token of prompts, in addition to the anchors.
 
@@ -248,7 +235,7 @@ class Editor:
             self._session.protect(texts, keys, weight)
         return len(keys[0])
 
-    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior]:
+    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
         """Sets the prior of each layer with a pilot batch; the model is not modified.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
@@ -289,6 +276,7 @@ class Editor:
         *,
         on_batch: Callable[[list[EditRecord]], None] | None = None,
         require_stated: bool = False,
+        gates: Gated | None = None,
     ) -> list[EditRecord]:
         """Applies edits, `config.batch_size` at a time.
 
@@ -306,6 +294,9 @@ class Editor:
                 and `nll`; the returned records are up to date.
             require_stated: take a batch back and raise an error if the model does not state all of its targets; layers,
                 history and store are then as before the batch.
+            gates: `Gates`, checked after every `gates.every` batches and at the end against the unedited model. With
+                `on_violation="undo"`, the batches between two checks are one change, which a violation or an error
+                takes back; `on_batch` is called once they have passed.
 
         Returns:
             One record per edit, in order, with measurements in the edited model. Check `success`: an edit that the
@@ -315,19 +306,13 @@ class Editor:
             RequestError: an edit is invalid; nothing was modified.
             ResourceError: there is not enough memory.
             UnstatedError: see `require_stated`.
+            GateError: a gate is violated.
             RLSEditError: a batch failed; it was not applied.
         """
         requests = self.context.prepare(edits)
         with quiet(self.model):
-            records = self._session.apply(requests, on_batch, require_stated=require_stated)
-        if failed := sum(not record.success and record.state == "active" for record in records):
-            logger.warning(
-                "%d of %d edits are applied but the model does not state their targets; see `success` and "
-                "`search_converged` of their records",
-                failed,
-                len(records),
-            )
-        return records
+            guard = bind_gates(gates, self)
+            return apply_stream(self._session, requests, on_batch, require_stated=require_stated, guard=guard)
 
     def select(
         self,
@@ -468,32 +453,10 @@ class Editor:
         self._check_attached()
         return layer_deviations(self._session.edited)
 
-    def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer; empty before the first edit."""
+    def routing_change(self, texts: Iterable[str], *, tokens: int = TOKENS) -> dict[int, float]:
+        """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""
         self._check_attached()
-        return self._session.layers.changes() if self._session.layers else []
-
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the edited model and its tokenizer as a checkpoint; see `export.write_checkpoint`."""
-        self._check_attached()
-        write_checkpoint(self.model, self.tokenizer, directory, overwrite=overwrite)
-
-    def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
-        """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""
-        check_new(path, overwrite=overwrite)
-        active = len(self._session.ledger.active)
-        return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
-
-    def save_adapter(self, directory: str | Path, *, rank: int | None = None, overwrite: bool = False) -> AdapterReport:
-        """Writes the weight change as a LoRA adapter, see `export.write_adapter`; `overwrite` replaces a folder."""
-        check_new(directory, overwrite=overwrite)
-        base = str(getattr(self.model.config, "_name_or_path", ""))
-        writes = max(1, self._session.progress.writes)
-        return write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes)
-
-    def _check_attached(self) -> None:
-        if self._session.layers:
-            self._session.layers.check_attached()
+        return routing_change(self.context, self._session.layers, texts, tokens)
 
     def _check_not_started(self, method: str) -> None:
         if self._session.layers:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsedit_fast.editing.context import ModelContext, max_tokens
+from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.objective import Measured, measure
@@ -16,6 +16,7 @@ from rlsedit_fast.editing.status import Sample
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import UnstatedError, listed
 from rlsedit_fast.models.answers import CHAT_TOKENS, chat_answers, chat_row, generate_answers, supports_chat
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import Row, fill
 
 
@@ -117,7 +118,7 @@ class Measurement:
         """Returns the rows of the prompts in a chat, by position; without those that are too long for the model."""
         if not self._has_chat:
             return {}
-        longest = max_tokens(self._context.model)
+        longest = max_tokens(self._context.model.config)
         rows = {
             at: chat_row(self._context.tokenizer, _prompt(request), request.edit.target)
             for at, request in enumerate(requests)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rlsedit_fast.activity import report_activity
+from rlsedit_fast.activity import Steps
 from rlsedit_fast.editing.config import EditConfig, ValueSearchConfig
 from rlsedit_fast.editing.objective import KLPrompts, PromptRows, evaluate_fit, gather, group_index, mean_by
 from rlsedit_fast.editing.optimizers import Gradients, StoppingRule, make_optimizer
@@ -111,8 +111,9 @@ def search_values(
     with site.resumed() as forward:
         kl_prompts = KLPrompts(forward, kl_rows, group)
         top = group
+        progress = Steps("value search", config.steps + 1)
         for step in range(config.steps + 1):
-            report_activity(f"value search, step {step} of at most {config.steps}")
+            progress.report(f"{int(active.sum())} of {len(groups)} values left")
             fit = evaluate_fit(forward, rows, delta[group], len(requests))
             top = top if step else fit.top
             # At delta = 0 the KL term and its gradient are 0.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.scoring import Progress, score_rows
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import Row, encode_plain
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def evaluate_task(
         >>> evaluate_task(model, tokenizer, [Item("Toze Lado Rekuno plays the", ("harp", "clarinet"), 1)])
         TaskResult(accuracy=1.0, error=0.0, items=1, truncated=0, skipped=0)
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max_tokens(model.config) or math.inf
     rows, used, truncated = [], list[Item](), 0
     for item in items:
         encoded = [encode_plain(tokenizer, item.prompt, choice) for choice in item.choices]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export.changes import WeightChange, check_distinct
+from rlsedit_fast.export.changes import WeightChange, check_distinct, check_no_experts
+from rlsedit_fast.export.engines import Engine, check_engine, padded_rank
 from rlsedit_fast.files import written_whole
 
 _GRAM_FLOOR = 8 * torch.finfo(torch.float64).eps ** 0.5
@@ -47,7 +48,8 @@ class AdapterReport:
 
     Attributes:
         directory: folder of the adapter.
-        rank: `r` of its config, the maximum over the modules; factors of lower rank are padded with zeros.
+        rank: `r` of its config, the maximum over the modules, or the next one that the server takes; factors of lower
+            rank are padded with zeros.
         modules: rank and accuracy per module, in the order of the changes.
 
     Example:
@@ -68,6 +70,7 @@ def write_adapter(
     rank: int | None = None,
     base_model: str = "",
     updates: int = 1,
+    engine: Engine | None = None,
 ) -> AdapterReport:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, for `PeftModel.from_pretrained`.
 
@@ -83,13 +86,14 @@ def write_adapter(
         base_model: name or path of the unedited model, for the config.
         updates: number of batches that were added to the master weights; the rounding that is not counted as rank
             grows with its square root.
+        engine: "vllm" pads the rank with zeros to the next value that vLLM takes as `--max-lora-rank`.
 
     Returns:
         Rank needed, rank used and error per module.
 
     Raises:
-        InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, or the
-            folder cannot be written.
+        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of a routed expert, no
+            weight changed beyond rounding, the server takes no rank as large, or the folder cannot be written.
 
     Example:
         >>> import os
@@ -111,7 +115,9 @@ def write_adapter(
     for label, number in (("rank", rank), ("updates", updates)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"{label}={number!r}: expected an integer of at least 1")
+    check_engine(engine)
     check_distinct(changes)
+    check_no_experts(changes, "an adapter")
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for change in changes:
@@ -125,6 +131,7 @@ def write_adapter(
             f"none of the {len(changes)} changes is larger than rounding, so there is nothing to write; edit the model "
             "first"
         )
+    width = padded_rank(width, engine)
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(down, width, 0)

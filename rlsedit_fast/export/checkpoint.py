@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlsedit_fast.export.card import CARD
 from rlsedit_fast.files import check_new, written_folder
 
 if TYPE_CHECKING:
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def write_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    card: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model and its tokenizer into a folder, which gets its name once it is complete.
 
@@ -20,6 +26,7 @@ def write_checkpoint(
         model: the model.
         tokenizer: its tokenizer.
         directory: folder of the checkpoint.
+        card: text of its model card, see `export.card.make_card`; None for no card.
         overwrite: replace the checkpoint in a folder that contains files.
 
     Raises:
@@ -36,3 +43,5 @@ def write_checkpoint(
         check_new(directory, overwrite=overwrite)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")

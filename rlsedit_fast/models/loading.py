@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from rlsedit_fast.errors import InputError, ModelError
+from rlsedit_fast.models.gguf_files import SUFFIX, check_gguf, is_gguf
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,13 +41,19 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, Assertion
 
 
 def load_model(
-    path: str | Path, *, device: str | None = None, **options: Any
+    path: str | Path,
+    *,
+    device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode and its tokenizer.
 
     Args:
-        path: folder or model name, as for `AutoModelForCausalLM.from_pretrained`.
+        path: folder or model name, as for `AutoModelForCausalLM.from_pretrained`; or a GGUF file, whose weights are
+            dequantized.
         device: device of the model; `auto` uses all devices (requires accelerate), None that of `from_pretrained`.
+        tokenizer: the tokenizer, if it is already loaded; see `load_tokenizer`.
         **options: options of `AutoModelForCausalLM.from_pretrained`, such as `dtype`. `revision`,
             `trust_remote_code`, `token`, `subfolder`, `cache_dir` and `local_files_only` are also passed to the
             tokenizer.
@@ -62,19 +72,24 @@ def load_model(
         >>> model.dtype
         torch.float32
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     for name in ("dtype", "torch_dtype"):
         check_dtype(options.get(name))
     check_device(device)
     shared = {option: options[option] for option in _CONFIG_OPTIONS if option in options}
-    if "config" not in options and "gguf_file" not in options:
+    if "gguf_file" in options:
+        path = _gguf_path(path, options.pop("gguf_file"), shared)
+    if "config" not in options:
         load_config(path, **shared)
     if device == "auto":
         options["device_map"] = device
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, **shared)  # first, because it is loaded faster
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)  # first, because it is loaded faster
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        model: Any = (
+            _load_gguf(path, options) if is_gguf(path) else AutoModelForCausalLM.from_pretrained(path, **options)
+        )
     except _FAILURES as error:
         raise _not_loaded(path, error, options) from error
     if device and device != "auto":
@@ -85,19 +100,117 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Args:
+        path: folder or model name, as for `AutoTokenizer.from_pretrained`; or a GGUF file.
+        **options: options of `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import load_tokenizer
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> load_tokenizer(MODEL_DIR).bos_token
+        '<s>'
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if not is_gguf(path):
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+            return found
+        with _alone(path) as (folder, name):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, options) from error
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
+def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
+    """Loads a GGUF file as an ordinary model, which `save_pretrained` accepts."""
+    from transformers import AutoModelForCausalLM
+
+    kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
+    kept = {"config": _gguf_config(path), **_dequantized(), **kept}
+    with _alone(path) as (folder, name), _bars_as_set():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
+
+
+@contextmanager
+def _alone(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Provides a folder that contains only this GGUF file: transformers also reads configs that lie beside it."""
+    with TemporaryDirectory(prefix="rlsedit-gguf-") as folder:
+        link = Path(folder, f"model{SUFFIX}")
+        link.symlink_to(Path(path).resolve())
+        yield folder, link.name
+
+
+@contextmanager
+def _bars_as_set() -> Iterator[None]:
+    """Hides the bar of dequantization while the bars of transformers are disabled, which it does not regard itself."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers.utils import logging
+
+    held = getattr(reading, "tqdm", None)
+    if held is None or logging.is_progress_bar_enabled():
+        yield
+        return
+    reading.tqdm = partial(held, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = held
+
+
+def _dequantized() -> dict[str, Any]:
+    """Returns the option that unpacks the weights, for versions of transformers that may leave them in blocks."""
+    from transformers.utils import quantization_config
+
+    made = getattr(quantization_config, "GgufConfig", None)
+    return {} if made is None else {"quantization_config": made(dequantize=True)}
+
+
+def _gguf_path(path: str | Path, name: str, shared: dict[str, Any]) -> Path:
+    """Returns the path of a GGUF file of a folder or of a repository on the Hub, which is downloaded if necessary."""
+    from transformers.utils.hub import cached_file
+
+    if Path(path).is_dir():
+        return Path(path, shared.get("subfolder", ""), name)
+    try:
+        return Path(str(cached_file(str(path), name, **{k: v for k, v in shared.items() if k != "trust_remote_code"})))
+    except _FAILURES as error:
+        raise _not_loaded(path, error, shared) from error
+
+
 def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
     """Loads the config of a model, to check it before the weights are loaded.
 
     Args:
-        path: folder or model name, as for `AutoConfig.from_pretrained`.
+        path: folder or model name, as for `AutoConfig.from_pretrained`; or a GGUF file.
         **options: options of `AutoConfig.from_pretrained`.
 
     Returns:
         The config.
 
     Raises:
-        InputError: the folder does not exist, lacks `config.json` or tokenizer files, or the config cannot be loaded.
-        ModelError: the model is an encoder-decoder model.
+        InputError: the folder does not exist, lacks `config.json` or tokenizer files, or the config cannot be loaded;
+            or see `gguf_files.check_gguf`.
+        ModelError: the model is an encoder-decoder model, or see `gguf_files.check_gguf`.
 
     Example:
         >>> from rlsedit_fast.models.loading import load_config
@@ -108,11 +221,15 @@ def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
     name, folder = str(path), Path(path)
+    if is_gguf(path):
+        return _gguf_config(path)
     if not _HUB_NAME.fullmatch(name) and not folder.exists():
         advice = _similar(folder) or "; pass a checkpoint folder or a name on the Hub"
         raise InputError(f"model {name!r}: the folder does not exist{advice}")
     if folder.is_file():
-        raise InputError(f"model {name!r} is a file; pass the folder of the checkpoint, which contains config.json")
+        raise InputError(
+            f"model {name!r} is a file; pass the folder of the checkpoint, which contains config.json, or a GGUF file"
+        )
     if folder.is_dir() and not options.get("subfolder"):
         _check_folder(folder)
     try:
@@ -123,6 +240,66 @@ def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
     return config
 
 
+def _gguf_config(path: str | Path) -> PretrainedConfig:
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"model {str(path)!r}: the file does not exist; pass a GGUF file or a checkpoint folder")
+    check_gguf(path)
+    try:
+        about = place.stat()
+        config = copy.deepcopy(_read_gguf_config(place.resolve(), about.st_mtime_ns, about.st_size))
+    except _FAILURES as error:
+        raise _not_loaded(path, error, {}) from error
+    check_config(config)
+    return config
+
+
+@lru_cache(maxsize=4)
+def _read_gguf_config(path: Path, _time: int, _size: int) -> PretrainedConfig:
+    """Reads the config of a GGUF file once: transformers takes seconds to read the vocabulary."""
+    from transformers import AutoConfig
+
+    with _alone(path) as (folder, name):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=name)
+        return config
+
+
+def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Creates a model from its config on the meta device: it has shapes and no values, and takes no memory.
+
+    Args:
+        path: folder with `config.json`.
+        dtype: dtype of the weights; None or `auto`: that of the config, otherwise float32.
+        trust_remote_code: as for `AutoModelForCausalLM.from_config`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the config cannot be loaded.
+        ModelError: the model is an encoder-decoder model.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import empty_model
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> empty_model(MODEL_DIR).device
+        device(type='meta')
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_dtype(dtype)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_config(config)
+        own = getattr(config, "dtype", None) or torch.float32
+        wanted = getattr(torch, dtype) if dtype not in (None, "auto") else own
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, {}) from error
+    return model
+
+
 def check_config(config: object) -> None:
     """Raises ModelError for the config of an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):
@@ -130,6 +307,11 @@ def check_config(config: object) -> None:
             f"{getattr(config, 'model_type', 'the model')}: encoder-decoder models are not supported; pass a "
             "decoder-only model, such as those that AutoModelForCausalLM loads"
         )
+
+
+def max_tokens(config: PretrainedConfig) -> int | None:
+    """Returns the maximum number of tokens of a model, or None if there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_dtype(dtype: object) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import cache_argument, cache_of, end_at
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row, pad
@@ -139,7 +140,7 @@ def runner(model: PreTrainedModel, *, try_prefixes: bool = False) -> Decoder:
     decoder = Decoder(model, (), "")
     if not try_prefixes:
         return decoder
-    return with_prefixes(decoder, longest=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    return with_prefixes(decoder, longest=max_tokens(model.config))
 
 
 def with_prefixes(decoder: Decoder, *, longest: int | None = None) -> Decoder:

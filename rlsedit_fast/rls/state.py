@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.ops.dispatch import unmeasured
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Built, Edits, build
@@ -122,7 +123,8 @@ class RLSState(Layer):
             self._restore_saved(saved)
             start = saved.weight.to(self._original.device, self._dtype)
         self._version = next(_versions)
-        self._dry_run()
+        with unmeasured():
+            self._dry_run()
         if start is not None:
             self._master.write(start)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.loading import max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -210,7 +211,7 @@ class SelfGenerated:
 
     @property
     def _length(self) -> int:
-        return min(self.length, getattr(self.model.config.get_text_config(), "max_position_embeddings", self.length))
+        return min(self.length, max_tokens(self.model.config) or self.length)
 
     def read(self, tokenizer: PreTrainedTokenizerBase, start: int) -> Iterator[tuple[int, list[int]]]:
         """See `Source`."""

@@ -659,11 +659,13 @@ def test_skipped_records_are_reported_if_none_is_left(edit, workdir, capsys):
         ("neighborhood", " ", "expected non-blank strings"),
     ],
 )
-def test_invalid_evaluation_prompts_are_found_before_any_work(edit, workdir, capsys, field, text, message):
+def test_invalid_evaluation_prompts_are_found_before_any_work(edit, workdir, capsys, monkeypatch, field, text, message):
     lines = records(2)
     lines[1][field] = [text]
     write_lines(workdir / "odd.jsonl", lines)
-    assert edit("--no-anchors", "--out", "out", facts="odd.jsonl") == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "load_model", None)  # the weights are not loaded
+        assert edit("--no-anchors", "--out", "out", facts="odd.jsonl") == 2
     stderr = capsys.readouterr().err
     assert "odd.jsonl:2" in stderr
     assert message in stderr

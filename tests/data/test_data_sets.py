@@ -161,7 +161,6 @@ def test_every_record_is_an_edit_or_is_reported(records, any_tokenizer):
     model = make_model(any_tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     editor = rf.Editor(model, any_tokenizer, config=rf.EditConfig(**CONFIG))
-    assert editor.context.find_invalid(resolved.edits) == {}
     applied = editor.edit(resolved.edits)
 
     assert (len(records.skipped), len(dropped)) == (2, 3), (

@@ -39,7 +39,7 @@ def test_edits_may_be_dicts(editor):
 
 def test_a_file_of_edits_is_a_list_of_edits(editor):
     file = rf.read_edits(io.StringIO("\n".join(json.dumps(FACT | {"id": at}) for at in (1, 2))))
-    assert editor.context.find_invalid(file) == {}
+    assert len(editor.context.prepare(file)) == 2
     found = rf.resolve(file)
     assert (found.edits, found.places) == ([file[1]], ["<file>:1", "<file>:2"])
     editor.calibrate(file)
@@ -368,8 +368,23 @@ def test_progress_bars_show_the_step_within_a_batch(editor):
     bar = SimpleNamespace(set_postfix_str=lambda text, refresh=True: steps.append(text))
     with activity_shown(bar):
         editor.edit([FACT])
-    assert steps[0].startswith(("value search, step 0 of at most 2", "building the states", "calibrating"))
+    assert steps[0].startswith(("value search, step 1 of at most 2", "building the states", "calibrating"))
     assert steps[-1] == ""
+
+
+def test_steps_report_the_time_left(monkeypatch):
+    from rlsedit_fast import activity
+
+    clock, shown = iter((0.0, 1.0, 31.0)), []
+    monkeypatch.setattr(activity.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(activity, "report_activity", shown.append)
+    steps = activity.Steps("value search", 4)
+    steps.report("9 values")
+    steps.report("7 values")
+    assert shown == [
+        "value search, step 1 of at most 4, 9 values",
+        "value search, step 2 of at most 4, 7 values, at most 1:30 left",
+    ]
 
 
 def test_a_name_that_cannot_be_downloaded_raises_with_the_reason_last():
@@ -462,4 +477,4 @@ def test_a_batch_that_is_not_stated_is_taken_back_with_all_it_changed(make_model
 def test_texts_of_the_evaluation_are_a_list_or_a_tuple(editor, field, wrong):
     with pytest.raises(RequestError, match=f"{field}=.*: expected a tuple of strings"):
         editor.edit([{**FACT, field: wrong}])
-    assert editor.context.find_invalid([{**FACT, field: ["Veta lives in"]}]) == {}
+    assert len(editor.context.prepare([{**FACT, field: ["Veta lives in"]}])) == 1

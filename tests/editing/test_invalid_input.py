@@ -10,6 +10,7 @@ import torch
 import rlsedit_fast as rf
 from rlsedit_fast.data.edits import WEIGHT_RANGE
 from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.requests import find_invalid
 from rlsedit_fast.errors import InputError, ModelError, RequestError
 
 EDITS = [
@@ -131,11 +132,15 @@ def test_texts_may_come_from_an_iterator(editor):
 
 
 @pytest.mark.usefixtures("unchanged")
+def invalid(editor, edits):
+    return find_invalid(editor.tokenizer, edits, editor.config, longest=None)
+
+
 @pytest.mark.parametrize("wrong", [EDITS[0], None, 3, "Lado speaks Kubeish"])
 def test_edits_must_be_a_list(editor, wrong):
     adherences, context = [0.9], editor.context
-    acts = (editor.edit, editor.calibrate, context.find_invalid, context.prepare)
-    for act in (*acts, lambda e: editor.assess(e, adherences)):
+    acts = (editor.edit, editor.calibrate, context.prepare)
+    for act in (*acts, lambda e: invalid(editor, e), lambda e: editor.assess(e, adherences)):
         with pytest.raises(RequestError, match="expected a list of edits"):
             act(wrong)
     assert editor.priors == []
@@ -143,7 +148,7 @@ def test_edits_must_be_a_list(editor, wrong):
 
 def test_edits_may_come_from_an_iterator(editor):
     assert len(editor.calibrate(edit for edit in EDITS)) == 2
-    assert editor.context.find_invalid(edit for edit in [*EDITS, EDITS[0].target]) == {
+    assert invalid(editor, (edit for edit in [*EDITS, EDITS[0].target])) == {
         5: "expected an Edit or a dict with its fields, got str"
     }
     assert [record.target for record in editor.edit(edit for edit in EDITS[:2])] == ["Port Alder", "mason"]
@@ -190,7 +195,7 @@ def test_invalid_weights_raise_before_the_first_edit(editor, weight):
     wrong = replace(EDITS[1], weight=weight)
     with pytest.raises(RequestError, match=r"(?s)1 of 2 .*edit 2: weight: .*from 1e-30 to 1e\+30"):
         editor.edit([EDITS[0], wrong])
-    assert list(editor.context.find_invalid([EDITS[0], wrong])) == [1]
+    assert list(invalid(editor, [EDITS[0], wrong])) == [1]
     with pytest.raises(InputError, match=r"weight: .*from 1e-30 to 1e\+30"):
         editor.protect(["Lado speaks ."], weight=weight)
 

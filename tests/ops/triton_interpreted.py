@@ -193,6 +193,15 @@ def test_correct_split_with_any_strides_and_special_values():
     assert joined.signbit().tolist()[0] == expected.signbit().tolist()[0]
 
 
+def test_correct_split_keeps_every_nan():
+    payloads = torch.tensor([*(1 << bit for bit in range(23)), 0x7FFFFF])
+    rows = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).to(torch.int32).view(torch.float32)[None]
+    high, low = ops.split(torch.randn(3, rows.shape[1]))
+    ops.correct_split_(high, low, torch.ones(1, 3), rows, 1, backend="triton")
+    assert high.isnan().all()
+    assert ops.join(high, low).isnan().all()
+
+
 def test_correct_tiles_of_every_table(monkeypatch):
     for capability in tables.table("correct"):
         monkeypatch.setattr(correct, "device", lambda index, capability=capability: (capability, 132))
