@@ -25,7 +25,7 @@ from ptx_on_host.launches import Launch
 from recording import add_json, record
 
 from rlsedit_fast.kernels import correct, downdate, panel
-from rlsedit_fast.kernels.precision import PRECISIONS, default
+from rlsedit_fast.kernels.precision import PRECISIONS
 
 # NVIDIA's H200 SXM data sheet (dense products), and the rate of a large copy.
 H200 = {
@@ -36,12 +36,6 @@ H200 = {
     "bf16": 989.4e12 / 2,
 }
 D, D_V = 14336, 4096
-TABLES = {
-    "correct_split_kernel": "correct",
-    "rows_kernel": "panel",
-    "finish_kernel": "panel",
-    "triangle_kernel": "panel",
-}
 
 
 @cache
@@ -86,9 +80,7 @@ def table() -> list[dict[str, object]]:
     for capability in (80, 90):
         for precision in PRECISIONS:
             for name, (launch, compiled) in cases.of_triton_compiled(capability, precision).items():
-                kernel = name.split()[0]
-                usual = default(TABLES.get(kernel, kernel.removesuffix("_kernel")), f"sm_{capability}")
-                shipped = precision == usual or (precision == "ieee" and f"PRECISION={usual}" not in name)
+                shipped = cases.is_default(name, capability, precision)
                 rows.append(
                     {"kernel": name, "target": f"Triton, sm_{capability}", "precision": precision, "default": shipped}
                     | {"registers": registers(compiled.asm["cubin"]), **row(launch)}

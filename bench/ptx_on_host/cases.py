@@ -63,6 +63,16 @@ def precision(name: str) -> Iterator[None]:
         yield
 
 
+def is_default(text: str, capability: int, name: str) -> bool:
+    """Whether a kernel of `of_triton` runs by default: in the default precision, or if it does not depend on one."""
+    from rlsedit_fast.kernels.precision import default
+
+    table = {"correct_split": "correct", "rows": "panel", "finish": "panel", "triangle": "panel"}
+    kernel = text.split()[0].removesuffix("_kernel")
+    independent = text.endswith(("bf16", "fp16")) or "EDITS=1 " in text or "EDITS=4 " in text
+    return independent or name == default(table.get(kernel, kernel), f"sm_{capability}")
+
+
 def of_triton(capability: int, name: str) -> dict[str, Launch]:
     """Returns a launch of every configuration of the Triton kernels in a precision, by kernel and settings."""
     return {text: launch for text, (launch, _) in of_triton_compiled(capability, name).items()}

@@ -8,6 +8,7 @@ from ptx_on_host import cases, counting, cuda_kernels, machine
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(machine.compiler() is None, reason="needs a C++ compiler")]
 
 CONFLICTS = 2.0  # wavefronts of shared memory for every necessary one
+SECTORS = 1.1  # sectors of global memory for every necessary one, in a launch
 
 
 def test_bank_conflicts_of_the_cuda_kernels():
@@ -24,20 +25,18 @@ def test_bank_conflicts_of_the_cuda_kernels():
 def test_bank_conflicts_of_default_configurations(capability):
     """No instruction of a default configuration has more than two wavefronts for every necessary one."""
     pytest.importorskip("triton", reason="needs triton")
-    from rlsedit_fast.kernels.precision import PRECISIONS, default
+    from rlsedit_fast.kernels.precision import PRECISIONS
 
     checked = set()
     for precision in PRECISIONS:
         for name, launch in cases.of_triton(capability, precision).items():
-            kernel = name.split()[0].removesuffix("_kernel")
-            table = {"correct_split": "correct"}.get(kernel, kernel)
-            narrow = name.endswith(("bf16", "fp16"))  # 16-bit rows, multiplied as they are
-            few = "EDITS=1 " in name or "EDITS=4 " in name  # no matrix product
-            if precision != default(table, f"sm_{capability}") and not narrow and not few:
+            if not cases.is_default(name, capability, precision):
                 continue
             checked.add(name)
-            for one in counting.counted(launch).shared:
+            counts = counting.counted(launch)
+            for one in counts.shared:
                 assert one.ratio <= CONFLICTS, f"{name}: {one}"
+            assert counts.sectors <= SECTORS * counts.least_sectors, name
     assert len(checked) >= 20
 
 
