@@ -33,7 +33,7 @@ LAUNCHED: dict[int, set[str]] = {capability: set() for capability in CAPABILITIE
 
 # Widths divisible by 16, as in models; other widths compile to other code and are in the soak tests.
 # layers, d, n, pending rows
-PANELS = [(1, 80, 1, 0), (2, 144, 3, 16), (1, 528, 16, 0), (1, 528, 20, 32), (1, 144, 50, 16), (1, 272, 100, 16)]
+PANELS = [(1, 80, 1, 0), (2, 144, 3, 16), (1, 528, 16, 16), (1, 528, 20, 32), (1, 144, 50, 16), (1, 272, 100, 16)]
 DOWNDATES = [(2, 80, 16), (1, 144, 48)]  # layers, d, rows
 CORRECTS = [(2, 80, 96, 5), (1, 144, 160, 40)]  # layers, d_v, d_k, n
 MOMENTS = [(1, 144, 40)]  # layers, d, rows
