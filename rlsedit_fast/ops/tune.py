@@ -58,7 +58,7 @@ def stored() -> list[dict[str, Any]]:
     found = []
     for device in devices():
         kept = dispatch.choices_of(device)
-        every = {key: asdict(choice) for key, choice in sorted(kept.read().items())}
+        every = {key: asdict(choice) for key, choice in sorted(kept.read().items(), key=_order)}
         found.append({"device": f"{device} ({kept.about['device']})", "path": str(kept.path), "choices": every})
     return found
 
@@ -98,3 +98,8 @@ def tune(device: torch.device, progress: Callable[[int, int], object] = lambda d
     if merged is None:
         raise InputError(f"{kept.path} cannot be written; set RLSEDIT_CACHE to a writable folder")
     return found
+
+
+def _order(stored: tuple[str, Choice]) -> tuple[str, str, tuple[int, ...], int]:
+    size = SizeClass.parse(stored[0])
+    return size.op, str(size.dtype), size.widths, size.rows
