@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import cache_folder
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.ops.choices import Choice
 from rlsedit_fast.ops.precision import full_float32
@@ -53,8 +54,13 @@ def stored() -> list[dict[str, Any]]:
     """Returns the stored choices of the devices of this machine.
 
     Returns:
-        For each device its `device`, the `path` of the file, and `choices` by size class; JSON-serializable.
+        For each device its `device`, the `path` of the file, and `choices` by size class; JSON-serializable. Nothing if
+        there is no cache folder.
     """
+    try:
+        cache_folder()
+    except RuntimeError:  # without a home folder
+        return []
     found = []
     for device in devices():
         kept = dispatch.choices_of(device)
