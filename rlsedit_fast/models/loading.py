@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,7 +139,7 @@ def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
 
     kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
     kept = {"config": _gguf_config(path), **_dequantized(), **kept}
-    with _alone(path) as (folder, name):
+    with _alone(path) as (folder, name), _bars_as_set():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
@@ -158,6 +158,23 @@ def _alone(path: str | Path) -> Iterator[tuple[str, str]]:
         link = Path(folder, f"model{SUFFIX}")
         link.symlink_to(Path(path).resolve())
         yield folder, link.name
+
+
+@contextmanager
+def _bars_as_set() -> Iterator[None]:
+    """Hides the bar of dequantization while the bars of transformers are disabled, which it does not regard itself."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers.utils import logging
+
+    held = getattr(reading, "tqdm", None)
+    if held is None or logging.is_progress_bar_enabled():
+        yield
+        return
+    reading.tqdm = partial(held, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = held
 
 
 def _dequantized() -> dict[str, Any]:
@@ -245,6 +262,42 @@ def _read_gguf_config(path: Path, _time: int, _size: int) -> PretrainedConfig:
     with _alone(path) as (folder, name):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=name)
         return config
+
+
+def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Creates a model from its config on the meta device: it has shapes and no values, and takes no memory.
+
+    Args:
+        path: folder with `config.json`.
+        dtype: dtype of the weights; None or `auto`: that of the config, otherwise float32.
+        trust_remote_code: as for `AutoModelForCausalLM.from_config`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the config cannot be loaded.
+        ModelError: the model is an encoder-decoder model.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import empty_model
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> empty_model(MODEL_DIR).device
+        device(type='meta')
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_dtype(dtype)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_config(config)
+        own = getattr(config, "dtype", None) or torch.float32
+        wanted = getattr(torch, dtype) if dtype not in (None, "auto") else own
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, {}) from error
+    return model
 
 
 def check_config(config: object) -> None:

@@ -44,6 +44,10 @@ class Panel:
         gram = self.projected @ self.keys.T
         return 0.5 * (gram + gram.T)
 
+    def cross(self, keys: Tensor) -> Tensor:
+        """Returns `K' C K^T [m, n]`, float64, for other keys `K' [m, d_k]`."""
+        return keys.double() @ self.projected.double().T
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
