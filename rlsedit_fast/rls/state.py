@@ -41,8 +41,7 @@ class RLSState(Layer):
     `A = L^-1 (V - K W^T)`, an update is `C -= U^T U`, `W += A^T U`, `J += ||A||_F^2`. `C` is stored as
     `C_base - U_p^T D U_p`, so that a batch reads it once and it is written only every `delay` rows.
 
-    A method that raises leaves the state unmodified. A step synchronizes with the host once, to check its inputs and
-    its result.
+    A method that raises leaves the state unmodified. A step synchronizes with the host once, to check all numbers.
 
     Args:
         weight: `W0 [d_v, d_k]`, any floating dtype; copied and not modified unless `in_place`.
