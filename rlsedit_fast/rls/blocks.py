@@ -229,11 +229,6 @@ class BlockMoment:
         shared = torch.zeros(layout.shared, layout.shared, device=device) if layout.shared else None
         return cls(routed, shared, torch.zeros(layout.experts, dtype=torch.long), 0)
 
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], *, tokens: int, energy: float) -> BlockMoment:
-        """Returns a moment of named tensors, see `tensors`."""
-        return cls(tensors["routed"], tensors.get("shared"), tensors["reached"], tokens, energy)
-
     def added(self, layout: BlockLayout, keys: Tensor, weights: Sequence[Tensor] | None = None) -> BlockMoment:
         """Adds the products of keys to sums, in place, and returns the sums with their new counts.
 
@@ -264,6 +259,11 @@ class BlockMoment:
         """Returns the tensors by name, for files."""
         found = {"routed": self.routed, "shared": self.shared, "reached": self.reached}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, tokens: int, energy: float) -> BlockMoment:
+        """Returns the moment with the given result of `tensors` and numbers."""
+        return cls(tensors["routed"], tensors.get("shared"), tensors["reached"], tokens, energy)
 
     def block(self, block: int) -> Tensor:
         """Returns the moment of a block, a view."""
