@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 
 import pytest
 import torch
 
 from rlsedit_fast.world.tokens import build_tokenizer
+
+os.environ["RLSEDIT_TUNE"] = "0"  # the tests of tuning set it; subprocesses inherit it
 
 
 def pytest_configure():
@@ -116,10 +119,47 @@ OTHER_FAMILIES = {
     "falcon_new": ("Falcon", SIZES | {"ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "stablelm": ("StableLm", GROUPED),
 }
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 MIXTURES = {
     "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"head_dim": 16}),
+    "gpt_oss": (
+        "GptOss",
+        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        SIZES
+        | LATENT
+        | GROUPS
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_key_value_heads": 4, "topk_group": 2},
+    ),
+    "llama4": (
+        "Llama4",
+        HEADS
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "moe_layers": [1, 2, 3]},
+    ),
+    "olmoe": ("Olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "GraniteMoe",
+        GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5},
+    ),
+    "ernie": (
+        "Ernie4_5_Moe",
+        GROUPED
+        | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1},
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        HEADS | GROUPS | {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "topk_group": 2},
+    ),
+    "minimax": (
+        "MiniMax",
+        HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 4},
+    ),
 }
 
 
@@ -129,7 +169,8 @@ def maker(prefix: str, settings: dict, seed: int):
 
         torch.manual_seed(seed)
         # A configuration may modify its arguments.
-        config = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")(
+        text = prefix in ("Gemma3", "Llama4")
+        config = getattr(transformers, f"{prefix}TextConfig" if text else f"{prefix}Config")(
             vocab_size=vocabulary, **copy.deepcopy(settings)
         )
         model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()

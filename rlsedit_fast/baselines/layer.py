@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, UpdateError
-from rlsedit_fast.rls import Bounds, Monitor, Prior, Step, checks
+from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, checks
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.results import realized
@@ -22,7 +22,7 @@ _versions = itertools.count(1)
 
 
 class LayerState(Protocol):
-    """Interface of an edited layer that the editor uses, implemented by `RLSState` and `RuleLayer`.
+    """Interface of an edited layer that the editor uses, implemented by `RLSState`, `BlockState` and `RuleLayer`.
 
     Example:
         >>> import torch
@@ -34,15 +34,23 @@ class LayerState(Protocol):
     """
 
     @property
-    def weight(self) -> Tensor:
-        """The current weight `W [d_v, d_k]`."""
+    def device(self) -> torch.device:
+        """The device of the weight."""
 
     @property
-    def original(self) -> Tensor:
-        """The original weight `W0 [d_v, d_k]`."""
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys, values and the exact weight."""
 
     @property
-    def prior(self) -> Prior:
+    def key_width(self) -> int:
+        """The width of a row of keys."""
+
+    @property
+    def value_width(self) -> int:
+        """The width of a value, `d_v`."""
+
+    @property
+    def prior(self) -> Prior | BlockPrior:
         """The prior of the layer."""
 
     @property
@@ -52,6 +60,12 @@ class LayerState(Protocol):
     @property
     def objective(self) -> float:
         """The objective `J`; NaN for a rule without an objective."""
+
+    def originals(self) -> list[Tensor]:
+        """Returns the original weight of each block, `[d_v, block width]`; a single one for an ordinary layer."""
+
+    def weights(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Returns the original and the current weight of each block; None for one that was never written."""
 
     def outputs(self, keys: Tensor) -> Tensor:
         """Returns `K W^T [n, d_v]`."""

@@ -16,7 +16,10 @@ from rlsedit_fast.rls.prior import CHUNK
 from rlsedit_fast.rls.state import dtype_of
 
 if TYPE_CHECKING:
-    from rlsedit_fast.models.projections import Projection
+    from torch import Tensor
+
+    from rlsedit_fast.models.linear import Projection
+    from rlsedit_fast.rls import BlockLayout
 
 _FLOAT, _DOUBLE = 4, 8
 
@@ -30,12 +33,15 @@ class LayerMemory:
         name: name of the projection.
         device: device of the projection, on which the memory is allocated.
         state: during the lifetime of the editor: C and pending rows, or the memory of another rule, at most; W0; the
-            part of the exact weight that the model does not hold.
+            part of the exact weight that the model does not hold. For a mixture of experts at most, since experts that
+            no edit reaches take none.
         anchors: anchor moment, if there is one, in host memory, during the lifetime of the editor.
         writing: additional bytes while a batch is written: a copy of the weight for a rollback.
         building: additional bytes while the state is built in float64; other rules need them for each batch. A rebuild
             also needs some copies of W and keeps the old C of every layer until all layers are done.
         per_edit: stored rows of an edit, in host memory; in the last layer including the states that they aim at.
+        applied: bytes on the device per applied edit of a mixture of experts; 0 for other layers, which do not grow.
+        pairs: the same per pair of applied edits, for the factor of the dual system and a copy of it during a step.
     """
 
     layer: int
@@ -46,6 +52,8 @@ class LayerMemory:
     writing: int
     building: int
     per_edit: int
+    applied: int = 0
+    pairs: int = 0
 
 
 def plan_memory(
@@ -59,35 +67,66 @@ def plan_memory(
         rows: number of rows of an edit in each layer.
         rule: the baseline rule; None for `rls`.
     """
-    layers = []
-    for projection in projections:
-        weight = projection.weight
-        d_v, d_k = weight.shape
-        item = dtype_of(weight).itemsize
-        beside = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
-        kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside)
-        if rule is None:
-            # C; pending rows, whose buffer doubles once if a batch finds it full; the sketch of the monitor
-            kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
-            # S0, which its factor replaces, and chunks; C and W are counted above
-            building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
-        else:
-            kept += _DOUBLE * rule.memory_numel(d_v, d_k)
-            # W, its change and the sum; the memory of the rule with the batch, its factor and a copy
-            building = 3 * d_v * d_k + (3 * d_k * d_k if rule.memory_numel(d_v, d_k) >= d_k * d_k else 0)
-        layers.append(
-            LayerMemory(
-                projection.layer,
-                projection.name,
-                str(weight.device),
-                kept,
-                _FLOAT * d_k * d_k,
-                item * weight.numel(),
-                _DOUBLE * building,
-                rows * (item * (d_k + d_v) + (_FLOAT * d_v if projection is projections[-1] else 0)),
-            )
-        )
-    return layers
+    return [
+        _mixture_memory(projection, projection.layout, rows, projection is projections[-1])
+        if projection.layout is not None
+        else _layer_memory(projection, delay, rows, rule, projection is projections[-1])
+        for projection in projections
+    ]
+
+
+def _layer_memory(projection: Projection, delay: int, rows: int, rule: Rule | None, last: bool) -> LayerMemory:
+    """Returns the memory of a layer with a single weight."""
+    (weight,) = projection.blocks
+    d_v, d_k = weight.shape
+    item = dtype_of(weight).itemsize
+    kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + _beside(weight))
+    if rule is None:
+        # C; pending rows, whose buffer doubles once if a batch finds it full; the sketch of the monitor
+        kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
+        # S0, which its factor replaces, and chunks; C and W are counted above
+        building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
+    else:
+        kept += _DOUBLE * rule.memory_numel(d_v, d_k)
+        # W, its change and the sum; the memory of the rule with the batch, its factor and a copy
+        building = 3 * d_v * d_k + (3 * d_k * d_k if rule.memory_numel(d_v, d_k) >= d_k * d_k else 0)
+    return LayerMemory(
+        projection.layer,
+        projection.name,
+        str(weight.device),
+        kept,
+        _FLOAT * d_k * d_k,
+        item * weight.numel(),
+        _DOUBLE * building,
+        rows * (item * (d_k + d_v) + (_FLOAT * d_v if last else 0)),
+    )
+
+
+def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last: bool) -> LayerMemory:
+    """Returns the memory of a mixture of experts, if edits reach all of its experts."""
+    blocks, d_v = projection.blocks, projection.value_width
+    item = dtype_of(blocks[0]).itemsize
+    weights = sum(block.numel() for block in blocks)
+    squares = sum(block.shape[1] ** 2 for block in blocks)
+    features = layout.key_width - layout.active
+    return LayerMemory(
+        projection.layer,
+        projection.name,
+        str(projection.device),
+        weights * (min(blocks[0].element_size(), _DOUBLE) + _beside(blocks[0])) + item * squares,
+        _FLOAT * squares,
+        (item if not _beside(blocks[0]) else blocks[0].element_size() + _beside(blocks[0])) * weights,
+        _DOUBLE * 3 * max(block.shape[1] for block in blocks) ** 2,
+        rows * (item * (layout.key_width + d_v) + (_FLOAT * d_v if last else 0)),
+        # keys and projected keys; innovations, and the same whitened, in float64
+        applied=rows * (item * (layout.key_width + features) + 2 * _DOUBLE * d_v),
+        pairs=2 * _DOUBLE * rows * rows,
+    )
+
+
+def _beside(weight: Tensor) -> int:
+    """Returns the bytes per entry of the exact weight that the model does not hold."""
+    return {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
 
 
 def check_memory(layers: Sequence[LayerMemory]) -> None:

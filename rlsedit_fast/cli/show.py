@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from rlsedit_fast.baselines.memory import size
+from rlsedit_fast.baselines.memory import LayerMemory, size
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.editing import Editor
+from rlsedit_fast.editing.context import plan_layers
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.loading import empty_model
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
 USAGE = "--model MODEL [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
@@ -30,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
     facts = read_facts(options) if facts_given(options) else None
+    if without_weights(options.model):
+        return _show_plan(options, facts)
     plan = setup.plan_editor(options)
     if facts:
         facts = sift(facts, plan, options)
@@ -39,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         "model": type(editor.model).__name__,
         "preset": getattr(find_preset(editor.model.config), "name", None),
         "dtype": str(editor.model.dtype),
-        "layers": describe_layers(editor),
+        "layers": describe_layers(editor.context.projections, editor.context.memory()),
         "edits": [_tokens(editor, request) for request in requests],
         "left_out": facts.left_out if facts else [],
     }
@@ -52,25 +60,71 @@ def run(options: argparse.Namespace) -> int:
     return PARTIAL if results["left_out"] else DONE
 
 
-def describe_layers(editor: Editor) -> list[dict[str, Any]]:
+def without_weights(path: str) -> bool:
+    """Returns whether a folder contains the config of a model and no weights."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return False
+    return not any(file for kind in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for file in folder.glob(kind))
+
+
+def _show_plan(options: argparse.Namespace, facts: object) -> int:
+    """Shows the layers and the memory for a folder without weights."""
+    if facts:
+        raise InputError(f"model {options.model!r}: the folder has no weights, so edits cannot be shown; omit them")
+    config = setup.make_config(options, None)
+    model = empty_model(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    projections, memory = plan_layers(model, config)
+    results: dict[str, Any] = {
+        "model": type(model).__name__,
+        "preset": getattr(find_preset(model.config), "name", None),
+        "dtype": str(model.dtype),
+        "layers": describe_layers(projections, memory),
+    }
+    lines = [f"{results['model']}, {results['dtype']}; the folder has no weights, so this is a plan"]
+    emit(results, lines + layer_lines(results["layers"]), options.json)
+    return DONE
+
+
+def describe_layers(projections: Sequence[Projection], memory: Sequence[LayerMemory]) -> list[dict[str, Any]]:
     """Returns the edited projections with shape, dtype, device and memory in bytes."""
-    weights = {p.layer: p.weight for p in editor.context.projections}
-    return [
-        asdict(layer) | {"shape": list(weights[layer.layer].shape), "dtype": str(weights[layer.layer].dtype)}
-        for layer in editor.context.memory()
-    ]
+    return [asdict(layer) | _described(projection) for layer, projection in zip(memory, projections, strict=True)]
+
+
+def _described(projection: Projection) -> dict[str, Any]:
+    """Returns shape, dtype and, for a mixture of experts, its numbers of experts."""
+    layout = projection.layout
+    found: dict[str, Any] = {"shape": [projection.value_width, projection.blocks[0].shape[1]]}
+    found["dtype"] = str(projection.dtype)
+    if layout is not None:
+        found |= {"experts": layout.experts, "active": layout.active, "shared": layout.shared}
+    return found
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
     """Formats the result of `describe_layers` as text."""
     lines = [
-        f"  {layer['name']}  {layer['shape']} {layer['dtype']} on {layer['device']}: "
-        f"state {size(layer['state'])}, plus {size(layer['building'])} while it is built"
+        f"  {layer['name']}  {_experts(layer)}{layer['shape']} {layer['dtype']} on {layer['device']}: "
+        f"state {'up to ' * ('experts' in layer)}{size(layer['state'])}, "
+        f"plus {size(layer['building'])} while it is built"
         for layer in layers
+    ]
+    lines += [
+        f"  {layer['name']}: each edit adds {size(layer['applied'])}, and {size(layer['pairs'])} per pair of edits "
+        f"(1,000 edits: {size(1000 * layer['applied'] + 10**6 * layer['pairs'])})"
+        for layer in layers
+        if layer["applied"]
     ]
     anchors, per_edit = (size(sum(layer[what] for layer in layers)) for what in ("anchors", "per_edit"))
     lines.append(f"  host memory: {anchors} for anchors, {per_edit} per undoable edit")
     return lines
+
+
+def _experts(layer: dict[str, Any]) -> str:
+    if "experts" not in layer:
+        return ""
+    shared = " and a shared one" if layer["shared"] else ""
+    return f"{layer['experts']} experts, {layer['active']} per token{shared}, "
 
 
 def _tokens(editor: Editor, request: Request) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.statistics.cache import cache_folder, find_cached
+from rlsedit_fast.files import cache_folder
+from rlsedit_fast.rls import BlockMoment
+from rlsedit_fast.statistics.cache import find_cached
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts, SelfGenerated, Source, TextFile
 
@@ -62,7 +64,8 @@ def find_statistics(
             raise InputError("text that the model generates has no end; pass tokens=, such as tokens=100_000")
         # The statistics are not saved, so they need no fingerprint.
         found = context.collect(source, tokens=tokens, identity="")
-    width = max(projection.weight.shape[1] for projection in context.projections)
+    _warn_of_experts(context, found)
+    width = max(max(block.shape[1] for block in projection.blocks) for projection in context.projections)
     if found.tokens < width:
         logger.warning(
             "the anchors have %d tokens, and keys have %d dimensions: in many directions only lam limits the change; "
@@ -72,6 +75,30 @@ def find_statistics(
         )
     logger.info("anchors: %d tokens: %s", found.tokens, found.source)
     return found
+
+
+def _warn_of_experts(context: ModelContext, found: KeyStatistics) -> None:
+    """Warns of experts that few anchors reach; `BlockPrior` holds them by a larger lam."""
+    for projection in context.projections:
+        moment = found.moments[projection.layer]
+        if projection.layout is None:
+            continue
+        if not isinstance(moment, BlockMoment):
+            raise InputError(
+                f"these key statistics of layer {projection.layer} are not those of a mixture of experts; collect them "
+                "from this model with this version"
+            )
+        few = int((moment.reached < projection.layout.width).sum())
+        if few:
+            logger.warning(
+                "%s: fewer than %d anchor tokens reach %d of %d experts (the fewest: %d); these experts are held by a "
+                "larger lam. Use more text",
+                projection.name,
+                projection.layout.width,
+                few,
+                projection.layout.experts,
+                int(moment.reached.min()),
+            )
 
 
 def _source(texts: str | Path | Iterable[str] | Source) -> Source:

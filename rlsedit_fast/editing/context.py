@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines import make_rule
+from rlsedit_fast.baselines import RECURSIVE, make_rule
 from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
@@ -19,10 +19,11 @@ from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.generation import sample
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import check_config, check_tokenizer, max_tokens
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
-from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.statistics.collection import collect
@@ -76,9 +77,7 @@ class ModelContext:
 
     def memory(self) -> list[LayerMemory]:
         """Returns the memory that editing needs in addition to the model, per edited layer."""
-        rule = make_rule(self.config.rule, self.config.rule_options)
-        rows = len(self.config.contexts.prefixes) if self.config.effective_rows == "contexts" else 1
-        return plan_memory(self.projections, delay=self.config.delay, rows=rows, rule=rule)
+        return _memory(self.projections, self.config)
 
 
 def check_arguments(model: object, tokenizer: object, config: object) -> None:
@@ -120,12 +119,11 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
-    known = find_preset(model.config)
-    layers = known.layers if known and config.layers is None else config.layers_for(len(decoder.blocks))
-    projections: Sequence[Projection] = decoder.select(layers)
+    projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config))
     check_tokenizer(model, tokenizer)
+    _check_settings(projections, config)
     for projection in projections:
-        if not all_finite(projection.weight):
+        if not all_finite(*projection.parameters.values()):
             raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
     with quiet(model):
         decoder = with_prefixes(decoder, longest=max_tokens(model.config))
@@ -133,6 +131,54 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
     return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:
+    """Returns the layers to edit: those of the settings, or the default ones.
+
+    If the last of the default layers contains a mixture of experts, it is the only one: it has room for many edits.
+    """
+    if config.layers is not None:
+        return config.layers
+    known = find_preset(decoder.model.config)
+    layers = known.layers if known else config.layers_for(len(decoder.blocks))
+    return layers[-1:] if decoder.locate(layers[-1:])[0].layout is not None else layers
+
+
+def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Projection], list[LayerMemory]]:
+    """Returns the projections that an editor would edit and the memory it needs, also for a model on the meta device.
+
+    Raises:
+        ModelError: see `inspect_model`.
+        InputError: a setting is not supported.
+    """
+    decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
+    projections = decoder.locate(choose_layers(decoder, config))
+    _check_settings(projections, config)
+    return projections, _memory(projections, config)
+
+
+def _memory(projections: Sequence[Projection], config: EditConfig) -> list[LayerMemory]:
+    rule = make_rule(config.rule, config.rule_options)
+    rows = len(config.contexts.prefixes) if config.effective_rows == "contexts" else 1
+    return plan_memory(projections, delay=config.delay, rows=rows, rule=rule)
+
+
+def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:
+    """Raises InputError for settings that a mixture of experts does not support."""
+    mixture = next((projection.name for projection in projections if projection.layout is not None), None)
+    if mixture is None:
+        return
+    for setting, given, supported in (
+        ("rule", config.rule, RECURSIVE),
+        ("contexts.rows", config.contexts.rows or "contexts", "contexts"),
+        ("stored_rows", config.stored_rows if config.stored_rows == "fp16" else "full", "full"),
+    ):
+        if given != supported:
+            raise InputError(
+                f"{setting}={given!r}: {mixture} is a mixture of experts, which requires {setting}={supported!r}: each "
+                "context reaches experts of its own"
+            )
 
 
 def _single_layer(

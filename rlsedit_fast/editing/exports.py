@@ -15,7 +15,7 @@ from rlsedit_fast.editing.cards import card_contents
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
 from rlsedit_fast.export.card import CARD, CardContents, hub_name, make_card
 from rlsedit_fast.export.changes import same_bits
@@ -24,6 +24,7 @@ from rlsedit_fast.export.gguf import AUTO, TYPES, GgufTarget, find_targets, writ
 from rlsedit_fast.files import check_new, written_whole
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import GgufHeader, check_gguf, is_gguf
+from rlsedit_fast.models.linear import LinearProjection
 from rlsedit_fast.models.passes import quiet
 
 if TYPE_CHECKING:
@@ -124,11 +125,7 @@ class Exports:
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the unedited model; reads all weights once. See `models.fingerprint`."""
-        originals = {
-            f"{projection.name}.weight": state.original.T if projection.transposed else state.original
-            for projection, state in self._session.edited
-        }
-        return fingerprint(self.model, instead=originals)
+        return fingerprint(self.model, instead=self._session.layers.originals() if self._session.layers else None)
 
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; empty before the first edit."""
@@ -255,11 +252,19 @@ class Exports:
                 hint="load the model from a GGUF file (--model model.gguf), or write a checkpoint (--out DIR) and "
                 "convert it with convert_hf_to_gguf.py of llama.cpp",
             )
+        if mixtures := [one.name for one in self.context.projections if one.layout is not None]:
+            raise ModelError(
+                f"{mixtures[0]} is a mixture of experts, which is not written into GGUF files",
+                hint="write a checkpoint (--out DIR; Python: save_pretrained) and convert it with "
+                "convert_hf_to_gguf.py of llama.cpp",
+            )
         header = check_gguf(place)
         if not self._session.layers:
             originals = [
-                WeightChange(one.name, one.weight, one.weight, one.weight, one.transposed)
+                WeightChange(name, block, block, block, transposed)
                 for one in self.context.projections
+                for at, block in enumerate(one.blocks)
+                for name, transposed in (one.block_name(at),)
             ]
             for target in find_targets(header, originals, layers=self._blocks):
                 if tensor_type != AUTO:
@@ -289,7 +294,7 @@ class Exports:
         held = dict[torch.nn.Parameter, Tensor]()
         try:
             for projection in self.context.projections:
-                if projection.name in weights:
+                if projection.name in weights and isinstance(projection, LinearProjection):
                     parameter, new = projection.parameter, weights[projection.name]
                     held[parameter] = parameter.data
                     new = (new.T if projection.transposed else new).contiguous()

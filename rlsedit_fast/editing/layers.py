@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -16,17 +17,17 @@ from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
 from rlsedit_fast.editing.config import KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
 from rlsedit_fast.export import WeightChange
-from rlsedit_fast.models.projections import Projection
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import Prior, RLSState, Saved
+from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
-from rlsedit_fast.rls.state import dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,41 +35,19 @@ _ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
 
-@dataclass(frozen=True)
-class EditRows:
-    """Rows of an edit in the least-squares problem of every layer, in host memory; sufficient to remove the edit.
-
-    Attributes:
-        keys: per layer `[rows, d_k]`.
-        values: per layer `[rows, d_v]`.
-        weight: weight of the edit; see `row_weights`.
-        goal: edited hidden state that the rows aim at, `[rows, d_v]`, including what was added for the adherence or by
-            a refinement; with a mean key the one of the bare prompt. None for protected rows.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    weight: float
-    goal: Tensor | None = None
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.keys[0])
-
-
-def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """Returns keys `[n, contexts, d]` as rows: one per context, or the mean of each edit."""
-    return per_context.flatten(0, 1) if key_rows == "contexts" else per_context.mean(1)
-
-
-def goals_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
-    """Returns states `[n, contexts, d]` for `rows_of_contexts`; for a mean key the one of the bare prompt."""
-    return per_context.flatten(0, 1) if key_rows == "contexts" else per_context[:, 0]
-
-
-def row_weights(rows: int, bare_weight: float) -> list[float]:
-    """Returns the weights of an edit's rows, with sum 1: the bare prompt's, and equal ones for the other contexts."""
-    return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
+def _make_state(
+    projection: Projection,
+    prior: Prior | BlockPrior,
+    rule: str,
+    options: Mapping[str, Any],
+    delay: int,
+    saved: Saved | None,
+) -> LayerState:
+    """Returns the state of a projection, which updates the weight in place."""
+    if isinstance(prior, BlockPrior):
+        return BlockState(projection.blocks, prior, name=projection.name)
+    (weight,) = projection.blocks
+    return make_layer(rule, options, weight, prior, delay=delay, label=projection.name, saved=saved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +82,7 @@ class EditedLayers:
         self,
         site: Site,
         projections: Sequence[Projection],
-        priors: Sequence[Prior],
+        priors: Sequence[Prior | BlockPrior],
         *,
         delay: int,
         bare_weight: float,
@@ -115,7 +94,7 @@ class EditedLayers:
         self._site, self._decoder, self._projections = site, site.decoder, projections
         self._half, self._bare_weight = stored_rows == "fp16", bare_weight
         self.states: list[LayerState] = [
-            make_layer(rule, rule_options or {}, p.weight, prior, delay=delay, label=p.name, saved=one)
+            _make_state(p, prior, rule, rule_options or {}, delay, one)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[EditRows] = []
@@ -158,17 +137,41 @@ class EditedLayers:
         self._protected = list(snapshot.protected)
         self._marks = [_mark(projection) for projection in self._projections]
 
+    def originals(self) -> dict[str, Tensor]:
+        """Returns the edited parameters as they were before the first edit, by name."""
+        found = dict[str, Tensor]()
+        for projection, state in zip(self._projections, self.states, strict=True):
+            found |= projection.assembled(state.originals())
+        return found
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Gives the model its original weights inside the block, and the edited ones back bit for bit after it."""
+        edited = [projection.copies() for projection in self._projections]
+        try:
+            for projection, state in zip(self._projections, self.states, strict=True):
+                projection.restore(list(projection.assembled(state.originals()).values()))
+            yield
+        finally:
+            for projection, copies in zip(self._projections, edited, strict=True):
+                projection.restore(copies)
+            self._marks = [_mark(projection) for projection in self._projections]
+
     def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer."""
+        """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
         return [
             WeightChange(
-                name=projection.name,
-                original=state.original,
-                current=state.weight,
-                stored=projection.weight,
-                transposed=projection.transposed,
+                name=name,
+                original=pair[0],
+                current=pair[1],
+                stored=projection.blocks[block],
+                transposed=transposed,
+                expert=projection.layout is not None and block < projection.layout.experts,
             )
             for projection, state in zip(self._projections, self.states, strict=True)
+            for block, pair in enumerate(state.weights())
+            if pair is not None
+            for name, transposed in (projection.block_name(block),)
         ]
 
     def check_finite(self) -> None:
@@ -221,7 +224,7 @@ class EditedLayers:
             panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
-            if at == len(self.states) and adherence is not None and isinstance(state, RLSState):
+            if at == len(self.states) and adherence is not None and isinstance(state, RLSState | BlockState):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             # Values are rounded before they are written, so that removing and replaying them is exact.
@@ -233,7 +236,7 @@ class EditedLayers:
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
             _check_finite([projection])  # the next layer reads the model
-        return _edit_rows(keys, written, contexts, weights, aimed)
+        return edit_rows(keys, written, contexts, weights, aimed)
 
     def move_values(
         self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, fraction: float
@@ -253,7 +256,7 @@ class EditedLayers:
             The new rows, in the same order.
         """
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, RLSState)
+        assert isinstance(state, RLSState | BlockState)
         keys, old, weights = self._stacked(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -274,7 +277,7 @@ class EditedLayers:
     def replace_values(self, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
         """Replaces the values of rows in the last layer; their keys and weights are equal."""
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, RLSState)
+        assert isinstance(state, RLSState | BlockState)
         keys, values, weights = self._stacked(old, last)
         state.replace(keys, values, self._stacked(new, last)[1], weights)
 
@@ -342,8 +345,8 @@ class EditedLayers:
         found = []
         for one, key, reached in zip(fresh, deepest, now, strict=True):
             assert one.goal is not None
-            missing = (one.goal - reached).to(state.original.device)
-            values = state.outputs(key.to(missing.device, dtype_of(state.original))) + missing
+            missing = (one.goal - reached).to(state.device)
+            values = state.outputs(key.to(missing.device, state.dtype)) + missing
             values = (rounded(values) if self._half else values).cpu()
             found.append(replace(one, keys=(*one.keys[:last], key), values=(*one.values[:last], values)))
         state.refresh(*self._stacked([*self._protected, *found], last))
@@ -353,10 +356,10 @@ class EditedLayers:
         """Returns the median of `||now - stored|| / ||stored||` over keys of edits, per layer."""
         keys, _ = self._read_in_parts(requests, range(len(self.states)), key_rows)
         return [
-            float(torch.cat([(now - then).norm(dim=1) / then.norm(dim=1) for now, then in pairs]).median())
-            for pairs in (
-                [(now, one.keys[layer]) for now, one in zip(found, rows, strict=True)]
-                for layer, found in enumerate(keys)
+            float(torch.cat([_shift(now, one.keys[layer], projection.layout) for now, one in pairs]).median())
+            for layer, (projection, pairs) in enumerate(
+                (projection, zip(found, rows, strict=True))
+                for projection, found in zip(self._projections, keys, strict=True)
             )
         ]
 
@@ -370,10 +373,10 @@ class EditedLayers:
         for part in parts(len(keys[0]), _ROWS_AT_ONCE):
             held = []
             for state, layer_keys in zip(self.states, keys, strict=True):
-                some = layer_keys[part].to(state.original.device, dtype_of(state.original))
+                some = layer_keys[part].to(state.device, state.dtype)
                 held.append((some, state.outputs(some)))  # outputs of exactly these rows, so that the residual is 0
             these, outputs = zip(*held, strict=True)
-            rows += _edit_rows(these, outputs, 1, [weight] * len(these[0]))
+            rows += edit_rows(these, outputs, 1, [weight] * len(these[0]))
         self.add_protected(rows)
         return rows
 
@@ -398,16 +401,16 @@ class EditedLayers:
             some = requests[part]
             read, now = request_keys(self._decoder, projections, some, output_of=self._site.module)
             assert now is not None
-            for kept, layer, projection in zip(keys, read, projections, strict=True):
-                rows = rows_of_contexts(layer, key_rows).to(dtype_of(projection.weight))
+            for kept, layer, state in zip(keys, read, (self.states[i] for i in layers), strict=True):
+                rows = rows_of_contexts(layer, key_rows).to(state.dtype)
                 kept += (rounded(rows) if self._half else rows).cpu().unflatten(0, (len(some), -1))
             states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
         return keys, states
 
     def _stacked(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns keys, values and weights of the rows of edits in one layer, on its device."""
-        original = self.states[layer].original
-        (d_v, d_k), device = original.shape, original.device
+        state = self.states[layer]
+        d_v, d_k, device = state.value_width, state.key_width, state.device
         keys = [rows.keys[layer] for rows in edits]
         values = [rows.values[layer] for rows in edits]
         weights = [rows.weight * one for rows in edits for one in row_weights(len(rows), self._bare_weight)]
@@ -420,9 +423,9 @@ class EditedLayers:
 
 def _check_finite(projections: Sequence[Projection]) -> None:
     for projection in projections:
-        if not all_finite(projection.weight):
+        if not all_finite(*projection.parameters.values()):
             raise UpdateError(
-                f"{projection.name}: a weight exceeds the range of {projection.weight.dtype}; nothing was modified",
+                f"{projection.name}: a weight exceeds the range of {projection.dtype}; nothing was modified",
                 hint="load the model in bfloat16 or float32",
             )
 
@@ -433,21 +436,19 @@ def _mark(projection: Projection) -> tuple[object, ...]:
     Changes through `.data`, such as merging a LoRA adapter, do not count a version. A sample of the entries reveals
     them, unless they change few entries.
     """
-    weight = projection.parameter
-    rows, columns = (max(1, size // 16) for size in weight.shape)
-    sample = tuple(weight.detach()[::rows, ::columns].flatten().tolist())
-    return weight.data_ptr(), weight.device, weight.dtype, weight._version, sample
+    marks: list[object] = []
+    for weight in projection.parameters.values():
+        places = tuple(slice(None, None, max(1, size // 16)) for size in weight.shape)
+        sample = tuple(weight.detach()[places].flatten().tolist())
+        marks += [weight.data_ptr(), weight.device, weight.dtype, weight._version, sample]
+    return tuple(marks)
 
 
-def _edit_rows(
-    keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float], goal: Tensor | None = None
-) -> list[EditRows]:
-    """Splits rows `[n each, d]` per layer into those of `n` edits with the given weights."""
-    sides = [
-        list(zip(*(layer.cpu().unflatten(0, (-1, each)) for layer in side), strict=True)) for side in (keys, values)
-    ]
-    goals = repeat(None, len(weights)) if goal is None else goal.cpu().unflatten(0, (-1, each))
-    return [EditRows(k, v, float(weight), g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
+def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
+    """Returns `||now - then|| / ||then||` of rows of keys, `[n]`."""
+    if layout is None:
+        return (now - then).norm(dim=1) / then.norm(dim=1)
+    return layout.distance(now, then) / layout.norm(then)
 
 
 def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from rlsedit_fast.data.edits import Edit, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.layers import EditRows
 from rlsedit_fast.editing.records import EditRecord, EditState
 from rlsedit_fast.editing.requests import Request, subject_key
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.errors import InputError, listed
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"

@@ -19,13 +19,16 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
+from rlsedit_fast.editing.rows import EditRows
+from rlsedit_fast.editing.stored_priors import about_prior, moment_tensors
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
-from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior, RLSState, Saved
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.ops import dispatch
+from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved
 from rlsedit_fast.rls.rounding import packed, unpacked
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
@@ -126,7 +129,7 @@ def create_store(directory: str | Path, context: ModelContext, given: EditConfig
         "given": given.to_dict(),
         "config": context.config.to_dict(),
         "layers": [
-            {"layer": p.layer, "name": p.name, "shape": list(p.weight.shape), "dtype": str(p.weight.dtype)}
+            {"layer": p.layer, "name": p.name, "shape": [p.value_width, p.key_width], "dtype": str(p.dtype)}
             for p in context.projections
         ],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -233,7 +236,7 @@ def decode_revision(
 def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -> Tensor:
     rows = tensors[name]
     if f"{name}.exponents" in tensors:
-        rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.weight))
+        rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.blocks[0]))
     return rows
 
 
@@ -285,8 +288,10 @@ class Recorder:
         self._stored_rows = config.stored_rows
         # C and W are most of a snapshot. The shapes suffice: states would assemble bfloat16 weights.
         self._snapshot_bytes = sum(
-            p.weight.shape[1] * sum(p.weight.shape) * dtype_of(p.weight).itemsize for p in projections
+            p.key_width * (p.key_width + p.value_width) * dtype_of(p.blocks[0]).itemsize for p in projections
         )
+        # A mixture of experts is restored from its rows: its state is a function of them.
+        self._snapshots = all(p.layout is None for p in projections)
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
         self._held: list[Change] | None = None
@@ -299,7 +304,7 @@ class Recorder:
 
     def begin(
         self,
-        priors: Sequence[Prior],
+        priors: Sequence[Prior | BlockPrior],
         protected: Sequence[Sequence[EditRows]],
         prompts: Sequence[str],
         norms: Sequence[Mapping[str, Any]],
@@ -313,12 +318,12 @@ class Recorder:
             norms: norms of each layer, see `status.Norms`.
         """
         about = {
-            "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in priors],
+            "priors": [about_prior(prior) for prior in priors],
             "protected": [[row.weight for row in rows] for rows in protected],
             "prompts": list(prompts),
             "norms": list(norms),
         }
-        tensors = {f"moment.{i}": p.anchor_moment for i, p in enumerate(priors) if p.anchor_moment is not None}
+        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in moment_tensors(prior, i).items()}
         for at, rows in enumerate(protected):
             tensors |= encode_rows(rows, f"protected.{at}.")
         self._start = Change(START, about, tensors)
@@ -394,13 +399,18 @@ class Recorder:
         return Change(REBUILD, about, self._encoded(rows) | encode_rows(protected, "protected."))
 
     def prepare(self, *changes: Change) -> None:
-        """Writes changes, after the start if that was not written yet; to be committed or aborted."""
+        """Writes changes, after the start if that was not written yet; to be committed or aborted.
+
+        They record the backends of the operations, for a replay bit for bit.
+        """
         if self._held is not None:
             self._held += changes
             return
         if self._about is not None:
             self.store.describe(self._about)
             self._about = None
+        backends = {"backends": dispatch.used()}
+        changes = tuple(replace(one, about={**one.about, **backends}) for one in changes)
         self.store.prepare([one for one in (self._start, *changes) if one is not None])
 
     def commit(self) -> None:
@@ -441,11 +451,16 @@ class Recorder:
 
     def snapshot_if_due(self, layers: EditedLayers) -> None:
         """Writes a snapshot if one is due; if writing fails, the next change tries again."""
-        if self._held is None and self.store.snapshot_due(self._snapshot_bytes):
+        if self._held is None and self._snapshots and self.store.snapshot_due(self._snapshot_bytes):
             self.try_snapshot(layers)
 
     def try_snapshot(self, layers: EditedLayers) -> None:
-        """Writes a snapshot; if that fails, logs a warning, since all changes are stored in any case."""
+        """Writes a snapshot; if that fails, logs a warning, since all changes are stored in any case.
+
+        No snapshot is written with a mixture of experts.
+        """
+        if not self._snapshots:
+            return
         try:
             self.snapshot(layers)
         except (StoreError, RuntimeError, MemoryError) as error:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from torch import Tensor
 from rlsedit_fast.editing.config import EditConfig, PriorConfig
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.layers import goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.rls import Prior
-from rlsedit_fast.rls.calibrate import TrialLayer
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.rls import BlockLayout, BlockMoment, BlockPrior, BlockTrialLayer, Prior, TrialLayer
 from rlsedit_fast.rls.shares import memit_share, realized_fraction
+from rlsedit_fast.statistics.key_statistics import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +60,16 @@ class Tradeoff:
 
 
 def choose_priors(
-    config: EditConfig, moments: Sequence[Tensor] | None, layers: int, pilot: Pilot | None
-) -> list[Prior]:
+    config: EditConfig, moments: Sequence[Moment] | None, layouts: Sequence[BlockLayout | None], pilot: Pilot | None
+) -> list[Prior | BlockPrior]:
     """Returns the prior of each layer.
 
     Without anchors lam is calibrated unless given. Otherwise mu is, and lam follows from `ridge`.
 
     Args:
         config: settings of the editor.
-        moments: `E[k k^T] [d_k, d_k]` per layer, or None without anchors; see `EditSession.used_moments`.
-        layers: number of edited layers.
+        moments: moment of the anchors per layer, or None without anchors; see `EditSession.used_moments`.
+        layouts: per layer the layout of the keys of a mixture of experts, or None.
         pilot: the pilot, with the same moments; None if nothing is calibrated, see `calibrated_adherence`.
 
     Raises:
@@ -84,22 +86,29 @@ def choose_priors(
         if lam is None:
             assert pilot is not None
             lam = pilot.mu_for(prior.adherence)
-        return [Prior(lam=lam) for _ in range(layers)]
+        return [Prior(lam=lam) if layout is None else BlockPrior(layout=layout, lam=lam) for layout in layouts]
     mu = prior.mu
     if mu is None:
         assert pilot is not None
         mu = pilot.mu_for(prior.adherence) if prior.lam is None else _mu_with_lam(prior, moments, pilot)
-    lams = [mu * math.sqrt(ridge) if prior.lam is None else prior.lam for ridge in _ridges(prior.ridge, moments)]
-    return [Prior(lam=lam, mu=mu, anchor_moment=moment) for lam, moment in zip(lams, moments, strict=True)]
+    ridges = _ridges(prior.ridge, moments, layouts)
+    lams = [mu * math.sqrt(ridge) if prior.lam is None else prior.lam for ridge in ridges]
+    return [
+        BlockPrior(layout=layout, lam=lam, mu=mu, moment=moment if mu else None)
+        if layout is not None and isinstance(moment, BlockMoment)
+        else Prior(lam=lam, mu=mu, anchor_moment=cast("Tensor", moment))
+        for lam, moment, layout in zip(lams, moments, layouts, strict=True)
+    ]
 
 
 def tabulate(
-    config: EditConfig, moments: Sequence[Tensor] | None, pilot: Pilot, adherences: Sequence[float]
+    config: EditConfig, moments: Sequence[Moment] | None, pilot: Pilot, adherences: Sequence[float]
 ) -> list[Tradeoff]:
     """Returns the priors that `choose_priors` gives for each adherence, and their effect on the pilot."""
     rows = []
     for adherence in adherences:
-        priors = choose_priors(config.replace(prior={"adherence": adherence}), moments, len(pilot.layers), pilot)
+        changed = config.replace(prior={"adherence": adherence})
+        priors = choose_priors(changed, moments, [layer.layout for layer in pilot.layers], pilot)
         mu = priors[0].mu or priors[0].lam
         trial = pilot.trial(mu, [(prior.lam / mu) ** 2 for prior in priors] if priors[0].mu else None)
         lams, mus = [prior.lam for prior in priors], [prior.mu for prior in priors]
@@ -120,20 +129,23 @@ class Pilot:
 
     Args:
         context: the model, unedited.
-        moments: `E[k k^T] [d_k, d_k]` per layer; None without anchors, in which case `mu` stands for lam.
+        moments: moment of the anchors per layer; None without anchors, in which case `mu` stands for lam.
         requests: the pilot, at least one request.
         values: values of the requests.
     """
 
     def __init__(
-        self, context: ModelContext, moments: Sequence[Tensor] | None, requests: Sequence[Request], values: Values
+        self, context: ModelContext, moments: Sequence[Moment] | None, requests: Sequence[Request], values: Values
     ) -> None:
         config = context.config
         self.layers = context.projections
         self._context, self._requests = context, requests
         self._key_rows = config.effective_rows
         self._ridge = config.prior.ridge if moments is not None else 0.0
-        self._moments = moments or [torch.eye(p.weight.shape[1], device=p.weight.device) for p in self.layers]
+        self._layouts = [p.layout for p in self.layers]
+        self._moments: Sequence[Moment | None] = moments or [
+            None if p.layout else torch.eye(p.key_width, device=p.device) for p in self.layers
+        ]
         values = replace(values, delta=_changes(values.delta))
         self._norms = values.delta.norm(dim=1)
         self._goal = values.goal
@@ -142,7 +154,7 @@ class Pilot:
         self._now = now
         self._rows = values.start.shape[1] if self._key_rows == "contexts" else 1
         self._weights = torch.tensor(row_weights(self._rows, config.contexts.bare_weight) * len(requests)).double()
-        self._fitted: tuple[list[float], list[TrialLayer]] | None = None
+        self._fitted: tuple[list[float], list[TrialLayer | BlockTrialLayer]] | None = None
 
     def mu_for(self, adherence: float) -> float:
         """Returns the mu at which the pilot realizes an adherence, with the ridge of the settings; warns if none does.
@@ -188,12 +200,11 @@ class Pilot:
                 missing = goals_of_contexts(self._goal.to(now) - now, self._key_rows).double()
                 panel = layer.project(rows_of_contexts(keys, self._key_rows))
                 shared = _solved(panel.gram, memit_share(missing, at + 1, len(layers)).to(panel.gram), noise)
-                change = panel.change(shared)
                 leakage.append(panel.leakage(shared) / total)
-                self.layers[at].write(self.layers[at].weight.double() + change)
+                self.layers[at].add(panel.change(shared))
                 # The output of the last layer at the edited token is the edited hidden state itself.
-                bare = rows_of_contexts(keys, self._key_rows)[:: self._rows].double()
-                left = missing[:: self._rows] - (bare @ change.T).to(missing)
+                bare = rows_of_contexts(keys, self._key_rows)[:: self._rows]
+                left = missing[:: self._rows] - panel.outputs(bare, shared).to(missing)
         realized = float(realized_fraction(left, self._norms.to(left)).mean())
         return Trial(realized, leakage)
 
@@ -243,11 +254,11 @@ class Pilot:
                 )
         return math.exp(float(brentq(lambda log_mu: realized(log_mu) - aim, low, high, xtol=1e-12))), aim
 
-    def _under(self, ridges: Sequence[float] | None) -> list[TrialLayer]:
-        wanted = list(ridges) if ridges is not None else _ridges(self._ridge, self._moments)
+    def _under(self, ridges: Sequence[float] | None) -> list[TrialLayer | BlockTrialLayer]:
+        wanted = list(ridges) if ridges is not None else _ridges(self._ridge, self._moments, self._layouts)
         if self._fitted is None or self._fitted[0] != wanted:
             made = [
-                TrialLayer(moment, ridge, p.weight.device, p.name)
+                _trial_layer(p, moment, ridge)
                 for moment, ridge, p in zip(self._moments, wanted, self.layers, strict=True)
             ]
             self._fitted = wanted, made
@@ -265,12 +276,12 @@ class Pilot:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Restores the weights bit for bit after the block."""
-        originals = [projection.weight.clone() for projection in self.layers]
+        originals = [projection.copies() for projection in self.layers]
         try:
             yield
         finally:
             for projection, original in zip(self.layers, originals, strict=True):
-                projection.write(original)
+                projection.restore(original)
 
 
 def _changes(delta: Tensor) -> Tensor:
@@ -285,9 +296,25 @@ def _changes(delta: Tensor) -> Tensor:
     return torch.where(some[:, None], delta, length * drawn / drawn.norm(dim=1, keepdim=True))
 
 
-def _ridges(ridge: float, moments: Sequence[Tensor]) -> list[float]:
+def _trial_layer(projection: Projection, moment: Moment | None, ridge: float) -> TrialLayer | BlockTrialLayer:
+    if projection.layout is not None:
+        assert moment is None or isinstance(moment, BlockMoment)
+        return BlockTrialLayer(projection.layout, moment, ridge, projection.device, projection.name)
+    assert isinstance(moment, Tensor)
+    return TrialLayer(moment, ridge, projection.device, projection.name)
+
+
+def _ridges(ridge: float, moments: Sequence[Moment | None], layouts: Sequence[BlockLayout | None]) -> list[float]:
     """Returns `lam^2 / mu^2` per layer: a fraction of the mean diagonal of the moment."""
-    return [ridge * float(moment.diagonal().double().mean()) for moment in moments]
+    return [ridge * _mean_diagonal(moment, layout) for moment, layout in zip(moments, layouts, strict=True)]
+
+
+def _mean_diagonal(moment: Moment | None, layout: BlockLayout | None) -> float:
+    """Returns the mean diagonal of a moment, for a mixture of experts times kappa, see `BlockPrior`; 1 without one."""
+    if isinstance(moment, BlockMoment):
+        assert layout is not None
+        return layout.overlap * moment.mean_energy()
+    return 1.0 if moment is None else float(moment.diagonal().double().mean())
 
 
 def _solved(gram: Tensor, wanted: Tensor, noise: Tensor) -> Tensor:
@@ -313,13 +340,13 @@ def _next_point(points: Sequence[tuple[float, float]], aim: float) -> float:
     return at + max(-3.0, min(3.0, (odds(aim) - odds(found)) / slope))
 
 
-def _mu_with_lam(prior: PriorConfig, moments: Sequence[Tensor], pilot: Pilot) -> float:
+def _mu_with_lam(prior: PriorConfig, moments: Sequence[Moment], pilot: Pilot) -> float:
     """Returns the mu at which the pilot realizes the adherence with a given lam."""
     from scipy.optimize import brentq
 
     lam = prior.lam
     assert lam is not None
-    scale = lam / math.sqrt(float(moments[0].diagonal().double().mean())) or 1.0
+    scale = lam / math.sqrt(_mean_diagonal(moments[0], pilot.layers[0].layout)) or 1.0
 
     def excess(log_mu: float) -> float:
         mu = scale * math.exp(log_mu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.layers import EditedLayers, EditRows
+from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.persistence import (
     EDIT,
@@ -30,10 +30,13 @@ from rlsedit_fast.editing.persistence import (
 )
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.stored_priors import decode_prior
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
-from rlsedit_fast.rls import Prior, Saved
+from rlsedit_fast.ops import dispatch
+from rlsedit_fast.rls import Saved
 from rlsedit_fast.store import Entry, Store
 
 
@@ -93,8 +96,39 @@ def _read_ledger(store: Store) -> tuple[Ledger, Progress]:
     return ledger, progress
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a store, without the rows of its edits.
+
+    Attributes:
+        about: metadata of the store: model, fingerprint, settings, layers, version.
+        records: records of all edits.
+        edits: the active edits by id, with the prompts for their evaluation.
+        protected: the protected prompts.
+        trace: recent values of the objective.
+        status: the status.
+    """
+
+    about: dict[str, Any]
+    records: list[EditRecord]
+    edits: dict[int, Edit]
+    protected: list[str]
+    trace: list[Point]
+    status: Status
+
+
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
     """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
+
+    Raises:
+        StoreError: the store does not exist or is damaged.
+        InputError: the budget is not above 0.
+    """
+    return read_contents(directory, budget=budget).status
+
+
+def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Contents:
+    """Returns the contents of a store without the model; see `read_status`.
 
     Raises:
         StoreError: the store does not exist or is damaged.
@@ -120,7 +154,7 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
                 )
             )
         anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
-        return assess(
+        status = assess(
             ledger.records,
             progress.trace,
             layers,
@@ -129,6 +163,8 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
             budget=budget,
             sizes=store.sizes(),
         )
+        edits = dict(zip(ledger.active, ledger.edits(ledger.active), strict=True))
+        return Contents(about, ledger.records, edits, progress.protected, progress.trace, status)
 
 
 def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
@@ -151,12 +187,12 @@ def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progr
     entries = _required(store.entries)
     if not entries:
         return None
-    originals = [projection.weight.clone() for projection in context.projections]
+    originals = [projection.copies() for projection in context.projections]
     try:
         return _Recovery(store, context, ledger, progress).run(entries)
     except BaseException:
         for projection, original in zip(context.projections, originals, strict=True):
-            projection.write(original)
+            projection.restore(original)
         raise
 
 
@@ -176,21 +212,23 @@ class _Recovery:
             included = entry.seq <= reached  # in the snapshot
             needed = not included or (self._config.stored_rows is not None and self._has_rows_of(entry, active))
             tensors = self._read(entry, included) if needed else {}
-            if entry.kind == EDIT:
-                self._edit(layers, entry, tensors, included)
-            elif entry.kind == REVISE:
-                self._revise(layers, entry, tensors, included)
-            elif entry.kind == PROTECT and needed:
-                self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
-            elif entry.kind == REBUILD:
-                self._rebuild(layers, entry, tensors, included)
+            with dispatch.pinned(entry.about.get("backends", {})):
+                if entry.kind == EDIT:
+                    self._edit(layers, entry, tensors, included)
+                elif entry.kind == REVISE:
+                    self._revise(layers, entry, tensors, included)
+                elif entry.kind == PROTECT and needed:
+                    self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
+                elif entry.kind == REBUILD:
+                    self._rebuild(layers, entry, tensors, included)
             _restore_progress(self._progress, entry)
         return layers
 
     def _start(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
         priors = [
-            Prior(**prior, anchor_moment=tensors.get(f"moment.{at}")) for at, prior in enumerate(entry.about["priors"])
+            decode_prior(about, tensors, at, projection)
+            for at, (about, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))
         ]
         layers = EditedLayers(
             self._site,

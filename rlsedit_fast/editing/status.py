@@ -14,8 +14,8 @@ from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.models.projections import Projection
-from rlsedit_fast.rls import Prior
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.rls import BlockPrior, Prior
 from rlsedit_fast.rls.prior import chunks
 
 DEFAULT_BUDGET = 0.25
@@ -47,10 +47,16 @@ class Norms:
     anchors: float | None
 
     @classmethod
-    def of(cls, original: Tensor, prior: Prior) -> Norms:
-        """Returns the norms of `W0 [d_v, d_k]`; needs one product with the anchor moment, in float32."""
-        weight = original.float()
-        anchors = None
+    def of(cls, originals: Sequence[Tensor], prior: Prior | BlockPrior) -> Norms:
+        """Returns the norms of the blocks of `W0`; needs one product with the anchor moment, in float32.
+
+        For a mixture of experts the norm of the outputs on the anchors was measured with the moment.
+        """
+        if isinstance(prior, BlockPrior):
+            norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
+            return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
+        (original,) = originals
+        weight, anchors = original.float(), None
         if (moment := prior.anchor_moment) is not None:
             energy, start = 0.0, 0
             for part in chunks(moment, original.device):

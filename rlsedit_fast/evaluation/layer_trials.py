@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.editor import Editor
@@ -18,11 +16,13 @@ from rlsedit_fast.evaluation.outcome import CollectedAnswers, collect_answers
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import find_site
 from rlsedit_fast.statistics import KeyStatistics, collect
+from rlsedit_fast.statistics.key_statistics import Moment
 from rlsedit_fast.statistics.sources import GivenTexts
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Trials:
         self._model, self._tokenizer, self._edits = model, tokenizer, list(edits)
         self._anchors, self._tokens = list(anchors), tokens
         self._identity = fingerprint(model)
-        self._statistics: dict[int, torch.Tensor] = {}
+        self._statistics: dict[int, Moment] = {}
         self._probe = TextProbe(model, tokenizer, probed)
         self._before = collect_answers(model, tokenizer, edits)
         self.decoder: Decoder = find_decoder(
@@ -229,9 +229,9 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
 @contextmanager
 def _restored(projections: Sequence[Projection]) -> Iterator[None]:
     """Restores the weights after the context, bit for bit."""
-    originals = [projection.weight.clone() for projection in projections]
+    originals = [projection.copies() for projection in projections]
     try:
         yield
     finally:
         for projection, original in zip(projections, originals, strict=True):
-            projection.write(original)
+            projection.restore(original)

@@ -42,6 +42,7 @@ from rlsedit_fast.evaluation.plan import FORMAT, Plan, finished
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task
 from rlsedit_fast.files import written_whole
+from rlsedit_fast.rls import Prior
 from rlsedit_fast.statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts
 
@@ -325,7 +326,7 @@ def _anchor(
         if found is None or texts is not anchors or not set(editor.layers) <= set(found.moments):
             tokens = ground.tokens
             if tokens is None:
-                width = max(projection.weight.shape[1] for projection in editor.context.projections)
+                width = max(block.shape[1] for projection in editor.context.projections for block in projection.blocks)
                 tokens = min(TOKENS_PER_DIMENSION * width, MOST_TOKENS)
             with phases("key statistics", "token") as progress:
                 found = editor.statistics(GivenTexts(anchors), tokens=tokens, progress=progress)
@@ -454,7 +455,10 @@ def _enter_task(enter: Enter, edits: int, task: str, found: TaskResult) -> None:
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
     """Adds the norms of the edited weights, their changes, and the bounds of the changes."""
+    if any(projection.layout for projection in editor.context.projections):
+        return  # its changes are those of single experts
     for deviation, change, prior in zip(editor.deviation(), editor.changes(), editor.priors, strict=True):
+        assert isinstance(prior, Prior)
         moved = change.current.double() - change.original.double()
         of = f"layer {deviation.layer}"
         enter(edits, of, "weight", "norm", float(change.current.double().norm()), moved.numel())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export.changes import WeightChange, check_distinct
+from rlsedit_fast.export.changes import WeightChange, check_distinct, check_no_experts
 from rlsedit_fast.export.engines import Engine, check_engine, padded_rank
 from rlsedit_fast.files import written_whole
 
@@ -92,8 +92,8 @@ def write_adapter(
         Rank needed, rank used and error per module.
 
     Raises:
-        InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, the
-            server takes no rank as large, or the folder cannot be written.
+        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of a routed expert, no
+            weight changed beyond rounding, the server takes no rank as large, or the folder cannot be written.
 
     Example:
         >>> import os
@@ -117,6 +117,7 @@ def write_adapter(
             raise InputError(f"{label}={number!r}: expected an integer of at least 1")
     check_engine(engine)
     check_distinct(changes)
+    check_no_experts(changes, "an adapter")
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for change in changes:

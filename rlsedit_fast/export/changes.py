@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlsedit_fast.errors import InputError, ModelError, listed
 from rlsedit_fast.models.fingerprint import settings
+from rlsedit_fast.models.projections import find_block, stacked_blocks
 from rlsedit_fast.rls.checks import all_finite
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class WeightChange:
         stored: weight in the edited model, in the same dtype.
         current: float32 master weight that `stored` was rounded from, or `stored` if there is none.
         transposed: whether the module stores the weight as `[d_k, d_v]`.
+        expert: whether this is the output weight of a routed expert; then the name is that of the stacked weight, with
+            the index of the expert.
 
     Raises:
         InputError: shapes or dtypes do not match, a tensor is not finite, or `stored` is not `current` rounded.
@@ -44,6 +47,7 @@ class WeightChange:
     stored: Tensor
     current: Tensor
     transposed: bool
+    expert: bool = False
 
     def __post_init__(self) -> None:
         """Checks the tensors, see the class."""
@@ -121,13 +125,25 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
     if mismatched:
         raise InputError(f"shape or dtype differ in {', '.join(listed(mismatched, 5))}; load both models the same way")
     changed = [name for name, tensor in edited.items() if not same_bits(base[name].to(tensor.device), tensor)]
-    found = {name: linear_weight(edited_model, name.removesuffix(".weight")) for name in changed}
+    parts = dict[str, Tensor]()
+    for name in changed:
+        blocks = stacked_blocks(edited_model, name) if base[name].ndim == 3 else []
+        for at, block in enumerate(blocks):
+            if not same_bits(base[name][at].to(edited[name].device), edited[name][at]):
+                parts[block] = base[name][at]
+        if not blocks:
+            parts[name] = base[name]
+    found = {name: linear_weight(edited_model, name.removesuffix(".weight")) for name in parts}
     if other_tensors := [name for name, weight in found.items() if weight is None]:
         raise InputError(
             f"the models differ in {', '.join(listed(other_tensors, 5))}; only changes of nn.Linear and Conv1D weights "
-            "can be exported, so save the whole model instead"
+            "and of the output weights of experts can be exported, so save the whole model instead"
         )
-    return [_change(name, base[name], weight) for name, weight in found.items() if weight is not None]
+    return [
+        _change(name, parts[name], weight, expert=name not in changed)
+        for name, weight in found.items()
+        if weight is not None
+    ]
 
 
 def check_distinct(changes: Sequence[WeightChange]) -> None:
@@ -141,15 +157,26 @@ def check_distinct(changes: Sequence[WeightChange]) -> None:
         raise InputError(f"several changes of {', '.join(repeated)}; pass one change per module")
 
 
-def linear_weight(model: nn.Module, name: str) -> tuple[Tensor, bool] | None:
-    """Returns the weight of a linear module.
+def check_no_experts(changes: Sequence[WeightChange], what: str) -> None:
+    """Raises InputError if a change is that of a routed expert, which `what` cannot contain."""
+    if experts := [change.name for change in changes if change.expert]:
+        raise InputError(
+            f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which {what} "
+            "cannot contain",
+            hint="write a checkpoint or a delta (--out, --delta; Python: save_pretrained, save_delta)",
+        )
+
+
+def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
+    """Returns the weight of a linear module, or the output weight of a routed expert.
 
     Args:
-        model: any model.
-        name: dotted name of the module.
+        model: transformers causal language model.
+        name: dotted name of the module, or of the stacked weight of the experts with the index of one.
 
     Returns:
-        `(weight [d_v, d_k], transposed)`, the weight as a view; None if the module is not an `nn.Linear` or `Conv1D`.
+        `(weight [d_v, d_k], transposed)`, the weight as a view; None if there is no such `nn.Linear`, `Conv1D` or
+        expert.
 
     Raises:
         ModelError: the weight is on the meta device.
@@ -157,6 +184,8 @@ def linear_weight(model: nn.Module, name: str) -> tuple[Tensor, bool] | None:
     from transformers.pytorch_utils import Conv1D
 
     module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if module is None:
+        return find_block(model, name)
     if not isinstance(module, (nn.Linear, Conv1D)):
         return None
     weight, transposed = module.get_parameter("weight").detach(), isinstance(module, Conv1D)
@@ -177,11 +206,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def _change(name: str, before: Tensor, found: tuple[Tensor, bool]) -> WeightChange:
+def _change(name: str, before: Tensor, found: tuple[Tensor, bool], *, expert: bool) -> WeightChange:
     weight, transposed = found
     original = before.to(weight.device)
     return WeightChange(
-        name.removesuffix(".weight"), original.T if transposed else original, weight, weight, transposed
+        name.removesuffix(".weight"), original.T if transposed else original, weight, weight, transposed, expert
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export.changes import WeightChange, bits, check_distinct
+from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, check_no_experts
 from rlsedit_fast.files import damaged, open_tensors, write_tensors
 from rlsedit_fast.models.fingerprint import digest
 
@@ -59,7 +59,8 @@ def patches_of(changes: Sequence[WeightChange]) -> list[WeightPatch]:
         One patch per weight in which an entry of the stored weight changed, in the order of the changes.
 
     Raises:
-        InputError: a module occurs twice, or a weight has more entries than an int32 can count.
+        InputError: a module occurs twice, a change is that of a routed expert, or a weight has more entries than an
+            int32 can count.
 
     Example:
         >>> import torch
@@ -70,6 +71,7 @@ def patches_of(changes: Sequence[WeightChange]) -> list[WeightPatch]:
         ('layers.0.down_proj.weight', [1], [1.0])
     """
     check_distinct(changes)
+    check_no_experts(changes, "a patch")
     patches = []
     for change in changes:
         before, after = (change.original.T, change.stored.T) if change.transposed else (change.original, change.stored)

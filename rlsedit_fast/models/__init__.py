@@ -5,18 +5,22 @@ which it is edited, and `find_site` returns the place in the model at which the 
 """
 
 from rlsedit_fast.models.answers import chat_answers, chat_row, generate_answers, supports_chat
+from rlsedit_fast.models.experts import ExpertProjection
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import Sample, greedy, sample
+from rlsedit_fast.models.linear import LinearProjection, Projection
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, with_prefixes
-from rlsedit_fast.models.projections import Decoder, Projection, find_decoder
+from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, SiteState, find_site
 from rlsedit_fast.models.tokens import FactToken, Row, encode, encode_plain, fill, pad, target_ids
 
 __all__ = [
     "Decoder",
+    "ExpertProjection",
     "FactToken",
+    "LinearProjection",
     "Prefixed",
     "Projection",
     "Row",

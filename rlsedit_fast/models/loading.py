@@ -264,6 +264,42 @@ def _read_gguf_config(path: Path, _time: int, _size: int) -> PretrainedConfig:
         return config
 
 
+def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Creates a model from its config on the meta device: it has shapes and no values, and takes no memory.
+
+    Args:
+        path: folder with `config.json`.
+        dtype: dtype of the weights; None or `auto`: that of the config, otherwise float32.
+        trust_remote_code: as for `AutoModelForCausalLM.from_config`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: the config cannot be loaded.
+        ModelError: the model is an encoder-decoder model.
+
+    Example:
+        >>> from rlsedit_fast.models.loading import empty_model
+        >>> from rlsedit_fast.world import MODEL_DIR
+        >>> empty_model(MODEL_DIR).device
+        device(type='meta')
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_dtype(dtype)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_config(config)
+        own = getattr(config, "dtype", None) or torch.float32
+        wanted = getattr(torch, dtype) if dtype not in (None, "auto") else own
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except _FAILURES as error:
+        raise _not_loaded(path, error, {}) from error
+    return model
+
+
 def check_config(config: object) -> None:
     """Raises ModelError for the config of an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):

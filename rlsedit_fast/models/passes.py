@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
-from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.models.projections import Decoder
 
 
 class StopForward(Exception):
@@ -108,7 +109,7 @@ def read_keys(
     at: Tensor | None = None,
     output_of: nn.Module | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
-    """Reads the inputs of `projections` on a batch, in one forward pass that stops as early as possible.
+    """Reads the keys of `projections` on a batch, in one forward pass that stops as early as possible.
 
     Args:
         decoder: the model.
@@ -118,7 +119,8 @@ def read_keys(
         output_of: module that runs after the projections and whose output `[rows, t, d]` is read as well.
 
     Returns:
-        `({layer: keys}, output or None)` in the dtype of the model: `[rows, t, d]`, or `[rows, d]` with `at`.
+        `({layer: keys}, output or None)`: `[rows, t, d]`, or `[rows, d]` with `at`. In the dtype of the model, except
+        for keys of a mixture of experts, which are products with the weights of the router in float32 (or float64).
 
     Raises:
         ModelError: the forward pass does not run a projection.
@@ -127,7 +129,7 @@ def read_keys(
     outputs: list[Tensor] = []
     shape = inputs["input_ids"].shape
     deepest = max((p.layer for p in projections), default=-1)
-    handles = []
+    handles: list[Any] = []
 
     def wanted(states: Tensor) -> Tensor:
         whole = states.detach().reshape(*shape, -1)  # OPT's blocks flatten rows and tokens
@@ -135,13 +137,13 @@ def read_keys(
             return whole
         return whole[torch.arange(shape[0], device=whole.device), at.to(whole.device)]
 
-    def keep_key(projection: Projection) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keys[projection.layer] = wanted(inputs[0])
+    def keep_key(projection: Projection) -> Callable[[Tensor], None]:
+        def keep(found: Tensor) -> None:
+            keys[projection.layer] = found
             if output_of is None and projection.layer == deepest:
                 raise StopForward
 
-        return hook
+        return keep
 
     def keep_output(_module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs.append(wanted(hidden_of(output)))
@@ -149,7 +151,7 @@ def read_keys(
 
     try:
         for projection in projections:
-            handles.append(projection.module.register_forward_pre_hook(keep_key(projection)))
+            handles += projection.watch(wanted, keep_key(projection))
         if output_of is not None:
             handles.append(output_of.register_forward_hook(keep_output))
         with torch.no_grad():

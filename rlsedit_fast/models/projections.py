@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,53 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.experts import ExpertProjection, expert_projection
+from rlsedit_fast.models.linear import (
+    LinearProjection,
+    Projection,
+    candidates,
+    check_in_memory,
+    check_no_adapter,
+    check_weight,
+    in_attention,
+    is_conv1d,
+    output_width,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The output projection of a block's MLP: its input is the key, its output is added to the residual stream.
-
-    Attributes:
-        layer: index of the block.
-        name: dotted name of the module in the model.
-        module: `nn.Linear`, or the `Conv1D` of GPT-2, which stores its weight transposed.
-        transposed: whether the module stores its weight transposed.
-
-    Example:
-        >>> from rlsedit_fast.models import find_decoder
-        >>> from rlsedit_fast.world import load_demo_model
-        >>> model, _ = load_demo_model()
-        >>> (projection,) = find_decoder(model).select([0])
-        >>> projection.name, projection.weight.shape
-        ('model.layers.0.mlp.down_proj', torch.Size([128, 1536]))
-        >>> projection.write(projection.weight.neg())
-    """
-
-    layer: int
-    name: str
-    module: nn.Module
-    transposed: bool
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight parameter of the module."""
-        return self.module.get_parameter("weight")
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a view `[d_v, d_k]`."""
-        parameter = self.parameter.detach()
-        return parameter.T if self.transposed else parameter
-
-    def write(self, weight: Tensor) -> None:
-        """Copies `weight [d_v, d_k]` into the module, rounded to its dtype."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -109,7 +78,8 @@ class Decoder:
         """Finds the projections of some layers. Other blocks need not have one.
 
         The projection of a block is its last linear module outside attention whose output has the width of the residual
-        stream, if all such modules are in one parent module.
+        stream, if all such modules are in one parent module. In a block with a mixture of experts it is the mixture:
+        the routed experts with their router, and a shared expert in the same module.
 
         Args:
             layers: indices of blocks, from 0.
@@ -119,20 +89,32 @@ class Decoder:
 
         Raises:
             ModelError: a layer does not exist, or a projection is not found, has the wrong width, or cannot be edited
-                (routed expert, quantized, wrapped by an adapter, on the meta device, or with a shared weight).
+                (quantized, wrapped by an adapter, on the meta device, with a shared weight, or experts of an unknown
+                form).
         """
         count = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong:
             raise ModelError(f"layers {wrong} do not exist; the model has layers 0 to {count - 1}")
-        projections = [self._projection(layer) for layer in sorted(set(layers))]
+        projections = self.locate(layers)
         for projection in projections:
+            for name, parameter in projection.parameters.items():
+                check_in_memory(name.removesuffix(".weight"), parameter)
             self._check_not_shared(projection)
         return projections
 
+    def locate(self, layers: Sequence[int]) -> list[Projection]:
+        """Finds the projections of some layers as `select` does, also in a model on the meta device."""
+        return [self._projection(layer) for layer in sorted(set(layers))]
+
     def _projection(self, layer: int) -> Projection:
-        block, block_name = self.blocks[layer], f"{self.blocks_name}.{layer}"
-        inner = self.projection_module or _find_projection(block_name, block, _residual_width(self.model))
+        block, block_name, width = self.blocks[layer], f"{self.blocks_name}.{layer}", _residual_width(self.model)
+        inner = self.projection_module
+        experts = _experts(block)
+        mixture = None if experts is None else experts.rpartition(".")[0]
+        if experts is not None and inner in (None, mixture, experts):
+            return expert_projection(layer, block_name, block, experts, width, self.model.config)
+        inner = inner or _find_projection(block_name, block, width)
         name = f"{block_name}.{inner}"
         module = _named(block, inner)
         if module is None:
@@ -140,19 +122,19 @@ class Decoder:
                 f"projection_module={inner!r}: the model has no module {name!r}; expected a module in the block"
             )
         _check_editable(name, module)
-        if (width := _output_width(module)) != (wanted := _residual_width(self.model)):
+        if (found := output_width(module)) != width:
             raise ModelError(
-                f"projection_module={inner!r}: {name} has outputs of width {width}, but the residual stream has width "
-                f"{wanted}; expected the output projection of the MLP, whose output is added to the residual stream"
+                f"projection_module={inner!r}: {name} has outputs of width {found}, but the residual stream has width "
+                f"{width}; expected the output projection of the MLP, whose output is added to the residual stream"
             )
-        return Projection(layer, name, module, _is_conv1d(module))  # by type: weights can be square
+        return LinearProjection(layer, name, module, is_conv1d(module))  # by type: weights can be square
 
     def _check_not_shared(self, projection: Projection) -> None:
-        address = projection.parameter.data_ptr()
+        addresses = {parameter.data_ptr() for parameter in projection.parameters.values()}
         for layer, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters() if layer != projection.layer else ():
                 # Only plain tensors have an address.
-                if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.data_ptr() == address:
+                if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.data_ptr() in addresses:
                     raise ModelError(
                         f"{projection.name} shares its weight with {self.blocks_name}.{layer}.{name}, so an edit would "
                         "change both; use layers with separate weights"
@@ -197,6 +179,43 @@ def find_decoder(
     return Decoder(model, list(blocks), name, projection_module)
 
 
+def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
+    """Returns the output weight of a routed expert.
+
+    Args:
+        model: transformers causal language model.
+        name: dotted name of the stacked weight and the index of the expert, see `Projection.block_name`.
+
+    Returns:
+        `(weight [d_v, width], transposed)`, the weight as a view; None if there is no such expert.
+    """
+    parameter, _, index = name.rpartition(".")
+    if not index.isdecimal() or not any(parameter == one for one, _ in model.named_parameters()):
+        return None
+    for projection in find_mixtures(find_decoder(model)):
+        if parameter == projection.stacked_name and int(index) < projection.sizes.experts:
+            return projection.blocks[int(index)], projection.transposed
+    return None
+
+
+def stacked_blocks(model: PreTrainedModel, name: str) -> list[str]:
+    """Returns the names of the blocks of a stacked weight of experts, see `find_block`; empty for other tensors."""
+    for projection in find_mixtures(find_decoder(model)):
+        if name == projection.stacked_name:
+            return [projection.block_name(block)[0] for block in range(projection.sizes.experts)]
+    return []
+
+
+def find_mixtures(decoder: Decoder) -> list[ExpertProjection]:
+    """Returns the mixtures of experts of a model, without those of an unknown form."""
+    found = []
+    for layer, block in enumerate(decoder.blocks):
+        if _experts(block) is not None:
+            with suppress(ModelError):
+                found += decoder.locate([layer])
+    return [projection for projection in found if isinstance(projection, ExpertProjection)]
+
+
 def _find_blocks(model: PreTrainedModel) -> str:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
@@ -220,19 +239,12 @@ def _find_blocks(model: PreTrainedModel) -> str:
 
 
 def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
-    experts = _experts(block)
-    if experts is not None:
-        raise ModelError(
-            f"{block_name}.{experts} is a mixture of experts, whose experts process only the tokens routed to them; "
-            "use layers without experts, or an nn.Linear that processes every token, such as that of a shared expert",
-            hint="set projection_module in --config (Python: EditConfig(projection_module=...))",
-        )
-    fitting = _candidates(block, width)
+    fitting = candidates(block, width)
     for name in fitting:
-        _check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
+        check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
     if len({name.rpartition(".")[0] for name in fitting}) == 1:
         return fitting[-1]
-    linear = {name: _output_width(m) for name, m in block.named_modules() if _output_width(m) is not None}
+    linear = {name: output_width(m) for name, m in block.named_modules() if output_width(m) is not None}
     raise ModelError(
         f"{block_name}: expected linear modules with outputs of width {width} in one module outside attention, found "
         f"{fitting or 'none'} among the linear modules and widths {linear}",
@@ -253,15 +265,7 @@ def _residual_width(model: PreTrainedModel) -> int:
 
 
 def _holds_mlp(block: nn.Module, width: int) -> bool:
-    return bool(_candidates(block, width)) or _experts(block) is not None
-
-
-def _candidates(block: nn.Module, width: int) -> list[str]:
-    return [name for name, m in block.named_modules() if _output_width(m) == width and not _in_attention(name)]
-
-
-def _in_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.lower().split("."))
+    return bool(candidates(block, width)) or _experts(block) is not None
 
 
 def _experts(block: nn.Module) -> str | None:
@@ -269,21 +273,9 @@ def _experts(block: nn.Module) -> str | None:
     for name, module in block.named_modules():
         stacked = any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
         convolution = isinstance(module, nn.Conv1d)
-        if name.rpartition(".")[2] == "experts" or (stacked and not convolution and not _in_attention(name)):
+        if name.rpartition(".")[2] == "experts" or (stacked and not convolution and not in_attention(name)):
             return name
     return None
-
-
-def _output_width(module: nn.Module) -> int | None:
-    """Returns the output width of a linear module, including quantized and wrapped ones, or None."""
-    width = module.nf if _is_conv1d(module) else getattr(module, "out_features", None)
-    return width if isinstance(width, int) else None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _check_editable(name: str, module: nn.Module) -> None:
@@ -292,37 +284,9 @@ def _check_editable(name: str, module: nn.Module) -> None:
     Raises:
         ModelError: the module cannot be edited.
     """
-    _check_no_adapter(name, module)
     if "experts" in name.split("."):
         raise ModelError(
-            f"{name} is a routed expert, which processes only the tokens routed to it; use a layer without experts, or "
-            "a projection that processes every token"
+            f"{name} is a routed expert, which processes only the tokens routed to it; name the module that contains "
+            "the experts and their router, or a projection that processes every token"
         )
-    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-    weight = own.get("weight")
-    contents = ", ".join(f"{key} ({type(tensor).__name__}, {tensor.dtype})" for key, tensor in own.items())
-    if not (isinstance(weight, nn.Parameter) and (isinstance(module, nn.Linear) or _is_conv1d(module))):
-        raise ModelError(
-            f"{name} is a {type(module).__name__} with {contents or 'no tensors'}; only nn.Linear and Conv1D "
-            "projections with a weight can be edited. Use such a module, or load the model without quantization"
-        )
-    # A quantized weight can have a floating dtype: in a tensor subclass, or with separate scales.
-    if weight.dtype not in _FLOATS or type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
-        raise ModelError(
-            f"{name} has {contents}; only an ordinary weight of dtype {', '.join(map(str, _FLOATS))} can be edited. "
-            "Load the model without quantization"
-        )
-    if weight.is_meta:
-        raise ModelError(
-            f"{name} is on the meta device (not loaded or offloaded); load the model with a device_map that keeps the "
-            "edited layers on a device"
-        )
-
-
-def _check_no_adapter(name: str, module: nn.Module) -> None:
-    parts = name.split(".")
-    wrapped = "base_layer" in parts or any(part.startswith("lora_") for part in parts)
-    if wrapped or "base_layer" in dict(module.named_children()):
-        raise ModelError(
-            f"{name} is wrapped by an adapter; merge it first (model.merge_and_unload()) or unload it (model.unload())"
-        )
+    check_weight(name, module)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlsedit_fast.models.experts import ExpertProjection, check_mixture
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
 from rlsedit_fast.models.prefixes import Prefixed, reading
-from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row
 
 _SLACK = 0.05
@@ -141,7 +143,7 @@ class Site:
                     state["output"] = with_hidden(below, _added(hidden_of(below), lookup, change))
                 else:
                     state["output"] = below
-                    handle = self.module.register_forward_hook(lambda _m, _i, out: _added(out, lookup, change))
+                    handle = self.module.register_forward_hook(lambda _m, _i, out: _changed(out, lookup, change))
                 try:
                     with reading(self.decoder, row, at) as read:
                         logits: Tensor = read(self.decoder.model(**batch.arguments()))
@@ -157,7 +159,7 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
     """Returns the site of the last projection.
 
     Each projection is probed with a forward pass over two tokens, up to its block, to test whether its output is added
-    to the residual stream unchanged.
+    to the residual stream unchanged. The output of a mixture of experts is compared with the one that its keys give.
 
     Args:
         decoder: the model.
@@ -165,6 +167,9 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
 
     Returns:
         The site; `direct` is True if all projections are added unchanged.
+
+    Raises:
+        ModelError: see `experts.check_mixture`.
 
     Example:
         >>> from rlsedit_fast.models import find_decoder, find_site
@@ -175,6 +180,9 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
         >>> site.projection.layer, site.direct
         (1, True)
     """
+    for projection in projections:
+        if isinstance(projection, ExpertProjection):
+            check_mixture(projection, lambda: _run(decoder))
     direct = all(_adds_directly(decoder, projection) for projection in projections)
     return Site(decoder, projections[-1], direct)
 
@@ -198,19 +206,22 @@ def _block_output(decoder: Decoder, projection: Projection, change: Tensor | Non
     handles = [_on_output(decoder.blocks[projection.layer], keep)]
     if change is not None:
         at = torch.ones(1, dtype=torch.long, device=change.device)
-        handles.append(
-            projection.module.register_forward_hook(lambda _m, _i, out: _added(out, at.to(out.device), change[None]))
-        )
-    ids = torch.tensor([[0, 1]], device=decoder.device)
+        handles.append(projection.module.register_forward_hook(lambda _m, _i, out: _changed(out, at, change[None])))
     try:
         with torch.no_grad():
-            decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            _run(decoder)
     except StopForward:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return outputs[0]
+
+
+def _run(decoder: Decoder) -> None:
+    """Runs a forward pass over two tokens."""
+    ids = torch.tensor([[0, 1]], device=decoder.device)
+    decoder.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
 def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
@@ -220,6 +231,11 @@ def _on_output(module: nn.Module, do: Callable[[Any], None]) -> Any:
         do(output)
 
     return module.register_forward_hook(hook)
+
+
+def _changed(output: Any, at: Tensor, change: Tensor) -> Any:
+    """Returns the output of a module with `change [rows, d]` added to its hidden state, see `_added`."""
+    return with_hidden(output, _added(hidden_of(output), at, change))
 
 
 def _added(state: Tensor, at: Tensor, change: Tensor) -> Tensor:

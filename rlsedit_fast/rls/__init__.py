@@ -1,6 +1,10 @@
 """The RLS solver: applies edits to one weight matrix. It works on tensors and does not depend on transformers."""
 
-from rlsedit_fast.rls.calibrate import TrialLayer, TrialPanel
+from rlsedit_fast.rls.block_panel import BlockPanel
+from rlsedit_fast.rls.block_prior import BlockPrior
+from rlsedit_fast.rls.block_state import BlockState
+from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
+from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
@@ -8,6 +12,13 @@ from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_sh
 from rlsedit_fast.rls.state import RLSState
 
 __all__ = [
+    "BlockLayout",
+    "BlockMoment",
+    "BlockPanel",
+    "BlockPrior",
+    "BlockState",
+    "BlockTrialLayer",
+    "BlockTrialPanel",
     "Bounds",
     "Monitor",
     "Panel",

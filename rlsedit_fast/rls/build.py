@@ -88,7 +88,7 @@ def build(original: Tensor, prior: Prior, edits: Edits | None, *, dtype: torch.d
             moment_(precision, keys * weights.sqrt()[:, None], backend="auto")
             pull.addmm_(((values - keys @ start.T) * weights[:, None]).T, keys)
     sketch = Sketch.of(precision)
-    lower = _factor_(precision, prior, name)
+    lower = _factor_(precision, prior.lam, prior.mu, name)
     if pull is not None:
         half = torch.linalg.solve_triangular(lower, pull.T, upper=False)
         delta = torch.linalg.solve_triangular(lower.T, half, upper=True).T
@@ -117,14 +117,31 @@ def _blocks(size: int) -> list[slice]:
     return parts(size, max(MIN_BLOCK, -(-size // 16)))
 
 
-def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
+def invert_(precision: Tensor, lam: float, mu: float, *, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns the inverse of a precision in `dtype`, exactly symmetric; overwrites `precision [d_k, d_k]`, float64.
+
+    Args:
+        precision: the precision.
+        lam: for error messages.
+        mu: for error messages.
+        dtype: dtype of the inverse.
+        name: name of the layer, for error messages.
+
+    Raises:
+        PriorError: the precision is not positive definite.
+    """
+    return _inverse_(_factor_(precision, lam, mu, name), dtype)
+
+
+def _factor_(precision: Tensor, lam: float, mu: float, name: str) -> Tensor:
     """Overwrites the lower triangle of `S` with its Cholesky factor, block column by block column.
 
     The blocks above the diagonal keep the entries of `S`. A pivot at the rounding level counts as not positive.
 
     Args:
         precision: `S [d_k, d_k]`, float64.
-        prior: prior of the layer, for error messages.
+        lam: for error messages.
+        mu: for error messages.
         name: name of the layer, for error messages.
 
     Returns:
@@ -153,9 +170,9 @@ def _factor_(precision: Tensor, prior: Prior, name: str) -> Tensor:
     if pivot > floor:
         return precision
     raise PriorError(
-        f"the precision of {name} is not positive definite: lam={prior.lam:g}, mu={prior.mu:g}, smallest pivot "
+        f"the precision of {name} is not positive definite: lam={lam:g}, mu={mu:g}, smallest pivot "
         f"{pivot:g} at feature {index}. The anchors do not span every direction: increase lam"
-        f"{' above 0' if prior.lam == 0 else ''} or pass more anchors."
+        f"{' above 0' if lam == 0 else ''} or pass more anchors."
     )
 
 

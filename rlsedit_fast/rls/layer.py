@@ -14,6 +14,7 @@ class Layer:
 
     _master: Master
     _original: Tensor
+    _dtype: torch.dtype
     _prior: Prior
     _name: str
     _edits: int
@@ -32,6 +33,34 @@ class Layer:
     def original(self) -> Tensor:
         """The original `W0 [d_v, d_k]`, in the narrower of its own dtype and the layer's dtype, read-only."""
         return self._original
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weight."""
+        return self._original.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys, values and the exact weight."""
+        return self._dtype
+
+    @property
+    def key_width(self) -> int:
+        """The width of a row of keys, `d_k`."""
+        return self._original.shape[1]
+
+    @property
+    def value_width(self) -> int:
+        """The width of a value, `d_v`."""
+        return self._original.shape[0]
+
+    def originals(self) -> list[Tensor]:
+        """Returns the original weight, as the single block of a list."""
+        return [self._original]
+
+    def weights(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Returns the original and the current weight, as the single block of a list."""
+        return [(self._original, self.weight)]
 
     @property
     def prior(self) -> Prior:

@@ -37,6 +37,10 @@ class Panel:
     gram: Tensor
     version: int
 
+    def cross(self, keys: Tensor) -> Tensor:
+        """Returns `K' C K^T [m, n]`, float64, for other keys `K' [m, d_k]`."""
+        return keys.double() @ self.projected.double().T
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import UpdateError
+from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.results import Panel
 
 MAX_TERMS = 3
@@ -57,7 +58,9 @@ def realized_fraction(residual: Tensor, norms: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def amplify_innovation(panel: Panel, innovation: Tensor, norms: Tensor, rows: Tensor, share: float) -> Tensor:
+def amplify_innovation(
+    panel: Panel | BlockPanel, innovation: Tensor, norms: Tensor, rows: Tensor, share: float
+) -> Tensor:
     """Amplifies an innovation for `RLSState.update_projected` so that `share` of the requested change is realized.
 
     A step with innovation E leaves the residual `P E` with `P = diag(1/w) Sig^-1`, which grows as more edits are
@@ -98,7 +101,9 @@ def amplify_innovation(panel: Panel, innovation: Tensor, norms: Tensor, rows: Te
 
 
 @torch.no_grad()
-def amplify_values(panel: Panel, keys: Tensor, change: Tensor, norms: Tensor, rows: Tensor, share: float) -> Tensor:
+def amplify_values(
+    panel: Panel | BlockPanel, keys: Tensor, change: Tensor, norms: Tensor, rows: Tensor, share: float
+) -> Tensor:
     """Amplifies a change of values for `RLSState.replace` so that `share` of a change of the outputs is realized.
 
     A replacement moves the outputs at keys K' by `K' C K^T w` times the change of the values, so the residual is
@@ -124,12 +129,17 @@ def amplify_values(panel: Panel, keys: Tensor, change: Tensor, norms: Tensor, ro
         >>> amplify_values(state.project(keys), keys, torch.ones(1, 1), torch.ones(1), torch.tensor([0]), 0.75)
         tensor([[1.5000]])
     """
-    gram, weights = keys.double() @ panel.projected.double().T, 1 / panel.noise.double()
+    gram, weights = panel.cross(keys), 1 / panel.noise.double()
     return _amplify(change, norms, rows, share, lambda request: request - gram @ (weights[:, None] * request), panel)
 
 
 def _amplify(
-    change: Tensor, norms: Tensor, rows: Tensor, share: float, residual_of: Callable[[Tensor], Tensor], panel: Panel
+    change: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    share: float,
+    residual_of: Callable[[Tensor], Tensor],
+    panel: Panel | BlockPanel,
 ) -> Tensor:
     """Adds the residuals that `residual_of` predicts to the request until `share` is realized."""
     device = panel.gram.device

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, multiprocessing
 
 from rlsedit_fast.errors import InputError, ServerError
-from rlsedit_fast.export.changes import WeightChange, check_distinct
+from rlsedit_fast.export.changes import WeightChange, check_distinct, check_no_experts
 from rlsedit_fast.serving.http import Server, served_path
 from rlsedit_fast.serving.vllm import ADAPTER, CHECKPOINT
 
@@ -95,7 +95,8 @@ class SGLang(Server):
             ranks: number of tensor-parallel ranks of the server (its `--tp`).
 
         Raises:
-            InputError: there are no changes, a module occurs twice, or `ranks` is below 1.
+            InputError: there are no changes, a module occurs twice, a change is that of a routed expert, or `ranks` is
+                below 1.
             ServerError: the server cannot be reached, or failed to load the weights.
         """
         if not changes:
@@ -103,6 +104,7 @@ class SGLang(Server):
         if ranks < 1:
             raise InputError(f"ranks={ranks!r}: expected an integer of at least 1")
         check_distinct(changes)
+        check_no_experts(changes, "an update of a server")
         tensors = [
             (f"{change.name}.weight", (change.stored.T if change.transposed else change.stored).contiguous())
             for change in changes

@@ -16,10 +16,12 @@ from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.fingerprint import fingerprint
+from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.passes import quiet, read_keys
-from rlsedit_fast.models.projections import Decoder, Projection
+from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row, pad
-from rlsedit_fast.statistics.key_statistics import KeyStatistics, read_matrices, write_matrices
+from rlsedit_fast.rls import BlockMoment
+from rlsedit_fast.statistics.key_statistics import KeyStatistics, Moment, read_matrices, write_matrices
 from rlsedit_fast.statistics.sources import Source
 
 if TYPE_CHECKING:
@@ -64,12 +66,12 @@ class _State:
     """Sums and their progress. `place` changes in one step, so that an interrupt finds both consistent.
 
     Attributes:
-        sums: by layer, sum of `k k^T` over the tokens done.
+        sums: by layer, sum of `k k^T` over the tokens done; for a mixture of experts those of each expert.
         place: the progress.
         consistent: False while a pass is added, when some layers include it and others do not.
     """
 
-    sums: dict[int, Tensor]
+    sums: dict[int, Moment]
     place: _Place
     consistent: bool = True
 
@@ -134,9 +136,7 @@ def collect(
     identity = fingerprint(decoder.model) if identity is None else identity
     about = {"fingerprint": identity, "source": source.name, "requested tokens": tokens}
     about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
-    state = _State(
-        {p.layer: p.weight.new_zeros((p.weight.shape[1],) * 2, dtype=torch.float32) for p in projections}, _Place()
-    )
+    state = _State({p.layer: _empty(p) for p in projections}, _Place())
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), about)
     if file is not None:
         file.restore(state)
@@ -156,7 +156,18 @@ def collect(
         raise InputError("anchor texts: there are none, or all are blank; pass texts whose outputs should be preserved")
     if tokens is not None and done < tokens:
         logger.warning("%s: the text ended after %d of %d tokens", source.name, done, tokens)
-    return KeyStatistics({layer: total.div_(done) for layer, total in state.sums.items()}, done, identity, source.name)
+    means: dict[int, Moment] = {
+        layer: total.mean() if isinstance(total, BlockMoment) else total.div_(done)
+        for layer, total in state.sums.items()
+    }
+    return KeyStatistics(means, done, identity, source.name)
+
+
+def _empty(projection: Projection) -> Moment:
+    """Returns the sums over no tokens, float32, on the device of the projection."""
+    if projection.layout is not None:
+        return BlockMoment.empty(projection.layout, projection.device)
+    return torch.zeros(projection.key_width, projection.key_width, dtype=torch.float32, device=projection.device)
 
 
 def _passes(
@@ -212,9 +223,15 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
     with interrupts_deferred(1):  # a second press interrupts
         state.consistent = False
         for projection in projections:
-            total = state.sums[projection.layer]
-            ops.moment_(total, torch.cat(found[projection.layer]).to(total.device))
-            if not bool(total.diagonal().isfinite().all()):  # it contains the square of every key
+            total, read = state.sums[projection.layer], torch.cat(found[projection.layer]).to(projection.device)
+            if projection.layout is not None and isinstance(total, BlockMoment):
+                state.sums[projection.layer] = total = total.added(projection.layout, read, projection.blocks)
+                finite = total.finite()
+            else:
+                assert isinstance(total, Tensor)
+                ops.moment_(total, read)
+                finite = bool(total.diagonal().isfinite().all())  # it contains the square of every key
+            if not finite:
                 raise InputError(f"{projection.name}: the keys of the anchor texts contain NaN/Inf; check the weights")
         state.place = replace(place, passes=place.passes + 1, tokens=place.tokens + sum(len(row.ids) for row in rows))
         state.consistent = True
@@ -246,7 +263,11 @@ class _Checkpoint:
                 "it to start again, or pass another file"
             )
         for layer, total in state.sums.items():
-            total.copy_(sums[layer])
+            done = sums[layer]
+            if isinstance(done, BlockMoment) and isinstance(total, BlockMoment):
+                state.sums[layer] = done.to(total.routed.device)
+            elif isinstance(done, Tensor) and isinstance(total, Tensor):
+                total.copy_(done)
         state.place = place
         logger.info("resuming from %s: %d tokens are done", self._path, place.tokens)
 

@@ -1,8 +1,8 @@
-"""Key statistics: the second moment `E[k k^T]` of the keys of each edited layer, and their files."""
+"""Key statistics: the second moments of the keys of each edited layer, and their files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ from torch import Tensor
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import damaged, open_tensors, write_tensors
 from rlsedit_fast.models.fingerprint import digest
+from rlsedit_fast.rls import BlockMoment
+
+Moment = Tensor | BlockMoment
+"""The moment of a layer: `E[k k^T] [d_k, d_k]`, or that of each expert of a mixture of experts."""
 
 STATISTICS = "rlsedit-fast key statistics 1"
 """File type of key statistics."""
@@ -24,7 +28,7 @@ class KeyStatistics:
     """Second moments of the keys of some layers on running text (MEMIT's mom2 statistics).
 
     Attributes:
-        moments: by layer, `E[k k^T] [d_k, d_k]` over all tokens, float32.
+        moments: by layer, `E[k k^T] [d_k, d_k]` over all tokens, float32; for a mixture of experts a `BlockMoment`.
         tokens: number of tokens.
         fingerprint: fingerprint of the model, see `models.fingerprint`.
         source: description of the text.
@@ -36,7 +40,7 @@ class KeyStatistics:
         10
     """
 
-    moments: dict[int, Tensor]
+    moments: dict[int, Moment]
     tokens: int
     fingerprint: str
     source: str
@@ -75,30 +79,50 @@ class KeyStatistics:
             )
 
 
-def write_matrices(path: Path, kind: str, matrices: dict[int, Tensor], about: dict[str, Any]) -> None:
-    """Writes one matrix per layer and metadata as a safetensors file, atomically."""
-    held = {str(layer): matrix.contiguous() for layer, matrix in matrices.items()}
-    write_tensors(path, kind, held, about=about, sums={layer: digest(matrix) for layer, matrix in held.items()})
+def write_matrices(path: Path, kind: str, moments: Mapping[int, Moment], about: dict[str, Any]) -> None:
+    """Writes one moment per layer and metadata as a safetensors file, atomically."""
+    held, mixtures = dict[str, Tensor](), dict[str, dict[str, float]]()
+    for layer, moment in moments.items():
+        if isinstance(moment, BlockMoment):
+            held |= {f"{layer}.{name}": tensor.contiguous() for name, tensor in moment.tensors().items()}
+            mixtures[str(layer)] = {"tokens": moment.tokens, "energy": moment.energy}
+        else:
+            held[str(layer)] = moment.contiguous()
+    about = about | ({"mixtures": mixtures} if mixtures else {})
+    write_tensors(path, kind, held, about=about, sums={name: digest(tensor) for name, tensor in held.items()})
 
 
 def read_matrices(
     path: Path, kind: str, layers: Sequence[int] | None = None
-) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """Reads the matrices of a file written by `write_matrices`, all or those of `layers`, and its metadata.
+) -> tuple[dict[int, Moment], dict[str, Any]]:
+    """Reads the moments of a file written by `write_matrices`, all or those of `layers`, and its metadata.
 
     Raises:
         InputError: the file does not exist, is damaged, has another type, or lacks a layer.
     """
     with open_tensors(path, kind, _ADVICE) as found:
-        wanted = list(found.sums) if layers is None else [str(layer) for layer in layers]
-        if lacking := [layer for layer in wanted if layer not in found.sums]:
+        parts = dict[str, list[str]]()
+        for name in found.sums:
+            parts.setdefault(name.partition(".")[0], []).append(name)
+        wanted = list(parts) if layers is None else [str(layer) for layer in layers]
+        if lacking := [layer for layer in wanted if layer not in parts]:
             raise InputError(
-                f"{str(path)!r} contains the layers {', '.join(found.sums)} and lacks {', '.join(lacking)}; {_ADVICE}"
+                f"{str(path)!r} contains the layers {', '.join(parts)} and lacks {', '.join(lacking)}; {_ADVICE}"
             )
-        if missing := sorted({*wanted} - {*found.file.keys()}):
+        names = [name for layer in wanted for name in parts[layer]]
+        if missing := sorted({*names} - {*found.file.keys()}):
             raise damaged(path, f"layer {', '.join(missing)} is missing", _ADVICE)
-        held = {layer: found.file.get_tensor(layer) for layer in wanted}
-    for layer, matrix in held.items():
-        if digest(matrix) != found.sums[layer]:
-            raise damaged(path, f"the checksum of layer {layer} does not match", _ADVICE)
-    return {int(layer): matrix for layer, matrix in held.items()}, found.about
+        held = {name: found.file.get_tensor(name) for name in names}
+    for name, tensor in held.items():
+        if digest(tensor) != found.sums[name]:
+            raise damaged(path, f"the checksum of layer {name} does not match", _ADVICE)
+    mixtures = found.about.pop("mixtures", {})
+    moments: dict[int, Moment] = {
+        int(layer): _mixture(held, layer, mixtures[layer]) if layer in mixtures else held[layer] for layer in wanted
+    }
+    return moments, found.about
+
+
+def _mixture(held: Mapping[str, Tensor], layer: str, about: Mapping[str, Any]) -> BlockMoment:
+    tensors = {name.partition(".")[2]: tensor for name, tensor in held.items() if name.startswith(f"{layer}.")}
+    return BlockMoment.of_tensors(tensors, tokens=int(about["tokens"]), energy=float(about["energy"]))

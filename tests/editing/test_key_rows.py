@@ -10,7 +10,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.layers import row_weights
+from rlsedit_fast.editing.rows import row_weights
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls.reference import solve_all
