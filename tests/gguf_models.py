@@ -108,6 +108,23 @@ def _tensors(model, architecture):
     return found
 
 
+def tiny_family(name):
+    """Returns a tiny random model of an architecture, with the sizes that transformers assumes for a GGUF file."""
+    from .conftest import MAKERS, OTHER_FAMILIES, maker
+
+    architecture = ARCHITECTURES.get(name, name)
+    count = len(vocabulary(architecture))
+    if name == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(4)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=count, n_embd=64, n_layer=4, n_head=4)).eval()
+    if name == "falcon":
+        prefix, settings = OTHER_FAMILIES[name]
+        return maker(prefix, settings | {"ffn_hidden_size": 256}, seed=5)(count)
+    return MAKERS[name](count)
+
+
 def k_quant(rows, columns, seed=0):
     """Returns random data of type Q4_K, which the package gguf reads and cannot write."""
     random = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.cli import DONE, VIOLATED, setup
+from rlsedit_fast.cli.edit import CHAT_EDITS
 from rlsedit_fast.cli.export import add_overwrite
 from rlsedit_fast.cli.gates import add_gate, gate_lines, read_gates
 from rlsedit_fast.cli.output import add_json, emit, working
@@ -20,7 +21,7 @@ from rlsedit_fast.files import check_new, written_whole
 
 if TYPE_CHECKING:
     from rlsedit_fast.evaluation.gates import Gates
-    from rlsedit_fast.report import ChangeReport
+    from rlsedit_fast.report.collect import ChangeReport
 
 HELP = "write a page about the edited model of a store, to be read before a release"
 ABOUT = (
@@ -29,9 +30,6 @@ ABOUT = (
     "it needs. Requires `pip install 'rlsedit-fast[report]'`."
 )
 USAGE = "--store DIR --out FILE [--ask FILE] [--gate FILE] [options]"
-
-CHAT_EDITS = 100
-"""Maximum number of edits that are also asked in a chat by default; two answers are generated for each."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _collect(contents: Contents, gates: Gates | None, asked: list[str], options: argparse.Namespace) -> ChangeReport:
-    from rlsedit_fast.report import collect
+    from rlsedit_fast.report.collect import collect
 
     if options.no_model:
         return collect(contents, str(options.store))

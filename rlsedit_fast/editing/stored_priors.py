@@ -35,7 +35,7 @@ def decode_prior(
     prefix, moment = f"moment.{at}.", None
     if f"{prefix}routed" in tensors:
         parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-        moment = BlockMoment(**({"shared": None} | parts), tokens=about["tokens"], energy=about["energy"])
+        moment = BlockMoment.of_tensors(parts, tokens=about["tokens"], energy=about["energy"])
     return BlockPrior(layout=projection.layout, lam=about["lam"], mu=about["mu"], moment=moment)
 
 

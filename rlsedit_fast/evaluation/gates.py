@@ -175,6 +175,11 @@ class BoundGates:
         """Whether a violation takes back what was changed since the last check."""
         return self._gates.settings.on_violation == "undo"
 
+    @property
+    def has_text(self) -> bool:
+        """Whether perplexity or KL divergence on held-out text is measured."""
+        return self._base.probe is not None
+
     def bind(self, editor: Editor) -> BoundGates:
         """Returns these gates, for further calls of `Editor.edit` without measuring the unedited model again.
 

@@ -1,8 +1,8 @@
 """The `cuda` backend: float32 CUDA C++ kernels, from a prebuilt library or compiled at run time.
 
-The kernels have not run on a GPU yet (they compile for every target and run on the host, block by block, in tests), so
-`auto` uses them only where it measured on the machine that they are correct and faster. `panel` supports only a few
-edits, too few for matrix units. `correct_` and `moment_` are left to the Triton kernels.
+The kernels have not run on a GPU yet (they compile for every target, and tests execute their PTX on a CPU), so `auto`
+uses them only where it measured on the machine that they are correct and faster. `panel` supports only a few edits, too
+few for matrix units. `correct_` and `moment_` are left to the Triton kernels.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def bound_chart(bounds: Sequence[tuple[int, float]], budget: float, edits_left: 
         if edits_left:
             axes.plot([edits[-1], edits[-1] + edits_left], [reached[-1], budget], ":", color=_MUTED, linewidth=1.2)
         top = max(budget, *reached) * 1.15
-        axes.set(xlabel="active edits", ylabel="bound on the relative change", ylim=(0, top), xlim=(0, None))
+        axes.set(xlabel="active edits", ylabel="bound", ylim=(0, top), xlim=(0, None))
 
     return _svg(draw)
 

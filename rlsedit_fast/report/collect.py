@@ -207,8 +207,10 @@ def collect(
         measured = _measure(editor, contents, asked, chat=chat, missing=missing)
     if gates is None:
         missing.append("gates: none were given (--gate FILE)")
-        missing.append("perplexity and KL divergence: measured by gates with `text`")
-    rows = [_row(record, contents.records, contents, measured) for record in contents.records]
+    if gates is None or not gates.has_text:
+        missing.append("perplexity and KL divergence: no gate with `text` was given")
+    notes = _notes(contents.records)
+    rows = [_row(record, notes.get(record.id, ""), contents, measured) for record in contents.records]
     others = _others(contents, asked, measured)
     if editor is None and others:
         missing.append(f"{len(others)} protected and neighborhood prompts: the model was not loaded")
@@ -304,7 +306,7 @@ def _neighborhood(contents: Contents) -> list[str]:
     return list(dict.fromkeys(prompt for edit in contents.edits.values() for prompt in edit.neighborhood))
 
 
-def _row(record: EditRecord, records: Sequence[EditRecord], contents: Contents, measured: _Measured | None) -> EditRow:
+def _row(record: EditRecord, note: str, contents: Contents, measured: _Measured | None) -> EditRow:
     prompt = fill(record.prompt, record.subject)[0]
     pair, active = (prompt, record.target), record.state == "active"
     stated, nll, paraphrases = record.success, record.nll, None
@@ -334,26 +336,25 @@ def _row(record: EditRecord, records: Sequence[EditRecord], contents: Contents, 
         chat_stated=_folded(record.target) in _folded(chat_now or "") if has_chat else None,
         nll=nll,
         paraphrases=paraphrases,
-        note=_note(record, records),
+        note=note,
     )
 
 
-def _note(record: EditRecord, records: Sequence[EditRecord]) -> str:
-    """Returns why an edit was skipped, or what replaced it."""
-    if record.state == "skipped":
-        return (
-            f"the value search did not converge in {record.search_steps} steps: rank {record.search_rank}, NLL "
-            f"{record.search_nll:.2f}"
-        )
-    if record.state == "replaced":
-        key = _key(record)
-        later = next((r.id for r in records[record.id :] if r.state != "skipped" and _key(r) == key), None)
-        return f"replaced by edit {later}" if later else "replaced"
-    return ""
-
-
-def _key(record: EditRecord) -> str:
-    return normalized(fill(record.prompt, record.subject)[0])
+def _notes(records: Sequence[EditRecord]) -> dict[int, str]:
+    """Returns by id why edits were skipped, and what replaced them."""
+    notes, later = dict[int, str](), dict[str, int]()
+    for record in reversed(records):
+        key = normalized(fill(record.prompt, record.subject)[0])
+        if record.state == "skipped":
+            notes[record.id] = (
+                f"the value search did not converge in {record.search_steps} steps: rank {record.search_rank}, NLL "
+                f"{record.search_nll:.2f}"
+            )
+            continue
+        if record.state == "replaced":
+            notes[record.id] = f"replaced by edit {later[key]}" if key in later else "replaced"
+        later[key] = record.id
+    return notes
 
 
 def _folded(text: str) -> str:

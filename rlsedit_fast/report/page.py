@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _TEMPLATE = "page.html.jinja"
+_ROWS = 200  # rows of a table that are shown at first, as in page.js
 _LONG = 400  # characters of a text that are shown at once
 _JOINERS = {0x200C, 0x200D}  # part of emoji and of words in some scripts
 _MISSING = 'the report requires jinja2 and matplotlib; run `pip install "rlsedit-fast[report]"`'
@@ -63,6 +64,7 @@ def render(report: ChangeReport, title: str | None = None) -> str:
         style=Markup(_resource("page.css")),
         script=Markup(script),
         digest=digest,
+        shown_rows=_ROWS,
         has_chat=any(row.chat_now is not None for row in report.edits),
     )
     return page.lstrip()
@@ -101,6 +103,8 @@ def _visible(text: str) -> Markup:
     """Escapes text, and replaces control, invisible and bidirectional characters by their code."""
     from markupsafe import Markup, escape
 
+    if text.isprintable():
+        return escape(text)
     parts, plain, before = list[Any](), list[str](), ""
     for character in text:
         if character.isprintable() or character == "\n" or (ord(character) in _JOINERS and not before.isascii()):

@@ -7,7 +7,7 @@ Keys are stored without these zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -259,6 +259,11 @@ class BlockMoment:
         """Returns the tensors by name, for files."""
         found = {"routed": self.routed, "shared": self.shared, "reached": self.reached}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], *, tokens: int, energy: float) -> BlockMoment:
+        """Returns the moment with the given result of `tensors` and numbers."""
+        return cls(tensors["routed"], tensors.get("shared"), tensors["reached"], tokens, energy)
 
     def block(self, block: int) -> Tensor:
         """Returns the moment of a block, a view."""

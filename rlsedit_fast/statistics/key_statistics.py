@@ -125,4 +125,4 @@ def read_matrices(
 
 def _mixture(held: Mapping[str, Tensor], layer: str, about: Mapping[str, Any]) -> BlockMoment:
     tensors = {name.partition(".")[2]: tensor for name, tensor in held.items() if name.startswith(f"{layer}.")}
-    return BlockMoment(**({"shared": None} | tensors), tokens=int(about["tokens"]), energy=float(about["energy"]))
+    return BlockMoment.of_tensors(tensors, tokens=int(about["tokens"]), energy=float(about["energy"]))

@@ -139,7 +139,7 @@ def test_downdate_tiles_of_every_table(monkeypatch):
         for r in (20, 100):
             base, _, pending, signs = operands(1, 300, 1, r)
             got = base.clone()
-            downdate.downdate_(got, pending, signs)
+            downdate.downdate_(got, pending, signs, input_precision="tf32x3")  # no bf16x6 in the interpreter
             truth = base.double() - (pending * signs[..., None]).double().mT @ pending.double()
             magnitude = base.double().abs() + pending.double().abs().mT @ pending.double().abs()
             assert ((got - truth).abs() <= bound(r + 3, magnitude)).all()
@@ -210,8 +210,8 @@ def test_correct_tiles_of_every_table(monkeypatch):
             truth = weight.double() - whitened.double().mT @ rows.double()
             limit = bound(n + 3, weight.double().abs() + whitened.double().abs().mT @ rows.double().abs())
             high, low = ops.split(weight)
-            correct.correct_(weight, whitened, rows, -1)
-            correct.correct_split_(high, low, whitened, rows, -1)
+            correct.correct_(weight, whitened, rows, -1, input_precision="tf32x3")
+            correct.correct_split_(high, low, whitened, rows, -1, input_precision="tf32x3")
             assert ((weight - truth).abs() <= limit).all()
             assert torch.equal(ops.join(high, low), weight)
 

@@ -9,8 +9,6 @@ from rlsedit_fast.errors import PriorError
 from rlsedit_fast.rls import Prior, build
 from rlsedit_fast.rls.prior import symmetric
 
-PRIOR = Prior(lam=1.0)
-
 
 def made(d: int) -> torch.Tensor:
     """Returns a precision whose features span three decades."""
@@ -28,7 +26,7 @@ def blocks(monkeypatch) -> None:
 @pytest.mark.parametrize("d", [1, 16, 17, 203])
 def test_blocked_factor(d) -> None:
     precision = made(d)
-    found = build._factor_(precision.clone(), PRIOR, "layer").tril()
+    found = build._factor_(precision.clone(), 1.0, 0.0, "layer").tril()
     size = precision.diagonal().sqrt()
     eps = torch.finfo(torch.float64).eps
     assert float(((found @ found.T - precision) / (size[:, None] * size)).abs().max()) <= 2 * d * eps
@@ -42,14 +40,14 @@ def test_error_names_the_failed_pivot(index) -> None:
     precision[index, index] -= 0.25 * precision.diagonal().max()
     pivot = -0.25 * float((lower @ lower.T).diagonal().max())
     with pytest.raises(PriorError, match=rf"smallest pivot {pivot:g} at feature {index}\."):
-        build._factor_(precision, PRIOR, "layer")
+        build._factor_(precision, 1.0, 0.0, "layer")
 
 
 @pytest.mark.parametrize("d", [1, 16, 17, 203])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocked_inverse(d, dtype) -> None:
     precision = made(d)
-    found = build._inverse_(build._factor_(precision.clone(), PRIOR, "layer"), dtype)
+    found = build._inverse_(build._factor_(precision.clone(), 1.0, 0.0, "layer"), dtype)
     assert found.dtype == dtype
     assert torch.equal(found, found.T)
     # Relative to the scales of the features; float64 loses the condition of the scaled matrix, float32 rounds once.
