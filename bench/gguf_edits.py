@@ -8,8 +8,9 @@ through transformers, edited with a store, and written as GGUF with each type of
 an interpreter with the package xllamacpp (llama.cpp), which generates the answers greedily. At the end all edits are
 undone over the store, and the file that is then written is compared with the original one.
 
-`transformers` and `llama_cpp` are numbers of edits whose target is the beginning of the greedy answer, both of the
-written file.
+`edited_model` and `transformers` are numbers of edits all of whose target tokens are ranked first, in the edited model
+and with the weights of the written file; `llama_cpp` is the number of targets with which an answer of llama.cpp begins.
+The store in `--work` is kept, so that an interrupted run continues with the edits that it has.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import gguf
+import numpy as np
 from real_stream import edit_of, facts, paragraphs
 from recording import add_json, record
 
 import rlsedit_fast as rf
-from rlsedit_fast.models import generate_answers, load_model
+from rlsedit_fast.models.gguf_files import read_header
 from rlsedit_fast.statistics.sources import GivenTexts
 
-TYPES = ("auto", "own", "Q8_0", "F32")
+TYPES = ("auto", "own")
 
 LLAMA = """
 import json, sys
@@ -76,15 +78,19 @@ def states(answer: str, target: str) -> bool:
 
 
 def differing(one: Path, other: Path) -> dict[str, Any]:
-    """Compares two files as the package gguf reads them."""
-    files = [gguf.GGUFReader(path) for path in (one, other)]
-    fields = [{name: [p.tobytes() for p in field.parts] for name, field in file.fields.items()} for file in files]
-    tensors = [{t.name: (t.tensor_type.name, t.data.tobytes()) for t in file.tensors} for file in files]
+    """Compares metadata and tensors of two files."""
+    files = [read_header(path) for path in (one, other)]
+    data = [np.memmap(path, np.uint8, "r") for path in (one, other)]
+    first = [min(tensor.entry for tensor in file.tensors.values()) for file in files]
+    held = [
+        {n: (t.type, data[at][t.start : t.start + t.size].tobytes()) for n, t in file.tensors.items()}
+        for at, file in enumerate(files)
+    ]
     return {
-        "same_metadata": fields[0] == fields[1] and list(fields[0]) == list(fields[1]),
-        "same_order": list(tensors[0]) == list(tensors[1]),
-        "tensors": len(tensors[0]),
-        "changed": [name for name, value in tensors[0].items() if tensors[1].get(name) != value],
+        "same_metadata": first[0] == first[1] and bool((data[0][: first[0]] == data[1][: first[1]]).all()),
+        "same_order": list(held[0]) == list(held[1]),
+        "tensors": len(held[0]),
+        "changed": [name for name, value in held[0].items() if held[1].get(name) != value],
     }
 
 
@@ -117,30 +123,24 @@ def main() -> None:
 
 
 def run(source: Path, edits: list[rf.Edit], options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    began = time.perf_counter()
     with rf.Editor.from_pretrained(source, store=work / "store") as editor:
-        loaded = time.perf_counter()
         if not editor.history():
             editor.anchor(GivenTexts(paragraphs(options.text)), tokens=options.tokens)
             editor.edit(edits)
-        edited = time.perf_counter()
         prompts = [one.prompt.replace("{}", one.subject) for one in edits]
-        asked = [(text, one.target) for text, one in zip(prompts, edits, strict=True)]
         tokens = [len(editor.tokenizer(f" {one.target}", add_special_tokens=False)["input_ids"]) + 2 for one in edits]
-        before = llama_answers(options.llama_python, source, list(zip(prompts, tokens, strict=True)))
-        model = generate_answers(editor.model, editor.tokenizer, asked)
+        asked = list(zip(prompts, tokens, strict=True))
+        before = llama_answers(options.llama_python, source, asked)
         result: dict[str, Any] = {
             "model": source.name,
             "edits": len(edits),
             "anchor_tokens": options.tokens,
             "layers": list(editor.layers),
-            "seconds": {"load": round(loaded - began, 1), "edit": round(edited - loaded, 1)},
-            "edited_model": count(model, edits),
             "llama_cpp_before": count(before, edits),
             "types": {},
         }
         for kind in TYPES:
-            result["types"][kind] = written(editor, source, kind, edits, asked, tokens, options, work)
+            result["types"][kind] = written(editor, source, kind, edits, asked, options, work)
         editor.undo([one.id for one in editor.history() if one.state == "active"])
         editor.save_gguf(work / "undone.gguf", overwrite=True)
     result["undone_is_the_original_file"] = sha256(work / "undone.gguf") == sha256(source)
@@ -156,8 +156,7 @@ def written(
     source: Path,
     kind: str,
     edits: list[rf.Edit],
-    asked: list[tuple[str, str]],
-    tokens: list[int],
+    asked: list[tuple[str, int]],
     options: argparse.Namespace,
     work: Path,
 ) -> dict[str, Any]:
@@ -165,20 +164,23 @@ def written(
     began = time.perf_counter()
     report = editor.save_gguf(out, tensor_type=kind, overwrite=True)
     seconds = time.perf_counter() - began
-    prompts = [prompt for prompt, _ in asked]
-    again, tokenizer = load_model(out)
-    theirs = llama_answers(options.llama_python, out, list(zip(prompts, tokens, strict=True)))
-    ours = generate_answers(again, tokenizer, asked)
-    both = sum(states(a, one.target) and states(b, one.target) for a, b, one in zip(ours, theirs, edits, strict=True))
+    answers = llama_answers(options.llama_python, out, asked)
+    theirs = [states(answer, one.target) for answer, one in zip(answers, edits, strict=True)]
+    ours = [one.rank == 1 for one in report.edits]
     compared = differing(source, out)
     return {
         "written": sorted({one.type for one in report.tensors}),
         "tried": dict(report.tried),
         "error": [round(one.error, 4) for one in report.tensors],
         "lost": len(report.lost),
-        "transformers": count(ours, edits),
-        "llama_cpp": count(theirs, edits),
-        "both": both,
+        "edited_model": sum(one.rank_before == 1 for one in report.edits),
+        "transformers": sum(ours),
+        "llama_cpp": sum(theirs),
+        "both": sum(a and b for a, b in zip(ours, theirs, strict=True)),
+        "median_nll": {
+            "edited_model": round(median(one.nll_before for one in report.edits), 4),
+            "transformers": round(median(one.nll for one in report.edits), 4),
+        },
         "only_edited_tensors_changed": {*compared["changed"]} == {one.name for one in report.tensors},
         "seconds": round(seconds, 1),
         "bytes": out.stat().st_size,

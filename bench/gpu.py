@@ -24,6 +24,7 @@ CALLS = 10  # maximum number of calls between two events
 LONG = 100.0  # approximate maximum milliseconds of such a group
 D_V = 4096
 TOKENS = 4096  # rows of `moment_`
+TRIANGLE_PANELS = ("cuda", "cuda graph", "triton triangle")  # variants whose panel reads one triangle of C
 COPIED = 1 << 30  # bytes of the copy that measures bandwidth
 
 
@@ -46,13 +47,16 @@ def operands(op: str, d: int, n: int, layers: int) -> tuple[object, ...]:
     }[op]()
 
 
-def least_bytes(op: str, d: int, n: int, layers: int) -> int:
-    """Returns the minimum bytes to move: operands read once, results written once, half of symmetric C or M read."""
+def least_bytes(op: str, variant: str, d: int, n: int, layers: int) -> int:
+    """Returns the minimum bytes that a variant moves: operands read once, results written once.
+
+    Of a symmetric C or M half is read, except by the panels that read all of C.
+    """
+    whole = variant not in TRIANGLE_PANELS
     return (
         layers
         * {
-            "panel": 4 * d * d + 8 * n * d,
-            "panel by the triangle": 2 * d * d + 8 * n * d,
+            "panel": (4 if whole else 2) * d * d + 8 * n * d,
             "factor": 4 * n * (3 * d + 2 * D_V),
             "downdate_": 6 * d * d + 4 * n * d,
             "correct_": 8 * D_V * d + 4 * n * (D_V + d),
@@ -78,15 +82,14 @@ def in_a_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def runs(op: str, given: tuple[object, ...]) -> dict[str, Callable[[], object]]:
-    """Returns callables by name: each available backend, and variants of the Triton backend."""
+    """Returns callables by name: each available backend, and variants of those with kernels of this package."""
     tensors = [x for x in given if isinstance(x, torch.Tensor)]
     backends = [name for name in dispatch.BACKENDS if dispatch.unsupported_reason(name, op, tensors) is None]
     variants = {name: lambda name=name: getattr(ops, op)(*given, backend=name) for name in backends}
-    if "triton" not in variants:
-        return variants
-    variants["triton"]()
-    variants["triton graph"] = in_a_graph(variants["triton"])
-    if op == "panel":
+    for name in [name for name in ("cuda", "triton") if name in variants]:
+        variants[name]()
+        variants[f"{name} graph"] = in_a_graph(variants[name])
+    if op == "panel" and "triton" in variants:
         from rlsedit_fast.kernels import panel
 
         if tensors[1].shape[1] <= panel.TRIANGLE_MAX_ROWS:
@@ -117,10 +120,7 @@ def measure(op: str, d: int, n: int, layers: int, repeats: int, rate: float) -> 
         for name, run in variants.items():
             times[name].append(milliseconds(run, calls[name]))
     medians = {name: statistics.median(row) for name, row in times.items()}
-    least = {
-        name: least_bytes("panel by the triangle" if name == "triton triangle" else op, d, n, layers)
-        for name in variants
-    }
+    least = {name: least_bytes(op, name, d, n, layers) for name in variants}
     return {
         **{"op": op, "d": d, "n": TOKENS if op == "moment_" else n, "layers": layers},
         "ms": {name: round(time, 4) for name, time in medians.items()},

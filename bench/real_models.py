@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsedit_fast.statistics.cache import cache_folder
+from rlsedit_fast.files import cache_folder
 
 MANIFEST = "real_model.json"
 BUILD = 1  # increment to rebuild existing checkpoints

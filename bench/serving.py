@@ -34,9 +34,9 @@ from rlsedit_fast import Edit
 from rlsedit_fast.data import load_edits
 from rlsedit_fast.errors import ServerError
 from rlsedit_fast.models.tokens import fill
-from rlsedit_fast.serving import VLLM, Completion, count_stated
+from rlsedit_fast.serving import VLLM, Completion
 
-TOKENS = 6
+TOKENS = 5
 START = 900.0  # seconds until the server must answer
 
 LLM = """
@@ -108,7 +108,8 @@ def serving(python: str, options: argparse.Namespace, rank: int) -> Iterator[VLL
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", options.base, "--dtype", options.dtype]
     command += ["--served-model-name", "base", "--port", str(port), "--host", "127.0.0.1", "--enforce-eager"]
     command += ["--max-model-len", "512", "--enable-lora", "--max-lora-rank", str(rank)]
-    command += ["--max-loras", str(options.max_loras)]
+    # The CPU kernels copy the factors of an adapter for each token of a batch.
+    command += ["--max-loras", str(options.max_loras), "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
     environment = environment_of(python) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -137,35 +138,54 @@ def environment_of(python: str) -> dict[str, str]:
     return {**os.environ, **environment}
 
 
+def in_every_state(
+    server: VLLM,
+    options: argparse.Namespace,
+    edits: list[Edit],
+    prompts: list[str],
+    base: list[Completion],
+    edited: list[Completion],
+) -> dict[str, Any]:
+    """Asks a server before and after loading an adapter and other weights."""
+
+    def ask(model: str = "base") -> list[Completion]:
+        start = time.perf_counter()
+        answers = server.complete(prompts, model=model, max_tokens=TOKENS)
+        print(f"{model}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return answers
+
+    def stated(answers: Sequence[Completion]) -> int:
+        return sum(answer.text.lstrip().startswith(edit.target) for answer, edit in zip(answers, edits, strict=True))
+
+    results = {"vllm": server.request("GET", "/version")["version"], "base": compare(ask(), base)}
+    start = time.perf_counter()
+    server.load_adapter("edited", options.adapter)
+    results["seconds_load_adapter"] = time.perf_counter() - start
+    with ThreadPoolExecutor(2) as both:
+        beside, adapted = both.map(ask, ("base", "edited"))
+    results["base_beside_the_adapter"], results["adapter"] = compare(beside, base), compare(adapted, edited)
+    results["stated_by_the_base"], results["stated_by_the_adapter"] = stated(beside), stated(adapted)
+    server.unload_adapter("edited")
+    results["unloaded"] = sorted(server.models())
+    start = time.perf_counter()
+    server.reload_weights(options.edited)
+    results["seconds_reload"] = time.perf_counter() - start
+    reloaded = ask()
+    results["reloaded_edited"], results["stated_after_the_reload"] = compare(reloaded, edited), stated(reloaded)
+    server.reload_weights(options.base)
+    results["reloaded_base"] = compare(ask(), base)
+    return results
+
+
 def in_server(python: str, options: argparse.Namespace, edits: list[Edit], prompts: list[str]) -> dict[str, Any]:
-    """Asks a server in every state and returns the comparisons."""
-    base, edited = (reference(path, prompts, options.dtype) for path in (options.base, options.edited))
+    """Asks vLLM in every state and returns the comparisons."""
     rank = json.loads(Path(options.adapter, "adapter_config.json").read_text())["r"]
     results: dict[str, Any] = {"adapter_rank": rank}
-    with serving(python, options, rank) as server:
-        results["vllm"] = server.request("GET", "/version")["version"]
-
-        def ask(model: str = "base") -> list[Completion]:
-            return server.complete(prompts, model=model, max_tokens=TOKENS)
-
-        results["base"] = compare(ask(), base)
-        start = time.perf_counter()
-        server.load_adapter("edited", options.adapter)
-        results["seconds_load_adapter"] = time.perf_counter() - start
-        with ThreadPoolExecutor(2) as both:
-            beside, adapted = both.map(ask, ("base", "edited"))
-        results["base_beside_the_adapter"], results["adapter"] = compare(beside, base), compare(adapted, edited)
-        results["stated_by_the_adapter"] = count_stated(server, edits, model="edited").stated
-        results["stated_by_the_base"] = count_stated(server, edits, model="base").stated
-        server.unload_adapter("edited")
-        results["unloaded"] = sorted(server.models())
-        start = time.perf_counter()
-        server.reload_weights(options.edited)
-        results["seconds_reload"] = time.perf_counter() - start
-        results["reloaded_edited"] = compare(ask(), edited)
-        results["stated_after_the_reload"] = count_stated(server, edits, model="base").stated
-        server.reload_weights(options.base)
-        results["reloaded_base"] = compare(ask(), base)
+    with ThreadPoolExecutor(1) as meanwhile:
+        expected = meanwhile.map(reference, (options.base, options.edited), [prompts] * 2, [options.dtype] * 2)
+        with serving(python, options, rank) as server:
+            base, edited = expected
+            results |= in_every_state(server, options, edits, prompts, base, edited)
     if options.patch:
         done = subprocess.run(
             [python, "-c", LLM, options.base, options.edited, options.patch, options.dtype, str(TOKENS)],

@@ -49,10 +49,10 @@ class Batches:
 
 
 def whitened(projected: Tensor, keys: Tensor, innovation: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `U` and `A`, computed in PyTorch."""
+    """Returns `U` and `A`, computed in PyTorch without a synchronization, which `cholesky` has on a GPU."""
     sigma = projected @ keys.T
     sigma.diagonal().add_(1)
-    lower = torch.linalg.cholesky(sigma)
+    lower, _ = torch.linalg.cholesky_ex(sigma)
     solved = torch.linalg.solve_triangular(lower, torch.cat((projected, innovation), 1), upper=False)
     return solved[:, : keys.shape[1]], solved[:, keys.shape[1] :]
 

@@ -17,6 +17,7 @@ from rlsedit_fast.editing import (
 )
 from rlsedit_fast.errors import (
     BackendError,
+    GateError,
     InputError,
     ModelError,
     PriorError,
@@ -28,6 +29,7 @@ from rlsedit_fast.errors import (
     UnstatedError,
     UpdateError,
 )
+from rlsedit_fast.evaluation.gates import Gates
 from rlsedit_fast.rls import Prior, RLSState
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, TextFile
 
@@ -39,6 +41,8 @@ __all__ = [
     "EditFile",
     "EditRecord",
     "Editor",
+    "GateError",
+    "Gates",
     "InputError",
     "KeyStatistics",
     "LossConfig",

@@ -11,34 +11,18 @@ import json
 import os
 import platform
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlsedit_fast._version import __version__
-from rlsedit_fast.ops import cuda, dispatch
+from rlsedit_fast.ops import cuda, dispatch, tune
+from rlsedit_fast.ops.choices import Choice, processor, version
+from rlsedit_fast.ops.selection import described
 
 BUILD_FACTS = Path(__file__).parent / "ops" / "_build.json"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "scipy")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """Returns the CPU model name from /proc/cpuinfo, or the architecture where that is not available."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _gpus() -> list[str]:
@@ -70,17 +54,18 @@ def report() -> dict[str, Any]:
     Returns:
         `versions` by package (None if not installed), `machine`, `backends` (each with `available`, `reason` or None,
         and `operations`), `backend_wish` (value of `RLSEDIT_BACKEND`, or None), `cuda_kernels` (source of the kernels
-        of the `cuda` backend, or None) and `build`.
+        of the `cuda` backend, or None), `choices` (measured backends by device, see `ops.tune.stored`), `tuned`
+        (whether they are used) and `build`.
     """
     return {
         "versions": {
             "rlsedit-fast": __version__,
             "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
+            **{package: version(package) for package in PACKAGES},
         },
         "machine": {
             "system": platform.platform(),
-            "cpu": _processor(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "cuda": torch.version.cuda,
@@ -89,6 +74,8 @@ def report() -> dict[str, Any]:
         "backends": {name: _backend(name) for name in dispatch.BACKENDS},
         "backend_wish": os.environ.get(dispatch.ENVIRONMENT),
         "cuda_kernels": cuda.kernels(),
+        "tuned": os.environ.get(dispatch.TUNE) != "0",
+        "choices": tune.stored(),
         "build": _build(),
     }
 
@@ -125,6 +112,12 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"  cuda kernels: {facts['cuda_kernels']}")
     if facts["backend_wish"]:
         lines.append(f"  selected by {dispatch.ENVIRONMENT}: {facts['backend_wish']}")
+    lines.append("Measured backends" if facts["tuned"] else f"Measured backends (not used: {dispatch.TUNE}=0)")
+    for device in facts["choices"]:
+        lines.append(f"  {device['device']}: {len(device['choices'])} sizes in {device['path']}")
+        lines += [f"    {key:<32}{described(Choice(**choice))}" for key, choice in device["choices"].items()]
+        reasons = {f"{name}: {why}" for one in device["choices"].values() for name, why in one["excluded"].items()}
+        lines += [f"    excluded: {reason}" for reason in sorted(reasons)]
     lines.append("Build")
     for part, outcome in facts["build"].items():
         details = ", ".join(f"{key}: {value}" for key, value in outcome.items() if key != "built")

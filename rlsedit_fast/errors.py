@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 __all__ = [
     "BackendError",
+    "GateError",
     "InputError",
     "ModelError",
     "PriorError",
@@ -165,6 +167,31 @@ class UnstatedError(RLSEditError):
         ...     print(len(editor.history()))  # the batch was not applied
         0
     """
+
+
+class GateError(RLSEditError):
+    """An edited model violates a gate, see `Gates`.
+
+    Attributes:
+        report: the `GateReport` with all measurements.
+
+    Example:
+        >>> from rlsedit_fast import Edit, EditConfig, Editor, Gates
+        >>> from rlsedit_fast.errors import GateError
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+        >>> editor = Editor(*load_demo_model(), config=config)
+        >>> gates = Gates(unchanged=["Toze Lado Rekuno speaks"], on_violation="undo")
+        >>> try:
+        ...     editor.edit([Edit("{} speaks", "Toze Lado Rekuno", "Nafiish")], gates=gates)
+        ... except GateError as error:
+        ...     print(error.report.violated[0].gate, len(editor.history()))  # the batch was taken back
+        unchanged 0
+    """
+
+    def __init__(self, message: str, hint: str | None = None, report: Any = None) -> None:
+        super().__init__(message, hint)
+        self.report = report
 
 
 class ModelError(RLSEditError, ValueError):

@@ -1,4 +1,4 @@
-"""Atomic file writes, safetensors files with typed metadata, and JSON files of the user."""
+"""The cache folder, atomic file writes, safetensors files with typed metadata, and JSON files of the user."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ class Described:
     file: Any
     about: dict[str, Any]
     sums: dict[str, str]
+
+
+def cache_folder() -> Path:
+    """Returns the folder of the cache: `RLSEDIT_CACHE`, else `rlsedit` in `XDG_CACHE_HOME`, else `~/.cache/rlsedit`."""
+    if named := os.environ.get("RLSEDIT_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsedit"
 
 
 @contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 
 import pytest
 import torch
 
 from rlsedit_fast.world.tokens import build_tokenizer
+
+os.environ["RLSEDIT_TUNE"] = "0"  # the tests of tuning set it; subprocesses inherit it
 
 
 def pytest_configure():

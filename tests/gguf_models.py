@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+MERGES = ("h e", "Ġ x", "Ġ Q", "Ġ 7")
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -18,7 +19,7 @@ def vocabulary(architecture):
 
     if architecture.startswith(("gemma", "phi3")):
         return [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *(chr(at) for at in range(33, 127))]
-    return [*SPECIAL, *sorted(ByteLevel.alphabet()), "he"]
+    return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 
 
 def write_model(path, model, *, types=None, alignment=None):
@@ -72,7 +73,7 @@ def _add_tokenizer(writer, tokens, model):
     writer.add_tokenizer_model(model)
     if model == "gpt2":
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_merges(["h e"])
+        writer.add_token_merges(list(MERGES))
     else:
         writer.add_token_scores([-float(at) for at in range(len(tokens))])
     writer.add_token_list(tokens)
@@ -107,6 +108,23 @@ def _tensors(model, architecture):
     return found
 
 
+def tiny_family(name):
+    """Returns a tiny random model of an architecture, with the sizes that transformers assumes for a GGUF file."""
+    from .conftest import MAKERS, OTHER_FAMILIES, maker
+
+    architecture = ARCHITECTURES.get(name, name)
+    count = len(vocabulary(architecture))
+    if name == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(4)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=count, n_embd=64, n_layer=4, n_head=4)).eval()
+    if name == "falcon":
+        prefix, settings = OTHER_FAMILIES[name]
+        return maker(prefix, settings | {"ffn_hidden_size": 256}, seed=5)(count)
+    return MAKERS[name](count)
+
+
 def k_quant(rows, columns, seed=0):
     """Returns random data of type Q4_K, which the package gguf reads and cannot write."""
     random = np.random.default_rng(seed)
@@ -117,7 +135,7 @@ def k_quant(rows, columns, seed=0):
 
 
 def tiny_llama(*, inner=96, seed=3):
-    """Returns a random Llama for `vocabulary("llama")`."""
+    """Returns a random Llama for `vocabulary("llama")`, whose last layer determines the next token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -129,7 +147,10 @@ def tiny_llama(*, inner=96, seed=3):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        initializer_range=0.2,
+        initializer_range=0.02,
         head_dim=16,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model

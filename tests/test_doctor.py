@@ -25,7 +25,16 @@ def test_json_to_stdout_or_file(tmp_path, capsys):
     assert doctor.main(["--json", str(tmp_path / "report.json")]) == 0
     assert not capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text()) == printed
-    assert set(printed) == {"versions", "machine", "backends", "backend_wish", "cuda_kernels", "build"}
+    assert set(printed) == {
+        "versions",
+        "machine",
+        "backends",
+        "backend_wish",
+        "cuda_kernels",
+        "choices",
+        "tuned",
+        "build",
+    }
 
 
 def test_text_names_every_backend_and_reason(capsys):

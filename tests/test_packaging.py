@@ -157,3 +157,61 @@ def test_invalid_build_switch_is_rejected(source, tmp_path):
     done = run(sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out", cwd=source, RLSEDIT_BUILD_CPU="yes")
     assert done.returncode != 0
     assert "RLSEDIT_BUILD_CPU=yes: expected 0" in done.stdout
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "amd64"])
+def test_every_name_of_the_processor_builds_the_sources_that_are_used(processor, tmp_path):
+    """Otherwise the extension lacks functions and cannot be imported."""
+    if not (shutil.which("c++") and shutil.which("cmake") and importlib.util.find_spec("pybind11")):
+        pytest.skip("needs a compiler, CMake and pybind11")
+    import pybind11
+
+    done = run(
+        *("cmake", "-S", ROOT, "-B", tmp_path, "-DCMAKE_SYSTEM_NAME=Linux"),
+        *(f"-DCMAKE_SYSTEM_PROCESSOR={processor}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    commands = {Path(one["file"]).name: one["command"] for one in commands}
+    x86 = subprocess.run(["c++", "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
+    assert ("RLSEDIT_X86" in commands["kernels.cpp"]) == x86
+    assert ("-mavx2" in commands["kernels_avx2.cpp"]) == x86
+    assert ("-mavx512f" in commands["kernels_avx512.cpp"]) == x86
+
+
+NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-code ]; then echo sm_80; exit; fi
+while [ $# -gt 0 ]; do
+    case $1 in
+        -ccbin) "$2" --version > host || exit 1; shift ;;
+        -o) echo library > "$2"; shift ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.mark.parametrize("compiler", ["ccache g++", "g++ -DONE='1 2'"])
+def test_compiler_of_several_words_builds_the_cuda_library(compiler, source, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in (("nvcc", NVCC), ("ccache", '#!/bin/sh\n[ -x "$(command -v "$1")" ] && exec "$@"\n')):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    (tools / "g++").write_text('#!/bin/sh\necho "g++ $@"\n')
+    (tools / "g++").chmod(0o755)
+    done = run(
+        *(sys.executable, "setup.py", "build_ext", "-b", tmp_path / "out"),
+        cwd=source,
+        CXX=compiler,
+        PATH=f"{tools}:{os.environ['PATH']}",
+        RLSEDIT_BUILD_CPU="0",
+        RLSEDIT_BUILD_CUDA="1",
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "out/rlsedit_fast/ops/librlsedit_cuda.so").exists()
+    expected = ["g++", *(["-DONE=1 2"] if "ONE" in compiler else []), "--version"]
+    assert (source / "host").read_text().split("\n")[0] == " ".join(expected)

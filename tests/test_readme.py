@@ -74,16 +74,36 @@ def test_store_commands(workdir, capsys):
     (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
     lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
-    names = ["edit", "history", "ask", "undo", "replace", "status", "consolidate", "export"]
+    (workdir / "gates.yaml").write_text("retention: 0\n")
+    names = ["edit", "history", "ask", "undo", "replace", "check", "report", "status", "consolidate", "export"]
     assert [command[:2] for command in commands] == [["rlsedit", name] for name in names]
     for _, name, *arguments in commands:
         # An untrained model may not state the targets; then `edit` returns 1.
         assert main([name, *arguments]) in ((0, 1) if name == "edit" else (0,))
     assert (workdir / "edited-2" / "model.safetensors").exists()
+    assert "<title>Change report: checkpoint</title>" in (workdir / "report.html").read_text(encoding="utf-8")
     names = {}
     exec(block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
     assert "3 France Nice active\n4 Spain Bilbao undone" in capsys.readouterr().out
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active", "undone"]
+
+
+def test_gate_file_and_example_of_the_release_page(workdir, capsys):
+    import rlsedit_fast as rf
+    from rlsedit_fast.world import load_demo_model
+
+    (workdir / "gates.yaml").write_text(block("Gates", "yaml", "docs/release.md"))
+    (workdir / "protected.txt").write_text("Lado speaks\n")
+    (workdir / "held-out.txt").write_text("Lado speaks Kubeish .\n")
+    model, tokenizer = load_demo_model()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    config = rf.EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+    names = {"editor": rf.Editor(model, tokenizer, config=config)}
+    names["edits"] = [rf.Edit("{} speaks", "Toze Lado Rekuno", "Nafiish")]
+    exec(block("While editing", file="docs/release.md"), names)
+    shown = capsys.readouterr().out
+    assert "answers The capital of France is" in shown, "this model knows no countries"
+    assert "violated" in shown.splitlines()[-1]
 
 
 def test_solver_example():

@@ -32,7 +32,8 @@ inline Vector join(const uint16_t* high, const int16_t* low) {
 }
 
 inline void split(Vector value, uint16_t* high, int16_t* low) {
-    const Bits bits = (Bits)value, upper = (bits + 0x8000) >> 16;
+    const Bits number = (Bits)(value == value);  // all ones, or zero for NaN, which rounding could carry out of
+    const Bits bits = ((Bits)value & number) | (0x7FC00000 & ~number), upper = (bits + 0x8000) >> 16;
     *(High*)high = __builtin_convertvector(upper, High);
     *(Low*)low = __builtin_convertvector((Signed)(bits - (upper << 16)), Low);
 }

@@ -1,11 +1,7 @@
-// Selects the instruction set at run time.
+// Selects the instruction set at run time. CMakeLists.txt defines RLSEDIT_X86 for x86-64.
 #include <algorithm>
 
 #include "kernels.hpp"
-
-#if defined(__x86_64__)
-#define RLSEDIT_X86 1
-#endif
 
 namespace rlsedit {
 

@@ -1,4 +1,4 @@
-// Shared by all kernels. Only raw pointers and built-in types, for nvcc, NVRTC and the host compiler of the tests.
+// Shared by all kernels. Only raw pointers and built-in types, for nvcc and NVRTC.
 #pragma once
 
 namespace rlsedit {
@@ -11,11 +11,9 @@ constexpr unsigned all_lanes = 0xffffffffu;
 }  // namespace rlsedit
 
 // Declares `name`, a pointer to the dynamic shared memory of the block, aligned to 16 bytes.
-#ifndef RLSEDIT_SHARED
 #define RLSEDIT_SHARED(name)                   \
     extern __shared__ float4 rlsedit_shared[]; \
     float* const name = reinterpret_cast<float*>(rlsedit_shared)
-#endif
 
 namespace rlsedit {
 

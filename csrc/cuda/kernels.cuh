@@ -1,4 +1,4 @@
-// All kernels, for nvcc, NVRTC and the host compiler of the tests.
+// All kernels, for nvcc and NVRTC.
 #pragma once
 
 #include "downdate.cuh"

@@ -38,6 +38,23 @@ class OnDevice {
 
 extern "C" const char* rlsedit_cuda_last_error(void) { return rlsedit::last_error; }
 
+extern "C" int rlsedit_cuda_check(int device) {
+    int driver = 0;
+    if (int status = check(cudaDriverGetVersion(&driver), "the driver", "reading its version")) return status;
+    if (driver / 1000 < CUDART_VERSION / 1000) {
+        return rlsedit::fail(RLSEDIT_CUDA_FAILURE,
+                             "the driver supports CUDA %d.%d, but the library was built with CUDA %d.%d: update the "
+                             "driver, or rebuild the library with an older CUDA toolkit",
+                             driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    }
+    if (device < 0) return RLSEDIT_OK;
+    OnDevice scope(device);
+    if (int status = check(scope.error(), "the kernels", "choosing the device")) return status;
+    cudaFuncAttributes attributes;
+    return check(cudaFuncGetAttributes(&attributes, rlsedit::find("panel_sum")->function), "the kernels",
+                 "loading them on the device");
+}
+
 extern "C" int rlsedit_cuda_launch(const char* name, const char* types, void** arguments, int64_t grid_x,
                                    int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared, int device,
                                    void* stream) {

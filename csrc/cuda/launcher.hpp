@@ -1,5 +1,4 @@
-// Looks up kernels by name and checks launches. Host code without the CUDA runtime, so that the host build of the tests
-// uses the same checks.
+// Looks up kernels by name and checks launches, without the CUDA runtime.
 #pragma once
 
 #include <cstdarg>

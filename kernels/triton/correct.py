@@ -134,7 +134,8 @@ def correct_split_kernel(
     )
     upper = tl.load(high, mask=mask, other=0).to(tl.int32) << 16
     joined = (upper + tl.load(low, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
-    bits = (joined + product * sign.to(tl.float32)).to(tl.int32, bitcast=True)
+    new = joined + product * sign.to(tl.float32)
+    bits = tl.where(new == new, new.to(tl.int32, bitcast=True), 0x7FC00000)  # rounding could carry out of a NaN
     upper = (bits + 0x8000) >> 16  # ties away from zero, see `ops.split`
     tl.store(high, upper.to(tl.int16), mask=mask)
     tl.store(low, (bits - (upper << 16)).to(tl.int16), mask=mask)
@@ -149,9 +150,11 @@ def _oriented(
     return weights, whitened, rows
 
 
-def _settings(weight: torch.Tensor, n: int, precision: str) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Returns the grid and the settings for an oriented weight."""
-    settings = configuration("correct", device(weight.device.index)[0], n, precision)
+def _settings(weight: torch.Tensor, n: int, input_precision: str | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Returns the grid and the settings, with the precision, for an oriented weight."""
+    capability, _ = device(weight.device.index)
+    precision = chosen(input_precision, "correct", capability)
+    settings = configuration("correct", capability, n, precision) | {"PRECISION": precision}
     layers, height, width = weight.shape
     return (blocks(width, settings["COLUMNS"]), blocks(height, settings["ROWS"]), layers), settings
 
@@ -173,16 +176,15 @@ def correct_(
         sign: +1 or -1.
         input_precision: see `precision.chosen`.
     """
-    precision, n = chosen(input_precision), rows.shape[1]
+    n = rows.shape[1]
     if n == 0:
         return
     (weight,), whitened, rows = _oriented((weight,), whitened, rows)
-    grid, settings = _settings(weight, n, precision)
+    grid, settings = _settings(weight, n, input_precision)
     with torch.cuda.device_of(weight):
         correct_kernel[grid](
             *(weight, whitened, rows, *weight.stride(), *whitened.stride()[:2], *rows.stride()[:2]),
             *(*weight.shape[1:], n, sign),
-            PRECISION=precision,
             **settings,
         )
 
@@ -206,15 +208,14 @@ def correct_split_(
         sign: +1 or -1.
         input_precision: see `precision.chosen`.
     """
-    precision, n = chosen(input_precision), rows.shape[1]
+    n = rows.shape[1]
     if n == 0:
         return
     (high, low), whitened, rows = _oriented((high, low), whitened, rows)
-    grid, settings = _settings(high, n, precision)
+    grid, settings = _settings(high, n, input_precision)
     with torch.cuda.device_of(high):
         correct_split_kernel[grid](
             *(high.view(torch.int16), low, whitened, rows, *high.stride(), *low.stride()),
             *(*whitened.stride()[:2], *rows.stride()[:2], *high.shape[1:], n, sign),
-            PRECISION=precision,
             **settings,
         )

@@ -73,11 +73,12 @@ def downdate_(
         signs: float32 `[L, r]`, contiguous.
         input_precision: see `precision.chosen`.
     """
-    precision = chosen(input_precision)
+    capability, _ = device(base.device.index)
+    precision = chosen(input_precision, "downdate", capability)
     layers, r, d = pending.shape
     if r == 0:
         return
-    settings = configuration("downdate", device(base.device.index)[0], r, precision)
+    settings = configuration("downdate", capability, r, precision)
     with torch.cuda.device_of(base):
         downdate_kernel[(triangle(blocks(d, settings["TILE"])), layers)](
             *(base, pending, signs, *base.stride()[:2], *pending.stride()[:2], signs.stride(0), d, r),

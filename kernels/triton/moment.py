@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from rlsedit_fast.kernels.precision import chosen
-from rlsedit_fast.kernels.tables import configuration, device
+from rlsedit_fast.kernels.tables import configuration, device, interpreted
 from rlsedit_fast.kernels.tiles import blocks, lower_tile, triangle
 
 
@@ -67,16 +67,17 @@ def moment_(moment: torch.Tensor, rows: torch.Tensor, *, input_precision: str | 
         rows: `X [L, t, d]`, float32, bfloat16 or float16, with contiguous rows.
         input_precision: precision for float32 rows, see `precision.chosen`.
     """
-    precision = chosen(input_precision)
+    capability, _ = device(moment.device.index)
+    precision = chosen(input_precision, "moment", capability)
     layers, t, d = rows.shape
     if t == 0:
         return
     narrow = rows.element_size() == 2
-    settings = configuration("moment", device(moment.device.index)[0], t, precision)
+    settings = configuration("moment", capability, t, precision)
     with torch.cuda.device_of(moment):
         moment_kernel[(triangle(blocks(d, settings["TILE"])), layers)](
             *(moment, rows, *moment.stride()[:2], *rows.stride()[:2], d, t),
-            WIDEN=narrow and not moment.is_cuda,
+            WIDEN=narrow and interpreted(),
             PRECISION="ieee" if narrow else precision,
             **settings,
         )

@@ -34,7 +34,7 @@ TRIANGLE_MAX_ROWS = 32  # with twice as many rows, the parts need as many bytes 
 VARIANTS = ("full", "triangle")
 WAVES = 4  # minimum number of programs per multiprocessor, for the split
 MIN_STEPS = 8  # minimum number of steps per split
-ALIGNMENT = 32  # floats
+ALIGNMENT = 32  # floats; also the largest DEPTH of `finish_kernel`, which reads padded coefficients
 
 
 @triton.jit
@@ -102,7 +102,8 @@ def rows_kernel(
             mask = (j[:, None] < height) & (k[None, :] < end)
             tile = tl.load(rows_of + j[:, None] * stride + k[None, :], mask=mask, other=0.0)
             total = tl.dot(tile, key_tile(keys, keys_row, i, k, n, end), total, input_precision=PRECISION)
-        mask = (j[:, None] < height) & (i[None, :] < n)
+        # Rows of the parts are padded. Stores of 16 bytes need a limit divisible by 16, which `height` may not be.
+        mask = (column + j[:, None] < parts_row) & (i[None, :] < n)
         tl.store(at[:, None] + i[None, :] * parts_row, total, mask=mask)
     else:
         row = tl.cast(parts_row, tl.int64)
@@ -117,11 +118,12 @@ def rows_kernel(
                 total1 += tile * key_row(keys, keys_row, 1, k, n, end)[None, :]
                 total2 += tile * key_row(keys, keys_row, 2, k, n, end)[None, :]
                 total3 += tile * key_row(keys, keys_row, 3, k, n, end)[None, :]
-        tl.store(at, tl.sum(total0, 1), mask=j < height)
+        j += column
+        tl.store(at, tl.sum(total0, 1), mask=j < parts_row)
         if EDITS > 1:
-            tl.store(at + row, tl.sum(total1, 1), mask=j < tl.where(n > 1, height, 0))
-            tl.store(at + 2 * row, tl.sum(total2, 1), mask=j < tl.where(n > 2, height, 0))
-            tl.store(at + 3 * row, tl.sum(total3, 1), mask=j < tl.where(n > 3, height, 0))
+            tl.store(at + row, tl.sum(total1, 1), mask=j < tl.where(n > 1, parts_row, 0))
+            tl.store(at + 2 * row, tl.sum(total2, 1), mask=j < tl.where(n > 2, parts_row, 0))
+            tl.store(at + 3 * row, tl.sum(total3, 1), mask=j < tl.where(n > 3, parts_row, 0))
 
 
 @triton.jit(do_not_specialize=["n", "runs", "steps"])
@@ -210,7 +212,7 @@ def triangle_kernel(
 @triton.jit(do_not_specialize=["n", "r", "splits", "runs", "run_columns", "triangle_blocks"])
 def finish_kernel(
     parts,  # float32 [L, splits or runs + triangle_blocks, n, columns]
-    coefficients,  # float32 [L, splits, n, columns]: parts of U_p K^T
+    coefficients,  # float32 [L, splits, n, columns]: parts of U_p K^T, padded with zeros to a multiple of DEPTH
     pending,  # float32 [L, r, d]
     signs,  # float32 [L, r]
     projected,  # float32 [L, n, d], output
@@ -261,7 +263,7 @@ def finish_kernel(
     correction = tl.zeros((COLUMNS, EDITS), dtype=tl.float32)
     for q0 in range(0, r, DEPTH):
         q = q0 + steps
-        valid = (q[:, None] < r) & (i[None, :] < n)
+        valid = (i[None, :] < n) & (q[:, None] >= 0)  # the columns are padded with zeros
         source = coefficients + layer * coefficients_layer + q[:, None] + i[None, :] * coefficients_row
         coefficient = tl.zeros((DEPTH, EDITS), dtype=tl.float32)
         for s in range(0, splits):
@@ -344,16 +346,16 @@ def panel(
     edits = _edits(n)
     groups = layers * blocks(n, edits)
     settings = configuration("panel", capability, edits, precision)
-    pending_blocks = blocks(r, settings["ROWS"])
+    pending_blocks = blocks(_aligned(r), settings["ROWS"])
     base_blocks = blocks(d, settings["ROWS"]) if variant == "full" else 0
     splits, steps = _splits(d, settings, groups * (base_blocks or pending_blocks or 1), processors)
-    pending_column = _aligned(d) if base_blocks else 0
+    pending_column = base_blocks * settings["ROWS"]
     shared = {"EDITS": edits, "PRECISION": precision}
     with torch.cuda.device_of(base):
         if r == 0 and splits == 1 and base_blocks:
             rows = projected[:, None]
         else:
-            rows = keys.new_empty(layers, splits, n, pending_column + _aligned(r))
+            rows = keys.new_empty(layers, splits, n, pending_column + pending_blocks * settings["ROWS"])
         if base_blocks + pending_blocks:
             rows_kernel[(base_blocks + pending_blocks, splits, groups)](
                 *(base, keys, pending, rows, *base.stride()[:2], *keys.stride()[:2], *pending.stride()[:2]),

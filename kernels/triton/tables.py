@@ -8,6 +8,7 @@ is used, else the last. Settings under the name of a precision override the othe
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def configuration(kernel: str, capability: str, rows: int, precision: str) -> di
     settings = {name: value for name, value in entry.items() if name not in ("rows", *PRECISIONS)}
     # Fused multiply-adds are requested explicitly, because the default of Triton is about to change.
     return settings | {"enable_fp_fusion": True} | entry.get(precision, {})
+
+
+def interpreted() -> bool:
+    """Returns whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -1,8 +1,8 @@
 """The `rlsedit` command line.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 success; 1 partial success, some records were skipped or
-some edits did not succeed; 2 error; 130 interrupted; 141 the reader of stdout closed the pipe. Edits applied before an
-error or an interrupt are written and reported.
+some edits did not succeed; 2 error; 3 a gate is violated; 130 interrupted; 141 the reader of stdout closed the pipe.
+Edits applied before an error or an interrupt are written and reported.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import NoReturn
 
 from rlsedit_fast.cli.output import add_quiet, set_quiet
 from rlsedit_fast.cli.places import check_inputs, check_places
-from rlsedit_fast.errors import RLSEditError, did_you_mean
+from rlsedit_fast.errors import GateError, RLSEditError, did_you_mean
 
-DONE, PARTIAL, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+DONE, PARTIAL, FAILED, VIOLATED, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
 
 COMMANDS = (
-    *("edit", "ask", "history", "undo", "replace", "status", "consolidate"),
+    *("edit", "ask", "history", "undo", "replace", "status", "consolidate", "check", "report"),
     *("show", "layers", "statistics", "calibrate", "export", "apply", "push", "deploy", "evaluate", "demo", "doctor"),
 )
 """Modules of this package with `HELP`, `USAGE`, `add(parser)` and `run(options) -> exit code`; some have `ABOUT`."""
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()  # raises BrokenPipeError here and not at interpreter exit
     except RLSEditError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
-        return FAILED
+        return VIOLATED if isinstance(error, GateError) else FAILED
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -114,5 +114,6 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--name cannot be combined with --checkpoint: the served model keeps its name; omit it")
     if options.unload is not None and options.edits is not None:
         raise InputError("--edits cannot be combined with --unload; ask the server in a second command")
-    if options.adapter is not None and not Path(options.adapter).expanduser().exists():
-        say(f"{options.adapter} does not exist here: it is taken as a path on the machine of the server")
+    for path in (options.adapter, options.checkpoint):
+        if path is not None and Path(path).is_absolute() and not Path(path).exists():
+            say(f"{path} does not exist here: it is taken as a path on the machine of the server")

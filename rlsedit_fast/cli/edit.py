@@ -9,23 +9,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, setup
+from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, VIOLATED, setup
 from rlsedit_fast.cli.export import Written, add_exports, check_exports, check_gguf_export, write_exports
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
+from rlsedit_fast.cli.gates import add_checks, gate_lines, gate_results, read_gates
 from rlsedit_fast.cli.output import add_json, complain, emit, progress, say, working
 from rlsedit_fast.cli.show import describe_layers, layer_lines
 from rlsedit_fast.cli.stability import probe_other_text
 from rlsedit_fast.cli.summary import past_lines, summary
 from rlsedit_fast.data import Edit
+from rlsedit_fast.data.prompts import read_prompts
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.session import PILOT
-from rlsedit_fast.errors import InputError, counted
+from rlsedit_fast.errors import GateError, InputError, counted
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
+    from rlsedit_fast.evaluation.gates import BoundGates
     from rlsedit_fast.evaluation.outcome import CollectedAnswers
     from rlsedit_fast.evaluation.stability import TextProbe
 
@@ -40,7 +43,7 @@ USAGE = "--model MODEL --edits FILE [--store DIR] [--out DIR|FILE.gguf] [options
 CHAT_EDITS = 100
 """Maximum number of edits that are also asked in a chat by default; two answers are generated for each."""
 
-_PER_BATCH = ("rlsedit_fast.editing.editor", "rlsedit_fast.editing.session")
+_PER_BATCH = ("rlsedit_fast.editing.session", "rlsedit_fast.editing.stream")
 """Loggers of warnings about single batches; the summary reports them once."""
 
 
@@ -84,6 +87,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="also ask each prompt in a chat before and after, if the model has a chat template (default: for at most "
         f"{CHAT_EDITS} edits)",
     )
+    add_checks(parser)
     add_exports(parser)
     parser.add_argument("--no-evaluation", action="store_true", help="do not evaluate the edits before and after")
     parser.add_argument(
@@ -106,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--again requires --store DIR; add it or omit --again")
     if not options.dry_run:
         check_exports(options, options.model)
-    protected = _prompts(options.protect) if options.protect else []
+    protected = read_prompts(options.protect, f"--protect {options.protect}") if options.protect else []
+    options.gates = read_gates(options)
     facts = read_facts(options)
     if options.chat is None and "measure_chat" not in setup.settings_given(options):
         options.chat = len(facts.edits) <= CHAT_EDITS
@@ -149,18 +154,25 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         protected = [prompt for prompt in protected if prompt not in known_prompts]
     if not facts.edits:
         _protect(editor, protected)
+        bound = _bind_gates(editor, options)
+        if bound is not None:
+            bound.measure()
+        checked = _report_gates(bound, results, options)
         written = _write(editor, options)
         results |= written.to_json
         lines = [f"all {len(known) + len(past)} edits are already in the store; no edit was applied"]
         with written.attempt():
-            emit(results, lines + past_lines(past) + written.files, options.json)
+            emit(results, [*lines, *past_lines(past), *checked, *written.files], options.json)
         written.raise_failures()
+        if results.get("gates", {}).get("violated"):
+            return VIOLATED
         return PARTIAL if facts.left_out or past or written.lost else DONE
     resumed = bool(editor.priors)
     if resumed:
         _check_anchors_fixed(options)
     results["anchors"] = "the store's" if resumed else setup.anchor(editor, options)
     _protect(editor, protected)
+    gates = _bind_gates(editor, options)
     before: CollectedAnswers | None = None
     probe: TextProbe | None = None
     if not options.no_evaluation:
@@ -174,13 +186,15 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         priors = editor.priors or editor.calibrate(facts.edits[:PILOT])
     results["priors"] = [{"lam": prior.lam, "mu": prior.mu} for prior in priors]
     with warnings_silenced(*_PER_BATCH), interrupts_counted(say) as interrupts:
-        applied, error = _edit(editor, facts, interrupts, results, options)
+        applied, error = _edit(editor, facts, gates, interrupts, results, options)
         if applied and before is not None:
-            error = _evaluate(editor, applied, before, probe, interrupts, results) or error
+            failure = _evaluate(editor, applied, before, probe, interrupts, results)
+            error = error or failure
+        checked = _report_gates(gates, results, options)
         written = _write(editor, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
-            emit(results, summary(results), options.json)
+            emit(results, [*summary(results), *checked], options.json)
     if error is not None:
         complain(*written.failures)
         raise error
@@ -208,17 +222,45 @@ class _Interrupted(Exception):
     """Ends editing after an interrupt, once the current batch is applied."""
 
 
+def _bind_gates(editor: Editor, options: argparse.Namespace) -> BoundGates | None:
+    if options.gates is None:
+        return None
+    with working("measuring the gates in the unedited model"):
+        return options.gates.bind(editor)
+
+
+def _report_gates(gates: BoundGates | None, results: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Enters the last check into the results and returns its lines, without the violations, which the error lists."""
+    if gates is None:
+        return []
+    results["gates"] = gate_results(gates.reports, options.gates)
+    if not gates.reports:
+        return ["gates: not checked, because the run ended before"]
+    last = gates.reports[-1]
+    lines = gate_lines(last, violations="records" not in results)
+    if not last.final and not last.violated:
+        lines.insert(1, "  not checked at the end, because the run ended before")
+    return lines
+
+
 def _edit(
-    editor: Editor, facts: Facts, interrupts: Interrupts, results: dict[str, Any], options: argparse.Namespace
+    editor: Editor,
+    facts: Facts,
+    gates: BoundGates | None,
+    interrupts: Interrupts,
+    results: dict[str, Any],
+    options: argparse.Namespace,
 ) -> tuple[dict[str, Edit], Exception | None]:
     """Applies the edits in batches and fills in `results`; returns the applied edits by place, and the error if any."""
     began = time.perf_counter()
     by_place = dict(zip(facts.places, facts.edits, strict=True))
-    made, error = _apply(editor, by_place, interrupts, require_stated=options.require_stated)
+    made, error = _apply(editor, by_place, gates, interrupts, require_stated=options.require_stated)
     failed = [place for place, record in made.items() if record.state == "active" and not record.success]
-    if options.retry_failed and failed and error is None and not interrupts.pressed:
+    # A gate that applies at the end may pass after the second try.
+    may_go_on = error is None or (isinstance(error, GateError) and error.report.final)
+    if options.retry_failed and failed and may_go_on and not interrupts.pressed:
         say(f"applying {counted(len(failed), 'edit')} again whose target the model does not state")
-        again, error = _apply(editor, {place: by_place[place] for place in failed}, interrupts)
+        again, error = _apply(editor, {place: by_place[place] for place in failed}, gates, interrupts)
         made |= again
         results["applied_again"] = list(again)
     made = dict(zip(made, _current(editor, made.values()), strict=True))
@@ -235,7 +277,12 @@ def _edit(
 
 
 def _apply(
-    editor: Editor, edits: dict[str, Edit], interrupts: Interrupts, *, require_stated: bool = False
+    editor: Editor,
+    edits: dict[str, Edit],
+    gates: BoundGates | None,
+    interrupts: Interrupts,
+    *,
+    require_stated: bool = False,
 ) -> tuple[dict[str, EditRecord], Exception | None]:
     """Applies edits, given by place; returns the records of those that were applied, and the error if any."""
     first = len(editor.history())
@@ -248,7 +295,7 @@ def _apply(
                 raise _Interrupted
 
         try:
-            editor.edit(list(edits.values()), on_batch=on_batch, require_stated=require_stated)
+            editor.edit(list(edits.values()), on_batch=on_batch, require_stated=require_stated, gates=gates)
         except _Interrupted:
             pass
         except Exception as failure:  # the batches before it are applied and must be written
@@ -343,17 +390,3 @@ def _new_facts(
     left = [at for at, state in enumerate(found) if state is None]
     kept = replace(facts, places=[facts.places[at] for at in left], edits=[facts.edits[at] for at in left])
     return kept, known, past
-
-
-def _prompts(path: Path) -> list[str]:
-    try:
-        # Not splitlines(): prompts may contain U+2028 and similar.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--protect {path}: cannot be read as UTF-8 text ({error}); pass a text file with one prompt per line"
-        ) from error
-    if not prompts:
-        raise InputError(f"--protect {path}: the file contains no prompt; expected one per line")
-    return prompts

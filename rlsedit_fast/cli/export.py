@@ -30,6 +30,7 @@ from rlsedit_fast.export.engines import check_engine
 from rlsedit_fast.export.gguf import AUTO, TYPES
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import SUFFIX, is_gguf
+from rlsedit_fast.models.loading import load_config
 from rlsedit_fast.store import Store
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
@@ -85,7 +86,6 @@ def _export_difference(options: argparse.Namespace) -> int:
     base, edited = (
         setup.load_model(options, path, config=config)[0] for path, config in zip(paths, configs, strict=True)
     )
-    check_engine(options.engine, type(base).__name__)
     changes = changes_between(base, edited)
     written = Written()
     results: dict[str, Any] = {"changed": [change.name for change in changes]}
@@ -358,6 +358,9 @@ def _check_new(options: argparse.Namespace) -> None:
         raise InputError(f"--for {options.engine} requires --adapter DIR; add it or omit --for")
     if options.gguf_type is not None and not is_gguf_output(options.out):
         raise InputError("--gguf-type requires --out FILE.gguf; add it or omit --gguf-type")
+    if options.engine is not None and options.model is not None:
+        config = load_config(options.model, trust_remote_code=options.trust_remote_code)
+        check_engine(options.engine, next(iter(config.architectures or []), ""))
 
 
 def _check_absent(name: str, path: Path, *, overwrite: bool) -> None:

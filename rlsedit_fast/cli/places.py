@@ -13,7 +13,19 @@ from pathlib import Path
 
 from rlsedit_fast.errors import InputError
 
-_INPUTS = ("edits", "protect", "text", "statistics", "config", "data", "references", "rule_settings", "delta")
+_INPUTS = (
+    "edits",
+    "protect",
+    "text",
+    "statistics",
+    "config",
+    "data",
+    "references",
+    "rule_settings",
+    "gate",
+    "ask",
+    "delta",
+)
 """Options that name an input file (--delta only in `apply`)."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import DONE, setup
-from rlsedit_fast.cli.output import add_json, emit, say, working
+from rlsedit_fast.cli.output import add_json, emit, is_quiet, say, working
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.export.card import CARD, CardContents, make_card
@@ -60,6 +60,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
+    if is_quiet():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     if (options.store is None) == (options.checkpoint is None):
         raise InputError("pass either --store DIR, whose edited model is uploaded, or --checkpoint DIR")
     if options.adapter and options.store is None:
@@ -120,7 +124,8 @@ def _plain_card(folder: Path) -> str:
     """Returns a card for a folder without one, of which only an adapter names its base model."""
     settings = folder / "adapter_config.json"
     if not settings.exists():
-        return make_card(CardContents("", None))
+        library = "transformers" if (folder / "config.json").exists() else "gguf"
+        return make_card(CardContents("", None), library=library)
     about = read_json(settings, "the config of an adapter")
     base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
-    return make_card(CardContents(str(base or ""), None), adapter=True)
+    return make_card(CardContents(str(base or ""), None), library="peft")

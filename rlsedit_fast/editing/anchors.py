@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import cache_folder
 from rlsedit_fast.rls import BlockMoment
-from rlsedit_fast.statistics.cache import cache_folder, find_cached
+from rlsedit_fast.statistics.cache import find_cached
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts, SelfGenerated, Source, TextFile
 

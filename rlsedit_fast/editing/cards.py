@@ -62,9 +62,9 @@ def card_contents(
                 f"{sum(bool(one.chat_success) for one in chats)} of {len(chats)}"
             )
     figures |= _stability_figures(stability or {})
-    for layer in layer_deviations(session.edited):
-        figures[f"weight change of layer {layer.layer} (Frobenius norm)"] = (
-            f"{layer.weight:.4g}, at most {layer.weight_bound:.4g}"
+    for deviation in layer_deviations(session.edited):
+        figures[f"weight change of layer {deviation.layer} (Frobenius norm)"] = (
+            f"{deviation.weight:.4g}, at most {deviation.weight_bound:.4g}"
         )
     edits = [CardEdit(fill(one.prompt, one.subject)[0], one.target, one.rank, one.nll) for one in records]
     base = str(getattr(context.model.config, "_name_or_path", "") or "")

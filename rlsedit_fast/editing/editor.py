@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -22,6 +21,7 @@ from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.loading import load_model
@@ -32,8 +32,6 @@ from rlsedit_fast.statistics.sources import Source, each_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 class Editor(Exports):
@@ -278,6 +276,7 @@ class Editor(Exports):
         *,
         on_batch: Callable[[list[EditRecord]], None] | None = None,
         require_stated: bool = False,
+        gates: Gated | None = None,
     ) -> list[EditRecord]:
         """Applies edits, `config.batch_size` at a time.
 
@@ -295,6 +294,9 @@ class Editor(Exports):
                 and `nll`; the returned records are up to date.
             require_stated: take a batch back and raise an error if the model does not state all of its targets; layers,
                 history and store are then as before the batch.
+            gates: `Gates`, checked after every `gates.every` batches and at the end against the unedited model. With
+                `on_violation="undo"`, the batches between two checks are one change, which a violation or an error
+                takes back; `on_batch` is called once they have passed.
 
         Returns:
             One record per edit, in order, with measurements in the edited model. Check `success`: an edit that the
@@ -304,19 +306,13 @@ class Editor(Exports):
             RequestError: an edit is invalid; nothing was modified.
             ResourceError: there is not enough memory.
             UnstatedError: see `require_stated`.
+            GateError: a gate is violated.
             RLSEditError: a batch failed; it was not applied.
         """
         requests = self.context.prepare(edits)
         with quiet(self.model):
-            records = self._session.apply(requests, on_batch, require_stated=require_stated)
-        if failed := sum(not record.success and record.state == "active" for record in records):
-            logger.warning(
-                "%d of %d edits are applied but the model does not state their targets; see `success` and "
-                "`search_converged` of their records",
-                failed,
-                len(records),
-            )
-        return records
+            guard = bind_gates(gates, self)
+            return apply_stream(self._session, requests, on_batch, require_stated=require_stated, guard=guard)
 
     def select(
         self,

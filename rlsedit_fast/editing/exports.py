@@ -167,7 +167,7 @@ class Exports:
         writes = max(1, self._session.progress.writes)
         report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes, engine=engine)
         with written_whole(Path(directory, CARD)) as (temporary,):
-            temporary.write_text(make_card(self._card(), adapter=True), encoding="utf-8")
+            temporary.write_text(make_card(self._card(), library="peft"), encoding="utf-8")
         return report
 
     def save_gguf(

@@ -27,6 +27,7 @@ from rlsedit_fast.editing.stored_priors import about_prior, moment_tensors
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved
 from rlsedit_fast.rls.rounding import packed, unpacked
 from rlsedit_fast.rls.state import dtype_of
@@ -398,13 +399,18 @@ class Recorder:
         return Change(REBUILD, about, self._encoded(rows) | encode_rows(protected, "protected."))
 
     def prepare(self, *changes: Change) -> None:
-        """Writes changes, after the start if that was not written yet; to be committed or aborted."""
+        """Writes changes, after the start if that was not written yet; to be committed or aborted.
+
+        They record the backends of the operations, for a replay bit for bit.
+        """
         if self._held is not None:
             self._held += changes
             return
         if self._about is not None:
             self.store.describe(self._about)
             self._about = None
+        backends = {"backends": dispatch.used()}
+        changes = tuple(replace(one, about={**one.about, **backends}) for one in changes)
         self.store.prepare([one for one in (self._start, *changes) if one is not None])
 
     def commit(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Stat
 from rlsedit_fast.editing.stored_priors import decode_prior
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
+from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls import Saved
 from rlsedit_fast.store import Entry, Store
 
@@ -95,8 +96,39 @@ def _read_ledger(store: Store) -> tuple[Ledger, Progress]:
     return ledger, progress
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a store, without the rows of its edits.
+
+    Attributes:
+        about: metadata of the store: model, fingerprint, settings, layers, version.
+        records: records of all edits.
+        edits: the active edits by id, with the prompts for their evaluation.
+        protected: the protected prompts.
+        trace: recent values of the objective.
+        status: the status.
+    """
+
+    about: dict[str, Any]
+    records: list[EditRecord]
+    edits: dict[int, Edit]
+    protected: list[str]
+    trace: list[Point]
+    status: Status
+
+
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
     """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
+
+    Raises:
+        StoreError: the store does not exist or is damaged.
+        InputError: the budget is not above 0.
+    """
+    return read_contents(directory, budget=budget).status
+
+
+def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Contents:
+    """Returns the contents of a store without the model; see `read_status`.
 
     Raises:
         StoreError: the store does not exist or is damaged.
@@ -122,7 +154,7 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
                 )
             )
         anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
-        return assess(
+        status = assess(
             ledger.records,
             progress.trace,
             layers,
@@ -131,6 +163,8 @@ def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Sta
             budget=budget,
             sizes=store.sizes(),
         )
+        edits = dict(zip(ledger.active, ledger.edits(ledger.active), strict=True))
+        return Contents(about, ledger.records, edits, progress.protected, progress.trace, status)
 
 
 def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
@@ -178,14 +212,15 @@ class _Recovery:
             included = entry.seq <= reached  # in the snapshot
             needed = not included or (self._config.stored_rows is not None and self._has_rows_of(entry, active))
             tensors = self._read(entry, included) if needed else {}
-            if entry.kind == EDIT:
-                self._edit(layers, entry, tensors, included)
-            elif entry.kind == REVISE:
-                self._revise(layers, entry, tensors, included)
-            elif entry.kind == PROTECT and needed:
-                self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
-            elif entry.kind == REBUILD:
-                self._rebuild(layers, entry, tensors, included)
+            with dispatch.pinned(entry.about.get("backends", {})):
+                if entry.kind == EDIT:
+                    self._edit(layers, entry, tensors, included)
+                elif entry.kind == REVISE:
+                    self._revise(layers, entry, tensors, included)
+                elif entry.kind == PROTECT and needed:
+                    self._protect(layers, self._rows(tensors, "protected.", entry.about["weights"]), included)
+                elif entry.kind == REBUILD:
+                    self._rebuild(layers, entry, tensors, included)
             _restore_progress(self._progress, entry)
         return layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
@@ -12,11 +12,10 @@ from torch import Tensor
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
-from rlsedit_fast.editing.batching import search_ahead
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
-from rlsedit_fast.editing.measurement import Answers, Measurement, check_stated
+from rlsedit_fast.editing.measurement import Answers, Measurement
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
@@ -27,7 +26,7 @@ from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.editing.value_search import ValueFinder, Values
-from rlsedit_fast.errors import InputError, RequestError, RLSEditError, listed
+from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior
@@ -47,12 +46,15 @@ class EditSession:
         recorder: writes into the store; None without a store.
 
     Attributes:
+        config: the settings.
         ledger: the edits.
         progress: counters.
         layers: the edited layers; None until the priors are set.
         norms: norms of each layer; empty until the priors are set.
         moments: moments of the anchors per layer; None without anchors.
         measurement: measures edits in the present model.
+        finder: searches values.
+        refiner: refines edits that the model does not state.
         waiting: protected texts, their keys per layer and their weight, to be added when the priors are set.
     """
 
@@ -63,9 +65,10 @@ class EditSession:
         self.norms: list[Norms] = []
         self.moments: list[Moment] | None = None
         self.waiting: list[tuple[list[str], list[Tensor], float]] = []
-        self._context, self._config, self._recorder = context, context.config, recorder
-        self._finder = ValueFinder(context.site, context.config)
-        self._refiner = Refiner(self, self._finder, context.config)
+        self.config = context.config
+        self._context, self._recorder = context, recorder
+        self.finder = ValueFinder(context.site, context.config)
+        self.refiner = Refiner(self, self.finder, context.config)
         self.measurement = Measurement(context)
         self._pilot: tuple[list[Request], Values] | None = None
 
@@ -88,7 +91,7 @@ class EditSession:
     @property
     def used_moments(self) -> list[Moment] | None:
         """The moments of the anchors; None if `mu = 0`, which gives the anchors no weight."""
-        return None if self._config.prior.mu == 0 else self.moments
+        return None if self.config.prior.mu == 0 else self.moments
 
     def recover(self) -> None:
         """Restores the edits of the store.
@@ -105,7 +108,7 @@ class EditSession:
         """Returns a pilot with values searched in the unedited model. They are reused if it is the first batch."""
         # Edits of one subject or prompt have nearly equal keys, which would make the pilot look hard to realize.
         distinct = list({request.subject_key or request.prompt_key: request for request in requests}.values())
-        values = self._finder.find(distinct)
+        values = self.finder.find(distinct)
         self._pilot = distinct, values
         return Pilot(self._context, self.used_moments, distinct, values)
 
@@ -116,7 +119,7 @@ class EditSession:
             InputError: see `choose_priors`.
             ResourceError: there is not enough memory.
         """
-        config = self._config
+        config = self.config
         check_memory(self._context.memory())
         anchored = self.used_moments is not None
         if not anchored:
@@ -173,47 +176,8 @@ class EditSession:
         if self._recorder:
             self._recorder.discard_start()
 
-    def apply(
-        self,
-        requests: Sequence[Request],
-        on_batch: Callable[[list[EditRecord]], None] | None = None,
-        *,
-        require_stated: bool = False,
-    ) -> list[EditRecord]:
-        """Applies edits batch by batch and refines those that the model does not state; see `Editor.edit`."""
-        if on_batch is not None and not callable(on_batch):
-            raise InputError(f"on_batch={on_batch!r}: expected a function of the records of a batch")
-        ids: list[int] = []
-        fresh, writes = self.layers is None, self.progress.writes
-        try:
-            if fresh:
-                self.start(requests[:PILOT])
-            for batch, values in search_ahead(requests, self._config, self.ledger, self._finder):
-                if require_stated:
-                    with self._atomic():
-                        records = self.apply_batch(batch, values=values)
-                        check_stated(records, len(ids))
-                else:
-                    records = self.apply_batch(batch, values=values)
-                ids += [record.id for record in records]
-                if on_batch is not None:
-                    on_batch(records)
-            # Later batches may have changed the answers of earlier ones.
-            again = ids if len(ids) > self._config.batch_size else []
-            self._refiner.refine([*self._refiner.earlier_ids(ids[0], len(ids)), *again])
-            self._refiner.update_ranks(again)
-        except BaseException as error:
-            if self.progress.writes == writes:
-                if fresh:
-                    self.discard_start()
-            elif isinstance(error, RLSEditError):
-                message = f"{error.message}\nThe first {len(ids)} of {len(requests)} edits are applied."
-                raise type(error)(message, error.hint) from error
-            raise
-        return self.ledger.get(ids)
-
     @contextmanager
-    def _atomic(self) -> Iterator[None]:
+    def atomic(self) -> Iterator[None]:
         """Makes all changes in the block one change; an error in the block, or in storing it, undoes all of them."""
         assert self.layers is not None
         layers, ledger = self.layers.snapshot(), self.ledger.copy()
@@ -248,7 +212,7 @@ class EditSession:
         before = self.measurement.answers(requests)
         while True:
             removed, rewritten = self._affected(requests, replaced, skipped)
-            if self._config.same_subject == "joint":
+            if self.config.same_subject == "joint":
                 self.check_stored("apply another edit of the subject of", sorted({*removed, *rewritten}))
             if values is None and not removed and not rewritten:
                 values = self._pilot_values(requests)
@@ -263,7 +227,7 @@ class EditSession:
                 answers_before=before,
             )
             if records is not None:
-                self._refiner.refine([*(record.id for record in records), *rewritten], measured=True)
+                self.refiner.refine([*(record.id for record in records), *rewritten], measured=True)
                 return self.ledger.get([record.id for record in records])
             values = None
 
@@ -273,7 +237,7 @@ class EditSession:
         partners = {partner for record in self.ledger.get(ids) for partner in record.joint_with}
         rewritten = sorted(partners.intersection(self.ledger.active).difference(ids))
         self._transact([], removed=list(ids), rewritten=rewritten, outcome="undone")
-        self._refiner.refine(rewritten, measured=True)
+        self.refiner.refine(rewritten, measured=True)
 
     def protect(self, texts: list[str], keys: Sequence[Tensor], weight: float) -> None:
         """Preserves the outputs of the layers on the keys of texts, `[n, d_k]` per layer."""
@@ -296,7 +260,7 @@ class EditSession:
             rows = self.ledger.rows(active)
             if active:
                 requests = self.ledger.requests(active)
-                rows = layers.rebuild_at_present_keys(requests, rows, self._config.effective_rows)
+                rows = layers.rebuild_at_present_keys(requests, rows, self.config.effective_rows)
             else:
                 layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
@@ -312,7 +276,7 @@ class EditSession:
 
     def refine(self) -> None:
         """Refines the active edits that the model does not state."""
-        self._refiner.refine(self.ledger.active)
+        self.refiner.refine(self.ledger.active)
 
     def revise(self, transaction: Transaction, records: Sequence[EditRecord], rows: Mapping[int, EditRows]) -> None:
         """Commits a transaction with new records of active edits, and new rows of some of them."""
@@ -346,7 +310,7 @@ class EditSession:
 
     def check_stored(self, action: str, ids: Sequence[int]) -> None:
         """Raises RequestError if edits must be removed and their rows are not stored."""
-        if self._config.stored_rows is None and ids:
+        if self.config.stored_rows is None and ids:
             some = ", ".join(listed(ids, 5))
             raise RequestError(
                 f"cannot {action} edits {some}: their keys and values are not stored (stored_rows=None); nothing was "
@@ -360,7 +324,7 @@ class EditSession:
 
     def _pilot_values(self, requests: Sequence[Request]) -> Values | None:
         """Returns the values of a first batch whose requests are all in the pilot."""
-        if self._pilot is None or self.progress.writes or len(self._finder.groups(requests)) < len(requests):
+        if self._pilot is None or self.progress.writes or len(self.finder.groups(requests)) < len(requests):
             return None
         pilot, values = self._pilot
         places = {_texts(request): at for at, request in enumerate(pilot)}
@@ -380,7 +344,7 @@ class EditSession:
         """
         chosen = [request for at, request in enumerate(requests) if at not in skipped]
         removed, rewritten = {i for at, i in enumerate(replaced) if at not in skipped}, list[int]()
-        if self._config.same_subject == "joint":
+        if self.config.same_subject == "joint":
             removed.update(self.ledger.ids_by_prompt(chosen))
             rewritten = [i for i in self.ledger.ids_by_subject(chosen) if i not in removed]
         return sorted(removed), rewritten
@@ -433,13 +397,11 @@ class EditSession:
                 if chosen:
                     some = [everything[at] for at in chosen]
                     written = self.layers.write(
-                        some, found.taken(chosen), self._config.effective_rows, adherence=self._adherence()
+                        some, found.taken(chosen), self.config.effective_rows, adherence=self._adherence()
                     )
                     rows = dict(zip(chosen, written, strict=True))
                 fields = self.measurement.record_fields(everything, found, rows, answers_before)
-                groups = [
-                    [chosen[at] for at in group] for group in self._finder.groups([everything[i] for i in chosen])
-                ]
+                groups = [[chosen[at] for at in group] for group in self.finder.groups([everything[i] for i in chosen])]
                 result = BatchResult(rows, fields, groups)
             record = self.ledger.transaction(
                 requests,
@@ -483,15 +445,15 @@ class EditSession:
         parts, short = list(skipped.values()), set(skipped)
         if rest:
             some = [requests[at] for at in rest]
-            found = self._finder.find(some) if values is None else values
-            found, dropped = self._finder.drop_unconverged(some, new - len(skipped), found)
+            found = self.finder.find(some) if values is None else values
+            found, dropped = self.finder.drop_unconverged(some, new - len(skipped), found)
             parts.append(found)
             short.update(rest[at] for at in dropped)
         return Values.joined(parts, [*skipped, *rest]), short
 
     def _adherence(self) -> float | None:
         """Returns the adherence that the last layer maintains, or None."""
-        return calibrated_adherence(self._config, anchored=any(prior.mu for prior in self.priors))
+        return calibrated_adherence(self.config, anchored=any(prior.mu for prior in self.priors))
 
 
 def _texts(request: Request) -> tuple[object, ...]:

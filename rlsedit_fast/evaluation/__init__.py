@@ -12,6 +12,8 @@ from rlsedit_fast.evaluation.consistency import TextSimilarity
 from rlsedit_fast.evaluation.datasets import counterfact_cases, counterfact_record, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.figures import Spread, over_seeds, pareto, spread
+from rlsedit_fast.evaluation.gate_results import GateReport, GateResult
+from rlsedit_fast.evaluation.gates import BoundGates, Gates
 from rlsedit_fast.evaluation.generation import continuations, free_accuracy, matches_answer, n_gram_entropy
 from rlsedit_fast.evaluation.generic_facts import generic_edits
 from rlsedit_fast.evaluation.grounds import DEMO, GroundSpec, make_cases, make_ground, running_text
@@ -34,13 +36,18 @@ from rlsedit_fast.evaluation.scoring import Score, score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task, read_task
+from rlsedit_fast.evaluation.unedited import unedited
 
 __all__ = [
     "AGE",
     "CONFIG",
     "DEMO",
+    "BoundGates",
     "Case",
     "CollectedAnswers",
+    "GateReport",
+    "GateResult",
+    "Gates",
     "Ground",
     "GroundSpec",
     "Item",
@@ -93,6 +100,7 @@ __all__ = [
     "search_layers",
     "single_layers",
     "spread",
+    "unedited",
     "value",
     "windows",
     "world_cases",

@@ -77,14 +77,14 @@ class CardContents:
     undo: str = ""
 
 
-def make_card(contents: CardContents, *, adapter: bool = False) -> str:
+def make_card(contents: CardContents, *, library: str = "transformers") -> str:
     """Returns the text of a model card with metadata for the Hugging Face Hub.
 
     License and language are those of the card of the base model, if it is on this machine.
 
     Args:
         contents: what the card states.
-        adapter: whether it describes a LoRA adapter and not a whole model.
+        library: program of the files on the Hub: `transformers`, `peft` for a LoRA adapter, or `gguf`.
 
     Example:
         >>> from rlsedit_fast.export.card import CardContents, CardEdit, make_card
@@ -95,12 +95,12 @@ def make_card(contents: CardContents, *, adapter: bool = False) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    name, shown = hub_name(contents.base), _shown_name(contents.base)
+    name, shown, adapter = hub_name(contents.base), _shown_name(contents.base), library == "peft"
     kept = _base_fields(contents.base)
     data: Any = ModelCardData(
         base_model=name,
         base_model_relation="adapter" if adapter and name else "finetune" if name else None,
-        library_name="peft" if adapter else "transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["knowledge-editing", "rlsedit", *(["lora"] if adapter else [])],
         **kept,

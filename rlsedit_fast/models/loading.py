@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,7 +139,7 @@ def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
 
     kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
     kept = {"config": _gguf_config(path), **_dequantized(), **kept}
-    with _alone(path) as (folder, name):
+    with _alone(path) as (folder, name), _bars_as_set():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
@@ -158,6 +158,23 @@ def _alone(path: str | Path) -> Iterator[tuple[str, str]]:
         link = Path(folder, f"model{SUFFIX}")
         link.symlink_to(Path(path).resolve())
         yield folder, link.name
+
+
+@contextmanager
+def _bars_as_set() -> Iterator[None]:
+    """Hides the bar of dequantization while the bars of transformers are disabled, which it does not regard itself."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers.utils import logging
+
+    held = getattr(reading, "tqdm", None)
+    if held is None or logging.is_progress_bar_enabled():
+        yield
+        return
+    reading.tqdm = partial(held, disable=True)
+    try:
+        yield
+    finally:
+        reading.tqdm = held
 
 
 def _dequantized() -> dict[str, Any]:

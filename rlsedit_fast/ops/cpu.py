@@ -1,6 +1,6 @@
-"""The `cpu` backend: native float32 kernels where they are faster than PyTorch, `reference` elsewhere.
+"""The `cpu` backend: native float32 kernels.
 
-`panel` is native and reads one triangle of the symmetric `C_base`, where PyTorch reads all of it. High-rank `downdate_`
+`panel` is native and reads one triangle of the symmetric `C_base`, where PyTorch reads all of it. `downdate_`
 and `moment_` use SSYRK and a native mirror pass, half the work of a matrix product. `correct_split_` is native, one
 pass over the halves. `factor` is PyTorch with a blocked substitution that spends its time in matrix products.
 `correct_` is a BLAS call in PyTorch already.
@@ -17,18 +17,20 @@ from torch import Tensor
 
 from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import reference
+from rlsedit_fast.ops.sizes import SizeClass
 
-# Numbers of edits for which the native panel is used. Speedup over torch: on an AMD machine 1.5 at 128 edits and 1.1 to
-# 1.3 at 256 (bench/results/panel-cpu.json); on an Intel machine (earlier versions) 1.14 at 64 and 0.95 at 100 with two
-# threads (panel-cpu-intel.json), 1.35 at 128 and 0.71 at 256 with one thread (panel-crossover-cpu.json).
-NATIVE_PANEL_EDITS = range(1, 129)
+# Most edits for which the native panel is the default; machines differ, so `auto` measures. Speedup over torch: on an
+# AMD machine 1.5 at 128 edits and 1.1 to 1.3 at 256 (bench/results/panel-cpu.json); on an Intel machine (earlier
+# versions) 1.14 at 64 and 0.95 at 100 with two threads (panel-cpu-intel.json), 1.35 at 128 and 0.71 at 256 with one
+# thread (panel-crossover-cpu.json).
+PANEL_EDITS = 128
 
 _SMALL = 1 << 20  # workspace floats whose memory traffic is negligible
 
 SUBSTITUTION_BLOCK = 32  # edits per block of the substitution
 
-# Minimum rank r and work d^2 r for which SSYRK and the mirror pass are used, 1.3 to 2 times as fast as torch's product.
-# At two thirds of that work they are even, at less they are slower because BLAS threads have to wake up
+# Minimum rank r and work d^2 r for which SSYRK and the mirror pass are the default, 1.3 to 2 times as fast as torch's
+# product. At two thirds of that work they are even, at less they are slower because BLAS threads have to wake up
 # (bench/results/downdate-cpu.json, moment-cpu.json).
 SYRK_RANK = 256
 SYRK_WORK = 3e9
@@ -78,15 +80,19 @@ def native_panel(base: Tensor, keys: Tensor, isa: str = "automatic") -> Tensor:
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
-    """`reference.panel` in float32; reads only the lower triangle of `base` where the native kernel is faster."""
+    """`reference.panel` in float32; reads only the lower triangle of `base`, unless its sums would be as large."""
     n, d = keys.shape
-    # Each thread has its own sums; with many threads their traffic would be comparable to that of C.
-    if n not in NATIVE_PANEL_EDITS or 2 * _native.panel_workspace(d, n, torch.get_num_threads()) > max(d * d, _SMALL):
+    if n == 0 or not _sums_fit(d, n):
         return reference.panel(base, keys, pending, signs)
     projected = native_panel(base, keys)
     if pending.shape[0]:
         projected.addmm_((keys @ pending.T) * signs, pending, alpha=-1)
     return projected
+
+
+def _sums_fit(d: int, n: int) -> bool:
+    """Returns whether the sums of a native panel, which every thread has, are small compared to C."""
+    return 2 * int(_native.panel_workspace(d, n, torch.get_num_threads())) <= max(d * d, _SMALL)
 
 
 def factor(
@@ -142,8 +148,8 @@ def syrk_downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:
-    """`reference.downdate_` in float32, with SSYRK where it is faster than torch."""
-    if _use_syrk(base, pending):
+    """`reference.downdate_` in float32 with SSYRK, or with torch if the matrix is not contiguous."""
+    if base.is_contiguous():
         syrk_downdate_(base, pending, signs)
     else:
         reference.downdate_(base, pending, signs)
@@ -161,8 +167,8 @@ def syrk_moment_(moment: Tensor, rows: Tensor) -> None:
 
 
 def moment_(moment: Tensor, rows: Tensor) -> None:
-    """`reference.moment_` in float32, with SSYRK where it is faster than torch."""
-    if _use_syrk(moment, rows):
+    """`reference.moment_` in float32 with SSYRK, or with torch if the matrix is not contiguous."""
+    if moment.is_contiguous():
         syrk_moment_(moment, rows)
     else:
         reference.moment_(moment, rows)
@@ -200,10 +206,6 @@ def correct_split_(
         threads=threads,
         isa=getattr(_native.Isa, isa),
     )
-
-
-def _use_syrk(matrix: Tensor, rows: Tensor) -> bool:
-    return len(rows) >= SYRK_RANK and rows.numel() * len(matrix) >= SYRK_WORK and matrix.is_contiguous()
 
 
 def _syrk_(matrix: Tensor, rows: Tensor, scale: float) -> None:
@@ -256,3 +258,12 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
         if high.stride() != low.stride() or 1 not in high.stride()[-2:]:
             return f"high and low must have equal strides, one of them 1, got {high.stride()} and {low.stride()}"
     return None
+
+
+def preferred(size: SizeClass) -> bool:
+    """Returns whether the native kernel was faster than torch on the machines of the recorded benchmarks."""
+    if size.op == "panel":
+        return size.rows <= PANEL_EDITS and _sums_fit(size.widths[0], size.rows)
+    if size.op in ("downdate_", "moment_"):
+        return size.rows >= SYRK_RANK and size.work >= SYRK_WORK
+    return True

@@ -1,19 +1,24 @@
 """The `cuda` backend: float32 CUDA C++ kernels, from a prebuilt library or compiled at run time.
 
-The kernels have not run on a GPU yet (they compile for every target and run on the host, block by block, in tests), so
-`auto` does not select them. `panel` supports only a few edits, too few for matrix units. `correct_` and `moment_` are
-left to the Triton kernels.
+The kernels have not run on a GPU yet (they compile for every target, and tests execute their PTX on a CPU), so `auto`
+uses them only where it measured on the machine that they are correct and faster. `panel` supports only a few edits, too
+few for matrix units. `correct_` and `moment_` are left to the Triton kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast.ops import cuda_launch, cuda_plan
 from rlsedit_fast.ops.cuda_plan import MAX_EDITS, MAX_LAYERS, MAX_PANEL_EDITS
+from rlsedit_fast.ops.sizes import SizeClass
+
+MIN_CAPABILITY = (8, 0)
+"""Compute capability that the kernels are compiled for; devices before it have too little shared memory."""
 
 
 def panel(base: Tensor, keys: Tensor, pending: Tensor, signs: Tensor) -> Tensor:
@@ -60,12 +65,32 @@ def kernels() -> str | None:
     return None if isinstance(found, str) else found.origin
 
 
+@cache
+def _too_old(device: int) -> str | None:
+    """Returns why the capability of a CUDA device does not suffice, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
+        return None
+    have, need = (".".join(map(str, each)) for each in (capability, MIN_CAPABILITY))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {have}; the kernels need {need} or higher"
+
+
+@cache
+def _problem(device: int | None) -> str | None:
+    """See `Launcher.problem`; None if there is no launcher."""
+    found = cuda_launch.launcher()
+    return None if isinstance(found, str) else found.problem(device)
+
+
 def unavailable_reason() -> str | None:
-    """Returns why the backend cannot run on this machine, or None."""
+    """Returns why the backend cannot run on this machine, or None: kernels, devices, driver and compute capability."""
     found = cuda_launch.launcher()
     if isinstance(found, str):
         return found
-    return None if torch.cuda.is_available() else "no CUDA device is available (torch.cuda.is_available() is false)"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available (torch.cuda.is_available() is false)"
+    reasons = [_too_old(device) for device in range(torch.cuda.device_count())]
+    return _problem(None) or (reasons[0] if all(reasons) else None)
 
 
 def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -73,6 +98,8 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     first = tensors[0]
     if first.device.type != "cuda":
         return f"tensors must be on a CUDA device, got {first.device}"
+    if reason := _too_old(first.device.index) or _problem(first.device.index):
+        return reason
     if first.dtype != torch.float32:
         return f"it computes in float32 only, got {first.dtype}"
     if 0 in first.shape or (first.dim() == 3 and first.shape[0] > MAX_LAYERS):
@@ -84,3 +111,8 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     if op in ("panel", "downdate_") and first.stride(-1) != 1:
         return f"base must have contiguous rows, got strides {first.stride()}"
     return None
+
+
+def preferred(size: SizeClass) -> bool:
+    """Returns False: nothing is recorded on a GPU yet, so `auto` uses the backend only where it measured it."""
+    return False

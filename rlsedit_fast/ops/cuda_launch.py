@@ -36,6 +36,13 @@ class Launcher(Protocol):
     def origin(self) -> str:
         """Where the kernels come from."""
 
+    def problem(self, device: int | None) -> str | None:
+        """Returns why the kernels cannot run with the driver or on the CUDA device of that index, or None.
+
+        Args:
+            device: index of a device, whose context is created; None checks only the driver.
+        """
+
     def launch(self, launch: Launch, device: int, stream: int) -> None:
         """Launches a kernel.
 
@@ -67,11 +74,17 @@ class Library:
         try:
             self.functions = ctypes.CDLL(str(path))
             self.functions.rlsedit_cuda_launch.argtypes = _SIGNATURE
+            self.functions.rlsedit_cuda_check.argtypes = (c_int,)
             self.functions.rlsedit_cuda_last_error.restype = c_char_p
         except (OSError, AttributeError) as error:
             raise BackendError(
                 f"the CUDA library cannot be loaded ({error}); reinstall the package to rebuild it"
             ) from error
+
+    def problem(self, device: int | None) -> str | None:
+        """See `Launcher.problem`."""
+        status = self.functions.rlsedit_cuda_check(-1 if device is None else device)
+        return self.functions.rlsedit_cuda_last_error().decode() if status else None
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:
         """See `Launcher.launch`."""
@@ -102,6 +115,21 @@ class Compiled:
         except Exception as error:  # a broken CUDA installation can raise anything
             raise BackendError(f"CuPy cannot be imported ({error}): pip install cupy-cuda13x") from error
         self.module = self.cupy.RawModule(code=source(), options=COMPILER_OPTIONS, backend="nvrtc")
+
+    def problem(self, device: int | None) -> str | None:
+        """See `Launcher.problem`. The kernels are compiled for the device."""
+        try:
+            driver, runtime = self.cupy.cuda.runtime.driverGetVersion(), self.cupy.cuda.runtime.runtimeGetVersion()
+        except Exception as error:  # an error of the CUDA runtime
+            return f"CuPy cannot use the driver: {error}"
+        if driver // 1000 >= runtime // 1000:
+            return None
+        versions = [f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime)]
+        return (
+            "the driver supports CUDA {}, but CuPy is for CUDA {}: update the driver, or install another CuPy".format(
+                *versions
+            )
+        )
 
     def launch(self, launch: Launch, device: int, stream: int) -> None:
         """See `Launcher.launch`. The first launch compiles and must not be captured in a CUDA graph."""

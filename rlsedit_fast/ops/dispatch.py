@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -16,7 +17,12 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import BackendError, InputError
+from rlsedit_fast.files import cache_folder
+from rlsedit_fast.ops.choices import Choices, identity
+from rlsedit_fast.ops.measurement import Run
 from rlsedit_fast.ops.precision import full_float32
+from rlsedit_fast.ops.selection import Selection
+from rlsedit_fast.ops.sizes import SizeClass, size_class
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +30,15 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPERATIONS = ("panel", "factor", "downdate_", "correct_", "correct_split_", "moment_")
 ENVIRONMENT = "RLSEDIT_BACKEND"
 
-# Backends that `auto` tries, best first, by device type. The triton and cuda backends have not run on a GPU yet and
-# must be requested by name; they are added here once a measurement shows where they are faster.
-PREFERENCE: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+TUNE = "RLSEDIT_TUNE"
+
+# Backends that `auto` chooses from, by device type; of those that are preferred, the first is the default, unless a
+# measurement on the machine chose another, see `selection`. The kernels of triton and cuda have not run on a GPU yet.
+CANDIDATES: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference", "triton", "cuda")}
+
+_used: dict[str, str] = {}  # backends of `auto` by size class, in this process
+_pinned: Mapping[str, str] = {}
+_measures = True
 
 
 class Backend(Protocol):
@@ -46,6 +58,9 @@ class Backend(Protocol):
 
     def unsupported_reason(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         """Returns why the backend does not support these tensors (with or without layers), or None if it does."""
+
+    def preferred(self, size: SizeClass) -> bool:
+        """Returns whether `auto` uses the backend where nothing was measured, by recorded benchmarks."""
 
 
 @cache
@@ -109,7 +124,11 @@ def run(op: str, backend: str, layers: int | None, tensors: Sequence[Tensor], *s
     Raises:
         BackendError: the requested backend cannot run this operation.
     """
-    name = choose(op, backend, tensors)
+    return execute(choose(op, backend, tensors), op, layers, tensors, *scalars)
+
+
+def execute(name: str, op: str, layers: int | None, tensors: Sequence[Tensor], *scalars: int) -> Any:
+    """Runs an operation on a backend that supports it; arguments as for `run`."""
     implementation, batched = load(name).OPS[op], op in load(name).BATCHED
     if batched == (layers is not None):
         return implementation(*tensors, *scalars)
@@ -133,8 +152,8 @@ def _map(function: Callable[[Tensor], Tensor], results: Any) -> Any:
 def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
     """Returns the name of the backend that runs `op` on these tensors.
 
-    A single name is used as is. Of several names, or for `auto`, the first backend that can run the operation is used,
-    and `reference` if none can.
+    A single name is used as is. Of several names, the first backend that can run the operation is used, and `reference`
+    if none can. `auto` uses the backend that was measured to be fastest on this machine, see `selection`.
 
     Raises:
         BackendError: A single backend was requested and cannot run this operation.
@@ -147,16 +166,129 @@ def choose(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
                 f"Use 'auto' or 'reference', or see `python -m rlsedit_fast`"
             )
         return backend
-    skipped = []
-    for name in PREFERENCE.get(tensors[0].device.type, ()) if backend == "auto" else backend.split(","):
-        reason = unsupported_reason(name, op, tensors)
-        if reason is None:
-            break
-        skipped.append(f"{name}: {reason}")
-    else:
-        name = "reference"
-    _log_once(op, name, tensors[0].device.type, "; ".join(skipped) or "first choice for this device")
+    names = CANDIDATES.get(tensors[0].device.type, ()) if backend == "auto" else backend.split(",")
+    reasons = {name: unsupported_reason(name, op, tensors) for name in names}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    name = _automatic(op, usable, tensors) if backend == "auto" else next(iter(usable), "reference")
+    skipped = "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
+    _log_once(op, name, tensors[0].device.type, skipped or "all candidates can run it")
     return name
+
+
+def _automatic(op: str, usable: Sequence[str], tensors: Sequence[Tensor]) -> str:
+    """Returns the pinned, the measured, or the default backend of the size class."""
+    size, device = size_class(op, tensors), tensors[0].device
+    names, name = _different(size, usable)
+    if _pinned.get(size.key) in usable:
+        name = _pinned[size.key]
+    elif len(names) > 1 and (chosen := _selection(device)) is not None:
+        name = chosen.backend(size, lambda: runs(op, names), names, name)
+    _used[size.key] = name
+    return name
+
+
+def _different(size: SizeClass, usable: Sequence[str]) -> tuple[list[str], str]:
+    """Returns the default and the backends whose implementation is another one, and the default."""
+    default = next((name for name in usable if load(name).preferred(size)), "reference")
+    found = {id(load(name).OPS[size.op]): name for name in usable}
+    return [*{**found, id(load(default).OPS[size.op]): default}.values()], default
+
+
+def alternatives(size: SizeClass, tensors: Sequence[Tensor]) -> tuple[list[str], str]:
+    """Returns the backends that `auto` chooses from, and the default.
+
+    Args:
+        size: the class.
+        tensors: operands of the operation with the rows of the class; their widths do not matter.
+    """
+    names = CANDIDATES.get(tensors[0].device.type, ())
+    return _different(size, [name for name in names if unsupported_reason(name, size.op, tensors) is None])
+
+
+def runs(op: str, names: Sequence[str]) -> dict[str, Run]:
+    """Returns an operation on several backends, which must support it."""
+
+    def one(name: str) -> Run:
+        return lambda *arguments: execute(name, op, None, *_separated(arguments))
+
+    return {name: one(name) for name in names}
+
+
+def _separated(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the tensors of the arguments of an operation as one argument, and the scalars."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    return tensors, *arguments[len(tensors) :]
+
+
+def tuned() -> bool:
+    """Returns whether `auto` measures backends on this machine, by `RLSEDIT_TUNE`.
+
+    Raises:
+        InputError: the value is unknown.
+    """
+    value = os.environ.get(TUNE) or "1"
+    if value not in ("0", "1"):
+        raise InputError(f"{TUNE}={value!r}: expected 1 (measure backends on first use) or 0 (use the defaults)")
+    return value == "1"
+
+
+def _selection(device: torch.device) -> Selection | None:
+    """Returns the measured backends of a device; None in `unmeasured`, with `RLSEDIT_TUNE=0`, or in a CUDA graph."""
+    if not (_measures and tuned()) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    return selection_of(device)
+
+
+def choices_of(device: torch.device) -> Choices:
+    """Returns the stored choices of a device with its present number of threads."""
+    backends = [name for name in CANDIDATES[device.type] if load(name).unavailable_reason() is None]
+    return Choices(identity(device, backends))
+
+
+def selection_of(device: torch.device) -> Selection:
+    """Returns the measured backends of a device with its present number of threads, in the present cache folder."""
+    return _cached_selection(device, torch.get_num_threads(), str(cache_folder()))
+
+
+@cache
+def _cached_selection(device: torch.device, threads: int, folder: str) -> Selection:
+    return Selection(choices_of(device), device)
+
+
+def forget_selections() -> None:
+    """Reads the stored choices again at the next operation."""
+    _cached_selection.cache_clear()
+
+
+def used() -> dict[str, str]:
+    """Returns the backend that `auto` used last for each size class in this process."""
+    return dict(_used)
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Uses the default backends in the block, for operations whose time does not matter."""
+    global _measures
+    before, _measures = _measures, False
+    try:
+        yield
+    finally:
+        _measures = before
+
+
+@contextmanager
+def pinned(backends: Mapping[str, str]) -> Iterator[None]:
+    """Makes `auto` use these backends, by size class, in the block, where they can run; for an exact replay.
+
+    Args:
+        backends: as returned by `used`.
+    """
+    global _pinned
+    before, _pinned = _pinned, backends
+    try:
+        yield
+    finally:
+        _pinned = before
 
 
 @cache

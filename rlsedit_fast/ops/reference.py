@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlsedit_fast.ops.sizes import SizeClass
 from rlsedit_fast.ops.split import SPLIT_CHUNK, join, split
 
 
@@ -129,3 +130,8 @@ def unavailable_reason() -> str | None:
 def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Returns None: every floating dtype and device is supported."""
     return None
+
+
+def preferred(size: SizeClass) -> bool:
+    """Returns True: it is the default where no other backend is."""
+    return True

@@ -12,11 +12,12 @@ _HALF = 0x8000  # half of the last bit that the upper half keeps
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits a float32 tensor into a bfloat16 and an int16 tensor; `join` restores it bit for bit.
+    """Splits a float32 tensor into a bfloat16 and an int16 tensor; `join` restores every number bit for bit.
 
     With `bits` the bit pattern of a number, `high = (bits + 0x8000) >> 16` and `low = bits - (high << 16)`. `high` is
     the nearest bfloat16, with ties rounded away from zero: rounding ties to even would need a remainder of +32768,
-    which int16 cannot represent.
+    which int16 cannot represent. The upper half of a number next to infinity is infinite, and `join` restores the
+    number. A NaN becomes the quiet NaN 0x7FC00000: rounding could turn its payload into a number or an infinity.
 
     Args:
         weight: float32 tensor of any shape.
@@ -30,7 +31,7 @@ def split(weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> split(torch.tensor([1.0, 0.1]))
         (tensor([1.0000, 0.1001], dtype=torch.bfloat16), tensor([     0, -13107], dtype=torch.int16))
     """
-    bits = weight.view(torch.int32)
+    bits = weight.masked_fill(weight.isnan(), torch.nan).view(torch.int32)
     high = (bits + _HALF) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 

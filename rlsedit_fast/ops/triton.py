@@ -1,12 +1,14 @@
 """The `triton` backend: the float32 kernels of `rlsedit_fast.kernels`, imported on first use.
 
-The kernels have not run on a GPU yet (they pass in Triton's interpreter and compile for sm_80 and sm_90), so `auto`
-does not select them. There is no `factor`: its Cholesky factorization spills registers in Triton.
+The kernels have not run on a GPU yet (tests run them in Triton's interpreter, and their PTX for sm_80 and sm_90 on a
+CPU), so `auto` uses them only where it measured on the machine that they are correct and faster. There is no `factor`:
+its Cholesky factorization spills registers in Triton.
 
-`RLSEDIT_TRITON_PRECISION` selects how products are computed: `tf32x3` (default), `bf16x6` or `ieee`; see
-`rlsedit_fast.kernels.precision`. Launches use torch's current stream on the device of the tensors and do not
-synchronize; the only allocations are results, a workspace for `panel` and copies of small operands whose rows are not
-contiguous. After a first call with the same sizes, which compiles, a call can be captured in a CUDA graph.
+`RLSEDIT_TRITON_PRECISION` selects how products are computed: `tf32x3` (default), `bf16x6` (default of `downdate_`,
+`correct_` and `moment_` on sm_90) or `ieee`; see `rlsedit_fast.kernels.precision`. Launches use torch's current stream
+on the device of the tensors and do not synchronize; the only allocations are results, a workspace for `panel` and
+copies of small operands whose rows are not contiguous. After a first call with the same sizes, which compiles, a call
+can be captured in a CUDA graph.
 
 The configurations are tuned for widths divisible by 16. Other widths give correct results, but with narrow loads and
 register spills in large tiles.
@@ -22,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlsedit_fast.ops.sizes import SizeClass
 
 MOMENT_ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,3 +109,8 @@ def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
     if op in ("panel", "downdate_", "moment_") and 1 not in first.stride()[-2:]:
         return f"the matrix must have contiguous rows or columns, got strides {first.stride()}"
     return None
+
+
+def preferred(size: SizeClass) -> bool:
+    """Returns False: nothing is recorded on a GPU yet, so `auto` uses the backend only where it measured it."""
+    return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.ops.dispatch import unmeasured
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.build import Built, Edits, build
@@ -27,8 +28,7 @@ from rlsedit_fast.rls.step import prepare_replacement, prepare_step
 logger = logging.getLogger(__name__)
 
 DEFAULT_DELAY = 512
-"""Pending rows before C is written: enough to make the flush compute-bound, few compared with d_k. Values between 128
-and 1024 perform alike (bench/results/step-delay-cpu.json)."""
+"""Pending rows before C is written; 128 to 1024 perform alike (bench/results/step-delay-cpu.json)."""
 
 _versions = itertools.count(1)  # shared by all states, so that a panel matches only the state it came from
 _orders = itertools.count(1)
@@ -49,8 +49,7 @@ class RLSState(Layer):
         prior: prior of the layer.
         delay: maximum number of pending rows before they are folded into C; 0 folds every batch at once. While a
             snapshot exists rows stay pending until `settle`.
-        dtype: dtype of the state and of its computations, float32 or float64; default: float64 for a float64 weight,
-            else float32.
+        dtype: dtype of the computations, float32 or float64; default: float64 for a float64 weight, else float32.
         name: name of the layer, for error messages.
         backend: backend of the operations, see `rlsedit_fast.ops`.
         in_place: keep `weight` itself up to date, rounded to its dtype, after every step. This needs no extra memory
@@ -122,7 +121,8 @@ class RLSState(Layer):
             self._restore_saved(saved)
             start = saved.weight.to(self._original.device, self._dtype)
         self._version = next(_versions)
-        self._dry_run()
+        with unmeasured():
+            self._dry_run()
         if start is not None:
             self._master.write(start)
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import cache_folder
 from rlsedit_fast.statistics.key_statistics import STATISTICS, KeyStatistics, read_matrices
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Returns the folder of the cache: `RLSEDIT_CACHE`, else `rlsedit` in `XDG_CACHE_HOME`, else `~/.cache/rlsedit`."""
-    if named := os.environ.get("RLSEDIT_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsedit"
 
 
 def cache_path(

@@ -223,14 +223,13 @@ def _add(decoder: Decoder, projections: Sequence[Projection], rows: list[Row], s
     with interrupts_deferred(1):  # a second press interrupts
         state.consistent = False
         for projection in projections:
-            total = state.sums[projection.layer]
-            seen_keys = torch.cat(found[projection.layer]).to(projection.device)
+            total, read = state.sums[projection.layer], torch.cat(found[projection.layer]).to(projection.device)
             if projection.layout is not None and isinstance(total, BlockMoment):
-                state.sums[projection.layer] = total = total.added(projection.layout, seen_keys, projection.blocks)
+                state.sums[projection.layer] = total = total.added(projection.layout, read, projection.blocks)
                 finite = total.finite()
             else:
                 assert isinstance(total, Tensor)
-                ops.moment_(total, seen_keys)
+                ops.moment_(total, read)
                 finite = bool(total.diagonal().isfinite().all())  # it contains the square of every key
             if not finite:
                 raise InputError(f"{projection.name}: the keys of the anchor texts contain NaN/Inf; check the weights")

@@ -74,6 +74,27 @@ def test_step(result, tmp_path):
     assert [row["delay"] for row in rows] == [4, 8]
 
 
+def test_torch_step_does_not_synchronize(monkeypatch):
+    """`cholesky` reads the result of the factorization on the host; torch without it is the baseline."""
+    step = importlib.import_module("step")
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda *_: pytest.fail("synchronizes"))
+    keys, values, device = torch.randn(3, 20), torch.randn(3, 5), torch.device("cpu")
+    step.Torch(20, device, torch.zeros(5, 20))(keys, values)
+    rows, solved = step.whitened(keys, keys, values)
+    sigma = torch.eye(3) + keys @ keys.T
+    torch.testing.assert_close(rows.T @ solved, keys.T @ torch.linalg.solve(sigma, values))
+
+
+def test_floor_of_a_panel_is_what_it_reads():
+    """The CUDA panel reads one triangle of C, the Triton panel and torch read all of it."""
+    gpu = importlib.import_module("gpu")
+    whole = {name: gpu.least_bytes("panel", name, 1000, 1, 2) for name in ("reference", "triton", "triton graph")}
+    half = {name: gpu.least_bytes("panel", name, 1000, 1, 2) for name in ("cuda", "cuda graph", "triton triangle")}
+    assert set(whole.values()) == {2 * (4 * 1000**2 + 8 * 1000)}
+    assert set(half.values()) == {2 * (2 * 1000**2 + 8 * 1000)}
+    assert gpu.least_bytes("downdate_", "cuda", 1000, 1, 1) == gpu.least_bytes("downdate_", "triton", 1000, 1, 1)
+
+
 def test_state_build(result):
     (row,) = result("state_build", "--d", 300, "--rounds", 1)["rows"]
     assert row["blocks residual"] < 1e-3

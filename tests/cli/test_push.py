@@ -184,6 +184,12 @@ def test_a_folder_without_a_card_gets_one(hub, folder, tmp_path):
     card = ModelCard(hub.repositories["me/other"]["branches"]["main"]["README.md"].decode())
     assert card.data.library_name == "peft"
     assert not (tmp_path / "README.md").exists()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "edited.gguf").write_bytes(b"GGUF")
+    assert main(["push", "--checkpoint", str(tmp_path / "file"), "me/file"]) == 0
+    files = hub.repositories["me/file"]["branches"]["main"]
+    assert files["edited.gguf"] == b"GGUF"
+    assert ModelCard(files["README.md"].decode()).data.library_name == "gguf"
 
 
 def test_an_existing_repository_is_not_changed_without_request(hub, folder, capsys):

@@ -70,7 +70,7 @@ def test_installed_wheel_works_outside_of_the_checkout(built, tmp_path):
     _, _, wheel = built
     python = environment("installed", CPU_TORCH)
     run(python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", wheel)
-    run(python, "-m", "pip", "install", "-q", wheel)
+    run(python, "-m", "pip", "install", "-q", f"{wheel}[demo]")
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run(tool(python, "rlsedit"), "doctor", "--json", tmp_path / "doctor.json", cwd=tmp_path, env=outside)
     found = json.loads((tmp_path / "doctor.json").read_text())

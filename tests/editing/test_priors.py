@@ -152,7 +152,7 @@ def test_a_failed_trial_changes_no_weight(make_editor, monkeypatch, error):
 
 def pilot_of(editor, edits, moments=None):
     requests = editor.context.prepare(edits)
-    return Pilot(editor.context, moments or editor._session.moments, requests, editor._session._finder.find(requests))
+    return Pilot(editor.context, moments or editor._session.moments, requests, editor._session.finder.find(requests))
 
 
 def test_lam_is_the_ridge_relative_to_the_moment(make_editor):
@@ -182,7 +182,7 @@ def test_a_larger_mu_realizes_less_and_leaks_less(make_editor):
 def contradictory(editor, angle):
     """A pilot of two requests with the same key, whose wanted changes have equal length and the given angle."""
     request = editor.context.prepare(RANDOM[:1])[0]
-    values = editor._session._finder.find([request])
+    values = editor._session.finder.find([request])
     first = values.delta[0]
     side = torch.linalg.qr(torch.stack((first, torch.ones_like(first)), 1)).Q[:, 1]
     second = math.cos(angle) * first + math.sin(angle) * first.norm() * side

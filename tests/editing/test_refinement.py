@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import refinement, session, value_search
+from rlsedit_fast.editing import refinement, stream, value_search
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
@@ -113,10 +113,10 @@ def test_the_same_earlier_edits_are_checked_after_reopening(tmp_path):
     with make_editor(tmp_path, refine=0) as editor:
         editor.edit(EDITS[:7])
         editor.undo(3)
-        drawn = [editor._session._refiner.earlier_ids(than, 3) for than in range(1, 30)]
+        drawn = [editor._session.refiner.earlier_ids(than, 3) for than in range(1, 30)]
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
-        assert [opened._session._refiner.earlier_ids(than, 3) for than in range(1, 30)] == drawn
-        assert opened._session._refiner.earlier_ids(5, 10) == [1, 2, 4]
+        assert [opened._session.refiner.earlier_ids(than, 3) for than in range(1, 30)] == drawn
+        assert opened._session.refiner.earlier_ids(5, 10) == [1, 2, 4]
     assert drawn[0] == []
     assert set().union(*drawn) == {1, 2, 4, 5, 6, 7}
     assert all(len(ids) == 3 for ids in drawn[5:])
@@ -234,7 +234,7 @@ def test_a_batch_and_its_refinement_are_stored_together(tmp_path, monkeypatch):
     def check(records, _earlier):
         stored.append(editor._recorder.store.last)
 
-    monkeypatch.setattr(session, "check_stated", check)
+    monkeypatch.setattr(stream, "check_stated", check)
     with make_editor(tmp_path, refine=1) as editor:
         records = editor.edit(EDITS[:10], require_stated=True)
         kinds = [entry.kind for entry in editor._recorder.store.entries]

@@ -131,13 +131,13 @@ def test_a_bfloat16_model_has_float32_master_weights_with_another_rule():
 
 def test_norm_anchoring_gives_every_value_the_mean_norm_of_the_first_batch():
     editor = make_editor(norm_anchor=True)
-    first = editor._session._finder.find(editor.context.prepare(EDITS[:6]))
-    later = editor._session._finder.find(editor.context.prepare(EDITS[6:]))
+    first = editor._session.finder.find(editor.context.prepare(EDITS[:6]))
+    later = editor._session.finder.find(editor.context.prepare(EDITS[6:]))
     norms = first.goal[:, 0].norm(dim=1)
     assert torch.allclose(norms, norms.mean(), rtol=1e-5)
     assert torch.allclose(later.goal[:, 0].norm(dim=1), norms.mean(), rtol=1e-5)
     other = make_editor()
-    plain = other._session._finder.find(editor.context.prepare(EDITS[:6]))
+    plain = other._session.finder.find(editor.context.prepare(EDITS[:6]))
     assert float(norms.mean()) == pytest.approx(float(plain.goal[:, 0].norm(dim=1).mean()), rel=1e-5)
     editor.edit(EDITS)
     assert exact_count(editor) >= 10

@@ -70,7 +70,7 @@ def test_metadata_names_the_base_model_only_if_the_hub_has_it(tmp_path):
     }
     local = tmp_path / "private" / "my-model"
     local.mkdir(parents=True)
-    card = make_card(CardContents(str(local), 1), adapter=True)
+    card = make_card(CardContents(str(local), 1), library="peft")
     data = ModelCard(card).data.to_dict()
     assert "base_model" not in data
     assert data["library_name"] == "peft"

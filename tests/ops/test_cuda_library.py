@@ -17,7 +17,7 @@ import torch
 
 from rlsedit_fast import doctor, ops
 from rlsedit_fast.errors import BackendError
-from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan
+from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan, dispatch
 from rlsedit_fast.ops.cuda_plan import Launch
 
 ROOT = Path(__file__).parents[2]
@@ -78,13 +78,75 @@ def test_launch_without_a_driver_raises(library):
     assert cuda.unavailable_reason() == "no CUDA device is available (torch.cuda.is_available() is false)"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_library_without_a_driver_gives_the_versions(library):
+    built = r"the library was built with CUDA \d+\.\d: update the driver"
+    assert re.match(rf"the driver supports CUDA 0\.0, but {built}", library.problem(None))
+    assert library.problem(0) == library.problem(None)
+
+
+def forget():
+    cuda._too_old.cache_clear()
+    cuda._problem.cache_clear()
+
+
+class Devices:
+    """Replaces the launcher and the CUDA devices: `capabilities` by index, `problems` by index, None is the driver."""
+
+    origin = "the test"
+
+    def __init__(self, monkeypatch, capabilities, problems):
+        self.problem = problems.get
+        forget()
+        monkeypatch.setattr(cuda_launch, "launcher", lambda: self)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+
+    def reason(self, index):
+        """Returns why a flush cannot run on the device, and checks that a list of backends goes on to triton."""
+        tensor = types.SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32, shape=(3, 3))
+        tensor.dim, tensor.stride = (lambda: 2), (lambda *_: 1)
+        reason = dispatch.unsupported_reason("cuda", "downdate_", [tensor])
+        if reason:
+            assert dispatch.choose("downdate_", "cuda,triton", [tensor]) == "triton"
+            with pytest.raises(BackendError, match=re.escape(reason)):
+                dispatch.choose("downdate_", "cuda", [tensor])
+        else:
+            assert dispatch.choose("downdate_", "cuda,triton", [tensor]) == "cuda"
+        return reason
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    monkeypatch.setattr(dispatch.load("triton"), "unavailable_reason", lambda: None)
+    monkeypatch.setattr(dispatch.load("triton"), "unsupported_reason", lambda op, tensors: None)
+    yield lambda capabilities, **problems: Devices(
+        monkeypatch, capabilities, {None if name == "driver" else 0: text for name, text in problems.items()}
+    )
+    forget()
+
+
+def test_old_device_or_driver_is_not_used(devices):
+    assert devices([(9, 0)]).reason(0) is None
+    turing = devices([(7, 5)])
+    expected = "GPU 0 has compute capability 7.5; the kernels need 8.0 or higher"
+    assert turing.reason(0) == cuda.unavailable_reason() == expected
+    both = devices([(7, 5), (8, 6)])
+    assert (both.reason(0), both.reason(1), cuda.unavailable_reason()) == (expected, None, None)
+    assert devices([(8, 0)], driver="the driver is old").reason(0) == "the driver is old"
+    assert devices([(12, 0)], device="no image").reason(0) == "no image"
+    assert cuda.unavailable_reason() is None
+
+
 def test_library_exports_only_its_interface(library):
     if not shutil.which("nm"):
         pytest.skip("needs nm")
     command = ["nm", "-D", "--defined-only", cuda_launch.LIBRARY]
     listed = subprocess.run(command, capture_output=True, text=True, check=True)
     exported = {line.split()[-1] for line in listed.stdout.splitlines() if " T " in line}
-    assert exported == {"rlsedit_cuda_last_error", "rlsedit_cuda_launch"}
+    assert exported == {"rlsedit_cuda_check", "rlsedit_cuda_last_error", "rlsedit_cuda_launch"}
 
 
 def test_missing_or_damaged_library_raises(tmp_path):
@@ -130,7 +192,13 @@ class FakeCupy:
 
     def __init__(self):
         self.calls, self.current = [], []
-        self.cuda = types.SimpleNamespace(Device=self.scope("device"), ExternalStream=self.scope("stream"))
+        self.versions = [13010, 13000]  # of the driver and the runtime
+        runtime = types.SimpleNamespace(
+            driverGetVersion=lambda: self.versions[0], runtimeGetVersion=lambda: self.versions[1]
+        )
+        self.cuda = types.SimpleNamespace(
+            Device=self.scope("device"), ExternalStream=self.scope("stream"), runtime=runtime
+        )
 
     def scope(self, kind):
         outer = self
@@ -163,6 +231,9 @@ def test_cupy_launches_on_the_torch_stream_without_a_library(no_library, monkeyp
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(cuda_launch, "_where", lambda device: (3, 77))
     assert cuda.kernels() == "the kernel sources, compiled at run time by CuPy"
+    assert cuda_launch.launcher().problem(None) is None
+    cupy.versions[0] = 12040
+    assert "the driver supports CUDA 12.4, but CuPy is for CUDA 13.0" in cuda_launch.launcher().problem(0)
     base, (launch,) = some_downdate(d=130, r=2, layers=2)
     cuda_launch.run([launch], base.device)
     ((name, grid, block, arguments, shared, scopes),) = cupy.calls

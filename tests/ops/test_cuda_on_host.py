@@ -1,31 +1,22 @@
-"""The CUDA kernels without a GPU: the sources are compiled for the host and run block by block by `cuda_on_host`.
+"""The CUDA kernels, as nvcc and NVRTC compile them, executed on the CPU by bench/ptx_on_host.
 
-This tests indices, tails, layer strides and barriers, but not performance or the device compiler. Operands are
-surrounded by NaN, and outputs and workspaces start as NaN, so that invalid accesses are detected. Blocks and threads
-run in forward and reverse order with bitwise equal results.
-
-As a script, it runs some cases on the given library, for the sanitizers.
+Operands are surrounded by NaN, outputs and workspaces start as NaN, and an access outside an operand is an error.
+Blocks and warps run in forward and reverse order with bitwise equal results. Accesses of different threads with no
+barrier between them are errors. docs/kernels.md describes what this cannot show.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ptx_on_host import cuda_kernels
+from ptx_on_host.machine import MODES, compiler
 
 from rlsedit_fast import ops
-from rlsedit_fast.errors import BackendError
 from rlsedit_fast.ops import cuda, cuda_launch, cuda_plan, reference
 
-ROOT = Path(__file__).parents[2]
 U = 2.0**-24
 GUARD = 256  # elements before and after a tensor
-HERE = Path(__file__).with_name("cuda_on_host")
 
 # layers, n, d_k, d_v; a panel has 128 edits, a tile of Sig 64, a chunk 32, a slab 16
 FACTOR_SHAPES = [
@@ -197,45 +188,32 @@ def check_panel(library, shape, offset=0):
     return projected.clone()
 
 
-def build(folder, *flags):
-    """Builds the kernels as a library for the host."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    library = folder / "librlsedit_on_host.so"
-    done = subprocess.run(
-        [
-            *(compiler, "-shared", "-fPIC", "-g", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-            *("-I", ROOT / "csrc/include", "-I", ROOT / "csrc/cuda", "-I", HERE, HERE / "library.cpp", "-o", library),
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode and "cannot find" in done.stderr:
-        pytest.skip(f"this g++ lacks a sanitizer: {done.stderr.strip()[-200:]}")
-    assert done.returncode == 0, done.stderr
-    return library
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return cuda_launch.Library(
-        build(tmp_path_factory.mktemp("host"), "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    )
+@pytest.fixture(scope="module", params=["nvrtc", "nvcc"])
+def kernels(request):
+    """Returns the kernels of a compiler in both orders of execution."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    try:
+        text = {"nvrtc": cuda_kernels.nvrtc_ptx, "nvcc": cuda_kernels.nvcc_ptx}[request.param]()
+    except cuda_kernels.Missing as error:
+        pytest.skip(str(error))
+    return tuple(cuda_kernels.Kernels(text, mode) for mode in MODES)
 
 
 @pytest.fixture
-def both_ways(library):
+def library(kernels):
+    return kernels[0]
+
+
+@pytest.fixture
+def both_ways(kernels):
     """Calls a function in forward and reverse order and compares the results bitwise."""
 
     def call(function, *arguments):
         results = []
-        for backwards in (0, 1):
-            library.functions.run_backwards(backwards)
+        for library in kernels:
             got = function(library, *arguments)
             results.append(got if isinstance(got, tuple) else (got,))
-        library.functions.run_backwards(0)
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
 
@@ -323,96 +301,3 @@ def test_backend_with_public_operations(on_host, layers):
     before = state[0].clone()
     ops.downdate_(state[0], state[1][..., :0, :], state[2][..., :0], backend="cuda")
     assert torch.equal(state[0], before)
-
-
-MISTAKES = """
-#include "cuda_on_host.hpp"
-#include "common.cuh"
-int main(int, char** names) {
-    const char which = names[1][0];
-    cuda_on_host::launch([=] {
-        RLSEDIT_SHARED(shared);
-        const unsigned x = threadIdx.x;
-        if (which == 'b' && x) __syncthreads();
-        if (which == 'o') shared[x] = 1.0f;
-        if (which == 'r') {
-            shared[x / 8] = 1.0f;
-            if (x % 8 == 0) shared[(x / 8 + 1) % 4] += 1.0f;
-        }
-    }, {1, 1, 1}, 32, 16, false);
-    puts("nothing noticed");
-}
-"""
-
-
-@pytest.mark.parametrize(
-    ("mistake", "message", "flags"),
-    [
-        ("barrier skipped by some threads", "a barrier is not reached by all threads", ()),
-        ("overrun", "a write past the end of shared memory", ()),
-        ("race", "ThreadSanitizer: data race", ("-fsanitize=thread",)),
-    ],
-)
-def test_emulation_detects_mistakes(mistake, message, flags, tmp_path):
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    (tmp_path / "mistakes.cpp").write_text(MISTAKES)
-    program = tmp_path / "mistakes"
-    command = [
-        "g++",
-        "-std=c++17",
-        *flags,
-        "-I",
-        ROOT / "csrc/cuda",
-        "-I",
-        HERE,
-        tmp_path / "mistakes.cpp",
-        "-o",
-        program,
-    ]
-    subprocess.run(command, check=True)
-    done = subprocess.run([program, mistake], capture_output=True, text=True)
-    assert done.returncode != 0, done.stdout
-    assert message in done.stderr
-
-
-SANITIZERS = {
-    "address": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}),
-    "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_kernels_under_a_sanitizer(sanitizer, tmp_path):
-    """ThreadSanitizer is informed of fibers and barriers, so it detects races that no execution order reveals."""
-    runtime, options = SANITIZERS[sanitizer]
-    library = build(tmp_path, "-O1", f"-fsanitize={sanitizer}")
-    preload = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
-    environment = {**os.environ, **options, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, library],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert done.stdout.strip().endswith("passed")
-
-
-def test_invalid_launch_raises(library):
-    base, pending, signs = downdates(1, 8, 2)
-    (launch,) = cuda_plan.downdate(base, pending, signs)
-    changed = {**launch.__dict__, "arguments": launch.arguments[:-1]}
-    with pytest.raises(BackendError, match="downdate: arguments are of types pqqppq: expected pqqppqq"):
-        library.launch(cuda_plan.Launch(**changed), 0, 0)
-
-
-if __name__ == "__main__":
-    host = cuda_launch.Library(Path(sys.argv[1]))
-    for case in ((2, 3, 17, 5), (1, 130, 5, 3)):
-        check_factor(host, case, 1)
-    check_downdate(host, (1, 132, 9, 1))
-    check_panel(host, (1, 3, 200, 1))
-    print("passed")

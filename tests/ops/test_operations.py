@@ -13,6 +13,7 @@ import torch
 
 from rlsedit_fast import doctor, ops
 from rlsedit_fast.ops import cpu, cuda, cuda_launch, dispatch, reference
+from rlsedit_fast.ops.sizes import size_class
 
 U = 2.0**-24
 WIDTHS = (1, 3, 17, 64, 100, 257)
@@ -230,9 +231,8 @@ def test_factor_reports_the_failed_pivot(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("d", WIDTHS)
-def test_downdate(backend, device, d, monkeypatch):
+def test_downdate(backend, device, d):
     needs(backend, "downdate_")
-    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     for r in (*PENDING, 33, cpu.SYRK_RANK + 2):
         base, _, pending, signs = operands(d, 1, r)
         got, *rest = (t.to(device, copy=True) for t in (base, pending, signs))
@@ -241,7 +241,7 @@ def test_downdate(backend, device, d, monkeypatch):
         reference.downdate_(truth, pending.double(), signs.double())
         magnitude = base.double().abs() + pending.double().abs().T @ pending.double().abs()
         assert ((got.double().cpu() - truth).abs() <= bound(r + 3, magnitude, backend)).all()
-        if backend in ("cuda", "triton") or (backend == "cpu" and r >= cpu.SYRK_RANK):
+        if backend != "reference":
             assert torch.equal(got, got.T)
 
 
@@ -301,6 +301,41 @@ def test_correct_split_matches_correct_on_the_joined_weight(backend, device, sig
     assert torch.equal(ops.split(got)[0], high.cpu())
 
 
+def check_nans_stay(correct, device):
+    """Checks NaN of every payload in U, and in the halves: an infinite upper half with a remainder is a NaN."""
+    payloads = torch.tensor([*(1 << bit for bit in range(23)), 0x407FFF, 0x7F7FFF, 0x7F8000, 0x7FFFFF])
+    bits = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).to(torch.int32)
+    rows = bits.view(torch.float32)[None]
+    assert rows.isnan().all()
+    high, low = ops.split(torch.randn(9, rows.shape[1]))
+    high[8], low[8] = torch.inf, 1
+    halves = [half.to(device, copy=True) for half in (high, low)]
+    correct(*halves, torch.ones(1, 9, device=device), rows.to(device))
+    assert all(half.isnan().all() for half in (halves[0], ops.join(*halves)))
+    halves = [half.to(device, copy=True) for half in (high, low)]
+    correct(*halves, torch.zeros(1, 9, device=device), torch.zeros_like(rows).to(device))
+    assert halves[0].isnan().all(1).tolist() == [False] * 8 + [True]
+    assert not halves[0][:8].isnan().any()
+    number = torch.tensor([[0x7F7FFFFF, 0x7F7F8000]], dtype=torch.int32).view(torch.float32)
+    halves = [half.to(device) for half in ops.split(number)]
+    correct(*halves, torch.zeros(1, 1, device=device), torch.zeros(1, 2, device=device))
+    assert torch.equal(ops.join(*halves).cpu(), number)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_correct_split_keeps_every_nan(backend, device):
+    needs(backend, "correct_split_")
+    check_nans_stay(lambda *given: ops.correct_split_(*given, 1, backend=backend), device)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_native_correct_split_keeps_every_nan_in_every_instruction_set(isa):
+    needs("cpu", "correct_split_")
+    if not cpu.runs(isa):
+        pytest.skip(f"this processor has no {isa}")
+    check_nans_stay(lambda *given: cpu.correct_split_(*given, 1, isa), "cpu")
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_native_correct_split_in_every_instruction_set(isa, transposed):
@@ -329,9 +364,8 @@ def test_native_correct_split_in_every_instruction_set(isa, transposed):
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [50, 4 * cpu.SYRK_RANK + 3])
-def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, tokens, monkeypatch):
+def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, tokens):
     needs(backend, "moment_")
-    monkeypatch.setattr(cpu, "SYRK_WORK", 0)
     if backend == "cpu" and accumulator == torch.float64:
         pytest.skip("the cpu backend supports only float32")
     if backend == "triton" and accumulator == torch.float64:
@@ -343,13 +377,25 @@ def test_moment_with_rows_of_any_dtype(backend, device, accumulator, dtype, toke
     magnitude = moment.double().abs() + rows.double().abs().T @ rows.double().abs()
     assert got.dtype == accumulator
     assert ((got.double().cpu() - truth).abs() <= bound(tokens + 2, magnitude, backend)).all()
-    if backend == "triton" or (backend == "cpu" and tokens >= cpu.SYRK_RANK):
+    if backend != "reference":
         assert torch.equal(got, got.T)
 
 
-@pytest.mark.parametrize(("d", "r", "by_syrk"), [(4096, 256, True), (4096, 255, False), (2048, 512, False)])
-def test_ssyrk_is_used_for_many_rows_of_wide_matrices(d, r, by_syrk):
-    assert cpu._use_syrk(torch.empty(d, d, device="meta"), torch.empty(r, d, device="meta")) is by_syrk
+@pytest.mark.parametrize(
+    ("op", "d", "rows", "native"),
+    [
+        ("downdate_", 4096, 256, True),
+        ("downdate_", 4096, 128, False),
+        ("downdate_", 2048, 512, False),
+        ("moment_", 1024, 4096, True),
+        ("panel", 4096, 100, True),
+        ("panel", 4096, 129, False),
+    ],
+)
+def test_native_kernels_are_the_default_where_recorded_benchmarks_show_it(op, d, rows, native):
+    needs("cpu", op)
+    matrix, keys = torch.empty(d, d, device="meta"), torch.empty(rows, d, device="meta")
+    assert cpu.preferred(size_class(op, (matrix, keys))) is native
 
 
 def batch_of(op, device):
@@ -395,18 +441,20 @@ def test_batch_of_layers_matches_single_layers(op, backend, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", [op for op in dispatch.OPERATIONS if op != "factor"])
-def test_triton_operations_in_a_cuda_graph(op):
-    needs("triton", op)
-    scalars = (1,) if op in ("correct_", "correct_split_") else ()
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", dispatch.OPERATIONS)
+def test_operations_in_a_cuda_graph(op, backend):
+    needs(backend, op)
+    scalars = (1,) if op in ("factor", "correct_", "correct_split_") else ()
     eager, captured = batch_of(op, "cuda"), batch_of(op, "cuda")
-    expected = getattr(ops, op)(*eager, *scalars, backend="triton")  # compiles
+    expected = getattr(ops, op)(*eager, *scalars, backend=backend)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = getattr(ops, op)(*captured, *scalars, backend="triton")
+        found = getattr(ops, op)(*captured, *scalars, backend=backend)
     graph.replay()
     if found is not None:
-        assert torch.equal(found, expected)
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        assert all(torch.equal(one, other) for one, other in pairs)
     assert all(torch.equal(one, other) for one, other in zip(captured, eager, strict=True))
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsedit_fast import ops
 
+NANS = [
+    sign | 0x7F800000 | payload
+    for sign in (0, 0x80000000)
+    for payload in (*(1 << bit for bit in range(23)), 0x7FFF, 0x8001, 0x3FFFFF, 0x407FFF, 0x7F7FFF, 0x7F8000, 0x7FFFFF)
+]
 EDGES = [0x00000000, 0x80000000, 0x3F808000, 0x3F807FFF, 0xBF808000, 0xBF80FFFF, 0x00000001, 0x807FFFFF, 0x7F7F7FFF]
 
 
@@ -18,8 +24,28 @@ def tensor(bits):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_join_restores_every_number(bits):
-    given_bits = tensor(EDGES + bits)
-    assert torch.equal(ops.join(*ops.split(given_bits)).view(torch.int32), given_bits.view(torch.int32))
+    numbers = tensor(EDGES + bits)
+    joined = ops.join(*ops.split(numbers))
+    same = joined.view(torch.int32) == numbers.view(torch.int32)
+    assert torch.equal(same | numbers.isnan(), torch.ones_like(same))
+    assert torch.equal(joined.isnan(), numbers.isnan())
+
+
+def test_every_nan_stays_a_nan():
+    """Also 0x7FFFFFFF, the NaN of NVIDIA GPUs, of which rounding would make -0.0."""
+    nans = tensor(NANS)
+    assert nans.isnan().all()
+    high, low = ops.split(nans)
+    assert high.isnan().all()
+    assert ops.join(high, low).isnan().all()
+
+
+@pytest.mark.parametrize("sign", [0, 0x80000000])
+def test_numbers_next_to_infinity_round_to_infinity_and_are_restored(sign):
+    numbers = tensor([sign | bits for bits in (0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000)])
+    high, low = ops.split(numbers)
+    assert high.isinf().tolist() == [False, True, True, True]
+    assert torch.equal(ops.join(high, low), numbers)
 
 
 def test_high_is_the_nearest_bfloat16():

@@ -108,9 +108,11 @@ def compiled(name: str, capability: int):
         if kind[0] == "*"
         or (kind == "i32" and (key in DIMENSIONS or key.endswith(("_row", "_layer", "_split", "_column"))))
     ]
-    source = ASTSource(
-        launch.kernel, signature, constexprs=constants, attrs={key: [["tt.divisibility", 16]] for key in aligned}
-    )
+    # In the order and with the entries of a launch, so that both share a compiled kernel in Triton's cache.
+    constants = {key: constants[key] for key in arguments if key in constants}
+    attributes = {key: [["tt.divisibility", 16]] for key in aligned}
+    attributes |= {(position,): [] for position, key in enumerate(arguments) if key in constants}
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=dict(sorted(attributes.items())))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

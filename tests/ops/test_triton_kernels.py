@@ -15,6 +15,7 @@ pytest.importorskip("rlsedit_fast.kernels", reason="needs an installed package: 
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.kernels import tables
+from rlsedit_fast.kernels.panel import ALIGNMENT
 from rlsedit_fast.kernels.precision import PRECISIONS, REJECTED, chosen
 
 TABLES = sorted(path.stem for path in Path(tables.__file__).parent.glob("*.json"))
@@ -43,6 +44,10 @@ def test_kernels_in_the_interpreter():
 def test_precision_from_argument_environment_or_default(monkeypatch):
     monkeypatch.delenv("RLSEDIT_TRITON_PRECISION", raising=False)
     assert chosen(None) == "tf32x3"
+    assert chosen(None, "panel", "sm_90") == "tf32x3"
+    assert chosen(None, "correct", "sm_80") == "tf32x3"
+    assert chosen(None, "correct", "sm_90") == chosen(None, "downdate", "sm_90") == "bf16x6"
+    assert chosen("tf32x3", "correct", "sm_90") == "tf32x3"
     monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", "bf16x6")
     assert chosen(None) == "bf16x6"
     assert chosen("ieee") == "ieee"
@@ -94,3 +99,13 @@ def test_configuration_lookup():
         assert settings == {k: v for k, v in expected.items() if k not in ("rows", *PRECISIONS)} | {
             "enable_fp_fusion": True
         }
+
+
+def test_padding_of_coefficients_suffices():
+    """`finish_kernel` reads `DEPTH` coefficients at a time, and `rows_kernel` writes whole blocks of `ROWS`."""
+    for entries in tables.table("panel_finish").values():
+        for entry in entries:
+            for precision in PRECISIONS:
+                assert ALIGNMENT % {**entry, **entry.get(precision, {})}["DEPTH"] == 0
+    for entries in tables.table("panel").values():
+        assert all(entry["ROWS"] % ALIGNMENT == 0 or ALIGNMENT % entry["ROWS"] == 0 for entry in entries)

@@ -139,7 +139,7 @@ def test_downdate_tiles_of_every_table(monkeypatch):
         for r in (20, 100):
             base, _, pending, signs = operands(1, 300, 1, r)
             got = base.clone()
-            downdate.downdate_(got, pending, signs)
+            downdate.downdate_(got, pending, signs, input_precision="tf32x3")  # no bf16x6 in the interpreter
             truth = base.double() - (pending * signs[..., None]).double().mT @ pending.double()
             magnitude = base.double().abs() + pending.double().abs().mT @ pending.double().abs()
             assert ((got - truth).abs() <= bound(r + 3, magnitude)).all()
@@ -193,6 +193,15 @@ def test_correct_split_with_any_strides_and_special_values():
     assert joined.signbit().tolist()[0] == expected.signbit().tolist()[0]
 
 
+def test_correct_split_keeps_every_nan():
+    payloads = torch.tensor([*(1 << bit for bit in range(23)), 0x7FFFFF])
+    rows = torch.cat([payloads | 0x7F800000, payloads | -0x800000]).to(torch.int32).view(torch.float32)[None]
+    high, low = ops.split(torch.randn(3, rows.shape[1]))
+    ops.correct_split_(high, low, torch.ones(1, 3), rows, 1, backend="triton")
+    assert high.isnan().all()
+    assert ops.join(high, low).isnan().all()
+
+
 def test_correct_tiles_of_every_table(monkeypatch):
     for capability in tables.table("correct"):
         monkeypatch.setattr(correct, "device", lambda index, capability=capability: (capability, 132))
@@ -201,8 +210,8 @@ def test_correct_tiles_of_every_table(monkeypatch):
             truth = weight.double() - whitened.double().mT @ rows.double()
             limit = bound(n + 3, weight.double().abs() + whitened.double().abs().mT @ rows.double().abs())
             high, low = ops.split(weight)
-            correct.correct_(weight, whitened, rows, -1)
-            correct.correct_split_(high, low, whitened, rows, -1)
+            correct.correct_(weight, whitened, rows, -1, input_precision="tf32x3")
+            correct.correct_split_(high, low, whitened, rows, -1, input_precision="tf32x3")
             assert ((weight - truth).abs() <= limit).all()
             assert torch.equal(ops.join(high, low), weight)
 

@@ -96,3 +96,22 @@ def test_export_writes_an_adapter_and_a_patch_for_vllm(tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
     assert main([*command, "--for", "vllm", "--delta", str(tmp_path / "d")]) == 2
     assert "--for vllm requires --adapter" in capsys.readouterr().err
+
+
+def test_model_without_adapters_in_vllm_is_refused_before_the_weights_are_loaded(
+    make_model, tokenizer, tmp_path, capsys, monkeypatch
+):
+    make_model("gpt2").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("rlsedit_fast.cli.setup.load_model", lambda *_, **__: pytest.fail("weights are loaded"))
+    base = str(tmp_path / "base")
+    command = ["export", "--model", base, "--edited", base, "--adapter", str(tmp_path / "adapter"), "--for", "vllm"]
+    assert main(command) == 2
+    assert "vLLM serves GPT2LMHeadModel without LoRA" in capsys.readouterr().err
+
+
+def test_paths_on_the_server_are_named(stub, capsys):
+    stub.answers = {"/v1/models": models("base"), "/v1/load_lora_adapter": (200, "ok")}
+    assert main(["deploy", "--url", stub.url, "--adapter", "/on/the/server", "--name", "edited"]) == 0
+    assert "taken as a path on the machine of the server" in capsys.readouterr().err
+    assert main(["deploy", "--url", stub.url, "--adapter", "not/here", "--name", "edited"]) == 2

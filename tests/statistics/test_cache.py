@@ -4,10 +4,11 @@ import os
 
 import torch
 
+from rlsedit_fast.files import cache_folder
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.projections import find_decoder
 from rlsedit_fast.statistics import KeyStatistics, collect
-from rlsedit_fast.statistics.cache import cache_folder, cache_path, find_cached
+from rlsedit_fast.statistics.cache import cache_path, find_cached
 from rlsedit_fast.statistics.sources import GivenTexts
 
 TEXTS = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", "Fado"]

@@ -1,5 +1,7 @@
 """A reopened editor equals the closed one bit for bit and continues identically."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -220,3 +222,36 @@ def test_from_pretrained_with_a_store(tiny, tokenizer, tmp_path):
         editor.edit(make_edits(3))
     again = rf.Editor.from_pretrained(tmp_path / "model", store=str(store))
     assert_same(again, editor)
+
+
+def test_replay_uses_the_backends_of_the_edits(tiny, tokenizer, tmp_path, monkeypatch):
+    """Also if they would be chosen differently now: another machine, a deleted cache, other versions."""
+    from rlsedit_fast.ops import dispatch, reference
+
+    chosen = {"other": True}
+    other = SimpleNamespace(
+        OPS={"panel": lambda *given: reference.panel(*given) * (1 + 1e-6)},
+        BATCHED=frozenset(),
+        unavailable_reason=lambda: None,
+        unsupported_reason=lambda op, tensors: None,
+        preferred=lambda size: chosen["other"],
+    )
+    load = dispatch.load
+    monkeypatch.setattr(dispatch, "load", lambda name: other if name == "triton" else load(name))
+    monkeypatch.setattr(dispatch, "CANDIDATES", {"cpu": ("triton", "reference")})
+    monkeypatch.setattr(dispatch, "_used", {})
+    monkeypatch.setattr(Store, "snapshots", lambda self: iter(()))  # replays every change
+    closed = {}
+    for each in (True, False):
+        chosen["other"] = each
+        closed[each] = rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path / f"{each}")
+        closed[each].anchor(ANCHORS)
+        closed[each].edit(make_edits(4))
+        closed[each].close()
+    first, second = (weights(editor.model) for editor in closed.values())
+    assert not all(torch.equal(first[name], second[name]) for name in first), "the backends differ"
+    for chosen["other"] in (True, False):
+        for each, editor in closed.items():
+            opened = rf.Editor(tiny(), tokenizer, store=tmp_path / f"{each}")
+            assert_same(opened, editor)
+            opened.close()

@@ -20,6 +20,10 @@ extern "C" {
 /* The last error message of this thread; valid until its next error. */
 RLSEDIT_API const char* rlsedit_cuda_last_error(void);
 
+/* Whether the kernels can run: with the driver, and if `device` is not negative on that device, whose context is created.
+ * Returns RLSEDIT_CUDA_FAILURE if they cannot. */
+RLSEDIT_API int rlsedit_cuda_check(int device);
+
 /* Launches kernel `name` (without the prefix rlsedit_) on `stream`, a cudaStream_t of `device`.
  *
  * types: one letter per argument: p for a pointer, q for an int64, f for a float32; must match the kernel.
