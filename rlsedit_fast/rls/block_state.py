@@ -63,7 +63,7 @@ class BlockState(BlockBase):
         >>> state = BlockState(list(weight), BlockPrior(layout=layout, lam=1.0))
         >>> keys = torch.tensor([[1.0, 1.0, 0.0, 2.0]])  # features, then the experts 0 and 2
         >>> step = state.update(keys, torch.tensor([[3.0]]))
-        >>> weight.flatten().tolist(), step.residual.tolist(), step.objective
+        >>> weight.flatten().tolist(), step.residual.tolist(), round(step.objective, 6)
         ([1.0, 0.0, 1.0], [[1.0]], 3.0)
         >>> _ = state.remove(keys, torch.tensor([[3.0]]))
         >>> weight.flatten().tolist()

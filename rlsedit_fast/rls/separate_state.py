@@ -38,6 +38,14 @@ class SeparatePanel:
         version: version of the state.
         projected: features of `K C [n, features]`.
         cross_of: `SeparateState.cross` of the state.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import BlockLayout, BlockPrior, SeparateState
+        >>> layout = BlockLayout(experts=2, width=2, active=1)
+        >>> state = SeparateState(list(torch.zeros(2, 1, 2)), BlockPrior(layout=layout, lam=1.0))
+        >>> state.project(torch.tensor([[3.0, 4.0, 0.0]])).gram
+        tensor([[25.]], dtype=torch.float64)
     """
 
     keys: Tensor
