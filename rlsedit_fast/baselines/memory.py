@@ -57,7 +57,12 @@ class LayerMemory:
 
 
 def plan_memory(
-    projections: Sequence[Projection], *, delay: int, rows: int = 1, rule: Rule | None = None
+    projections: Sequence[Projection],
+    *,
+    delay: int,
+    rows: int = 1,
+    rule: Rule | None = None,
+    growing: bool = True,
 ) -> list[LayerMemory]:
     """Returns the memory that editing needs, per projection, computed from shapes.
 
@@ -66,9 +71,10 @@ def plan_memory(
         delay: see `RLSState`.
         rows: number of rows of an edit in each layer.
         rule: the baseline rule; None for `rls`.
+        growing: whether the state of a mixture of experts grows, see `EditConfig.experts`.
     """
     return [
-        _mixture_memory(projection, projection.layout, rows, projection is projections[-1])
+        _mixture_memory(projection, projection.layout, rows, projection is projections[-1], growing)
         if projection.layout is not None
         else _layer_memory(projection, delay, rows, rule, projection is projections[-1])
         for projection in projections
@@ -102,7 +108,7 @@ def _layer_memory(projection: Projection, delay: int, rows: int, rule: Rule | No
     )
 
 
-def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last: bool) -> LayerMemory:
+def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last: bool, growing: bool) -> LayerMemory:
     """Returns the memory of a mixture of experts, if edits reach all of its experts."""
     blocks, d_v = projection.blocks, projection.value_width
     item = dtype_of(blocks[0]).itemsize
@@ -113,14 +119,15 @@ def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last
         projection.layer,
         projection.name,
         str(projection.device),
-        weights * (min(blocks[0].element_size(), _DOUBLE) + _beside(blocks[0])) + item * squares,
+        weights * (min(blocks[0].element_size(), _DOUBLE) + _beside(blocks[0]))
+        + item * squares * (1 if growing else 2),
         _FLOAT * squares,
         (item if not _beside(blocks[0]) else blocks[0].element_size() + _beside(blocks[0])) * weights,
         _DOUBLE * 3 * max(block.shape[1] for block in blocks) ** 2,
         rows * (item * (layout.key_width + d_v) + (_FLOAT * d_v if last else 0)),
         # keys and projected keys; innovations, and the same whitened, in float64
-        applied=rows * (item * (layout.key_width + features) + 2 * _DOUBLE * d_v),
-        pairs=2 * _DOUBLE * rows * rows,
+        applied=growing * rows * (item * (layout.key_width + features) + 2 * _DOUBLE * d_v),
+        pairs=growing * 2 * _DOUBLE * rows * rows,
     )
 
 

@@ -24,6 +24,7 @@ Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
 StoredRows = Literal["full", "fp16"]
+Experts = Literal["exact", "separate"]
 
 LEARNING_RATES: dict[Optimizer, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 """Default learning rates of the value search."""
@@ -246,6 +247,10 @@ class EditConfig(Settings):
             half of that; the edit is written with the rounded keys and values (relative error 2^-11), so removal is
             equally exact. None: nothing is kept; undo, replace, and a second edit of one subject (with
             `same_subject="joint"`) raise an error.
+        experts: solver of a mixture of experts. `exact`: the least-squares problem over all edits, with exact undo;
+            memory and time of a batch grow with the number of active edits. `separate`: one covariance per expert, so
+            that they do not grow. Earlier edits are then protected only approximately, and an undo applies the
+            remaining edits again.
         delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
 
     Raises:
@@ -276,6 +281,7 @@ class EditConfig(Settings):
     refine: _Index | None = None
     measure_chat: bool = False
     stored_rows: StoredRows | None = "full"
+    experts: Experts = "exact"
     delay: _Index = DEFAULT_DELAY
 
     @model_validator(mode="before")

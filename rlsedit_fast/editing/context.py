@@ -161,7 +161,7 @@ def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Pr
 def _memory(projections: Sequence[Projection], config: EditConfig) -> list[LayerMemory]:
     rule = make_rule(config.rule, config.rule_options)
     rows = len(config.contexts.prefixes) if config.effective_rows == "contexts" else 1
-    return plan_memory(projections, delay=config.delay, rows=rows, rule=rule)
+    return plan_memory(projections, delay=config.delay, rows=rows, rule=rule, growing=config.experts == "exact")
 
 
 def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:

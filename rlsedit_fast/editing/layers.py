@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
-from rlsedit_fast.editing.config import KeyRows, StoredRows
+from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
@@ -23,7 +23,7 @@ from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
 from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved
+from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved, SeparateState
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.rounding import rounded
@@ -31,6 +31,7 @@ from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_sh
 
 logger = logging.getLogger(__name__)
 
+_RECURSIVE = (RLSState, BlockState, SeparateState)
 _ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
@@ -42,10 +43,12 @@ def _make_state(
     options: Mapping[str, Any],
     delay: int,
     saved: Saved | None,
+    experts: Experts,
 ) -> LayerState:
     """Returns the state of a projection, which updates the weight in place."""
     if isinstance(prior, BlockPrior):
-        return BlockState(projection.blocks, prior, name=projection.name)
+        kind = BlockState if experts == "exact" else SeparateState
+        return kind(projection.blocks, prior, name=projection.name)
     (weight,) = projection.blocks
     return make_layer(rule, options, weight, prior, delay=delay, label=projection.name, saved=saved)
 
@@ -76,6 +79,7 @@ class EditedLayers:
         saved: saved contents of each state, to continue from; the weights of the model are still the original ones.
         rule: editing method, see `rlsedit_fast.baselines`.
         rule_options: options of the rule.
+        experts: see `EditConfig`.
     """
 
     def __init__(
@@ -90,11 +94,12 @@ class EditedLayers:
         saved: Sequence[Saved] | None = None,
         rule: str = RECURSIVE,
         rule_options: Mapping[str, Any] | None = None,
+        experts: Experts = "exact",
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
         self._half, self._bare_weight = stored_rows == "fp16", bare_weight
         self.states: list[LayerState] = [
-            _make_state(p, prior, rule, rule_options or {}, delay, one)
+            _make_state(p, prior, rule, rule_options or {}, delay, one, experts)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[EditRows] = []
@@ -224,7 +229,7 @@ class EditedLayers:
             panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
-            if at == len(self.states) and adherence is not None and isinstance(state, RLSState | BlockState):
+            if at == len(self.states) and adherence is not None and isinstance(state, _RECURSIVE):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             # Values are rounded before they are written, so that removing and replaying them is exact.
@@ -256,7 +261,7 @@ class EditedLayers:
             The new rows, in the same order.
         """
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, RLSState | BlockState)
+        assert isinstance(state, _RECURSIVE)
         keys, old, weights = self._stacked(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -277,7 +282,7 @@ class EditedLayers:
     def replace_values(self, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
         """Replaces the values of rows in the last layer; their keys and weights are equal."""
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, RLSState | BlockState)
+        assert isinstance(state, _RECURSIVE)
         keys, values, weights = self._stacked(old, last)
         state.replace(keys, values, self._stacked(new, last)[1], weights)
 

@@ -43,7 +43,7 @@ START, EDIT, REVISE, PROTECT, REBUILD = "start", "edit", "revise", "protect", "r
 
 FIXED = (
     *("layers", "layer_module", "projection_module", "fact_token", "contexts", "prior", "same_subject"),
-    *("stored_rows", "delay"),
+    *("stored_rows", "experts", "delay"),
 )
 """Settings that hold for all edits of a store. Others may change between edits."""
 

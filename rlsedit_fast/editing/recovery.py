@@ -238,6 +238,7 @@ class _Recovery:
             bare_weight=self._config.contexts.bare_weight,
             stored_rows=self._config.stored_rows,
             saved=saved,
+            experts=self._config.experts,
         )
         for at, weights in enumerate(entry.about["protected"]):
             self._protect(layers, self._rows(tensors, f"protected.{at}.", weights), included=saved is not None)

@@ -144,6 +144,7 @@ class EditSession:
             stored_rows=config.stored_rows,
             rule=config.rule,
             rule_options=config.rule_options,
+            experts=config.experts,
         )
         protected = []
         for _, keys, weight in self.waiting:

@@ -30,8 +30,12 @@ class Covariances:
             PriorError: the precision is not positive definite, or its inverse overflows.
         """
         if block not in self._blocks:
-            self._blocks[block] = self._prior.covariance(block, self._device, self._dtype, self._name)
+            self._blocks[block] = self.fresh(block)
         return self._blocks[block]
+
+    def fresh(self, block: int) -> Tensor:
+        """Computes `C0_e` of a block and does not keep it; errors are those of `block`."""
+        return self._prior.covariance(block, self._device, self._dtype, self._name)
 
     def project(self, keys: Tensor) -> tuple[Tensor, list[Group]]:
         """Returns the features of `K C0 [n, features]` and the groups of the rows of keys."""

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlsedit_fast.errors import InputError, UpdateError
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
-from rlsedit_fast.rls.block_covariance import Covariances
+from rlsedit_fast.rls.block_base import BlockBase
 from rlsedit_fast.rls.block_panel import BlockPanel, BlockSnapshot
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_rows import AppliedRows
-from rlsedit_fast.rls.block_weights import BlockWeights, SavedBlocks
+from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor, probe
 from rlsedit_fast.rls.results import Bounds, Step
-from rlsedit_fast.rls.state import dtype_of
 
 _versions = itertools.count(1)
 _orders = itertools.count(1)
@@ -29,7 +28,7 @@ _DRIFTED = 1e-6
 """Relative error of the factor above which a refresh is recommended: it is built from products in float32."""
 
 
-class BlockState:
+class BlockState(BlockBase):
     """Minimizes `sum_i w_i ||K_i W^T - V_i||^2 + prior` over the stacked weight of a layer of experts.
 
     The minimizer and `C` are those of `RLSState` on the stacked weight, but `C` of size `(E f)^2` is never formed. With
@@ -64,7 +63,7 @@ class BlockState:
         >>> state = BlockState(list(weight), BlockPrior(layout=layout, lam=1.0))
         >>> keys = torch.tensor([[1.0, 1.0, 0.0, 2.0]])  # features, then the experts 0 and 2
         >>> step = state.update(keys, torch.tensor([[3.0]]))
-        >>> weight.flatten().tolist(), step.residual.tolist(), step.objective
+        >>> weight.flatten().tolist(), step.residual.tolist(), round(step.objective, 6)
         ([1.0, 0.0, 1.0], [[1.0]], 3.0)
         >>> _ = state.remove(keys, torch.tensor([[3.0]]))
         >>> weight.flatten().tolist()
@@ -80,30 +79,11 @@ class BlockState:
         dtype: torch.dtype | None = None,
         name: str = "layer",
     ) -> None:
-        layout = prior.layout
-        for weight in weights:
-            checks.matrix("weight", weight, rows=weights[0].shape[0])
-        widths = [weight.shape[1] for weight in weights]
-        if widths != [layout.block_width(block) for block in range(layout.blocks)]:
-            raise InputError(f"the blocks of {name} have widths {widths}; expected those of {layout}")
-        self._prior, self._name, self._layout = prior, name, layout
-        self._dtype = dtype or dtype_of(weights[0])
-        self._weights = BlockWeights(weights, self._dtype)
-        self._covariances = Covariances(prior, self.device, self._dtype, name)
-        self._rows = AppliedRows(layout, self.value_width, self._dtype, self.device)
+        super().__init__(weights, prior, dtype=dtype, name=name)
+        self._rows = AppliedRows(self._layout, self.value_width, self._dtype, self.device)
         self._objective = 0.0
         self._snapshots: weakref.WeakSet[BlockSnapshot] = weakref.WeakSet()
         self._version = next(_versions)
-
-    @property
-    def prior(self) -> BlockPrior:
-        """The prior of the layer."""
-        return self._prior
-
-    @property
-    def name(self) -> str:
-        """The name of the layer in error messages."""
-        return self._name
 
     @property
     def edits(self) -> int:
@@ -119,46 +99,6 @@ class BlockState:
     def objective(self) -> float:
         """The objective `J` at the current weight; at least 0."""
         return self._objective
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self._weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of keys, values and exact weights."""
-        return self._dtype
-
-    @property
-    def key_width(self) -> int:
-        """The width of a row of keys."""
-        return self._layout.key_width
-
-    @property
-    def value_width(self) -> int:
-        """The width of a value, `d_v`."""
-        return self._weights.rows
-
-    def originals(self) -> list[Tensor]:
-        """Returns the original weight of each block; for a block that was never written a view of the model."""
-        return self._weights.originals()
-
-    def weights(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Returns the original and the current weight of each block; None for a block that was never written."""
-        return self._weights.pairs()
-
-    @torch.no_grad()
-    @full_float32()
-    def outputs(self, keys: Tensor) -> Tensor:
-        """Returns `K W^T [n, d_v]` of the current weight, for rows of keys in the dtype of the state."""
-        return self._weights.times(self._layout, keys)
-
-    @torch.no_grad()
-    def deviation(self) -> float:
-        """Returns `||W - W0||_F`."""
-        changed = [pair for pair in self.weights() if pair is not None]
-        return math.sqrt(sum(float((now.double() - old.double()).square().sum()) for old, now in changed))
 
     def bounds(self) -> Bounds:
         """Returns bounds on the weight, the anchors and the edits (each term of `J` is at most `J`)."""
@@ -242,16 +182,7 @@ class BlockState:
             InputError: the panel is stale or from another state, or the innovation is invalid.
             UpdateError: the batch could not be factored, or the result is not finite.
         """
-        if panel.version != self._version:
-            raise InputError(
-                f"the panel is not from the current state of {self._name} (version {panel.version}, current version "
-                f"{self._version}); call project again."
-            )
-        checks.matrix("innovation", innovation, rows=len(panel.keys), columns=self.value_width)
-        checks.same_device("innovation", innovation, self.device)
-        innovation = innovation.detach().to(self._dtype)
-        checks.finite(innovation=innovation)
-        return self._append(panel, innovation)
+        return self._append(panel, self._checked_innovation(panel, innovation))
 
     @torch.no_grad()
     def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
@@ -319,9 +250,6 @@ class BlockState:
         empty = AppliedRows(self._layout, self.value_width, self._dtype, self.device)
         self._write(self._refactored(empty, keys, weights, start), len(keys))
 
-    def settle(self) -> None:
-        """Does nothing: no work is deferred."""
-
     @torch.no_grad()
     def snapshot(self) -> BlockSnapshot:
         """Takes a snapshot for `restore`. Later steps copy each block once before they write it."""
@@ -336,43 +264,13 @@ class BlockState:
         Raises:
             InputError: the snapshot is from another state, or an earlier snapshot was restored after it was taken.
         """
-        if snapshot not in self._snapshots:
-            raise InputError(
-                f"the snapshot cannot be restored on {self._name}: it is from another state, or an earlier snapshot "
-                "was restored after it was taken. Take a new snapshot."
-            )
+        self._check_snapshot(snapshot in self._snapshots)
         for later in [other for other in self._snapshots if other.order > snapshot.order]:
             self._snapshots.discard(later)
         self._rows = snapshot.rows
         self._rows.truncate(snapshot.count)
         self._objective, self._version = snapshot.objective, snapshot.version
         self._weights.restore(snapshot.blocks)
-
-    def _batch(
-        self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Checks the arguments of a batch and casts them to the dtype of the state."""
-        checks.matrix("keys", keys, columns=self.key_width)
-        count = len(keys)
-        if count < least:
-            raise InputError("keys has no rows; pass at least one edit.")
-        tensors = {"keys": keys, **others}
-        for argument, value in others.items():
-            checks.matrix(argument, value, rows=count, columns=self.value_width)
-        if weights is not None:
-            checks.vector("weights", weights, size=count)
-            tensors["weights"] = weights
-        for argument, value in tensors.items():
-            checks.same_device(argument, value, self.device)
-        cast = {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
-        if count:
-            checks.finite(**cast)
-            self._layout.check(cast["keys"])
-        if weights is None:
-            cast["weights"] = torch.ones(count, dtype=self._dtype, device=self.device)
-        else:
-            checks.positive_weights(cast["weights"])
-        return cast.pop("keys"), cast.pop("weights"), [cast[argument] for argument in others]
 
     @full_float32()
     def _panel(self, keys: Tensor, weights: Tensor, rows: AppliedRows | None = None) -> BlockPanel:
@@ -409,10 +307,7 @@ class BlockState:
         """
         lower, info = torch.linalg.cholesky_ex(torch.diag(panel.noise.double()) + panel.gram)
         if int(info) or not bool(lower.isfinite().all()):
-            raise UpdateError(
-                f"the batch of {len(panel.keys)} rows for {self._name} could not be factored: pivot {int(info)} is not "
-                "positive or overflows. No state was modified. Scale the keys down, or use float64."
-            )
+            raise self._not_factored(len(panel.keys), int(info))
         return lower
 
     def _refactored(self, rows: AppliedRows, keys: Tensor, weights: Tensor, start: Tensor) -> AppliedRows:
@@ -474,12 +369,6 @@ class BlockState:
             raise
         self._rows, self._objective, self._version = rows, objective, next(_versions)
         return math.sqrt(energy)
-
-    def _overflow(self, count: int) -> UpdateError:
-        return UpdateError(
-            f"the result of {count} rows for {self._name} overflows {self._dtype}. No state was modified. Scale the "
-            "keys and values down, or use float64."
-        )
 
     def _pulled(self, keys: Tensor, projected: Tensor, vector: Tensor) -> dict[int, Tensor]:
         """Returns the blocks of `(K C0)^T vector`, each `[block width, m]`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,22 +77,36 @@ class BlockWeights:
         Raises:
             InputError: the original weight is not finite.
         """
+        return self._set(
+            block, lambda _old: None if delta is None else self._originals[block].to(self._dtype) + delta, lacking
+        )
+
+    def add(self, block: int, delta: Tensor, lacking: Sequence[SavedBlocks]) -> float:
+        """Adds `delta [d_v, block width]` to a block; see `write`."""
+        return self._set(block, lambda old: old + delta, lacking)
+
+    def reset(self, saved: Sequence[SavedBlocks]) -> None:
+        """Sets all blocks to `W0`; each of `saved` receives a copy of the blocks that it lacks."""
+        for block in sorted(self.written):
+            self._set(block, lambda _old: None, [one for one in saved if block not in one])
+
+    def _set(self, block: int, make: Callable[[Tensor], Tensor | None], lacking: Sequence[SavedBlocks]) -> float:
+        """Sets a block to what `make` returns for the present one, or to `W0` for None; see `write`."""
         if block not in self._masters:
             view = self._views[block]
             checks.finite(weight=view)
-            # Wider than the exact weights only if the model is float64 and they are float32.
             self._originals[block] = view.clone(memory_format=torch.contiguous_format)
             self._masters[block] = master_of(view, self._dtype, in_place=True)
         master = self._masters[block]
         for saved in lacking:
             saved[block] = tuple(tensor.clone() for tensor in master.tensors)
         old = master.read()
-        new = self._originals[block].to(self._dtype)
-        if delta is not None:
-            new = new + delta
-            self.written.add(block)
-        else:
+        new = make(old)
+        if new is None:
+            new = self._originals[block].to(self._dtype)
             self.written.discard(block)
+        else:
+            self.written.add(block)
         energy = float((new - old).double().square().sum())
         master.write(new)
         return energy

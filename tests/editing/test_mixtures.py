@@ -150,6 +150,26 @@ def test_a_store_restores_the_edits_bit_for_bit(make_model, tokenizer, tmp_path)
     assert isinstance(editor._session.layers.states[0], BlockState)
 
 
+def test_edits_with_separate_covariances_are_stored_and_undone(make_model, tokenizer, tmp_path):
+    model = make_model("qwen2_moe")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = nlls(model, tokenizer, EDITS[:10])
+    with make_editor(model, tokenizer, tmp_path / "store", experts="separate") as editor:
+        assert editor.context.memory()[0].applied == 0
+        editor.edit(EDITS[:10])
+        after = nlls(model, tokenizer, EDITS[:10])
+        assert all(new < old for new, old in zip(after, before, strict=True))
+        deviation = editor.deviation()[0]
+        assert 0 < deviation.weight <= deviation.weight_bound
+        editor.undo([3])
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+    other = make_model("qwen2_moe")
+    with rf.Editor(other, tokenizer, store=tmp_path / "store") as editor:
+        assert all(torch.equal(value, kept[name]) for name, value in other.state_dict().items())
+        editor.undo(editor.select(last=100))
+        assert all(torch.equal(value, start[name]) for name, value in other.state_dict().items())
+
+
 def test_a_delta_restores_the_edited_experts(make_model, tokenizer, tmp_path):
     from rlsedit_fast.export import apply_delta, changes_between
 

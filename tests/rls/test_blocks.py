@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlsedit_fast.errors import InputError, PriorError, UpdateError
-from rlsedit_fast.rls import BlockLayout, BlockMoment, BlockPrior, BlockState, amplify_innovation, amplify_values
+from rlsedit_fast.errors import InputError, PriorError, RemovalError, UpdateError
+from rlsedit_fast.rls import (
+    BlockLayout,
+    BlockMoment,
+    BlockPrior,
+    BlockState,
+    SeparateState,
+    amplify_innovation,
+    amplify_values,
+)
 
 SHARED = BlockLayout(experts=16, width=6, active=2, shared=5)
 PLAIN = BlockLayout(experts=8, width=5, active=3)
@@ -330,3 +338,98 @@ def test_distances_of_rows_with_different_experts():
     expected = (SHARED.stacked(one) - SHARED.stacked(other)).norm(dim=1)
     torch.testing.assert_close(SHARED.distance(one, other), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(SHARED.norm(one), SHARED.stacked(one).norm(dim=1))
+
+
+def separate(problem, blocks=None):
+    problem.model = [weight.clone() for weight in problem.start] if blocks is None else blocks
+    return SeparateState(problem.model, problem.prior)
+
+
+def test_one_batch_with_separate_covariances_is_exact():
+    problem = Problem(SHARED)
+    state = separate(problem)
+    step = state.update(*problem.rows(range(12)))
+    weight, _, objective = problem.solve(range(12))
+    assert np.linalg.norm(torch.cat(problem.model, 1).numpy() - weight) <= 1e-12 * np.linalg.norm(weight)
+    misfit = (problem.weights[:12, None] * step.residual.square()).sum()
+    assert state.objective + float(misfit) == pytest.approx(objective)
+
+
+def test_separate_covariances_are_between_the_exact_form_and_none():
+    """The true objective after 30 batches, with the true anchors."""
+    problem = Problem(BlockLayout(experts=16, width=32, active=2), edits=300, anchors=300, lam=0.05)
+    keys, moved = problem.layout.stacked(problem.keys), problem.layout.stacked(problem.anchors) / 300**0.5
+
+    def true_objective(step):
+        model = problem.model
+        for at in range(0, 300, 10):
+            step(*problem.rows(range(at, at + 10)))
+        change = torch.cat(model, 1) - torch.cat(problem.start, 1)
+        misfit = problem.values - keys @ torch.cat(model, 1).T
+        anchors = 4 * (moved @ change.T).square().sum()
+        return float((problem.weights[:, None] * misfit**2).sum() + anchors + 0.05**2 * change.square().sum())
+
+    exact = true_objective(problem.state().update)
+    approximate = true_objective(separate(problem).update)
+    state = separate(problem)
+
+    def forget(*rows):
+        state._present.clear()
+        state.update(*rows)
+
+    forgetful = true_objective(forget)
+    assert exact < approximate < forgetful
+    assert approximate - exact < 0.5 * (forgetful - exact)
+
+
+def test_bounds_hold_with_separate_covariances():
+    for seed in range(10):
+        problem = Problem([SHARED, PLAIN][seed % 2], seed=seed, edits=20, anchors=60, lam=0.01)
+        state = separate(problem)
+        keys = problem.anchors[:20]
+        for at in range(0, 20, 5):
+            state.update(keys[at : at + 5], 5 * problem.values[at : at + 5])
+        change = torch.cat(problem.model, 1) - torch.cat(problem.start, 1)
+        moved = problem.layout.stacked(problem.anchors) @ change.T / 60**0.5
+        assert moved.norm() <= state.bounds().anchors
+        assert change.norm() <= state.bounds().weight
+
+
+def test_the_cost_with_separate_covariances_does_not_grow():
+    problem = Problem(SHARED, edits=300)
+    state = separate(problem)
+
+    def held():
+        return sum(tensor.numel() for tensor in state._present.values())
+
+    state.update(*problem.rows(range(100)))
+    before = held()
+    state.update(*problem.rows(range(100, 300)))
+    assert held() == before
+    assert state.edits == 300
+
+
+def test_separate_covariances_refresh_restore_and_replace():
+    problem = Problem(SHARED)
+    state = separate(problem)
+    state.update(*problem.rows(range(10)))
+    before, version, objective = [block.clone() for block in problem.model], state.version, state.objective
+    with pytest.raises(RemovalError, match="remaining edits"):
+        state.remove(*problem.rows(range(5)))
+    taken = state.snapshot()
+    state.update(*problem.rows(range(10, 20)))
+    keys, values, weights = problem.rows(range(5))
+    panel = state.project(keys, weights)
+    expected = state.outputs(keys) + panel.cross(keys) @ (weights[:, None] * torch.ones_like(values))
+    state.replace(keys, values, values + 1, weights)
+    torch.testing.assert_close(state.outputs(keys), expected)
+    state.refresh(*problem.rows(range(10, 20)))
+    other = Problem(SHARED)
+    separate(other).update(*other.rows(range(10, 20)))
+    assert all(torch.equal(one, two) for one, two in zip(problem.model, other.model, strict=True))
+    state.restore(taken)
+    assert all(torch.equal(one, two) for one, two in zip(problem.model, before, strict=True))
+    assert (state.version, state.objective, state.edits) == (version, objective, 10)
+    state.refresh(*problem.rows([]))
+    assert all(torch.equal(one, two) for one, two in zip(problem.model, problem.start, strict=True))
+    assert state.objective == state.edits == 0
