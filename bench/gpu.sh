@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Runs everything that needs a CUDA machine: build, GPU tests, compute-sanitizer, benchmarks. Needs no network.
 #   bench/gpu.sh DIR [PART...]     results and logs go to DIR; runs all parts by default; PYTHON selects the interpreter
-# Parts: tests gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always runs
+# Parts: tests tune gpu step solves states values stream capped memcheck racecheck initcheck triton. The build always runs
 # first. Every part has a time limit; a failing part does not prevent the others. `summary` lists the outcomes.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu.sh DIR [PART...]}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 shift
 python=${PYTHON:-python3}
-parts=${*:-tests gpu step solves states values stream capped memcheck racecheck initcheck triton}
+parts=${*:-tests tune gpu step solves states values stream capped memcheck racecheck initcheck triton}
 failed=0
 # Build tools in the folder of the interpreter and in the default CUDA folder; building the kernels needs them.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin"
@@ -40,6 +40,10 @@ export RLSEDIT_BACKEND=cuda,triton
 for name in $parts; do
     case $name in
         tests) part tests 400 env -u RLSEDIT_BACKEND OMP_NUM_THREADS=2 "$python" -m pytest -q -rs --tb=short -n 8 tests -m gpu ;;
+        tune)
+            part tune 400 env -u RLSEDIT_BACKEND RLSEDIT_CACHE="$out/cache" \
+                "$python" -m rlsedit_fast doctor --tune --json "$out/tune.json"
+            ;;
         gpu) part gpu 400 "$python" bench/gpu.py --repeats 7 --json "$out/gpu.json" ;;
         step) part step 240 "$python" bench/step.py --device cuda --d 14336 --no-solves --json "$out/step-cuda.json" ;;
         solves)

@@ -101,7 +101,10 @@ def compare(served: Sequence[Completion], expected: Sequence[Completion]) -> dic
 
 @contextlib.contextmanager
 def serving(python: str, options: argparse.Namespace, rank: int) -> Iterator[VLLM]:
-    """Runs a vLLM server on the base model."""
+    """Runs a vLLM server on the base model, unless one is running."""
+    if options.url:
+        yield VLLM(options.url)
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -216,6 +219,7 @@ def main() -> None:
     parser.add_argument("--patch", metavar="FILE", help="sparse patch")
     parser.add_argument("--facts", required=True, type=Path, metavar="FILE", help="the edits")
     parser.add_argument("--limit", type=int, help="number of edits (default: all)")
+    parser.add_argument("--url", help="address of a server on the base model, named `base`, instead of starting one")
     parser.add_argument("--dtype", default="float32", help="dtype of both programs (default float32)")
     parser.add_argument(
         "--max-loras",

@@ -115,7 +115,7 @@ def render(facts: dict[str, Any]) -> str:
     lines.append("Measured backends" if facts["tuned"] else f"Measured backends (not used: {dispatch.TUNE}=0)")
     for device in facts["choices"]:
         lines.append(f"  {device['device']}: {len(device['choices'])} sizes in {device['path']}")
-        lines += [f"    {key:<32}{described(Choice(**choice))}" for key, choice in device["choices"].items()]
+        lines += [f"    {key:<44}{described(Choice(**choice))}" for key, choice in device["choices"].items()]
         reasons = {f"{name}: {why}" for one in device["choices"].values() for name, why in one["excluded"].items()}
         lines += [f"    excluded: {reason}" for reason in sorted(reasons)]
     lines.append("Build")

@@ -119,9 +119,10 @@ def tiny_family(name):
 
         torch.manual_seed(4)
         return GPT2LMHeadModel(GPT2Config(vocab_size=count, n_embd=64, n_layer=4, n_head=4)).eval()
-    if name == "falcon":
+    sizes = {"falcon": {"ffn_hidden_size": 256}, "qwen3": {"head_dim": 128}}
+    if name in sizes:
         prefix, settings = OTHER_FAMILIES[name]
-        return maker(prefix, settings | {"ffn_hidden_size": 256}, seed=5)(count)
+        return maker(prefix, settings | sizes[name], seed=5)(count)
     return MAKERS[name](count)
 
 

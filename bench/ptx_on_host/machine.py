@@ -17,7 +17,8 @@ import numpy as np
 
 from rlsedit_fast.statistics.cache import cache_folder
 
-from .translation import MACHINE, Program
+from .operations import MACHINE
+from .translation import Program
 
 FLAGS = (
     "-std=c++17",

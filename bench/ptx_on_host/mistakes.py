@@ -15,7 +15,8 @@ import torch
 from . import machine
 from .launches import Launch
 from .machine import MachineError
-from .translation import Program, operations
+from .operations import operations
+from .translation import Program
 
 # Operation of the interpreter: name in PTX, and whether it waits for all but some groups.
 SYNCHRONIZATION = {

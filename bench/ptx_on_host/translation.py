@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
+from .operations import CONSTANT, INSTRUCTION, operations
 from .parser import Kernel, PTXError, Statement
-
-MACHINE = Path(__file__).with_name("machine")
-
-# Must match machine/program.hpp.
-INSTRUCTION = np.dtype(
-    [(name, np.int32) for name in "operation guard negated result a b c first count kind line tracked".split()]
-    + [("offset", np.int64), ("offset_b", np.int64)],
-    align=True,
-)
-CONSTANT = np.dtype([("row", np.int32), ("wide", np.int32), ("value", np.uint64)], align=True)
 
 SPECIALS = {
     "%tid.x": "thread",
@@ -34,37 +23,6 @@ _NO_EFFECT = {"uni", "rn", "volatile", "relaxed", "gpu", "cta"}
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
 _FLOAT = re.compile(r"0[fFdD]([0-9a-fA-F]+)")
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """An arithmetic instruction of the interpreter: number, type of the result and types of the operands."""
-
-    number: int
-    result: str
-    operands: tuple[str, ...]
-
-
-@cache
-def operations() -> tuple[dict[str, Arithmetic], dict[str, int]]:
-    """Returns the arithmetic and the other instructions by name, as the interpreter numbers them."""
-    text = (MACHINE / "operations.inc").read_text()
-
-    def expanded(match: re.Match[str]) -> str:
-        name, parameter, body = match.groups()
-        uses = re.findall(rf"^{name}\((\w+)\)$", text, re.MULTILINE)
-        return "".join(
-            re.sub(rf"(?:##)?\b{parameter}\b(?:##)?", use, body.replace("\\\n", "\n")) + "\n" for use in uses
-        )
-
-    flat = re.sub(r"#define (\w+)\((\w+)\)((?:[^\n]*\\\n)*[^\n]*)\n", expanded, text)
-    arithmetic = {}
-    for number, (kind, content) in enumerate(re.findall(r"^\s*(UNARY|BINARY|TERNARY)\((.*)\)\s*$", flat, re.MULTILINE)):
-        name, result, *rest = (part.strip() for part in content.split(",", 5))
-        arity = ("UNARY", "BINARY", "TERNARY").index(kind) + 1
-        arithmetic[name] = Arithmetic(number, result, tuple(rest[:arity]))
-    others = re.findall(r"^OTHER\((\w+)\)", (MACHINE / "others.inc").read_text(), re.MULTILINE)
-    return arithmetic, {name: len(arithmetic) + i for i, name in enumerate(others)}
 
 
 def _bits(kind: str) -> int:

@@ -15,7 +15,6 @@ from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, checks
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
-from rlsedit_fast.rls.results import realized
 from rlsedit_fast.rls.state import dtype_of
 
 _versions = itertools.count(1)
@@ -252,8 +251,7 @@ class RuleLayer(Layer):
         self._master.write(after.to(self._dtype))
         self._memory, self._edits, self._version = memory, self._edits + len(keys), next(_versions)
         residual = innovation - keys @ change.T
-        fraction = realized(innovation, residual)
-        return Step(residual.to(self._dtype), fraction.to(self._dtype), math.nan, float(change.norm()))
+        return Step(residual.to(self._dtype), innovation.to(self._dtype), math.nan, float(change.norm()))
 
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
         """Applies a batch of edits with values, which protects the outputs of a rule that accumulates keys.

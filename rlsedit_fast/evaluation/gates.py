@@ -36,14 +36,12 @@ class Gates:
     """Conditions that an edited model must meet, for `Editor.edit(gates=...)` and for `check`.
 
     Args:
-        every: check after this number of batches, and at the end.
-        on_violation: `stop` before the next batch, or `undo`: also take back what was changed since the last check.
-        unchanged: prompts whose answers must be those of the unedited model: texts, or dicts with the fields of
-            `Questions`.
-        answers: prompts whose answers must be as given, dicts with the fields of `Expected`.
-        text: path of held-out text, or a dict with the fields of `HeldOut`.
-        limits: dict with the fields of `Limits`.
-        retention: minimum share of earlier active edits whose target the model states, or a dict with the fields of
+        **fields: fields of `GateSettings`: `every`, the number of batches between checks; `on_violation`, `stop` before
+            the next batch, or `undo`, which also takes back what was changed since the last check; `unchanged`, prompts
+            whose answers must be those of the unedited model, texts or dicts with the fields of `Questions`; `answers`,
+            prompts whose answers must be as given, dicts with the fields of `Expected`; `text`, path of held-out text,
+            or a dict with the fields of `HeldOut`; `limits`, a dict with the fields of `Limits`; and `retention`, the
+            minimum share of earlier active edits whose target the model states, or a dict with the fields of
             `Retention`.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class GgufTarget:
         """Returns the types that `auto` tries: the own one if it can be written, then larger ones."""
         larger = [name for name in LARGER if _bits(name) > _bits(self.tensor.type)]
         fitting = [name for name in (self.tensor.type, *larger) if self.can_be(name)]
-        if float(self.edited.abs().max()) > np.finfo(np.float16).max:
+        if float(self.edited.abs().max()) > float(np.finfo(np.float16).max):
             fitting = [name for name in fitting if name != "F16"]
         return fitting or ["F32"]
 
@@ -182,7 +183,16 @@ def write_gguf(
                     out.write(piece)
                 else:
                     _copy(source, out, *piece)
+            _check_unchanged(header, os.fstat(source.fileno()))
         _check_written(header, temporary, packed)
+
+
+def _check_unchanged(header: GgufHeader, now: os.stat_result) -> None:
+    """Raises InputError if the file is not the one whose header was read."""
+    if (now.st_size, now.st_mtime_ns) != (header.size, header.modified):
+        raise InputError(
+            f"{str(header.path)!r} changed while it was read; nothing was written. Load the model again and repeat this"
+        )
 
 
 def _check_written(header: GgufHeader, path: Path, packed: Mapping[str, tuple[str, bytes]]) -> None:
@@ -198,9 +208,7 @@ def _check_written(header: GgufHeader, path: Path, packed: Mapping[str, tuple[st
             file.seek(tensor.start)
             same = same and file.read(tensor.size) == data
     if not same:
-        raise InputError(
-            f"{str(header.path)!r} changed while it was read; nothing was written. Load the model again and repeat this"
-        )
+        raise InputError(f"{str(path)!r} does not contain what was written; nothing was saved. Check the disk")
 
 
 def _tensor_name(header: GgufHeader, module: str, layers: int) -> str:

@@ -63,6 +63,7 @@ class GgufHeader:
         alignment: positions of tensors are multiples of it.
         data: position of the data section.
         size: size of the file.
+        modified: time of its last modification, in nanoseconds.
 
     Example:
         >>> from pathlib import Path
@@ -78,6 +79,7 @@ class GgufHeader:
     alignment: int
     data: int
     size: int
+    modified: int = 0
 
     @property
     def architecture(self) -> str:
@@ -172,11 +174,11 @@ def read_header(path: str | Path) -> GgufHeader:
     if place.is_dir():
         raise InputError(f"{str(path)!r} is a folder; pass a GGUF file")
     try:
-        size = place.stat().st_size
-        if not size:
+        about = place.stat()
+        if not about.st_size:
             raise InputError(f"{str(path)!r} is empty; download it again")
         reader = _Reader(np.memmap(place, np.uint8, "r"))
-        return _parsed(place, reader, size)
+        return _parsed(place, reader, about.st_size, about.st_mtime_ns)
     except FileNotFoundError as error:
         raise InputError(f"{str(path)!r} does not exist; pass a GGUF file") from error
     except OSError as error:
@@ -232,7 +234,7 @@ class _Reader:
         return count
 
 
-def _parsed(path: Path, reader: _Reader, size: int) -> GgufHeader:
+def _parsed(path: Path, reader: _Reader, size: int, modified: int) -> GgufHeader:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if bytes(reader.data[:4]) != _MAGIC:
@@ -270,7 +272,7 @@ def _parsed(path: Path, reader: _Reader, size: int) -> GgufHeader:
             raise ValueError(f"the entry of the tensor {name} is invalid")
         tensors[name] = GgufTensor(name, shape, kind.name, data + offset, math.prod(shape) // block * width, entry)
     _check_places(path, [*tensors.values()], size)
-    return GgufHeader(path, metadata, tensors, alignment, data, size)
+    return GgufHeader(path, metadata, tensors, alignment, data, size, modified)
 
 
 def _check_places(path: Path, tensors: list[GgufTensor], size: int) -> None:

@@ -1,8 +1,8 @@
 """The solver's operations and their backends.
 
-Every operation takes `backend=`: a backend name (which runs or raises `BackendError`), `auto` (the best backend that
-can run the operation), or several names separated by commas (the first that can run it). None reads the environment
-variable `RLSEDIT_BACKEND`, which defaults to `auto`.
+Every operation takes `backend=`: a backend name (which runs or raises `BackendError`), `auto` (the backend that was
+measured to be the fastest on this machine, see `selection`), or several names separated by commas (the first that can
+run it). None reads the environment variable `RLSEDIT_BACKEND`, which defaults to `auto`.
 """
 
 from rlsedit_fast.ops.dispatch import available_backends

@@ -100,32 +100,36 @@ def factor(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.factor` with a blocked substitution: BLAS solves a few long rows much slower than it multiplies."""
     gram = projected @ keys.T
-    sigma = torch.diag(noise) + (0.5 * sign) * (gram + gram.T)
+    sigma = (gram + gram.T).mul_(0.5 * sign)
+    sigma.diagonal().add_(noise)
     lower, info = torch.linalg.cholesky_ex(sigma)
-    return solve_blocked(lower, projected), solve_blocked(lower, innovation), lower.contiguous(), info
+    return *solve_blocked(lower, projected, innovation), lower, info
 
 
-def solve_blocked(lower: Tensor, rows: Tensor) -> Tensor:
-    """Computes `L^-1 X` by forward substitution with inverted diagonal blocks.
+def solve_blocked(lower: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
+    """Computes `L^-1 X` for several X by forward substitution with inverted diagonal blocks.
 
     The backward error is that of a row-by-row substitution, even for nearly parallel keys: the diagonal blocks of a
     Cholesky factor are well conditioned after scaling.
 
     Args:
         lower: `L [n, n]`, lower triangular.
-        rows: `X [n, d]`.
+        sides: `X [n, d]` each.
 
     Returns:
-        `[n, d]`, contiguous.
+        `[n, d]` each, contiguous.
     """
-    solved = rows.clone(memory_format=torch.contiguous_format)
+    solved = tuple(torch.empty_like(side, memory_format=torch.contiguous_format) for side in sides)
     for start in range(0, len(lower), SUBSTITUTION_BLOCK):
         block = slice(start, start + SUBSTITUTION_BLOCK)
-        here, diagonal = solved[block], lower[block, block]
-        if start:
-            here.addmm_(lower[block, :start], solved[:start], alpha=-1)
-        inverse = torch.linalg.solve_triangular(diagonal, diagonal.new_ones(len(diagonal)).diag(), upper=False)
-        here.copy_(inverse @ here)
+        diagonal = lower[block, block]
+        identity = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(diagonal, identity, upper=False)
+        for side, done in zip(sides, solved, strict=True):
+            here = side[block]
+            if start:
+                here = torch.addmm(here, lower[block, :start], done[:start], alpha=-1)
+            torch.mm(inverse, here, out=done[block])
     return solved
 
 

@@ -236,7 +236,16 @@ def _selection(device: torch.device) -> Selection | None:
     """Returns the measured backends of a device; None in `unmeasured`, with `RLSEDIT_TUNE=0`, or in a CUDA graph."""
     if not (_measures and tuned()) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
-    return selection_of(device)
+    try:
+        return selection_of(device)
+    except RuntimeError as error:  # without a home folder
+        _warn_once(f"backends are not measured, since there is no cache folder ({error}); set RLSEDIT_CACHE")
+        return None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def choices_of(device: torch.device) -> Choices:

@@ -56,7 +56,7 @@ def factor(
     lower, info = torch.linalg.cholesky_ex(sigma)
     whitened = torch.linalg.solve_triangular(lower, torch.cat((projected, innovation), 1), upper=False)
     d_k = projected.shape[1]
-    return whitened[:, :d_k].contiguous(), whitened[:, d_k:].contiguous(), lower.contiguous(), info
+    return whitened[:, :d_k].contiguous(), whitened[:, d_k:].contiguous(), lower, info
 
 
 def downdate_(base: Tensor, pending: Tensor, signs: Tensor) -> None:

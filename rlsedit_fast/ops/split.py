@@ -53,4 +53,4 @@ def join(high: Tensor, low: Tensor) -> Tensor:
         >>> torch.equal(join(*split(weight)), weight)
         True
     """
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    return high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low).view(torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.files import cache_folder
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.ops.choices import Choice
 from rlsedit_fast.ops.precision import full_float32
@@ -53,12 +54,17 @@ def stored() -> list[dict[str, Any]]:
     """Returns the stored choices of the devices of this machine.
 
     Returns:
-        For each device its `device`, the `path` of the file, and `choices` by size class; JSON-serializable.
+        For each device its `device`, the `path` of the file, and `choices` by size class; JSON-serializable. Nothing if
+        there is no cache folder.
     """
+    try:
+        cache_folder()
+    except RuntimeError:  # without a home folder
+        return []
     found = []
     for device in devices():
         kept = dispatch.choices_of(device)
-        every = {key: asdict(choice) for key, choice in sorted(kept.read().items())}
+        every = {key: asdict(choice) for key, choice in sorted(kept.read().items(), key=_order)}
         found.append({"device": f"{device} ({kept.about['device']})", "path": str(kept.path), "choices": every})
     return found
 
@@ -98,3 +104,8 @@ def tune(device: torch.device, progress: Callable[[int, int], object] = lambda d
     if merged is None:
         raise InputError(f"{kept.path} cannot be written; set RLSEDIT_CACHE to a writable folder")
     return found
+
+
+def _order(stored: tuple[str, Choice]) -> tuple[str, str, tuple[int, ...], int]:
+    size = SizeClass.parse(stored[0])
+    return size.op, str(size.dtype), size.widths, size.rows

@@ -19,7 +19,7 @@ from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_rows import AppliedRows
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor, probe
-from rlsedit_fast.rls.results import Bounds, Step, realized
+from rlsedit_fast.rls.results import Bounds, Step
 
 _versions = itertools.count(1)
 _orders = itertools.count(1)
@@ -205,7 +205,7 @@ class BlockState(BlockBase):
         places = self._find(keys, values, weights)
         change = self._reduce(places)
         after = values - self.outputs(keys)
-        return Step(after, realized(before, after), self._objective, change)
+        return Step(after, before, self._objective, change)
 
     @torch.no_grad()
     def replace(self, keys: Tensor, old_values: Tensor, new_values: Tensor, weights: Tensor | None = None) -> Step:
@@ -230,7 +230,7 @@ class BlockState(BlockBase):
         rows = self._rows.moved(places, new - old)
         change = self._write(rows, len(rows))
         after = new - self.outputs(keys)
-        return Step(after, realized(before, after), self._objective, change)
+        return Step(after, before, self._objective, change)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -297,7 +297,7 @@ class BlockState(BlockBase):
             rows.truncate(count)
             raise
         residual = (panel.noise.double()[:, None] * rows.dual()[count:]).to(self._dtype)
-        return Step(residual, realized(innovation, residual), self._objective, change)
+        return Step(residual, innovation, self._objective, change)
 
     def _factored(self, panel: BlockPanel, rows: AppliedRows) -> Tensor:
         """Returns the Cholesky factor of `diag(1/w) + K C K^T [n, n]`.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,8 +58,33 @@ def all_finite(*tensors: Tensor) -> bool:
 
     Checks the minimum and maximum, which propagate NaN; `isfinite` would allocate tensors of the size of the inputs.
     """
-    ends = [torch.isfinite(end) for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
-    return not ends or bool(torch.stack(ends).all())
+    return all(map(math.isfinite, numbers(*ends(*tensors))))
+
+
+def ends(*tensors: Tensor) -> list[Tensor]:
+    """Returns the minimum and the maximum of each tensor that has entries, as scalars on its device."""
+    return [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
+
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Returns scalars of any dtypes on one device, with one host synchronization."""
+    found: list[float] = torch.stack(scalars).tolist() if scalars else []
+    return found
+
+
+def batch(found: Sequence[float], given: Mapping[str, Tensor]) -> None:
+    """Raises InputError if an argument of a batch is not finite or a weight is not positive.
+
+    Args:
+        found: the numbers of `ends` of the arguments.
+        given: the arguments by name; the weights are named `weights`.
+    """
+    if not all(map(math.isfinite, found)):
+        finite(**given)
+    if "weights" in given:
+        least = found[2 * [*given].index("weights")]
+        if not (least > 0 and 1 / least < torch.finfo(given["weights"].dtype).max):
+            positive_weights(given["weights"])
 
 
 def positive_weights(weights: Tensor) -> None:

@@ -105,12 +105,10 @@ class Split:
     @full_float32()
     def times(self, keys: Tensor) -> Tensor:
         """See `Master`."""
-        result = keys.new_empty(keys.shape[0], self._high.shape[0])
         step = max(1, SPLIT_CHUNK // self._high.shape[1])
-        for start in range(0, self._high.shape[0], step):
-            part = slice(start, start + step)
-            result[:, part] = keys @ ops.join(self._high[part], self._low[part]).T
-        return result
+        halves = zip(self._high.split(step), self._low.split(step), strict=True)
+        parts = [keys @ ops.join(*part).T for part in halves]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def correct(self, whitened: Tensor, rows: Tensor, sign: int, backend: str | None) -> None:
         """See `Master`."""

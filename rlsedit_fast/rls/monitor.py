@@ -82,10 +82,10 @@ class Sketch:
         product -= rows.T @ (signs.double() * (rows @ self.image))
         return float((product - self.probe).norm() / self.probe.norm())
 
-    def moved(self, keys: Tensor, weights: Tensor, sign: int) -> Sketch:
-        """Returns the sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `w [n]` of any floating dtype."""
+    def moved(self, keys: Tensor, noise: Tensor, sign: int) -> Sketch:
+        """Returns the sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `1/w [n]` of any floating dtype."""
         keys = keys.double()
-        return replace(self, image=self.image + sign * (keys.T @ (weights.double() * (keys @ self.probe))))
+        return replace(self, image=torch.addmv(self.image, keys.T, (keys @ self.probe) / noise, alpha=sign))
 
 
 def inspect(sketch: Sketch, base: Tensor, pending: Tensor, signs: Tensor) -> Monitor:

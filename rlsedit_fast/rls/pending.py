@@ -45,7 +45,8 @@ class Pending:
         self.reserve(len(rows))
         end = self._count + len(rows)
         self._rows[self._count : end] = rows
-        self._signs[self._count : end] = signs
+        now = self._signs[self._count : end]
+        now.copy_(signs) if isinstance(signs, Tensor) else now.fill_(signs)
         self._count = end
 
     def clear(self, capacity: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.pending import Pending
 
@@ -19,7 +21,6 @@ class Panel:
         keys: `K [n, d_k]` in the dtype of the state.
         noise: `1/w [n]`.
         projected: `F = K C [n, d_k]`.
-        gram: `G = F K^T [n, n]`, symmetric.
         version: version of the state; any change of the state makes the panel stale.
 
     Example:
@@ -34,8 +35,14 @@ class Panel:
     keys: Tensor
     noise: Tensor
     projected: Tensor
-    gram: Tensor
     version: int
+
+    @cached_property
+    @full_float32()
+    def gram(self) -> Tensor:
+        """`G = F K^T [n, n]`, symmetric; computed when it is first read."""
+        gram = self.projected @ self.keys.T
+        return 0.5 * (gram + gram.T)
 
     def cross(self, keys: Tensor) -> Tensor:
         """Returns `K' C K^T [m, n]`, float64, for other keys `K' [m, d_k]`."""
@@ -48,8 +55,7 @@ class Step:
 
     Attributes:
         residual: `V - K W_new^T [n, d_v]`, in the dtype of the state.
-        realized: `1 - ||residual_i|| / ||V_i - K_i W_old^T|| [n]`, the realized fraction of each change; 1 if no change
-            was requested, negative if a removal moved the output away from its value.
+        innovation: `V - K W_old^T [n, d_v]`, in the dtype of the state.
         objective: `J` after the step.
         change: `||W_new - W_old||_F`.
 
@@ -63,9 +69,17 @@ class Step:
     """
 
     residual: Tensor
-    realized: Tensor
+    innovation: Tensor
     objective: float
     change: float
+
+    @cached_property
+    def realized(self) -> Tensor:
+        """The realized fraction of each change, `1 - ||residual_i|| / ||innovation_i|| [n]`; computed when it is read.
+
+        1 if no change was requested, negative if a removal moved the output away from its value.
+        """
+        return realized(self.innovation, self.residual)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ class RLSState(Layer):
     `A = L^-1 (V - K W^T)`, an update is `C -= U^T U`, `W += A^T U`, `J += ||A||_F^2`. `C` is stored as
     `C_base - U_p^T D U_p`, so that a batch reads it once and it is written only every `delay` rows.
 
-    A method that raises leaves the state unmodified. A step synchronizes with the host twice, to check its inputs and
-    its result.
+    A method that raises leaves the state unmodified. A step synchronizes with the host once, to check all numbers.
 
     Args:
         weight: `W0 [d_v, d_k]`, any floating dtype; copied and not modified unless `in_place`.
@@ -167,8 +166,9 @@ class RLSState(Layer):
         Raises:
             InputError: an argument is invalid.
         """
-        keys, weights, _ = self._batch(keys, weights)
-        return self._panel(keys, weights)
+        given = self._batch(keys, weights)
+        self._check(given)
+        return self._panel(given)
 
     @torch.no_grad()
     def update(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
@@ -186,9 +186,9 @@ class RLSState(Layer):
             InputError: an argument is invalid.
             UpdateError: the batch could not be factored, or the result is not finite.
         """
-        keys, weights, (values,) = self._batch(keys, weights, values=values)
-        panel = self._panel(keys, weights)
-        return self._apply(panel, self._innovation(panel, values), 1)
+        given = self._batch(keys, weights, values=values)
+        panel = self._panel(given)
+        return self._apply(panel, self._innovation(panel, given["values"]), 1, given)
 
     @torch.no_grad()
     def update_projected(self, panel: Panel, innovation: Tensor) -> Step:
@@ -205,7 +205,8 @@ class RLSState(Layer):
             InputError: the panel is stale or from another state, or the innovation is invalid.
             UpdateError: the batch could not be factored, or the result is not finite.
         """
-        return self._apply(panel, self._checked_innovation(panel, innovation), 1)
+        innovation = self._innovation_of(panel, innovation)
+        return self._apply(panel, innovation, 1, {"innovation": innovation})
 
     @torch.no_grad()
     def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
@@ -223,10 +224,10 @@ class RLSState(Layer):
             InputError: an argument is invalid, or there are more rows than applied edits.
             RemovalError: the batch cannot be removed accurately; use `refresh` with the remaining edits.
         """
-        keys, weights, (values,) = self._batch(keys, weights, values=values)
+        given = self._batch(keys, weights, values=values)
         self._check_count(keys.shape[0])
-        panel = self._panel(keys, weights)
-        return self._apply(panel, self._innovation(panel, values), -1)
+        panel = self._panel(given)
+        return self._apply(panel, self._innovation(panel, given["values"]), -1, given)
 
     @torch.no_grad()
     @full_float32()
@@ -246,11 +247,13 @@ class RLSState(Layer):
             InputError: an argument is invalid, or there are more rows than applied edits.
             UpdateError: the result is not finite.
         """
-        keys, weights, (old, new) = self._batch(keys, weights, old_values=old_values, new_values=new_values)
+        given = self._batch(keys, weights, old_values=old_values, new_values=new_values)
+        self._check(given)
         self._check_count(keys.shape[0])
-        panel = self._panel(keys, weights)
+        panel, old = self._panel(given), given["old_values"]
+        shift = given["new_values"] - old
         change, step = prepare_replacement(
-            panel, new - old, self._innovation(panel, old), weights, objective=self._objective, name=self._name
+            panel, shift, self._innovation(panel, old), given.get("weights"), objective=self._objective, name=self._name
         )
         self._save_weight()
         self._master.correct(change, panel.projected, 1, self._backend)
@@ -271,8 +274,10 @@ class RLSState(Layer):
             InputError: an argument is invalid.
             PriorError: the precision is not positive definite in float64.
         """
-        keys, weights, (values,) = self._batch(keys, weights, least=0, values=values)
-        edits = Edits(keys, values, weights) if keys.shape[0] else None
+        given = self._batch(keys, weights, least=0, values=values)
+        self._check(given)
+        weights = given.get("weights", self._base.new_ones(keys.shape[0]))
+        edits = Edits(given["keys"], given["values"], weights) if keys.shape[0] else None
         built = build(self._original, self._prior, edits, dtype=self._dtype, name=self._name)
         self._start_from(built, write=True)
         self._edits = keys.shape[0]
@@ -361,13 +366,11 @@ class RLSState(Layer):
         if snapshot.weight is not None:
             self._restore_weight(snapshot.weight)
 
-    def _batch(
-        self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Checks the arguments of a batch and casts them to the dtype of the state.
+    def _batch(self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor) -> dict[str, Tensor]:
+        """Checks shapes, dtypes and devices of a batch and casts it to the dtype of the state.
 
         Returns:
-            The keys, the weights and the other `[n, d_v]` arguments.
+            `keys`, the other `[n, d_v]` arguments, and `weights` if they are given. Their numbers are not checked.
         """
         d_v, d_k = self._original.shape
         checks.matrix("keys", keys, columns=d_k)
@@ -382,30 +385,28 @@ class RLSState(Layer):
             tensors["weights"] = weights
         for argument, value in tensors.items():
             checks.same_device(argument, value, self._original.device)
-        cast = {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
-        if count:
-            checks.finite(**cast)
-        if weights is None:
-            cast["weights"] = self._base.new_ones(count)
-        else:
-            checks.positive_weights(cast["weights"])
-        return cast.pop("keys"), cast.pop("weights"), [cast[argument] for argument in others]
+        return {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
+
+    def _check(self, given: Mapping[str, Tensor]) -> None:
+        """Checks the numbers of a batch."""
+        if given["keys"].shape[0]:
+            checks.batch(checks.numbers(*checks.ends(*given.values())), given)
 
     def _check_count(self, count: int) -> None:
         if count > self._edits:
             raise InputError(f"keys has {count} rows, but {self._name} has {self._edits} edits; pass applied edits.")
 
     @full_float32()
-    def _panel(self, keys: Tensor, weights: Tensor) -> Panel:
-        pending = self._pending
+    def _panel(self, given: Mapping[str, Tensor]) -> Panel:
+        pending, keys, weights = self._pending, given["keys"], given.get("weights")
+        noise = self._base.new_ones(keys.shape[0]) if weights is None else 1 / weights
         projected = ops.panel(self._base, keys, pending.rows, pending.signs, backend=self._backend)
-        gram = projected @ keys.T
-        return Panel(keys, 1 / weights, projected, 0.5 * (gram + gram.T), self._version)
+        return Panel(keys, noise, projected, self._version)
 
     def _innovation(self, panel: Panel, values: Tensor) -> Tensor:
         return values - self._master.times(panel.keys)
 
-    def _checked_innovation(self, panel: Panel, innovation: Tensor) -> Tensor:
+    def _innovation_of(self, panel: Panel, innovation: Tensor) -> Tensor:
         if panel.version != self._version:
             raise InputError(
                 f"the panel is not from the current state of {self._name} (version {panel.version}, current version "
@@ -413,15 +414,14 @@ class RLSState(Layer):
             )
         checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._original.shape[0])
         checks.same_device("innovation", innovation, self._original.device)
-        innovation = innovation.detach().to(self._dtype).contiguous()
-        checks.finite(innovation=innovation)
-        return innovation
+        return innovation.detach().to(self._dtype).contiguous()
 
-    def _apply(self, panel: Panel, innovation: Tensor, sign: int) -> Step:
+    def _apply(self, panel: Panel, innovation: Tensor, sign: int, given: Mapping[str, Tensor]) -> Step:
         prepared = prepare_step(
             panel,
             innovation,
             sign,
+            given,
             sketch=self._sketch,
             objective=self._objective,
             name=self._name,

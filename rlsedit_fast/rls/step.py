@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from rlsedit_fast import ops
 from rlsedit_fast.errors import RemovalError, UpdateError
+from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.monitor import Sketch
-from rlsedit_fast.rls.results import Panel, Step, realized
+from rlsedit_fast.rls.results import Panel, Step
 
 REMOVAL_PIVOT_POWER = 0.25
 """The pivots of a removal, relative to the noise, must exceed `eps` to this power. An applied edit reduces the variance
@@ -38,7 +40,15 @@ class PreparedStep:
 
 
 def prepare_step(
-    panel: Panel, innovation: Tensor, sign: int, sketch: Sketch, objective: float, name: str, backend: str | None
+    panel: Panel,
+    innovation: Tensor,
+    sign: int,
+    given: Mapping[str, Tensor],
+    *,
+    sketch: Sketch,
+    objective: float,
+    name: str,
+    backend: str | None,
 ) -> PreparedStep:
     """Computes and checks a step; synchronizes with the host once.
 
@@ -46,24 +56,28 @@ def prepare_step(
         panel: the batch.
         innovation: `E [n, d_v]`.
         sign: +1 for an update, -1 for a removal.
+        given: arguments of the caller that are not checked yet, see `checks.batch`.
         sketch: sketch of C before the step.
         objective: `J` before the step.
         name: name of the layer, for error messages.
         backend: backend of the operations.
 
     Raises:
+        InputError: a given argument is not finite, or a weight is not positive.
         RemovalError: the rows cannot be removed accurately.
         UpdateError: the factorization failed or the result overflows.
     """
     rows, whitened, lower, info = ops.factor(
         panel.projected, panel.keys, innovation, panel.noise, sign, backend=backend
     )
-    moved = sketch.moved(panel.keys, 1 / panel.noise, sign)
-    change, rows_energy = _norms(whitened, rows)
-    energy = whitened.double().square().sum()
-    pivot = (lower.diagonal().square() / panel.noise).min()
-    numbers = torch.stack([x.double() for x in (info, pivot, energy, change, rows_energy, moved.image.abs().max())])
-    failed, smallest, gained, size, *finite = numbers.tolist()
+    moved = sketch.moved(panel.keys, panel.noise, sign)
+    image = torch.linalg.vector_norm(moved.image, torch.inf)
+    pivot = (lower.diagonal().square() / panel.noise).min() if sign < 0 else info
+    numbers = info, pivot, *_norms(whitened, rows), image
+    found = checks.numbers(*numbers, *checks.ends(*given.values()))
+    checks.batch(found[len(numbers) :], given)
+    failed, smallest, squared, gained, *finite = found[: len(numbers)]
+    size = math.sqrt(max(squared, 0.0))  # NaN stays NaN
     dtype = panel.keys.dtype
     least = torch.finfo(dtype).eps ** REMOVAL_PIVOT_POWER
     if sign < 0 and (failed or not smallest > least):  # true for NaN
@@ -83,11 +97,11 @@ def prepare_step(
         raise UpdateError(_overflow_message(panel, name))
     residual = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
     after = max(objective + sign * gained, 0.0)
-    return PreparedStep(rows, whitened, moved, Step(residual, realized(innovation, residual), after, size))
+    return PreparedStep(rows, whitened, moved, Step(residual, innovation, after, size))
 
 
 def prepare_replacement(
-    panel: Panel, shift: Tensor, innovation: Tensor, weights: Tensor, *, objective: float, name: str
+    panel: Panel, shift: Tensor, innovation: Tensor, weights: Tensor | None, *, objective: float, name: str
 ) -> tuple[Tensor, Step]:
     """Computes and checks a change of the values of applied rows; synchronizes with the host once.
 
@@ -95,7 +109,7 @@ def prepare_replacement(
         panel: the rows.
         shift: change of the values `[n, d_v]`.
         innovation: old values minus the present outputs `[n, d_v]`.
-        weights: weights of the rows `[n]`.
+        weights: weights of the rows `[n]`; None is 1.
         objective: `J` before the step.
         name: name of the layer, for error messages.
 
@@ -105,15 +119,15 @@ def prepare_replacement(
     Raises:
         UpdateError: the result overflows.
     """
-    weighted = shift * weights[:, None]
+    weighted = shift if weights is None else shift * weights[:, None]
     moved = panel.gram @ weighted
     residual = innovation + shift - moved
     energy = (weighted.double() * (shift - moved + 2 * innovation).double()).sum()
-    change, _ = _norms(weighted, panel.projected)
-    gained, size = torch.stack((energy, change)).tolist()
+    gained, squared = checks.numbers(energy, _norms(weighted, panel.projected)[0])
+    size = math.sqrt(max(squared, 0.0))
     if not (math.isfinite(gained) and size < torch.finfo(shift.dtype).max):
         raise UpdateError(_overflow_message(panel, name))
-    return weighted, Step(residual, realized(innovation + shift, residual), max(objective + gained, 0.0), size)
+    return weighted, Step(residual, innovation + shift, max(objective + gained, 0.0), size)
 
 
 def _overflow_message(panel: Panel, name: str) -> str:
@@ -124,8 +138,8 @@ def _overflow_message(panel: Panel, name: str) -> str:
     )
 
 
-def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `||A^T U||_F` and `||U||_F^2` as float64 scalars, from n x n Gram matrices."""
+def _norms(whitened: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `||A^T U||_F^2`, `||A||_F^2` and `||U||_F^2` as float64 scalars, from n x n Gram matrices."""
     rows, whitened = rows.double(), whitened.double()
-    gram = rows @ rows.T
-    return (gram * (whitened @ whitened.T)).sum().clamp_min(0).sqrt(), gram.trace()
+    gram, other = rows @ rows.T, whitened @ whitened.T
+    return torch.dot(gram.view(-1), other.view(-1)), other.trace(), gram.trace()

@@ -497,3 +497,66 @@ def test_doctor_tune_measures_common_and_stored_sizes(machine, monkeypatch, caps
     monkeypatch.setattr(Choices, "writable", lambda self: False)
     assert main(["doctor", "--tune"]) == 2
     assert "set RLSEDIT_CACHE" in capsys.readouterr().err
+
+
+def test_cuda_identity_has_driver_capability_and_versions(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    driver = tmp_path / "version"
+    monkeypatch.setattr(choices, "_DRIVER", driver)
+    paths = set()
+    for text, precision in (
+        ("NVRM version: 580.1\nGCC", ""),
+        ("NVRM version: 590.2\nGCC", ""),
+        (None, ""),
+        (None, "ieee"),
+    ):
+        driver.unlink(missing_ok=True) if text is None else driver.write_text(text)
+        monkeypatch.setenv("RLSEDIT_TRITON_PRECISION", precision)
+        about = choices.identity(torch.device("cuda", 0), ["reference", "triton"])
+        assert about["driver"] == (text.splitlines()[0] if text else "unknown")
+        assert (about["capability"], about["device"], about["triton"]) == (
+            "9.0",
+            "NVIDIA H200",
+            choices.version("triton"),
+        )
+        paths.add(Choices(about, tmp_path).path)
+    assert len(paths) == 4
+    assert all(path.name.startswith("backends-NVIDIA-H200-") for path in paths)
+
+
+def test_new_state_measures_nothing(machine):
+    """It runs every operation once, at a size that may never be used."""
+    import rlsedit_fast as rf
+
+    machine.fake = Fake(ops=("panel", "factor", "downdate_", "correct_"))
+    state = rf.RLSState(torch.zeros(300, 300), rf.Prior(lam=1.0))
+    assert not machine.timed
+    state.update(torch.ones(1, 300), torch.ones(1, 300))
+    assert {key.split()[0] for key in machine.timed} == {"panel", "correct_"}
+
+
+def test_missing_home_folder_does_not_fail_an_operation(machine, monkeypatch, caplog):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("rlsedit_fast.files.Path.home", none)
+    monkeypatch.delenv("RLSEDIT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    dispatch._warn_once.cache_clear()
+    assert [run(), run()] == ["reference"] * 2
+    assert sum("no cache folder" in m for m in caplog.messages) == 1
+    assert doctor.report()["choices"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.op)
+def test_backends_of_a_gpu_are_measured(size, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLSEDIT_CACHE", str(tmp_path))
+    device = torch.device("cuda", 0)
+    tensors, _ = problem(size, device)
+    names, default = dispatch.alternatives(size, tensors)
+    here = selection.Selection(dispatch.choices_of(device), device)
+    choice = here.measure(size, dispatch.runs(size.op, names), default)
+    assert not choice.excluded
+    assert choice.ms.keys() == set(names) or len(names) == 1

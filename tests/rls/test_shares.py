@@ -120,6 +120,6 @@ def test_rows_without_a_requested_change(problem: Callable) -> None:
 def test_failed_factorization_raises(problem: Callable) -> None:
     state, keys, weights, requested, norms = crowded(problem)
     panel = state.project(keys, weights)
-    flawed = replace(panel, gram=-2 * panel.noise.diag())
+    flawed = replace(panel, projected=-1e4 * panel.keys)
     with pytest.raises(UpdateError, match="pivot 1 is not positive"):
         amplify_innovation(flawed, requested, norms, torch.arange(6), 0.9)
