@@ -19,7 +19,7 @@ from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import parts
-from rlsedit_fast.rls.results import Bounds, Step, realized
+from rlsedit_fast.rls.results import Bounds, Step
 
 _versions = itertools.count(1)
 _orders = itertools.count(1)
@@ -199,7 +199,7 @@ class SeparateState(BlockBase):
         panel = self.project(keys, weights)
         change = self._write((new - old) * weights[:, None], panel, dict(self._present), self._edits)
         after = new - self.outputs(keys)
-        return Step(after, realized(before, after), self.objective, change)
+        return Step(after, before, self.objective, change)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -259,7 +259,7 @@ class SeparateState(BlockBase):
             present[group.block] = present[group.block] - rows.T @ rows
         change = self._write(shared.to(self._dtype), panel, present, self._edits + len(panel.keys))
         residual = (noise[:, None] * shared).to(self._dtype)
-        return Step(residual, realized(innovation, residual), self.objective, change)
+        return Step(residual, innovation, self.objective, change)
 
     @full_float32()
     def _write(self, shared: Tensor, panel: SeparatePanel, present: dict[int, Tensor], edits: int) -> float:

@@ -152,6 +152,7 @@ def test_steps_describe_the_new_weight():
     torch.testing.assert_close(panel.cross(keys), panel.gram)
     step = state.update_projected(panel, innovation)
     torch.testing.assert_close(step.residual, values - state.outputs(keys))
+    torch.testing.assert_close(step.innovation, innovation)
     assert step.change == pytest.approx(float((torch.cat(problem.model, 1) - before).norm()))
     torch.testing.assert_close(state.outputs(keys), problem.layout.stacked(keys) @ torch.cat(problem.model, 1).T)
     assert state.deviation() == pytest.approx(float((torch.cat(problem.model, 1) - torch.cat(problem.start, 1)).norm()))
@@ -353,6 +354,9 @@ def test_one_batch_with_separate_covariances_is_exact():
     assert np.linalg.norm(torch.cat(problem.model, 1).numpy() - weight) <= 1e-12 * np.linalg.norm(weight)
     misfit = (problem.weights[:12, None] * step.residual.square()).sum()
     assert state.objective + float(misfit) == pytest.approx(objective)
+    before = problem.values[:12] - problem.layout.stacked(problem.keys[:12]) @ torch.cat(problem.start, 1).T
+    torch.testing.assert_close(step.innovation, before)
+    torch.testing.assert_close(step.realized, 1 - step.residual.norm(dim=1) / before.norm(dim=1))
 
 
 def test_separate_covariances_are_between_the_exact_form_and_none():
