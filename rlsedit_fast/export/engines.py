@@ -7,10 +7,23 @@ from typing import Literal, get_args
 from rlsedit_fast.errors import InputError, ModelError
 
 Engine = Literal["vllm"]
-"""Servers with restrictions on LoRA adapters."""
+"""Servers with restrictions on LoRA adapters.
+
+Example:
+    >>> from typing import get_args
+    >>> from rlsedit_fast.export import Engine
+    >>> get_args(Engine)
+    ('vllm',)
+"""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of `--max-lora-rank` in vLLM."""
+"""Values of `--max-lora-rank` in vLLM.
+
+Example:
+    >>> from rlsedit_fast.export import VLLM_RANKS
+    >>> next(rank for rank in VLLM_RANKS if rank >= 150)  # 50 edits with three rows each
+    256
+"""
 
 _VLLM_WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "FalconForCausalLM", "StableLmForCausalLM")
 """Classes of the supported models that vLLM 0.32 serves without LoRA."""
