@@ -19,7 +19,6 @@ import torch
 from recording import add_json, record
 from torch import Tensor
 
-from rlsedit_fast.rls import Prior
 from rlsedit_fast.rls.build import _factor_, _inverse_
 
 CONDITION = 1e4
@@ -32,7 +31,7 @@ def library(precision: Tensor) -> Tensor:
 
 def blocks(precision: Tensor) -> Tensor:
     """The blocked functions that build a state; overwrites the precision."""
-    return _inverse_(_factor_(precision, Prior(lam=1.0), "layer"), torch.float32)
+    return _inverse_(_factor_(precision, 1.0, 0.0, "layer"), torch.float32)
 
 
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {"library": library, "blocks": blocks}

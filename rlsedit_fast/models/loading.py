@@ -153,9 +153,12 @@ def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _alone(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Provides a folder that contains only this GGUF file: transformers also reads configs that lie beside it."""
+    """Provides a folder that contains only this GGUF file: transformers also reads configs that lie beside it.
+
+    The name in the folder is new, because transformers prefers a file of this name in the working directory.
+    """
     with TemporaryDirectory(prefix="rlsedit-gguf-") as folder:
-        link = Path(folder, f"model{SUFFIX}")
+        link = Path(folder, f"{Path(folder).name}{SUFFIX}")
         link.symlink_to(Path(path).resolve())
         yield folder, link.name
 
