@@ -104,11 +104,11 @@ def test_lam_0_requires_an_anchor_moment_of_full_rank():
     keys, weight = torch.randn(3, 8), torch.randn(4, 8)
     rows = torch.randn(50, 8)
     config = EditConfig.from_preset("gpt2-xl")
-    (prior,) = choose_priors(config, [rows.T @ rows / 50], 1, None)
+    (prior,) = choose_priors(config, [rows.T @ rows / 50], [None], None)
     assert (prior.lam, prior.mu**2) == (0.0, pytest.approx(20_000))
     state = rf.RLSState(weight, prior)
     assert state.update(keys, keys @ weight.T + 1).realized.isfinite().all()
     few = torch.randn(5, 8)
-    (short,) = choose_priors(config, [few.T @ few / 5], 1, None)
+    (short,) = choose_priors(config, [few.T @ few / 5], [None], None)
     with pytest.raises(PriorError, match="increase lam above 0 or pass more anchors"):
         rf.RLSState(weight, short)

@@ -165,7 +165,7 @@ def test_lam_is_the_ridge_relative_to_the_moment(make_editor):
 def test_the_prior_scales_with_the_anchors(make_editor, scale):
     editor = make_editor("llama")
     plain, scaled = (
-        choose_priors(editor.config, moments, 1, pilot_of(editor, RANDOM[:6], moments))[0]
+        choose_priors(editor.config, moments, [None], pilot_of(editor, RANDOM[:6], moments))[0]
         for moments in (editor._session.moments, [scale * moment for moment in editor._session.moments])
     )
     assert scaled.mu == pytest.approx(plain.mu / math.sqrt(scale), rel=1e-5)  # the scaled moments round in float32
