@@ -8,7 +8,7 @@ from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLa
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
-from rlsedit_fast.rls.separate_state import SeparatePanel, SeparateState
+from rlsedit_fast.rls.separate_state import SeparateState
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.state import RLSState
 
@@ -26,7 +26,6 @@ __all__ = [
     "Prior",
     "RLSState",
     "Saved",
-    "SeparatePanel",
     "SeparateState",
     "Snapshot",
     "Step",

@@ -1,4 +1,4 @@
-"""Results of `BlockState`: projected batches and snapshots."""
+"""Results of states of mixtures of experts: projected batches, and snapshots of `BlockState`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rlsedit_fast.rls.block_weights import SavedBlocks
 
 @dataclass(frozen=True, eq=False)
 class BlockPanel:
-    """A batch of keys projected with the current state (`BlockState.project`).
+    """A batch of keys projected with the current state (`BlockState.project`, `SeparateState.project`).
 
     Attributes:
         keys: rows of keys `[n, key_width]` in the dtype of the state.
         weights: `w [n]`.
         gram: `G = K C K^T [n, n]`, float64, symmetric.
         version: version of the state; any change of the state makes the panel stale.
-        projected: features of `K C0 [n, features]`.
-        coupling: `L^-1 K_old C0 K^T [rows, n]`, float64, for the applied rows `K_old`.
-        cross_of: `BlockState.cross` of the state.
+        projected: features of `K C0 [n, features]`; of `K C` in a `SeparateState`.
+        coupling: `L^-1 K_old C0 K^T [rows, n]`, float64, for the applied rows `K_old`; no rows in a `SeparateState`.
+        cross_of: `cross` of the state.
 
     Example:
         >>> import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from rlsedit_fast.errors import RemovalError
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.block_base import BlockBase
+from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor
@@ -25,44 +26,6 @@ _versions = itertools.count(1)
 _orders = itertools.count(1)
 
 _ROWS_AT_ONCE = 512  # rows per step of a refresh
-
-
-@dataclass(frozen=True, eq=False)
-class SeparatePanel:
-    """A batch of keys projected with the current state (`SeparateState.project`).
-
-    Attributes:
-        keys: rows of keys `[n, key_width]` in the dtype of the state.
-        weights: `w [n]`.
-        gram: `G = K C K^T [n, n]`, float64, symmetric.
-        version: version of the state.
-        projected: features of `K C [n, features]`.
-        cross_of: `SeparateState.cross` of the state.
-
-    Example:
-        >>> import torch
-        >>> from rlsedit_fast.rls import BlockLayout, BlockPrior, SeparateState
-        >>> layout = BlockLayout(experts=2, width=2, active=1)
-        >>> state = SeparateState(list(torch.zeros(2, 1, 2)), BlockPrior(layout=layout, lam=1.0))
-        >>> state.project(torch.tensor([[3.0, 4.0, 0.0]])).gram
-        tensor([[25.]], dtype=torch.float64)
-    """
-
-    keys: Tensor
-    weights: Tensor
-    gram: Tensor
-    version: int
-    projected: Tensor
-    cross_of: Callable[[Tensor, SeparatePanel], Tensor]
-
-    @property
-    def noise(self) -> Tensor:
-        """`1/w [n]`."""
-        return 1 / self.weights
-
-    def cross(self, keys: Tensor) -> Tensor:
-        """Returns `K' C K^T [m, n]`, float64, for rows of keys `K' [m, key_width]`."""
-        return self.cross_of(keys, self)
 
 
 @dataclass(eq=False)
@@ -151,7 +114,7 @@ class SeparateState(BlockBase):
 
     @torch.no_grad()
     @full_float32()
-    def project(self, keys: Tensor, weights: Tensor | None = None) -> SeparatePanel:
+    def project(self, keys: Tensor, weights: Tensor | None = None) -> BlockPanel:
         """Projects a batch of keys with the current state; see `BlockState.project`."""
         keys, weights, _ = self._batch(keys, weights)
         features = self._layout.features(keys)
@@ -160,11 +123,12 @@ class SeparateState(BlockBase):
             part = self._layout.part(features, group) @ self._covariance(group.block)
             self._layout.put(projected, group, part)
         gram = self._covariances.gram(keys, keys, projected)
-        return SeparatePanel(keys, weights, 0.5 * (gram + gram.T), self._version, projected, self.cross)
+        coupling = gram.new_zeros(0, len(keys))
+        return BlockPanel(keys, weights, 0.5 * (gram + gram.T), self._version, projected, coupling, self.cross)
 
     @torch.no_grad()
     @full_float32()
-    def cross(self, keys: Tensor, panel: SeparatePanel) -> Tensor:
+    def cross(self, keys: Tensor, panel: BlockPanel) -> Tensor:
         """Returns `K' C K^T [m, n]`, float64, for rows of keys `K'` and the keys `K` of a panel of this state."""
         keys, _, _ = self._batch(keys, None)
         return self._covariances.gram(keys, panel.keys, panel.projected)
@@ -176,7 +140,7 @@ class SeparateState(BlockBase):
         return self._apply(self.project(keys, weights), values - self.outputs(keys))
 
     @torch.no_grad()
-    def update_projected(self, panel: SeparatePanel, innovation: Tensor) -> Step:
+    def update_projected(self, panel: BlockPanel, innovation: Tensor) -> Step:
         """Applies the edits of a panel; see `BlockState.update_projected`."""
         return self._apply(panel, self._checked_innovation(panel, innovation))
 
@@ -242,7 +206,7 @@ class SeparateState(BlockBase):
         return self._present[block]
 
     @full_float32()
-    def _apply(self, panel: SeparatePanel, innovation: Tensor) -> Step:
+    def _apply(self, panel: BlockPanel, innovation: Tensor) -> Step:
         noise = panel.noise.double()
         lower, info = torch.linalg.cholesky_ex(torch.diag(noise) + panel.gram)
         if int(info) or not bool(lower.isfinite().all()):
@@ -262,7 +226,7 @@ class SeparateState(BlockBase):
         return Step(residual, innovation, self.objective, change)
 
     @full_float32()
-    def _write(self, shared: Tensor, panel: SeparatePanel, present: dict[int, Tensor], edits: int) -> float:
+    def _write(self, shared: Tensor, panel: BlockPanel, present: dict[int, Tensor], edits: int) -> float:
         """Adds `X^T K C` to the weights and enters the new covariances; returns `||W_new - W_old||_F`."""
         undo: SavedBlocks = {}
         energies, energy = dict(self._energy), 0.0

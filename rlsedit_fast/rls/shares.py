@@ -10,7 +10,6 @@ from torch import Tensor
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.results import Panel
-from rlsedit_fast.rls.separate_state import SeparatePanel
 
 MAX_TERMS = 3
 """Maximum number of residual terms that are added to an amplified request."""
@@ -60,7 +59,7 @@ def realized_fraction(residual: Tensor, norms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def amplify_innovation(
-    panel: Panel | BlockPanel | SeparatePanel, innovation: Tensor, norms: Tensor, rows: Tensor, share: float
+    panel: Panel | BlockPanel, innovation: Tensor, norms: Tensor, rows: Tensor, share: float
 ) -> Tensor:
     """Amplifies an innovation for `RLSState.update_projected` so that `share` of the requested change is realized.
 
@@ -103,7 +102,7 @@ def amplify_innovation(
 
 @torch.no_grad()
 def amplify_values(
-    panel: Panel | BlockPanel | SeparatePanel, keys: Tensor, change: Tensor, norms: Tensor, rows: Tensor, share: float
+    panel: Panel | BlockPanel, keys: Tensor, change: Tensor, norms: Tensor, rows: Tensor, share: float
 ) -> Tensor:
     """Amplifies a change of values for `RLSState.replace` so that `share` of a change of the outputs is realized.
 
@@ -140,7 +139,7 @@ def _amplify(
     rows: Tensor,
     share: float,
     residual_of: Callable[[Tensor], Tensor],
-    panel: Panel | BlockPanel | SeparatePanel,
+    panel: Panel | BlockPanel,
 ) -> Tensor:
     """Adds the residuals that `residual_of` predicts to the request until `share` is realized."""
     device = panel.gram.device
