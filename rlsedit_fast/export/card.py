@@ -25,6 +25,7 @@ _KEPT = ("license", "license_name", "license_link", "language")
 
 _PROJECT = "https://github.com/rlsedit/rlsedit-fast"
 _PAPER = "https://arxiv.org/abs/2601.15686"
+_SPECIAL = re.compile(r"[^\w ,.()\-'\"?%+/;=]|_|\.(?=\w*[^\W\d])")  # a dot before a word can make a link
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # folder of a model in the cache of the Hub
 
@@ -143,7 +144,7 @@ def escape(text: str) -> str:
     """
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
     plain = "".join(c if c.isprintable() else " " for c in short)
-    return " ".join("".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in plain).split(" ")).strip()
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", plain).strip()
 
 
 def hub_name(base: str) -> str | None:

@@ -22,6 +22,7 @@ HOSTILE = (
     "*bold* _it_ ~~no~~ $math$ \\ end\\",
     "\u202eright to left\u0000",
     "&lt;b&gt; &#60;i&#62;",
+    "www.evil.example, mail@evil.example, :smile: @user",
 )
 
 
@@ -74,7 +75,7 @@ def test_metadata_names_the_base_model_only_if_the_hub_has_it(tmp_path):
     data = ModelCard(card).data.to_dict()
     assert "base_model" not in data
     assert data["library_name"] == "peft"
-    assert "my&#45;model" in card
+    assert "my-model" in card
     assert "private" not in card
     cached = tmp_path / "models--org--name" / "snapshots" / "0123"
     cached.mkdir(parents=True)
