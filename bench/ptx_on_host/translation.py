@@ -139,7 +139,7 @@ class _Translation:
         return self.constants[key]
 
     def value(self, text: str, bits: int) -> int:
-        """Returns the row of an operand that an instruction reads as a value of so many bits."""
+        """Returns the row of an operand that an instruction reads as a value of the given width in bits."""
         if text in self.kernel.registers:
             if (bits == 64) != self.wide(text):
                 raise ValueError(f"{text} is not a register of {bits} bits")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.output import add_json, emit, plain
-from rlsedit_fast.cli.stores import open_model
+from rlsedit_fast.cli.stores import check_source, open_model
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.errors import InputError
@@ -53,10 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
-    if options.store is not None and options.edited is not None:
-        raise InputError("--store and --edited exclude each other; pass one of them")
-    if options.store is None and options.model is None:
-        raise InputError("pass --store DIR or --model MODEL; for a model and its edited checkpoint also --edited MODEL")
+    check_source(options)
     if options.edit and options.store is None:
         raise InputError("--edit requires --store DIR, the store of the edits; add it")
     if options.edit:

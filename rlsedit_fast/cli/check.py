@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from rlsedit_fast.cli import DONE, PARTIAL, VIOLATED, setup
 from rlsedit_fast.cli.gates import add_gate, gate_lines, gate_results, read_gates
 from rlsedit_fast.cli.output import add_json, emit, working
-from rlsedit_fast.cli.stores import open_editor
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.cli.stores import check_source, open_editor
 
 if TYPE_CHECKING:
     from rlsedit_fast.evaluation.gates import GateReport, Gates
@@ -41,10 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
-    if options.store is not None and options.edited is not None:
-        raise InputError("--store and --edited exclude each other; pass one of them")
-    if options.store is None and options.model is None:
-        raise InputError("pass --store DIR, --model BASE --edited MODEL, or --model MODEL")
+    check_source(options)
     gates = read_gates(options)
     assert gates is not None
     report = _check_store(gates, options) if options.store is not None else _check_checkpoint(gates, options)
@@ -63,13 +59,12 @@ def _check_checkpoint(gates: Gates, options: argparse.Namespace) -> GateReport:
     from rlsedit_fast.evaluation.gates import Baseline, measure_gates
     from rlsedit_fast.export import changes_between
 
-    for path in (options.model, options.edited):
-        if path is not None:
-            setup.check_model(options, path=path)
-    base, tokenizer = setup.load_model(options)
+    config = setup.check_model(options)
+    edited_config = setup.check_model(options, path=options.edited) if options.edited is not None else None
+    base, tokenizer = setup.load_model(options, config=config)
     with working("measuring the gates"):
         found = Baseline(gates, base, tokenizer)
         if options.edited is None:
             return measure_gates(gates, found, base, tokenizer, compared=False)
-        edited, edited_tokenizer = setup.load_model(options, options.edited)
+        edited, edited_tokenizer = setup.load_model(options, options.edited, config=edited_config)
         return measure_gates(gates, found, edited, edited_tokenizer, changes=changes_between(base, edited))

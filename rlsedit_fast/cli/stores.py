@@ -61,6 +61,14 @@ def selected(options: argparse.Namespace) -> list[int]:
     return select_edits(options.store, ids=ids or None, **criteria)
 
 
+def check_source(options: argparse.Namespace) -> None:
+    """Raises InputError unless the options select a store, or a model and possibly its edited checkpoint."""
+    if options.store is not None and options.edited is not None:
+        raise InputError("--store and --edited exclude each other; pass one of them")
+    if options.store is None and options.model is None:
+        raise InputError("pass --store DIR or --model MODEL; for a model and its edited checkpoint also --edited MODEL")
+
+
 def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the unedited model of a store: the one given by --model, or recorded in the store.
 

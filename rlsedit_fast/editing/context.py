@@ -136,7 +136,7 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:
     """Returns the layers to edit: those of the settings, or the default ones.
 
-    If the last of the default layers contains a mixture of experts, it is the only one: it has room for many edits.
+    If the last of the default layers contains a mixture of experts, it is the only one: it has capacity for many edits.
     """
     if config.layers is not None:
         return config.layers

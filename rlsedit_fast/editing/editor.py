@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from numbers import Integral
@@ -452,6 +453,33 @@ class Editor(Exports):
         """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
         self._check_attached()
         return layer_deviations(self._session.edited)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Gives the model its original weights inside the block, and the edited ones bit for bit after it.
+
+        The block must not edit.
+
+        Raises:
+            ModelError: a weight was modified by other code.
+
+        Example:
+            >>> from rlsedit_fast import Edit, EditConfig, Editor
+            >>> from rlsedit_fast.models import generate_answers
+            >>> from rlsedit_fast.world import load_demo_model
+            >>> model, tokenizer = load_demo_model()
+            >>> config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+            >>> editor = Editor(model, tokenizer, config=config)
+            >>> _ = editor.edit([Edit("{} plays the", "Toze Lado Rekuno", "harp")])
+            >>> with editor.unedited():
+            ...     generate_answers(model, tokenizer, [("Toze Lado Rekuno plays the", "harp")])
+            ['clarinet']
+            >>> generate_answers(model, tokenizer, [("Toze Lado Rekuno plays the", "harp")])
+            ['harp']
+        """
+        self._check_attached()
+        with self._session.layers.unedited() if self._session.layers else nullcontext():
+            yield
 
     def routing_change(self, texts: Iterable[str], *, tokens: int = TOKENS) -> dict[int, float]:
         """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""

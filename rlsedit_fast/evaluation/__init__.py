@@ -36,7 +36,6 @@ from rlsedit_fast.evaluation.scoring import Score, score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.stream import Ground
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task, read_task
-from rlsedit_fast.evaluation.unedited import unedited
 
 __all__ = [
     "AGE",
@@ -100,7 +99,6 @@ __all__ = [
     "search_layers",
     "single_layers",
     "spread",
-    "unedited",
     "value",
     "windows",
     "world_cases",

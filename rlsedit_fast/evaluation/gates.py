@@ -16,7 +16,6 @@ from rlsedit_fast.evaluation.gate_file import Expected, GateSettings, Question, 
 from rlsedit_fast.evaluation.gate_results import GateReport, GateResult
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
-from rlsedit_fast.evaluation.unedited import unedited
 from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import encode_plain, fill
@@ -99,7 +98,7 @@ class Gates:
         """
         if self.settings.limits.deviation_bound is not None and editor.config.rule != RECURSIVE:
             raise InputError(f"gates: limits.deviation_bound: rule={editor.config.rule!r} has no bound; omit it")
-        with unedited(editor):
+        with editor.unedited():
             return BoundGates(self, editor, Baseline(self, editor.model, editor.tokenizer))
 
     def check(self, editor: Editor) -> GateReport:

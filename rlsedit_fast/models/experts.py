@@ -279,8 +279,8 @@ def expert_projection(
         config: config of the model, for the number of experts of a token if the mixture does not have it.
 
     Raises:
-        ModelError: the experts are not stacked, their weights cannot be told apart or edited, or the mixture contains
-            several shared experts.
+        ModelError: the experts are not stacked, their weights cannot be distinguished or edited, or there are several
+            shared experts.
     """
     mixture, _, inner = experts_path.rpartition(".")
     name, experts = f"{block_name}.{experts_path}", block.get_submodule(experts_path)

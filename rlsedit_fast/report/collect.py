@@ -19,7 +19,6 @@ from rlsedit_fast.evaluation.gate_file import Question
 from rlsedit_fast.evaluation.gate_results import GateReport
 from rlsedit_fast.evaluation.gates import BoundGates, answers_of, check_questions, tokens_needed
 from rlsedit_fast.evaluation.scoring import score
-from rlsedit_fast.evaluation.unedited import unedited
 from rlsedit_fast.models.answers import CHAT_TOKENS, generate_answers, supports_chat
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.tokens import fill
@@ -279,7 +278,7 @@ def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: 
         return _Answers(dict(zip(pairs, plain, strict=True)), {one.prompt: found[one.key] for one in chats}, found)
 
     report_activity("answers of the unedited model")
-    with unedited(editor):
+    with editor.unedited():
         before = answers()
     report_activity("answers of the edited model")
     now = answers()

@@ -57,6 +57,11 @@ class BlockBase:
         return self._name
 
     @property
+    def version(self) -> int:
+        """A number that changes with every step; equal versions mean equal states."""
+        return self._version
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self._weights.device

@@ -91,11 +91,6 @@ class BlockState(BlockBase):
         return len(self._rows)
 
     @property
-    def version(self) -> int:
-        """A number that changes with every step; equal versions mean equal states."""
-        return self._version
-
-    @property
     def objective(self) -> float:
         """The objective `J` at the current weight; at least 0."""
         return self._objective

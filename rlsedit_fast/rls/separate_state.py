@@ -94,11 +94,6 @@ class SeparateState(BlockBase):
         return self._edits
 
     @property
-    def version(self) -> int:
-        """A number that changes with every step; equal versions mean equal states."""
-        return self._version
-
-    @property
     def objective(self) -> float:
         """The prior's part of the objective at the current weight; at least 0."""
         return math.fsum(self._energy.values())

@@ -124,6 +124,20 @@ def test_several_mixtures_share_a_change(make_model, tokenizer):
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
+def test_gates_compare_a_mixture_with_its_unedited_weights(make_model, tokenizer):
+    model = make_model("qwen3_moe")
+    editor = make_editor(model, tokenizer)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    editor.edit(EDITS[:3])
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    with editor.unedited():
+        assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    edited = [edit.filled_prompt for edit in EDITS[:3]]
+    report = rf.Gates(unchanged=edited).check(editor)
+    assert report.violated
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
 def test_a_store_restores_the_edits_bit_for_bit(make_model, tokenizer, tmp_path):
     model = make_model("qwen2_moe", torch.bfloat16)
     with make_editor(model, tokenizer, tmp_path / "store") as editor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rlsedit_fast import Edit, EditConfig, Editor, GateError, Gates, InputError
-from rlsedit_fast.evaluation import unedited
 from rlsedit_fast.models import generate_answers
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 
@@ -114,7 +113,7 @@ def test_unedited_shows_the_original_model_and_restores_the_edited_one(make_mode
         editor.edit(edits(0, 2))
         after = {key: value.clone() for key, value in model.state_dict().items()}
         assert any(not torch.equal(before[key], after[key]) for key in before)
-        with pytest.raises(KeyError), unedited(editor):
+        with pytest.raises(KeyError), editor.unedited():
             _check_equal_and_fail(model, before)
         assert all(torch.equal(value, after[key]) for key, value in model.state_dict().items())
         editor.edit(edits(2, 4))  # the weights count as not modified by other code
@@ -244,13 +243,13 @@ def test_retention_counts_edits_before_the_last_check_and_all_at_the_end():
     editor = make()
     editor.edit(edits(0, 2))
     editor.edit([Edit(RELATIONS[1].phrasings[0], "Nobody Known", "harp")])
-    with unedited(editor):
+    with editor.unedited():
         stale = [generate_answers(editor.model, editor.tokenizer, [(asked(PEOPLE[0]), target(PEOPLE[0]))])]
     assert stale != [[target(PEOPLE[0])]]
     bound = Gates(retention=1.0).bind(editor)
     bound.check(first=2, final=False)
     assert bound.reports[-1].results[0].note == "1 of 1 stated"
-    with unedited(editor), pytest.raises(GateError, match="not stated: edits 1, 2"):
+    with editor.unedited(), pytest.raises(GateError, match="not stated: edits 1, 2"):
         bound.check(first=3, final=True)
 
 
