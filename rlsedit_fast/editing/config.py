@@ -252,6 +252,10 @@ class EditConfig(Settings):
             that they do not grow. Earlier edits are then protected only approximately, and an undo applies the
             remaining edits again.
         delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
+        halve_after: number of later edits after which the weight of an edit is halved, exactly; again after twice, four
+            times, ... as many. Recent edits then count more where edits compete, and the prior keeps its weight. It
+            takes effect when a later batch is written. Requires `rls`, stored rows and `experts="exact"`. None: all
+            edits keep their weight.
 
     Raises:
         InputError: a setting is unknown or invalid, or settings exclude each other.
@@ -283,6 +287,7 @@ class EditConfig(Settings):
     stored_rows: StoredRows | None = "full"
     experts: Experts = "exact"
     delay: _Index = DEFAULT_DELAY
+    halve_after: _Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -300,6 +305,18 @@ class EditConfig(Settings):
                 if given not in (None, allowed):
                     raise InputError(
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
+                    )
+        if self.halve_after is not None:
+            for name, wrong, needed in (
+                ("rule", self.rule != baselines.RECURSIVE, baselines.RECURSIVE),
+                ("stored_rows", self.stored_rows is None, "full"),
+                ("experts", self.experts != "exact", "exact"),
+            ):
+                if wrong:
+                    given = getattr(self, name)
+                    raise InputError(
+                        f"halve_after={self.halve_after} requires {name}={needed!r}, got {name}={given!r}; omit "
+                        "halve_after"
                     )
         if self.refine and self.stored_rows is None:
             raise InputError(

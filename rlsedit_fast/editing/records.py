@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any, Literal
 
+from rlsedit_fast.rls import Terms
+
 logger = logging.getLogger(__name__)
 
 EditState = Literal["active", "undone", "replaced", "skipped"]
@@ -29,7 +31,7 @@ class EditRecord:
         prompt: prompt of the edit.
         subject: subject of the edit.
         target: target of the edit.
-        weight: weight of the edit.
+        weight: present weight of the edit, which its age lowers with `EditConfig.halve_after`.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
             converge.
         batch: number of its batch, counted from 1.
@@ -164,10 +166,12 @@ class Point:
     Attributes:
         edits: number of active edits.
         objective: `J` of each layer.
+        terms: terms of `J` of each layer, exact; empty for a rule without an objective.
     """
 
     edits: int
     objective: tuple[float, ...]
+    terms: tuple[Terms, ...] = ()
 
 
 @dataclass

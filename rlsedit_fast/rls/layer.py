@@ -11,6 +11,7 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.master import Master
 from rlsedit_fast.rls.prior import Prior
+from rlsedit_fast.rls.results import Panel
 
 
 class Layer:

@@ -14,9 +14,9 @@ from rlsedit_fast.errors import UpdateError
 def used_share(state: Any, keys: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the used share `u = 1 - (k C k^T) / (k C0 k^T)` of each key before it is applied.
 
-    `k C k^T` is the variance of the outputs in the direction of the key that the applied edits leave, `k C0 k^T` the one
-    that the prior alone leaves: a new direction has 0, the key of an edit that was applied almost 1. The rows of the
-    batch count as applied one after the other.
+    `k C k^T` is the variance of the outputs in the direction of the key that the applied edits leave, and `k C0 k^T`
+    the one that the prior alone leaves: a new direction has 0, the key of an edit that was applied almost 1. The rows
+    of the batch count as applied one after the other.
 
     Args:
         state: an `RLSState`, `BlockState` or `SeparateState`.
