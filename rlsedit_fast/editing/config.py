@@ -23,6 +23,7 @@ Optimizer = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
+OnOverlap = Literal["keep", "warn", "skip", "raise"]
 StoredRows = Literal["full", "fp16"]
 Experts = Literal["exact", "separate"]
 
@@ -235,6 +236,11 @@ class EditConfig(Settings):
         unconverged: what happens to an edit whose search does not converge within `search.steps`. `keep`: it is written
             nevertheless. `skip`: it is not written, its record has the state `skipped`, and an edit that it would
             replace stays; of several edits that share a value the worst is skipped first. `raise`: its batch fails.
+        overlap: what happens to an edit whose key active edits already use, so that it repeats or contradicts one of
+            them although their texts differ (see `Editor.overlaps`). `warn`: it is written, with a warning. `skip`: it
+            is not written, its record has the state `skipped`. `raise`: its batch fails. `keep`: it is written, and
+            used shares are not computed.
+        overlap_share: used share of the key above which an edit overlaps.
         refine: rounds of refinement. An edit whose target is not ranked first at the bare prompt after the write is
             searched again in the edited model, and its value is moved by the difference. The edits of a batch are
             checked when it is written; at the end of a call of several batches all of its edits are checked, and as
@@ -282,6 +288,8 @@ class EditConfig(Settings):
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"
+    overlap: OnOverlap = "warn"
+    overlap_share: _Fraction = 0.9
     refine: _Index | None = None
     measure_chat: bool = False
     stored_rows: StoredRows | None = "full"

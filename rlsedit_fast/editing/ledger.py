@@ -211,6 +211,11 @@ class Ledger:
                     found[i] = replace(self._rows[i], weight=weight)
         return found
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of active edits are kept."""
+        return bool(self._rows)
+
     def rows_except(self, ids: Collection[int]) -> list[EditRows]:
         """Returns the rows of all other active edits."""
         return [self._rows[i] for i in self._edits if i not in ids]

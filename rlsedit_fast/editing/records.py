@@ -33,7 +33,7 @@ class EditRecord:
         target: target of the edit.
         weight: present weight of the edit, which its age lowers with `EditConfig.halve_after`.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
-            converge.
+            converge or its key overlaps with those of active edits.
         batch: number of its batch, counted from 1.
         search_converged: whether the value search met its stopping rule.
         search_nll: mean NLL of the target tokens with the value that the search found, in the worst context, nats.
@@ -52,6 +52,10 @@ class EditRecord:
         chat_nll: mean NLL of the target tokens in the answer of a chat after the write, see `models.chat_row`.
         chat_rank: rank of the worst target token there.
         joint_with: ids of the other active edits of the same subject, with which it shares one value.
+        used: used share of the key before the edit was made, see `Overlap`; None if it was not computed.
+        innovation: what the edit added to the objective of the first edited layer, relative to the mean over all active
+            edits: 1 is usual, 0 an edit that the model already stated, a large value one that contradicts what earlier
+            edits left in the direction of its key. None if it is not known.
 
     Example:
         >>> from rlsedit_fast import Edit, EditConfig, Editor
@@ -86,6 +90,8 @@ class EditRecord:
     chat_nll: float | None = None
     chat_rank: int | None = None
     joint_with: tuple[int, ...] = ()
+    used: float | None = None
+    innovation: float | None = None
 
     @property
     def success(self) -> bool:
