@@ -88,14 +88,16 @@ def test_without_a_check_nothing_is_computed(edited, monkeypatch):
     assert [record.used for record in edited(overlap="keep").history()] == [None, None]
 
 
-def test_a_contradiction_adds_much_to_the_objective_and_a_repetition_little(edited):
-    editor = edited(same_subject="separate", search={"steps": 12})
-    (again,), (against,) = (
-        editor.edit([edit]) for edit in (FIRST[0], rf.Edit("{} speaks", "Toze Lado Rekuno", "Nafiish"))
-    )
+def test_a_contradiction_adds_much_to_the_objective_and_a_repetition_little(tokenizer):
+    config = CONFIG.replace(same_subject="separate", prior={"lam": None, "adherence": 0.9}, search={"steps": 25})
+    editor = rf.Editor(load_demo_model()[0], tokenizer, config=config)
+    first = [rf.Edit("{} plays the", name, "harp") for name in ("Toze Lado Rekuno", "Fado Veta Voluvu")]
+    editor.edit(first)
+    (again,) = editor.edit(first[:1])
+    (against,) = editor.edit([rf.Edit("{} plays the", "Toze Lado Rekuno", "organ")])
     assert 3 * again.innovation < against.innovation
-    assert again.used > 0.9
-    assert against.used > 0.9
+    assert again.used > 0.7
+    assert against.used > 0.7
 
 
 def test_a_baseline_knows_no_used_shares(tokenizer):
