@@ -125,7 +125,9 @@ class Editor(Exports):
         Raises:
             InputError: the model cannot be loaded. Other errors are those of `Editor`.
         """
-        return cls(*load_model(path, **model_options), config=config, store=store)
+        editor = cls(*load_model(path, **model_options), config=config, store=store)
+        editor._find_base(model_options)
+        return editor
 
     def close(self) -> None:
         """Closes the store, so that other processes can open it; the model stays edited. No effect without a store."""
