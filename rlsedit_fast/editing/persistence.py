@@ -484,7 +484,11 @@ class Recorder:
 
 
 def _edit_of(record: EditRecord) -> Edit:
-    return Edit(record.prompt, record.subject, record.target, record.weight, record.name)
+    return Edit(
+        *(record.prompt, record.subject, record.target, record.weight, record.name),
+        join=record.join,
+        messages=record.messages,
+    )
 
 
 def _progress(progress: Progress, point: Point) -> dict[str, Any]:
