@@ -148,7 +148,7 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
     Raises:
         InputError: a setting in `FIXED` differs from the one that the store was created with.
     """
-    stored = EditConfig(**about["config"])
+    stored = EditConfig.from_store(about["config"])
     if given is None:
         return stored
     first = EditConfig(**about["given"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rlsedit_fast.data.edits import Edit, check_list, invalid_weight, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import RequestError, listed
-from rlsedit_fast.models.facts import encode_fact
+from rlsedit_fast.models.facts import encode_fact, encode_in_chat
 from rlsedit_fast.models.joins import Join
 from rlsedit_fast.models.tokens import Row, encode, encode_plain
 
@@ -30,7 +30,7 @@ class Request:
 
     Attributes:
         edit: the edit.
-        contexts: prompt and target with each context prefix, the bare prompt first.
+        contexts: prompt and target with each context prefix, the bare prompt first, and in each form in a chat.
         kl: the KL prompts, without targets.
         prompt_key: normalized filled prompt; equal for edits with the same prompt.
         subject_key: normalized subject; equal for edits that share a value. None if the edited token does not belong to
@@ -139,6 +139,10 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         encode_fact(tokenizer, edit, prefix=prefix, fact_token=config.fact_token, span=edit.span)
         for prefix in config.contexts.prefixes
     )
+    contexts += tuple(
+        encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span)
+        for form in config.contexts.chat or ()
+    )
     kl = tuple(
         encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token)
         for prompt in config.search.effective_kl_prompts
@@ -147,7 +151,8 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
     width = max(len(row.ids) for row in (*contexts, *kl))
     if longest is not None and width > longest:
         raise RequestError(
-            f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes"
+            f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes, "
+            "or set contexts.chat to ()"
         )
     return Request(edit, contexts, kl, prompt_key(edit), subject_key(edit, config))
 

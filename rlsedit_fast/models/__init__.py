@@ -7,7 +7,7 @@ which it is edited, and `find_site` returns the place in the model at which the 
 from rlsedit_fast.models.answers import chat_answers, chat_row, generate_answers, supports_chat
 from rlsedit_fast.models.conversations import ROLES, Conversation, Message, invalid_messages, render
 from rlsedit_fast.models.experts import ExpertProjection
-from rlsedit_fast.models.facts import Fact, encode_fact
+from rlsedit_fast.models.facts import ChatForm, Fact, encode_fact, encode_in_chat
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import Sample, greedy, sample
 from rlsedit_fast.models.joins import Join, join_texts
@@ -21,6 +21,7 @@ from rlsedit_fast.models.tokens import FactToken, Row, encode, encode_plain, fil
 
 __all__ = [
     "ROLES",
+    "ChatForm",
     "Conversation",
     "Decoder",
     "ExpertProjection",
@@ -39,6 +40,7 @@ __all__ = [
     "chat_row",
     "encode",
     "encode_fact",
+    "encode_in_chat",
     "encode_plain",
     "fill",
     "find_decoder",

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlsedit_fast.models.facts import Fact, encode_fact
+from rlsedit_fast.models.facts import Fact, encode_fact, is_question
 from rlsedit_fast.models.generation import end_tokens, greedy
 from rlsedit_fast.models.joins import Join, join_texts
 from rlsedit_fast.models.tokens import Row, encode_plain, fill, target_ids
@@ -125,11 +125,6 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, join:
         before += list(tokenizer(text, add_special_tokens=False)["input_ids"])
         answer = target_ids(tokenizer, prompt.lstrip(), target, join)
     return Row(before + answer, 0, len(before))
-
-
-def is_question(prompt: str) -> bool:
-    """Returns whether a prompt ends with a question mark."""
-    return prompt.rstrip().endswith(("?", "\uff1f"))
 
 
 def chat_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> Row:
