@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import datetime
 from numbers import Integral
 from pathlib import Path
@@ -392,7 +391,7 @@ class Editor(Exports):
         """
         selected = self.select(ids)
         self._session.check_stored("replace", selected)
-        edits = [replace(edit, target=target) for edit in self._session.ledger.edits(selected)]
+        edits = [edit.with_target(target) for edit in self._session.ledger.edits(selected)]
         requests = self.context.prepare(edits)
         with quiet(self.model):
             records = self._session.apply_batch(requests, replaced=selected)
