@@ -32,8 +32,8 @@ CONFIG = rf.EditConfig(
 CONTEXTS = len(CONFIG.contexts.prefixes)
 
 
-def make_editor(**changes):
-    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(**changes))
+def make_editor(store=None, **changes):
+    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(**changes), store=store)
     editor.anchor(demo_statistics(1000))
     return editor
 
@@ -121,7 +121,7 @@ def test_each_context_is_a_row_with_its_share_of_the_edits_weight(bare_weight):
 
 @pytest.mark.parametrize("keys", ["full", "fp16"])
 def test_undo_removes_all_rows_of_an_edit(keys):
-    editor = make_editor(stored_rows=keys, batch_size=4)
+    editor = make_editor(stored_rows=keys, batch_size=4, prior={"mu": 30.0})
     start = weights(editor)
     editor.edit(EDITS)
     editor.undo([1, 6, 7])
@@ -138,12 +138,11 @@ def test_undo_removes_all_rows_of_an_edit(keys):
 
 @pytest.mark.parametrize(("key_rows", "keys"), [("contexts", "fp16"), ("mean", "full")])
 def test_a_store_with_several_rows_per_edit_reopens_bit_for_bit(tmp_path, keys, key_rows):
-    uninterrupted = make_editor(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
+    settings = {"stored_rows": keys, "contexts": {"rows": key_rows}, "batch_size": 4, "prior": {"mu": 30.0}}
+    uninterrupted = make_editor(**settings)
     uninterrupted.edit(EDITS)
     uninterrupted.undo([2, 9])
-    config = CONFIG.replace(stored_rows=keys, contexts={"rows": key_rows}, batch_size=4)
-    with rf.Editor(*load_demo_model(), config=config, store=tmp_path) as editor:
-        editor.anchor(demo_statistics(1000))
+    with make_editor(store=tmp_path, **settings) as editor:
         editor.edit(EDITS)
     with rf.Editor(*load_demo_model(), store=tmp_path) as editor:
         editor.undo([2, 9])
