@@ -1,6 +1,6 @@
 """Used shares of keys: do they separate edits that repeat an earlier subject from edits of new subjects?
 
-    python bench/overlap.py smollm2 --data counterfact-10k.json --text DIR --json bench/results/real/overlap-smollm2.json
+    python bench/overlap.py smollm2 --data counterfact-10k.json --text DIR --json results/overlap-smollm2.json
 
 The keys of CounterFact edits of different subjects are applied to the solver states of the default layers, with the
 priors of the default settings; values do not matter for used shares, so nothing is searched and the model is not
