@@ -15,6 +15,7 @@ from rlsedit_fast.editing.presets import published
 from rlsedit_fast.editing.settings import Settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import read_json
+from rlsedit_fast.models.facts import ChatForm
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
@@ -65,15 +66,24 @@ _Fraction = Annotated[float, Field(gt=0, lt=1)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Layers = Annotated[tuple[_Index, ...], BeforeValidator(_to_tuple), AfterValidator(_check_layers)]
+_Chat = Annotated[tuple[ChatForm, ...], BeforeValidator(_to_tuple)]
 _Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_prefixes)]
 _KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
 
+CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "message")
+"""Default chat contexts of an edit, if the tokenizer has a chat template."""
+
+
 class ContextConfig(Settings):
-    """Contexts of an edit: prefixes before the prompt, for which the edit is searched and written.
+    """Contexts of an edit: prefixes before the prompt, and the prompt in a chat. It is searched and written for each.
 
     Attributes:
         prefixes: texts placed before the prompt. The first is `""`, the bare prompt.
+        chat: the prompt in a chat, see `models.encode_in_chat`: `answer`, as the start of the answer; `message`, as the
+            message of the user, repeated by the answer; `direct`, as the message, and the target is the answer. None:
+            `answer` and `message` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
+            contains what is used. `()`: no chat.
         samples: number of additional prefixes that the model generates when the editor is created. They are added to
             `Editor.config.contexts.prefixes`. The published settings of MEMIT sample twenty.
         sample_tokens: maximum number of tokens of a sampled prefix.
@@ -96,6 +106,12 @@ class ContextConfig(Settings):
     seed: _Seed = 0
     rows: KeyRows | None = None
     bare_weight: _Fraction = 0.5
+    chat: _Chat | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of contexts of an edit; with `chat=None`, the most that it can be."""
+        return len(self.prefixes) + len(CHAT_FORMS if self.chat is None else self.chat)
 
 
 class PriorConfig(Settings):
@@ -348,6 +364,12 @@ class EditConfig(Settings):
         if self.refine is not None:
             return self.refine
         return 2 if self.rule == baselines.RECURSIVE and self.stored_rows is not None else 0
+
+    @classmethod
+    def from_store(cls, settings: Mapping[str, Any]) -> EditConfig:
+        """Returns the settings of a store; one without `contexts.chat` has no chat contexts."""
+        contexts = {"chat": ()} | dict(settings.get("contexts", {}))
+        return cls(**dict(settings) | {"contexts": contexts})
 
     def for_rule(self, rule: str, **changes: Any) -> EditConfig:
         """Returns these settings for another rule, with `changes` as in `replace`.

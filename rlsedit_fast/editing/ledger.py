@@ -269,6 +269,8 @@ class Ledger:
                 state="active" if at in written.rows else "skipped",
                 batch=batch,
                 name=request.edit.name,
+                join=request.edit.join,
+                messages=request.edit.messages,
                 joint_with=partners.get(at, ()),
                 **written.results[at],
             )

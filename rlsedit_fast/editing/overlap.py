@@ -88,7 +88,7 @@ def check_overlaps(config: EditConfig, requests: Sequence[Request], overlaps: Se
         return []
     assert overlaps is not None
     named = [
-        f"{requests[at].edit.subject!r} -> {requests[at].edit.target!r} (used share {overlaps[at].used:.2f}"
+        f"{requests[at].prompt_key!r} -> {requests[at].edit.target!r} (used share {overlaps[at].used:.2f}"
         + (f", most similar to edit {overlaps[at].nearest})" if overlaps[at].nearest is not None else ")")
         for at in flagged
     ]

@@ -147,7 +147,7 @@ def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> Ed
     Raises:
         InputError: a setting in `FIXED` differs from the one that the store was created with.
     """
-    stored = EditConfig(**about["config"])
+    stored = EditConfig.from_store(about["config"])
     if given is None:
         return stored
     first = EditConfig(**about["given"])
@@ -421,7 +421,11 @@ class Recorder:
 
 
 def _edit_of(record: EditRecord) -> Edit:
-    return Edit(record.prompt, record.subject, record.target, record.weight, record.name)
+    return Edit(
+        *(record.prompt, record.subject, record.target, record.weight, record.name),
+        join=record.join,
+        messages=record.messages,
+    )
 
 
 def _progress(progress: Progress, point: Point) -> dict[str, Any]:

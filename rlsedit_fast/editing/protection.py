@@ -113,7 +113,7 @@ def make_protection(
     if len(wanted) != len(texts):
         raise InputError(f"there are {len(texts)} prompts and {len(wanted)} continuations; pass one for each prompt")
     try:
-        edits = [Edit("{}", text, one) for text, one in zip(texts, wanted, strict=True)]
+        edits = [Edit(text, "", one) for text, one in zip(texts, wanted, strict=True)]
         longest = max_tokens(context.model.config)
         requests = prepare(context.tokenizer, edits, _last_token(context), longest=longest)
     except RequestError as error:

@@ -9,6 +9,9 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any, Literal
 
+from rlsedit_fast.data.edits import without_defaults
+from rlsedit_fast.models.conversations import Message
+from rlsedit_fast.models.joins import Join
 from rlsedit_fast.rls import Terms
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ class EditRecord:
         id: number of the edit, counted from 1 within an editor.
         time: when its batch was written.
         prompt: prompt of the edit.
-        subject: subject of the edit.
+        subject: subject of the edit; empty if it has none.
         target: target of the edit.
         weight: present weight of the edit, which its age lowers with `EditConfig.halve_after`.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
@@ -56,6 +59,8 @@ class EditRecord:
         innovation: what the edit added to the objective of the first edited layer, relative to the mean over all active
             edits: 1 is usual, 0 an edit that the model already stated, a large value one that contradicts what earlier
             edits left in the direction of its key. None if it is not known.
+        join: how prompt and target are joined, see `Edit`.
+        messages: the conversation, if the edit is one, see `Edit`.
 
     Example:
         >>> from rlsedit_fast import Edit, EditConfig, Editor
@@ -92,6 +97,8 @@ class EditRecord:
     joint_with: tuple[int, ...] = ()
     used: float | None = None
     innovation: float | None = None
+    join: Join = "auto"
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)
 
     @property
     def success(self) -> bool:
@@ -105,7 +112,7 @@ class EditRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""
-        return asdict(self) | {"time": self.time.isoformat()}
+        return without_defaults(asdict(self)) | {"time": self.time.isoformat()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditRecord:

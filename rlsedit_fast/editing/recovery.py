@@ -49,7 +49,7 @@ def read_settings(directory: str | Path) -> EditConfig | None:
     if not Store.exists(directory):
         return None
     with Store(directory, write=False) as store:
-        settings, given = EditConfig(**store.about["config"]), EditConfig(**store.about["given"])
+        settings, given = EditConfig.from_store(store.about["config"]), EditConfig(**store.about["given"])
     return settings.replace(**{name: getattr(given, name) for name in FIXED})
 
 

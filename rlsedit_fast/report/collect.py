@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlsedit_fast._version import __version__
 from rlsedit_fast.activity import report_activity
-from rlsedit_fast.data.edits import normalized
+from rlsedit_fast.data.edits import prompt_key
 from rlsedit_fast.editing import Editor, EditRecord, Status
 from rlsedit_fast.editing.recovery import Contents
 from rlsedit_fast.editing.status import largest_changes
@@ -18,10 +18,11 @@ from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.gate_file import Question
 from rlsedit_fast.evaluation.gate_results import GateReport
 from rlsedit_fast.evaluation.gates import BoundGates, answers_of, check_questions, tokens_needed
-from rlsedit_fast.evaluation.scoring import score
-from rlsedit_fast.models.answers import CHAT_TOKENS, generate_answers, supports_chat
+from rlsedit_fast.evaluation.scoring import score_rows
+from rlsedit_fast.models.answers import CHAT_TOKENS, answer_facts, supports_chat
+from rlsedit_fast.models.facts import encode_fact, fact_key
 from rlsedit_fast.models.loading import max_tokens
-from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.models.tokens import encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,8 +253,10 @@ class _Measured:
 def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: bool, missing: list[str]) -> _Measured:
     model, tokenizer = editor.model, editor.tokenizer
     has_chat = supports_chat(tokenizer)
-    pairs = list(dict.fromkeys((fill(r.prompt, r.subject)[0], r.target) for r in contents.records))
-    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs)) if chat and has_chat else []
+    facts = {fact_key(record): record for record in contents.records}
+    pairs = list(facts)
+    asked_in_chat = (pair[0] for pair, record in facts.items() if record.messages is None)
+    prompts = list(dict.fromkeys(asked_in_chat)) if chat and has_chat else []
     chats, long = _fitting(model, tokenizer, [Question(prompt=text, chat=True, tokens=CHAT_TOKENS) for text in prompts])
     if not has_chat:
         missing.append("answers in a chat: the tokenizer has no chat template")
@@ -273,7 +276,7 @@ def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: 
     every = [one for some in questions.values() for one in some]
 
     def answers() -> _Answers:
-        plain = generate_answers(model, tokenizer, pairs) if pairs else []
+        plain = answer_facts(model, tokenizer, list(facts.values())) if facts else []
         found = answers_of(model, tokenizer, [*chats, *every])
         return _Answers(dict(zip(pairs, plain, strict=True)), {one.prompt: found[one.key] for one in chats}, found)
 
@@ -282,8 +285,10 @@ def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: 
         before = answers()
     report_activity("answers of the edited model")
     now = answers()
-    scored = list(dict.fromkeys([*pairs, *(pair for e in contents.edits.values() for pair in _paraphrased(e))]))
-    found = score(model, tokenizer, scored) if scored else []
+    scored = {pair: encode_fact(tokenizer, fact) for pair, fact in facts.items()}
+    for edit in contents.edits.values():
+        scored |= {p: encode_plain(tokenizer, *p, edit.join) for p in _paraphrased(edit) if p not in scored}
+    found = score_rows(model, list(scored.values())) if scored else []
     scores = {pair: (one.exact, one.nll) for pair, one in zip(scored, found, strict=True)}
     return _Measured(before, now, scores, questions)
 
@@ -306,8 +311,8 @@ def _neighborhood(contents: Contents) -> list[str]:
 
 
 def _row(record: EditRecord, note: str, contents: Contents, measured: _Measured | None) -> EditRow:
-    prompt = fill(record.prompt, record.subject)[0]
-    pair, active = (prompt, record.target), record.state == "active"
+    pair, active = fact_key(record), record.state == "active"
+    prompt = pair[0]
     stated, nll, paraphrases = record.success, record.nll, None
     before, now = record.answer_before, record.answer
     chat_before, chat_now = record.chat_answer_before, record.chat_answer
@@ -343,7 +348,7 @@ def _notes(records: Sequence[EditRecord]) -> dict[int, str]:
     """Returns by id why edits were skipped, and what replaced them."""
     notes, later = dict[int, str](), dict[str, int]()
     for record in reversed(records):
-        key = normalized(fill(record.prompt, record.subject)[0])
+        key = prompt_key(record)
         if record.state == "skipped":
             notes[record.id] = (
                 f"the value search did not converge in {record.search_steps} steps: rank {record.search_rank}, NLL "

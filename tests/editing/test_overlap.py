@@ -54,7 +54,7 @@ def test_warning_and_record(edited, caplog):
         (record,) = editor.edit([ALIAS])
     assert record.state == "active"
     assert record.used > 0.8
-    assert "'the Toze Lado Rekuno' -> 'Nafiish'" in caplog.text
+    assert "'the Toze Lado Rekuno speaks' -> 'Nafiish'" in caplog.text
     assert "most similar to edit 1" in caplog.text
 
 

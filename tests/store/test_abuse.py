@@ -493,7 +493,7 @@ def test_arbitrary_requests_are_applied_or_rejected_and_the_store_reopens(tokeni
     editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path / "store")
     editor.edit(make_edits(2))
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(
         prompt=PROMPT,
         subject=st.one_of(ARBITRARY_TEXT, st.just("Lado")),
@@ -511,6 +511,7 @@ def test_arbitrary_requests_are_applied_or_rejected_and_the_store_reopens(tokeni
             check.__exit__(None, None, None)
             assert "nothing was modified" in message
             return
+        subject = subject if subject.strip() else ""  # no subject
         assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
         assert read_history(tmp_path / "store")[-1] == record
 
