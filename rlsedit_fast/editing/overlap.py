@@ -65,7 +65,7 @@ def find_overlaps(
     (read,), _ = request_keys(context.decoder, context.projections[:1], bare)
     keys = read[:, 0].to(state.device)
     share = config.contexts.bare_weight if config.effective_rows == "contexts" and len(requests[0].contexts) > 1 else 1
-    weights = torch.tensor([request.edit.weight * share for request in requests], device=state.device)
+    weights = torch.tensor([float(request.edit.weight) * share for request in requests], device=state.device)
     used = used_share(state, keys, weights).tolist()
     known = _of_known_subjects(config, ledger, requests)
     flagged = [at for at, one in enumerate(used) if one > config.overlap_share and at not in known]
