@@ -57,6 +57,18 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def taken_rows(output: Any, rows: Tensor, length: int) -> Any:
+    """Returns a block's output with some of its rows and its first tokens.
+
+    Args:
+        output: output of a decoder block with the hidden state `[all rows, t, d]`.
+        rows: indices of the rows, `[m]`, int64.
+        length: number of tokens to keep.
+    """
+    hidden = hidden_of(output)
+    return with_hidden(output, hidden[rows.to(hidden.device), :length])
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Sets evaluation mode and disables gradients of the parameters in the context; restores both afterwards.
