@@ -6,8 +6,9 @@ from rlsedit_fast.rls.block_state import BlockState
 from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
 from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
 from rlsedit_fast.rls.monitor import Monitor
+from rlsedit_fast.rls.overlap import used_share
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, Terms
 from rlsedit_fast.rls.separate_state import SeparateState
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.state import RLSState
@@ -29,10 +30,12 @@ __all__ = [
     "SeparateState",
     "Snapshot",
     "Step",
+    "Terms",
     "TrialLayer",
     "TrialPanel",
     "amplify_innovation",
     "amplify_values",
     "memit_share",
     "realized_fraction",
+    "used_share",
 ]

@@ -372,7 +372,7 @@ def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advi
     base.close()
     model = tiny()
     for open_it in (lambda: rf.Editor(model, tokenizer, store=place), lambda: read_history(place)):
-        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 4.*{advice}"):
+        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 5.*{advice}"):
             open_it()
     assert_same_weights(model, tiny())
 
