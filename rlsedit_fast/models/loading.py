@@ -17,6 +17,7 @@ from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.classes import from_config, whole_model_class
 from rlsedit_fast.models.gguf_files import check_gguf, is_gguf
 from rlsedit_fast.models.gguf_loading import load_gguf, load_gguf_config, load_gguf_tokenizer
+from rlsedit_fast.models.repairs import repair_forward
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +91,8 @@ def load_model(
         else:
             found = whole_model_class(config, trust_remote_code=bool(options.get("trust_remote_code")))
             model = found.from_pretrained(path, **options)
+    except ModelError:
+        raise
     except _FAILURES as error:
         raise _not_loaded(path, error, options) from error
     if device and device != "auto":
@@ -97,6 +100,7 @@ def load_model(
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used: {error}") from error
+    repair_forward(model)
     return model.eval(), tokenizer
 
 
@@ -241,6 +245,8 @@ def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code
         found = whole_model_class(config, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: Any = from_config(found, config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except _FAILURES as error:
         raise _not_loaded(path, error, {}) from error
     return model

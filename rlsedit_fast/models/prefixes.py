@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.models.compiled import uncompiled
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import cache_argument, cache_of, end_at
 from rlsedit_fast.models.projections import Decoder
@@ -216,7 +217,8 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
     """
     head = decoder.model.get_output_embeddings()
     if head is None:
-        yield lambda output: output.logits[row.to(output.logits.device), at.to(output.logits.device)]
+        with uncompiled(decoder.model):
+            yield lambda output: output.logits[row.to(output.logits.device), at.to(output.logits.device)]
         return
 
     def choose(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -225,7 +227,8 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
 
     handle = head.register_forward_pre_hook(choose)
     try:
-        yield lambda output: output.logits[0]
+        with uncompiled(decoder.model):
+            yield lambda output: output.logits[0]
     finally:
         handle.remove()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.experts import ExpertProjection, expert_projection
 from rlsedit_fast.models.linear import (
     LinearProjection,
@@ -179,6 +180,7 @@ def find_decoder(
         >>> [projection.name for projection in find_decoder(model).select([1, 2])]
         ['model.layers.1.mlp.down_proj', 'model.layers.2.mlp.down_proj']
     """
+    model = unwrapped(model)
     if getattr(model, "peft_config", None):
         raise ModelError(
             f"{type(model).__name__} has an adapter, and its checkpoint would contain only the adapter, not the edits; "
