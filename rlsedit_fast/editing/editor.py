@@ -26,8 +26,10 @@ from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, Status
 from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.interrupts import interrupts_deferred
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.repairs import repair_forward
 from rlsedit_fast.rls import BlockPrior, Prior
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
@@ -72,7 +74,8 @@ class Editor(Inspection):
         """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
         Args:
-            model: causal language model; for a store with edits, the same model without them.
+            model: causal language model, also compiled (`torch.compile`) or multimodal; for a store with edits, the
+                same model without them.
             tokenizer: its tokenizer.
             config: settings; by default those of the store, or `EditConfig()`.
             store: folder of the edits. If it contains edits, they are applied without forward passes.
@@ -86,7 +89,9 @@ class Editor(Inspection):
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
         """
+        model = unwrapped(model)
         check_arguments(model, tokenizer, config)
+        repair_forward(model)
         held, given = open_store(store, model, config)
         try:
             self.context: ModelContext = inspect_model(model, tokenizer, given)
