@@ -84,6 +84,8 @@ def status_lines(status: Status) -> list[str]:
         if layer.anchors_bound is not None:
             parts.append(f"change of outputs on the anchors at most {layer.anchors_bound:.3g}")
         measured = f" (measured {layer.weight:.3g})" if layer.weight is not None else ""
+        if layer.held_out is not None:
+            parts.append(f"on held-out text measured {layer.held_out:.3g}")
         parts.append(f"weight change at most {layer.weight_bound:.3g}{measured}")
         if layer.residual is not None:
             parts.append(f"drift of C {layer.residual:.1e}")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.held_out import HeldOut, output_energy
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior
-from rlsedit_fast.rls.prior import chunks
 
 DEFAULT_BUDGET = 0.25
 """Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
@@ -56,15 +56,9 @@ class Norms:
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
             return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
         (original,) = originals
-        weight, anchors = original.float(), None
-        if (moment := prior.anchor_moment) is not None:
-            energy, start = 0.0, 0
-            for part in chunks(moment, original.device):
-                rows = part.float()
-                energy += float(((rows @ weight.T).T * weight[:, start : start + len(rows)]).double().sum())
-                start += len(rows)
-            anchors = math.sqrt(max(energy, 0.0))
-        return cls(float(torch.linalg.vector_norm(weight)), anchors)
+        moment = prior.anchor_moment
+        anchors = None if moment is None else math.sqrt(output_energy(original, moment))
+        return cls(float(torch.linalg.vector_norm(original.float())), anchors)
 
 
 @dataclass(frozen=True)
@@ -94,6 +88,8 @@ class LayerStatus:
         anchors_bound: upper bound of `||K0 (W - W0)^T||_F / ||K0 W0^T||_F` over the anchors; None without anchors.
         residual: drift of C, see `RLSState.monitor`; None if it was not measured.
         advice: what to do about the drift; None if nothing.
+        held_out: `||K (W - W0)^T||_F / ||K W0^T||_F` over held-out tokens of the anchor text, measured, see
+            `HeldOut.changes`; None without such tokens, or if it was not measured.
     """
 
     layer: int
@@ -103,6 +99,7 @@ class LayerStatus:
     anchors_bound: float | None
     residual: float | None
     advice: str | None
+    held_out: float | None = None
 
     @classmethod
     def of(
@@ -116,6 +113,7 @@ class LayerStatus:
         deviation: float | None,
         residual: float | None,
         advice: str | None,
+        held_out: float | None = None,
     ) -> LayerStatus:
         """Returns the status from the prior and `J` of a layer; `deviation` is `||W - W0||_F`."""
         root = math.sqrt(objective)
@@ -127,6 +125,7 @@ class LayerStatus:
             anchors_bound=root / mu / norms.anchors if mu and norms.anchors else None,
             residual=residual,
             advice=advice,
+            held_out=held_out,
         )
 
 
@@ -193,10 +192,13 @@ class Status:
     warnings: list[str] = field(default_factory=list)
 
 
-def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms]) -> list[LayerStatus]:
+def layer_statuses(
+    edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms], held_out: HeldOut | None
+) -> list[LayerStatus]:
     """Measures edited layers and returns their status; reads C of each layer once."""
     found = []
-    for (projection, state), norm in zip(edited, norms, strict=True):
+    changes = held_out.changes([state for _, state in edited]) if held_out and edited else [None] * len(edited)
+    for (projection, state), norm, change in zip(edited, norms, changes, strict=True):
         health = state.monitor()
         found.append(
             LayerStatus.of(
@@ -208,6 +210,7 @@ def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Seque
                 deviation=state.deviation(),
                 residual=health.residual,
                 advice=health.advice if health.needs_refresh else None,
+                held_out=change,
             )
         )
     return found
