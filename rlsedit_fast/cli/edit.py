@@ -116,8 +116,8 @@ def run(options: argparse.Namespace) -> int:
     if options.chat is None and "measure_chat" not in setup.settings_given(options):
         options.chat = len(facts.edits) <= CHAT_EDITS
     if options.store and Store.exists(options.store):
-        asked = {(r.prompt, r.subject, r.target, r.weight) for r in read_history(options.store)}
-        if asked and any((e.prompt, e.subject, e.target, e.weight) not in asked for e in facts.edits):
+        asked = {_identity(record) for record in read_history(options.store)}
+        if asked and any(_identity(edit) not in asked for edit in facts.edits):
             _check_anchors_fixed(options)
     if options.dry_run and options.store and not Store.exists(options.store):
         options.store = None
@@ -355,6 +355,11 @@ def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any
     return Written()
 
 
+def _identity(edit: Edit | EditRecord) -> object:
+    """Returns what an edit of a file and an edit of the history have in common if they are the same edit."""
+    return edit.prompt, edit.subject, edit.target, edit.weight, edit.join, repr(edit.messages)
+
+
 def _new_facts(
     editor: Editor, facts: Facts, *, again: bool, retry: bool
 ) -> tuple[Facts, list[str], list[dict[str, str]]]:
@@ -369,14 +374,14 @@ def _new_facts(
     Returns:
         The facts to apply; the places of edits that are already active; and `{place, state}` of the other skipped ones.
     """
-    states: dict[tuple[str, str, str, float], str] = {}
+    states: dict[object, str] = {}
     for r in editor.history():
-        asked = (r.prompt, r.subject, r.target, r.weight)
+        asked = _identity(r)
         if states.get(asked) != "active":
             states[asked] = r.state
         if retry and r.state == "active" and not r.success:
             del states[asked]
-    found = [states.get((edit.prompt, edit.subject, edit.target, edit.weight)) for edit in facts.edits]
+    found = [states.get(_identity(edit)) for edit in facts.edits]
     if again:
         found = [state if state == "active" else None for state in found]
     known = [place for place, state in zip(facts.places, found, strict=True) if state == "active"]

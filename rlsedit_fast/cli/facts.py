@@ -16,6 +16,7 @@ from rlsedit_fast.data.conflicts import Conflicts, resolve
 from rlsedit_fast.data.read import edit_from_record
 from rlsedit_fast.editing.requests import find_invalid
 from rlsedit_fast.errors import InputError, RequestError, counted, listed
+from rlsedit_fast.models.joins import Join
 from rlsedit_fast.models.loading import max_tokens
 
 
@@ -44,13 +45,15 @@ FILE_OPTIONS = {"format": "auto", "zsre_target": "alt", "limit": None, "conflict
 
 _SINGLE = {
     "prompt": "prompt with {} in place of the subject",
-    "subject": "subject of the edit",
+    "subject": "subject of the edit; without one, the edit is made at the last token of the prompt",
     "target": "text that the model should generate after the prompt",
+    "join": "how prompt and target are joined: auto (default), by a space unless the prompt asks for none; space; or "
+    "exact, character by character",
     "name": "your own name for the edit (optional)",
 }
 """Options of a single edit."""
 
-_REQUIRED = ("prompt", "subject", "target")
+_REQUIRED = ("prompt", "target")
 
 
 def add_facts(parser: argparse.ArgumentParser, *, required: bool = True, single: bool = False) -> None:
@@ -67,8 +70,8 @@ def add_facts(parser: argparse.ArgumentParser, *, required: bool = True, single:
         type=Path,
         metavar="FILE",
         required=required and not single,
-        help="JSON Lines, JSON, CSV or TSV with prompt, subject and target, or a CounterFact, zsRE or MQuAKE file; - "
-        "reads from stdin",
+        help="JSON Lines, JSON, CSV or TSV with prompt, subject and target, or with messages of a chat, or a "
+        "CounterFact, zsRE or MQuAKE file; - reads from stdin",
     )
     group.add_argument(
         "--format", choices=("auto", *FORMATS), help="fields of the file (default: auto, detected from the fields)"
@@ -90,7 +93,7 @@ def add_facts(parser: argparse.ArgumentParser, *, required: bool = True, single:
     if single:
         one = parser.add_argument_group("a single edit (instead of --edits)")
         for name, what in _SINGLE.items():
-            one.add_argument(f"--{name}", help=what)
+            one.add_argument(f"--{name}", help=what, choices=get_args(Join) if name == "join" else None)
 
 
 def facts_given(options: argparse.Namespace) -> bool:
@@ -137,6 +140,8 @@ def read_facts(options: argparse.Namespace) -> Facts:
     say(*resolved.describe())
     if trimmed := sum(one is not other for one, other in zip(given, edits, strict=True)):
         say(f"white space around the prompt, subject or target of {trimmed} edits is ignored")
+    if without := sum(not edit.subject for edit in resolved.edits):
+        say(f"{counted(without, 'edit')} without a subject: edited at the last token of the prompt")
     if unread:
         say(f"ignored fields: {', '.join(unread)}")
     kept = [places[i] for i in resolved.kept]

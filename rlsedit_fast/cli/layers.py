@@ -127,7 +127,7 @@ def _of_different_subjects(edits: Sequence[Edit], count: int) -> list[Edit]:
     """Returns the first edit of each of the first `count` subjects, since edits of one subject share a value."""
     first: dict[str, Edit] = {}
     for edit in edits:
-        first.setdefault(edit.subject.strip(), replace(edit, weight=1.0))
+        first.setdefault(edit.subject.strip() or edit.prompt, replace(edit, weight=1.0))
     return list(islice(first.values(), count))
 
 

@@ -16,7 +16,7 @@ from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.editing.recovery import select_edits
 from rlsedit_fast.errors import InputError, listed
-from rlsedit_fast.models.answers import generate_answers
+from rlsedit_fast.models.answers import answer_facts
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.store import Store
 
@@ -181,8 +181,7 @@ def report(results: dict[str, Any], lines: Sequence[str], done: Changed, options
 
 def ask(editor: Editor, edits: Sequence[Edit | EditRecord]) -> list[str]:
     """Returns the answer of the model to the prompt of each edit."""
-    questions = [(fill(e.prompt, e.subject)[0], e.target) for e in edits]
-    return generate_answers(editor.model, editor.tokenizer, questions)
+    return answer_facts(editor.model, editor.tokenizer, edits)
 
 
 def answer_lines(records: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> list[str]:

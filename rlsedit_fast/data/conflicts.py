@@ -167,7 +167,7 @@ def _resolve(edits: list[Edit], conflicts: Conflicts, places: Sequence[str] | No
     kept = [index for index in range(len(edits)) if index not in dropped]
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index in kept:
-        if _is_valid(edits[index]):
+        if _is_valid(edits[index]) and edits[index].subject.strip():
             by_subject[normalized(edits[index].subject)].append(index)
     shared = [group for group in by_subject.values() if len(group) > 1]
     return Resolved([edits[i] for i in kept], kept, duplicates, contradictions, shared, conflicts, edits, list(places))

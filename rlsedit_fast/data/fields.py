@@ -10,6 +10,7 @@ from rlsedit_fast.data.edits import invalid_weight
 from rlsedit_fast.data.source import DuplicateKeys
 from rlsedit_fast.data.table import Row
 from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models.conversations import Message, invalid_messages
 from rlsedit_fast.models.tokens import fill
 
 _SIMILAR = 0.6  # ratio of difflib above which a known name is suggested for an unknown field
@@ -44,6 +45,12 @@ class Fields:
         """Adds a problem of a field; `""` stands for the object itself."""
         self.problems.append((self._name(name), reason))
 
+    def exclude(self, names: Sequence[str], other: str) -> None:
+        """Adds a problem for each of some fields that is given although `other` is given as well."""
+        for name in names:
+            if self._take(name) is not None:
+                self.problem(name, f"cannot be combined with {other}; omit one of them")
+
     def allow_only(self, names: Sequence[str]) -> None:
         """Adds a problem for each field that is not among `names`, with a suggestion.
 
@@ -65,6 +72,32 @@ class Fields:
     def text(self, name: str) -> str:
         """Returns a required string that must not be blank."""
         return self._text(name, self._take(name))
+
+    def optional(self, name: str) -> str:
+        """Returns an optional string, empty if it is absent or blank."""
+        value = self._take(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return self._text(name, value)
+
+    def choice(self, name: str, allowed: Sequence[Any]) -> Any:
+        """Returns an optional value, one of `allowed`; None if absent."""
+        value = self._take(name)
+        if value is not None and value not in allowed:
+            self.problem(name, f"expected {', '.join(map(str, allowed))}, got {_shown(value)}")
+            return None
+        return value
+
+    def messages(self, name: str) -> tuple[Message, ...] | None:
+        """Returns the messages of an optional conversation that ends with an answer; None if absent or invalid."""
+        value = self._take(name)
+        if value is None:
+            return None
+        if reason := invalid_messages(value):
+            self.problem(name, reason)
+            return None
+        self.taken |= {f"{self._name(name)}.role", f"{self._name(name)}.content"}
+        return tuple(dict(message) for message in value)
 
     def first(self, name: str) -> str:
         """Returns the first string of a required list."""
@@ -138,7 +171,7 @@ class Fields:
 
     def filled(self, name: str, prompt: str, subject: str) -> str:
         """Returns the prompt with its subject filled in; adds a problem to field `name` if that is impossible."""
-        if not prompt or not subject:
+        if not prompt or (not subject and "{}" in prompt):  # the missing subject is a problem of its own
             return ""
         try:
             return fill(prompt, subject)[0]

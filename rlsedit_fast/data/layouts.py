@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.data.fields import Fields
+from rlsedit_fast.models.conversations import last_user
+from rlsedit_fast.models.joins import Join
 
 Format = Literal["edits", "counterfact", "zsre", "mquake"]
 """File formats of `read_edits`.
@@ -37,6 +39,12 @@ Example:
     >>> "counterfact" in FORMATS
     True
 """
+
+_FIELDS = (
+    *("prompt", "subject", "target", "name", "id", "weight", "paraphrases", "neighborhood", "span", "join"),
+    "messages",
+)
+"""Fields of the format `edits`."""
 
 _DETECT_FROM = 10  # number of records inspected to detect the format; more than one, since a record may be invalid
 
@@ -86,11 +94,19 @@ def detect(records: Sequence[Any]) -> Format:
 
 def _edits(record: object) -> Iterator[Draft]:
     fields = Fields(record)
-    fields.allow_only(("prompt", "subject", "target", "name", "id", "weight", "paraphrases", "neighborhood", "span"))
-    prompt, subject, target = (fields.text(name) for name in ("prompt", "subject", "target"))
+    fields.allow_only(_FIELDS)
+    messages = fields.messages("messages")
+    conversation = isinstance(record, dict) and record.get("messages") is not None
+    if conversation:
+        fields.exclude(("prompt", "target", "join"), "messages")
+        prompt = messages[last_user(messages)]["content"] if messages else ""
+    else:
+        prompt = fields.text("prompt")
+    subject = fields.text("subject") if "{}" in prompt else fields.optional("subject")
+    target = "" if conversation else fields.text("target")
     filled = fields.filled("prompt", prompt, subject)
     edit = Edit(
-        prompt,
+        "" if conversation else prompt,
         subject,
         target,
         weight=fields.weight("weight"),
@@ -98,6 +114,8 @@ def _edits(record: object) -> Iterator[Draft]:
         span=fields.span("span", filled),
         paraphrases=fields.texts("paraphrases"),
         neighborhood=fields.texts("neighborhood"),
+        join=fields.choice("join", get_args(Join)) or "auto",
+        messages=messages,
     )
     yield Draft(edit, fields)
 

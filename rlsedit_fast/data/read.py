@@ -99,8 +99,8 @@ def read_edits(
 
     | format | fields |
     |---|---|
-    | `edits` | `prompt`, `subject`, `target`; optional `name` (or `id`), `weight`, `paraphrases`, \
-`neighborhood`, `span` |
+    | `edits` | `prompt`, `target`, or `messages`; optional `subject`, `name` (or `id`), `weight`, `paraphrases`, \
+`neighborhood`, `span`, `join` |
     | `counterfact` | `case_id`, `requested_rewrite` (`prompt`, `subject`, `target_new.str`), `paraphrase_prompts`, \
 `neighborhood_prompts`; or EasyEdit's `prompt`, `subject`, `target_new`, `rephrase_prompt`, `locality_prompt` |
     | `zsre` | `src`, `subject`, `alt` or `answers`, `rephrase`, `loc` |

@@ -15,7 +15,7 @@ from rlsedit_fast.errors import RequestError
 
 _SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = ",;\t"
-_REQUIRED = {"prompt", "subject", "target", "target_new", "src", "alt", "answers"}
+_REQUIRED = {"prompt", "subject", "target", "target_new", "src", "alt", "answers", "messages"}
 _LISTS = {"paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase", "answers"} | {
     *("neighborhood", "neighborhood_prompts", "locality_prompt", "loc")
 }
@@ -121,7 +121,7 @@ def _content(column: str, cell: str, delimiter: str) -> Any:
     if column == "weight":
         with suppress(ValueError):
             return float(cell.replace(",", ".") if delimiter == ";" else cell)
-    if column == "span":
+    if column in ("span", "messages"):
         with suppress(ValueError):
             return json.loads(cell)
     return _texts(cell.strip()) if column in _LISTS else cell

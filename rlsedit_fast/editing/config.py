@@ -15,6 +15,7 @@ from rlsedit_fast.editing.presets import published
 from rlsedit_fast.editing.settings import Settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import read_json
+from rlsedit_fast.models.facts import ChatForm
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.rls.state import DEFAULT_DELAY
 
@@ -64,15 +65,24 @@ _Fraction = Annotated[float, Field(gt=0, lt=1)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Layers = Annotated[tuple[_Index, ...], BeforeValidator(_to_tuple), AfterValidator(_check_layers)]
+_Chat = Annotated[tuple[ChatForm, ...], BeforeValidator(_to_tuple)]
 _Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_prefixes)]
 _KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
 
+CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "message")
+"""Default chat contexts of an edit, if the tokenizer has a chat template."""
+
+
 class ContextConfig(Settings):
-    """Contexts of an edit: prefixes before the prompt, for which the edit is searched and written.
+    """Contexts of an edit: prefixes before the prompt, and the prompt in a chat. It is searched and written for each.
 
     Attributes:
         prefixes: texts placed before the prompt. The first is `""`, the bare prompt.
+        chat: the prompt in a chat, see `models.encode_in_chat`: `answer`, as the start of the answer; `message`, as the
+            message of the user, repeated by the answer; `direct`, as the message, and the target is the answer. None:
+            `answer` and `message` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
+            contains what is used. `()`: no chat.
         samples: number of additional prefixes that the model generates when the editor is created. They are added to
             `Editor.config.contexts.prefixes`. The published settings of MEMIT sample twenty.
         sample_tokens: maximum number of tokens of a sampled prefix.
@@ -95,6 +105,12 @@ class ContextConfig(Settings):
     seed: _Seed = 0
     rows: KeyRows | None = None
     bare_weight: _Fraction = 0.5
+    chat: _Chat | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of contexts of an edit; with `chat=None`, the most that it can be."""
+        return len(self.prefixes) + len(CHAT_FORMS if self.chat is None else self.chat)
 
 
 class PriorConfig(Settings):
@@ -252,6 +268,10 @@ class EditConfig(Settings):
             that they do not grow. Earlier edits are then protected only approximately, and an undo applies the
             remaining edits again.
         delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
+        halve_after: number of later edits after which the weight of an edit is halved, exactly; again after twice, four
+            times, ... as many. Recent edits then count more where edits compete, and the prior keeps its weight. It
+            takes effect when a later batch is written. Requires `rls`, stored rows and `experts="exact"`. None: all
+            edits keep their weight.
 
     Raises:
         InputError: a setting is unknown or invalid, or settings exclude each other.
@@ -283,6 +303,7 @@ class EditConfig(Settings):
     stored_rows: StoredRows | None = "full"
     experts: Experts = "exact"
     delay: _Index = DEFAULT_DELAY
+    halve_after: _Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -300,6 +321,18 @@ class EditConfig(Settings):
                 if given not in (None, allowed):
                     raise InputError(
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
+                    )
+        if self.halve_after is not None:
+            for name, wrong, needed in (
+                ("rule", self.rule != baselines.RECURSIVE, baselines.RECURSIVE),
+                ("stored_rows", self.stored_rows is None, "full"),
+                ("experts", self.experts != "exact", "exact"),
+            ):
+                if wrong:
+                    given = getattr(self, name)
+                    raise InputError(
+                        f"halve_after={self.halve_after} requires {name}={needed!r}, got {name}={given!r}; omit "
+                        "halve_after"
                     )
         if self.refine and self.stored_rows is None:
             raise InputError(
@@ -323,6 +356,12 @@ class EditConfig(Settings):
         if self.refine is not None:
             return self.refine
         return 2 if self.rule == baselines.RECURSIVE and self.stored_rows is not None else 0
+
+    @classmethod
+    def from_store(cls, settings: Mapping[str, Any]) -> EditConfig:
+        """Returns the settings of a store; one without `contexts.chat` has no chat contexts."""
+        contexts = {"chat": ()} | dict(settings.get("contexts", {}))
+        return cls(**dict(settings) | {"contexts": contexts})
 
     def for_rule(self, rule: str, **changes: Any) -> EditConfig:
         """Returns these settings for another rule, with `changes` as in `replace`.

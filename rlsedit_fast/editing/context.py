@@ -13,11 +13,12 @@ from torch import Tensor
 from rlsedit_fast.baselines import RECURSIVE, make_rule
 from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
 from rlsedit_fast.data.edits import Edit
-from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.config import CHAT_FORMS, EditConfig
 from rlsedit_fast.editing.keys import text_keys
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.errors import InputError, ModelError
+from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import check_config, check_tokenizer, max_tokens
@@ -160,7 +161,7 @@ def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Pr
 
 def _memory(projections: Sequence[Projection], config: EditConfig) -> list[LayerMemory]:
     rule = make_rule(config.rule, config.rule_options)
-    rows = len(config.contexts.prefixes) if config.effective_rows == "contexts" else 1
+    rows = config.contexts.count if config.effective_rows == "contexts" else 1
     return plan_memory(projections, delay=config.delay, rows=rows, rule=rule, growing=config.experts == "exact")
 
 
@@ -195,10 +196,28 @@ def _single_layer(
     return projections[-1:]
 
 
+def _with_chat(tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> EditConfig:
+    """Returns the settings with the chat contexts that are used.
+
+    Raises:
+        InputError: chat contexts are requested, and the tokenizer has no chat template.
+    """
+    chat = config.contexts.chat
+    if chat is None:
+        used = CHAT_FORMS if config.effective_rows == "contexts" and supports_chat(tokenizer) else ()
+        return config.replace(contexts={"chat": used})
+    if chat and not supports_chat(tokenizer):
+        raise InputError(
+            f"contexts.chat={chat!r}: the tokenizer has no chat template that accepts a message; omit contexts.chat"
+        )
+    return config
+
+
 def _with_sampled_contexts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig
 ) -> EditConfig:
     """Returns the settings with the context prefixes that the model generates."""
+    config = _with_chat(tokenizer, config)
     contexts = config.contexts
     if not contexts.samples:
         return config

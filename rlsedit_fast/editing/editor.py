@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from datetime import datetime
 from numbers import Integral
 from pathlib import Path
@@ -124,7 +123,9 @@ class Editor(Planning, Exports):
         Raises:
             InputError: the model cannot be loaded. Other errors are those of `Editor`.
         """
-        return cls(*load_model(path, **model_options), config=config, store=store)
+        editor = cls(*load_model(path, **model_options), config=config, store=store)
+        editor._find_base(model_options)
+        return editor
 
     def close(self) -> None:
         """Closes the store, so that other processes can open it; the model stays edited. No effect without a store."""
@@ -355,7 +356,7 @@ class Editor(Planning, Exports):
         """
         selected = self.select(ids)
         self._session.check_stored("replace", selected)
-        edits = [replace(edit, target=target) for edit in self._session.ledger.edits(selected)]
+        edits = [edit.with_target(target) for edit in self._session.ledger.edits(selected)]
         requests = self.context.prepare(edits)
         with quiet(self.model):
             records = self._session.apply_batch(requests, replaced=selected)

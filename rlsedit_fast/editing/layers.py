@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
+from rlsedit_fast.editing.attachment import check_finite_weights, mark
 from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.records import Point
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
-from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
+from rlsedit_fast.errors import ModelError, RemovalError
 from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.sites import Site
 from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved, SeparateState
-from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
@@ -103,12 +105,12 @@ class EditedLayers:
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
         self._protected: list[EditRows] = []
-        self._marks = [_mark(projection) for projection in projections]
+        self._marks = [mark(projection) for projection in projections]
 
-    @property
-    def objective(self) -> tuple[float, ...]:
-        """`J` of each layer."""
-        return tuple(state.objective for state in self.states)
+    def point(self, edits: int) -> Point:
+        """Returns the objective of each layer and its terms, for a number of active edits."""
+        terms = tuple(state.terms() for state in self.states if isinstance(state, _RECURSIVE))
+        return Point(edits, tuple(state.objective for state in self.states), terms)
 
     @property
     def protected(self) -> list[EditRows]:
@@ -118,8 +120,8 @@ class EditedLayers:
     def check_attached(self) -> None:
         """Raises ModelError if a weight was moved, cast, replaced or modified by other code."""
         modules = dict(self._decoder.model.named_modules())
-        for projection, mark in zip(self._projections, self._marks, strict=True):
-            if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
+        for projection, known in zip(self._projections, self._marks, strict=True):
+            if modules.get(projection.name) is not projection.module or mark(projection) != known:
                 raise ModelError(
                     f"{projection.name} was replaced, moved, cast or modified by other code since the last edit, so "
                     "its solver state does not match",
@@ -140,7 +142,7 @@ class EditedLayers:
         for state, taken in zip(reversed(self.states), reversed(snapshot.states), strict=True):
             state.restore(taken)
         self._protected = list(snapshot.protected)
-        self._marks = [_mark(projection) for projection in self._projections]
+        self._marks = [mark(projection) for projection in self._projections]
 
     def originals(self) -> dict[str, Tensor]:
         """Returns the edited parameters as they were before the first edit, by name."""
@@ -160,7 +162,7 @@ class EditedLayers:
         finally:
             for projection, copies in zip(self._projections, edited, strict=True):
                 projection.restore(copies)
-            self._marks = [_mark(projection) for projection in self._projections]
+            self._marks = [mark(projection) for projection in self._projections]
 
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
@@ -181,11 +183,11 @@ class EditedLayers:
 
     def check_finite(self) -> None:
         """Raises UpdateError if a written weight contains NaN/Inf in the dtype of the model."""
-        _check_finite(self._projections)
+        check_finite_weights(self._projections)
 
     def settle(self) -> None:
         """Completes pending work; called after a change was committed and its snapshot dropped."""
-        self._marks = [_mark(projection) for projection in self._projections]
+        self._marks = [mark(projection) for projection in self._projections]
         for state in self.states:
             state.settle()
 
@@ -196,6 +198,7 @@ class EditedLayers:
         key_rows: KeyRows,
         *,
         adherence: float | None = None,
+        weights: Sequence[float] | None = None,
     ) -> list[EditRows]:
         """Writes a batch, layer by layer; the model is read again before each layer.
 
@@ -209,13 +212,14 @@ class EditedLayers:
             key_rows: rows per request.
             adherence: fraction of the target change that should arrive. If a crowded layer would realize less, the
                 last layer aims at more (`amplify_innovation`). None: it aims at the target change.
+            weights: weight of each request; by default those of the edits.
 
         Returns:
             The rows of each request; `update` with them, from the same states, is equal bit for bit.
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
         each = row_weights(contexts, self._bare_weight)
-        weights = [request.edit.weight for request in requests]
+        weights = [request.edit.weight for request in requests] if weights is None else weights
         scaled = torch.tensor([float(weight) * one for weight in weights for one in each])
         goal, aimed = values.goal, torch.zeros(0)
         keys, written = list[Tensor](), list[Tensor]()
@@ -240,7 +244,7 @@ class EditedLayers:
             keys.append(panel.keys)
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
-            _check_finite([projection])  # the next layer reads the model
+            check_finite_weights([projection])  # the next layer reads the model
         return edit_rows(keys, written, contexts, weights, aimed)
 
     def move_values(
@@ -299,19 +303,52 @@ class EditedLayers:
         Returns:
             Which layers were rebuilt.
         """
+        return self._changed(lambda at: self.states[at].remove(*self._stacked(removed, at)), kept, rebuilt)
+
+    def lower_weights(
+        self,
+        old: Sequence[EditRows],
+        new: Sequence[EditRows],
+        kept: Sequence[EditRows],
+        rebuilt: Sequence[bool] | None = None,
+    ) -> tuple[bool, ...]:
+        """Lowers the weights of rows in every layer; one that cannot lower them accurately is rebuilt.
+
+        Args:
+            old: the rows.
+            new: the same rows with their new weights.
+            kept: all rows with the weights that result, except the protected ones.
+            rebuilt: for a replay, which layers are rebuilt.
+
+        Returns:
+            Which layers were rebuilt.
+        """
+        return self._changed(lambda at: self._lower(at, old, new), kept, rebuilt)
+
+    def _changed(
+        self, change: Callable[[int], object], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None
+    ) -> tuple[bool, ...]:
+        """Changes every layer, by its index; see `remove` for the other arguments and the result."""
         done = []
         for layer, state in enumerate(self.states):
             if rebuilt is not None:
                 reason = "replay" if rebuilt[layer] else None
                 if not reason:
-                    state.remove(*self._stacked(removed, layer))
+                    change(layer)
             else:
-                reason = "no edit remains" if not kept else _remove_accurately(state, self._stacked(removed, layer))
+                reason = "no edit remains" if not kept else _accurately(state, partial(change, layer))
             if reason:
                 logger.info("rebuilding %s from %d active edits: %s", state.name, len(kept), reason)
                 state.refresh(*self._stacked([*self._protected, *kept], layer))
             done.append(reason is not None)
         return tuple(done)
+
+    def _lower(self, layer: int, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
+        state = self.states[layer]
+        assert isinstance(state, _RECURSIVE)
+        for part in parts(len(old), _ROWS_AT_ONCE):
+            keys, values, weights = self._stacked(old[part], layer)
+            state.reweigh(keys, values, weights, self._stacked(new[part], layer)[2])
 
     def update(self, rows: Sequence[EditRows]) -> None:
         """Adds rows."""
@@ -426,29 +463,6 @@ class EditedLayers:
         )
 
 
-def _check_finite(projections: Sequence[Projection]) -> None:
-    for projection in projections:
-        if not all_finite(*projection.parameters.values()):
-            raise UpdateError(
-                f"{projection.name}: a weight exceeds the range of {projection.dtype}; nothing was modified",
-                hint="load the model in bfloat16 or float32",
-            )
-
-
-def _mark(projection: Projection) -> tuple[object, ...]:
-    """Returns a value that changes if the weight is moved, cast or modified.
-
-    Changes through `.data`, such as merging a LoRA adapter, do not count a version. A sample of the entries reveals
-    them, unless they change few entries.
-    """
-    marks: list[object] = []
-    for weight in projection.parameters.values():
-        places = tuple(slice(None, None, max(1, size // 16)) for size in weight.shape)
-        sample = tuple(weight.detach()[places].flatten().tolist())
-        marks += [weight.data_ptr(), weight.device, weight.dtype, weight._version, sample]
-    return tuple(marks)
-
-
 def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
     """Returns `||now - then|| / ||then||` of rows of keys, `[n]`."""
     if layout is None:
@@ -456,10 +470,10 @@ def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
     return layout.distance(now, then) / layout.norm(then)
 
 
-def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """Removes rows from a state; returns why the state must be rebuilt, or None."""
+def _accurately(state: LayerState, change: Callable[[], object]) -> str | None:
+    """Removes rows, or parts of them, from a state by `change`; returns why the state must be rebuilt, or None."""
     try:
-        state.remove(*rows)
+        change()
     except RemovalError as error:
         return str(error)
     health = state.monitor()

@@ -15,9 +15,9 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.status import Sample
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import UnstatedError, listed
-from rlsedit_fast.models.answers import CHAT_TOKENS, chat_answers, chat_row, generate_answers, supports_chat
+from rlsedit_fast.models.answers import CHAT_TOKENS, answer_facts, chat_answer_facts, chat_fact, supports_chat
 from rlsedit_fast.models.loading import max_tokens
-from rlsedit_fast.models.tokens import Row, fill
+from rlsedit_fast.models.tokens import Row
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Measurement:
     def answers(self, requests: Sequence[Request]) -> Answers:
         """Generates answers to the prompts."""
         model, tokenizer = self._context.model, self._context.tokenizer
-        plain = generate_answers(model, tokenizer, [(_prompt(one), one.edit.target) for one in requests])
+        plain = answer_facts(model, tokenizer, [one.edit for one in requests])
         chat: list[str | None] = [None] * len(requests)
         rows = self._chat_rows(requests)
-        texts = chat_answers(model, tokenizer, [_prompt(requests[at]) for at in rows]) if rows else []
+        texts = chat_answer_facts(model, tokenizer, [requests[at].edit for at in rows]) if rows else []
         for at, text in zip(rows, texts, strict=True):
             chat[at] = text
         return Answers(plain, chat)
@@ -119,15 +119,8 @@ class Measurement:
         if not self._has_chat:
             return {}
         longest = max_tokens(self._context.model.config)
-        rows = {
-            at: chat_row(self._context.tokenizer, _prompt(request), request.edit.target)
-            for at, request in enumerate(requests)
-        }
+        rows = {at: chat_fact(self._context.tokenizer, request.edit) for at, request in enumerate(requests)}
         return {at: row for at, row in rows.items() if longest is None or len(row.ids) + CHAT_TOKENS <= longest}
-
-
-def _prompt(request: Request) -> str:
-    return fill(request.edit.prompt, request.edit.subject)[0]
 
 
 def check_stated(records: Sequence[EditRecord], earlier: int) -> None:

@@ -9,6 +9,11 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any, Literal
 
+from rlsedit_fast.data.edits import without_defaults
+from rlsedit_fast.models.conversations import Message
+from rlsedit_fast.models.joins import Join
+from rlsedit_fast.rls import Terms
+
 logger = logging.getLogger(__name__)
 
 EditState = Literal["active", "undone", "replaced", "skipped"]
@@ -27,9 +32,9 @@ class EditRecord:
         id: number of the edit, counted from 1 within an editor.
         time: when its batch was written.
         prompt: prompt of the edit.
-        subject: subject of the edit.
+        subject: subject of the edit; empty if it has none.
         target: target of the edit.
-        weight: weight of the edit.
+        weight: present weight of the edit, which its age lowers with `EditConfig.halve_after`.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
             converge.
         batch: number of its batch, counted from 1.
@@ -50,6 +55,8 @@ class EditRecord:
         chat_nll: mean NLL of the target tokens in the answer of a chat after the write, see `models.chat_row`.
         chat_rank: rank of the worst target token there.
         joint_with: ids of the other active edits of the same subject, with which it shares one value.
+        join: how prompt and target are joined, see `Edit`.
+        messages: the conversation, if the edit is one, see `Edit`.
 
     Example:
         >>> from rlsedit_fast import Edit, EditConfig, Editor
@@ -84,6 +91,8 @@ class EditRecord:
     chat_nll: float | None = None
     chat_rank: int | None = None
     joint_with: tuple[int, ...] = ()
+    join: Join = "auto"
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)
 
     @property
     def success(self) -> bool:
@@ -97,7 +106,7 @@ class EditRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as a JSON-serializable dict."""
-        return asdict(self) | {"time": self.time.isoformat()}
+        return without_defaults(asdict(self)) | {"time": self.time.isoformat()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditRecord:
@@ -164,10 +173,12 @@ class Point:
     Attributes:
         edits: number of active edits.
         objective: `J` of each layer.
+        terms: terms of `J` of each layer, exact; empty for a rule without an objective.
     """
 
     edits: int
     objective: tuple[float, ...]
+    terms: tuple[Terms, ...] = ()
 
 
 @dataclass

@@ -15,18 +15,16 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
+from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.persistence import (
     EDIT,
     FIXED,
     PROTECT,
     REBUILD,
     REVISE,
-    SAVED_NUMBERS,
-    SAVED_TENSORS,
     decode_edit,
-    decode_revision,
-    decode_rows,
+    decode_point,
+    decode_snapshot,
     decode_transaction,
     settings_of,
 )
@@ -35,6 +33,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
 from rlsedit_fast.editing.stored_priors import decode_prior
+from rlsedit_fast.editing.stored_rows import decode_revision, decode_rows
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.ops import dispatch
@@ -51,7 +50,7 @@ def read_settings(directory: str | Path) -> EditConfig | None:
     if not Store.exists(directory):
         return None
     with Store(directory, write=False) as store:
-        settings, given = EditConfig(**store.about["config"]), EditConfig(**store.about["given"])
+        settings, given = EditConfig.from_store(store.about["config"]), EditConfig(**store.about["given"])
     return settings.replace(**{name: getattr(given, name) for name in FIXED})
 
 
@@ -120,7 +119,7 @@ class Contents:
 
 
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
-    """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
+    """Returns the status of a store without the model; residuals are those of the last snapshot.
 
     Raises:
         StoreError: the store does not exist or is damaged.
@@ -150,7 +149,7 @@ def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> C
                     prior["lam"],
                     prior["mu"],
                     progress.trace[-1].objective[at],
-                    deviation=seen["deviation"] if seen else None,
+                    terms=progress.trace[-1].terms[at],
                     residual=seen["monitor"]["residual"] if seen else None,
                     advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
                     held_out=seen.get("held_out") if seen else None,
@@ -211,7 +210,7 @@ class _Recovery:
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
         snapshot, tensors = next(self._store.snapshots(), (None, {}))
         reached = snapshot.seq if snapshot else 0
-        saved = _decode_snapshot(snapshot, tensors) if snapshot else None
+        saved = decode_snapshot(snapshot, tensors) if snapshot else None
         active = _active([entry for entry in entries if entry.seq <= reached])
         layers = self._start(entries[0], saved)
         _restore_progress(self._progress, entries[0])
@@ -263,14 +262,18 @@ class _Recovery:
 
     def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
         record, ledger, ids = decode_transaction(entry), self._ledger, entry.about["written"]
-        weights = _weights(record, ledger)
+        weights = {one.id: one.weight for one in (*record.records, *record.rewritten)}
         rows = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"]) if tensors else []
         record = replace(record, rows=dict(zip(ids, rows, strict=True)) if rows else {})
         if not included:
             with Transaction(layers) as transaction:
-                removed = [*record.removed, *record.rewritten_ids]
-                if removed:
+                if removed := [*record.removed, *record.rewritten_ids]:
                     layers.remove(ledger.rows(removed), ledger.rows_except(set(removed)), record.rebuilt)
+                if record.aged:
+                    lower = ledger.rows(list(record.aged))
+                    new = {i: replace(one, weight=record.aged[i]) for i, one in zip(record.aged, lower, strict=True)}
+                    kept = [new.get(i, ledger.rows([i])[0]) for i in ledger.active if i not in removed]
+                    layers.lower_weights(lower, list(new.values()), kept, record.aged_rebuilt)
                 if rows:
                     layers.update(rows)
                 transaction.commit()
@@ -289,7 +292,7 @@ class _Recovery:
         ledger.revise(_revised_records(entry), revised)
 
     def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
-        weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
+        weights = {made["record"]["id"]: made["record"]["weight"] for made in entry.about["history"]}
         rows: dict[int, EditRows] = {}
         if tensors:
             ids = entry.about["written"]
@@ -328,15 +331,6 @@ class _Recovery:
             raise
 
 
-def _decode_snapshot(snapshot: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
-    """Returns the saved state of each layer that `Recorder.snapshot` wrote."""
-    found = []
-    for at, about in enumerate(snapshot.about["layers"]):
-        contents: dict[str, Any] = {name: tensors[f"{at}.{name}"] for name in SAVED_TENSORS}
-        found.append(Saved(**contents, **{name: about[name] for name in SAVED_NUMBERS}))
-    return found
-
-
 def _required(entries: Sequence[Entry]) -> list[Entry]:
     """Returns the first change and those from the last rebuild on, which replaces the changes before it."""
     last = max((at for at, entry in enumerate(entries) if entry.kind == REBUILD), default=1)
@@ -354,11 +348,6 @@ def _active(entries: Sequence[Entry]) -> set[int]:
         elif entry.kind == REBUILD:
             active = set(about["written"])
     return active
-
-
-def _weights(record: TransactionRecord, ledger: Ledger) -> dict[int, float]:
-    weights = {one.id: one.weight for one in record.records}
-    return weights | {i: ledger.edit(i).weight for i in record.rewritten_ids}
 
 
 def _revised_records(entry: Entry) -> list[EditRecord]:
@@ -382,5 +371,5 @@ def _restore_progress(progress: Progress, entry: Entry) -> None:
     progress.batches, progress.writes = about["batches"], about["writes"]
     progress.time = datetime.fromisoformat(about["time"])
     if entry.kind == REBUILD:
-        progress.trace = [Point(edits, tuple(objective)) for edits, objective in about["trace"]]
-    progress.append(Point(about["active"], tuple(about["objective"])))
+        progress.trace = [decode_point(point) for point in about["trace"]]
+    progress.append(decode_point(about["point"]))

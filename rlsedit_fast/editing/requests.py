@@ -6,11 +6,13 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rlsedit_fast.data.edits import Edit, check_list, invalid_weight, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.errors import RequestError, listed
+from rlsedit_fast.models.facts import encode_fact, encode_in_chat
+from rlsedit_fast.models.joins import Join
 from rlsedit_fast.models.tokens import Row, encode, encode_plain
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Request:
 
     Attributes:
         edit: the edit.
-        contexts: prompt and target with each context prefix, the bare prompt first.
+        contexts: prompt and target with each context prefix, the bare prompt first, and in each form in a chat.
         kl: the KL prompts, without targets.
         prompt_key: normalized filled prompt; equal for edits with the same prompt.
         subject_key: normalized subject; equal for edits that share a value. None if the edited token does not belong to
@@ -98,16 +100,19 @@ def _attempt(
     check_list(edits)
     requests: list[Request] = []
     invalid: dict[int, str] = {}
-    trimmed = 0
+    trimmed = without = 0
     for index, given in enumerate(edits):
         try:
             edit = Edit.from_dict(given) if isinstance(given, Mapping) else given
             requests.append(_prepare_one(tokenizer, edit, config, longest))
             trimmed += requests[-1].edit is not edit
+            without += not requests[-1].edit.subject and edit.span is None
         except RequestError as error:
             invalid[index] = str(error)
     if trimmed:
         logger.info("white space around the prompt, subject or target of %d edits is ignored", trimmed)
+    if without:
+        logger.info("%d edits have no subject; they are edited at the last token of their prompt", without)
     return requests, invalid
 
 
@@ -120,6 +125,10 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         _check_characters(field, getattr(edit, field))
     if edit.name is not None and not isinstance(edit.name, str):
         raise RequestError(f"name={edit.name!r}: expected a string, or None")
+    if edit.join not in get_args(Join):
+        raise RequestError(f"join={edit.join!r:.40}: expected {', '.join(get_args(Join))}")
+    if not edit.prompt.strip() and edit.messages is None:
+        raise RequestError(f"prompt {edit.prompt!r} is empty; pass the text that the target continues")
     if not edit.target.strip():
         raise RequestError(f"target {edit.target!r} is empty; pass the text that the model should state")
     edit = edit.trimmed()
@@ -127,25 +136,23 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         raise RequestError(f"weight: {reason}")
     _check_evaluated(tokenizer, edit, longest)
     contexts = tuple(
-        encode(
-            tokenizer,
-            edit.prompt,
-            edit.subject,
-            target=edit.target,
-            prefix=prefix,
-            fact_token=config.fact_token,
-            span=edit.span,
-        )
+        encode_fact(tokenizer, edit, prefix=prefix, fact_token=config.fact_token, span=edit.span)
         for prefix in config.contexts.prefixes
+    )
+    contexts += tuple(
+        encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span)
+        for form in config.contexts.chat or ()
     )
     kl = tuple(
         encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token)
         for prompt in config.search.effective_kl_prompts
+        if edit.subject
     )
     width = max(len(row.ids) for row in (*contexts, *kl))
     if longest is not None and width > longest:
         raise RequestError(
-            f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes"
+            f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes, "
+            "or set contexts.chat to ()"
         )
     return Request(edit, contexts, kl, prompt_key(edit), subject_key(edit, config))
 
@@ -178,4 +185,4 @@ def _check_evaluated(tokenizer: PreTrainedTokenizerBase, edit: Edit, longest: in
 
 def subject_key(edit: Edit, config: EditConfig) -> str | None:
     """Returns the normalized subject if the edit shares its value with other edits of the subject, otherwise None."""
-    return normalized(edit.subject) if config.fact_token != "last" and edit.span is None else None
+    return normalized(edit.subject) if edit.subject and config.fact_token != "last" and edit.span is None else None

@@ -48,6 +48,11 @@ def row_weights(rows: int, bare_weight: float) -> list[float]:
     return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
 
 
+def aged_weight(weight: float, age: int, halve_after: int | None) -> float:
+    """Returns the weight of an edit with `age` later edits; see `EditConfig.halve_after`."""
+    return weight if halve_after is None else weight * 0.5 ** (age // halve_after).bit_length()
+
+
 def edit_rows(
     keys: Sequence[Tensor], values: Sequence[Tensor], each: int, weights: Sequence[float], goal: Tensor | None = None
 ) -> list[EditRows]:

@@ -274,7 +274,7 @@ class EditSession:
             else:
                 layers.rebuild([])
             progress = replace(self.progress, writes=self.progress.writes + 1)
-            point = Point(len(active), layers.objective)
+            point = layers.point(len(active))
 
             def enter() -> None:
                 self.ledger.set_rows(dict(zip(active, rows, strict=True)))
@@ -292,7 +292,7 @@ class EditSession:
         """Commits a transaction with new records of active edits, and new rows of some of them."""
         assert self.layers is not None
         progress = replace(self.progress, writes=self.progress.writes + bool(rows))
-        point = Point(len(self.ledger.active), self.layers.objective)
+        point = self.layers.point(len(self.ledger.active))
 
         def enter() -> None:
             self.ledger.revise(records, rows)
@@ -391,11 +391,17 @@ class EditSession:
         skipped = {} if skipped is None else skipped
         everything = [*requests, *self.ledger.requests(rewritten)]
         rebuilt: tuple[bool, ...] = ()
+        aged_rebuilt: tuple[bool, ...] = ()
+        aged = self.ledger.aged(len(requests), {*removed, *rewritten})
         result = BatchResult({}, [], [])
         action, hint = f"writing a batch of {len(everything)} edits", "decrease batch_size or use fewer contexts"
         with self.transaction(action, hint) as transaction:
             if out := [*removed, *rewritten]:
                 rebuilt = self.layers.remove(self.ledger.rows(out), self.ledger.rows_except(set(out)))
+            if aged:
+                old = self.ledger.rows(list(aged))
+                kept = [aged.get(i, self.ledger.rows([i])[0]) for i in self.ledger.active if i not in out]
+                aged_rebuilt = self.layers.lower_weights(old, list(aged.values()), kept)
             if everything:
                 found, short = self._find_values(everything, len(requests), values, skipped)
                 if requests and self._affected(requests, replaced, short) != (removed, rewritten):
@@ -406,8 +412,16 @@ class EditSession:
                 rows = dict[int, EditRows]()
                 if chosen:
                     some = [everything[at] for at in chosen]
+                    weights = [
+                        *(one.edit.weight for one in requests),
+                        *(one.weight for one in self.ledger.get(rewritten)),
+                    ]
                     written = self.layers.write(
-                        some, found.taken(chosen), self.config.effective_rows, adherence=self._adherence()
+                        some,
+                        found.taken(chosen),
+                        self.config.effective_rows,
+                        adherence=self._adherence(),
+                        weights=[weights[at] for at in chosen],
                     )
                     rows = dict(zip(chosen, written, strict=True))
                 fields = self.measurement.record_fields(everything, found, rows, answers_before)
@@ -422,6 +436,8 @@ class EditSession:
                 removed=tuple(removed),
                 outcome=outcome,
                 rebuilt=rebuilt,
+                aged={i: rows.weight for i, rows in aged.items()},
+                aged_rebuilt=aged_rebuilt,
             )
             progress = replace(
                 self.progress,
@@ -429,7 +445,7 @@ class EditSession:
                 writes=self.progress.writes + bool(out) + bool(everything),
             )
             added = sum(one.state == "active" for one in record.records)
-            point = Point(len(self.ledger.active) + added - len(removed), self.layers.objective)
+            point = self.layers.point(len(self.ledger.active) + added - len(removed))
 
             def enter() -> None:
                 self.ledger.enter(record)

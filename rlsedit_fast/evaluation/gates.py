@@ -14,11 +14,12 @@ from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.errors import GateError, InputError, counted, listed
 from rlsedit_fast.evaluation.gate_file import Expected, GateSettings, Question, make_settings, read_gate_file
 from rlsedit_fast.evaluation.gate_results import GateReport, GateResult
-from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.evaluation.scoring import score_rows
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
+from rlsedit_fast.models.facts import encode_fact
 from rlsedit_fast.models.loading import max_tokens
-from rlsedit_fast.models.tokens import encode_plain, fill
+from rlsedit_fast.models.tokens import encode_plain
 from rlsedit_fast.statistics.sources import TextFile
 
 if TYPE_CHECKING:
@@ -219,8 +220,7 @@ class BoundGates:
         active = [record for record in editor.history() if record.state == "active"]
         bound = None
         if limits.deviation_bound is not None:
-            status = editor.status(sample=0)
-            bound = status.spent * status.budget
+            bound = max((layer.bound for layer in editor.status(sample=0).layers), default=0.0)
         report = measure_gates(
             self._gates,
             self._base,
@@ -436,7 +436,7 @@ def _retention(
         return _limited("retention", None, wanted.at_least, note="there are no earlier active edits")
     count = min(wanted.sample, len(active))
     some = [active[at * len(active) // count] for at in range(count)]
-    found = score(model, tokenizer, [(fill(one.prompt, one.subject)[0], one.target) for one in some])
+    found = score_rows(model, [encode_fact(tokenizer, one) for one in some])
     lost = [one.id for one, scored in zip(some, found, strict=True) if not scored.exact]
     note = f"{count - len(lost)} of {count} stated" + f", a sample of {len(active)}" * (count < len(active))
     if lost:

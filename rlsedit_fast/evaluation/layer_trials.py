@@ -15,6 +15,7 @@ from rlsedit_fast.editing.editor import Editor
 from rlsedit_fast.evaluation.outcome import CollectedAnswers, collect_answers
 from rlsedit_fast.evaluation.stability import TextProbe
 from rlsedit_fast.logs import warnings_silenced
+from rlsedit_fast.models.facts import fact_key
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import max_tokens
@@ -197,7 +198,7 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
     efficacy, generalization, specificity = list[float](), list[float](), list[float]()
     nll, paraphrase_nll, scores = list[float](), list[float](), list[float]()
     for edit in edits:
-        edited = answers.scores[edit.filled_prompt, edit.target]
+        edited = answers.scores[fact_key(edit)]
         other = [answers.scores[prompt, edit.target] for prompt in edit.filled_paraphrases]
         kept = [float(answers.next_tokens[prompt] == before.next_tokens[prompt]) for prompt in edit.neighborhood]
         parts = [

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.data import Edit
-from rlsedit_fast.evaluation.scoring import Score, score
+from rlsedit_fast.evaluation.scoring import Score, score_rows
+from rlsedit_fast.models.facts import encode_fact, fact_key
+from rlsedit_fast.models.tokens import Row, encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +61,8 @@ class CollectedAnswers:
     """Answers of a model to the prompts of edits.
 
     Attributes:
-        scores: scores of the targets by (prompt with subject, target), for edited prompts and paraphrases.
+        scores: scores of the targets by (prompt with subject, target), for edited prompts and paraphrases; the prompt
+            of a conversation is its text, see `models.facts.fact_key`.
         next_tokens: id of the most likely next token by neighborhood prompt.
 
     Example:
@@ -94,10 +97,14 @@ def collect_answers(
         >>> answers.scores["Toze Lado Rekuno plays the", "harp"].exact
         False
     """
-    pairs = list(dict.fromkeys(pair for edit in edits for pair in (_edited(edit), *_others(edit))))
+    pairs: dict[tuple[str, str], Row] = {}
+    for edit in edits:
+        pairs[fact_key(edit)] = encode_fact(tokenizer, edit)
+        pairs |= {pair: encode_plain(tokenizer, *pair, edit.join) for pair in _others(edit) if pair not in pairs}
     prompts = list(dict.fromkeys(prompt for edit in edits for prompt in edit.neighborhood))
     # The first prediction does not depend on the answer that is scored.
-    found = score(model, tokenizer, [*pairs, *((prompt, "a") for prompt in prompts)], progress=_report)
+    rows = [*pairs.values(), *(encode_plain(tokenizer, prompt, "a") for prompt in prompts)]
+    found = score_rows(model, rows, progress=_report)
     next_tokens = {prompt: one.predicted[0] for prompt, one in zip(prompts, found[len(pairs) :], strict=True)}
     return CollectedAnswers(dict(zip(pairs, found, strict=False)), next_tokens)
 
@@ -127,7 +134,7 @@ def compute_outcome(edits: Sequence[Edit], answers: CollectedAnswers, before: Co
         >>> compute_outcome(edits, before, before).efficacy  # the model is not edited
         Share(count=0, of=1)
     """
-    edited = [answers.scores[_edited(edit)] for edit in edits]
+    edited = [answers.scores[fact_key(edit)] for edit in edits]
     other = [answers.scores[pair] for edit in edits for pair in _others(edit)]
     prompts = {prompt for edit in edits for prompt in edit.neighborhood}
     return Outcome(
@@ -145,11 +152,7 @@ def stated(edit: Edit, answers: CollectedAnswers) -> bool:
         edit: the edit.
         answers: answers of a model to this edit.
     """
-    return answers.scores[_edited(edit)].exact
-
-
-def _edited(edit: Edit) -> tuple[str, str]:
-    return edit.filled_prompt, edit.target
+    return answers.scores[fact_key(edit)].exact
 
 
 def _others(edit: Edit) -> list[tuple[str, str]]:

@@ -5,9 +5,12 @@ which it is edited, and `find_site` returns the place in the model at which the 
 """
 
 from rlsedit_fast.models.answers import chat_answers, chat_row, generate_answers, supports_chat
+from rlsedit_fast.models.conversations import ROLES, Conversation, Message, invalid_messages, render
 from rlsedit_fast.models.experts import ExpertProjection
+from rlsedit_fast.models.facts import ChatForm, Fact, encode_fact, encode_in_chat
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.generation import Sample, greedy, sample
+from rlsedit_fast.models.joins import Join, join_texts
 from rlsedit_fast.models.linear import LinearProjection, Projection
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
@@ -17,10 +20,16 @@ from rlsedit_fast.models.sites import Site, SiteState, find_site
 from rlsedit_fast.models.tokens import FactToken, Row, encode, encode_plain, fill, pad, target_ids
 
 __all__ = [
+    "ROLES",
+    "ChatForm",
+    "Conversation",
     "Decoder",
     "ExpertProjection",
+    "Fact",
     "FactToken",
+    "Join",
     "LinearProjection",
+    "Message",
     "Prefixed",
     "Projection",
     "Row",
@@ -30,6 +39,8 @@ __all__ = [
     "chat_answers",
     "chat_row",
     "encode",
+    "encode_fact",
+    "encode_in_chat",
     "encode_plain",
     "fill",
     "find_decoder",
@@ -38,9 +49,12 @@ __all__ = [
     "generate_answers",
     "greedy",
     "hidden_of",
+    "invalid_messages",
+    "join_texts",
     "load_model",
     "pad",
     "quiet",
+    "render",
     "sample",
     "supports_chat",
     "target_ids",

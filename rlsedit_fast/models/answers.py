@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlsedit_fast.models.facts import Fact, encode_fact, is_question
 from rlsedit_fast.models.generation import end_tokens, greedy
-from rlsedit_fast.models.tokens import Row, encode_plain, target_ids
+from rlsedit_fast.models.joins import Join, join_texts
+from rlsedit_fast.models.tokens import Row, encode_plain, fill, target_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +50,30 @@ def generate_answers(
     return _continued(model, tokenizer, [row.ids[: row.prompt_length] for row in rows], counts)
 
 
+def answer_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[str]:
+    """Continues the prompts or conversations of facts greedily, by as many tokens as their targets have.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        facts: the facts.
+
+    Returns:
+        The continuations without surrounding whitespace.
+
+    Example:
+        >>> from rlsedit_fast import Edit
+        >>> from rlsedit_fast.models.answers import answer_facts
+        >>> from rlsedit_fast.world import load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> answer_facts(model, tokenizer, [Edit("{} plays the", "Toze Lado Rekuno", "harp")])
+        ['clarinet']
+    """
+    rows = [encode_fact(tokenizer, fact) for fact in facts]
+    counts = [len(row.target) for row in rows]
+    return _continued(model, tokenizer, [row.ids[: row.prompt_length] for row in rows], counts)
+
+
 def supports_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether the tokenizer has a chat template that accepts a single user message.
 
@@ -67,7 +93,7 @@ def supports_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-def chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Row:
+def chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, join: Join = "auto") -> Row:
     """Tokenizes a prompt as a user message, and the target in the answer to it.
 
     The target is at the start of the answer if the prompt is a question; otherwise the answer repeats the prompt and
@@ -77,6 +103,7 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Ro
         tokenizer: tokenizer for which `supports_chat` is True.
         prompt: the prompt.
         target: the target.
+        join: how the answer joins prompt and target, see `join_texts`.
 
     Returns:
         The tokenized row; its lookup token is the first one.
@@ -91,13 +118,45 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Ro
         ('Toze Lado Rekuno plays the . Toze Lado Rekuno plays the harp', 'harp')
     """
     before = _chat_ids(tokenizer, prompt)
-    text = prompt.strip()
-    if text.endswith(("?", "\uff1f")):
+    if is_question(prompt):
         answer = list(tokenizer(target.strip(), add_special_tokens=False)["input_ids"])
     else:
+        text, _ = join_texts(prompt.lstrip(), target, join)
         before += list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        answer = target_ids(tokenizer, text, target)
+        answer = target_ids(tokenizer, prompt.lstrip(), target, join)
     return Row(before + answer, 0, len(before))
+
+
+def chat_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> Row:
+    """Returns `chat_row` of a fact; for a conversation, the conversation itself.
+
+    Args:
+        tokenizer: tokenizer for which `supports_chat` is True.
+        fact: the fact.
+    """
+    if fact.messages is not None:
+        return encode_fact(tokenizer, fact)
+    return chat_row(tokenizer, fill(fact.prompt, fact.subject)[0], fact.target, fact.join)
+
+
+def chat_answer_facts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], *, tokens: int = CHAT_TOKENS
+) -> list[str]:
+    """Answers the prompts of facts as `chat_answers` does, and conversations as they are.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer for which `supports_chat` is True.
+        facts: the facts.
+        tokens: maximum number of tokens of each answer.
+    """
+    rows = [
+        _chat_ids(tokenizer, fill(fact.prompt, fact.subject)[0])
+        if fact.messages is None
+        else (row := encode_fact(tokenizer, fact)).ids[: row.prompt_length]
+        for fact in facts
+    ]
+    return _continued(model, tokenizer, rows, [tokens] * len(rows))
 
 
 def chat_answers(

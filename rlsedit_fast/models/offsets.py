@@ -17,8 +17,17 @@ _BLANK = "▁"  # as sentencepiece writes it
 _ORDINARY = "a"  # ordinary text, to find the special tokens around it
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a text to continue: with special tokens before it, without those after it such as EOS."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """Returns the ids of a text to continue: with special tokens before it, without those after it such as EOS.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        text: the text.
+        special: whether special tokens are added. They are never added to a text that starts with a special token, such
+            as a rendered chat template, which contains all that the model expects.
+    """
+    if not special or starts_with_special(tokenizer, text):
+        return _ids(tokenizer, text, special=False)
     if getattr(tokenizer, "is_fast", False) and (stop := _own_end(encoded := tokenizer(text))):
         return list(encoded["input_ids"][:stop])
     whole = _ids(tokenizer, text, special=True)
@@ -26,7 +35,22 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return whole[: _start(tokenizer, whole, plain) + len(plain)]
 
 
-def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int) -> tuple[list[int], list[int]]:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the special tokens of a tokenizer as texts."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    marked = (str(token) for token in added if getattr(token, "special", False))
+    return [text for text in dict.fromkeys((*tokenizer.all_special_tokens, *marked)) if text]
+
+
+def starts_with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Returns whether a text starts with a special token, as a rendered chat template does."""
+    # Most texts start with a letter; listing the special tokens takes longer than tokenizing a prompt.
+    return not text[:1].isalnum() and text.startswith(tuple(special_texts(tokenizer)))
+
+
+def locate(
+    tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int, *, special: bool = True
+) -> tuple[list[int], list[int]]:
     """Finds the tokens of a span of characters.
 
     For a tokenizer without offsets, growing prefixes of the ids are decoded.
@@ -36,6 +60,7 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int)
         text: the text.
         start: first character of the span.
         stop: end of the span, exclusive.
+        special: see `token_ids`.
 
     Returns:
         The ids of `text` (see `token_ids`), and the indices of the tokens that overlap the span.
@@ -44,12 +69,13 @@ def locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, stop: int)
         RequestError: no token overlaps the span, or the ids do not decode to the text.
     """
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, return_offsets_mapping=True)
+        special = special and not starts_with_special(tokenizer, text)
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         end = _own_end(encoded)
-        ids = list(encoded["input_ids"][:end]) if end else token_ids(tokenizer, text)
+        ids = list(encoded["input_ids"][:end]) if end else token_ids(tokenizer, text, special=special)
         spans = list(encoded["offset_mapping"][: len(ids)])
     else:
-        ids = token_ids(tokenizer, text)
+        ids = token_ids(tokenizer, text, special=special)
         plain = _ids(tokenizer, text, special=False)
         spans = [(0, 0)] * (len(ids) - len(plain)) + _decoded_spans(tokenizer, plain, text, stop)
     inside = [i for i, (a, b) in enumerate(spans) if a < stop and b > start and b > a]

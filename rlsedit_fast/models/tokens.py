@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import RequestError
-from rlsedit_fast.models.offsets import locate, token_ids
+from rlsedit_fast.models.joins import Join, join_texts
+from rlsedit_fast.models.offsets import locate, special_texts, starts_with_special, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +27,8 @@ Example:
     ('subject_last', 'subject_first', 'last')
 """
 
-_NEWLINES = "\r\n"
-_NEUTRAL = "a"  # a tokenizer never merges it with a following space or another script
+_NEUTRAL = "a", "\n", '"', "("
+"""Texts that a tokenizer does not merge with what follows: a space, another script, or a letter."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Row:
 
     Attributes:
         ids: token ids, special tokens included.
-        lookup: index of the token at which the model is edited; -1 without a subject.
+        lookup: index of the token at which the model is edited; -1 if there is none.
         prompt_length: number of tokens before the target.
 
     Example:
@@ -58,30 +59,33 @@ class Row:
 def fill(prompt: str, subject: str) -> tuple[str, int]:
     """Fills the subject into a prompt.
 
-    `{}` in the prompt is replaced by the subject. In a prompt without `{}` the last occurrence of the subject is used:
-    as a whole word if possible, else within a word, else as a whole word with different case. Whitespace around the
-    subject is ignored.
+    `{}` in the prompt is replaced by the subject; other braces have no meaning. In a prompt without `{}` the last
+    occurrence of the subject is used: as a whole word if possible, else within a word, else as a whole word with
+    different case. Whitespace around the subject is ignored.
 
     Args:
         prompt: the prompt.
-        subject: the subject.
+        subject: the subject; blank for a fact without a subject.
 
     Returns:
-        The filled prompt, and the index of the first character of the subject.
+        The filled prompt, and the index of the first character of the subject; -1 without a subject.
 
     Raises:
-        RequestError: the subject is empty or not found, or the prompt has several `{}`.
+        RequestError: the subject is not found, the prompt has several `{}`, or it has `{}` and no subject is given.
 
     Example:
         >>> from rlsedit_fast.models import fill
         >>> fill("The capital of {} is", "Peru")
         ('The capital of Peru is', 15)
     """
-    if not (name := subject.strip()):
-        raise RequestError(
-            f"prompt {prompt!r}: the subject is empty; name the words of the prompt that the fact is about"
-        )
     holes = prompt.count("{}")
+    if not (name := subject.strip()):
+        if not holes:
+            return prompt, -1
+        raise RequestError(
+            f"prompt {prompt!r}: the subject is empty; name the words that {{}} stands for, or write the prompt "
+            "without {} to edit it at its last token"
+        )
     if holes == 1:
         start = prompt.index("{}")
         return prompt[:start] + name + prompt[start + 2 :], start
@@ -126,18 +130,22 @@ def encode(
     prefix: str = "",
     fact_token: FactToken = "subject_last",
     span: tuple[int, int] | None = None,
+    join: Join = "auto",
 ) -> Row:
     """Tokenizes `prefix + prompt(subject) + target` and finds the lookup token by character offsets.
 
     Args:
         tokenizer: tokenizer of the model.
-        prompt: see `fill`; trailing spaces are removed.
+        prompt: see `fill`; spaces at its end are removed as by `join_texts`.
         subject: see `fill`.
         target: see `target_ids`.
-        prefix: text before the prompt, separated by a space.
-        fact_token: which token is the lookup token.
+        prefix: text before the prompt, separated by a space. In a prompt that starts with a special token it is placed
+            at the start of the line, or of the text between special tokens, that contains the subject, and omitted
+            without a subject.
+        fact_token: which token is the lookup token. Without a subject it is the last token of the prompt.
         span: characters `[start, stop)` of the filled prompt; the last token that overlaps them is the lookup token,
             and `fact_token` is ignored.
+        join: see `join_texts`.
 
     Returns:
         The tokenized row.
@@ -157,21 +165,46 @@ def encode(
         (3, 6, 'harp')
     """
     filled, start = fill(prompt, subject)
+    text, answer = join_texts(filled, target, join)
     stop = start + len(subject.strip())
-    text = strip_trailing(filled)
     if span is not None:
-        if not is_pair(span) or not 0 <= span[0] < span[1] <= len(text):
-            raise RequestError(
-                f"span {span!r} of {text!r}: expected two integers [start, stop) with 0 <= start < stop <= "
-                f"{len(text)}, characters of the prompt with its subject"
-            )
-        start, stop = span
-    before = f"{prefix} " if prefix else ""
-    ids, inside = locate(tokenizer, before + text, start + len(before), stop + len(before))
-    lookup = {"subject_last": inside[-1], "subject_first": inside[0], "last": len(ids) - 1}[
-        fact_token if span is None else "subject_last"
-    ]
-    return Row(ids + _continuation(tokenizer, before + text, ids, target), lookup, len(ids))
+        start, stop = check_span(span, text)
+    at = _place_of_prefix(tokenizer, text, start)
+    before = f"{prefix} " if prefix and at >= 0 else ""
+    text = f"{text[: max(at, 0)]}{before}{text[max(at, 0) :]}"
+    if start < 0:
+        ids = token_ids(tokenizer, text)
+        lookup = len(ids) - 1
+    else:
+        ids, inside = locate(tokenizer, text, start + len(before), stop + len(before))
+        lookup = {"subject_last": inside[-1], "subject_first": inside[0], "last": len(ids) - 1}[
+            fact_token if span is None else "subject_last"
+        ]
+    return Row(ids + continuation(tokenizer, text, ids, answer), lookup, len(ids))
+
+
+def _place_of_prefix(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
+    """Returns where a prefix is placed in a prompt whose subject starts at `start`; -1 for nowhere."""
+    if not starts_with_special(tokenizer, text):
+        return 0
+    if start < 0:
+        return -1
+    ends = [text.rfind(token, 0, start) + len(token) for token in special_texts(tokenizer) if token in text[:start]]
+    return max([text.rfind("\n", 0, start) + 1, *ends])
+
+
+def check_span(span: object, text: str) -> tuple[int, int]:
+    """Returns a span of a prompt with its subject.
+
+    Raises:
+        RequestError: it is not a pair of integers, is empty or is outside the prompt.
+    """
+    if isinstance(span, tuple | list) and is_pair(span) and 0 <= span[0] < span[1] <= len(text):
+        return span[0], span[1]
+    raise RequestError(
+        f"span {span!r} of {text!r}: expected two integers [start, stop) with 0 <= start < stop <= {len(text)}, "
+        "characters of the prompt with its subject"
+    )
 
 
 def is_pair(span: object) -> bool:
@@ -181,20 +214,19 @@ def is_pair(span: object) -> bool:
     return all(isinstance(at, int) and not isinstance(at, bool) for at in span)
 
 
-def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, join: Join = "auto") -> list[int]:
     """Returns the token ids of a target that continues a prompt, without special tokens after it.
 
-    Spaces at the end of the prompt and around the target are ignored. Prompt and target are joined by one space, or by
-    none if the prompt is empty or ends with a newline, or if either side of the boundary is a letter or mark of a
-    script written without spaces (`unicodedata.east_asian_width` W or F, except Hangul).
+    Prompt and target are joined by a space or directly, see `join_texts`.
 
     The target is tokenized together with the prompt. If that changes the tokens of the prompt, it is tokenized after a
-    neutral letter, or else alone, where a sentencepiece tokenizer can add a space.
+    neutral character, or else alone, where a sentencepiece tokenizer can add a space.
 
     Args:
         tokenizer: tokenizer of the model.
         prompt: text before the target.
         target: the target.
+        join: see `join_texts`.
 
     Returns:
         Token ids; an empty list for an empty target.
@@ -209,16 +241,17 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> 
         >>> tokenizer.convert_ids_to_tokens(target_ids(tokenizer, "Toze Lado Rekuno lives in", "Port Alder"))
         ['Port', 'Alder']
     """
-    return encode_plain(tokenizer, prompt, target).target
+    return encode_plain(tokenizer, prompt, target, join).target
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "") -> Row:
+def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = "", join: Join = "auto") -> Row:
     """Tokenizes a prompt without a subject, and a target that continues it.
 
     Args:
         tokenizer: tokenizer of the model.
-        prompt: text before the target; trailing spaces are removed.
+        prompt: text before the target; spaces at its end are removed as by `join_texts`.
         target: see `target_ids`.
+        join: see `join_texts`.
 
     Returns:
         The tokenized row; its lookup token is -1.
@@ -234,52 +267,47 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str = 
         >>> len(row.ids), row.prompt_length, row.lookup
         (5, 4, -1)
     """
-    text = strip_trailing(prompt)
+    text, answer = join_texts(prompt, target, join)
     ids = token_ids(tokenizer, text)
-    return Row(ids + _continuation(tokenizer, text, ids, target), -1, len(ids))
+    return Row(ids + continuation(tokenizer, text, ids, answer), -1, len(ids))
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], target: str) -> list[int]:
-    """See `target_ids`; `text` has no trailing spaces, and `ids` are its token ids."""
-    answer = target.strip()
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], answer: str, *, special: bool = True
+) -> list[int]:
+    """Returns the token ids of an answer that directly follows a text, see `target_ids`.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        text: the text.
+        ids: its token ids.
+        answer: the answer, with the white space before it.
+        special: whether `ids` has special tokens that the tokenizer added.
+
+    Raises:
+        RequestError: see `target_ids`.
+    """
     if not answer:
         return []
     if not ids:
         raise RequestError(f"the tokenizer has no token for the prompt {text!r}; use another prompt")
-    answer = _separator(text, answer) + answer
-    found = _after(tokenizer, text, ids, answer)
-    if found is None:
-        found = _after(tokenizer, _NEUTRAL, token_ids(tokenizer, _NEUTRAL), answer)
-    if found is None:
+    found = _after(tokenizer, text, ids, answer, special)
+    for neutral in _NEUTRAL:
+        if not found:
+            found = _after(tokenizer, neutral, token_ids(tokenizer, neutral), answer, special=True)
+    if not found:
         found = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not found:
-        raise RequestError(f"the tokenizer has no token for target {target!r}; use another target")
+        raise RequestError(f"the tokenizer has no token for target {answer.strip()!r}; use another target")
     return found
 
 
-def _after(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], answer: str) -> list[int] | None:
+def _after(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], answer: str, special: bool
+) -> list[int] | None:
     """Returns the token ids of an answer after a text with token ids `ids`; None if these change."""
-    whole = token_ids(tokenizer, text + answer)
+    whole = token_ids(tokenizer, text + answer, special=special)
     return whole[len(ids) :] if whole[: len(ids)] == ids else None
-
-
-def _separator(text: str, answer: str) -> str:
-    if not text or text[-1] in _NEWLINES or any(_is_unspaced(character) for character in (text[-1], answer[0])):
-        return ""
-    return " "
-
-
-def _is_unspaced(character: str) -> bool:
-    wide = unicodedata.east_asian_width(character) in "WF"
-    # Emoji are wide too.
-    return wide and unicodedata.category(character)[0] in "LMNP" and "HANGUL" not in unicodedata.name(character, "")
-
-
-def strip_trailing(text: str) -> str:
-    """Removes white space from the end of a text, up to a line break."""
-    while text and text[-1].isspace() and text[-1] not in _NEWLINES:
-        text = text[:-1]
-    return text
 
 
 def pad(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,17 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlsedit_fast._version import __version__
 from rlsedit_fast.activity import report_activity
-from rlsedit_fast.data.edits import normalized
+from rlsedit_fast.data.edits import prompt_key
 from rlsedit_fast.editing import Editor, EditRecord, Status
 from rlsedit_fast.editing.recovery import Contents
+from rlsedit_fast.editing.status import largest_changes
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.gate_file import Question
 from rlsedit_fast.evaluation.gate_results import GateReport
 from rlsedit_fast.evaluation.gates import BoundGates, answers_of, check_questions, tokens_needed
-from rlsedit_fast.evaluation.scoring import score
-from rlsedit_fast.models.answers import CHAT_TOKENS, generate_answers, supports_chat
+from rlsedit_fast.evaluation.scoring import score_rows
+from rlsedit_fast.models.answers import CHAT_TOKENS, answer_facts, supports_chat
+from rlsedit_fast.models.facts import encode_fact, fact_key
 from rlsedit_fast.models.loading import max_tokens
-from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.models.tokens import encode_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +128,7 @@ class ChangeReport:
         others: other prompts.
         ages: retention by age, oldest first.
         status: the status of the store.
-        bounds: number of active edits and largest relative bound after each of the recent changes.
+        changes: number of active edits and largest relative change of a layer after each of the recent changes.
         gates: results of the gates; None if none were given.
         missing: what was not measured, and why.
     """
@@ -142,7 +143,7 @@ class ChangeReport:
     others: list[OtherRow]
     ages: list[Age]
     status: Status
-    bounds: list[tuple[int, float]]
+    changes: list[tuple[int, float]]
     gates: GateReport | None
     missing: list[str] = field(default_factory=list)
 
@@ -169,7 +170,7 @@ class ChangeReport:
             "others": [asdict(row) for row in self.others],
             "ages": [asdict(age) for age in self.ages],
             "status": asdict(self.status),
-            "bounds": self.bounds,
+            "changes": self.changes,
             "gates": self.gates.to_dict() if self.gates else None,
         }
 
@@ -225,7 +226,7 @@ def collect(
         others=others,
         ages=_ages([row for row in rows if row.state == "active"], contents.about["config"]["batch_size"]),
         status=status,
-        bounds=_bounds(contents),
+        changes=largest_changes(contents.trace, contents.status.layers),
         gates=gates.measure() if gates is not None else None,
         missing=missing,
     )
@@ -252,8 +253,10 @@ class _Measured:
 def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: bool, missing: list[str]) -> _Measured:
     model, tokenizer = editor.model, editor.tokenizer
     has_chat = supports_chat(tokenizer)
-    pairs = list(dict.fromkeys((fill(r.prompt, r.subject)[0], r.target) for r in contents.records))
-    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs)) if chat and has_chat else []
+    facts = {fact_key(record): record for record in contents.records}
+    pairs = list(facts)
+    asked_in_chat = (pair[0] for pair, record in facts.items() if record.messages is None)
+    prompts = list(dict.fromkeys(asked_in_chat)) if chat and has_chat else []
     chats, long = _fitting(model, tokenizer, [Question(prompt=text, chat=True, tokens=CHAT_TOKENS) for text in prompts])
     if not has_chat:
         missing.append("answers in a chat: the tokenizer has no chat template")
@@ -273,7 +276,7 @@ def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: 
     every = [one for some in questions.values() for one in some]
 
     def answers() -> _Answers:
-        plain = generate_answers(model, tokenizer, pairs) if pairs else []
+        plain = answer_facts(model, tokenizer, list(facts.values())) if facts else []
         found = answers_of(model, tokenizer, [*chats, *every])
         return _Answers(dict(zip(pairs, plain, strict=True)), {one.prompt: found[one.key] for one in chats}, found)
 
@@ -282,8 +285,10 @@ def _measure(editor: Editor, contents: Contents, asked: Sequence[str], *, chat: 
         before = answers()
     report_activity("answers of the edited model")
     now = answers()
-    scored = list(dict.fromkeys([*pairs, *(pair for e in contents.edits.values() for pair in _paraphrased(e))]))
-    found = score(model, tokenizer, scored) if scored else []
+    scored = {pair: encode_fact(tokenizer, fact) for pair, fact in facts.items()}
+    for edit in contents.edits.values():
+        scored |= {p: encode_plain(tokenizer, *p, edit.join) for p in _paraphrased(edit) if p not in scored}
+    found = score_rows(model, list(scored.values())) if scored else []
     scores = {pair: (one.exact, one.nll) for pair, one in zip(scored, found, strict=True)}
     return _Measured(before, now, scores, questions)
 
@@ -306,8 +311,8 @@ def _neighborhood(contents: Contents) -> list[str]:
 
 
 def _row(record: EditRecord, note: str, contents: Contents, measured: _Measured | None) -> EditRow:
-    prompt = fill(record.prompt, record.subject)[0]
-    pair, active = (prompt, record.target), record.state == "active"
+    pair, active = fact_key(record), record.state == "active"
+    prompt = pair[0]
     stated, nll, paraphrases = record.success, record.nll, None
     before, now = record.answer_before, record.answer
     chat_before, chat_now = record.chat_answer_before, record.chat_answer
@@ -343,7 +348,7 @@ def _notes(records: Sequence[EditRecord]) -> dict[int, str]:
     """Returns by id why edits were skipped, and what replaced them."""
     notes, later = dict[int, str](), dict[str, int]()
     for record in reversed(records):
-        key = normalized(fill(record.prompt, record.subject)[0])
+        key = prompt_key(record)
         if record.state == "skipped":
             notes[record.id] = (
                 f"the value search did not converge in {record.search_steps} steps: rank {record.search_rank}, NLL "
@@ -376,19 +381,6 @@ def _others(contents: Contents, asked: Iterable[str], measured: _Measured | None
 def _ages(active: Sequence[EditRow], batch_size: int) -> list[Age]:
     groups = [active[start:stop] for start, stop in age_groups(len(active), batch_size)] if active else []
     return [Age(some[0].id, some[-1].id, sum(bool(row.stated) for row in some), len(some)) for some in groups]
-
-
-def _bounds(contents: Contents) -> list[tuple[int, float]]:
-    """Returns the largest relative bound after each change; a bound is `sqrt(J)` times a constant of its layer."""
-    scales = []
-    for layer in contents.status.layers:
-        reached = layer.weight_bound if layer.anchors_bound is None else layer.anchors_bound
-        scales.append(reached / math.sqrt(layer.objective) if layer.objective > 0 else 0.0)
-    return [
-        (point.edits, max(scale * math.sqrt(max(one, 0.0)) for scale, one in zip(scales, point.objective, strict=True)))
-        for point in contents.trace
-        if scales
-    ]
 
 
 def counts_of(rows: Iterable[OtherRow]) -> list[tuple[Kind, int, int]]:

@@ -8,8 +8,9 @@ from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
 from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
 from rlsedit_fast.rls.forecast import ChangeStatistics, LayerPoint, Route, StreamPoint, forecast_stream
 from rlsedit_fast.rls.monitor import Monitor
+from rlsedit_fast.rls.overlap import used_share
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
+from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, Terms
 from rlsedit_fast.rls.separate_state import SeparateState
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.state import RLSState
@@ -37,6 +38,7 @@ __all__ = [
     "Snapshot",
     "Step",
     "StreamPoint",
+    "Terms",
     "TrialLayer",
     "TrialPanel",
     "amplify_innovation",
@@ -44,4 +46,5 @@ __all__ = [
     "forecast_stream",
     "memit_share",
     "realized_fraction",
+    "used_share",
 ]

@@ -266,8 +266,7 @@ def test_subject_missing_from_prompt_is_reported(write, record, place):
 def test_all_problems_of_a_record_are_reported(write):
     read = read_edits(write([{"prompt": 1, "weight": -1}]), strict=False)
     assert str(read.skipped[0]) == (
-        "facts.json:2 (record 1): prompt: expected a string, got 1; subject: missing; name the words of the "
-        "prompt that the fact is about; target: missing; "
+        "facts.json:2 (record 1): prompt: expected a string, got 1; target: missing; "
         "weight: expected a number from 1e-30 to 1e+30, got -1; the default is 1"
     )
 

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rlsedit_fast.errors import RequestError
+from rlsedit_fast.models.joins import strip_trailing
 from rlsedit_fast.models.offsets import locate, token_ids
 from rlsedit_fast.models.tokens import encode, encode_plain, target_ids
 
@@ -205,7 +206,7 @@ def test_spaces_between_prompt_and_target_are_ignored(any_tokenizer):
     expected = encode(any_tokenizer, "The capital of {} is", "France", target="Paris")
     for prompt, target in (
         ("The capital of {} is ", "Paris"),
-        ("The capital of {} is", "  Paris "),
+        ("The capital of {} is", " Paris "),
         ("The capital of {} is \t", " Paris"),
     ):
         assert encode(any_tokenizer, prompt, "France", target=target) == expected
@@ -224,12 +225,14 @@ def test_spaces_between_prompt_and_target_are_ignored(any_tokenizer):
         ("ここは東", "京都", "ここは東京都"),
         ("프랑스의 수도는", "파리", "프랑스의 수도는 파리"),
         ("Say 😀", "Paris", "Say 😀 Paris"),
-        ("(", "Paris", "( Paris"),
+        ("(", "Paris", "(Paris"),
+        ("( ", "Paris", "( Paris"),
+        ("Question?\n    ", "Paris", "Question?\n    Paris"),
     ],
 )
 def test_separator_depends_on_the_script(any_tokenizer, prompt, target, text):
     row = encode_plain(any_tokenizer, prompt, target)
-    assert row.ids[: row.prompt_length] == token_ids(any_tokenizer, prompt.rstrip(" "))
+    assert row.ids[: row.prompt_length] == token_ids(any_tokenizer, strip_trailing(prompt))
     assert spell(any_tokenizer, row.ids) == text
 
 
