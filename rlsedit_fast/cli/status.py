@@ -85,6 +85,8 @@ def status_lines(status: Status) -> list[str]:
             parts[0] += f" ({layer.misfit:.0%} misfit of the edits)"
         if layer.anchors_bound is not None:
             parts.append(f"change of outputs on the anchors {_value(layer.anchors, layer.anchors_bound)}")
+        if layer.held_out is not None:
+            parts.append(f"on held-out text {layer.held_out:.3g}")
         parts.append(f"weight change {_value(layer.weight, layer.weight_bound)}")
         if layer.residual is not None:
             parts.append(f"drift of C {layer.residual:.1e}")

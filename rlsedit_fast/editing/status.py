@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.held_out import HeldOut, output_energy
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior, Terms
-from rlsedit_fast.rls.prior import chunks
 
 if TYPE_CHECKING:
     from rlsedit_fast.editing.layers import EditedLayers
@@ -60,15 +60,9 @@ class Norms:
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
             return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
         (original,) = originals
-        weight, anchors = original.float(), None
-        if (moment := prior.anchor_moment) is not None:
-            energy, start = 0.0, 0
-            for part in chunks(moment, original.device):
-                rows = part.float()
-                energy += float(((rows @ weight.T).T * weight[:, start : start + len(rows)]).double().sum())
-                start += len(rows)
-            anchors = math.sqrt(max(energy, 0.0))
-        return cls(float(torch.linalg.vector_norm(weight)), anchors)
+        moment = prior.anchor_moment
+        anchors = None if moment is None else math.sqrt(output_energy(original, moment))
+        return cls(float(torch.linalg.vector_norm(original.float())), anchors)
 
 
 @dataclass(frozen=True)
@@ -100,6 +94,8 @@ class LayerStatus:
         advice: what to do about the drift; None if nothing.
         anchors: what `anchors_bound` bounds, exact (of a mixture of experts a tighter bound); None if it is not known.
         misfit: the part of `J` that the misfit of the edits is; the prior is the rest. None if it is not known.
+        held_out: `||K (W - W0)^T||_F / ||K W0^T||_F` over held-out tokens of the anchor text, measured, see
+            `HeldOut.changes`; None without such tokens, or if it was not measured.
     """
 
     layer: int
@@ -111,6 +107,7 @@ class LayerStatus:
     advice: str | None
     anchors: float | None = None
     misfit: float | None = None
+    held_out: float | None = None
 
     @classmethod
     def of(
@@ -124,6 +121,7 @@ class LayerStatus:
         terms: Terms | None,
         residual: float | None,
         advice: str | None,
+        held_out: float | None = None,
     ) -> LayerStatus:
         """Returns the status from the prior, `J` and its terms of a layer."""
         root, anchored, fits = math.sqrt(objective), terms and terms.anchors, terms and terms.edits
@@ -137,6 +135,7 @@ class LayerStatus:
             advice=advice,
             anchors=anchored / norms.anchors if anchored is not None and norms.anchors else None,
             misfit=fits**2 / objective if fits is not None and objective else None,
+            held_out=held_out,
         )
 
     @property
@@ -223,10 +222,13 @@ class Status:
     warnings: list[str] = field(default_factory=list)
 
 
-def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms]) -> list[LayerStatus]:
+def layer_statuses(
+    edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms], held_out: HeldOut | None
+) -> list[LayerStatus]:
     """Measures edited layers and returns their status; reads C of each layer once."""
     found = []
-    for (projection, state), norm in zip(edited, norms, strict=True):
+    changes = held_out.changes([state for _, state in edited]) if held_out and edited else [None] * len(edited)
+    for (projection, state), norm, change in zip(edited, norms, changes, strict=True):
         health = state.monitor()
         found.append(
             LayerStatus.of(
@@ -238,6 +240,7 @@ def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Seque
                 terms=state.terms(),
                 residual=health.residual,
                 advice=health.advice if health.needs_refresh else None,
+                held_out=change,
             )
         )
     return found
