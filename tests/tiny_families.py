@@ -57,7 +57,12 @@ TEXT_FAMILIES = {
     "gemma3n": (
         "Gemma3n",
         TEXT
-        | {"hidden_size_per_layer_input": 96, "laurel_rank": 96, "vocab_size_per_layer_input": 512, "altup_num_inputs": 3}
+        | {
+            "hidden_size_per_layer_input": 96,
+            "laurel_rank": 96,
+            "vocab_size_per_layer_input": 512,
+            "altup_num_inputs": 3,
+        }
         | {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": 96},
         DOWN,
         4,
