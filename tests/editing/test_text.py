@@ -1,6 +1,7 @@
 """Edits with exact joins, without a subject, with long targets, and of conversations."""
 
 import pytest
+import torch
 
 from rlsedit_fast import Edit, EditConfig, Editor, RequestError
 from rlsedit_fast.models import chat_row, greedy
@@ -122,10 +123,19 @@ def test_a_store_without_the_setting_has_no_chat_contexts(tmp_path):
     assert EditConfig.from_store(CONFIG.to_dict()).contexts.chat is None
 
 
-def test_long_targets_are_searched_and_measured(chat_editor):
-    words = "harp baker Garnet Kubeish clarinet plays lives speaks".split()
-    target = " ".join(words[at * 3 % 8] for at in range(24))
-    (record,) = chat_editor.edit([Edit("{} says :", PERSON, target)])
-    (request,) = chat_editor.context.prepare([Edit("{} says :", PERSON, target)])
-    assert len(request.contexts[0].target) == 24
-    assert record.nll < 5
+def test_long_targets_are_searched_and_measured():
+    editor = Editor(*load_demo_model(), config=CONFIG.replace(contexts={"prefixes": [""]}, search={"clamp": 4.0}))
+    target = " ".join(["harp"] * 200)
+    edit = Edit("{} says", PERSON, target)
+    (request,) = editor.context.prepare([edit])
+    assert len(request.contexts[0].target) == 200
+    (record,) = editor.edit([edit])
+    assert record.search_nll < 0.2 * -torch.tensor(1 / 1000).log(), "of 200 tokens on average"
+    assert len(record.answer.split()) == 200
+
+
+def test_a_target_that_is_too_long_for_the_model_is_refused():
+    editor = Editor(*load_demo_model(), config=CONFIG)
+    longest = editor.model.config.max_position_embeddings
+    with pytest.raises(RequestError, match=f"the model supports {longest}"):
+        editor.edit([Edit("{} says", PERSON, " ".join(["harp"] * longest))])
