@@ -70,7 +70,7 @@ _Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidato
 _KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
 
-CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "message")
+CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "direct")
 """Default chat contexts of an edit, if the tokenizer has a chat template."""
 
 
@@ -81,7 +81,7 @@ class ContextConfig(Settings):
         prefixes: texts placed before the prompt. The first is `""`, the bare prompt.
         chat: the prompt in a chat, see `models.encode_in_chat`: `answer`, as the start of the answer; `message`, as the
             message of the user, repeated by the answer; `direct`, as the message, and the target is the answer. None:
-            `answer` and `message` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
+            `answer` and `direct` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
             contains what is used. `()`: no chat.
         samples: number of additional prefixes that the model generates when the editor is created. They are added to
             `Editor.config.contexts.prefixes`. The published settings of MEMIT sample twenty.

@@ -70,7 +70,11 @@ def test_edits_of_a_conversation_hold_in_it_and_can_be_replaced_and_undone(chat_
 def test_a_store_keeps_conversations_and_joins(tmp_path):
     model, tokenizer = load_demo_model()
     tokenizer.chat_template = TEMPLATE
-    given = [conversation(), Edit("{} speaks", PERSON, "Kubeish", join="exact"), Edit("Kuno Toze lives in", None, "Kubeish")]
+    given = [
+        conversation(),
+        Edit("{} speaks", PERSON, "Kubeish", join="exact"),
+        Edit("Kuno Toze lives in", None, "Kubeish"),
+    ]
     with Editor(model, tokenizer, config=CONFIG, store=tmp_path / "edits") as editor:
         before = editor.edit(given)
     model, tokenizer = load_demo_model()
@@ -87,7 +91,7 @@ def test_a_store_keeps_conversations_and_joins(tmp_path):
 
 
 def test_chat_contexts_are_used_if_there_is_a_chat_template(chat_editor):
-    assert chat_editor.config.contexts.chat == ("answer", "message")
+    assert chat_editor.config.contexts.chat == ("answer", "direct")
     edit = Edit("{} plays the", PERSON, "harp")
     (request,) = chat_editor.context.prepare([edit])
     assert len(request.contexts) == chat_editor.config.contexts.count == 5

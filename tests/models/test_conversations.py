@@ -78,7 +78,9 @@ def test_the_answer_follows_as_in_the_template(tokenizer):
 
 def test_a_template_that_strips_messages_keeps_the_place_of_the_subject(tokenizer):
     tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
-    row = encode_fact(tokenizer, Edit(messages=[{**USER, "content": "  Lado Rekuno plays the "}, ANSWER], subject="Lado"))
+    row = encode_fact(
+        tokenizer, Edit(messages=[{**USER, "content": "  Lado Rekuno plays the "}, ANSWER], subject="Lado")
+    )
     assert tokenizer.decode([row.ids[row.lookup]]) == "Lado"
 
 
