@@ -23,21 +23,14 @@ from typing import Any
 
 import torch
 from real_models import checkpoint
-from real_stream import ANCHOR_TOKENS, edit_of, evaluate, facts, paragraphs, perplexity
+from real_stream import ANCHOR_TOKENS, case_of, evaluate, facts, in_chat, next_tokens, paragraphs, perplexity
 from recording import add_json, record
 
 import rlsedit_fast as rf
-from rlsedit_fast.evaluation import (
-    Case,
-    Question,
-    chat_neighbors,
-    contains_answer,
-    evaluate_chat,
-    questions_about,
-    score,
-)
+from rlsedit_fast.evaluation import chat_neighbors
 from rlsedit_fast.evaluation.layer_trials import restored
 from rlsedit_fast.models.loading import load_model
+from rlsedit_fast.statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -52,38 +45,6 @@ WAYS: dict[str, dict[str, Any]] = {
 """Settings of `EditConfig` by name."""
 
 
-def case_of(one: dict[str, str]) -> Case:
-    """Returns an evaluation case of a CounterFact record."""
-    edit = edit_of(one)
-    neighbor = Question(one["locality_prompt"], one["locality_ground_truth"])
-    old = Question(one["prompt"], one["ground_truth"])
-    return Case(edit, old, (), (neighbor,), (), (), asked=questions_about(edit.prompt, edit.subject))
-
-
-def next_tokens(model: Any, tokenizer: Any, cases: list[Case]) -> list[int]:
-    """Returns the most likely token after each neighborhood prompt."""
-    found = score(model, tokenizer, [(case.neighbors[0].prompt, "a") for case in cases])
-    return [one.predicted[0] for one in found]
-
-
-def in_chat(model: Any, tokenizer: Any, cases: list[Case], before: dict[str, int]) -> dict[str, Any]:
-    """Returns the metrics in a chat."""
-    found = evaluate_chat(model, tokenizer, cases, before)
-    wordings: dict[str, list[bool]] = {}
-    answers = iter(found.answers)
-    for case in cases:
-        for at, _ in enumerate(case.asked, 1):
-            _, target, answer = next(answers)
-            wordings.setdefault(f"wording {at}", []).append(contains_answer(answer, target))
-    return {
-        "start_strict": found.start.count / found.start.of,
-        "questions": found.question.count / found.question.of,
-        "questions_by_wording": {name: sum(hits) / len(hits) for name, hits in wordings.items()},
-        "neighbors_unchanged": found.neighbors.count / found.neighbors.of,
-        "examples": [list(one) for one in found.answers[:12]],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("smollm2",), default="smollm2")
@@ -91,6 +52,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="DIR")
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=5120, help="number of tokens for perplexity")
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help="anchors, by `rlsedit statistics`")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EditConfig for all ways")
     add_json(parser)
@@ -109,7 +71,7 @@ def main() -> None:
     }
     print("before", before, flush=True)
     rows: dict[str, Any] = {}
-    statistics = None
+    statistics = None if options.statistics is None else KeyStatistics.load(options.statistics)
     for name in options.ways:
         config = rf.EditConfig(batch_size=max(100, options.edits), **changes).replace(**WAYS[name])
         editor = rf.Editor(model, tokenizer, config=config)
