@@ -109,8 +109,8 @@ class ContextConfig(Settings):
 
     @property
     def count(self) -> int:
-        """Number of contexts of an edit; with `chat=None`, the most that it can be."""
-        return len(self.prefixes) + len(CHAT_FORMS if self.chat is None else self.chat)
+        """Number of contexts of an edit; with `chat=None`, that of a model without a chat template."""
+        return len(self.prefixes) + len(self.chat or ())
 
 
 class PriorConfig(Settings):
@@ -251,11 +251,11 @@ class EditConfig(Settings):
         unconverged: what happens to an edit whose search does not converge within `search.steps`. `keep`: it is written
             nevertheless. `skip`: it is not written, its record has the state `skipped`, and an edit that it would
             replace stays; of several edits that share a value the worst is skipped first. `raise`: its batch fails.
-        refine: rounds of refinement. An edit whose target is not ranked first at the bare prompt after the write is
-            searched again in the edited model, and its value is moved by the difference. The edits of a batch are
-            checked when it is written; at the end of a call of several batches all of its edits are checked, and as
-            many earlier edits as the call added, drawn at random. Requires `rls` and stored rows. None: 2 if these
-            are given, otherwise 0.
+        refine: rounds of refinement. An edit whose target is not ranked first after the write, at the bare prompt or in
+            its contexts in a chat, is searched again in the edited model, and its value is moved by the difference. The
+            edits of a batch are checked when it is written; at the end of a call of several batches all of its edits
+            are checked, and as many earlier edits as the call added, drawn at random. Requires `rls` and stored rows.
+            None: 2 if these are given, otherwise 0.
         measure_chat: also ask each prompt as the user message of a chat, before and after its batch, if the tokenizer
             has a chat template; see `EditRecord.chat_answer`. Two answers are generated for each edit.
         stored_rows: keys and values of each edit that are kept in memory and in the store, for exact removal and for

@@ -1,5 +1,7 @@
 """Evaluation in a chat."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlsedit_fast.data import Edit
@@ -10,10 +12,15 @@ from rlsedit_fast.evaluation import (
     evaluate_chat,
     questions_about,
     relation_questions,
+    stream,
     subject_of,
 )
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.chat import ANSWER_TOKENS
+from rlsedit_fast.evaluation.demo import CONFIG
+from rlsedit_fast.evaluation.grounds import GroundSpec, make_cases, make_ground
+from rlsedit_fast.evaluation.plan import Plan
+from rlsedit_fast.evaluation.runs import value
 from rlsedit_fast.world import load_demo_model
 
 PERSON = "Toze Lado Rekuno"
@@ -70,3 +77,21 @@ def test_a_chat_is_measured_by_start_question_and_neighbors():
     assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) <= ANSWER_TOKENS
     changed = evaluate_chat(model, tokenizer, [stated], {prompt: -1 for prompt in before})
     assert changed.neighbors.count == 0
+
+
+def test_a_run_reports_the_chat_beside_raw_text(tmp_path):
+    def load():
+        model, tokenizer = load_demo_model()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
+        return model, tokenizer
+
+    ground = make_ground(GroundSpec())
+    plan = Plan(label="rls", stream="plain", edits=5, seed=1, config=CONFIG, checkpoints=(), probed=100, free=3)
+    cases, _ = make_cases(GroundSpec(), "plain", 5, 1)
+    cases = [replace(case, asked=(case.question.prompt,)) for case in cases]
+    found = stream.run(replace(ground, load=load), plan, cases, tmp_path / "run.json")
+    assert value(found, "chat_start", "strict") > 0.5
+    assert 0 <= value(found, "chat_question", "free") <= 1
+    assert 0 <= value(found, "chat_neighbors", "strict") <= 1
+    plain = stream.run(ground, plan, cases, tmp_path / "plain.json")
+    assert value(plain, "chat_start", "strict") is None
