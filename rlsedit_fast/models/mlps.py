@@ -27,7 +27,7 @@ _NORM = re.compile(r"Norm(?![a-z])")
 """Classes of norms, some of which contain an MLP for their scale."""
 
 _WIDER = 2
-"""An MLP is chosen among others if each of those has less than 1/_WIDER of its width: low-rank side paths are narrow."""
+"""An MLP is chosen among others that have less than 1/_WIDER of its width: low-rank side paths are narrow."""
 
 
 @dataclass(frozen=True)
