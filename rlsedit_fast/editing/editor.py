@@ -256,7 +256,7 @@ class Editor(Inspection):
         return protection.tokens
 
     def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
-        """Sets the prior of each layer with a pilot batch; the model is not modified.
+        """Sets the prior of each layer with a pilot batch; the model is not modified, except by wanted continuations.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
         realizes the fraction `config.prior.adherence` of its target changes.
