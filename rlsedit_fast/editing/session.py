@@ -438,7 +438,7 @@ class EditSession:
                     some = [everything[at] for at in chosen]
                     weights = [
                         *(one.edit.weight for one in requests),
-                        *(one.weight for one in self.ledger.get(rewritten)),
+                        *(one.present_weight for one in self.ledger.get(rewritten)),
                     ]
                     written = self.layers.write(
                         some,

@@ -124,7 +124,8 @@ class LayerStatus:
         held_out: float | None = None,
     ) -> LayerStatus:
         """Returns the status from the prior, `J` and its terms of a layer."""
-        root, anchored, fits = math.sqrt(objective), terms and terms.anchors, terms and terms.edits
+        root = math.sqrt(objective)
+        anchored, fits = (terms.anchors, terms.edits) if terms is not None else (None, None)
         return cls(
             layer=layer,
             objective=objective,
