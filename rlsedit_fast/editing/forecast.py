@@ -21,7 +21,8 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import row_weights, rows_of_contexts
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED, Norms, calibrated_adherence
 from rlsedit_fast.errors import InputError, ModelError
-from rlsedit_fast.rls import ChangeStatistics, Prior, StreamPoint, forecast_stream
+from rlsedit_fast.rls import ChangeStatistics, Prior, forecast_stream
+from rlsedit_fast.rls.forecast import StreamPoint
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.statistics.key_statistics import Moment
 

@@ -325,7 +325,8 @@ def _edits_left(
 ) -> tuple[int | None, str | None]:
     """Returns the number of edits until the change of the first layer reaches the budget, and its basis.
 
-    By a line it is the layer with the fewest edits left; the keys of this layer are continued.
+    The layer is the one with the fewest edits left by a line. The line and the recursion that is continued from the
+    keys of this layer are two estimates; the smaller one is returned, and the basis states both.
     """
     if any(layer.change >= budget for layer in layers):
         return 0, "the budget is used up"
@@ -334,11 +335,14 @@ def _edits_left(
         return None, None
     growth, at = min(growths)
     if continued is None or (found := continued(at, growth)) is None:
-        basis = "a line through the recorded squares of the change, which may be wrong by a factor"
-        return int(growth), basis
+        return int(growth), "a line through the recorded squares of the change, which may be wrong by a factor"
     count, known = found
-    rough = "" if known >= IDENTIFIED else f", which is rough: {IDENTIFIED} edits show which directions new keys have"
-    return count, f"the recursion continued with keys like those of {known} edits{rough}"
+    low, high = sorted((int(growth), count))
+    rough = "" if known >= IDENTIFIED else f"; fewer than {IDENTIFIED} edits do not show which directions new keys have"
+    return low, (
+        f"two estimates, {low} to {high} edits: a line through the recorded squares of the change gives {int(growth)}, "
+        f"and the recursion continued with keys like those of {known} edits {count}{rough}"
+    )
 
 
 def edits_by_line(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> float | None:
