@@ -15,9 +15,9 @@ from rlsedit_fast.cli.output import add_json, emit, progress, say, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.data.drawn import draw_edits
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.forecast import ADHERENCES, IDENTIFIED, LEAST_REALIZED, Forecast, Report
+from rlsedit_fast.editing.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Report
 from rlsedit_fast.editing.priors import Tradeoff
-from rlsedit_fast.editing.status import DEFAULT_BUDGET
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED
 from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.report.capacity import check_plot, plot_forecast
 from rlsedit_fast.statistics import TextFile
