@@ -29,8 +29,8 @@ _SUPPORTED = (
 )
 
 _OTHER_PROJECTION = (
-    "set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that processes every "
-    "token, such as that of a shared expert, or use layers without experts"
+    "set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that processes "
+    "every token, such as that of a shared expert, or use layers without experts"
 )
 
 
