@@ -49,7 +49,6 @@ class Contender:
 
     label: str
     changes: Mapping[str, Any]
-    forgetting: float = 1.0
     protected: float = 0.0
 
     def config(self, base: EditConfig) -> EditConfig:
@@ -128,7 +127,7 @@ def tuned(grids: Mapping[str, list[dict]], jobs: Mapping[str, Sequence[Job]]) ->
 RECURSIVE = (
     Contender("rls", {}),
     Contender("rls norm-anchored", {"norm_anchor": True}),
-    Contender("rls forgetting", {}, forgetting=0.9),
+    Contender("rls ageing", {"halve_after": 100}),
 )
 CLOSEST = ("rls", "memit-history", "memit", "alphaedit")
 
@@ -178,7 +177,7 @@ def hard(out: Path, best: Mapping[str, Contender], edits: int, seed: int) -> Ite
     chosen = [
         RECURSIVE[0],
         Contender("rls separate", separate),
-        Contender("rls separate forgetting", separate, forgetting=0.7),
+        Contender("rls separate ageing", separate | {"halve_after": 50}),
         *(best[rule] for rule in ("memit", "memit-history", "alphaedit")),
     ]
     for kind, contender in itertools.product(("conflicting", "related"), chosen):
@@ -205,7 +204,6 @@ def _job(
         seed=seed,
         order=order,
         config=contender.config(base).replace(batch_size=batch_size),
-        forgetting=contender.forgetting,
         protected=contender.protected,
         **more,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, UpdateError
-from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, checks
+from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, Terms, checks
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.state import dtype_of
@@ -74,6 +74,9 @@ class LayerState(Protocol):
 
     def bounds(self) -> Bounds:
         """Returns bounds on the weight, the anchors and the edits."""
+
+    def terms(self) -> Terms:
+        """Returns the terms of the objective that are known."""
 
     def monitor(self) -> Monitor:
         """Returns the drift of the layer's state."""
@@ -194,6 +197,10 @@ class RuleLayer(Layer):
     def bounds(self) -> Bounds:
         """Returns infinite bounds: the baselines have no objective over all edits."""
         return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
+
+    def terms(self) -> Terms:
+        """Returns the change of the weight; the other terms are not known."""
+        return Terms(weight=self.deviation(), anchors=None, edits=None)
 
     def project(self, keys: Tensor, weights: Tensor | None = None) -> RulePanel:
         """Checks a batch of keys.

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlsedit_fast.cli import DONE, setup
-from rlsedit_fast.cli.export import Written, add_overwrite, check_checkpoint, is_gguf_output
+from rlsedit_fast.cli.export import WRITER, Written, add_overwrite, check_checkpoint, is_gguf_output
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.export import apply_delta, write_checkpoint
+from rlsedit_fast.export import write_checkpoint
 from rlsedit_fast.export.card import CardContents, make_card
-from rlsedit_fast.export.delta import check_delta
+from rlsedit_fast.export.delta import apply_and_compare, check_delta
+from rlsedit_fast.logs import warnings_silenced
 
 HELP = "apply a delta file to its base model and write the edited checkpoint"
 USAGE = "--model MODEL --delta FILE --out DIR [options]"
@@ -45,12 +46,13 @@ def run(options: argparse.Namespace) -> int:
     check_places(options, folders=("out",))
     check_delta(options.delta)
     model, tokenizer = setup.load_model(options, config=setup.check_model(options))
-    report = apply_delta(model, options.delta)
+    report, changes = apply_and_compare(model, options.delta)
     written = Written()
-    with written.attempt(f"--out {options.out}"):
+    with written.attempt(f"--out {options.out}"), warnings_silenced(WRITER):
         card = make_card(CardContents(str(options.model), report.edits)) if report.edits else None
-        write_checkpoint(model, tokenizer, options.out, card=card, overwrite=options.overwrite)
-        written.files.append(f"checkpoint: {options.out}")
+        written.add_checkpoint(
+            write_checkpoint(model, tokenizer, options.out, changes=changes, card=card, overwrite=options.overwrite)
+        )
     with written.attempt():
         emit(asdict(report) | {"out": str(options.out)} | written.to_json, written.files, options.json)
     written.raise_failures()

@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, get_args
 
 import torch
@@ -19,6 +21,7 @@ from rlsedit_fast.editing.exports import GgufReport
 from rlsedit_fast.errors import InputError, RLSEditError, counted, listed
 from rlsedit_fast.export import (
     AdapterReport,
+    CheckpointReport,
     Engine,
     WeightChange,
     changes_between,
@@ -28,10 +31,14 @@ from rlsedit_fast.export import (
 )
 from rlsedit_fast.export.engines import check_engine
 from rlsedit_fast.export.gguf import AUTO, TYPES
+from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import SUFFIX, is_gguf
 from rlsedit_fast.models.loading import load_config
 from rlsedit_fast.store import Store
+
+WRITER = "rlsedit_fast.export.checkpoint"
+"""Logger of warnings that the lines of a `CheckpointReport` contain."""
 
 HELP = "write the edited model of a store, or the difference of an edited checkpoint and its base"
 USAGE = (
@@ -121,11 +128,13 @@ class Written:
         files: one line per written file.
         failures: one reason per file that could not be written.
         gguf: the GGUF file, if one was written.
+        checkpoint: the checkpoint, if one was written.
     """
 
     files: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     gguf: GgufReport | None = None
+    checkpoint: CheckpointReport | None = None
 
     @property
     def lost(self) -> list[int]:
@@ -144,11 +153,22 @@ class Written:
                 raise
             self.failures.append(f"{what}: not written or incomplete: {unexpected(error)}")
 
+    def add_checkpoint(self, report: CheckpointReport) -> None:
+        """Adds a checkpoint that was written."""
+        self.checkpoint = report
+        self.files += report.lines
+
+    def holds(self, option: str, options: argparse.Namespace) -> bool:
+        """Returns whether the output of an option is given and was written."""
+        given = getattr(options, option.lstrip("-")) is not None
+        return given and not any(failure.startswith(f"{option} ") for failure in self.failures)
+
     @property
     def to_json(self) -> dict[str, Any]:
         """Files and failures, JSON-serializable."""
         gguf = {"gguf": asdict(self.gguf) | {"lost": self.lost}} if self.gguf else {}
-        return {"files": self.files, "not_written": self.failures} | gguf
+        checkpoint = {"checkpoint": asdict(self.checkpoint)} if self.checkpoint else {}
+        return {"files": self.files, "not_written": self.failures} | gguf | checkpoint
 
     def raise_failures(self) -> None:
         """Raises InputError if there are failures."""
@@ -247,9 +267,10 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
             )
             written.files += gguf_lines(written.gguf)
     elif options.out is not None:
-        with written.attempt(f"--out {options.out}"):
-            editor.save_pretrained(options.out, overwrite=options.overwrite, stability=stability)
-            written.files.append(f"checkpoint: {options.out}")
+        with written.attempt(f"--out {options.out}"), warnings_silenced(WRITER):
+            written.add_checkpoint(
+                editor.save_pretrained(options.out, overwrite=options.overwrite, stability=stability)
+            )
     if options.delta is not None and active:
         with written.attempt(f"--delta {options.delta}"):
             editor.save_delta(options.delta, overwrite=options.overwrite)
@@ -265,7 +286,27 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
+    elif active and written.failures and not any(written.holds(f"--{name}", options) for name in ("out", "delta")):
+        written.failures.append(_rescue(editor, options))
     return written
+
+
+def _rescue(editor: Editor, options: argparse.Namespace) -> str:
+    """Writes the edits without a store into a delta file, if an output failed, and returns what to do with it."""
+    outputs = [path for path in (options.out, options.delta, options.adapter, options.patch) if path is not None]
+    places = [*(path.absolute().parent for path in outputs), Path.cwd(), Path(gettempdir())]
+    name = f"{outputs[0].stem or 'edits'}-{datetime.now():%Y%m%d-%H%M%S}.delta.safetensors"
+    reasons = list[str]()
+    for kept in (place / name for place in dict.fromkeys(places)):
+        try:
+            editor.save_delta(kept)
+            break
+        except (RLSEditError, OSError) as error:
+            reasons.append(f"{kept}: {error}")
+    else:
+        return "the edits could not be written as a delta either: " + "; ".join(reasons)
+    command = f"rlsedit apply --model {options.model} --delta {kept} --out DIR"
+    return f"the edits are in the delta {kept}; `{command}` writes the edited model from it"
 
 
 def is_gguf_output(out: Path | None) -> bool:

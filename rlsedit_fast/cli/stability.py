@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.editing import Editor
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rlsedit_fast.evaluation.stability import TextProbe
 
 TOKENS, LENGTH = 2000, 128  # of all texts, and of one text
+_GENERATED = 16, 64  # texts and their tokens; more would take longer than to apply a few edits
 _LEAST = 500  # tokens; a file with fewer tokens after the anchors is not used
 
 
@@ -35,11 +37,12 @@ def probe_other_text(editor: Editor, options: argparse.Namespace) -> tuple[TextP
         rows = list(_rows(TextFile(options.text), editor, skip=options.tokens))
         what = f"{options.text.name}, the part after the anchors"
     if sum(map(len, rows)) < _LEAST:
-        source = SelfGenerated(editor.model, seed=(options.seed or 0) + 1, length=length, batch=TOKENS // length + 1)
-        rows = list(_rows(source, editor))
+        texts, most = _GENERATED
+        source = SelfGenerated(editor.model, seed=(options.seed or 0) + 1, length=min(most, length), batch=texts)
+        rows = [ids for _, ids in islice(source.read(editor.tokenizer, 0), texts)]
         what = "text that the model generated before the edits"
-    texts = [str(editor.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    probe = TextProbe(editor.model, editor.tokenizer, texts, tokens=TOKENS, length=length)
+    decoded = [str(editor.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    probe = TextProbe(editor.model, editor.tokenizer, decoded, tokens=TOKENS, length=length)
     return probe, {"text": what, "before": asdict(probe.unedited)}
 
 

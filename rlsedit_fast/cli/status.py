@@ -81,10 +81,13 @@ def status_lines(status: Status) -> list[str]:
             lines.append(f"relative change of the keys since their edits, per layer: {shifts}")
     for layer in status.layers:
         parts = [f"least-squares objective {layer.objective:.4g}"]
+        if layer.misfit is not None:
+            parts[0] += f" ({layer.misfit:.0%} misfit of the edits)"
         if layer.anchors_bound is not None:
-            parts.append(f"change of outputs on the anchors at most {layer.anchors_bound:.3g}")
-        measured = f" (measured {layer.weight:.3g})" if layer.weight is not None else ""
-        parts.append(f"weight change at most {layer.weight_bound:.3g}{measured}")
+            parts.append(f"change of outputs on the anchors {_value(layer.anchors, layer.anchors_bound)}")
+        if layer.held_out is not None:
+            parts.append(f"on held-out text {layer.held_out:.3g}")
+        parts.append(f"weight change {_value(layer.weight, layer.weight_bound)}")
         if layer.residual is not None:
             parts.append(f"drift of C {layer.residual:.1e}")
         lines.append(f"layer {layer.layer}: {', '.join(parts)}")
@@ -98,3 +101,7 @@ def status_lines(status: Status) -> list[str]:
         sizes = ", ".join(f"{part} {size(count)}" for part, count in status.sizes.items())
         lines.append(f"size on disk: {size(sum(status.sizes.values()))} ({sizes})")
     return lines + [f"warning: {warning}" for warning in status.warnings]
+
+
+def _value(exact: float | None, bound: float) -> str:
+    return f"at most {bound:.3g}" if exact is None else f"{exact:.3g} (at most {bound:.3g})"

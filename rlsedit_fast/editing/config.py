@@ -24,6 +24,7 @@ Optimizer = Literal["constrained", "normalized", "adam"]
 Stop = Literal["nll", "rank", "loss"]
 SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
+OnOverlap = Literal["keep", "warn", "skip", "raise"]
 StoredRows = Literal["full", "fp16"]
 Experts = Literal["exact", "separate"]
 
@@ -251,6 +252,11 @@ class EditConfig(Settings):
         unconverged: what happens to an edit whose search does not converge within `search.steps`. `keep`: it is written
             nevertheless. `skip`: it is not written, its record has the state `skipped`, and an edit that it would
             replace stays; of several edits that share a value the worst is skipped first. `raise`: its batch fails.
+        overlap: what happens to an edit whose key active edits already use, so that it repeats or contradicts one of
+            them although their texts differ (see `Editor.overlaps`). `warn`: it is written, with a warning. `skip`: it
+            is not written, its record has the state `skipped`. `raise`: its batch fails. `keep`: it is written, and
+            used shares are not computed.
+        overlap_share: used share of the key above which an edit overlaps.
         refine: rounds of refinement. An edit whose target is not ranked first after the write, at the bare prompt or in
             its contexts in a chat, is searched again in the edited model, and its value is moved by the difference. The
             edits of a batch are checked when it is written; at the end of a call of several batches all of its edits
@@ -268,6 +274,10 @@ class EditConfig(Settings):
             that they do not grow. Earlier edits are then protected only approximately, and an undo applies the
             remaining edits again.
         delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
+        halve_after: number of later edits after which the weight of an edit is halved, exactly; again after twice, four
+            times, ... as many. Recent edits then count more where edits compete, and the prior keeps its weight. It
+            takes effect when a later batch is written. Requires `rls`, stored rows and `experts="exact"`. None: all
+            edits keep their weight.
 
     Raises:
         InputError: a setting is unknown or invalid, or settings exclude each other.
@@ -294,11 +304,14 @@ class EditConfig(Settings):
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"
+    overlap: OnOverlap = "warn"
+    overlap_share: _Fraction = 0.9
     refine: _Index | None = None
     measure_chat: bool = False
     stored_rows: StoredRows | None = "full"
     experts: Experts = "exact"
     delay: _Index = DEFAULT_DELAY
+    halve_after: _Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -316,6 +329,18 @@ class EditConfig(Settings):
                 if given not in (None, allowed):
                     raise InputError(
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
+                    )
+        if self.halve_after is not None:
+            for name, wrong, needed in (
+                ("rule", self.rule != baselines.RECURSIVE, baselines.RECURSIVE),
+                ("stored_rows", self.stored_rows is None, "full"),
+                ("experts", self.experts != "exact", "exact"),
+            ):
+                if wrong:
+                    given = getattr(self, name)
+                    raise InputError(
+                        f"halve_after={self.halve_after} requires {name}={needed!r}, got {name}={given!r}; omit "
+                        "halve_after"
                     )
         if self.refine and self.stored_rows is None:
             raise InputError(

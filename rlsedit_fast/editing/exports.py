@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,22 @@ from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.errors import InputError, ModelError
-from rlsedit_fast.export import AdapterReport, DeltaReport, WeightChange, write_adapter, write_checkpoint, write_delta
+from rlsedit_fast.export import (
+    AdapterReport,
+    CheckpointReport,
+    DeltaReport,
+    WeightChange,
+    write_adapter,
+    write_checkpoint,
+    write_delta,
+)
 from rlsedit_fast.export.card import CARD, CardContents, hub_name, make_card
 from rlsedit_fast.export.changes import same_bits
+from rlsedit_fast.export.checkpoint import base_of
 from rlsedit_fast.export.engines import Engine, check_engine
 from rlsedit_fast.export.gguf import AUTO, TYPES, GgufTarget, find_targets, write_gguf
 from rlsedit_fast.files import check_new, written_whole
+from rlsedit_fast.models.checkpoint_files import Checkpoint
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import GgufHeader, check_gguf, is_gguf
 from rlsedit_fast.models.linear import LinearProjection
@@ -120,6 +130,7 @@ class Exports:
     tokenizer: PreTrainedTokenizerBase
     context: ModelContext
     _anchors: str | None
+    _base: Checkpoint | None = None
     _recorder: Recorder | None
     _session: EditSession
 
@@ -134,18 +145,31 @@ class Exports:
 
     def save_pretrained(
         self, directory: str | Path, *, overwrite: bool = False, stability: Mapping[str, Any] | None = None
-    ) -> None:
+    ) -> CheckpointReport:
         """Writes the edited model, its tokenizer and a model card as a checkpoint; see `export.write_checkpoint`.
+
+        The checkpoint is a copy of the one that the model was loaded from, in which only the edited tensors differ. If
+        that is not possible, transformers writes the model, and `reason` of the report states why.
 
         Args:
             directory: folder of the checkpoint.
             overwrite: replace the checkpoint and the card in a folder that contains files.
             stability: measurements on other text for the card, as in the output of `rlsedit edit --json`: a dict with
                 `text`, a description, and `before` and `after`, fields of an `evaluation.Stability`.
+
+        Returns:
+            What was written.
         """
         self._check_attached()
-        card = make_card(self._card(stability))
-        write_checkpoint(self.model, self.tokenizer, directory, card=card, overwrite=overwrite)
+        card, changes = make_card(self._card(stability)), self.changes()
+        return write_checkpoint(
+            *(self.model, self.tokenizer, directory), changes=changes, base=self._base, card=card, overwrite=overwrite
+        )
+
+    def _find_base(self, options: Mapping[str, Any]) -> None:
+        """Finds the checkpoint that the model was loaded from with these options, for `save_pretrained`."""
+        with suppress(InputError):  # `save_pretrained` reports why there is none
+            self._base = base_of(self.model, **{name: options.get(name) for name in ("subfolder", "cache_dir")})
 
     def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
         """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""

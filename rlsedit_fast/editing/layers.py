@@ -7,32 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
+from rlsedit_fast.editing.attachment import check_finite_weights, mark
 from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
+from rlsedit_fast.editing.layer_states import RECURSIVE_STATES, ROWS_AT_ONCE, LayerStates
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
-from rlsedit_fast.errors import ModelError, RemovalError, UpdateError
+from rlsedit_fast.errors import ModelError
 from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved, SeparateState
-from rlsedit_fast.rls.checks import all_finite
+from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, Saved, SeparateState
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
 
 logger = logging.getLogger(__name__)
 
-_RECURSIVE = (RLSState, BlockState, SeparateState)
-_ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
 
@@ -66,7 +65,19 @@ class LayersSnapshot:
     protected: list[EditRows]
 
 
-class EditedLayers:
+class Writing(NamedTuple):
+    """Result of writing a batch.
+
+    Attributes:
+        rows: rows of each request.
+        energy: what each request added to the objective of the first layer; None for a rule without an objective.
+    """
+
+    rows: list[EditRows]
+    energy: list[float] | None
+
+
+class EditedLayers(LayerStates):
     """The solver states of the edited layers. The weights are those of the model, updated in place.
 
     Args:
@@ -97,29 +108,19 @@ class EditedLayers:
         experts: Experts = "exact",
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
-        self._half, self._bare_weight = stored_rows == "fp16", bare_weight
-        self.states: list[LayerState] = [
+        self._half = stored_rows == "fp16"
+        states = [
             _make_state(p, prior, rule, rule_options or {}, delay, one, experts)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
-        self._protected: list[EditRows] = []
-        self._marks = [_mark(projection) for projection in projections]
-
-    @property
-    def objective(self) -> tuple[float, ...]:
-        """`J` of each layer."""
-        return tuple(state.objective for state in self.states)
-
-    @property
-    def protected(self) -> list[EditRows]:
-        """The protected rows."""
-        return list(self._protected)
+        super().__init__(states, bare_weight)
+        self._marks = [mark(projection) for projection in projections]
 
     def check_attached(self) -> None:
         """Raises ModelError if a weight was moved, cast, replaced or modified by other code."""
         modules = dict(self._decoder.model.named_modules())
-        for projection, mark in zip(self._projections, self._marks, strict=True):
-            if modules.get(projection.name) is not projection.module or _mark(projection) != mark:
+        for projection, known in zip(self._projections, self._marks, strict=True):
+            if modules.get(projection.name) is not projection.module or mark(projection) != known:
                 raise ModelError(
                     f"{projection.name} was replaced, moved, cast or modified by other code since the last edit, so "
                     "its solver state does not match",
@@ -140,7 +141,7 @@ class EditedLayers:
         for state, taken in zip(reversed(self.states), reversed(snapshot.states), strict=True):
             state.restore(taken)
         self._protected = list(snapshot.protected)
-        self._marks = [_mark(projection) for projection in self._projections]
+        self._marks = [mark(projection) for projection in self._projections]
 
     def originals(self) -> dict[str, Tensor]:
         """Returns the edited parameters as they were before the first edit, by name."""
@@ -160,7 +161,7 @@ class EditedLayers:
         finally:
             for projection, copies in zip(self._projections, edited, strict=True):
                 projection.restore(copies)
-            self._marks = [_mark(projection) for projection in self._projections]
+            self._marks = [mark(projection) for projection in self._projections]
 
     def changes(self) -> list[WeightChange]:
         """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
@@ -181,11 +182,11 @@ class EditedLayers:
 
     def check_finite(self) -> None:
         """Raises UpdateError if a written weight contains NaN/Inf in the dtype of the model."""
-        _check_finite(self._projections)
+        check_finite_weights(self._projections)
 
     def settle(self) -> None:
         """Completes pending work; called after a change was committed and its snapshot dropped."""
-        self._marks = [_mark(projection) for projection in self._projections]
+        self._marks = [mark(projection) for projection in self._projections]
         for state in self.states:
             state.settle()
 
@@ -196,7 +197,8 @@ class EditedLayers:
         key_rows: KeyRows,
         *,
         adherence: float | None = None,
-    ) -> list[EditRows]:
+        weights: Sequence[float] | None = None,
+    ) -> Writing:
         """Writes a batch, layer by layer; the model is read again before each layer.
 
         The decoder layers between an edited layer and the edited hidden state transform what the layer adds. Every
@@ -209,16 +211,18 @@ class EditedLayers:
             key_rows: rows per request.
             adherence: fraction of the target change that should arrive. If a crowded layer would realize less, the
                 last layer aims at more (`amplify_innovation`). None: it aims at the target change.
+            weights: weight of each request; by default those of the edits.
 
         Returns:
-            The rows of each request; `update` with them, from the same states, is equal bit for bit.
+            The rows of each request; `update` with them, from the same states, is equal bit for bit. And what each
+            request added to the objective of the first layer.
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
         each = row_weights(contexts, self._bare_weight)
-        weights = [request.edit.weight for request in requests]
+        weights = [request.edit.weight for request in requests] if weights is None else weights
         scaled = torch.tensor([float(weight) * one for weight in weights for one in each])
         goal, aimed = values.goal, torch.zeros(0)
-        keys, written = list[Tensor](), list[Tensor]()
+        keys, written, energy = list[Tensor](), list[Tensor](), None
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
             report_activity(f"writing layer {projection.layer}")
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
@@ -229,19 +233,21 @@ class EditedLayers:
             panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
-            if at == len(self.states) and adherence is not None and isinstance(state, _RECURSIVE):
+            if at == len(self.states) and adherence is not None and isinstance(state, RECURSIVE_STATES):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             # Values are rounded before they are written, so that removing and replaying them is exact.
             outputs = state.outputs(panel.keys)
             value = rounded(outputs + innovation) if self._half else outputs + innovation
             applied = value - outputs
-            state.update_projected(panel, applied)
+            step = state.update_projected(panel, applied)
+            if at == 1 and step.energy is not None:
+                energy = step.energy.view(len(requests), -1).sum(1).tolist()
             keys.append(panel.keys)
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
-            _check_finite([projection])  # the next layer reads the model
-        return edit_rows(keys, written, contexts, weights, aimed)
+            check_finite_weights([projection])  # the next layer reads the model
+        return Writing(edit_rows(keys, written, contexts, weights, aimed), energy)
 
     def move_values(
         self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, fraction: float
@@ -261,7 +267,7 @@ class EditedLayers:
             The new rows, in the same order.
         """
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, _RECURSIVE)
+        assert isinstance(state, RECURSIVE_STATES)
         keys, old, weights = self._stacked(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -278,50 +284,6 @@ class EditedLayers:
         ]
         self.replace_values(rows, moved)
         return moved
-
-    def replace_values(self, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
-        """Replaces the values of rows in the last layer; their keys and weights are equal."""
-        state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, _RECURSIVE)
-        keys, values, weights = self._stacked(old, last)
-        state.replace(keys, values, self._stacked(new, last)[1], weights)
-
-    def remove(
-        self, removed: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
-    ) -> tuple[bool, ...]:
-        """Removes rows from every layer; a layer that cannot remove them accurately is rebuilt from the kept rows.
-
-        Args:
-            removed: rows to remove.
-            kept: all other rows, except the protected ones.
-            rebuilt: for a replay, which layers are rebuilt.
-
-        Returns:
-            Which layers were rebuilt.
-        """
-        done = []
-        for layer, state in enumerate(self.states):
-            if rebuilt is not None:
-                reason = "replay" if rebuilt[layer] else None
-                if not reason:
-                    state.remove(*self._stacked(removed, layer))
-            else:
-                reason = "no edit remains" if not kept else _remove_accurately(state, self._stacked(removed, layer))
-            if reason:
-                logger.info("rebuilding %s from %d active edits: %s", state.name, len(kept), reason)
-                state.refresh(*self._stacked([*self._protected, *kept], layer))
-            done.append(reason is not None)
-        return tuple(done)
-
-    def update(self, rows: Sequence[EditRows]) -> None:
-        """Adds rows."""
-        for layer, state in enumerate(self.states):
-            state.update(*self._stacked(rows, layer))
-
-    def rebuild(self, rows: Sequence[EditRows]) -> None:
-        """Rebuilds every layer in float64 from its prior, the protected rows and `rows`."""
-        for layer, state in enumerate(self.states):
-            state.refresh(*self._stacked([*self._protected, *rows], layer))
 
     def rebuild_at_present_keys(
         self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows
@@ -368,32 +330,29 @@ class EditedLayers:
             )
         ]
 
-    def protect(self, keys: Sequence[Tensor], weight: float) -> list[EditRows]:
-        """Preserves the present outputs of every layer on `keys [t, d_k]`, per layer, with the weight of an edit.
+    def protect_values(
+        self, requests: Sequence[Request], values: Values, key_rows: KeyRows, weight: float, adherence: float | None
+    ) -> list[EditRows]:
+        """Writes values of requests as `write` does, as protected rows; see `most_at_once` for their number.
 
         Returns:
             The rows; `add_protected` with them, from the same states, is equal bit for bit.
         """
-        rows: list[EditRows] = []
-        for part in parts(len(keys[0]), _ROWS_AT_ONCE):
-            held = []
-            for state, layer_keys in zip(self.states, keys, strict=True):
-                some = layer_keys[part].to(state.device, state.dtype)
-                held.append((some, state.outputs(some)))  # outputs of exactly these rows, so that the residual is 0
-            these, outputs = zip(*held, strict=True)
-            rows += edit_rows(these, outputs, 1, [weight] * len(these[0]))
-        self.add_protected(rows)
+        weights = [weight] * len(requests)
+        written = self.write(requests, values, key_rows, adherence=adherence, weights=weights).rows
+        rows = [single for one in written for single in one.singles(self._bare_weight)]
+        self.register_protected(rows)
         return rows
 
-    def add_protected(self, rows: Sequence[EditRows]) -> None:
-        """Adds rows to every layer as protected ones."""
-        for part in parts(len(rows), _ROWS_AT_ONCE):
-            self.update(rows[part])
-        self.register_protected(rows)
+    @staticmethod
+    def most_at_once(contexts: int) -> int:
+        """Returns how many requests `protect_values` writes at once, so that a replay adds their rows at once."""
+        return max(1, ROWS_AT_ONCE // contexts)
 
-    def register_protected(self, rows: Sequence[EditRows], *, replace_all: bool = False) -> None:
-        """Marks rows that the layers already contain as protected, in addition to or instead of others."""
-        self._protected = list(rows) if replace_all else [*self._protected, *rows]
+    def reset_weights(self) -> None:
+        """Gives the model its original weights; the layers are not used afterwards."""
+        for projection, state in zip(self._projections, self.states, strict=True):
+            projection.restore(list(projection.assembled(state.originals()).values()))
 
     def _read_in_parts(
         self, requests: Sequence[Request], layers: range, key_rows: KeyRows
@@ -412,55 +371,9 @@ class EditedLayers:
             states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
         return keys, states
 
-    def _stacked(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns keys, values and weights of the rows of edits in one layer, on its device."""
-        state = self.states[layer]
-        d_v, d_k, device = state.value_width, state.key_width, state.device
-        keys = [rows.keys[layer] for rows in edits]
-        values = [rows.values[layer] for rows in edits]
-        weights = [rows.weight * one for rows in edits for one in row_weights(len(rows), self._bare_weight)]
-        return (
-            (torch.cat(keys) if keys else torch.zeros(0, d_k)).to(device),
-            (torch.cat(values) if values else torch.zeros(0, d_v)).to(device),
-            torch.tensor(weights, dtype=torch.float32, device=device),
-        )
-
-
-def _check_finite(projections: Sequence[Projection]) -> None:
-    for projection in projections:
-        if not all_finite(*projection.parameters.values()):
-            raise UpdateError(
-                f"{projection.name}: a weight exceeds the range of {projection.dtype}; nothing was modified",
-                hint="load the model in bfloat16 or float32",
-            )
-
-
-def _mark(projection: Projection) -> tuple[object, ...]:
-    """Returns a value that changes if the weight is moved, cast or modified.
-
-    Changes through `.data`, such as merging a LoRA adapter, do not count a version. A sample of the entries reveals
-    them, unless they change few entries.
-    """
-    marks: list[object] = []
-    for weight in projection.parameters.values():
-        places = tuple(slice(None, None, max(1, size // 16)) for size in weight.shape)
-        sample = tuple(weight.detach()[places].flatten().tolist())
-        marks += [weight.data_ptr(), weight.device, weight.dtype, weight._version, sample]
-    return tuple(marks)
-
 
 def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
     """Returns `||now - then|| / ||then||` of rows of keys, `[n]`."""
     if layout is None:
         return (now - then).norm(dim=1) / then.norm(dim=1)
     return layout.distance(now, then) / layout.norm(then)
-
-
-def _remove_accurately(state: LayerState, rows: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """Removes rows from a state; returns why the state must be rebuilt, or None."""
-    try:
-        state.remove(*rows)
-    except RemovalError as error:
-        return str(error)
-    health = state.monitor()
-    return health.advice if health.needs_refresh else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
 from numbers import Integral
@@ -14,7 +14,7 @@ from rlsedit_fast.data.edits import Edit, normalized, prompt_key
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.records import EditRecord, EditState
 from rlsedit_fast.editing.requests import Request, subject_key
-from rlsedit_fast.editing.rows import EditRows
+from rlsedit_fast.editing.rows import EditRows, aged_weight
 from rlsedit_fast.errors import InputError, listed
 
 _HISTORY = "list the edits with `rlsedit history` (Python: history())"
@@ -34,6 +34,8 @@ class TransactionRecord:
         records: records of the new edits, in the same order.
         rewritten: new records of `rewritten_ids`.
         rows: written rows by id, in the order in which they were written; without skipped edits.
+        aged: new weight of other active edits by id, in the order in which they were lowered.
+        aged_rebuilt: per layer, whether lowering them rebuilt it; empty without any.
     """
 
     removed: tuple[int, ...] = ()
@@ -44,6 +46,8 @@ class TransactionRecord:
     records: tuple[EditRecord, ...] = ()
     rewritten: tuple[EditRecord, ...] = ()
     rows: Mapping[int, EditRows] | None = None
+    aged: Mapping[int, float] = field(default_factory=dict)
+    aged_rebuilt: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,26 @@ class Ledger:
         """Returns the rows of active edits."""
         return [self._rows[i] for i in ids]
 
+    def aged(self, later: int, ids: Collection[int]) -> dict[int, EditRows]:
+        """Returns the rows of active edits whose weight is to be lowered, with their new weights.
+
+        Args:
+            later: number of edits that are being applied.
+            ids: edits that are removed or written again.
+        """
+        after, found = self._config.halve_after, dict[int, EditRows]()
+        for i in self._edits if after is not None else ():
+            if i not in ids:
+                weight = aged_weight(self._edits[i].weight, len(self) + later - i, after)
+                if weight < self._rows[i].weight:
+                    found[i] = replace(self._rows[i], weight=weight)
+        return found
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of active edits are kept."""
+        return bool(self._rows)
+
     def rows_except(self, ids: Collection[int]) -> list[EditRows]:
         """Returns the rows of all other active edits."""
         return [self._rows[i] for i in self._edits if i not in ids]
@@ -271,6 +295,10 @@ class Ledger:
         for i in transaction.removed:
             self._records[i - 1] = replace(self._records[i - 1], state=transaction.outcome, joint_with=())
             self._forget(i)
+        for i, weight in transaction.aged.items():
+            self._records[i - 1] = replace(self._records[i - 1], weight=weight)
+            if i in self._rows:
+                self._rows[i] = replace(self._rows[i], weight=weight)
         for edit, record in zip(transaction.edits, transaction.records, strict=True):
             self.enter_one(edit, record, kept.get(record.id))
         for record in transaction.rewritten:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.models.passes import hidden_of, with_hidden
+from rlsedit_fast.models.passes import hidden_of, taken_rows
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.sites import Site, SiteState
 from rlsedit_fast.models.tokens import Row, alike
@@ -51,8 +51,7 @@ class PromptRows:
         batch = self.batch.taken(rows.to(self.batch.ids.device))
         below = self.below
         if below is not None:
-            hidden = hidden_of(below)
-            below = with_hidden(below, hidden[rows.to(hidden.device), : batch.ids.shape[1]])
+            below = taken_rows(below, rows, batch.ids.shape[1])
         chosen = {name: getattr(self, name)[rows.to(self.owner.device)] for name in ("owner", "lookup", "wanted")}
         return replace(self, batch=batch, below=below, **chosen)
 

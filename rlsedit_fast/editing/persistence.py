@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from datetime import datetime, timezone
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from rlsedit_fast._version import __version__
@@ -19,17 +18,18 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.rows import EditRows
-from rlsedit_fast.editing.stored_priors import about_prior, moment_tensors
+from rlsedit_fast.editing.stored_priors import about_prior, prior_tensors
+from rlsedit_fast.editing.stored_rows import encode_rows
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.ops import dispatch
-from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved
-from rlsedit_fast.rls.rounding import packed, unpacked
+from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved, Terms
 from rlsedit_fast.rls.state import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
 
@@ -43,7 +43,7 @@ START, EDIT, REVISE, PROTECT, REBUILD = "start", "edit", "revise", "protect", "r
 
 FIXED = (
     *("layers", "layer_module", "projection_module", "fact_token", "contexts", "prior", "same_subject"),
-    *("stored_rows", "experts", "delay"),
+    *("stored_rows", "experts", "delay", "halve_after"),
 )
 """Settings that hold for all edits of a store. Others may change between edits."""
 
@@ -174,72 +174,6 @@ def _paths(config: EditConfig, name: str) -> list[str]:
     return [name] if fields is None else [f"{name}.{field}" for field in fields]
 
 
-def encode_rows(edits: Sequence[EditRows], prefix: str, *, half: bool = False) -> dict[str, Tensor]:
-    """Returns the rows of edits, concatenated, as one tensor per layer and side, and their goals.
-
-    Args:
-        edits: rows of the edits.
-        prefix: prefix of the tensor names.
-        half: pack the rows as float16, see `rls.rounding`.
-    """
-    goals = [rows.goal for rows in edits if rows.goal is not None]
-    tensors: dict[str, Tensor] = {f"{prefix}goals": torch.cat(goals)} if goals else {}
-    for side in ("keys", "values") if edits else ():
-        for at in range(len(getattr(edits[0], side))):
-            name, whole = f"{prefix}{side}.{at}", torch.cat([getattr(rows, side)[at] for rows in edits])
-            if half:
-                tensors[name], tensors[f"{name}.exponents"] = packed(whole)
-            else:
-                tensors[name] = whole
-    return tensors
-
-
-def decode_rows(
-    tensors: Mapping[str, Tensor],
-    prefix: str,
-    weights: Sequence[float],
-    counts: Sequence[int],
-    projections: Sequence[Projection],
-) -> list[EditRows]:
-    """Returns the rows that `encode_rows` encoded.
-
-    Args:
-        tensors: the encoded tensors.
-        prefix: prefix of their names.
-        weights: weight of each edit.
-        counts: number of rows of each edit.
-        projections: the edited projections.
-    """
-    if not weights:
-        return []
-    sides = []
-    for side in ("keys", "values"):
-        each = [
-            _decoded(tensors, f"{prefix}{side}.{at}", projection).split(list(counts))
-            for at, projection in enumerate(projections)
-        ]
-        sides.append(list(zip(*each, strict=True)))
-    goals = tensors[f"{prefix}goals"].split(list(counts)) if f"{prefix}goals" in tensors else [None] * len(weights)
-    return [EditRows(k, v, weight, g) for k, v, weight, g in zip(*sides, weights, goals, strict=True)]
-
-
-def decode_revision(
-    tensors: Mapping[str, Tensor], rows: Sequence[EditRows], projections: Sequence[Projection]
-) -> list[EditRows]:
-    """Returns rows with the values in the last layer and the goals of a stored revision."""
-    counts = [len(one) for one in rows]
-    values = _decoded(tensors, "values.0", projections[-1])
-    revised = zip(rows, values.split(counts), tensors["goals"].split(counts), strict=True)
-    return [replace(one, values=(*one.values[:-1], value), goal=goal) for one, value, goal in revised]
-
-
-def _decoded(tensors: Mapping[str, Tensor], name: str, projection: Projection) -> Tensor:
-    rows = tensors[name]
-    if f"{name}.exponents" in tensors:
-        rows = unpacked(rows, tensors[f"{name}.exponents"], dtype_of(projection.blocks[0]))
-    return rows
-
-
 def decode_snapshot(snapshot: Entry, tensors: Mapping[str, Tensor]) -> list[Saved]:
     """Returns the saved state of each layer that `Recorder.snapshot` wrote."""
     found = []
@@ -261,6 +195,8 @@ def decode_transaction(entry: Entry) -> TransactionRecord:
         edits=tuple(edit for edit, _ in made),
         records=tuple(record for _, record in made),
         rewritten=tuple(EditRecord.from_dict(text) for text in about["rewritten"]),
+        aged={identity: weight for identity, weight in about["aged"]},
+        aged_rebuilt=tuple(about["aged_rebuilt"]),
     )
 
 
@@ -292,6 +228,7 @@ class Recorder:
         )
         # A mixture of experts is restored from its rows: its state is a function of them.
         self._snapshots = all(p.layout is None for p in projections)
+        self.held_out: HeldOut | None = None  # measured in snapshots
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
         self._held: list[Change] | None = None
@@ -308,6 +245,7 @@ class Recorder:
         protected: Sequence[Sequence[EditRows]],
         prompts: Sequence[str],
         norms: Sequence[Mapping[str, Any]],
+        held_out: HeldOut | None,
     ) -> None:
         """Sets the start of the store, which is written with the first change.
 
@@ -316,16 +254,20 @@ class Recorder:
             protected: protected rows of each call of `Editor.protect`.
             prompts: the protected prompts.
             norms: norms of each layer, see `status.Norms`.
+            held_out: held-out tokens of the anchors; None without them.
         """
         about = {
             "priors": [about_prior(prior) for prior in priors],
             "protected": [[row.weight for row in rows] for rows in protected],
             "prompts": list(prompts),
             "norms": list(norms),
+            "held_out": held_out.about() if held_out else None,
         }
-        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in moment_tensors(prior, i).items()}
+        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in prior_tensors(prior, i).items()}
         for at, rows in enumerate(protected):
             tensors |= encode_rows(rows, f"protected.{at}.")
+        tensors |= held_out.tensors() if held_out else {}
+        self.held_out = held_out
         self._start = Change(START, about, tensors)
 
     def discard_start(self) -> None:
@@ -354,6 +296,8 @@ class Recorder:
             "rewritten": [record.to_dict() for record in transaction.rewritten],
             "written": list(rows),
             "rows": [len(one) for one in rows.values()],
+            "aged": list(transaction.aged.items()),
+            "aged_rebuilt": transaction.aged_rebuilt,
             **_progress(progress, point),
         }
         return Change(EDIT, about, self._encoded(list(rows.values())))
@@ -393,7 +337,7 @@ class Recorder:
             "rows": [len(one) for one in rows],
             "weights": [row.weight for row in protected],
             "prompts": progress.protected,
-            "trace": [[point.edits, point.objective] for point in progress.trace],
+            "trace": [_about_point(point) for point in progress.trace],
             **_progress(progress, point),
         }
         return Change(REBUILD, about, self._encoded(rows) | encode_rows(protected, "protected."))
@@ -469,13 +413,14 @@ class Recorder:
     def snapshot(self, layers: EditedLayers) -> None:
         """Writes a snapshot."""
         about, tensors = [], dict[str, Tensor]()
+        changes = self.held_out.changes(layers.states) if self.held_out else [None] * len(layers.states)
         for at, state in enumerate(layers.states):
             assert isinstance(state, RLSState)  # stores require the rule rls
             saved, health = state.saved(), state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does this.", state.name, health.advice)
             numbers = {name: getattr(saved, name) for name in _SAVED_NUMBERS}
-            about.append(numbers | {"monitor": asdict(health), "deviation": state.deviation()})
+            about.append(numbers | {"monitor": asdict(health), "held_out": changes[at]})
             tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED_TENSORS}
         self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
 
@@ -496,6 +441,14 @@ def _progress(progress: Progress, point: Point) -> dict[str, Any]:
         "batches": progress.batches,
         "writes": progress.writes,
         "time": progress.time.isoformat(),
-        "objective": list(point.objective),
-        "active": point.edits,
+        "point": _about_point(point),
     }
+
+
+def _about_point(point: Point) -> dict[str, Any]:
+    return {"edits": point.edits, "objective": point.objective, "terms": [astuple(terms) for terms in point.terms]}
+
+
+def decode_point(about: Mapping[str, Any]) -> Point:
+    """Returns a point of the trace."""
+    return Point(about["edits"], tuple(about["objective"]), tuple(Terms(*terms) for terms in about["terms"]))

@@ -13,8 +13,9 @@ from torch import Tensor
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
+from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.persistence import (
     EDIT,
     FIXED,
@@ -22,8 +23,7 @@ from rlsedit_fast.editing.persistence import (
     REBUILD,
     REVISE,
     decode_edit,
-    decode_revision,
-    decode_rows,
+    decode_point,
     decode_snapshot,
     decode_transaction,
     settings_of,
@@ -33,6 +33,7 @@ from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
 from rlsedit_fast.editing.stored_priors import decode_prior
+from rlsedit_fast.editing.stored_rows import decode_revision, decode_rows
 from rlsedit_fast.editing.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.ops import dispatch
@@ -118,7 +119,7 @@ class Contents:
 
 
 def read_status(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> Status:
-    """Returns the status of a store without the model; residuals and deviations are those of the last snapshot.
+    """Returns the status of a store without the model; residuals are those of the last snapshot.
 
     Raises:
         StoreError: the store does not exist or is damaged.
@@ -148,9 +149,10 @@ def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> C
                     prior["lam"],
                     prior["mu"],
                     progress.trace[-1].objective[at],
-                    deviation=seen["deviation"] if seen else None,
+                    terms=progress.trace[-1].terms[at],
                     residual=seen["monitor"]["residual"] if seen else None,
                     advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
+                    held_out=seen.get("held_out") if seen else None,
                 )
             )
         anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
@@ -167,7 +169,9 @@ def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> C
         return Contents(about, ledger.records, edits, progress.protected, progress.trace, status)
 
 
-def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
+def recover(
+    store: Store, context: ModelContext, ledger: Ledger, progress: Progress
+) -> tuple[EditedLayers | None, HeldOut | None]:
     """Restores the state of a store: the newest intact snapshot, and the changes after it.
 
     The edited weights of the model are the original ones; they are restored if this raises.
@@ -179,17 +183,18 @@ def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progr
         progress: empty; receives the progress.
 
     Returns:
-        The layers; None if the store has no changes yet.
+        The layers, None if the store has no changes yet; and the held-out tokens of the anchors, None without them.
 
     Raises:
         StoreError: a required file is damaged or was not kept.
     """
     entries = _required(store.entries)
     if not entries:
-        return None
+        return None, None
     originals = [projection.copies() for projection in context.projections]
     try:
-        return _Recovery(store, context, ledger, progress).run(entries)
+        recovery = _Recovery(store, context, ledger, progress)
+        return recovery.run(entries), recovery.held_out
     except BaseException:
         for projection, original in zip(context.projections, originals, strict=True):
             projection.restore(original)
@@ -200,6 +205,7 @@ class _Recovery:
     def __init__(self, store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> None:
         self._store, self._config, self._ledger, self._progress = store, context.config, ledger, progress
         self._site, self._projections = context.site, context.projections
+        self.held_out: HeldOut | None = None
 
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
         snapshot, tensors = next(self._store.snapshots(), (None, {}))
@@ -226,6 +232,8 @@ class _Recovery:
 
     def _start(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
+        if about := entry.about.get("held_out"):
+            self.held_out = HeldOut.decode(about, tensors, self._projections)
         priors = [
             decode_prior(about, tensors, at, projection)
             for at, (about, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))
@@ -254,14 +262,18 @@ class _Recovery:
 
     def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
         record, ledger, ids = decode_transaction(entry), self._ledger, entry.about["written"]
-        weights = _weights(record, ledger)
+        weights = {one.id: one.weight for one in (*record.records, *record.rewritten)}
         rows = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"]) if tensors else []
         record = replace(record, rows=dict(zip(ids, rows, strict=True)) if rows else {})
         if not included:
             with Transaction(layers) as transaction:
-                removed = [*record.removed, *record.rewritten_ids]
-                if removed:
+                if removed := [*record.removed, *record.rewritten_ids]:
                     layers.remove(ledger.rows(removed), ledger.rows_except(set(removed)), record.rebuilt)
+                if record.aged:
+                    lower = ledger.rows(list(record.aged))
+                    new = {i: replace(one, weight=record.aged[i]) for i, one in zip(record.aged, lower, strict=True)}
+                    kept = [new.get(i, ledger.rows([i])[0]) for i in ledger.active if i not in removed]
+                    layers.lower_weights(lower, list(new.values()), kept, record.aged_rebuilt)
                 if rows:
                     layers.update(rows)
                 transaction.commit()
@@ -280,7 +292,7 @@ class _Recovery:
         ledger.revise(_revised_records(entry), revised)
 
     def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
-        weights = {made["record"]["id"]: made["edit"]["weight"] for made in entry.about["history"]}
+        weights = {made["record"]["id"]: made["record"]["weight"] for made in entry.about["history"]}
         rows: dict[int, EditRows] = {}
         if tensors:
             ids = entry.about["written"]
@@ -338,11 +350,6 @@ def _active(entries: Sequence[Entry]) -> set[int]:
     return active
 
 
-def _weights(record: TransactionRecord, ledger: Ledger) -> dict[int, float]:
-    weights = {one.id: one.weight for one in record.records}
-    return weights | {i: ledger.edit(i).weight for i in record.rewritten_ids}
-
-
 def _revised_records(entry: Entry) -> list[EditRecord]:
     return [EditRecord.from_dict(text) for text in entry.about["rewritten"]]
 
@@ -364,5 +371,5 @@ def _restore_progress(progress: Progress, entry: Entry) -> None:
     progress.batches, progress.writes = about["batches"], about["writes"]
     progress.time = datetime.fromisoformat(about["time"])
     if entry.kind == REBUILD:
-        progress.trace = [Point(edits, tuple(objective)) for edits, objective in about["trace"]]
-    progress.append(Point(about["active"], tuple(about["objective"])))
+        progress.trace = [decode_point(point) for point in about["trace"]]
+    progress.append(decode_point(about["point"]))

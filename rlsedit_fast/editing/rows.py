@@ -32,6 +32,13 @@ class EditRows:
         """The number of rows."""
         return len(self.keys[0])
 
+    def singles(self, bare_weight: float) -> list[EditRows]:
+        """Returns each row alone, with its weight and without a goal; see `row_weights`."""
+        weights = [self.weight * share for share in row_weights(len(self), bare_weight)]
+        parts = zip(*(side.split(1) for side in (*self.keys, *self.values)), strict=True)
+        layers = len(self.keys)
+        return [EditRows(one[:layers], one[layers:], w) for one, w in zip(parts, weights, strict=True)]
+
 
 def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
     """Returns keys `[n, contexts, d]` as rows: one per context, or the mean of each edit."""
@@ -46,6 +53,11 @@ def goals_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
 def row_weights(rows: int, bare_weight: float) -> list[float]:
     """Returns the weights of an edit's rows, with sum 1: the bare prompt's, and equal ones for the other contexts."""
     return [1.0] if rows == 1 else [bare_weight, *[(1 - bare_weight) / (rows - 1)] * (rows - 1)]
+
+
+def aged_weight(weight: float, age: int, halve_after: int | None) -> float:
+    """Returns the weight of an edit with `age` later edits; see `EditConfig.halve_after`."""
+    return weight if halve_after is None else weight * 0.5 ** (age // halve_after).bit_length()
 
 
 def edit_rows(

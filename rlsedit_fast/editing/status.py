@@ -6,17 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.held_out import HeldOut, output_energy
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.rls import BlockPrior, Prior
-from rlsedit_fast.rls.prior import chunks
+from rlsedit_fast.rls import BlockPrior, Prior, Terms
+
+if TYPE_CHECKING:
+    from rlsedit_fast.editing.layers import EditedLayers
 
 DEFAULT_BUDGET = 0.25
 """Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
@@ -56,15 +60,9 @@ class Norms:
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
             return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
         (original,) = originals
-        weight, anchors = original.float(), None
-        if (moment := prior.anchor_moment) is not None:
-            energy, start = 0.0, 0
-            for part in chunks(moment, original.device):
-                rows = part.float()
-                energy += float(((rows @ weight.T).T * weight[:, start : start + len(rows)]).double().sum())
-                start += len(rows)
-            anchors = math.sqrt(max(energy, 0.0))
-        return cls(float(torch.linalg.vector_norm(weight)), anchors)
+        moment = prior.anchor_moment
+        anchors = None if moment is None else math.sqrt(output_energy(original, moment))
+        return cls(float(torch.linalg.vector_norm(original.float())), anchors)
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,14 @@ class LayerStatus:
         layer: index of the decoder layer.
         objective: `J`.
         weight_bound: upper bound of `||W - W0||_F / ||W0||_F`.
-        weight: the same, measured; None if it was not measured.
+        weight: the same, exact; None if it is not known.
         anchors_bound: upper bound of `||K0 (W - W0)^T||_F / ||K0 W0^T||_F` over the anchors; None without anchors.
         residual: drift of C, see `RLSState.monitor`; None if it was not measured.
         advice: what to do about the drift; None if nothing.
+        anchors: what `anchors_bound` bounds, exact (of a mixture of experts a tighter bound); None if it is not known.
+        misfit: the part of `J` that the misfit of the edits is; the prior is the rest. None if it is not known.
+        held_out: `||K (W - W0)^T||_F / ||K W0^T||_F` over held-out tokens of the anchor text, measured, see
+            `HeldOut.changes`; None without such tokens, or if it was not measured.
     """
 
     layer: int
@@ -103,6 +105,9 @@ class LayerStatus:
     anchors_bound: float | None
     residual: float | None
     advice: str | None
+    anchors: float | None = None
+    misfit: float | None = None
+    held_out: float | None = None
 
     @classmethod
     def of(
@@ -113,21 +118,36 @@ class LayerStatus:
         mu: float,
         objective: float,
         *,
-        deviation: float | None,
+        terms: Terms | None,
         residual: float | None,
         advice: str | None,
+        held_out: float | None = None,
     ) -> LayerStatus:
-        """Returns the status from the prior and `J` of a layer; `deviation` is `||W - W0||_F`."""
-        root = math.sqrt(objective)
+        """Returns the status from the prior, `J` and its terms of a layer."""
+        root, anchored, fits = math.sqrt(objective), terms and terms.anchors, terms and terms.edits
         return cls(
             layer=layer,
             objective=objective,
             weight_bound=root / lam / norms.weight if lam and norms.weight else math.inf,
-            weight=deviation / norms.weight if deviation is not None and norms.weight else None,
+            weight=terms.weight / norms.weight if terms is not None and norms.weight else None,
             anchors_bound=root / mu / norms.anchors if mu and norms.anchors else None,
             residual=residual,
             advice=advice,
+            anchors=anchored / norms.anchors if anchored is not None and norms.anchors else None,
+            misfit=fits**2 / objective if fits is not None and objective else None,
+            held_out=held_out,
         )
+
+    @property
+    def bound(self) -> float:
+        """The bound on the change that counts against a budget: on the anchors, or on the weights without anchors."""
+        return self.weight_bound if self.anchors_bound is None else self.anchors_bound
+
+    @property
+    def change(self) -> float:
+        """The change that counts against a budget: exact if it is known, otherwise its bound."""
+        exact = self.weight if self.anchors_bound is None else self.anchors
+        return self.bound if exact is None else exact
 
 
 @dataclass(frozen=True)
@@ -136,15 +156,23 @@ class LayerDeviation:
 
     Attributes:
         layer: index of the decoder layer.
-        weight: `||W - W0||_F`, measured.
+        weight: `||W - W0||_F`, exact.
         weight_bound: upper bound of `||W - W0||_F`, `sqrt(J) / lam`.
         anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
+        anchors: `||K0 (W - W0)^T||_F`, exact (of a mixture of experts a tighter bound); None without anchors, and for a
+            rule without an objective.
+        edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over the edits and the protected prompts, exact; None if the solver
+            does not know it.
+        protected: the same over the protected prompts alone, exact; at most `sqrt(J)`.
     """
 
     layer: int
     weight: float
     weight_bound: float
     anchor_bound: float
+    anchors: float | None = None
+    edits: float | None = None
+    protected: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,9 +189,10 @@ class Status:
         search_converged: fraction of these whose value search met its stopping rule.
         layers: status of the edited layers.
         budget: allowed relative change of the outputs on the anchors, or of the weights without anchors.
-        spent: bound of the layer with the largest one, relative to the budget.
-        edits_left: number of edits until the bound of the first layer reaches the budget, by a line fitted to recent
-            values of the objective; None if there are too few values or they do not increase.
+        spent: change of the layer with the largest one, relative to the budget: exact if it is known, otherwise its
+            bound.
+        edits_left: number of edits until the change of the first layer reaches the budget, by a line fitted to recent
+            values of its square; None if there are too few values or they do not increase.
         sample: some edits measured in the present model; None if they were not measured.
         sizes: bytes of the store, by part; empty without a store.
         warnings: problems, and what to do about them.
@@ -193,10 +222,13 @@ class Status:
     warnings: list[str] = field(default_factory=list)
 
 
-def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms]) -> list[LayerStatus]:
+def layer_statuses(
+    edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms], held_out: HeldOut | None
+) -> list[LayerStatus]:
     """Measures edited layers and returns their status; reads C of each layer once."""
     found = []
-    for (projection, state), norm in zip(edited, norms, strict=True):
+    changes = held_out.changes([state for _, state in edited]) if held_out and edited else [None] * len(edited)
+    for (projection, state), norm, change in zip(edited, norms, changes, strict=True):
         health = state.monitor()
         found.append(
             LayerStatus.of(
@@ -205,20 +237,24 @@ def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Seque
                 state.prior.lam,
                 state.prior.mu,
                 state.objective,
-                deviation=state.deviation(),
+                terms=state.terms(),
                 residual=health.residual,
                 advice=health.advice if health.needs_refresh else None,
+                held_out=change,
             )
         )
     return found
 
 
-def layer_deviations(edited: Sequence[tuple[Projection, LayerState]]) -> list[LayerDeviation]:
-    """Measures the deviation of edited layers and returns it with its bounds."""
+def layer_deviations(
+    edited: Sequence[tuple[Projection, LayerState]], layers: EditedLayers | None
+) -> list[LayerDeviation]:
+    """Measures the deviation of edited layers and returns it with its bounds; empty without layers."""
+    protected = layers.protected_misfit() if layers else []
     return [
-        LayerDeviation(projection.layer, state.deviation(), bounds.weight, bounds.anchors)
-        for projection, state in edited
-        for bounds in (state.bounds(),)
+        LayerDeviation(projection.layer, terms.weight, bounds.weight, bounds.anchors, terms.anchors, terms.edits, held)
+        for (projection, state), held in zip(edited, protected, strict=True)
+        for bounds, terms in ((state.bounds(), state.terms()),)
     ]
 
 
@@ -255,7 +291,7 @@ def assess(
     realized = sum(r.realized for r in recent) / len(recent) if recent else None
     success = sum(r.success for r in recent) / len(recent) if recent else None
     converged = sum(r.search_converged for r in recent) / len(recent) if recent else None
-    spent = [_reached(layer) / budget for layer in layers]
+    spent = [layer.change / budget for layer in layers]
     left = [edits_left(trace, at, layer, budget) for at, layer in enumerate(layers)]
     known = [count for count in left if count is not None]
     status = Status(
@@ -283,10 +319,10 @@ def calibrated_adherence(config: EditConfig, *, anchored: bool) -> float | None:
 
 
 def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> int | None:
-    """Returns the number of edits until the bound of a layer reaches the budget.
+    """Returns the number of edits until the change of a layer reaches the budget.
 
-    The bound is `sqrt(J)` times a constant, so it reaches the budget when `J` has grown by `(budget / bound)^2`. The
-    growth is extrapolated by a least-squares line through recent values of `J` over the number of edits.
+    It does when its square has grown by `(budget / change)^2`. The growth is extrapolated by a least-squares line
+    through recent squares over the number of edits.
 
     Args:
         trace: recent values of the objective.
@@ -294,8 +330,8 @@ def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: floa
         layer: status of the layer.
         budget: above 0.
     """
-    points = [(point.edits, point.objective[at]) for point in trace][-_FITTED_POINTS:]
-    reached = _reached(layer)
+    points = [(point.edits, _spent_energy(point, at, layer)) for point in trace][-_FITTED_POINTS:]
+    reached = layer.change
     if reached >= budget:
         return 0
     if len({edits for edits, _ in points}) < 2 or not reached:
@@ -305,11 +341,37 @@ def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: floa
     slope = sum((edits - mean[0]) * (objective - mean[1]) for edits, objective in points) / spread
     if slope <= 0:
         return None
-    return int(layer.objective * ((budget / reached) ** 2 - 1) / slope)
+    return int(points[-1][1] * ((budget / reached) ** 2 - 1) / slope)
 
 
-def _reached(layer: LayerStatus) -> float:
-    return layer.weight_bound if layer.anchors_bound is None else layer.anchors_bound
+def _spent_energy(point: Point, at: int, layer: LayerStatus) -> float:
+    """Returns the square of what counts against the budget, up to a constant: an exact term of `J`, or `J`."""
+    if not point.terms:
+        return point.objective[at]
+    terms = point.terms[at]
+    return (terms.weight if layer.anchors_bound is None or terms.anchors is None else terms.anchors) ** 2
+
+
+def largest_changes(trace: Sequence[Point], layers: Sequence[LayerStatus]) -> list[tuple[int, float]]:
+    """Returns for each point the number of edits and the change of the layer with the largest one.
+
+    Args:
+        trace: recent values of the objective and its terms.
+        layers: status of each layer at the last point.
+    """
+    if not trace or not layers:
+        return []
+    scales = []
+    for at, layer in enumerate(layers):
+        now = math.sqrt(_spent_energy(trace[-1], at, layer))
+        scales.append(layer.change / now if now else 0.0)
+    return [
+        (
+            point.edits,
+            max(scale * math.sqrt(_spent_energy(point, at, layers[at])) for at, scale in enumerate(scales)),
+        )
+        for point in trace
+    ]
 
 
 def _warnings(status: Status) -> list[str]:
@@ -321,12 +383,12 @@ def _warnings(status: Status) -> list[str]:
     what = "weights" if any(layer.anchors_bound is None for layer in status.layers) else "outputs on the anchors"
     if status.spent >= 1:
         warnings.append(
-            f"the bound on the change of the {what} exceeds the budget of {status.budget:g}: undo edits that are no "
+            f"the change of the {what} exceeds the budget of {status.budget:g}: undo edits that are no "
             "longer needed, or test the model on your own data and increase the budget"
         )
     elif status.edits_left is not None and status.edits_left < _FEW_LEFT * max(1, status.edits["active"]):
         warnings.append(
-            f"the bound on the change of the {what} reaches the budget of {status.budget:g} after about "
+            f"the change of the {what} reaches the budget of {status.budget:g} after about "
             f"{status.edits_left} more edits: undo edits that are no longer needed, or fine-tune the model on the facts"
         )
     if status.adherence and status.realized is not None and status.realized < status.adherence - _FALLEN_SHORT:

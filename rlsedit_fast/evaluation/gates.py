@@ -220,8 +220,7 @@ class BoundGates:
         active = [record for record in editor.history() if record.state == "active"]
         bound = None
         if limits.deviation_bound is not None:
-            status = editor.status(sample=0)
-            bound = status.spent * status.budget
+            bound = max((layer.bound for layer in editor.status(sample=0).layers), default=0.0)
         report = measure_gates(
             self._gates,
             self._base,

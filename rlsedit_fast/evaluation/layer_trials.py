@@ -147,6 +147,7 @@ class Trials:
                 self.decoder.select(missing),
                 GivenTexts(self._anchors),
                 tokens=self._tokens,
+                held_out=0.0,
                 longest=max_tokens(self._model.config),
                 identity=self._identity,
             )

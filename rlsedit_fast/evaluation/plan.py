@@ -28,8 +28,6 @@ class Plan:
         config: settings of the editor.
         protected: weight with which every token of the cases' held-out prompts is protected before the first edit,
             relative to an edit of weight 1; 0 for no protection. Evaluated prompts are not protected.
-        forgetting: weight of an edit relative to an edit that is applied `AGE` edits later; 1 for equal weights. A
-            value below 1 is a forgetting factor of recursive least squares.
         checkpoints: fractions of the stream after which everything is evaluated, in addition to the end. If empty,
             edits are not evaluated directly after their batch either.
         judged: maximum number of cases that are evaluated at the end, evenly spaced; None for all. At checkpoints the
@@ -52,7 +50,6 @@ class Plan:
     order: int = 0
     config: EditConfig
     protected: float = 0.0
-    forgetting: float = 1.0
     checkpoints: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     judged: int | None = None
     free: int = 300
@@ -84,6 +81,8 @@ def finished(path: Path, ground: str, plan: Plan, identity: Mapping[str, Any] | 
         if (found["format"], found["ground"], found.get("made_of", {})) != (FORMAT, ground, identity or {}):
             return None
         then, now = dict(found["plan"]), plan.as_json()
+        if then.pop("forgetting", 1.0) != 1.0:  # a setting of earlier versions
+            return None
         usual = Plan(label="", stream="", edits=0, seed=0, config=EditConfig()).as_json()
         same = _agree(then.pop("config"), now.pop("config"), usual["config"]) and _agree(then, now, usual)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -24,7 +24,7 @@ from torch import Tensor
 from rlsedit_fast import doctor
 from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.errors import PriorError, UpdateError
-from rlsedit_fast.evaluation.ages import AGE, age_groups
+from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.cases import Case
 from rlsedit_fast.evaluation.chat import chat_neighbors, evaluate_chat
 from rlsedit_fast.evaluation.consistency import TextSimilarity, consistency
@@ -44,7 +44,6 @@ from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task
 from rlsedit_fast.files import written_whole
 from rlsedit_fast.models.answers import supports_chat
-from rlsedit_fast.rls import Prior
 from rlsedit_fast.statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts
 
@@ -180,7 +179,6 @@ def run(
     anchors = _anchor(editor, ground, plan.seed, unedited, phases)
     if plan.protected:
         editor.protect(_held_out(cases), weight=plan.protected)
-    weights = _weights(plan, len(cases))
     groups = age_groups(len(cases), plan.config.batch_size)
     marks = _marks(groups, plan.checkpoints)
     batches: list[float] = []
@@ -188,9 +186,7 @@ def run(
     failed: dict[str, Any] | None = None
     with phases("edits", "edit") as progress:
         for start, stop in groups:
-            edits = [
-                replace(case.edit, weight=w) for case, w in zip(cases[start:stop], weights[start:stop], strict=True)
-            ]
+            edits = [case.edit for case in cases[start:stop]]
             clock = _Clock(cuda, partial(progress, total=len(cases)), start)
             evaluator.reset()
             try:
@@ -400,10 +396,6 @@ def _held_out(cases: Sequence[Case]) -> list[str]:
     return [prompt for prompt in held_out if prompt not in evaluated]
 
 
-def _weights(plan: Plan, count: int) -> list[float]:
-    return [plan.forgetting ** (-at / AGE) for at in range(count)]
-
-
 def _enter_report(enter: Enter, edits: int, of: str, report: Report, when: str = "") -> None:
     prefix = f"{when}:" if when else ""
     for part, forms in report.to_json().items():
@@ -475,8 +467,7 @@ def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
     """Adds the norms of the edited weights, their changes, and the bounds of the changes."""
     if any(projection.layout for projection in editor.context.projections):
         return  # its changes are those of single experts
-    for deviation, change, prior in zip(editor.deviation(), editor.changes(), editor.priors, strict=True):
-        assert isinstance(prior, Prior)
+    for deviation, change in zip(editor.deviation(), editor.changes(), strict=True):
         moved = change.current.double() - change.original.double()
         of = f"layer {deviation.layer}"
         enter(edits, of, "weight", "norm", float(change.current.double().norm()), moved.numel())
@@ -485,12 +476,10 @@ def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
         enter(edits, of, "deviation", "measured", deviation.weight, moved.numel())
         if math.isfinite(deviation.weight_bound):
             enter(edits, of, "deviation", "bound", deviation.weight_bound, moved.numel())
-        if prior.anchor_moment is not None:
-            moment = prior.anchor_moment.double()
-            drift = float((moved @ moment * moved).sum().clamp_min(0).sqrt())
-            enter(edits, of, "anchors", "measured", drift, len(moment))
+        if deviation.anchors is not None:
+            enter(edits, of, "anchors", "measured", deviation.anchors, moved.shape[1])
             if math.isfinite(deviation.anchor_bound):
-                enter(edits, of, "anchors", "bound", deviation.anchor_bound, len(moment))
+                enter(edits, of, "anchors", "bound", deviation.anchor_bound, moved.shape[1])
 
 
 def _spectral(matrix: Tensor) -> float:

@@ -3,7 +3,8 @@
 from rlsedit_fast.export.adapter import AdapterReport, ModuleFactors, write_adapter
 from rlsedit_fast.export.card import CardContents, CardEdit, make_card
 from rlsedit_fast.export.changes import WeightChange, changes_between
-from rlsedit_fast.export.checkpoint import write_checkpoint
+from rlsedit_fast.export.checkpoint import CheckpointReport, write_checkpoint
+from rlsedit_fast.export.compare import CheckpointDifference, compare_checkpoints
 from rlsedit_fast.export.delta import DeltaReport, ModuleDelta, apply_delta, write_delta
 from rlsedit_fast.export.engines import VLLM_RANKS, Engine
 from rlsedit_fast.export.patch import WeightPatch, patches_of, read_patch, write_patch
@@ -14,6 +15,8 @@ __all__ = [
     "AdapterReport",
     "CardContents",
     "CardEdit",
+    "CheckpointDifference",
+    "CheckpointReport",
     "DeltaReport",
     "Engine",
     "ModuleDelta",
@@ -23,6 +26,7 @@ __all__ = [
     "WeightPatch",
     "apply_delta",
     "changes_between",
+    "compare_checkpoints",
     "make_card",
     "patches_of",
     "push_folder",

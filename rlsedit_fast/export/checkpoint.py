@@ -1,15 +1,69 @@
-"""Writes an edited model as a checkpoint."""
+"""Writes an edited model as a checkpoint: a copy of its base checkpoint with the edited weights."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlsedit_fast.errors import InputError, counted, listed
+from rlsedit_fast.export.base_files import copy_files, find_stale, plain_files, weight_files
+from rlsedit_fast.export.base_tensors import UnlikeBaseError, WrittenTensors, write_tensors_like
 from rlsedit_fast.export.card import CARD
+from rlsedit_fast.export.changes import WeightChange
 from rlsedit_fast.files import check_new, written_folder
+from rlsedit_fast.models.checkpoint_files import Checkpoint, find_checkpoint
+from rlsedit_fast.models.fingerprint import settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint that was written.
+
+    Attributes:
+        directory: its folder.
+        base: folder of the base checkpoint that it is a copy of, or None if transformers wrote it.
+        reason: why it is not a copy of the base; empty if it is.
+        tensors: names on disk of the tensors that differ from the base; all others are the same bit for bit.
+        copied: number of files that are those of the base.
+        left_out: files of the base that are not written: other copies of the weights, without the edits.
+        notes: what else differs from the base or from the model in memory.
+
+    Example:
+        >>> from rlsedit_fast.export import CheckpointReport
+        >>> tensors = ("model.layers.0.mlp.down_proj.weight",)
+        >>> CheckpointReport("edited", "base", "", tensors, copied=7, left_out=(), notes=()).lines[0]
+        'checkpoint: edited'
+    """
+
+    directory: str
+    base: str | None
+    reason: str
+    tensors: tuple[str, ...]
+    copied: int
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """The folder, and one line for everything that a user should know."""
+        lines = [f"checkpoint: {self.directory}"]
+        if self.base is not None:
+            lines.append(
+                f"  a copy of {self.base}: {counted(len(self.tensors), 'tensor')} rewritten, {self.copied} other files "
+                "copied"
+            )
+        if self.left_out:
+            lines.append(f"  left out, because they contain the weights without the edits: {', '.join(self.left_out)}")
+        return [*lines, *(f"  {note}" for note in self.notes)]
 
 
 def write_checkpoint(
@@ -17,31 +71,201 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     directory: str | Path,
     *,
+    changes: Sequence[WeightChange] = (),
+    base: Checkpoint | None = None,
     card: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> CheckpointReport:
     """Writes a model and its tokenizer into a folder, which gets its name once it is complete.
+
+    If the base checkpoint of the model is on this machine, all of its files are copied, and only the tensors in which
+    the model differs from it are written: in their files, under their names on disk, in the dtype on disk. Tensors that
+    the class of the model does not use are kept. Every tensor in memory is compared with the base, so that the written
+    weights are those of the model, also if other code modified it. Files with other copies of the weights, such as
+    `pytorch_model.bin` beside safetensors files, are left out if a weight changed.
+
+    Otherwise, `save_pretrained` of transformers writes the model: if the base is not known, or the model has another
+    config or other tensors than the base.
 
     Args:
         model: the model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; its files are those of the base if it is the one of the base.
         directory: folder of the checkpoint.
-        card: text of its model card, see `export.card.make_card`; None for no card.
+        changes: changes of the edited weights, which make them exact if the dtype on disk is not that of the model.
+        base: the base; by default the checkpoint that the model was loaded from.
+        card: text of its model card, which replaces that of the base, see `export.card.make_card`; None for no card.
         overwrite: replace the checkpoint in a folder that contains files.
 
+    Returns:
+        What was written.
+
     Raises:
-        InputError: `directory` is a file, or contains files and `overwrite` is False.
+        InputError: `directory` is a file, is the folder of the base, or contains files and `overwrite` is False; or a
+            weight is too large for the dtype on disk.
 
     Example:
         >>> import tempfile
         >>> from rlsedit_fast.export import write_checkpoint
         >>> from rlsedit_fast.world import load_demo_model
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_checkpoint(*load_demo_model(), f"{folder}/model")
+        ...     report = write_checkpoint(*load_demo_model(), f"{folder}/model")
+        >>> report.tensors, report.reason
+        ((), '')
     """
-    with written_folder(Path(directory)) as folder:
-        check_new(directory, overwrite=overwrite)
-        model.save_pretrained(folder)
+    check_new(directory, overwrite=overwrite)
+    place, found, reason = Path(directory), base, ""
+    if base is None:
+        try:
+            found = base_of(model)
+        except InputError as error:
+            reason = error.message
+    if found is not None:
+        _check_other_folder(place, found)
+        try:
+            return _write_like(model, tokenizer, place, found, changes, card)
+        except UnlikeBaseError as error:
+            reason = f"the model is not like its base {str(found.folder)!r}: {error}"
+    named = str(getattr(model, "name_or_path", "") or "")
+    note = f"written by transformers, not as a copy of the base: {reason}" if named or found else ""
+    if note:
+        logger.warning("%s: %s", directory, note)
+    with written_folder(place) as folder:
+        with _generation_config_kept(model):
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if card is not None:
-            (folder / CARD).write_text(card, encoding="utf-8")
+        copied = 0
+        if found is not None:
+            rest = [name for name in plain_files(found, (folder, place)) if not (folder / name).exists()]
+            copied = copy_files(rest, found.folder, folder)
+        _write_card(card, folder)
+    return CheckpointReport(str(directory), None, reason, (), copied, (), (note,) if note else ())
+
+
+def base_of(model: PreTrainedModel, **options: Any) -> Checkpoint:
+    """Finds the checkpoint that a model was loaded from.
+
+    Args:
+        model: the model.
+        **options: options of `find_checkpoint`.
+
+    Raises:
+        InputError: it is not known, or not on this machine.
+    """
+    config: Any = model.config
+    name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+    if not name:
+        raise InputError("the model does not name the checkpoint that it was loaded from")
+    given: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
+    return find_checkpoint(name, **given | {key: one for key, one in options.items() if one})
+
+
+def _write_like(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    base: Checkpoint,
+    changes: Sequence[WeightChange],
+    card: str | None,
+) -> CheckpointReport:
+    _check_same_config(model, base)
+    with written_folder(place) as folder:
+        skipped = (folder, place)
+        copied = copy_files(plain_files(base, skipped), base.folder, folder)
+        copy_files(base.weights, base.folder, folder)
+        written = write_tensors_like(model, base, folder, changes)
+        others = weight_files(base, skipped)
+        stale = find_stale(base, others, written.keys)
+        copied += copy_files((name for name in others if name not in stale), base.folder, folder)
+        notes = _notes(written)
+        if not _is_tokenizer_of(tokenizer, folder):
+            tokenizer.save_pretrained(folder)
+            notes.append("the tokenizer is not that of the base: its files were written, too")
+        if (base.folder / CARD).is_file():
+            if card is None:
+                copied += copy_files([CARD], base.folder, folder)
+            else:
+                notes.append(f"{CARD} of the base was replaced by the model card")
+        _write_card(card, folder)
+    return CheckpointReport(str(place), str(base.folder), "", tuple(written.keys), copied, tuple(stale), tuple(notes))
+
+
+def _notes(written: WrittenTensors) -> list[str]:
+    notes = []
+    if written.rounded:
+        memory, disk = (str(dtype).removeprefix("torch.") for dtype in written.rounded)
+        notes.append(
+            f"the model was loaded in {memory} and the base is {disk}: the edited weights are written as {disk}, with "
+            f"an error of {written.error:.2g} of their change"
+        )
+    if written.others:
+        notes.append(
+            f"{counted(len(written.others), 'tensor')} that no edit changed differ from the base and were written: "
+            f"{', '.join(listed(written.others, 3))}"
+        )
+    if written.offloaded:
+        notes.append(f"{counted(written.offloaded, 'tensor')} not in memory (offloaded) are those of the base")
+    return notes
+
+
+def _write_card(card: str | None, folder: Path) -> None:
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _check_other_folder(place: Path, base: Checkpoint) -> None:
+    if place.resolve() == base.folder.resolve():
+        raise InputError(
+            f"{str(place)!r} is the folder of the base checkpoint; nothing was written", hint="choose another folder"
+        )
+
+
+def _check_same_config(model: PreTrainedModel, base: Checkpoint) -> None:
+    """Raises UnlikeBaseError if the config of the model is not that of the base, or the base is quantized."""
+    try:
+        own: Any = type(model.config).from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnlikeBaseError(f"its config cannot be read ({error})") from error
+    if getattr(own, "quantization_config", None):
+        raise UnlikeBaseError("it is quantized")
+    before, after = settings(own.to_dict()), settings(model.config.to_dict())
+    if differing := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+        raise UnlikeBaseError(f"the configs differ in {', '.join(listed(differing, 5))}")
+
+
+def _is_tokenizer_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a folder contains this tokenizer."""
+    try:
+        own: Any = type(tokenizer).from_pretrained(folder, local_files_only=True)
+        return _contents(own) == _contents(tokenizer)
+    except Exception:  # no tokenizer in the folder, or one of another class
+        return False
+
+
+def _contents(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    return tokenizer.get_vocab(), tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)
+
+
+@contextmanager
+def _generation_config_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Lets `save_pretrained` write a generation config as it is, also one whose values it rejects."""
+    held: Any = getattr(model, "generation_config", None)
+    try:
+        if held is not None:
+            held.validate(strict=True)
+    except ValueError:
+        model.generation_config = _AsItIs(held)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if held is not None:
+            model.generation_config = held
+
+
+class _AsItIs:
+    """A generation config that is written without validation."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def save_pretrained(self, folder: str | Path, **_options: Any) -> None:
+        self._held.to_json_file(Path(folder, "generation_config.json"), use_diff=True)

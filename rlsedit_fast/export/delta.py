@@ -14,6 +14,7 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, linear_weight
 from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.fingerprint import digest, fingerprint, identify
 
 if TYPE_CHECKING:
@@ -165,9 +166,15 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
         >>> changes_between(base, edited)
         []
     """
+    return apply_and_compare(model, path)[0]
+
+
+def apply_and_compare(model: PreTrainedModel, path: str | Path) -> tuple[DeltaReport, list[WeightChange]]:
+    """Applies a delta file as `apply_delta` does; also returns the weight changes, with copies of the originals."""
     with open_tensors(Path(path), KIND, _ADVICE) as opened:
         about = opened.about
         _check_whole(path, opened)
+        model = unwrapped(model)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
                 f"{str(path)!r} belongs to the base model with the fingerprint {about['base_fingerprint'][:12]}, and "
@@ -175,18 +182,21 @@ def apply_delta(model: PreTrainedModel, path: str | Path) -> DeltaReport:
                 "Load the unedited base model"
             )
         results: list[tuple[Tensor, Tensor]] = []
+        changes = []
         modules = []
         for name, expected in opened.sums.items():
-            weight = _weight(model, name, _DTYPES[about["dtype"]])
+            weight, transposed, expert = _weight(model, name, _DTYPES[about["dtype"]])
             new, by_value = _apply(Path(path), opened.file, name, weight)
             if digest(new) != expected:
                 raise _damaged(path, f"the checksum of {name} does not match")
             modules.append(_module(name, weight, new, by_value))
             results.append((weight, new.cpu()))
+            changes.append(WeightChange(name, weight.clone(), new, new, transposed, expert))
     with torch.no_grad():
         for weight, new in results:
             weight.copy_(new)
-    return DeltaReport(str(path), found, about["dtype"], about["edits"], about["version"], tuple(modules))
+    report = DeltaReport(str(path), found, about["dtype"], about["edits"], about["version"], tuple(modules))
+    return report, changes
 
 
 def check_delta(path: str | Path) -> None:
@@ -240,16 +250,17 @@ def _check_whole(path: str | Path, opened: Described) -> None:
         raise _damaged(path, "it contains no module")
 
 
-def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> Tensor:
+def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
+    """Returns the weight `[d_v, d_k]`, whether it is stored transposed, and whether it is that of a routed expert."""
     found = linear_weight(model, name)
     if found is None:
         raise ModelError(
             f"the model has no linear module {name!r}; the model was not modified. Load the unedited base model"
         )
-    weight, _ = found
+    weight, transposed = found
     if weight.dtype != dtype:
         raise InputError(f"{name} is {weight.dtype}, the delta is {dtype}; load the model in {dtype}")
-    return weight
+    return weight, transposed, name not in dict(model.named_modules(remove_duplicate=False))
 
 
 def _apply(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]:

@@ -60,13 +60,13 @@ def retention_chart(ages: Sequence[Age]) -> str:
     return _svg(draw)
 
 
-def bound_chart(bounds: Sequence[tuple[int, float]], budget: float, edits_left: int | None) -> str:
-    """Draws the bound over the number of active edits, with the budget; empty for fewer than two values."""
-    if len({edits for edits, _ in bounds}) < 2:
+def change_chart(changes: Sequence[tuple[int, float]], budget: float, edits_left: int | None) -> str:
+    """Draws the relative change over the number of active edits, with the budget; empty for fewer than two values."""
+    if len({edits for edits, _ in changes}) < 2:
         return ""
 
     def draw(axes: Any) -> None:
-        edits, reached = zip(*bounds, strict=True)
+        edits, reached = zip(*changes, strict=True)
         axes.plot(edits, reached, color=_ACCENT, linewidth=1.8)
         axes.plot(edits[-1:], reached[-1:], "o", color=_ACCENT, markersize=4)
         axes.axhline(budget, color=_WARN, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -74,7 +74,7 @@ def bound_chart(bounds: Sequence[tuple[int, float]], budget: float, edits_left: 
         if edits_left:
             axes.plot([edits[-1], edits[-1] + edits_left], [reached[-1], budget], ":", color=_MUTED, linewidth=1.2)
         top = max(budget, *reached) * 1.15
-        axes.set(xlabel="active edits", ylabel="bound", ylim=(0, top), xlim=(0, None))
+        axes.set(xlabel="active edits", ylabel="relative change", ylim=(0, top), xlim=(0, None))
 
     return _svg(draw)
 

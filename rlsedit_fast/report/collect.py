@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from rlsedit_fast.activity import report_activity
 from rlsedit_fast.data.edits import prompt_key
 from rlsedit_fast.editing import Editor, EditRecord, Status
 from rlsedit_fast.editing.recovery import Contents
+from rlsedit_fast.editing.status import largest_changes
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.gate_file import Question
 from rlsedit_fast.evaluation.gate_results import GateReport
@@ -128,7 +128,7 @@ class ChangeReport:
         others: other prompts.
         ages: retention by age, oldest first.
         status: the status of the store.
-        bounds: number of active edits and largest relative bound after each of the recent changes.
+        changes: number of active edits and largest relative change of a layer after each of the recent changes.
         gates: results of the gates; None if none were given.
         missing: what was not measured, and why.
     """
@@ -143,7 +143,7 @@ class ChangeReport:
     others: list[OtherRow]
     ages: list[Age]
     status: Status
-    bounds: list[tuple[int, float]]
+    changes: list[tuple[int, float]]
     gates: GateReport | None
     missing: list[str] = field(default_factory=list)
 
@@ -170,7 +170,7 @@ class ChangeReport:
             "others": [asdict(row) for row in self.others],
             "ages": [asdict(age) for age in self.ages],
             "status": asdict(self.status),
-            "bounds": self.bounds,
+            "changes": self.changes,
             "gates": self.gates.to_dict() if self.gates else None,
         }
 
@@ -226,7 +226,7 @@ def collect(
         others=others,
         ages=_ages([row for row in rows if row.state == "active"], contents.about["config"]["batch_size"]),
         status=status,
-        bounds=_bounds(contents),
+        changes=largest_changes(contents.trace, contents.status.layers),
         gates=gates.measure() if gates is not None else None,
         missing=missing,
     )
@@ -381,19 +381,6 @@ def _others(contents: Contents, asked: Iterable[str], measured: _Measured | None
 def _ages(active: Sequence[EditRow], batch_size: int) -> list[Age]:
     groups = [active[start:stop] for start, stop in age_groups(len(active), batch_size)] if active else []
     return [Age(some[0].id, some[-1].id, sum(bool(row.stated) for row in some), len(some)) for some in groups]
-
-
-def _bounds(contents: Contents) -> list[tuple[int, float]]:
-    """Returns the largest relative bound after each change; a bound is `sqrt(J)` times a constant of its layer."""
-    scales = []
-    for layer in contents.status.layers:
-        reached = layer.weight_bound if layer.anchors_bound is None else layer.anchors_bound
-        scales.append(reached / math.sqrt(layer.objective) if layer.objective > 0 else 0.0)
-    return [
-        (point.edits, max(scale * math.sqrt(max(one, 0.0)) for scale, one in zip(scales, point.objective, strict=True)))
-        for point in contents.trace
-        if scales
-    ]
 
 
 def counts_of(rows: Iterable[OtherRow]) -> list[tuple[Kind, int, int]]:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.report.charts import bound_chart, layer_chart, retention_chart
+from rlsedit_fast.report.charts import change_chart, layer_chart, retention_chart
 from rlsedit_fast.report.collect import ChangeReport, counts_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def render(report: ChangeReport, title: str | None = None) -> str:
     status = report.status
     charts = {
         "retention": retention_chart(report.ages),
-        "bound": bound_chart(report.bounds, status.budget, status.edits_left),
+        "change": change_chart(report.changes, status.budget, status.edits_left),
         "layers": layer_chart(status.layers),
     }
     from markupsafe import Markup

@@ -15,6 +15,7 @@ from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.block_covariance import Covariances
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import BlockWeights
+from rlsedit_fast.rls.results import Terms
 from rlsedit_fast.rls.state import dtype_of
 
 
@@ -100,6 +101,34 @@ class BlockBase:
         """Returns `||W - W0||_F`."""
         changed = [pair for pair in self.weights() if pair is not None]
         return math.sqrt(sum(float((now.double() - old.double()).square().sum()) for old, now in changed))
+
+    @torch.no_grad()
+    @full_float32()
+    def prior_variance(self, keys: Tensor) -> Tensor:
+        """Returns `k C0 k^T [n]`, float64, for rows of keys and the inverse `C0` of the prior's precision."""
+        keys, _, _ = self._batch(keys, None)
+        projected, _ = self._covariances.project(keys)
+        return (self._layout.features(keys).double() * projected.double()).sum(1)
+
+    @torch.no_grad()
+    @full_float32()
+    def prior_gram(self, keys: Tensor, others: Tensor) -> Tensor:
+        """Returns `K C0 K'^T [n, m]`, float64, for rows of keys K and K'."""
+        keys, others = (self._batch(one, None)[0] for one in (keys, others))
+        return self._covariances.gram(keys, others, self._covariances.project(others)[0])
+
+    def _terms(self, prior: float, edits: float | None) -> Terms:
+        """Returns the terms for the value of the prior at the current weight.
+
+        The rest of the prior beside the penalties on the blocks is at least `mu^2 ||K0 D^T||^2`.
+        """
+        ridges, penalty, energy = self._prior.ridges().tolist(), 0.0, 0.0
+        for block, pair in enumerate(self.weights()):
+            if pair is not None:
+                moved = float((pair[1].double() - pair[0].double()).square().sum())
+                energy, penalty = energy + moved, penalty + ridges[block] * moved
+        anchored = math.sqrt(max(prior - penalty, 0.0)) / self._prior.mu if self._prior.mu else None
+        return Terms(weight=math.sqrt(energy), anchors=anchored, edits=edits)
 
     def settle(self) -> None:
         """Does nothing: no work is deferred."""

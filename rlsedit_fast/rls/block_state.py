@@ -19,7 +19,7 @@ from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_rows import AppliedRows
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor, probe
-from rlsedit_fast.rls.results import Bounds, Step
+from rlsedit_fast.rls.results import Bounds, Step, Terms
 
 _versions = itertools.count(1)
 _orders = itertools.count(1)
@@ -96,9 +96,23 @@ class BlockState(BlockBase):
         return self._objective
 
     def bounds(self) -> Bounds:
-        """Returns bounds on the weight, the anchors and the edits (each term of `J` is at most `J`)."""
-        root, prior = math.sqrt(self._objective), self._prior
-        return Bounds(root / prior.lam, root / prior.mu if prior.mu else math.inf, root)
+        """Returns bounds on the weight, the anchors and the edits.
+
+        The bounds on weight and anchors follow from the prior's part of `J`, `J` without the misfit of the edits.
+        """
+        root, prior = math.sqrt(max(self._objective - self._misfit(), 0.0)), self._prior
+        return Bounds(root / prior.lam, root / prior.mu if prior.mu else math.inf, math.sqrt(self._objective))
+
+    @torch.no_grad()
+    def terms(self) -> Terms:
+        """Returns the terms of `J` at the current weight; that of the anchors is an upper bound, see `BlockPrior`."""
+        misfit = min(self._misfit(), self._objective)
+        return self._terms(self._objective - misfit, math.sqrt(misfit))
+
+    def _misfit(self) -> float:
+        """Returns `sum_i w_i ||K_i W^T - V_i||^2`, from the residuals `X_i / w_i`."""
+        rows = self._rows
+        return float((rows.dual().square().sum(1) / rows.weights.double()).sum()) if len(rows) else 0.0
 
     @torch.no_grad()
     @full_float32()
@@ -228,6 +242,32 @@ class BlockState(BlockBase):
         return Step(after, before, self._objective, change)
 
     @torch.no_grad()
+    def reweigh(self, keys: Tensor, values: Tensor, old_weights: Tensor, new_weights: Tensor) -> Step:
+        """Changes the weights of applied edits; see `RLSState.reweigh`. Rows after the first one are factored again.
+
+        Args:
+            keys: rows of keys `[n, key_width]`, as applied.
+            values: `V [n, d_v]`, as applied; they decide between rows with equal keys.
+            old_weights: `w [n]`, as applied.
+            new_weights: `w_new [n]`, positive; all smaller than the old weights, or all larger.
+
+        Returns:
+            See `update`; `residual` is at the given keys.
+
+        Raises:
+            InputError: an argument is invalid, or a row is not applied.
+            UpdateError: the result is not finite.
+        """
+        checks.lowered(old_weights, new_weights)
+        keys, old, (values,) = self._batch(keys, old_weights, values=values)
+        before = values - self.outputs(keys)
+        places = self._find(keys, values, old)
+        weights = self._rows.weights.clone()
+        weights[places] = new_weights.to(weights)
+        change = self._again_from(min(places), range(min(places), len(weights)), weights)
+        return Step(values - self.outputs(keys), before, self._objective, change)
+
+    @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
         """Computes the state again from the prior and the given edits, which replace the applied edits.
 
@@ -292,7 +332,7 @@ class BlockState(BlockBase):
             rows.truncate(count)
             raise
         residual = (panel.noise.double()[:, None] * rows.dual()[count:]).to(self._dtype)
-        return Step(residual, innovation, self._objective, change)
+        return Step(residual, innovation, self._objective, change, rows.whitened[count:].clone())
 
     def _factored(self, panel: BlockPanel, rows: AppliedRows) -> Tensor:
         """Returns the Cholesky factor of `diag(1/w) + K C K^T [n, n]`.
@@ -324,10 +364,14 @@ class BlockState(BlockBase):
 
     def _reduce(self, places: Sequence[int]) -> float:
         """Takes rows out; the rows after the first one are factored again."""
-        rows, first = self._rows, min(places)
-        out = set(places)
-        after = [at for at in range(first, len(rows)) if at not in out]
-        left = self._refactored(rows.head(first), rows.keys[after], rows.weights[after], rows.start[after])
+        first, out = min(places), set(places)
+        after = [at for at in range(first, len(self._rows)) if at not in out]
+        return self._again_from(first, after, self._rows.weights)
+
+    def _again_from(self, first: int, after: Sequence[int], weights: Tensor) -> float:
+        """Keeps the rows before `first`, factors the rows `after` again with their `weights`, and writes the result."""
+        rows, after = self._rows, list(after)
+        left = self._refactored(rows.head(first), rows.keys[after], weights[after], rows.start[after])
         return self._write(left, len(left))
 
     @full_float32()

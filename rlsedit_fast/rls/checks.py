@@ -96,3 +96,21 @@ def positive_weights(weights: Tensor) -> None:
             f"weights[{row}] is {float(weights[row]):g} ({weights.dtype}); weights and their inverses must be positive "
             "and finite. To omit an edit, do not pass its row."
         )
+
+
+def lowered(old: Tensor, new: Tensor) -> bool:
+    """Returns whether all weights become smaller; False if all become larger.
+
+    Raises:
+        InputError: the weights are not vectors of equal size, a weight is not positive, or neither holds.
+    """
+    vector("old_weights", old, size=len(old) if isinstance(old, Tensor) and old.ndim else 0)
+    vector("new_weights", new, size=len(old))
+    same_device("new_weights", new, old.device)
+    positive_weights(torch.cat([old, new.to(old.dtype)]))
+    smaller = new < old
+    if bool(smaller.all()):
+        return True
+    if bool((new > old).all()):
+        return False
+    raise InputError("new_weights must all be smaller than old_weights, or all larger. No state was modified.")

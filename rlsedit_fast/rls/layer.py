@@ -1,12 +1,17 @@
-"""Base class of an edited layer: its exact weight, original weight, prior and name."""
+"""Base class of an edited layer: its exact weight, original weight, prior and name, and the checks of batches."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast.errors import InputError
+from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.master import Master
 from rlsedit_fast.rls.prior import Prior
+from rlsedit_fast.rls.results import Panel
 
 
 class Layer:
@@ -95,3 +100,43 @@ class Layer:
     def deviation(self) -> float:
         """Returns `||W - W0||_F`."""
         return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))
+
+    def _batch(self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor) -> dict[str, Tensor]:
+        """Checks shapes, dtypes and devices of a batch and casts it to the dtype of the state.
+
+        Returns:
+            `keys`, the other `[n, d_v]` arguments, and `weights` if they are given. Their numbers are not checked.
+        """
+        d_v, d_k = self._original.shape
+        checks.matrix("keys", keys, columns=d_k)
+        count = keys.shape[0]
+        if count < least:
+            raise InputError("keys has no rows; pass at least one edit.")
+        tensors = {"keys": keys, **others}
+        for argument, value in others.items():
+            checks.matrix(argument, value, rows=count, columns=d_v)
+        if weights is not None:
+            checks.vector("weights", weights, size=count)
+            tensors["weights"] = weights
+        for argument, value in tensors.items():
+            checks.same_device(argument, value, self._original.device)
+        return {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
+
+    def _check(self, given: Mapping[str, Tensor]) -> None:
+        """Checks the numbers of a batch."""
+        if given["keys"].shape[0]:
+            checks.batch(checks.numbers(*checks.ends(*given.values())), given)
+
+    def _check_count(self, count: int) -> None:
+        if count > self._edits:
+            raise InputError(f"keys has {count} rows, but {self._name} has {self._edits} edits; pass applied edits.")
+
+    def _innovation_of(self, panel: Panel, innovation: Tensor) -> Tensor:
+        if panel.version != self._version:
+            raise InputError(
+                f"the panel is not from the current state of {self._name} (version {panel.version}, current version "
+                f"{self._version}); call project again."
+            )
+        checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._original.shape[0])
+        checks.same_device("innovation", innovation, self._original.device)
+        return innovation.detach().to(self._dtype).contiguous()

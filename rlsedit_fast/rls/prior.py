@@ -168,7 +168,7 @@ class Prior:
             return None
         if self.anchor_cross is not None:
             cross = self.anchor_cross.to(original.device, torch.float64)
-            return (cross - self._times_moment(original)).mul_(self.mu**2)
+            return (cross - self.times_moment(original)).mul_(self.mu**2)
         total = torch.zeros_like(original)
         for keys, values in self._anchor_rows(original):
             total.addmm_((values - keys @ original.T).T, keys)
@@ -184,26 +184,32 @@ class Prior:
         Raises:
             PriorError: `anchor_energy` is too small for the given `anchor_cross`.
         """
-        penalty = self.lam**2 * float(delta.square().sum())
+        return self.lam**2 * float(delta.square().sum()) + self.mu**2 * self.anchor_misfit(original, delta)
+
+    def anchor_misfit(self, original: Tensor, delta: Tensor) -> float:
+        """Returns `||K0 W^T - V0||_F^2` at `W = W0 + delta`; arguments and errors are those of `energy`."""
         if self.anchor_cross is not None:
-            anchored = self._custom_moment_energy(original + delta)
-        elif self.anchor_moment is not None:
-            anchored = max(float((self._times_moment(delta) * delta).sum()), 0.0)
-        elif self.anchor_values is not None:
+            return self._custom_moment_energy(original + delta)
+        if self.anchor_values is not None:
             weight = original + delta
-            anchored = sum(float((k @ weight.T - v).square().sum()) for k, v in self._anchor_rows(original))
-        elif self.anchor_keys is not None:
-            anchored = sum(float((k @ delta.T).square().sum()) for k in chunks(self.anchor_keys, delta.device))
-        else:
-            anchored = 0.0
-        return penalty + self.mu**2 * anchored
+            return sum(float((k @ weight.T - v).square().sum()) for k, v in self._anchor_rows(original))
+        return self.anchor_change(delta)
+
+    def anchor_change(self, delta: Tensor) -> float:
+        """Returns `||K0 delta^T||_F^2`, for `delta [d_v, d_k]`; products are in its dtype, sums in float64."""
+        if self.anchor_moment is not None:
+            return max(float((self.times_moment(delta).double() * delta.double()).sum()), 0.0)
+        if self.anchor_keys is not None:
+            rows = chunks(self.anchor_keys, delta.device)
+            return sum(float((k.to(delta.dtype) @ delta.T).double().square().sum()) for k in rows)
+        return 0.0
 
     def _custom_moment_energy(self, weight: Tensor) -> float:
         assert self.anchor_moment is not None
         assert self.anchor_cross is not None
         assert self.anchor_energy is not None
         cross = self.anchor_cross.to(weight.device, torch.float64)
-        quadratic = float((self._times_moment(weight) * weight).sum())
+        quadratic = float((self.times_moment(weight) * weight).sum())
         value = quadratic - 2 * float((cross * weight).sum()) + self.anchor_energy
         eps = max(torch.finfo(self.anchor_cross.dtype).eps, torch.finfo(self.anchor_moment.dtype).eps)
         if value < -ROUNDING_GROWTH * eps * (abs(quadratic) + self.anchor_energy):
@@ -213,12 +219,17 @@ class Prior:
             )
         return max(value, 0.0)
 
-    def _times_moment(self, rows: Tensor) -> Tensor:
-        """Returns `rows @ K0^T K0` in float64, reading the moment in chunks."""
-        assert self.anchor_moment is not None
+    def times_moment(self, rows: Tensor) -> Tensor:
+        """Returns `rows @ K0^T K0` in the dtype of `rows [n, d_k]`, reading the anchors in chunks; there are some."""
         result = torch.zeros_like(rows)
+        if self.anchor_moment is None:
+            assert self.anchor_keys is not None
+            for keys in chunks(self.anchor_keys, rows.device):
+                narrow = keys.to(rows.dtype)
+                result.addmm_(rows @ narrow.T, narrow)
+            return result
         for part in parts(self.anchor_moment.shape[0], CHUNK):
-            result.addmm_(rows[:, part], self.anchor_moment[part].to(rows.device, torch.float64))
+            result.addmm_(rows[:, part], self.anchor_moment[part].to(rows.device, rows.dtype))
         return result
 
     def _anchor_rows(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

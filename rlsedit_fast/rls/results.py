@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.pending import Pending
+
+if TYPE_CHECKING:
+    from rlsedit_fast.rls.terms import AnchorChange
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,7 @@ class Step:
         innovation: `V - K W_old^T [n, d_v]`, in the dtype of the state.
         objective: `J` after the step.
         change: `||W_new - W_old||_F`.
+        whitened: `A [n, d_v]`; None for a replacement, and for a rule without an objective.
 
     Example:
         >>> import torch
@@ -72,6 +77,15 @@ class Step:
     innovation: Tensor
     objective: float
     change: float
+    whitened: Tensor | None = None
+
+    @cached_property
+    def energy(self) -> Tensor | None:
+        """What each row added to `J`, or a removal subtracted, in their order: `||A_i||^2 [n]`, float64.
+
+        For an update it is `||e||^2 / (1/w + k C k^T)` with the innovation e and C after the rows before it.
+        """
+        return None if self.whitened is None else self.whitened.double().square().sum(1)
 
     @cached_property
     def realized(self) -> Tensor:
@@ -101,6 +115,34 @@ class Bounds:
     weight: float
     anchors: float
     edits: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The square roots of the terms of the objective at the current weight, up to rounding.
+
+    `J = lam^2 weight^2 + mu^2 anchors^2 + edits^2`.
+
+    Attributes:
+        weight: `||W - W0||_F`.
+        anchors: `||K0 W^T - V0||_F`; None without anchors. For a mixture of experts, whose moments do not contain the
+            products of different experts, an upper bound.
+        edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over all applied edits; None for a `SeparateState`.
+
+    Example:
+        >>> import torch
+        >>> from rlsedit_fast.rls import Prior, RLSState
+        >>> weight, anchors = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, 1.0]])
+        >>> state = RLSState(weight, Prior(lam=1.0, mu=1.0, anchor_keys=anchors))
+        >>> _ = state.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0]]))
+        >>> terms = state.terms()
+        >>> round(terms.weight, 9), terms.anchors, round(terms.edits, 9)
+        (2.0, 0.0, 2.0)
+    """
+
+    weight: float
+    anchors: float | None
+    edits: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +202,7 @@ class Snapshot:
     count: int
     weight: tuple[Tensor, ...] | None
     sketch: Sketch
+    anchor_change: AnchorChange
     objective: float
     edits: int
     version: int

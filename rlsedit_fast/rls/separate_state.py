@@ -20,7 +20,7 @@ from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.prior import parts
-from rlsedit_fast.rls.results import Bounds, Step
+from rlsedit_fast.rls.results import Bounds, Step, Terms
 
 _versions = itertools.count(1)
 _orders = itertools.count(1)
@@ -103,6 +103,11 @@ class SeparateState(BlockBase):
         root, prior = math.sqrt(self.objective), self._prior
         return Bounds(root / prior.lam, root / prior.mu if prior.mu else math.inf, math.inf)
 
+    @torch.no_grad()
+    def terms(self) -> Terms:
+        """Returns the terms of the prior at the current weight; that of the anchors is an upper bound."""
+        return self._terms(self.objective, None)
+
     def monitor(self) -> Monitor:
         """Returns a residual of 0: there is no exact precision to compare with."""
         return Monitor(0.0, False, "the covariances of the experts are an approximation; refresh computes them again.")
@@ -149,6 +154,10 @@ class SeparateState(BlockBase):
             f"rows cannot be removed from {self._name}, whose experts have separate covariances. No state was "
             "modified. Call refresh(keys, values, weights) with the remaining edits."
         )
+
+    def reweigh(self, keys: Tensor, values: Tensor, old_weights: Tensor, new_weights: Tensor) -> Step:
+        """Not supported, see `remove`."""
+        return self.remove(keys, values, old_weights)
 
     @torch.no_grad()
     def replace(self, keys: Tensor, old_values: Tensor, new_values: Tensor, weights: Tensor | None = None) -> Step:
@@ -218,7 +227,8 @@ class SeparateState(BlockBase):
             present[group.block] = present[group.block] - rows.T @ rows
         change = self._write(shared.to(self._dtype), panel, present, self._edits + len(panel.keys))
         residual = (noise[:, None] * shared).to(self._dtype)
-        return Step(residual, innovation, self.objective, change)
+        whitened = torch.linalg.solve_triangular(lower, innovation.double(), upper=False)
+        return Step(residual, innovation, self.objective, change, whitened)
 
     @full_float32()
     def _write(self, shared: Tensor, panel: BlockPanel, present: dict[int, Tensor], edits: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -16,14 +15,14 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.dispatch import unmeasured
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
-from rlsedit_fast.rls.build import Built, Edits, build
-from rlsedit_fast.rls.layer import Layer
+from rlsedit_fast.rls.build import Built, Edits, build, invert_
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
 from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step
+from rlsedit_fast.rls.results import Panel, Saved, Snapshot, Step
 from rlsedit_fast.rls.step import prepare_replacement, prepare_step
+from rlsedit_fast.rls.terms import AnchorChange, ObjectiveLayer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ _versions = itertools.count(1)  # shared by all states, so that a panel matches 
 _orders = itertools.count(1)
 
 
-class RLSState(Layer):
+class RLSState(ObjectiveLayer):
     """Minimizes `sum_i w_i ||K_i W^T - V_i||^2 + prior` over one weight, updated batch by batch.
 
     Recursive least squares in square-root form: with `F = K C`, `Sig = diag(1/w) + F K^T = L L^T`, `U = L^-1 F` and
@@ -78,7 +77,7 @@ class RLSState(Layer):
     _base: Tensor  # C without the pending rows
     _pending: Pending
     _sketch: Sketch
-    _objective: float
+    _prior_covariance: Tensor | None = None
 
     @torch.no_grad()
     def __init__(
@@ -125,11 +124,6 @@ class RLSState(Layer):
         if start is not None:
             self._master.write(start)
 
-    @property
-    def objective(self) -> float:
-        """The objective `J` at the current weight, accumulated in float64; at least 0."""
-        return self._objective
-
     @torch.no_grad()
     def precision_inverse(self) -> Tensor:
         """Returns `C [d_k, d_k]` with all pending rows folded in, symmetric, as a new tensor."""
@@ -137,15 +131,6 @@ class RLSState(Layer):
         if self._pending:
             self._downdate(result)
         return torch.add(result, result.T).mul_(0.5)
-
-    def bounds(self) -> Bounds:
-        """Returns bounds on the weight, the anchors and the edits (each term of `J` is at most `J`)."""
-        root, prior = math.sqrt(self._objective), self._prior
-        return Bounds(
-            weight=root / prior.lam if prior.lam else math.inf,
-            anchors=root / prior.mu if prior.mu else math.inf,
-            edits=root,
-        )
 
     @torch.no_grad()
     def monitor(self) -> Monitor:
@@ -257,9 +242,59 @@ class RLSState(Layer):
         )
         self._save_weight()
         self._master.correct(change, panel.projected, 1, self._backend)
+        self._anchor_change = self._anchor_change.moved(panel.projected, change, 1)
         self._objective = step.objective
         self._version = next(_versions)
         return step
+
+    @torch.no_grad()
+    def reweigh(self, keys: Tensor, values: Tensor, old_weights: Tensor, new_weights: Tensor) -> Step:
+        """Changes the weights of applied edits: a part of each row is removed, or added. The prior does not change.
+
+        Args:
+            keys: `K [n, d_k]`, as applied.
+            values: `V [n, d_v]`, as applied.
+            old_weights: `w [n]`, as applied.
+            new_weights: `w_new [n]`, positive; all smaller than the old weights, or all larger.
+
+        Returns:
+            See `update`; the weight of a residual is the change of the weight of its row.
+
+        Raises:
+            InputError: an argument is invalid, or there are more rows than applied edits.
+            RemovalError: the weights cannot be lowered accurately; use `refresh` with the new weights.
+        """
+        lowered = checks.lowered(old_weights, new_weights)
+        change = (old_weights - new_weights).abs()
+        given = self._batch(keys, change, values=values)
+        self._check_count(keys.shape[0])
+        panel = self._panel(given)
+        innovation = self._innovation(panel, given["values"])
+        return self._apply(panel, innovation, -1 if lowered else 1, given, counted=False)
+
+    @torch.no_grad()
+    @full_float32()
+    def prior_variance(self, keys: Tensor) -> Tensor:
+        """Returns `k C0 k^T [n]`, float64, for rows `K [n, d_k]`; see `prior_gram`."""
+        rows = self._batch(keys, None)["keys"]
+        return (self._prior_projected(rows).double() * rows.double()).sum(1)
+
+    @torch.no_grad()
+    @full_float32()
+    def prior_gram(self, keys: Tensor, others: Tensor) -> Tensor:
+        """Returns `K C0 K'^T [n, m]`, float64, for rows K and K' and the inverse `C0` of the prior's precision.
+
+        `C0` is computed by the first call and kept in host memory.
+        """
+        rows, others = (self._batch(one, None)["keys"] for one in (keys, others))
+        return self._prior_projected(rows).double() @ others.double().T
+
+    def _prior_projected(self, rows: Tensor) -> Tensor:
+        if self._prior_covariance is None:
+            precision = self._prior.precision(rows.shape[1], rows.device)
+            inverse = invert_(precision, self._prior.lam, self._prior.mu, dtype=self._dtype, name=self._name)
+            self._prior_covariance = inverse.cpu()
+        return (rows.cpu() @ self._prior_covariance).to(rows.device)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -337,6 +372,7 @@ class RLSState(Layer):
             count=len(self._pending),
             weight=None,
             sketch=self._sketch,
+            anchor_change=self._anchor_change,
             objective=self._objective,
             edits=self._edits,
             version=self._version,
@@ -362,39 +398,10 @@ class RLSState(Layer):
         self._base, self._pending = snapshot.base, snapshot.pending
         self._pending.truncate(snapshot.count)
         self._sketch, self._objective = snapshot.sketch, snapshot.objective
+        self._anchor_change = snapshot.anchor_change
         self._edits, self._version = snapshot.edits, snapshot.version
         if snapshot.weight is not None:
             self._restore_weight(snapshot.weight)
-
-    def _batch(self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor) -> dict[str, Tensor]:
-        """Checks shapes, dtypes and devices of a batch and casts it to the dtype of the state.
-
-        Returns:
-            `keys`, the other `[n, d_v]` arguments, and `weights` if they are given. Their numbers are not checked.
-        """
-        d_v, d_k = self._original.shape
-        checks.matrix("keys", keys, columns=d_k)
-        count = keys.shape[0]
-        if count < least:
-            raise InputError("keys has no rows; pass at least one edit.")
-        tensors = {"keys": keys, **others}
-        for argument, value in others.items():
-            checks.matrix(argument, value, rows=count, columns=d_v)
-        if weights is not None:
-            checks.vector("weights", weights, size=count)
-            tensors["weights"] = weights
-        for argument, value in tensors.items():
-            checks.same_device(argument, value, self._original.device)
-        return {argument: value.detach().to(self._dtype).contiguous() for argument, value in tensors.items()}
-
-    def _check(self, given: Mapping[str, Tensor]) -> None:
-        """Checks the numbers of a batch."""
-        if given["keys"].shape[0]:
-            checks.batch(checks.numbers(*checks.ends(*given.values())), given)
-
-    def _check_count(self, count: int) -> None:
-        if count > self._edits:
-            raise InputError(f"keys has {count} rows, but {self._name} has {self._edits} edits; pass applied edits.")
 
     @full_float32()
     def _panel(self, given: Mapping[str, Tensor]) -> Panel:
@@ -406,17 +413,9 @@ class RLSState(Layer):
     def _innovation(self, panel: Panel, values: Tensor) -> Tensor:
         return values - self._master.times(panel.keys)
 
-    def _innovation_of(self, panel: Panel, innovation: Tensor) -> Tensor:
-        if panel.version != self._version:
-            raise InputError(
-                f"the panel is not from the current state of {self._name} (version {panel.version}, current version "
-                f"{self._version}); call project again."
-            )
-        checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._original.shape[0])
-        checks.same_device("innovation", innovation, self._original.device)
-        return innovation.detach().to(self._dtype).contiguous()
-
-    def _apply(self, panel: Panel, innovation: Tensor, sign: int, given: Mapping[str, Tensor]) -> Step:
+    def _apply(
+        self, panel: Panel, innovation: Tensor, sign: int, given: Mapping[str, Tensor], *, counted: bool = True
+    ) -> Step:
         prepared = prepare_step(
             panel,
             innovation,
@@ -431,8 +430,9 @@ class RLSState(Layer):
         self._save_weight()
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
         self._pending.append(prepared.rows, sign)
+        self._anchor_change = self._anchor_change.moved(prepared.rows, prepared.whitened, sign)
         self._sketch, self._objective = prepared.sketch, prepared.step.objective
-        self._edits += sign * panel.keys.shape[0]
+        self._edits += sign * panel.keys.shape[0] * counted
         self._version = next(_versions)
         self.settle()  # the batch may exceed the delay
         return prepared.step
@@ -443,7 +443,7 @@ class RLSState(Layer):
             self._save_weight()
             self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
-        self._pending = pending
+        self._pending, self._anchor_change = pending, AnchorChange(None if write else 0.0)
 
     def _restore_saved(self, saved: Saved) -> None:
         """Restores saved contents except for the weight.
@@ -458,7 +458,7 @@ class RLSState(Layer):
         self._base = saved.base.to(device, self._dtype, copy=True)
         self._sketch = Sketch(probe(d_k, device), saved.image.to(device, copy=True), saved.floor)
         self._objective, self._edits = saved.objective, saved.edits
-        self._pending = Pending(self._base, self._delay)
+        self._pending, self._anchor_change = Pending(self._base, self._delay), AnchorChange(None)
         self._pending.append(saved.pending, saved.signs)
 
     def _save_weight(self) -> None:

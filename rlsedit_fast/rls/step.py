@@ -97,7 +97,7 @@ def prepare_step(
         raise UpdateError(_overflow_message(panel, name))
     residual = panel.noise[:, None] * torch.linalg.solve_triangular(lower.T, whitened, upper=True)
     after = max(objective + sign * gained, 0.0)
-    return PreparedStep(rows, whitened, moved, Step(residual, innovation, after, size))
+    return PreparedStep(rows, whitened, moved, Step(residual, innovation, after, size, whitened))
 
 
 def prepare_replacement(

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store.tensors import File
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the tables and their contents; journals of other versions are rejected."""
 
 _APPLICATION = 0x524C5345  # "RLSE", identifies the database

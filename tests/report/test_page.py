@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.report.charts import bound_chart, layer_chart, retention_chart
+from rlsedit_fast.report.charts import change_chart, layer_chart, retention_chart
 from rlsedit_fast.report.collect import Age, collect
 from rlsedit_fast.report.page import render, share, shown
 
@@ -141,8 +141,8 @@ def test_charts_are_drawn_from_their_data_in_the_colors_of_the_page():
     assert "var(--accent)" in chart
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]|<metadata|<!DOCTYPE|<\?xml|https?://(?!www\.w3\.org)", chart)
     assert retention_chart(ages[:1]) == ""
-    assert "budget 0.25" in bound_chart([(10, 0.01), (20, 0.02)], 0.25, 500)
-    assert bound_chart([(10, 0.01)], 0.25, None) == ""
+    assert "budget 0.25" in change_chart([(10, 0.01), (20, 0.02)], 0.25, 500)
+    assert change_chart([(10, 0.01)], 0.25, None) == ""
     layers = make_contents(1).status.layers
     assert "layer 7" in layer_chart(layers)
     assert layer_chart([replace(layer, weight=None) for layer in layers]) == ""

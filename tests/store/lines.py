@@ -36,7 +36,7 @@ CHANGES = {
     "consolidate": [("edit", 0), ("edit", 1), ("undo", [3]), ("edit", 2), ("consolidate",)],
     "open": [("edit", 0), ("edit", 1), ("undo", [2]), ("edit", 2), ("nothing",)],
 }
-WATCHED = ("/store/", "/recording.py", "/editor.py")
+WATCHED = ("/store/", "/persistence.py", "/editor.py")
 
 
 def ended_at(

@@ -372,7 +372,7 @@ def test_other_journal_versions_are_rejected(tiny, tokenizer, used, schema, advi
     base.close()
     model = tiny()
     for open_it in (lambda: rf.Editor(model, tokenizer, store=place), lambda: read_history(place)):
-        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 4.*{advice}"):
+        with pytest.raises(StoreError, match=f"schema {schema}, this version of rlsedit_fast reads 5.*{advice}"):
             open_it()
     assert_same_weights(model, tiny())
 
@@ -493,7 +493,7 @@ def test_arbitrary_requests_are_applied_or_rejected_and_the_store_reopens(tokeni
     editor = make_editor(make_tiny(len(tokenizer)), tokenizer, tmp_path / "store")
     editor.edit(make_edits(2))
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(
         prompt=PROMPT,
         subject=st.one_of(ARBITRARY_TEXT, st.just("Lado")),
@@ -511,6 +511,7 @@ def test_arbitrary_requests_are_applied_or_rejected_and_the_store_reopens(tokeni
             check.__exit__(None, None, None)
             assert "nothing was modified" in message
             return
+        subject = subject if subject.strip() else ""  # no subject
         assert (record.id, record.prompt, record.subject, record.target) == (count + 1, prompt, subject, target)
         assert read_history(tmp_path / "store")[-1] == record
 

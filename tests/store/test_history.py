@@ -284,9 +284,11 @@ def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
             delta = state.weight - original
             moved, whole = (float(((w @ moment) * w).sum()) ** 0.5 for w in (delta, original))
             assert 0 < moved / whole <= layer.anchors_bound
+            assert layer.anchors == pytest.approx(moved / whole, rel=1e-4)
+            assert 0 < layer.misfit < 1
             assert 0 < layer.weight <= layer.weight_bound
             assert layer.objective == state.objective
-        assert status.spent == max(layer.anchors_bound for layer in status.layers) / 5
+        assert status.spent == max(layer.anchors for layer in status.layers) / 5
         assert status.edits_left > 0
         assert status.realized == pytest.approx(sum(r.realized for r in active(editor)) / 11)
         assert status.success == sum(r.success for r in active(editor)) / 11
