@@ -1,6 +1,6 @@
 """Used shares of keys: do they separate edits that repeat an earlier subject from edits of new subjects?
 
-    python bench/overlap.py smollm2 --data counterfact-10k.json --text DIR --json results/overlap-smollm2.json
+    python bench/overlap.py smollm2 --data counterfact-10k.json --text DIR --json FILE
 
 The keys of CounterFact edits of different subjects are applied to the solver states of the default layers, with the
 priors of the default settings; values do not matter for used shares, so nothing is searched and the model is not
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,22 @@ def main() -> None:
     editor.calibrate([edit_of(one) for one in some[:1]])
     context, states = editor.context, editor._session.layers.states
 
-    def keys_of(edits: list[rf.Edit]) -> list[torch.Tensor]:
+    def keys_of(edits: list[rf.Edit], *, bare: bool = False) -> list[torch.Tensor]:
+        """Returns the keys `[n, contexts, d_k]` per layer, in all contexts or only at the bare prompt."""
         with quiet(model), torch.no_grad():
             found: list[list[torch.Tensor]] = [[] for _ in states]
             for at in range(0, len(edits), AT_ONCE):
-                read, _ = request_keys(context.decoder, context.projections, context.prepare(edits[at : at + AT_ONCE]))
+                requests = context.prepare(edits[at : at + AT_ONCE])
+                requests = [replace(one, contexts=one.contexts[:1]) for one in requests] if bare else requests
+                read, _ = request_keys(context.decoder, context.projections, requests)
                 for kept, keys in zip(found, read, strict=True):
                     kept.append(keys)
             return [torch.cat(kept) for kept in found]
 
     start = time.perf_counter()
     applied = keys_of([edit_of(one) for one in some])
-    again = keys_of([edit_of(one | {"prompt": one["rephrase_prompt"]}) for one in some])
-    new = keys_of([edit_of(one) for one in rest])
-    seconds = (time.perf_counter() - start) / (2 * len(some) + len(rest))
+    seconds = (time.perf_counter() - start) / len(some)
+    new = keys_of([edit_of(one) for one in rest], bare=True)
     weights = torch.tensor(row_weights(applied[0].shape[1], context.config.contexts.bare_weight))
     rows, kept = [], {}
     for at in range(0, most, AT_ONCE):
@@ -94,8 +97,9 @@ def main() -> None:
         count = at + AT_ONCE
         if count not in options.marks:
             continue
-        for layer, state, earlier, fresh in zip(editor.layers, states, again, new, strict=True):
-            repeated = used(state, torch.stack(spread(list(earlier[:count, 0]), PROBED)))
+        earlier = [edit_of(one | {"prompt": one["rephrase_prompt"]}) for one in spread(some[:count], PROBED)]
+        for layer, state, again, fresh in zip(editor.layers, states, keys_of(earlier, bare=True), new, strict=True):
+            repeated = used(state, again[:, 0])
             others = used(state, fresh[:, 0])
             kept[count, layer] = repeated, others
             row = {"edits": count, "layer": layer, "auc": round(auc(repeated, others), 4)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from rlsedit_fast.baselines import BASELINES, RECURSIVE
 from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
-from rlsedit_fast.editing.config import load_settings
+from rlsedit_fast.editing.config import OnOverlap, load_settings
 from rlsedit_fast.editing.persistence import check_store
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
 from rlsedit_fast.editing.recovery import read_settings
@@ -37,6 +37,7 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
     "lam": ("prior", "lam"),
     "mu": ("prior", "mu"),
     "search_ahead": ("search", "ahead"),
+    "overlap": (None, "overlap"),
     "chat": (None, "measure_chat"),
 }
 """Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
@@ -125,6 +126,12 @@ def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
         choices=get_args(FactToken),
         help="token at which the model is edited: the last (default) or the first one of the subject, or the last one "
         "of the prompt",
+    )
+    group.add_argument(
+        "--overlap",
+        choices=get_args(OnOverlap),
+        help="what to do with an edit whose key earlier edits already use, so that it repeats or contradicts one of "
+        "them although their texts differ: warn (default), skip it, raise an error, or keep it without a check",
     )
     group.add_argument(
         "--search-ahead",

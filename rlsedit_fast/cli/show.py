@@ -10,23 +10,33 @@ from typing import Any
 
 from rlsedit_fast.baselines.memory import LayerMemory, size
 from rlsedit_fast.cli import DONE, PARTIAL, setup
-from rlsedit_fast.cli.facts import add_facts, facts_given, read_facts, sift
+from rlsedit_fast.cli.facts import Facts, add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
+from rlsedit_fast.cli.stores import use_recorded_model
 from rlsedit_fast.editing import Editor
 from rlsedit_fast.editing.context import plan_layers
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.errors import InputError
+from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.loading import empty_model
+from rlsedit_fast.models.tokens import fill
 
 HELP = "show the tokens and layers that edits would change, and the memory needed; the model is not modified"
-USAGE = "--model MODEL [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
+ABOUT = (
+    "Show the token and the layers that each edit would change, and the memory needed; the model is not modified. With "
+    "--store, also show how much of the key of each edit the edits of the store already use (used share): an edit with "
+    "a large one repeats or contradicts an earlier edit, although their texts differ."
+)
+USAGE = "{--model MODEL | --store DIR} [--edits FILE | --prompt TEXT --subject TEXT --target TEXT] [options]"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    setup.add_model(parser)
+    setup.add_model(parser, required=False)
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder of earlier edits, with which the edits are compared"
+    )
     add_facts(parser, required=False, single=True)
     setup.add_settings(parser)
     add_json(parser)
@@ -36,13 +46,26 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
     facts = read_facts(options) if facts_given(options) else None
+    if options.store is not None:
+        if facts is None:
+            raise InputError(
+                "--store compares planned edits with those of the store; pass --edits FILE or a single edit"
+            )
+        use_recorded_model(options)
+    elif options.model is None:
+        raise InputError("pass --model MODEL, or --store DIR to compare planned edits with those of a store")
     if without_weights(options.model):
         return _show_plan(options, facts)
     plan = setup.plan_editor(options)
     if facts:
         facts = sift(facts, plan, options)
-    editor = plan.load()
+    with plan.load() as editor:
+        return _show(editor, facts, options)
+
+
+def _show(editor: Editor, facts: Facts | None, options: argparse.Namespace) -> int:
     requests = editor.context.prepare(facts.edits) if facts else []
+    overlaps = editor.overlaps(facts.edits) if facts and options.store is not None else []
     results: dict[str, Any] = {
         "model": type(editor.model).__name__,
         "preset": getattr(find_preset(editor.model.config), "name", None),
@@ -53,11 +76,30 @@ def run(options: argparse.Namespace) -> int:
     }
     lines = [f"{results['model']}, {results['dtype']}, preset {results['preset'] or 'none (layers chosen by depth)'}"]
     lines += layer_lines(results["layers"])
+    for shown, overlap in zip(results["edits"], overlaps, strict=False):
+        shown["overlap"] = asdict(overlap)
     for shown in results["edits"]:
         lines += ["", f"{shown['prompt']!r} -> {shown['target']!r}", f"  {' '.join(shown['marked'])}"]
         lines.append(f"  edited at token {shown['lookup']} of {len(shown['tokens'])}; target: {shown['target_tokens']}")
+        if overlap := shown.get("overlap"):
+            lines.append(f"  used share of its key: {overlap['used']:.3f}{_flag(editor, overlap)}")
+    if flagged := sum(overlap.flagged for overlap in overlaps):
+        lines += ["", f"{counted(flagged, 'edit')} of {len(overlaps)} repeat or contradict edits of the store"]
     emit(results, lines, options.json)
     return PARTIAL if results["left_out"] else DONE
+
+
+def _flag(editor: Editor, overlap: dict[str, Any]) -> str:
+    """Describes an overlap that is flagged."""
+    if not overlap["flagged"]:
+        return ""
+    if overlap["nearest"] is None:
+        return "; it repeats or contradicts an earlier edit"
+    earlier = editor.history()[overlap["nearest"] - 1]
+    return (
+        f"; it repeats or contradicts an earlier edit, probably {earlier.id}: "
+        f"{fill(earlier.prompt, earlier.subject)[0]!r} -> {earlier.target!r}"
+    )
 
 
 def without_weights(path: str) -> bool:

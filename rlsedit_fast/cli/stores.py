@@ -76,17 +76,28 @@ def open_model(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrained
         StoreError: the store does not exist or is damaged.
         InputError: the model is not known or cannot be loaded.
     """
-    with Store(options.store) as store:  # also checks that no other process has opened it
-        recorded = store.about["model"]
-    if options.model is None and not recorded:
-        raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
-    given, options.model = options.model, options.model or recorded
+    given = options.model
+    use_recorded_model(options)
     try:
         config = setup.check_model(options)
     except InputError as error:
         moved = f"the store {str(options.store)!r} was created with this path; pass --model if the model has moved"
         raise InputError(error.message, error.hint if given else moved) from error
     return setup.load_model(options, config=config)
+
+
+def use_recorded_model(options: argparse.Namespace) -> None:
+    """Sets `--model` to the model that the store records, unless it is given.
+
+    Raises:
+        StoreError: the store does not exist, is damaged or is in use.
+        InputError: the store does not record the path of its model.
+    """
+    with Store(options.store) as store:  # also checks that no other process has opened it
+        recorded = store.about["model"]
+    if options.model is None and not recorded:
+        raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
+    options.model = options.model or recorded
 
 
 def open_editor(options: argparse.Namespace) -> Editor:

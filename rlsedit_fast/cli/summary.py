@@ -18,7 +18,10 @@ def summary(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['made']} of {results['edits']} edits applied in {results['seconds']:.1f} s"]
     for what, count in (
         ("not applied, because the run ended before", len(results["not_made"])),
-        ("skipped, because the value search did not converge", len(results["skipped"])),
+        (
+            "skipped, because the value search did not converge or an earlier edit has nearly the same key",
+            len(results["skipped"]),
+        ),
         ("applied although the value search did not converge", len(results["not_converged"])),
         ("applied a second time, because the model did not state them", len(results.get("applied_again", ()))),
         ("skipped, because the record is invalid", len(results["left_out"])),

@@ -2,6 +2,7 @@
 
 from rlsedit_fast.editing.config import ContextConfig, EditConfig, LossConfig, PriorConfig, ValueSearchConfig
 from rlsedit_fast.editing.editor import Editor
+from rlsedit_fast.editing.overlap import Overlap
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.status import LayerDeviation, Status
 
@@ -12,6 +13,7 @@ __all__ = [
     "Editor",
     "LayerDeviation",
     "LossConfig",
+    "Overlap",
     "PriorConfig",
     "Status",
     "ValueSearchConfig",

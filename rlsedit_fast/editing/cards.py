@@ -62,7 +62,7 @@ def card_contents(
                 f"{sum(bool(one.chat_success) for one in chats)} of {len(chats)}"
             )
     figures |= _stability_figures(stability or {})
-    for deviation in layer_deviations(session.edited):
+    for deviation in layer_deviations(session.edited, session.layers):
         figures[f"weight change of layer {deviation.layer} (Frobenius norm)"] = (
             f"{deviation.weight:.4g}, at most {deviation.weight_bound:.4g}"
         )

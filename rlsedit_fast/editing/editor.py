@@ -9,22 +9,26 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from torch import Tensor
+
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
-from rlsedit_fast.editing.exports import Exports
+from rlsedit_fast.editing.inspection import Inspection
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.planning import Planning
-from rlsedit_fast.editing.records import EditRecord, History
-from rlsedit_fast.editing.routing import TOKENS, routing_change
+from rlsedit_fast.editing.protection import make_protection
+from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.session import EditSession
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, LayerDeviation, Status, layer_deviations
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, Status
 from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.repairs import repair_forward
 from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Editor(Planning, Exports):
+class Editor(Planning, Inspection):
     """Edits a transformers model in place.
 
     The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
@@ -69,7 +73,8 @@ class Editor(Planning, Exports):
         """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
         Args:
-            model: causal language model; for a store with edits, the same model without them.
+            model: causal language model, also compiled (`torch.compile`) or multimodal; for a store with edits, the
+                same model without them.
             tokenizer: its tokenizer.
             config: settings; by default those of the store, or `EditConfig()`.
             store: folder of the edits. If it contains edits, they are applied without forward passes.
@@ -83,7 +88,9 @@ class Editor(Planning, Exports):
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
         """
+        model = unwrapped(model)
         check_arguments(model, tokenizer, config)
+        repair_forward(model)
         held, given = open_store(store, model, config)
         try:
             self.context: ModelContext = inspect_model(model, tokenizer, given)
@@ -213,29 +220,45 @@ class Editor(Planning, Exports):
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
         return self.context.collect(source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint)
 
-    def protect(self, prompts: Iterable[str], *, weight: float = 1.0) -> int:
-        """Preserves the present outputs of the edited layers on every token of prompts, in addition to the anchors.
+    def protect(
+        self,
+        prompts: Iterable[str],
+        *,
+        weight: float = 1.0,
+        continuations: Iterable[str] | None = None,
+        values: Sequence[Tensor] | None = None,
+    ) -> int:
+        """Preserves outputs of the edited layers on prompts, in addition to the anchors and against all edits.
+
+        By default the present outputs on every token are preserved. With `continuations`, the model is changed such
+        that it continues each prompt with its continuation: the value at the last token is searched like that of an
+        edit. Like anchors, and unlike edits, such values are never undone or aged. This is the paper's anchor mapping
+        with values other than the present outputs; `deviation` lists how well it is met.
 
         Args:
             prompts: texts whose continuations should not change.
             weight: weight of each token, compared to an edit with weight 1. Many tokens with a large weight leave less
                 freedom for edits.
+            continuations: wanted continuation of each prompt.
+            values: instead of continuations, the wanted output on every token of the prompts, one after another:
+                `V0 [tokens, d_v]` per edited layer, any floating dtype.
 
         Returns:
             The number of protected tokens.
 
         Raises:
-            InputError: `prompts` is not a list of strings, a prompt is blank or too long for the model, or the weight
-                is invalid.
+            InputError: `prompts` is not a list of strings, a prompt is blank or too long for the model, the weight is
+                invalid, continuations or values do not match the prompts, or the rule does not support them.
+            UpdateError: the values of the continuations could not be found.
         """
         if reason := invalid_weight(weight):
             raise InputError(f"weight: {reason}")
         self._check_attached()
         texts = list(each_text(prompts))
         with quiet(self.model):
-            keys = self.context.text_keys(texts)
-            self._session.protect(texts, keys, weight)
-        return len(keys[0])
+            protection = make_protection(self.context, texts, weight, continuations, values)
+            self._session.protect(protection)
+        return protection.tokens
 
     def edit(
         self,
@@ -411,15 +434,6 @@ class Editor(Planning, Exports):
         with quiet(self.model):
             return self._session.status(budget, sample)
 
-    def history(self) -> list[EditRecord]:
-        """Returns the records of all edits, oldest first, in a list that prints as a table."""
-        return History(self._session.ledger.records)
-
-    def deviation(self) -> list[LayerDeviation]:
-        """Returns the deviation of each edited layer and its bounds; empty before the first edit."""
-        self._check_attached()
-        return layer_deviations(self._session.edited)
-
     @contextmanager
     def unedited(self) -> Iterator[None]:
         """Gives the model its original weights inside the block, and the edited ones bit for bit after it.
@@ -446,8 +460,3 @@ class Editor(Planning, Exports):
         self._check_attached()
         with self._session.layers.unedited() if self._session.layers else nullcontext():
             yield
-
-    def routing_change(self, texts: Iterable[str], *, tokens: int = TOKENS) -> dict[int, float]:
-        """Returns per mixture of experts the fraction of tokens that reach other experts; see `routing`."""
-        self._check_attached()
-        return routing_change(self.context, self._session.layers, texts, tokens)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +17,21 @@ from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
 from rlsedit_fast.editing.attachment import check_finite_weights, mark
 from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.records import Point
+from rlsedit_fast.editing.layer_states import RECURSIVE_STATES, ROWS_AT_ONCE, LayerStates
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
 from rlsedit_fast.editing.value_search import Values
-from rlsedit_fast.errors import ModelError, RemovalError
+from rlsedit_fast.errors import ModelError
 from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.sites import Site
-from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, RLSState, Saved, SeparateState
+from rlsedit_fast.rls import BlockLayout, BlockPrior, BlockState, Prior, Saved, SeparateState
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.rls.rounding import rounded
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share
 
 logger = logging.getLogger(__name__)
 
-_RECURSIVE = (RLSState, BlockState, SeparateState)
-_ROWS_AT_ONCE = 128  # protected rows per update
 _EDITS_AT_ONCE = 256  # edits whose keys are read in one pass
 
 
@@ -68,7 +65,19 @@ class LayersSnapshot:
     protected: list[EditRows]
 
 
-class EditedLayers:
+class Writing(NamedTuple):
+    """Result of writing a batch.
+
+    Attributes:
+        rows: rows of each request.
+        energy: what each request added to the objective of the first layer; None for a rule without an objective.
+    """
+
+    rows: list[EditRows]
+    energy: list[float] | None
+
+
+class EditedLayers(LayerStates):
     """The solver states of the edited layers. The weights are those of the model, updated in place.
 
     Args:
@@ -99,23 +108,13 @@ class EditedLayers:
         experts: Experts = "exact",
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
-        self._half, self._bare_weight = stored_rows == "fp16", bare_weight
-        self.states: list[LayerState] = [
+        self._half = stored_rows == "fp16"
+        states = [
             _make_state(p, prior, rule, rule_options or {}, delay, one, experts)
             for p, prior, one in zip(projections, priors, saved or repeat(None, len(priors)), strict=True)
         ]
-        self._protected: list[EditRows] = []
+        super().__init__(states, bare_weight)
         self._marks = [mark(projection) for projection in projections]
-
-    def point(self, edits: int) -> Point:
-        """Returns the objective of each layer and its terms, for a number of active edits."""
-        terms = tuple(state.terms() for state in self.states if isinstance(state, _RECURSIVE))
-        return Point(edits, tuple(state.objective for state in self.states), terms)
-
-    @property
-    def protected(self) -> list[EditRows]:
-        """The protected rows."""
-        return list(self._protected)
 
     def check_attached(self) -> None:
         """Raises ModelError if a weight was moved, cast, replaced or modified by other code."""
@@ -199,7 +198,7 @@ class EditedLayers:
         *,
         adherence: float | None = None,
         weights: Sequence[float] | None = None,
-    ) -> list[EditRows]:
+    ) -> Writing:
         """Writes a batch, layer by layer; the model is read again before each layer.
 
         The decoder layers between an edited layer and the edited hidden state transform what the layer adds. Every
@@ -215,14 +214,15 @@ class EditedLayers:
             weights: weight of each request; by default those of the edits.
 
         Returns:
-            The rows of each request; `update` with them, from the same states, is equal bit for bit.
+            The rows of each request; `update` with them, from the same states, is equal bit for bit. And what each
+            request added to the objective of the first layer.
         """
         contexts = values.start.shape[1] if key_rows == "contexts" else 1
         each = row_weights(contexts, self._bare_weight)
         weights = [request.edit.weight for request in requests] if weights is None else weights
         scaled = torch.tensor([float(weight) * one for weight in weights for one in each])
         goal, aimed = values.goal, torch.zeros(0)
-        keys, written = list[Tensor](), list[Tensor]()
+        keys, written, energy = list[Tensor](), list[Tensor](), None
         for at, (projection, state) in enumerate(zip(self._projections, self.states, strict=True), start=1):
             report_activity(f"writing layer {projection.layer}")
             (read,), now = request_keys(self._decoder, [projection], requests, output_of=self._site.module)
@@ -233,19 +233,21 @@ class EditedLayers:
             panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
-            if at == len(self.states) and adherence is not None and isinstance(state, _RECURSIVE):
+            if at == len(self.states) and adherence is not None and isinstance(state, RECURSIVE_STATES):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
             # Values are rounded before they are written, so that removing and replaying them is exact.
             outputs = state.outputs(panel.keys)
             value = rounded(outputs + innovation) if self._half else outputs + innovation
             applied = value - outputs
-            state.update_projected(panel, applied)
+            step = state.update_projected(panel, applied)
+            if at == 1 and step.energy is not None:
+                energy = step.energy.view(len(requests), -1).sum(1).tolist()
             keys.append(panel.keys)
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
             check_finite_weights([projection])  # the next layer reads the model
-        return edit_rows(keys, written, contexts, weights, aimed)
+        return Writing(edit_rows(keys, written, contexts, weights, aimed), energy)
 
     def move_values(
         self, requests: Sequence[Request], rows: Sequence[EditRows], values: Values, key_rows: KeyRows, fraction: float
@@ -265,7 +267,7 @@ class EditedLayers:
             The new rows, in the same order.
         """
         state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, _RECURSIVE)
+        assert isinstance(state, RECURSIVE_STATES)
         keys, old, weights = self._stacked(rows, last)
         counts = [len(one) for one in rows]
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)
@@ -282,83 +284,6 @@ class EditedLayers:
         ]
         self.replace_values(rows, moved)
         return moved
-
-    def replace_values(self, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
-        """Replaces the values of rows in the last layer; their keys and weights are equal."""
-        state, last = self.states[-1], len(self.states) - 1
-        assert isinstance(state, _RECURSIVE)
-        keys, values, weights = self._stacked(old, last)
-        state.replace(keys, values, self._stacked(new, last)[1], weights)
-
-    def remove(
-        self, removed: Sequence[EditRows], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None = None
-    ) -> tuple[bool, ...]:
-        """Removes rows from every layer; a layer that cannot remove them accurately is rebuilt from the kept rows.
-
-        Args:
-            removed: rows to remove.
-            kept: all other rows, except the protected ones.
-            rebuilt: for a replay, which layers are rebuilt.
-
-        Returns:
-            Which layers were rebuilt.
-        """
-        return self._changed(lambda at: self.states[at].remove(*self._stacked(removed, at)), kept, rebuilt)
-
-    def lower_weights(
-        self,
-        old: Sequence[EditRows],
-        new: Sequence[EditRows],
-        kept: Sequence[EditRows],
-        rebuilt: Sequence[bool] | None = None,
-    ) -> tuple[bool, ...]:
-        """Lowers the weights of rows in every layer; one that cannot lower them accurately is rebuilt.
-
-        Args:
-            old: the rows.
-            new: the same rows with their new weights.
-            kept: all rows with the weights that result, except the protected ones.
-            rebuilt: for a replay, which layers are rebuilt.
-
-        Returns:
-            Which layers were rebuilt.
-        """
-        return self._changed(lambda at: self._lower(at, old, new), kept, rebuilt)
-
-    def _changed(
-        self, change: Callable[[int], object], kept: Sequence[EditRows], rebuilt: Sequence[bool] | None
-    ) -> tuple[bool, ...]:
-        """Changes every layer, by its index; see `remove` for the other arguments and the result."""
-        done = []
-        for layer, state in enumerate(self.states):
-            if rebuilt is not None:
-                reason = "replay" if rebuilt[layer] else None
-                if not reason:
-                    change(layer)
-            else:
-                reason = "no edit remains" if not kept else _accurately(state, partial(change, layer))
-            if reason:
-                logger.info("rebuilding %s from %d active edits: %s", state.name, len(kept), reason)
-                state.refresh(*self._stacked([*self._protected, *kept], layer))
-            done.append(reason is not None)
-        return tuple(done)
-
-    def _lower(self, layer: int, old: Sequence[EditRows], new: Sequence[EditRows]) -> None:
-        state = self.states[layer]
-        assert isinstance(state, _RECURSIVE)
-        for part in parts(len(old), _ROWS_AT_ONCE):
-            keys, values, weights = self._stacked(old[part], layer)
-            state.reweigh(keys, values, weights, self._stacked(new[part], layer)[2])
-
-    def update(self, rows: Sequence[EditRows]) -> None:
-        """Adds rows."""
-        for layer, state in enumerate(self.states):
-            state.update(*self._stacked(rows, layer))
-
-    def rebuild(self, rows: Sequence[EditRows]) -> None:
-        """Rebuilds every layer in float64 from its prior, the protected rows and `rows`."""
-        for layer, state in enumerate(self.states):
-            state.refresh(*self._stacked([*self._protected, *rows], layer))
 
     def rebuild_at_present_keys(
         self, requests: Sequence[Request], rows: Sequence[EditRows], key_rows: KeyRows
@@ -405,32 +330,29 @@ class EditedLayers:
             )
         ]
 
-    def protect(self, keys: Sequence[Tensor], weight: float) -> list[EditRows]:
-        """Preserves the present outputs of every layer on `keys [t, d_k]`, per layer, with the weight of an edit.
+    def protect_values(
+        self, requests: Sequence[Request], values: Values, key_rows: KeyRows, weight: float, adherence: float | None
+    ) -> list[EditRows]:
+        """Writes values of requests as `write` does, as protected rows; see `most_at_once` for their number.
 
         Returns:
             The rows; `add_protected` with them, from the same states, is equal bit for bit.
         """
-        rows: list[EditRows] = []
-        for part in parts(len(keys[0]), _ROWS_AT_ONCE):
-            held = []
-            for state, layer_keys in zip(self.states, keys, strict=True):
-                some = layer_keys[part].to(state.device, state.dtype)
-                held.append((some, state.outputs(some)))  # outputs of exactly these rows, so that the residual is 0
-            these, outputs = zip(*held, strict=True)
-            rows += edit_rows(these, outputs, 1, [weight] * len(these[0]))
-        self.add_protected(rows)
+        weights = [weight] * len(requests)
+        written = self.write(requests, values, key_rows, adherence=adherence, weights=weights).rows
+        rows = [single for one in written for single in one.singles(self._bare_weight)]
+        self.register_protected(rows)
         return rows
 
-    def add_protected(self, rows: Sequence[EditRows]) -> None:
-        """Adds rows to every layer as protected ones."""
-        for part in parts(len(rows), _ROWS_AT_ONCE):
-            self.update(rows[part])
-        self.register_protected(rows)
+    @staticmethod
+    def most_at_once(contexts: int) -> int:
+        """Returns how many requests `protect_values` writes at once, so that a replay adds their rows at once."""
+        return max(1, ROWS_AT_ONCE // contexts)
 
-    def register_protected(self, rows: Sequence[EditRows], *, replace_all: bool = False) -> None:
-        """Marks rows that the layers already contain as protected, in addition to or instead of others."""
-        self._protected = list(rows) if replace_all else [*self._protected, *rows]
+    def reset_weights(self) -> None:
+        """Gives the model its original weights; the layers are not used afterwards."""
+        for projection, state in zip(self._projections, self.states, strict=True):
+            projection.restore(list(projection.assembled(state.originals()).values()))
 
     def _read_in_parts(
         self, requests: Sequence[Request], layers: range, key_rows: KeyRows
@@ -449,32 +371,9 @@ class EditedLayers:
             states += rows_of_contexts(now, key_rows).cpu().unflatten(0, (len(some), -1))
         return keys, states
 
-    def _stacked(self, edits: Sequence[EditRows], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns keys, values and weights of the rows of edits in one layer, on its device."""
-        state = self.states[layer]
-        d_v, d_k, device = state.value_width, state.key_width, state.device
-        keys = [rows.keys[layer] for rows in edits]
-        values = [rows.values[layer] for rows in edits]
-        weights = [rows.weight * one for rows in edits for one in row_weights(len(rows), self._bare_weight)]
-        return (
-            (torch.cat(keys) if keys else torch.zeros(0, d_k)).to(device),
-            (torch.cat(values) if values else torch.zeros(0, d_v)).to(device),
-            torch.tensor(weights, dtype=torch.float32, device=device),
-        )
-
 
 def _shift(now: Tensor, then: Tensor, layout: BlockLayout | None) -> Tensor:
     """Returns `||now - then|| / ||then||` of rows of keys, `[n]`."""
     if layout is None:
         return (now - then).norm(dim=1) / then.norm(dim=1)
     return layout.distance(now, then) / layout.norm(then)
-
-
-def _accurately(state: LayerState, change: Callable[[], object]) -> str | None:
-    """Removes rows, or parts of them, from a state by `change`; returns why the state must be rebuilt, or None."""
-    try:
-        change()
-    except RemovalError as error:
-        return str(error)
-    health = state.monitor()
-    return health.advice if health.needs_refresh else None

@@ -211,6 +211,11 @@ class Ledger:
                     found[i] = replace(self._rows[i], weight=weight)
         return found
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of active edits are kept."""
+        return bool(self._rows)
+
     def rows_except(self, ids: Collection[int]) -> list[EditRows]:
         """Returns the rows of all other active edits."""
         return [self._rows[i] for i in self._edits if i not in ids]
@@ -291,7 +296,7 @@ class Ledger:
             self._records[i - 1] = replace(self._records[i - 1], state=transaction.outcome, joint_with=())
             self._forget(i)
         for i, weight in transaction.aged.items():
-            self._records[i - 1] = replace(self._records[i - 1], weight=weight)
+            self._records[i - 1] = replace(self._records[i - 1], lowered_weight=weight)
             if i in self._rows:
                 self._rows[i] = replace(self._rows[i], weight=weight)
         for edit, record in zip(transaction.edits, transaction.records, strict=True):

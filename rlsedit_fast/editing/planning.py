@@ -41,7 +41,7 @@ class Planning:
         return self._session.priors
 
     def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
-        """Sets the prior of each layer with a pilot batch; the model is not modified.
+        """Sets the prior of each layer with a pilot batch; the model is not modified, except by wanted continuations.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
         realizes the fraction `config.prior.adherence` of its target changes.

@@ -32,6 +32,13 @@ class EditRows:
         """The number of rows."""
         return len(self.keys[0])
 
+    def singles(self, bare_weight: float) -> list[EditRows]:
+        """Returns each row alone, with its weight and without a goal; see `row_weights`."""
+        weights = [self.weight * share for share in row_weights(len(self), bare_weight)]
+        parts = zip(*(side.split(1) for side in (*self.keys, *self.values)), strict=True)
+        layers = len(self.keys)
+        return [EditRows(one[:layers], one[layers:], w) for one, w in zip(parts, weights, strict=True)]
+
 
 def rows_of_contexts(per_context: Tensor, key_rows: KeyRows) -> Tensor:
     """Returns keys `[n, contexts, d]` as rows: one per context, or the mean of each edit."""

@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
-from torch import Tensor
-
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
@@ -17,8 +15,10 @@ from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement
+from rlsedit_fast.editing.overlap import Overlap, check_overlaps, find_overlaps
 from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.priors import Pilot, choose_priors
+from rlsedit_fast.editing.protection import Protection
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
@@ -59,7 +59,7 @@ class EditSession:
         measurement: measures edits in the present model.
         finder: searches values.
         refiner: refines edits that the model does not state.
-        waiting: protected texts, their keys per layer and their weight, to be added when the priors are set.
+        waiting: protections to be added when the priors are set.
     """
 
     def __init__(self, context: ModelContext, recorder: Recorder | None) -> None:
@@ -70,7 +70,7 @@ class EditSession:
         self.moments: list[Moment] | None = None
         self.held_out_moments: tuple[int, list[Moment]] | None = None
         self.held_out: HeldOut | None = None
-        self.waiting: list[tuple[list[str], list[Tensor], float]] = []
+        self.waiting: list[Protection] = []
         self.config = context.config
         self._context, self._recorder = context, recorder
         self.finder = ValueFinder(context.site, context.config)
@@ -92,7 +92,7 @@ class EditSession:
     def protected(self) -> list[str]:
         """The protected prompts."""
         waiting = self.waiting if self.layers is None else []
-        return [*self.progress.protected, *(text for texts, _, _ in waiting for text in texts)]
+        return [*self.progress.protected, *(text for one in waiting for text in one.texts)]
 
     @property
     def used_moments(self) -> list[Moment] | None:
@@ -153,12 +153,17 @@ class EditSession:
             rule_options=config.rule_options,
             experts=config.experts,
         )
-        protected = []
-        for _, keys, weight in self.waiting:
-            with Transaction(layers) as transaction:
-                protected.append(layers.protect(keys, weight))
-                transaction.commit()
-        prompts = self.protected
+        protected, prompts = list[list[EditRows]](), self.protected
+        try:
+            for protection in self.waiting:
+                for part in protection.parts():
+                    with Transaction(layers) as transaction:
+                        protected.append(part.add(layers, self._context, self._adherence_with(priors)))
+                        transaction.commit()
+                self._pilot = self._pilot if protection.keeps_outputs else None
+        except BaseException:
+            layers.reset_weights()
+            raise
         self.norms = [Norms.of(state.originals(), state.prior) for state in layers.states]
         if self.held_out_moments:
             tokens, moments = self.held_out_moments
@@ -182,7 +187,9 @@ class EditSession:
                 raise
 
     def discard_start(self) -> None:
-        """Discards priors and states; the session is not started."""
+        """Discards priors and states; the session is not started, and the model has its original weights."""
+        if self.layers is not None and not all(protection.keeps_outputs for protection in self.waiting):
+            self.layers.reset_weights()
         self.layers, self.norms, self.progress.protected, self.held_out = None, [], [], None
         if self._recorder:
             self._recorder.discard_start()
@@ -219,13 +226,15 @@ class EditSession:
         Returns:
             The records of the batch.
         """
-        skipped: dict[int, Values] = {}
         before = self.measurement.answers(requests)
+        overlaps = None if self.config.overlap == "keep" or replaced else self.overlaps(requests)
+        left_out = check_overlaps(self.config, requests, overlaps)
+        skipped, values = self.finder.leave_out(requests, left_out, values)
         while True:
             removed, rewritten = self._affected(requests, replaced, skipped)
             if self.config.same_subject == "joint":
                 self.check_stored("apply another edit of the subject of", sorted({*removed, *rewritten}))
-            if values is None and not removed and not rewritten:
+            if values is None and not (removed or rewritten or skipped):
                 values = self._pilot_values(requests)
             records = self._transact(
                 requests,
@@ -236,11 +245,16 @@ class EditSession:
                 values=values,
                 skipped=skipped,
                 answers_before=before,
+                overlaps=overlaps,
             )
             if records is not None:
                 self.refiner.refine([*(record.id for record in records), *rewritten], measured=True)
                 return self.ledger.get([record.id for record in records])
             values = None
+
+    def overlaps(self, requests: Sequence[Request]) -> list[Overlap] | None:
+        """Returns the overlap of each request with the active edits; None if the rule does not know it."""
+        return find_overlaps(self._context, self.layers, self.ledger, requests)
 
     def undo(self, ids: Sequence[int]) -> None:
         """Removes active edits; edits that shared a value with one of them are written again without it."""
@@ -250,15 +264,23 @@ class EditSession:
         self._transact([], removed=list(ids), rewritten=rewritten, outcome="undone")
         self.refiner.refine(rewritten, measured=True)
 
-    def protect(self, texts: list[str], keys: Sequence[Tensor], weight: float) -> None:
-        """Preserves the outputs of the layers on the keys of texts, `[n, d_k]` per layer."""
+    def protect(self, protection: Protection) -> None:
+        """Adds a protection; before the priors are set it waits for them."""
         if self.layers is None:
-            self.waiting.append((texts, [key.cpu() for key in keys], weight))
+            self.waiting.append(protection)
             return
+        parts = protection.parts()
+        with self.atomic() if len(parts) > 1 else nullcontext():
+            for part in parts:
+                self._protect(part)
+
+    def _protect(self, protection: Protection) -> None:
+        assert self.layers is not None
         with self.transaction("protecting prompts", "protect fewer prompts, or edit fewer layers") as transaction:
-            rows = self.layers.protect(keys, weight)
+            rows = protection.add(self.layers, self._context, self._adherence())
             transaction.commit(
-                lambda recorder: recorder.protection(rows, texts), lambda: self.progress.protected.extend(texts)
+                lambda recorder: recorder.protection(rows, protection.texts),
+                lambda: self.progress.protected.extend(protection.texts),
             )
 
     def rebuild(self) -> None:
@@ -372,6 +394,7 @@ class EditSession:
         values: Values | None = None,
         skipped: dict[int, Values] | None = None,
         answers_before: Answers | None = None,
+        overlaps: Sequence[Overlap] | None = None,
     ) -> list[EditRecord] | None:
         """Removes edits, writes new ones, and writes some active ones again, in one transaction.
 
@@ -385,6 +408,7 @@ class EditSession:
             skipped: values of requests to skip, by position; requests that do not converge are added if this changes
                 which edits are removed.
             answers_before: answers to `requests` before the change.
+            overlaps: overlaps of `requests`, if they are known.
 
         Returns:
             The records of the new edits. None if requests were added to `skipped`; nothing was modified.
@@ -405,18 +429,18 @@ class EditSession:
                 kept = [aged.get(i, self.ledger.rows([i])[0]) for i in self.ledger.active if i not in out]
                 aged_rebuilt = self.layers.lower_weights(old, list(aged.values()), kept)
             if everything:
-                found, short = self._find_values(everything, len(requests), values, skipped)
+                found, short = self.finder.find_rest(everything, len(requests), values, skipped)
                 if requests and self._affected(requests, replaced, short) != (removed, rewritten):
                     skipped.update({at: found.taken([at]) for at in short})
                     return None
                 # Called directly, so that a kernel is few calls away from Editor.edit.
                 chosen = [at for at in range(len(everything)) if at not in short]
-                rows = dict[int, EditRows]()
+                rows, energy = dict[int, EditRows](), dict[int, float]()
                 if chosen:
                     some = [everything[at] for at in chosen]
                     weights = [
                         *(one.edit.weight for one in requests),
-                        *(one.weight for one in self.ledger.get(rewritten)),
+                        *(one.present_weight for one in self.ledger.get(rewritten)),
                     ]
                     written = self.layers.write(
                         some,
@@ -425,8 +449,14 @@ class EditSession:
                         adherence=self._adherence(),
                         weights=[weights[at] for at in chosen],
                     )
-                    rows = dict(zip(chosen, written, strict=True))
+                    rows = dict(zip(chosen, written.rows, strict=True))
+                    energy = dict(zip(chosen, written.energy or (), strict=False))
                 fields = self.measurement.record_fields(everything, found, rows, answers_before)
+                active = len(self.ledger.active) - len(removed) + sum(at < len(requests) for at in rows)
+                mean = self.layers.states[0].objective / max(1, active)
+                for at in range(len(requests)):
+                    fields[at]["used"] = overlaps[at].used if overlaps else None
+                    fields[at]["innovation"] = energy[at] / mean if at in energy and mean > 0 else None
                 groups = [[chosen[at] for at in group] for group in self.finder.groups([everything[i] for i in chosen])]
                 result = BatchResult(rows, fields, groups)
             record = self.ledger.transaction(
@@ -458,30 +488,12 @@ class EditSession:
             self._recorder.snapshot_if_due(self.layers)
         return self.ledger.get([one.id for one in record.records])
 
-    def _find_values(
-        self, requests: Sequence[Request], new: int, values: Values | None, skipped: Mapping[int, Values]
-    ) -> tuple[Values, set[int]]:
-        """Returns the values of a batch, and the positions of all requests to skip.
-
-        Args:
-            requests: the batch.
-            new: number of new requests, which are the first ones.
-            values: values of the batch, if they are known.
-            skipped: see `_transact`.
-        """
-        rest = [at for at in range(len(requests)) if at not in skipped]
-        parts, short = list(skipped.values()), set(skipped)
-        if rest:
-            some = [requests[at] for at in rest]
-            found = self.finder.find(some) if values is None else values
-            found, dropped = self.finder.drop_unconverged(some, new - len(skipped), found)
-            parts.append(found)
-            short.update(rest[at] for at in dropped)
-        return Values.joined(parts, [*skipped, *rest]), short
-
     def _adherence(self) -> float | None:
         """Returns the adherence that the last layer maintains, or None."""
-        return calibrated_adherence(self.config, anchored=any(prior.mu for prior in self.priors))
+        return self._adherence_with(self.priors)
+
+    def _adherence_with(self, priors: Sequence[Prior | BlockPrior]) -> float | None:
+        return calibrated_adherence(self.config, anchored=any(prior.mu for prior in priors))
 
 
 def _texts(request: Request) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior, Terms
+
+if TYPE_CHECKING:
+    from rlsedit_fast.editing.layers import EditedLayers
 
 DEFAULT_BUDGET = 0.25
 """Default budget: relative change of the outputs on the anchors, or of the weights without anchors."""
@@ -123,7 +127,8 @@ class LayerStatus:
         held_out: float | None = None,
     ) -> LayerStatus:
         """Returns the status from the prior, `J` and its terms of a layer."""
-        root, anchored, fits = math.sqrt(objective), terms and terms.anchors, terms and terms.edits
+        root = math.sqrt(objective)
+        anchored, fits = (terms.anchors, terms.edits) if terms is not None else (None, None)
         return cls(
             layer=layer,
             objective=objective,
@@ -160,7 +165,9 @@ class LayerDeviation:
         anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
         anchors: `||K0 (W - W0)^T||_F`, exact (of a mixture of experts a tighter bound); None without anchors, and for a
             rule without an objective.
-        edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)`, exact; None if the solver does not know it.
+        edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over the edits and the protected prompts, exact; None if the solver
+            does not know it.
+        protected: the same over the protected prompts alone, exact; at most `sqrt(J)`.
     """
 
     layer: int
@@ -169,6 +176,7 @@ class LayerDeviation:
     anchor_bound: float
     anchors: float | None = None
     edits: float | None = None
+    protected: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,11 +252,14 @@ def layer_statuses(
     return found
 
 
-def layer_deviations(edited: Sequence[tuple[Projection, LayerState]]) -> list[LayerDeviation]:
-    """Measures the deviation of edited layers and returns it with its bounds."""
+def layer_deviations(
+    edited: Sequence[tuple[Projection, LayerState]], layers: EditedLayers | None
+) -> list[LayerDeviation]:
+    """Measures the deviation of edited layers and returns it with its bounds; empty without layers."""
+    protected = layers.protected_misfit() if layers else []
     return [
-        LayerDeviation(projection.layer, terms.weight, bounds.weight, bounds.anchors, terms.anchors, terms.edits)
-        for projection, state in edited
+        LayerDeviation(projection.layer, terms.weight, bounds.weight, bounds.anchors, terms.anchors, terms.edits, held)
+        for (projection, state), held in zip(edited, protected, strict=True)
         for bounds, terms in ((state.bounds(), state.terms()),)
     ]
 

@@ -9,7 +9,7 @@ optimizer needs them, and requests that meet the stopping rule leave the batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -135,7 +135,7 @@ def search_values(
             searched = active[group]
             (nll_gradient,) = torch.autograd.grad(fit.nll[searched].sum(), delta)
             if bool(done.any()):
-                rows = rows.of(searched)
+                rows = tuple(part.of(searched) for part in rows)
                 kl_prompts.keep(searched)
             if step and kl is None and optimizer.needs_kl(step):
                 kl = kl_prompts.divergence(delta[group], top)
@@ -222,7 +222,7 @@ def requests_within(site: Site, requests: Sequence[Request], memory: int) -> int
         kl_prompts.divergence(delta.detach(), top)
         fit = _kept_bytes(lambda: evaluate_fit(forward, rows, delta, 1).nll, weights)
         divergence = _kept_bytes(lambda: kl_prompts.divergence(delta, top), weights)
-    each = max(fit, divergence) + _row_bytes(rows) + _row_bytes(kl_rows)
+    each = max(fit, divergence) + sum(map(_row_bytes, (*rows, kl_rows)))
     return max(1, int(memory / (_PEAK * each)))
 
 
@@ -320,6 +320,38 @@ class ValueFinder:
                 others = [at for at in range(len(requests)) if at not in again]
                 found = self.find([requests[at] for at in again])
                 values = Values.joined([values.taken(others), found], [*others, *again])
+
+    def leave_out(
+        self, requests: Sequence[Request], places: Sequence[int], values: Values | None
+    ) -> tuple[dict[int, Values], Values | None]:
+        """Returns the values of requests that are skipped before their batch is searched, and those of the others."""
+        if not places:
+            return {}, values
+        some = self.find([requests[at] for at in places]) if values is None else values.taken(places)
+        rest = [at for at in range(len(requests)) if at not in places]
+        skipped = {at: some.taken([i]) for i, at in enumerate(places)}
+        return skipped, None if values is None or not rest else values.taken(rest)
+
+    def find_rest(
+        self, requests: Sequence[Request], new: int, values: Values | None, skipped: Mapping[int, Values]
+    ) -> tuple[Values, set[int]]:
+        """Returns the values of a batch, and the positions of all requests to skip.
+
+        Args:
+            requests: the batch.
+            new: number of new requests, which are the first ones.
+            values: values of the batch, if they are known.
+            skipped: values of requests to skip, by position.
+        """
+        rest = [at for at in range(len(requests)) if at not in skipped]
+        parts, short = list(skipped.values()), set(skipped)
+        if rest:
+            some = [requests[at] for at in rest]
+            found = self.find(some) if values is None else values
+            found, dropped = self.drop_unconverged(some, new - len(skipped), found)
+            parts.append(found)
+            short.update(rest[at] for at in dropped)
+        return Values.joined(parts, [*skipped, *rest]), short
 
 
 def _kept_bytes(evaluate: Callable[[], Tensor | None], weights: set[int]) -> int:

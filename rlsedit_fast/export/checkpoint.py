@@ -155,8 +155,8 @@ def base_of(model: PreTrainedModel, **options: Any) -> Checkpoint:
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
     if not name:
         raise InputError("the model does not name the checkpoint that it was loaded from")
-    revision = getattr(config, "_commit_hash", None)
-    return find_checkpoint(name, **{"revision": revision} | {key: one for key, one in options.items() if one})
+    given: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
+    return find_checkpoint(name, **given | {key: one for key, one in options.items() if one})
 
 
 def _write_like(

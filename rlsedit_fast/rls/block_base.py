@@ -110,6 +110,13 @@ class BlockBase:
         projected, _ = self._covariances.project(keys)
         return (self._layout.features(keys).double() * projected.double()).sum(1)
 
+    @torch.no_grad()
+    @full_float32()
+    def prior_gram(self, keys: Tensor, others: Tensor) -> Tensor:
+        """Returns `K C0 K'^T [n, m]`, float64, for rows of keys K and K'."""
+        keys, others = (self._batch(one, None)[0] for one in (keys, others))
+        return self._covariances.gram(keys, others, self._covariances.project(others)[0])
+
     def _terms(self, prior: float, edits: float | None) -> Terms:
         """Returns the terms for the value of the prior at the current weight.
 

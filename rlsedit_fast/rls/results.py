@@ -132,10 +132,12 @@ class Terms:
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import Prior, RLSState
-        >>> state = RLSState(torch.zeros(1, 2), Prior(lam=1.0, mu=1.0, anchor_keys=torch.tensor([[0.0, 1.0]])))
+        >>> weight, anchors = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, 1.0]])
+        >>> state = RLSState(weight, Prior(lam=1.0, mu=1.0, anchor_keys=anchors))
         >>> _ = state.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0]]))
-        >>> state.terms()
-        Terms(weight=2.0, anchors=0.0, edits=2.0)
+        >>> terms = state.terms()
+        >>> round(terms.weight, 9), terms.anchors, round(terms.edits, 9)
+        (2.0, 0.0, 2.0)
     """
 
     weight: float

@@ -275,17 +275,26 @@ class RLSState(ObjectiveLayer):
     @torch.no_grad()
     @full_float32()
     def prior_variance(self, keys: Tensor) -> Tensor:
-        """Returns `k C0 k^T [n]`, float64, for rows `K [n, d_k]` and the inverse `C0` of the prior's precision.
+        """Returns `k C0 k^T [n]`, float64, for rows `K [n, d_k]`; see `prior_gram`."""
+        rows = self._batch(keys, None)["keys"]
+        return (self._prior_projected(rows).double() * rows.double()).sum(1)
+
+    @torch.no_grad()
+    @full_float32()
+    def prior_gram(self, keys: Tensor, others: Tensor) -> Tensor:
+        """Returns `K C0 K'^T [n, m]`, float64, for rows K and K' and the inverse `C0` of the prior's precision.
 
         `C0` is computed by the first call and kept in host memory.
         """
-        given = self._batch(keys, None)["keys"]
+        rows, others = (self._batch(one, None)["keys"] for one in (keys, others))
+        return self._prior_projected(rows).double() @ others.double().T
+
+    def _prior_projected(self, rows: Tensor) -> Tensor:
         if self._prior_covariance is None:
-            precision = self._prior.precision(given.shape[1], given.device)
+            precision = self._prior.precision(rows.shape[1], rows.device)
             inverse = invert_(precision, self._prior.lam, self._prior.mu, dtype=self._dtype, name=self._name)
             self._prior_covariance = inverse.cpu()
-        rows = given.cpu()
-        return ((rows @ self._prior_covariance).double() * rows.double()).sum(1).to(given.device)
+        return (rows.cpu() @ self._prior_covariance).to(rows.device)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:

@@ -450,6 +450,15 @@ def test_a_single_edit_is_given_by_options(base, workdir, capsys):
     assert "of 1 edits is ignored" in capsys.readouterr().err
 
 
+def test_a_single_edit_needs_no_subject(base, workdir, capsys):
+    command = ["edit", "--model", str(base), "--config", "settings.json", "--layers", "0", "--no-anchors"]
+    one = ["--prompt", f"{PEOPLE[0].name} lives in", "--target", "Port Alder", "--join", "space"]
+    assert main([*command, *one, "--delta", "edit.delta", "--json", "report.json"]) == 0
+    (record,) = read(workdir / "report.json")["records"]
+    assert (record["subject"], record["join"], record["stated"]) == ("", "space", True)
+    assert "1 edit without a subject: edited at the last token of the prompt" in capsys.readouterr().err
+
+
 def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monkeypatch):
 
     command = ["statistics", "--model", str(base), "--layers", "0,1", "--text", "text.txt", "--tokens", "3000"]

@@ -350,3 +350,33 @@ def test_interrupt_during_export_reports_that_the_undo_is_applied(one_edit, base
 def test_status_rejects_a_model_without_measure(one_edit, base, workdir, capsys):
     assert main(["status", "--store", str(one_edit), "--model", str(base)]) == 2
     assert "add --measure" in capsys.readouterr().err
+
+
+def test_show_compares_planned_edits_with_those_of_a_store(base, one_edit, workdir, capsys):
+    """A repeated subject under another text is flagged; nothing is modified."""
+    store = workdir / "edits"
+    shutil.copytree(one_edit, store)
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    subjects = [PEOPLE[1].name, PEOPLE[0].name, f"the {PEOPLE[0].name}"]  # a new one, a known one, another text of it
+    planned = [{"prompt": "{} speaks", "subject": subject, "target": "Kubeish"} for subject in subjects]
+    (workdir / "share.json").write_text('{"overlap_share": 0.6}')
+    (workdir / "planned.jsonl").write_text("".join(json.dumps(line) + "\n" for line in planned))
+    given = ["--store", str(store), "--edits", "planned.jsonl", "--config", "share.json", "--json", "shown.json"]
+    assert main(["show", *given]) == 0
+    shown = json.loads((workdir / "shown.json").read_text())["edits"]
+    assert [one["overlap"]["flagged"] for one in shown] == [False, False, True]
+    assert shown[2]["overlap"]["nearest"] == 1
+    printed = capsys.readouterr().out
+    assert f"probably 1: '{PEOPLE[0].name} lives in' -> 'Port Alder'" in printed
+    assert "1 edit of 3 repeat or contradict edits of the store" in printed
+    after = {path: path.read_bytes() for path in before}
+    assert [path.name for path in before if before[path] != after[path]] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [(["--edits", "facts.jsonl"], "pass --model MODEL, or --store DIR"), (["--store", "edits"], "planned edits")],
+)
+def test_show_names_what_is_missing(workdir, capsys, options, text):
+    assert main(["show", *options]) == 2
+    assert text in capsys.readouterr().err
