@@ -226,7 +226,7 @@ def forecast_stream(
         )
         for at, (one, prior, device) in enumerate(zip(keys, priors, devices, strict=True))
     ]
-    traces = [float(state.precision_inverse().diagonal().double().mean()) for state in states]
+    diagonals = [float(state.saved().base.diagonal().double().mean()) for state in states]
     before = [_energies(state, one[:, 0]) for state, one in zip(states, keys, strict=True)]
     batches = [*_batches(0, given, batch_size), *_batches(given, count, batch_size)]
     asked_for = [point for point in (*points, count) if 0 < point <= count]
@@ -253,7 +253,7 @@ def forecast_stream(
             if drawn is None:
                 full = float(before[at - 1][part].mean())
             else:
-                full = drawn.energy(at - 1, float(before[at - 1].mean()), traces[at - 1])
+                full = drawn.energy(at - 1, float(before[at - 1].mean()), diagonals[at - 1])
             free.append(last[at - 1] / full)
             innovation = memit_share(missing, at, layers).to(state.device, dtype)
             if at == layers and share is not None:

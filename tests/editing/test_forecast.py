@@ -78,6 +78,12 @@ def test_invalid_arguments_raise(options: dict[str, object], message: str) -> No
         editor.forecast(FACTS[:2], **options)  # type: ignore[arg-type]
 
 
+def test_other_rules_are_not_forecast() -> None:
+    editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(layers=(0,)).for_rule("memit"))
+    with pytest.raises(InputError, match="rule='memit' is not forecast"):
+        editor.forecast(FACTS[:2])
+
+
 def setting(adherence: float, drifts: list[float], kept: list[float], capacity: int | None) -> SettingForecast:
     points = [
         ForecastPoint(
