@@ -9,15 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.cli import DONE, PARTIAL, setup
 from rlsedit_fast.cli.facts import Facts, add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit, progress, say, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.data.drawn import draw_edits
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.forecast import ADHERENCES, IDENTIFIED, LEAST_REALIZED, Forecast, Report
+from rlsedit_fast.editing.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Report
 from rlsedit_fast.editing.priors import Tradeoff
-from rlsedit_fast.editing.status import DEFAULT_BUDGET
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED
 from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.report.capacity import check_plot, plot_forecast
 from rlsedit_fast.statistics import TextFile
@@ -108,8 +109,10 @@ def run(options: argparse.Namespace) -> int:
     anchors = setup.anchor(editor, options)
     results: dict[str, Any] = {"layers": list(editor.layers), "anchors": anchors}
     lines = [f"layers {', '.join(map(str, editor.layers))}; anchors: {anchors}"]
-    if any(projection.layout is not None for projection in editor.context.projections):
-        say("the model contains mixtures of experts, for which there is no forecast")
+    mixture = any(projection.layout is not None for projection in editor.context.projections)
+    if mixture or editor.config.rule != RECURSIVE:
+        what = "mixtures of experts" if mixture else f"rule {editor.config.rule}"
+        say(f"there is no forecast for {what}")
         with working("calibrating"):
             rows = editor.assess(facts.edits[: options.pilot], options.adherences)
         lines += _table(rows)

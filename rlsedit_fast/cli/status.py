@@ -97,6 +97,8 @@ def status_lines(status: Status) -> list[str]:
             f"budget, the allowed relative change (--budget): {status.budget:g}, {status.spent:.0%} used; edits left: "
             f"{left}"
         )
+        if status.edits_left_basis:
+            lines.append(f"edits left is based on {status.edits_left_basis}")
     if status.sizes:
         sizes = ", ".join(f"{part} {size(count)}" for part, count in status.sizes.items())
         lines.append(f"size on disk: {size(sum(status.sizes.values()))} ({sizes})")

@@ -19,9 +19,10 @@ from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.priors import Pilot, Tradeoff, try_adherence
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import row_weights, rows_of_contexts
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, Norms, calibrated_adherence
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED, Norms, calibrated_adherence
 from rlsedit_fast.errors import InputError, ModelError
-from rlsedit_fast.rls import ChangeStatistics, Prior, StreamPoint, forecast_stream
+from rlsedit_fast.rls import ChangeStatistics, Prior, forecast_stream
+from rlsedit_fast.rls.forecast import StreamPoint
 from rlsedit_fast.rls.prior import parts
 from rlsedit_fast.statistics.key_statistics import Moment
 
@@ -30,9 +31,6 @@ ADHERENCES = (0.8, 0.9, 0.95, 0.975, 0.99)
 
 LEAST_REALIZED = 0.5
 """Default of the fraction of its change that the oldest batch must keep."""
-
-IDENTIFIED = 1000
-"""Number of keys from which the forecast is accurate; a hundred keys do not show the directions of later ones."""
 
 _AT_ONCE = 64  # edits whose keys are read in one pass
 

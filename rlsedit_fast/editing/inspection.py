@@ -32,8 +32,10 @@ class Inspection(Exports):
         with quiet(self.model):
             found = self._session.overlaps(self.context.prepare(edits))
         if found is None:
+            config = self._session.config
             raise InputError(
-                f"overlaps(): rule={self.config.rule!r}, experts={self.config.experts!r} has no covariance"
+                f"overlaps(): rule={config.rule!r} with experts={config.experts!r} does not know used shares; use "
+                "rule='rls' and experts='exact'"
             )
         return found
 

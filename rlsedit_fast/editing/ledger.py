@@ -296,7 +296,7 @@ class Ledger:
             self._records[i - 1] = replace(self._records[i - 1], state=transaction.outcome, joint_with=())
             self._forget(i)
         for i, weight in transaction.aged.items():
-            self._records[i - 1] = replace(self._records[i - 1], weight=weight)
+            self._records[i - 1] = replace(self._records[i - 1], lowered_weight=weight)
             if i in self._rows:
                 self._rows[i] = replace(self._rows[i], weight=weight)
         for edit, record in zip(transaction.edits, transaction.records, strict=True):

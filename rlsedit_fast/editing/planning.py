@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Forecaster, Report
@@ -40,7 +41,7 @@ class Planning:
         return self._session.priors
 
     def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
-        """Sets the prior of each layer with a pilot batch; the model is not modified.
+        """Sets the prior of each layer with a pilot batch; the model is not modified, except by wanted continuations.
 
         `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
         realizes the fraction `config.prior.adherence` of its target changes.
@@ -102,7 +103,7 @@ class Planning:
             progress: called with what is done, the number of edits done, and of how many.
 
         Raises:
-            InputError: the priors are already set, or an argument is invalid.
+            InputError: the priors are already set, the rule is not `rls`, or an argument is invalid.
             ModelError: the model contains mixtures of experts.
             RequestError: an edit is invalid.
 
@@ -117,6 +118,11 @@ class Planning:
             (40, 40)
         """
         self._check_not_started("forecast")
+        if self.config.rule != RECURSIVE:
+            raise InputError(
+                f"forecast(): rule={self.config.rule!r} is not forecast; use rule={RECURSIVE!r}",
+                hint="compare adherences on a pilot with Editor.assess",
+            )
         if isinstance(pilot, bool) or pilot < 1:
             raise InputError(f"pilot={pilot!r}: expected at least 1")
         if adherences is None:

@@ -34,7 +34,7 @@ class EditRecord:
         prompt: prompt of the edit.
         subject: subject of the edit; empty if it has none.
         target: target of the edit.
-        weight: present weight of the edit, which its age lowers with `EditConfig.halve_after`.
+        weight: weight of the edit.
         state: `active`, `undone`, `replaced` by a later edit, or `skipped`: not written, because its search did not
             converge or its key overlaps with those of active edits.
         batch: number of its batch, counted from 1.
@@ -59,6 +59,7 @@ class EditRecord:
         innovation: what the edit added to the objective of the first edited layer, relative to the mean over all active
             edits: 1 is usual, 0 an edit that the model already stated, a large value one that contradicts what earlier
             edits left in the direction of its key. None if it is not known.
+        lowered_weight: weight to which its age has lowered it, see `EditConfig.halve_after`; None if it has not.
         join: how prompt and target are joined, see `Edit`.
         messages: the conversation, if the edit is one, see `Edit`.
 
@@ -97,8 +98,14 @@ class EditRecord:
     joint_with: tuple[int, ...] = ()
     used: float | None = None
     innovation: float | None = None
+    lowered_weight: float | None = None
     join: Join = "auto"
     messages: tuple[Message, ...] | None = field(default=None, hash=False)
+
+    @property
+    def present_weight(self) -> float:
+        """`lowered_weight`, or `weight`."""
+        return self.weight if self.lowered_weight is None else self.lowered_weight
 
     @property
     def success(self) -> bool:

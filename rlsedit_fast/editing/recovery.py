@@ -262,7 +262,7 @@ class _Recovery:
 
     def _edit(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
         record, ledger, ids = decode_transaction(entry), self._ledger, entry.about["written"]
-        weights = {one.id: one.weight for one in (*record.records, *record.rewritten)}
+        weights = {one.id: one.present_weight for one in (*record.records, *record.rewritten)}
         rows = self._rows(tensors, "", [weights[i] for i in ids], entry.about["rows"]) if tensors else []
         record = replace(record, rows=dict(zip(ids, rows, strict=True)) if rows else {})
         if not included:
@@ -292,7 +292,8 @@ class _Recovery:
         ledger.revise(_revised_records(entry), revised)
 
     def _rebuild(self, layers: EditedLayers, entry: Entry, tensors: Mapping[str, Tensor], included: bool) -> None:
-        weights = {made["record"]["id"]: made["record"]["weight"] for made in entry.about["history"]}
+        history = [EditRecord.from_dict(made["record"]) for made in entry.about["history"]]
+        weights = {record.id: record.present_weight for record in history}
         rows: dict[int, EditRows] = {}
         if tensors:
             ids = entry.about["written"]

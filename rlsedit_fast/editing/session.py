@@ -22,6 +22,7 @@ from rlsedit_fast.editing.protection import Protection
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
+from rlsedit_fast.editing.remaining import continued_by_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
@@ -333,6 +334,7 @@ class EditSession:
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
             sample=self.measurement.sample(self.ledger, self.layers, sample) if sample and self.layers else None,
+            continued=continued_by_keys(self.edited, self.ledger, self.config),
         )
 
     def transaction(self, action: str, hint: str) -> Transaction:
@@ -438,7 +440,7 @@ class EditSession:
                     some = [everything[at] for at in chosen]
                     weights = [
                         *(one.edit.weight for one in requests),
-                        *(one.weight for one in self.ledger.get(rewritten)),
+                        *(one.present_weight for one in self.ledger.get(rewritten)),
                     ]
                     written = self.layers.write(
                         some,

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.linear import FLOATS, Projection, check_no_adapter, check_weight, input_width, output_width
-from rlsedit_fast.models.mlps import candidates, is_norm, within
+from rlsedit_fast.models.mlps import candidates, find_mlps, is_norm, within
 from rlsedit_fast.rls import BlockLayout
 
 _SLACK = 0.05
@@ -29,8 +29,8 @@ _SUPPORTED = (
 )
 
 _OTHER_PROJECTION = (
-    "set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that processes every "
-    "token, such as that of a shared expert, or use layers without experts"
+    "set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that processes "
+    "every token, such as that of a shared expert, or use layers without experts"
 )
 
 
@@ -341,9 +341,10 @@ def _check_path(name: str, mixture: nn.Module, inner: str, width: int) -> None:
             hint=_OTHER_PROJECTION,
         )
     stacked = [p.shape for p in experts.parameters(recurse=False) if p.ndim == 3]
+    shared = {one.projection for one in find_mlps(mixture, width, outside=inner) if one.home}
     for at, module in mixture.named_modules():
         latent = input_width(module)
-        if within(at, inner) or output_width(module) != width or latent in (None, width):
+        if within(at, inner) or at in shared or output_width(module) != width or latent in (None, width):
             continue
         # The input and the output weight of the experts have the latent width, and none has that of the stream.
         if len(stacked) > 1 and all(latent in shape[1:] and width not in shape[1:] for shape in stacked):

@@ -276,10 +276,8 @@ def _find_projection(decoder: Decoder, layer: int, width: int, experts: str | No
     block, block_name = decoder.blocks[layer], f"{decoder.blocks_name}.{layer}"
     for name in candidates(block, width):
         check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
-    if experts is None:
-        fitting = choose_mlps(find_mlps(block, width))
-    else:
-        fitting = mlps_beside(block, width, experts)
+    found = find_mlps(block, width) if experts is None else mlps_beside(block, width, experts)
+    fitting = choose_mlps(found)
     if len(fitting) == 1:
         return fitting[0].projection
     if len(fitting) > 1:

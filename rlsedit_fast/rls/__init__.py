@@ -1,12 +1,12 @@
 """The RLS solver: applies edits to one weight matrix. It works on tensors and does not depend on transformers."""
 
-from rlsedit_fast.rls.asymptotics import AsymptoticPoint, Asymptotics
+from rlsedit_fast.rls.asymptotics import Asymptotics
 from rlsedit_fast.rls.block_panel import BlockPanel
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_state import BlockState
 from rlsedit_fast.rls.blocks import BlockLayout, BlockMoment
 from rlsedit_fast.rls.calibrate import BlockTrialLayer, BlockTrialPanel, TrialLayer, TrialPanel
-from rlsedit_fast.rls.forecast import ChangeStatistics, LayerPoint, Route, StreamPoint, forecast_stream
+from rlsedit_fast.rls.forecast import ChangeStatistics, Route, forecast_stream
 from rlsedit_fast.rls.monitor import Monitor
 from rlsedit_fast.rls.overlap import used_share
 from rlsedit_fast.rls.prior import Prior
@@ -16,7 +16,6 @@ from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_sh
 from rlsedit_fast.rls.state import RLSState
 
 __all__ = [
-    "AsymptoticPoint",
     "Asymptotics",
     "BlockLayout",
     "BlockMoment",
@@ -27,7 +26,6 @@ __all__ = [
     "BlockTrialPanel",
     "Bounds",
     "ChangeStatistics",
-    "LayerPoint",
     "Monitor",
     "Panel",
     "Prior",
@@ -37,7 +35,6 @@ __all__ = [
     "SeparateState",
     "Snapshot",
     "Step",
-    "StreamPoint",
     "Terms",
     "TrialLayer",
     "TrialPanel",

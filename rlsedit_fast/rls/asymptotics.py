@@ -62,7 +62,7 @@ class Asymptotics:
         >>> [round(formulas.fixed(edits).weight, 1) for edits in (20, 50, 200)]
         [0.8, 5.9, 0.6]
         >>> [round(formulas.relative(edits).weight, 1) for edits in (20, 50, 200)]
-        [0.8, 1.9, 2.7]
+        [0.7, 2.1, 2.9]
     """
 
     @torch.no_grad()

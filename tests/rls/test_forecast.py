@@ -19,6 +19,7 @@ from rlsedit_fast.rls import (
     amplify_innovation,
     forecast_stream,
 )
+from rlsedit_fast.rls.continuation import edits_until
 
 D_K = 300
 CHANGES = ChangeStatistics(torch.ones(1), common=0.0)
@@ -178,6 +179,29 @@ def test_drawn_keys_continue_a_stream_beyond_the_given_ones() -> None:
     assert some.layers[0].anchors == pytest.approx(all_keys.layers[0].anchors, rel=0.1)
     assert some.realized[0] == pytest.approx(all_keys.realized[0], abs=0.05)
     assert some.realized[-1] == pytest.approx(all_keys.realized[-1], abs=0.05)
+
+
+def test_edits_until_a_growth_are_more_than_a_line_gives_where_the_growth_levels_off() -> None:
+    """The stream needs 300 edits; a line underestimates them, and the recursion is off by less than a factor of two."""
+    sigma, prior = toy()
+    keys, changes = draw(sigma, 900), CHANGES.draw(900)
+    state = RLSState(torch.zeros(128, D_K, dtype=torch.float64), prior)
+
+    def square_after(begin: int, end: int) -> float:
+        for at in range(begin, end, 20):
+            state.update_projected(state.project(keys[at : at + 20]), changes[at : at + 20])
+        return prior.anchor_change(state.weight)
+
+    square_after(0, 300)
+    taken = state.saved()
+    start = RLSState(
+        torch.zeros(128, D_K, dtype=torch.float64), prior, saved=replace(taken, weight=taken.weight.clone())
+    )
+    now = square_after(300, 300)
+    rate = (square_after(300, 360) - now) / 60
+    growth = (square_after(360, 600) - now) / rate
+    assert growth < 200, "precondition: a line would give too few edits"
+    assert growth < 300 < edits_until(start, keys[:300, None], torch.ones(1), growth=growth) < 600
 
 
 def test_drawn_changes_have_the_statistics_of_the_sample() -> None:

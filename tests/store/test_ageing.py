@@ -43,14 +43,16 @@ def test_old_edits_are_the_solution_with_halved_weights(tiny, tokenizer, tmp_pat
         editor.edit(make_edits(11))
         expected = [aged_weight(1 + i % 2, age, 3) for i, age in enumerate(range(10, 0, -1))]
         # The last batch has one edit and is written with the weights that belong to eleven edits.
-        assert [record.weight for record in editor.history()[:10]] == expected
+        assert [record.present_weight for record in editor.history()[:10]] == expected
         assert expected[0] == 1 / 4
         check_solution(editor)
         editor.undo([2, 9])
         check_solution(editor)
         editor.replace(5, "organ")  # the twelfth edit, which ages the others
-        assert editor.history()[3].weight == aged_weight(2, 8, 3)
-        assert editor.history()[11].weight == 1.0
+        assert editor.history()[3].present_weight == aged_weight(2, 8, 3)
+        assert editor.history()[11].present_weight == 1.0
+        assert editor.history()[11].lowered_weight is None
+        assert [record.weight for record in editor.history()[:4]] == [1, 2, 1, 2]  # as given
         check_solution(editor)
         copied = tmp_path / "copied"
         shutil.copytree(store, copied)
@@ -60,9 +62,9 @@ def test_old_edits_are_the_solution_with_halved_weights(tiny, tokenizer, tmp_pat
             assert_same(editor, replayed)
         editor.consolidate()
         check_solution(editor)
-        weights = [record.weight for record in editor.history()]
+        weights = [record.present_weight for record in editor.history()]
         live = editor.model.state_dict()
-    assert [record.weight for record in read_history(store)] == weights
+    assert [record.present_weight for record in read_history(store)] == weights
     with rf.Editor(tiny(), tokenizer, store=store) as opened:
         assert all(torch.equal(value, opened.model.state_dict()[name]) for name, value in live.items())
         check_solution(opened)
@@ -76,13 +78,13 @@ def test_a_failed_batch_leaves_the_weights(tiny, tokenizer):
         editor.edit(make_edits(4))
     loose = rf.Editor(tiny(), tokenizer, config=tiny_config(halve_after=1))
     loose.edit(make_edits(4))
-    before = [record.weight for record in loose.history()]
+    before = [record.present_weight for record in loose.history()]
     objective = [state.objective for state in loose._session.layers.states]
     loose._session.config = loose.config.replace(unconverged="raise")
     loose._session.finder._config = loose._session.config
     with pytest.raises(rf.RLSEditError):
         loose.edit(make_edits(2, start=10))
-    assert [record.weight for record in loose.history()] == before
+    assert [record.present_weight for record in loose.history()] == before
     assert [row.weight for row in loose._session.ledger.rows([1, 2, 3, 4])] == before
     assert [state.objective for state in loose._session.layers.states] == objective
 
