@@ -8,8 +8,9 @@ prior={'adherence': 0.9}`.
 
 Evaluated at the end on at most `--asked` evenly spaced edits, before and after: efficacy and generalization (new target
 more likely than the true one; strict: each token ranked first) and specificity (true answer more likely than the new
-target after the neighborhood prompt); success of the first, middle and last 100 edits; perplexity before and after;
-seconds. `--consolidate` then consolidates and evaluates again.
+target after the neighborhood prompt); if the model has a chat template, how the edits hold in a chat (see `chat.py`);
+success of the first, middle and last 100 edits; perplexity before and after; seconds. `--consolidate` then consolidates
+and evaluates again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from recording import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlsedit_fast as rf
+from rlsedit_fast.evaluation import Case, Question, chat_neighbors, contains_answer, evaluate_chat, questions_about
 from rlsedit_fast.evaluation.scoring import score
+from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.statistics.sources import GivenTexts
 
 ANCHOR_TOKENS = 50_000
@@ -91,6 +94,52 @@ def evaluate(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> dict[str
     }
 
 
+def case_of(one: dict[str, str]) -> Case:
+    """Returns an evaluation case of a CounterFact record."""
+    edit = edit_of(one)
+    neighbor = Question(one["locality_prompt"], one["locality_ground_truth"])
+    old = Question(one["prompt"], one["ground_truth"])
+    return Case(edit, old, (), (neighbor,), (), (), asked=questions_about(edit.prompt, edit.subject))
+
+
+def next_tokens(model: Any, tokenizer: Any, cases: list[Case]) -> list[int]:
+    """Returns the most likely token after each neighborhood prompt."""
+    found = score(model, tokenizer, [(case.neighbors[0].prompt, "a") for case in cases])
+    return [one.predicted[0] for one in found]
+
+
+def in_chat(model: Any, tokenizer: Any, cases: list[Case], before: dict[str, int]) -> dict[str, Any]:
+    """Returns the metrics in a chat."""
+    found = evaluate_chat(model, tokenizer, cases, before)
+    wordings: dict[str, list[bool]] = {}
+    answers = iter(found.answers)
+    for case in cases:
+        for at, _ in enumerate(case.asked, 1):
+            _, target, answer = next(answers)
+            wordings.setdefault(f"wording {at}", []).append(contains_answer(answer, target))
+    return {
+        "start_strict": found.start.count / found.start.of,
+        "questions": found.question.count / found.question.of,
+        "questions_by_wording": {name: sum(hits) / len(hits) for name, hits in wordings.items()},
+        "neighbors_unchanged": found.neighbors.count / found.neighbors.of,
+        "examples": [list(one) for one in found.answers[:12]],
+    }
+
+
+def unchanged(base: Any, model: Any, tokenizer: Any, cases: list[Case]) -> float:
+    """Returns the share of neighborhood prompts with the same next token in both models."""
+    pairs = zip(next_tokens(base, tokenizer, cases), next_tokens(model, tokenizer, cases), strict=True)
+    return sum(before == after for before, after in pairs) / len(cases)
+
+
+def chat_figures(base: Any, model: Any, tokenizer: Any, cases: list[Case]) -> dict[str, Any] | None:
+    """Returns the metrics in a chat before and after the edits; None without a chat template."""
+    if not supports_chat(tokenizer):
+        return None
+    before = chat_neighbors(base, tokenizer, cases)
+    return {"before": in_chat(base, tokenizer, cases, before), "after": in_chat(model, tokenizer, cases, before)}
+
+
 def stated(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> float:
     found = score(model, tokenizer, [(one["prompt"], one["target_new"]) for one in some])
     return sum(one.exact for one in found) / len(found)
@@ -151,6 +200,7 @@ def main() -> None:
             seconds += time.perf_counter() - began
         records = editor.history()
         sample = spread(every, options.asked)
+        cases = [case_of(one) for one in sample]
         middle = max(0, options.edits // 2 - 50)
         ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
         results["after"][stage] = {
@@ -161,6 +211,8 @@ def main() -> None:
             "realized_when_written": sum(one.realized for one in records) / len(records),
             "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
             "perplexity": perplexity(editor.model, tokenizer, test_text, options.tokens),
+            "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
+            "chat": chat_figures(base, editor.model, tokenizer, cases),
             "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
             "seconds_editing": round(seconds, 1),
         }

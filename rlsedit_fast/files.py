@@ -141,13 +141,14 @@ def write_tensors(
 
 
 @contextmanager
-def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
+def open_tensors(path: Path, kind: str, advice: str, *, earlier: str | None = None) -> Iterator[Described]:
     """Opens a file that `write_tensors` wrote.
 
     Args:
         path: the file.
         kind: expected file type, including the format version.
         advice: how to obtain an intact file, for error messages, such as "collect it again".
+        earlier: an earlier version of the type that is accepted as well.
 
     Raises:
         InputError: the file does not exist, cannot be read, is of another kind, or is damaged.
@@ -170,7 +171,7 @@ def open_tensors(path: Path, kind: str, advice: str) -> Iterator[Described]:
             raise InputError(
                 f"{str(path)!r} is damaged, or not a file of kind {kind!r} ({error}); pass another path, or {advice}"
             ) from error
-        if metadata.get("kind") != kind:
+        if metadata.get("kind") not in (kind, earlier or kind):
             raise InputError(
                 f"{str(path)!r} is {_named(metadata.get('kind'))}; expected a file of kind {kind!r}: pass another "
                 f"path, or {advice}"

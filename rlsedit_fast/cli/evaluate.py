@@ -25,7 +25,10 @@ _SHOWN = (
     ("score", "forced"),
     ("efficacy", "free"),
 )
-_OPTIONAL = (("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine"))
+_OPTIONAL = (
+    *(("multihop", "strict"), ("multihop", "free"), ("consistency", "cosine")),
+    *(("chat_start", "strict"), ("chat_question", "free"), ("chat_neighbors", "strict")),
+)
 """Metrics that are shown only if the data set contains the prompts for them."""
 
 _EXPLAINED = (
@@ -33,6 +36,10 @@ _EXPLAINED = (
     "strict: each token of the target is ranked first (neighbors: the prediction is that of the unedited model); free: "
     "greedy generation gives the target; score forced: harmonic mean, where a prompt counts if the right answer is the "
     "more likely one of two",
+)
+_EXPLAINED_CHAT = (
+    "chat_start: the answer to the prompt repeats it and continues with the target; chat_question: the answer to a "
+    "question in other words contains the target; chat_neighbors: neighbors as the start of an answer"
 )
 """Explanation of the figures in the table."""
 
@@ -220,9 +227,10 @@ def run(options: argparse.Namespace) -> int:
         }
     results["failed"] = failed
     lines += [f"failed, not included in the figures: {line}" for line in failed]
+    in_chat = [_EXPLAINED_CHAT] if any(metric == "chat_start" for metric, _ in shown) else []
     if len(options.rules) > 1 and options.rule_settings is None:
         lines.append("rules without --rule-settings used their default settings, which are not tuned for this model")
-    emit(results, [*lines, *_EXPLAINED, _samples(every[0]), f"results: {options.out}"], options.json)
+    emit(results, [*lines, *_EXPLAINED, *in_chat, _samples(every[0]), f"results: {options.out}"], options.json)
     return PARTIAL if failed else DONE
 
 

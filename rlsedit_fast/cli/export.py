@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, get_args
 
 import torch
@@ -156,6 +158,11 @@ class Written:
         self.checkpoint = report
         self.files += report.lines
 
+    def holds(self, option: str, options: argparse.Namespace) -> bool:
+        """Returns whether the output of an option is given and was written."""
+        given = getattr(options, option.lstrip("-")) is not None
+        return given and not any(failure.startswith(f"{option} ") for failure in self.failures)
+
     @property
     def to_json(self) -> dict[str, Any]:
         """Files and failures, JSON-serializable."""
@@ -279,7 +286,27 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
     if written.failures and options.store:
         command = f"rlsedit export --store {options.store}"
         written.failures.append(f"the edits are stored; run `{command}` with another output path to write them")
+    elif active and written.failures and not any(written.holds(f"--{name}", options) for name in ("out", "delta")):
+        written.failures.append(_rescue(editor, options))
     return written
+
+
+def _rescue(editor: Editor, options: argparse.Namespace) -> str:
+    """Writes the edits without a store into a delta file, if an output failed, and returns what to do with it."""
+    outputs = [path for path in (options.out, options.delta, options.adapter, options.patch) if path is not None]
+    places = [*(path.absolute().parent for path in outputs), Path.cwd(), Path(gettempdir())]
+    name = f"{outputs[0].stem or 'edits'}-{datetime.now():%Y%m%d-%H%M%S}.delta.safetensors"
+    reasons = list[str]()
+    for kept in (place / name for place in dict.fromkeys(places)):
+        try:
+            editor.save_delta(kept)
+            break
+        except (RLSEditError, OSError) as error:
+            reasons.append(f"{kept}: {error}")
+    else:
+        return "the edits could not be written as a delta either: " + "; ".join(reasons)
+    command = f"rlsedit apply --model {options.model} --delta {kept} --out DIR"
+    return f"the edits are in the delta {kept}; `{command}` writes the edited model from it"
 
 
 def is_gguf_output(out: Path | None) -> bool:

@@ -20,7 +20,8 @@ from rlsedit_fast.files import open_tensors
 from rlsedit_fast.models import loading
 from rlsedit_fast.models.tokens import FactToken
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
-from rlsedit_fast.statistics.key_statistics import STATISTICS
+from rlsedit_fast.statistics.collection import HELD_OUT
+from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, STATISTICS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -158,24 +159,36 @@ def add_anchors(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokens(parser: argparse._ActionsContainer) -> None:
-    """Adds the options --tokens and --seed; `settle_text` sets their defaults."""
+    """Adds the options --tokens, --held-out and --seed; `settle_text` sets their defaults."""
     parser.add_argument(
         "--tokens", type=at_least_one, metavar="N", help=f"number of tokens to use (default {DEFAULT_TOKENS})"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="F",
+        help="fraction of the tokens that is not preserved, on which the change is measured; 0 for none (default "
+        f"{HELD_OUT})",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="random seed of --self-generate (default 0)")
 
 
 def settle_text(options: argparse.Namespace) -> None:
-    """Sets the defaults of --tokens and --seed.
+    """Sets the defaults of --tokens, --held-out and --seed.
 
     Raises:
         InputError: one of them is given without the option that it applies to.
     """
     if options.tokens is not None and options.text is None and not options.self_generate:
         raise InputError("--tokens requires --text FILE or --self-generate; add one of them or omit --tokens")
+    if options.held_out is not None and options.text is None and not options.self_generate:
+        raise InputError("--held-out requires --text FILE or --self-generate; add one of them or omit --held-out")
+    if options.held_out is not None and not 0 <= options.held_out < 1:
+        raise InputError(f"--held-out {options.held_out:g}: expected a fraction of at least 0 and below 1")
     if options.seed is not None and not options.self_generate:
         raise InputError("--seed requires --self-generate; add it or omit --seed")
     options.tokens = DEFAULT_TOKENS if options.tokens is None else options.tokens
+    options.held_out = HELD_OUT if options.held_out is None else options.held_out
     options.seed = 0 if options.seed is None else options.seed
 
 
@@ -323,8 +336,9 @@ def _check_anchors(options: argparse.Namespace, config: EditConfig) -> None:
     if getattr(options, "text", None) is not None:
         TextFile(options.text).check()
     if getattr(options, "statistics", None) is not None:
-        with open_tensors(options.statistics, STATISTICS, "collect the statistics again") as file:
-            held = {int(layer) for layer in file.sums}
+        advice = "collect the statistics again"
+        with open_tensors(options.statistics, STATISTICS, advice, earlier=EARLIER_STATISTICS) as file:
+            held = set(file.about["layers"])
         if missing := sorted({*(config.layers or ())} - held):
             raise InputError(
                 f"--statistics {options.statistics} contains the layers {sorted(held)} and lacks {missing}; collect "
@@ -380,7 +394,7 @@ def anchor(editor: Editor, options: argparse.Namespace) -> str:
     if options.statistics is not None:
         editor.anchor(KeyStatistics.load(options.statistics))
     elif options.text is not None or options.self_generate:
-        editor.anchor(gather(editor, make_source(editor, options), options.tokens))
+        editor.anchor(gather(editor, make_source(editor, options), options))
     else:
         editor.anchor()
     return editor.anchors or "none"
@@ -391,11 +405,17 @@ def make_source(editor: Editor, options: argparse.Namespace) -> Source:
     return SelfGenerated(editor.model, seed=options.seed) if options.self_generate else TextFile(options.text)
 
 
-def gather(editor: Editor, source: Source, tokens: int, checkpoint: Path | None = None) -> KeyStatistics:
-    """Collects key statistics and shows a progress bar."""
-    with progress(tokens, "key statistics", "token") as bar:
+def gather(
+    editor: Editor, source: Source, options: argparse.Namespace, checkpoint: Path | None = None
+) -> KeyStatistics:
+    """Collects key statistics with the options of `add_tokens` and shows a progress bar."""
+    with progress(options.tokens, "key statistics", "token") as bar:
         return editor.statistics(
-            source, tokens=tokens, progress=lambda done, _of: bar.update(done - bar.n), checkpoint=checkpoint
+            source,
+            tokens=options.tokens,
+            held_out=options.held_out,
+            progress=lambda done, _of: bar.update(done - bar.n),
+            checkpoint=checkpoint,
         )
 
 

@@ -21,7 +21,7 @@ from rlsedit_fast.cli.setup import (
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
 from rlsedit_fast.statistics.cache import cache_path
-from rlsedit_fast.statistics.key_statistics import STATISTICS
+from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, STATISTICS
 
 HELP = "collect key covariance (mom2) statistics on text, once per model; edits then use them as anchors"
 USAGE = "--model MODEL (--text FILE | --self-generate) [options]"
@@ -54,21 +54,25 @@ def run(options: argparse.Namespace) -> int:
         _check_replaceable(options.out, overwrite=options.overwrite)
     editor = plan_editor(options).load()
     source = make_source(editor, options)
-    out = options.out or cache_path(editor.fingerprint(), editor.layers, source.name, options.tokens)
+    out = options.out or cache_path(
+        editor.fingerprint(), editor.layers, source.name, options.tokens, held_out=options.held_out
+    )
     checkpoint = out.with_name(f"{out.name}.part")
     if checkpoint.exists():
         say(f"resuming from {checkpoint}")
-    found = gather(editor, source, options.tokens, checkpoint)
+    found = gather(editor, source, options, checkpoint)
     found.save(out)
     checkpoint.unlink(missing_ok=True)
     results = {
         "file": str(out),
         "tokens": found.tokens,
+        "held_out_tokens": found.held_out_tokens,
         "layers": list(editor.layers),
         "fingerprint": found.fingerprint,
         "source": found.source,
     }
-    lines = [f"{found.tokens} tokens, layers {', '.join(map(str, editor.layers))}: {out}"]
+    held = f" and {found.held_out_tokens} held out" if found.held_out_tokens else ""
+    lines = [f"{found.tokens} tokens{held}, layers {', '.join(map(str, editor.layers))}: {out}"]
     emit(results, lines, options.json)
     return 0
 
@@ -78,7 +82,7 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
     if not out.exists():
         return
     try:
-        with open_tensors(out, STATISTICS, ""):
+        with open_tensors(out, STATISTICS, "", earlier=EARLIER_STATISTICS):
             pass
     except InputError as error:
         raise InputError(

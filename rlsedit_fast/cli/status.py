@@ -85,6 +85,8 @@ def status_lines(status: Status) -> list[str]:
             parts[0] += f" ({layer.misfit:.0%} misfit of the edits)"
         if layer.anchors_bound is not None:
             parts.append(f"change of outputs on the anchors {_value(layer.anchors, layer.anchors_bound)}")
+        if layer.held_out is not None:
+            parts.append(f"on held-out text {layer.held_out:.3g}")
         parts.append(f"weight change {_value(layer.weight, layer.weight_bound)}")
         if layer.residual is not None:
             parts.append(f"drift of C {layer.residual:.1e}")
@@ -95,6 +97,8 @@ def status_lines(status: Status) -> list[str]:
             f"budget, the allowed relative change (--budget): {status.budget:g}, {status.spent:.0%} used; edits left: "
             f"{left}"
         )
+        if status.edits_left_basis:
+            lines.append(f"edits left is based on {status.edits_left_basis}")
     if status.sizes:
         sizes = ", ".join(f"{part} {size(count)}" for part, count in status.sizes.items())
         lines.append(f"size on disk: {size(sum(status.sizes.values()))} ({sizes})")

@@ -144,8 +144,11 @@ class Edit:
                 suggestion = f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}"
                 raise RequestError(f"unknown field {name!r}; {suggestion}")
         needed = ("prompt", "target") if values.get("messages") is None else ()
+        if "{}" in str(values.get("prompt", "")):
+            needed = ("prompt", "subject", "target")
         if missing := [name for name in needed if name not in values]:
-            raise RequestError(f"missing fields: {', '.join(missing)}; add them")
+            what = "name the words of the prompt that the fact is about" if missing == ["subject"] else "add them"
+            raise RequestError(f"missing fields: {', '.join(missing)}; {what}")
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**given)
 

@@ -26,6 +26,7 @@ def find_statistics(
     texts: Anchors | None,
     *,
     tokens: int | None,
+    held_out: float,
     identity: Callable[[], str],
 ) -> KeyStatistics | None:
     """Returns the key statistics of anchors; see `Editor.anchor`.
@@ -34,6 +35,7 @@ def find_statistics(
         context: the model.
         texts: see `Editor.anchor`; None for cached statistics of the model.
         tokens: number of tokens to read; None reads all of the text.
+        held_out: fraction of the tokens to hold out; has no effect on key statistics.
         identity: returns the fingerprint of the unedited model, which is slow.
 
     Returns:
@@ -63,7 +65,12 @@ def find_statistics(
         if tokens is None and isinstance(source, SelfGenerated):
             raise InputError("text that the model generates has no end; pass tokens=, such as tokens=100_000")
         # The statistics are not saved, so they need no fingerprint.
-        found = context.collect(source, tokens=tokens, identity="")
+        found = context.collect(source, tokens=tokens, held_out=held_out, identity="")
+        if held_out and not found.held_out_tokens:
+            logger.warning(
+                "no anchor tokens are held out, because the text has few rows of at most 512 tokens: changes are not "
+                "measured on text that the prior does not preserve"
+            )
     _warn_of_experts(context, found)
     width = max(max(block.shape[1] for block in projection.blocks) for projection in context.projections)
     if found.tokens < width:
@@ -73,7 +80,7 @@ def find_statistics(
             found.tokens,
             width,
         )
-    logger.info("anchors: %d tokens: %s", found.tokens, found.source)
+    logger.info("anchors: %d tokens, %d held out: %s", found.tokens, found.held_out_tokens, found.source)
     return found
 
 

@@ -71,7 +71,7 @@ _Prefixes = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidato
 _KLPrompts = Annotated[tuple[str, ...], BeforeValidator(_to_tuple), AfterValidator(_check_kl_prompts)]
 
 
-CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "message")
+CHAT_FORMS: tuple[ChatForm, ...] = ("answer", "direct")
 """Default chat contexts of an edit, if the tokenizer has a chat template."""
 
 
@@ -82,7 +82,7 @@ class ContextConfig(Settings):
         prefixes: texts placed before the prompt. The first is `""`, the bare prompt.
         chat: the prompt in a chat, see `models.encode_in_chat`: `answer`, as the start of the answer; `message`, as the
             message of the user, repeated by the answer; `direct`, as the message, and the target is the answer. None:
-            `answer` and `message` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
+            `answer` and `direct` if the tokenizer has a chat template and `rows` is `contexts`; `Editor.config`
             contains what is used. `()`: no chat.
         samples: number of additional prefixes that the model generates when the editor is created. They are added to
             `Editor.config.contexts.prefixes`. The published settings of MEMIT sample twenty.
@@ -110,8 +110,8 @@ class ContextConfig(Settings):
 
     @property
     def count(self) -> int:
-        """Number of contexts of an edit; with `chat=None`, the most that it can be."""
-        return len(self.prefixes) + len(CHAT_FORMS if self.chat is None else self.chat)
+        """Number of contexts of an edit; with `chat=None`, that of a model without a chat template."""
+        return len(self.prefixes) + len(self.chat or ())
 
 
 class PriorConfig(Settings):
@@ -257,11 +257,11 @@ class EditConfig(Settings):
             is not written, its record has the state `skipped`. `raise`: its batch fails. `keep`: it is written, and
             used shares are not computed.
         overlap_share: used share of the key above which an edit overlaps.
-        refine: rounds of refinement. An edit whose target is not ranked first at the bare prompt after the write is
-            searched again in the edited model, and its value is moved by the difference. The edits of a batch are
-            checked when it is written; at the end of a call of several batches all of its edits are checked, and as
-            many earlier edits as the call added, drawn at random. Requires `rls` and stored rows. None: 2 if these
-            are given, otherwise 0.
+        refine: rounds of refinement. An edit whose target is not ranked first after the write, at the bare prompt or in
+            its contexts in a chat, is searched again in the edited model, and its value is moved by the difference. The
+            edits of a batch are checked when it is written; at the end of a call of several batches all of its edits
+            are checked, and as many earlier edits as the call added, drawn at random. Requires `rls` and stored rows.
+            None: 2 if these are given, otherwise 0.
         measure_chat: also ask each prompt as the user message of a chat, before and after its batch, if the tokenizer
             has a chat template; see `EditRecord.chat_answer`. Two answers are generated for each edit.
         stored_rows: keys and values of each edit that are kept in memory and in the store, for exact removal and for

@@ -21,11 +21,12 @@ from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.models.generation import sample
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.models.loading import check_config, check_tokenizer, max_tokens
+from rlsedit_fast.models.loading import check_config, max_tokens
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
+from rlsedit_fast.models.tokenizer_checks import check_tokenizer
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.statistics.collection import collect
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
@@ -137,13 +138,21 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:
     """Returns the layers to edit: those of the settings, or the default ones.
 
-    If the last of the default layers contains a mixture of experts, it is the only one: it has capacity for many edits.
+    Default layers are chosen among those that have an MLP. If they include ordinary MLPs and mixtures of experts, the
+    former are edited. If all of them are mixtures, the last is the only one: it has capacity for many edits.
+
+    Raises:
+        ModelError: no layer has an MLP, or see `Decoder.locate`.
     """
     if config.layers is not None:
         return config.layers
     known = find_preset(decoder.model.config)
-    layers = known.layers if known else config.layers_for(len(decoder.blocks))
-    return layers[-1:] if decoder.locate(layers[-1:])[0].layout is not None else layers
+    editable = decoder.editable
+    if not editable:
+        decoder.locate([0])  # raises the error that states what the layer contains
+    layers = known.layers if known else [editable[at] for at in config.layers_for(len(editable))]
+    ordinary = [projection.layer for projection in decoder.locate(layers) if projection.layout is None]
+    return ordinary or layers[-1:]
 
 
 def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Projection], list[LayerMemory]]:

@@ -18,17 +18,18 @@ from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
 from rlsedit_fast.editing.inspection import Inspection
 from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
-from rlsedit_fast.editing.priors import Tradeoff, tabulate
+from rlsedit_fast.editing.planning import Planning
 from rlsedit_fast.editing.protection import make_protection
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, Status
 from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
-from rlsedit_fast.interrupts import interrupts_deferred
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
-from rlsedit_fast.rls import BlockPrior, Prior
+from rlsedit_fast.models.repairs import repair_forward
+from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Editor(Inspection):
+class Editor(Planning, Inspection):
     """Edits a transformers model in place.
 
     The model remains an ordinary transformers model, and its weights are the edited ones after every batch. With a
@@ -72,7 +73,8 @@ class Editor(Inspection):
         """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
         Args:
-            model: causal language model; for a store with edits, the same model without them.
+            model: causal language model, also compiled (`torch.compile`) or multimodal; for a store with edits, the
+                same model without them.
             tokenizer: its tokenizer.
             config: settings; by default those of the store, or `EditConfig()`.
             store: folder of the edits. If it contains edits, they are applied without forward passes.
@@ -86,7 +88,9 @@ class Editor(Inspection):
             StoreError: the store belongs to another model, is damaged, has another version, or is in use; nothing was
                 modified.
         """
+        model = unwrapped(model)
         check_arguments(model, tokenizer, config)
+        repair_forward(model)
         held, given = open_store(store, model, config)
         try:
             self.context: ModelContext = inspect_model(model, tokenizer, given)
@@ -149,19 +153,9 @@ class Editor(Inspection):
         return f"Editor({name}, layers {layers}, {len(ledger.active)} of {len(ledger)} edits active, {store})"
 
     @property
-    def config(self) -> EditConfig:
-        """The settings, with sampled context prefixes."""
-        return self.context.config
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the edited layers, ascending."""
         return self.context.layers
-
-    @property
-    def priors(self) -> list[Prior | BlockPrior]:
-        """The prior of each edited layer; empty before the calibration or the first edit."""
-        return self._session.priors
 
     @property
     def protected(self) -> list[str]:
@@ -173,7 +167,7 @@ class Editor(Inspection):
         """The anchors set by `anchor`: number of tokens and source. None without them, and for anchors of a store."""
         return self._anchors
 
-    def anchor(self, texts: Anchors | None = None, *, tokens: int | None = None) -> int:
+    def anchor(self, texts: Anchors | None = None, *, tokens: int | None = None, held_out: float = HELD_OUT) -> int:
         """Sets the anchors: text on which the outputs of the edited layers are preserved, at every token.
 
         Args:
@@ -181,28 +175,39 @@ class Editor(Inspection):
                 statistics, or the path of their file. By default the statistics that `rlsedit statistics` collected
                 for this model and these layers, from the cache.
             tokens: number of tokens to read; by default all of the text. Required for `SelfGenerated`.
+            held_out: fraction of the tokens that is not preserved, on which `status` measures the change, because the
+                change on preserved tokens is smaller than on other text; 0 for none. Key statistics have held-out
+                tokens of their own.
 
         Returns:
-            The number of tokens; 0 if the cache has no statistics of this model, in which case nothing is set.
+            The number of tokens, including the held-out ones; 0 if the cache has no statistics of this model, in which
+            case nothing is set.
 
         Raises:
             InputError: the priors are already set, by `calibrate` or the first edit; there are no texts, or they are
                 names of files; a file does not exist; or the statistics belong to another model or lack a layer.
         """
         self._check_not_started("anchor")
-        found = find_statistics(self.context, texts, tokens=tokens, identity=self.fingerprint)
+        found = find_statistics(self.context, texts, tokens=tokens, held_out=held_out, identity=self.fingerprint)
         if found is None:
             return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
         self._session.moments = [found.moments[layer].cpu() for layer in self.layers]
-        self._anchors = f"{found.tokens} tokens: {found.source}"
-        return found.tokens
+        self._session.held_out_moments = None
+        about = f"{found.tokens} tokens"
+        if found.held_out_tokens:
+            about += f" and {found.held_out_tokens} held out"
+            moments = [found.held_out[layer].cpu() for layer in self.layers]
+            self._session.held_out_moments = found.held_out_tokens, moments
+        self._anchors = f"{about}: {found.source}"
+        return found.tokens + found.held_out_tokens
 
     def statistics(
         self,
         source: Source,
         *,
         tokens: int | None = None,
+        held_out: float = HELD_OUT,
         progress: Callable[[int, int | None], None] | None = None,
         checkpoint: str | Path | None = None,
     ) -> KeyStatistics:
@@ -213,7 +218,7 @@ class Editor(Inspection):
         """
         if len(self._session.ledger):
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
-        return self.context.collect(source, tokens=tokens, progress=progress, checkpoint=checkpoint)
+        return self.context.collect(source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint)
 
     def protect(
         self,
@@ -254,41 +259,6 @@ class Editor(Inspection):
             protection = make_protection(self.context, texts, weight, continuations, values)
             self._session.protect(protection)
         return protection.tokens
-
-    def calibrate(self, edits: Iterable[Edit | Mapping[str, Any]]) -> list[Prior | BlockPrior]:
-        """Sets the prior of each layer with a pilot batch; the model is not modified, except by wanted continuations.
-
-        `config.prior.lam` and `config.prior.mu` are used if given. Otherwise they are chosen such that the pilot
-        realizes the fraction `config.prior.adherence` of its target changes.
-
-        Args:
-            edits: the pilot: edits similar to later ones; a hundred are enough.
-
-        Returns:
-            The priors, in the order of `layers`, which apply to all edits from now on.
-
-        Raises:
-            InputError: the priors are already set, or `mu` is given and there are no anchors.
-            RequestError: an edit of the pilot is invalid.
-            ResourceError: there is not enough memory.
-        """
-        self._check_not_started("calibrate")
-        requests = self.context.prepare(edits)
-        with quiet(self.model):
-            self._session.start(requests)
-        with interrupts_deferred():
-            self._session.write_start()
-        return self.priors
-
-    def assess(self, edits: Iterable[Edit | Mapping[str, Any]], adherences: Sequence[float]) -> list[Tradeoff]:
-        """Returns the priors that `calibrate` would choose for several adherences, and their effect on the pilot.
-
-        Nothing is set. Arguments and errors are those of `calibrate`.
-        """
-        self._check_not_started("assess")
-        with quiet(self.model):
-            pilot = self._session.pilot(self.context.prepare(edits))
-            return tabulate(self.config, self._session.used_moments, pilot, adherences)
 
     def edit(
         self,
@@ -490,7 +460,3 @@ class Editor(Inspection):
         self._check_attached()
         with self._session.layers.unedited() if self._session.layers else nullcontext():
             yield
-
-    def _check_not_started(self, method: str) -> None:
-        if self._session.layers:
-            raise InputError(f"{method}(): the priors are already set and apply to all edits; create a new editor")

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger
@@ -47,6 +49,13 @@ class Measurement:
     def ranks(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets at the bare prompts; `realized` has no meaning."""
         return measure(self._context.site, [request.contexts[0] for request in requests])
+
+    def ranks_everywhere(self, requests: Sequence[Request]) -> Measured:
+        """Measures NLL and rank of the targets in the worst of the bare prompts and the contexts in a chat."""
+        rows = [row for request in requests for row in (request.contexts[0], *_chat_contexts(request))]
+        found = measure(self._context.site, rows)
+        nll, rank = (column.unflatten(0, (len(requests), -1)).amax(1) for column in (found.nll, found.rank))
+        return Measured(torch.ones(len(requests)), nll, rank)
 
     def sample(self, ledger: Ledger, layers: EditedLayers, most: int) -> Sample:
         """Measures at most `most` active edits, evenly spaced over the stream."""
@@ -121,6 +130,10 @@ class Measurement:
         longest = max_tokens(self._context.model.config)
         rows = {at: chat_fact(self._context.tokenizer, request.edit) for at, request in enumerate(requests)}
         return {at: row for at, row in rows.items() if longest is None or len(row.ids) + CHAT_TOKENS <= longest}
+
+
+def _chat_contexts(request: Request) -> tuple[Row, ...]:
+    return request.contexts[len(request.contexts) - request.chat :]
 
 
 def check_stated(records: Sequence[EditRecord], earlier: int) -> None:

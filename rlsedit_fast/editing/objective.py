@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.models.passes import hidden_of, with_hidden
+from rlsedit_fast.models.passes import hidden_of, taken_rows
 from rlsedit_fast.models.prefixes import Prefixed, reading
 from rlsedit_fast.models.sites import Site, SiteState
 from rlsedit_fast.models.tokens import Row, alike
@@ -51,8 +51,7 @@ class PromptRows:
         batch = self.batch.taken(rows.to(self.batch.ids.device))
         below = self.below
         if below is not None:
-            hidden = hidden_of(below)
-            below = with_hidden(below, hidden[rows.to(hidden.device), : batch.ids.shape[1]])
+            below = taken_rows(below, rows, batch.ids.shape[1])
         chosen = {name: getattr(self, name)[rows.to(self.owner.device)] for name in ("owner", "lookup", "wanted")}
         return replace(self, batch=batch, below=below, **chosen)
 
@@ -130,24 +129,42 @@ class KLPrompts:
         return logits.to(delta.device, torch.float32).log_softmax(-1)
 
 
-def gather(site: Site, requests: Sequence[Request]) -> tuple[PromptRows, PromptRows, Tensor]:
+def gather(site: Site, requests: Sequence[Request]) -> tuple[tuple[PromptRows, ...], PromptRows, Tensor]:
     """Returns the rows with targets, the KL prompts, and the hidden states at the edited tokens.
 
     Args:
         site: the edited hidden state.
-        requests: the batch.
+        requests: the batch; all have the same number of contexts.
 
     Returns:
-        Rows with targets in the order of the requests, the bare prompt of a request first; KL prompts; and states
+        Parts of the rows with targets, in the order of the requests: the first without chat, the bare prompt of a
+        request first, and one for each form in a chat, since these rows are longer; the KL prompts; and states
         `[n, contexts, d]`, float32.
     """
-    contexts = [(i, row) for i, request in enumerate(requests) for row in request.contexts]
+    chat = requests[0].chat
+    plain = len(requests[0].contexts) - chat
+    contexts = [(i, row) for i, request in enumerate(requests) for row in request.contexts[:plain]]
     prompts = [(i, row) for i, request in enumerate(requests) for row in request.kl]
+    targets, kl = _captured(site, [contexts, prompts])
+    parts = [targets]
+    for at in range(plain, plain + chat):
+        parts += _captured(site, [[(i, request.contexts[at]) for i, request in enumerate(requests)]])
+    found = []
+    for rows, states in parts:
+        every = torch.arange(len(rows.owner), device=states.device)
+        found.append(states[every, rows.lookup].float().unflatten(0, (len(requests), -1)))
+    return tuple(rows for rows, _ in parts), kl[0], torch.cat(found, dim=1)
+
+
+def _captured(site: Site, lists: Sequence[Sequence[tuple[int, Row]]]) -> list[tuple[PromptRows, Tensor]]:
+    """Runs lists of (request, row) up to the site in one batch; returns the rows and hidden states of each list."""
     # The last target token is predicted but never read.
-    texts = [replace(row, ids=row.ids[:-1]) for _, row in contexts] + [row for _, row in prompts]
+    texts = [replace(row, ids=row.ids[:-1]) if row.target else row for listed in lists for _, row in listed]
     batch = site.batch(texts)
-    parts = []
-    for listed, of in ((contexts, range(len(contexts))), (prompts, range(len(contexts), len(texts)))):
+    parts, first = [], 0
+    for listed in lists:
+        of = range(first, first + len(listed))
+        first += len(listed)
         part = batch.taken(torch.tensor(of, dtype=torch.long, device=batch.ids.device))
         seen = site.capture(part) if len(of) else SiteState(None, torch.zeros(0, device=batch.ids.device))
         device = seen.state.device
@@ -160,23 +177,27 @@ def gather(site: Site, requests: Sequence[Request]) -> tuple[PromptRows, PromptR
                 wanted[at, row.prompt_length - 1 - cut : len(row.ids) - 1 - cut] = torch.tensor(row.target)
         rows = PromptRows(part, seen.below, owner.to(device), lookup.to(device), wanted.to(device))
         parts.append((rows, seen.state))
-    (targets, states), (kl, _) = parts
-    every = torch.arange(len(contexts), device=states.device)
-    return targets, kl, states[every, targets.lookup].float().unflatten(0, (len(requests), -1))
+    return parts
 
 
-def evaluate_fit(forward: Forward, rows: PromptRows, delta: Tensor, count: int) -> Fit:
+def evaluate_fit(forward: Forward, parts: Sequence[PromptRows], delta: Tensor, count: int) -> Fit:
     """Runs the layers above the edited hidden state on the rows with targets.
 
     Args:
         forward: runs these layers.
-        rows: rows with targets.
+        parts: rows with targets, see `gather`.
         delta: change of each request `[count, d]`.
         count: number of requests.
     """
-    row, at = (rows.wanted >= 0).nonzero(as_tuple=True)
-    logits = forward(rows.batch, rows.below, rows.lookup, delta[rows.owner], row, at)
-    return fit_of_logits(logits.to(delta.device), row, rows.wanted[row, at], rows.owner, count)
+    found, rows, wanted, first = [], [], [], 0
+    for part in parts:
+        row, at = (part.wanted >= 0).nonzero(as_tuple=True)
+        found.append(forward(part.batch, part.below, part.lookup, delta[part.owner], row, at).to(delta.device))
+        rows.append(row + first)
+        wanted.append(part.wanted[row, at])
+        first += len(part.owner)
+    owner = torch.cat([part.owner for part in parts])
+    return fit_of_logits(torch.cat(found), torch.cat(rows), torch.cat(wanted), owner, count)
 
 
 def fit_of_logits(logits: Tensor, row: Tensor, wanted: Tensor, owner: Tensor, count: int) -> Fit:
@@ -198,7 +219,8 @@ def fit_of_logits(logits: Tensor, row: Tensor, wanted: Tensor, owner: Tensor, co
         ahead = (scores > -token_nll[:, None]) | ((scores == -token_nll[:, None]) & _before(wanted, scores.shape[1]))
         rank = torch.ones(count, dtype=torch.long, device=scores.device)
         rank = rank.scatter_reduce(0, owner[row], ahead.sum(-1) + 1, "amax")
-        first = torch.searchsorted(owner[row], torch.arange(count, device=row.device)).clamp_max(len(row) - 1)
+        own = owner[row]
+        first = (own[:, None] == torch.arange(count, device=row.device)).int().argmax(0)
         top = scores[first].argmax(-1)
     return Fit(mean_by(owner, row_nll, count), worst, rank, top)
 

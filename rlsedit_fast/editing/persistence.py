@@ -18,11 +18,12 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.rows import EditRows
-from rlsedit_fast.editing.stored_priors import about_prior, moment_tensors
+from rlsedit_fast.editing.stored_priors import about_prior, prior_tensors
 from rlsedit_fast.editing.stored_rows import encode_rows
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
@@ -227,6 +228,7 @@ class Recorder:
         )
         # A mixture of experts is restored from its rows: its state is a function of them.
         self._snapshots = all(p.layout is None for p in projections)
+        self.held_out: HeldOut | None = None  # measured in snapshots
         self._start: Change | None = None
         self._about: dict[str, Any] | None = None
         self._held: list[Change] | None = None
@@ -243,6 +245,7 @@ class Recorder:
         protected: Sequence[Sequence[EditRows]],
         prompts: Sequence[str],
         norms: Sequence[Mapping[str, Any]],
+        held_out: HeldOut | None,
     ) -> None:
         """Sets the start of the store, which is written with the first change.
 
@@ -251,16 +254,20 @@ class Recorder:
             protected: protected rows of each call of `Editor.protect`.
             prompts: the protected prompts.
             norms: norms of each layer, see `status.Norms`.
+            held_out: held-out tokens of the anchors; None without them.
         """
         about = {
             "priors": [about_prior(prior) for prior in priors],
             "protected": [[row.weight for row in rows] for rows in protected],
             "prompts": list(prompts),
             "norms": list(norms),
+            "held_out": held_out.about() if held_out else None,
         }
-        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in moment_tensors(prior, i).items()}
+        tensors = {name: tensor for i, prior in enumerate(priors) for name, tensor in prior_tensors(prior, i).items()}
         for at, rows in enumerate(protected):
             tensors |= encode_rows(rows, f"protected.{at}.")
+        tensors |= held_out.tensors() if held_out else {}
+        self.held_out = held_out
         self._start = Change(START, about, tensors)
 
     def discard_start(self) -> None:
@@ -406,13 +413,14 @@ class Recorder:
     def snapshot(self, layers: EditedLayers) -> None:
         """Writes a snapshot."""
         about, tensors = [], dict[str, Tensor]()
+        changes = self.held_out.changes(layers.states) if self.held_out else [None] * len(layers.states)
         for at, state in enumerate(layers.states):
             assert isinstance(state, RLSState)  # stores require the rule rls
             saved, health = state.saved(), state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does this.", state.name, health.advice)
             numbers = {name: getattr(saved, name) for name in _SAVED_NUMBERS}
-            about.append(numbers | {"monitor": asdict(health)})
+            about.append(numbers | {"monitor": asdict(health), "held_out": changes[at]})
             tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED_TENSORS}
         self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
 

@@ -24,7 +24,7 @@ from rlsedit_fast.editing.rows import goals_of_contexts, row_weights, rows_of_co
 from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.rls import BlockLayout, BlockMoment, BlockPrior, BlockTrialLayer, Prior, TrialLayer
+from rlsedit_fast.rls import BlockLayout, BlockMoment, BlockPrior, BlockTrialLayer, Prior, Route, TrialLayer
 from rlsedit_fast.rls.shares import memit_share, realized_fraction
 from rlsedit_fast.statistics.key_statistics import Moment
 
@@ -105,23 +105,34 @@ def tabulate(
     config: EditConfig, moments: Sequence[Moment] | None, pilot: Pilot, adherences: Sequence[float]
 ) -> list[Tradeoff]:
     """Returns the priors that `choose_priors` gives for each adherence, and their effect on the pilot."""
-    rows = []
-    for adherence in adherences:
-        changed = config.replace(prior={"adherence": adherence})
-        priors = choose_priors(changed, moments, [layer.layout for layer in pilot.layers], pilot)
-        mu = priors[0].mu or priors[0].lam
-        trial = pilot.trial(mu, [(prior.lam / mu) ** 2 for prior in priors] if priors[0].mu else None)
-        lams, mus = [prior.lam for prior in priors], [prior.mu for prior in priors]
-        rows.append(Tradeoff(adherence, lams, mus, trial.realized, trial.leakage))
-    return rows
+    return [try_adherence(config, moments, pilot, adherence)[0] for adherence in adherences]
+
+
+def try_adherence(
+    config: EditConfig, moments: Sequence[Moment] | None, pilot: Pilot, adherence: float
+) -> tuple[Tradeoff, list[Prior | BlockPrior], list[Route]]:
+    """Returns the priors that `choose_priors` gives for an adherence, their effect on the pilot, and the routes."""
+    changed = config.replace(prior={"adherence": adherence})
+    priors = choose_priors(changed, moments, [layer.layout for layer in pilot.layers], pilot)
+    mu = priors[0].mu or priors[0].lam
+    trial = pilot.trial(mu, [(prior.lam / mu) ** 2 for prior in priors] if priors[0].mu else None)
+    lams, mus = [prior.lam for prior in priors], [prior.mu for prior in priors]
+    return Tradeoff(adherence, lams, mus, trial.realized, trial.leakage), priors, trial.routes
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Measurements of a pilot that was written and restored; see `Tradeoff`."""
+    """Measurements of a pilot that was written and restored; see `Tradeoff`.
+
+    Attributes:
+        realized: see `Tradeoff`.
+        leakage: see `Tradeoff`.
+        routes: how the output of each layer reached the edited hidden state.
+    """
 
     realized: float
     leakage: list[float]
+    routes: list[Route]
 
 
 class Pilot:
@@ -132,6 +143,10 @@ class Pilot:
         moments: moment of the anchors per layer; None without anchors, in which case `mu` stands for lam.
         requests: the pilot, at least one request.
         values: values of the requests.
+
+    Attributes:
+        layers: the edited projections.
+        changes: target changes of the requests, `[n, d]`; a zero change is replaced by a random one.
     """
 
     def __init__(
@@ -147,6 +162,7 @@ class Pilot:
             None if p.layout else torch.eye(p.key_width, device=p.device) for p in self.layers
         ]
         values = replace(values, delta=_changes(values.delta))
+        self.changes = values.delta
         self._norms = values.delta.norm(dim=1)
         self._goal = values.goal
         self._keys, now = request_keys(context.decoder, self.layers, requests, output_of=context.site.module)
@@ -192,7 +208,7 @@ class Pilot:
             ridges: `(lam / mu)^2` per layer; by default those of the settings.
         """
         layers, noise = self._under(ridges), mu * mu / self._weights
-        leakage, left = [], torch.zeros(0)
+        leakage, left, added, gaps = [], torch.zeros(0), list[Tensor](), list[Tensor]()
         total = float(self._norms.norm())
         with self._restored():
             for at, layer in enumerate(layers):
@@ -204,9 +220,13 @@ class Pilot:
                 self.layers[at].add(panel.change(shared))
                 # The output of the last layer at the edited token is the edited hidden state itself.
                 bare = rows_of_contexts(keys, self._key_rows)[:: self._rows]
-                left = missing[:: self._rows] - panel.outputs(bare, shared).to(missing)
+                added.append(panel.outputs(bare, shared).cpu())
+                gaps.append(missing[:: self._rows].cpu())
+                left = missing[:: self._rows] - added[-1].to(missing)
         realized = float(realized_fraction(left, self._norms.to(left)).mean())
-        return Trial(realized, leakage)
+        gaps.append(left.cpu())
+        routes = [Route.of(one, before - after) for one, before, after in zip(added, gaps, gaps[1:], strict=False)]
+        return Trial(realized, leakage, routes)
 
     def _first_guess(self, adherence: float) -> tuple[float, float]:
         """Returns the mu at which the closed form gives the adherence, or almost the maximum; and that fraction."""

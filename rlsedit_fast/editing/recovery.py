@@ -13,6 +13,7 @@ from torch import Tensor
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.persistence import (
@@ -151,6 +152,7 @@ def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> C
                     terms=progress.trace[-1].terms[at],
                     residual=seen["monitor"]["residual"] if seen else None,
                     advice=seen["monitor"]["advice"] if seen and seen["monitor"]["needs_refresh"] else None,
+                    held_out=seen.get("held_out") if seen else None,
                 )
             )
         anchored = any(prior["mu"] for entry in store.entries[:1] for prior in entry.about["priors"])
@@ -167,7 +169,9 @@ def read_contents(directory: str | Path, *, budget: float = DEFAULT_BUDGET) -> C
         return Contents(about, ledger.records, edits, progress.protected, progress.trace, status)
 
 
-def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> EditedLayers | None:
+def recover(
+    store: Store, context: ModelContext, ledger: Ledger, progress: Progress
+) -> tuple[EditedLayers | None, HeldOut | None]:
     """Restores the state of a store: the newest intact snapshot, and the changes after it.
 
     The edited weights of the model are the original ones; they are restored if this raises.
@@ -179,17 +183,18 @@ def recover(store: Store, context: ModelContext, ledger: Ledger, progress: Progr
         progress: empty; receives the progress.
 
     Returns:
-        The layers; None if the store has no changes yet.
+        The layers, None if the store has no changes yet; and the held-out tokens of the anchors, None without them.
 
     Raises:
         StoreError: a required file is damaged or was not kept.
     """
     entries = _required(store.entries)
     if not entries:
-        return None
+        return None, None
     originals = [projection.copies() for projection in context.projections]
     try:
-        return _Recovery(store, context, ledger, progress).run(entries)
+        recovery = _Recovery(store, context, ledger, progress)
+        return recovery.run(entries), recovery.held_out
     except BaseException:
         for projection, original in zip(context.projections, originals, strict=True):
             projection.restore(original)
@@ -200,6 +205,7 @@ class _Recovery:
     def __init__(self, store: Store, context: ModelContext, ledger: Ledger, progress: Progress) -> None:
         self._store, self._config, self._ledger, self._progress = store, context.config, ledger, progress
         self._site, self._projections = context.site, context.projections
+        self.held_out: HeldOut | None = None
 
     def run(self, entries: Sequence[Entry]) -> EditedLayers:
         snapshot, tensors = next(self._store.snapshots(), (None, {}))
@@ -226,6 +232,8 @@ class _Recovery:
 
     def _start(self, entry: Entry, saved: Sequence[Saved] | None) -> EditedLayers:
         tensors = self._store.tensors(entry)
+        if about := entry.about.get("held_out"):
+            self.held_out = HeldOut.decode(about, tensors, self._projections)
         priors = [
             decode_prior(about, tensors, at, projection)
             for at, (about, projection) in enumerate(zip(entry.about["priors"], self._projections, strict=True))

@@ -37,6 +37,8 @@ class Refiner:
     def refine(self, ids: Sequence[int], *, measured: bool = False) -> None:
         """Refines active edits that the model does not state, for at most `EditConfig.refine` rounds.
 
+        With contexts in a chat, the edits must be stated there as well.
+
         Edits whose search did not reach rank 1 are not refined. If refining does not help, nothing changes.
 
         Args:
@@ -47,10 +49,11 @@ class Refiner:
         records = [one for one in ledger.get(ids) if one.state == "active" and one.search_rank == 1]
         ids, without_gain = [record.id for record in records], set[int]()
         for attempt in range(self._config.effective_refine if ids else 0):
-            if measured and not attempt:
+            requests = ledger.requests(ids)
+            if measured and not attempt and not requests[0].chat:
                 failed = [record.id for record in records if not record.success]
             else:  # all edits, since refining some of them changes others
-                ranks = self._session.measurement.ranks(ledger.requests(ids)).rank.tolist()
+                ranks = self._session.measurement.ranks_everywhere(requests).rank.tolist()
                 failed = [i for i, rank in zip(ids, ranks, strict=True) if rank > 1 and i not in without_gain]
             if not failed:
                 return
@@ -91,17 +94,19 @@ class Refiner:
         """Searches active edits again in the edited model and moves their values by the difference.
 
         Returns:
-            False if neither more edits are stated nor their mean NLL is lower; nothing was modified.
+            False if neither more edits are stated, at the bare prompt and in a chat, nor their mean NLL is lower, or
+            if fewer are stated at the bare prompt; nothing was modified.
         """
         session = self._session
         assert session.layers is not None
         requests, rows = session.ledger.requests(ids), session.ledger.rows(ids)
-        before = session.measurement.ranks(requests)
+        before, everywhere = session.measurement.ranks(requests), session.measurement.ranks_everywhere(requests)
         with session.transaction(f"refining {len(ids)} edits", "decrease batch_size") as transaction:
             values = self._finder.find(requests)
             moved = session.layers.move_values(requests, rows, values, self._config.effective_rows, _FRACTION)
             after = session.measurement.ranks(requests)
-            if not _is_better(before, after):
+            lost = int((after.rank == 1).sum()) < int((before.rank == 1).sum())
+            if lost or not _is_better(everywhere, session.measurement.ranks_everywhere(requests)):
                 return False
             records = self._with_answers(_updated(session.ledger.get(ids), after))
             session.revise(transaction, records, dict(zip(ids, moved, strict=True)))

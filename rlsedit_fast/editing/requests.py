@@ -35,6 +35,7 @@ class Request:
         prompt_key: normalized filled prompt; equal for edits with the same prompt.
         subject_key: normalized subject; equal for edits that share a value. None if the edited token does not belong to
             the subject, so that edits of one subject have different keys.
+        chat: number of the last contexts that are in a chat.
     """
 
     edit: Edit
@@ -42,6 +43,7 @@ class Request:
     kl: tuple[Row, ...]
     prompt_key: str
     subject_key: str | None
+    chat: int = 0
 
 
 def prepare(
@@ -139,10 +141,15 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         encode_fact(tokenizer, edit, prefix=prefix, fact_token=config.fact_token, span=edit.span)
         for prefix in config.contexts.prefixes
     )
-    contexts += tuple(
-        encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span)
-        for form in config.contexts.chat or ()
-    )
+    forms = config.contexts.chat or ()
+    try:
+        contexts += tuple(
+            encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span) for form in forms
+        )
+    except RequestError as error:
+        raise RequestError(
+            f"in a chat: {error}; correct it, or set contexts.chat to () to edit without a chat"
+        ) from error
     kl = tuple(
         encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token)
         for prompt in config.search.effective_kl_prompts
@@ -154,7 +161,7 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
             f"{width} tokens with its context, and the model supports {longest}; shorten the prompt or the prefixes, "
             "or set contexts.chat to ()"
         )
-    return Request(edit, contexts, kl, prompt_key(edit), subject_key(edit, config))
+    return Request(edit, contexts, kl, prompt_key(edit), subject_key(edit, config), len(forms))
 
 
 def _check_characters(field: str, text: str) -> None:

@@ -11,6 +11,7 @@ from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
 from rlsedit_fast.editing.context import ModelContext
+from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement
@@ -21,6 +22,7 @@ from rlsedit_fast.editing.protection import Protection
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
 from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
+from rlsedit_fast.editing.remaining import continued_by_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
@@ -52,6 +54,8 @@ class EditSession:
         layers: the edited layers; None until the priors are set.
         norms: norms of each layer; empty until the priors are set.
         moments: moments of the anchors per layer; None without anchors.
+        held_out_moments: number of held-out tokens of the anchors and their moments per layer; None without them.
+        held_out: the held-out tokens, when the priors are set; None without them.
         measurement: measures edits in the present model.
         finder: searches values.
         refiner: refines edits that the model does not state.
@@ -64,6 +68,8 @@ class EditSession:
         self.layers: EditedLayers | None = None
         self.norms: list[Norms] = []
         self.moments: list[Moment] | None = None
+        self.held_out_moments: tuple[int, list[Moment]] | None = None
+        self.held_out: HeldOut | None = None
         self.waiting: list[Protection] = []
         self.config = context.config
         self._context, self._recorder = context, recorder
@@ -101,7 +107,8 @@ class EditSession:
         """
         if self._recorder:
             store = self._recorder.store
-            self.layers = recover(store, self._context, self.ledger, self.progress)
+            self.layers, self.held_out = recover(store, self._context, self.ledger, self.progress)
+            self._recorder.held_out = self.held_out
             self.norms = [Norms(**norms) for entry in store.entries[:1] for norms in entry.about["norms"]]
 
     def pilot(self, requests: Sequence[Request]) -> Pilot:
@@ -158,8 +165,12 @@ class EditSession:
             layers.reset_weights()
             raise
         self.norms = [Norms.of(state.originals(), state.prior) for state in layers.states]
+        if self.held_out_moments:
+            tokens, moments = self.held_out_moments
+            self.held_out = HeldOut.of(moments, tokens, [state.originals() for state in layers.states])
         if self._recorder:
-            self._recorder.begin(priors, protected, prompts, [asdict(norms) for norms in self.norms])
+            norms = [asdict(norms) for norms in self.norms]
+            self._recorder.begin(priors, protected, prompts, norms, self.held_out)
         self.layers, self.progress.protected = layers, prompts
 
     def write_start(self) -> None:
@@ -179,7 +190,7 @@ class EditSession:
         """Discards priors and states; the session is not started, and the model has its original weights."""
         if self.layers is not None and not all(protection.keeps_outputs for protection in self.waiting):
             self.layers.reset_weights()
-        self.layers, self.norms, self.progress.protected = None, [], []
+        self.layers, self.norms, self.progress.protected, self.held_out = None, [], [], None
         if self._recorder:
             self._recorder.discard_start()
 
@@ -317,12 +328,13 @@ class EditSession:
         return assess(
             self.ledger.records,
             self.progress.trace,
-            layer_statuses(self.edited, self.norms),
+            layer_statuses(self.edited, self.norms, self.held_out),
             batches=self.progress.batches,
             adherence=self._adherence(),
             budget=budget,
             sizes=self._recorder.store.sizes() if self._recorder else {},
             sample=self.measurement.sample(self.ledger, self.layers, sample) if sample and self.layers else None,
+            continued=continued_by_keys(self.edited, self.ledger, self.config),
         )
 
     def transaction(self, action: str, hint: str) -> Transaction:

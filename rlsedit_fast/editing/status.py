@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.editing.config import EditConfig
+from rlsedit_fast.editing.held_out import HeldOut, output_energy
 from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior, Terms
-from rlsedit_fast.rls.prior import chunks
 
 if TYPE_CHECKING:
     from rlsedit_fast.editing.layers import EditedLayers
@@ -31,7 +31,10 @@ SAMPLED = 32
 RECENT = 100
 """Number of active edits that count as recent."""
 
-_FITTED_POINTS = 100
+IDENTIFIED = 1000
+"""Number of edits whose keys show which directions new keys have; a hundred do not."""
+
+_FITTED_POINTS = 10
 _FEW_LEFT = 0.1  # relative to the number of active edits
 _FALLEN_SHORT = 0.1  # below the adherence
 _TOO_MANY_SHORT = 0.2  # fraction of recent edits
@@ -60,15 +63,9 @@ class Norms:
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
             return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
         (original,) = originals
-        weight, anchors = original.float(), None
-        if (moment := prior.anchor_moment) is not None:
-            energy, start = 0.0, 0
-            for part in chunks(moment, original.device):
-                rows = part.float()
-                energy += float(((rows @ weight.T).T * weight[:, start : start + len(rows)]).double().sum())
-                start += len(rows)
-            anchors = math.sqrt(max(energy, 0.0))
-        return cls(float(torch.linalg.vector_norm(weight)), anchors)
+        moment = prior.anchor_moment
+        anchors = None if moment is None else math.sqrt(output_energy(original, moment))
+        return cls(float(torch.linalg.vector_norm(original.float())), anchors)
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,8 @@ class LayerStatus:
         advice: what to do about the drift; None if nothing.
         anchors: what `anchors_bound` bounds, exact (of a mixture of experts a tighter bound); None if it is not known.
         misfit: the part of `J` that the misfit of the edits is; the prior is the rest. None if it is not known.
+        held_out: `||K (W - W0)^T||_F / ||K W0^T||_F` over held-out tokens of the anchor text, measured, see
+            `HeldOut.changes`; None without such tokens, or if it was not measured.
     """
 
     layer: int
@@ -111,6 +110,7 @@ class LayerStatus:
     advice: str | None
     anchors: float | None = None
     misfit: float | None = None
+    held_out: float | None = None
 
     @classmethod
     def of(
@@ -124,6 +124,7 @@ class LayerStatus:
         terms: Terms | None,
         residual: float | None,
         advice: str | None,
+        held_out: float | None = None,
     ) -> LayerStatus:
         """Returns the status from the prior, `J` and its terms of a layer."""
         root = math.sqrt(objective)
@@ -138,6 +139,7 @@ class LayerStatus:
             advice=advice,
             anchors=anchored / norms.anchors if anchored is not None and norms.anchors else None,
             misfit=fits**2 / objective if fits is not None and objective else None,
+            held_out=held_out,
         )
 
     @property
@@ -193,8 +195,9 @@ class Status:
         budget: allowed relative change of the outputs on the anchors, or of the weights without anchors.
         spent: change of the layer with the largest one, relative to the budget: exact if it is known, otherwise its
             bound.
-        edits_left: number of edits until the change of the first layer reaches the budget, by a line fitted to recent
-            values of its square; None if there are too few values or they do not increase.
+        edits_left: estimate of the number of edits until the change of a layer reaches the budget; None if there are
+            too few edits, or the change does not increase.
+        edits_left_basis: what the estimate is based on, and how uncertain it is; None without an estimate.
         sample: some edits measured in the present model; None if they were not measured.
         sizes: bytes of the store, by part; empty without a store.
         warnings: problems, and what to do about them.
@@ -219,15 +222,19 @@ class Status:
     budget: float
     spent: float
     edits_left: int | None
+    edits_left_basis: str | None = None
     sample: Sample | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
-def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms]) -> list[LayerStatus]:
+def layer_statuses(
+    edited: Sequence[tuple[Projection, LayerState]], norms: Sequence[Norms], held_out: HeldOut | None
+) -> list[LayerStatus]:
     """Measures edited layers and returns their status; reads C of each layer once."""
     found = []
-    for (projection, state), norm in zip(edited, norms, strict=True):
+    changes = held_out.changes([state for _, state in edited]) if held_out and edited else [None] * len(edited)
+    for (projection, state), norm, change in zip(edited, norms, changes, strict=True):
         health = state.monitor()
         found.append(
             LayerStatus.of(
@@ -239,6 +246,7 @@ def layer_statuses(edited: Sequence[tuple[Projection, LayerState]], norms: Seque
                 terms=state.terms(),
                 residual=health.residual,
                 advice=health.advice if health.needs_refresh else None,
+                held_out=change,
             )
         )
     return found
@@ -266,6 +274,7 @@ def assess(
     budget: float,
     sizes: dict[str, int],
     sample: Sample | None = None,
+    continued: Continued | None = None,
 ) -> Status:
     """Returns the status of a stream.
 
@@ -278,6 +287,7 @@ def assess(
         budget: above 0.
         sizes: sizes of the store.
         sample: see `Status`.
+        continued: continues the recursion of a layer from its keys, if they are known.
 
     Raises:
         InputError: the budget is not above 0.
@@ -290,8 +300,7 @@ def assess(
     success = sum(r.success for r in recent) / len(recent) if recent else None
     converged = sum(r.search_converged for r in recent) / len(recent) if recent else None
     spent = [layer.change / budget for layer in layers]
-    left = [edits_left(trace, at, layer, budget) for at, layer in enumerate(layers)]
-    known = [count for count in left if count is not None]
+    left, basis = _edits_left(trace, layers, budget, continued)
     status = Status(
         edits={state: counts[state] for state in ("active", "undone", "replaced", "skipped")},
         batches=batches,
@@ -302,7 +311,8 @@ def assess(
         layers=list(layers),
         budget=budget,
         spent=max(spent, default=0.0),
-        edits_left=min(known) if known else None,
+        edits_left=left,
+        edits_left_basis=basis,
         sample=sample,
         sizes=sizes,
     )
@@ -316,8 +326,38 @@ def calibrated_adherence(config: EditConfig, *, anchored: bool) -> float | None:
     return config.prior.adherence if given is None else None
 
 
-def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> int | None:
-    """Returns the number of edits until the change of a layer reaches the budget.
+Continued = Callable[[int, float], tuple[int, int] | None]
+"""Returns, for the index of a layer and a growth, the result of `rls.continuation.edits_until` and the number of edits
+whose keys it is based on; None if there are too few."""
+
+
+def _edits_left(
+    trace: Sequence[Point], layers: Sequence[LayerStatus], budget: float, continued: Continued | None
+) -> tuple[int | None, str | None]:
+    """Returns the number of edits until the change of the first layer reaches the budget, and its basis.
+
+    The layer is the one with the fewest edits left by a line. The line and the recursion that is continued from the
+    keys of this layer are two estimates; the smaller one is returned, and the basis states both.
+    """
+    if any(layer.change >= budget for layer in layers):
+        return 0, "the budget is used up"
+    growths = [(growth, at) for at, one in enumerate(layers) if (growth := edits_by_line(trace, at, one, budget))]
+    if not growths:
+        return None, None
+    growth, at = min(growths)
+    if continued is None or (found := continued(at, growth)) is None:
+        return int(growth), "a line through the recorded squares of the change, which may be wrong by a factor"
+    count, known = found
+    low, high = sorted((int(growth), count))
+    rough = "" if known >= IDENTIFIED else f"; fewer than {IDENTIFIED} edits do not show which directions new keys have"
+    return low, (
+        f"two estimates, {low} to {high} edits: a line through the recorded squares of the change gives {int(growth)}, "
+        f"and the recursion continued with keys like those of {known} edits {count}{rough}"
+    )
+
+
+def edits_by_line(trace: Sequence[Point], at: int, layer: LayerStatus, budget: float) -> float | None:
+    """Returns the number of edits until the change of a layer reaches the budget if it grows as at present.
 
     It does when its square has grown by `(budget / change)^2`. The growth is extrapolated by a least-squares line
     through recent squares over the number of edits.
@@ -325,13 +365,14 @@ def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: floa
     Args:
         trace: recent values of the objective.
         at: index of the layer in the values.
-        layer: status of the layer.
+        layer: status of the layer, whose change is below the budget.
         budget: above 0.
+
+    Returns:
+        The number; None if there are too few values, or they do not increase.
     """
     points = [(point.edits, _spent_energy(point, at, layer)) for point in trace][-_FITTED_POINTS:]
     reached = layer.change
-    if reached >= budget:
-        return 0
     if len({edits for edits, _ in points}) < 2 or not reached:
         return None
     mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
@@ -339,7 +380,7 @@ def edits_left(trace: Sequence[Point], at: int, layer: LayerStatus, budget: floa
     slope = sum((edits - mean[0]) * (objective - mean[1]) for edits, objective in points) / spread
     if slope <= 0:
         return None
-    return int(points[-1][1] * ((budget / reached) ** 2 - 1) / slope)
+    return points[-1][1] * ((budget / reached) ** 2 - 1) / slope
 
 
 def _spent_energy(point: Point, at: int, layer: LayerStatus) -> float:

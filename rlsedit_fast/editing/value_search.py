@@ -135,7 +135,7 @@ def search_values(
             searched = active[group]
             (nll_gradient,) = torch.autograd.grad(fit.nll[searched].sum(), delta)
             if bool(done.any()):
-                rows = rows.of(searched)
+                rows = tuple(part.of(searched) for part in rows)
                 kl_prompts.keep(searched)
             if step and kl is None and optimizer.needs_kl(step):
                 kl = kl_prompts.divergence(delta[group], top)
@@ -222,7 +222,7 @@ def requests_within(site: Site, requests: Sequence[Request], memory: int) -> int
         kl_prompts.divergence(delta.detach(), top)
         fit = _kept_bytes(lambda: evaluate_fit(forward, rows, delta, 1).nll, weights)
         divergence = _kept_bytes(lambda: kl_prompts.divergence(delta, top), weights)
-    each = max(fit, divergence) + _row_bytes(rows) + _row_bytes(kl_rows)
+    each = max(fit, divergence) + sum(map(_row_bytes, (*rows, kl_rows)))
     return max(1, int(memory / (_PEAK * each)))
 
 

@@ -8,6 +8,7 @@ files.
 
 from rlsedit_fast.evaluation.ages import AGE
 from rlsedit_fast.evaluation.cases import Case, MultiHop, Question, edited_twice, related_cases, world_cases
+from rlsedit_fast.evaluation.chat import ANSWER_TOKENS, ChatOutcome, chat_neighbors, contains_answer, evaluate_chat
 from rlsedit_fast.evaluation.consistency import TextSimilarity
 from rlsedit_fast.evaluation.datasets import counterfact_cases, counterfact_record, zsre_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
@@ -31,6 +32,7 @@ from rlsedit_fast.evaluation.metrics import Metric, Report, evaluate, harmonic_m
 from rlsedit_fast.evaluation.mquake import mquake_cases
 from rlsedit_fast.evaluation.outcome import CollectedAnswers, Outcome, Share, collect_answers, compute_outcome
 from rlsedit_fast.evaluation.plan import Plan
+from rlsedit_fast.evaluation.relations import RelationQuestions, questions_about, relation_questions, subject_of
 from rlsedit_fast.evaluation.runs import Job, load_result, result_path, run_jobs, value
 from rlsedit_fast.evaluation.scoring import Score, score
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
@@ -39,10 +41,12 @@ from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task, read_
 
 __all__ = [
     "AGE",
+    "ANSWER_TOKENS",
     "CONFIG",
     "DEMO",
     "BoundGates",
     "Case",
+    "ChatOutcome",
     "CollectedAnswers",
     "GateReport",
     "GateResult",
@@ -57,6 +61,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Question",
+    "RelationQuestions",
     "Report",
     "Score",
     "Share",
@@ -68,15 +73,18 @@ __all__ = [
     "Trial",
     "Trials",
     "anchor_texts",
+    "chat_neighbors",
     "choose",
     "collect_answers",
     "compare",
     "compute_outcome",
+    "contains_answer",
     "continuations",
     "counterfact_cases",
     "counterfact_record",
     "edited_twice",
     "evaluate",
+    "evaluate_chat",
     "evaluate_task",
     "free_accuracy",
     "generic_edits",
@@ -89,8 +97,10 @@ __all__ = [
     "n_gram_entropy",
     "over_seeds",
     "pareto",
+    "questions_about",
     "read_task",
     "related_cases",
+    "relation_questions",
     "result_path",
     "run_jobs",
     "running_text",
@@ -99,6 +109,7 @@ __all__ = [
     "search_layers",
     "single_layers",
     "spread",
+    "subject_of",
     "value",
     "windows",
     "world_cases",

@@ -80,6 +80,7 @@ class Case:
         multihop: questions whose answers follow from this edit and from earlier ones.
         generation: prompts for texts about the subject.
         references: texts about other subjects that have the new answer.
+        asked: questions for a chat, in words that are not used for editing; their answers should contain the target.
         held_out: further neighborhood (or rebuilt) prompts that are not evaluated. An editor may protect them, so that
             the evaluated prompts show whether protection generalizes.
 
@@ -108,6 +109,7 @@ class Case:
     multihop: tuple[MultiHop, ...] = ()
     generation: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     held_out: tuple[Question, ...] = ()
 
 

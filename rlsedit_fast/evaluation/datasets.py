@@ -12,6 +12,7 @@ from typing import Any
 from rlsedit_fast.data import Edit
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import Case, Question
+from rlsedit_fast.evaluation.relations import questions_about
 from rlsedit_fast.files import read_json
 
 REBUILT = 5
@@ -131,6 +132,7 @@ def zsre_cases(path: Path, count: int, *, seed: int = 0) -> list[Case]:
                     (Question(record["loc"], record["loc_ans"]),),
                     (),
                     (),
+                    asked=(record["rephrase"],),
                 )
                 chosen.setdefault(subject, case)
         except (KeyError, IndexError, TypeError) as error:
@@ -237,6 +239,7 @@ def _counterfact(record: dict[str, Any], peers: dict[tuple[str, str], list[str]]
         (),
         (),
         rebuilt=rebuilt,
+        asked=questions_about(template, record["subject"], record["ids"][0]),
         held_out=held_out,
     )
 

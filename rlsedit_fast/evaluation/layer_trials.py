@@ -147,6 +147,7 @@ class Trials:
                 self.decoder.select(missing),
                 GivenTexts(self._anchors),
                 tokens=self._tokens,
+                held_out=0.0,
                 longest=max_tokens(self._model.config),
                 identity=self._identity,
             )
@@ -172,7 +173,7 @@ class Trials:
             self.collect_for(missing | set(editor.layers))
         moments = {layer: self._statistics[layer] for layer in editor.layers}
         editor.anchor(KeyStatistics(moments, self.anchor_tokens, self._identity, "texts of a trial"))
-        with _restored(editor.context.projections):
+        with restored(editor.context.projections):
             with warnings_silenced("rlsedit_fast.editing"):  # about failed edits, which the trials count
                 records = editor.edit(self._edits)
             answers = collect_answers(self._model, self._tokenizer, self._edits)
@@ -228,7 +229,7 @@ def _figures(edits: Sequence[Edit], answers: CollectedAnswers, before: Collected
 
 
 @contextmanager
-def _restored(projections: Sequence[Projection]) -> Iterator[None]:
+def restored(projections: Sequence[Projection]) -> Iterator[None]:
     """Restores the weights after the context, bit for bit."""
     originals = [projection.copies() for projection in projections]
     try:

@@ -246,9 +246,10 @@ def search_layers(
     editor.context.prepare(edits)  # raises an error for invalid edits
     base = editor.config.replace(refine=0)
     trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=base, tokens=tokens)
-    depth = len(trials.decoder.blocks)
+    editable = trials.decoder.editable  # layers of a hybrid model without an MLP are not tried
+    depth = len(editable)
     default = editor.layers
-    singles = single_layers(depth, stride)
+    singles = [editable[at] for at in single_layers(depth, stride)]
     several = trials.divisible(singles[len(singles) // 2])
     expected = len(singles) + (1 + 2 * len(widths) if several else 3)
     finished, failed = list[Trial](), dict[tuple[int, ...], str]()
@@ -272,11 +273,12 @@ def search_layers(
     run_trials((layer,) for layer in singles)
     if not finished:
         raise InputError(f"no layer could be edited: {'; '.join(dict.fromkeys(failed.values()))}")
-    near = choose(finished)[0].layers[-1]
+    near = editable.index(choose(finished)[0].layers[-1])
     if several:
-        run_trials([default, *windows(near, depth, widths)])
+        run_trials([default, *(tuple(editable[at] for at in group) for group in windows(near, depth, widths))])
     else:
-        distance = max(1, (singles[1] - singles[0]) // 2) if len(singles) > 1 else 1
-        run_trials([default, *((layer,) for layer in (near - distance, near + distance) if 0 <= layer < depth - 1)])
+        step = editable.index(singles[1]) - editable.index(singles[0]) if len(singles) > 1 else 1
+        beside = (near - max(1, step // 2), near + max(1, step // 2))
+        run_trials([default, *((editable[at],) for at in beside if 0 <= at < depth - 1)])
     best, chosen = choose(finished)
     return LayerSearch(default, best.layers, chosen.layers, len(edits), trials.anchor_tokens, finished, failed)

@@ -139,7 +139,15 @@ def _read_one(record: Any, where: str) -> _Record:
             new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
             statement = prompt.replace("{}", subject)
             paraphrases = (Question(rewrite["question"], old),)
-            case = Case(Edit(prompt, subject, new), Question(statement, old), paraphrases, (), (), ())
+            case = Case(
+                Edit(prompt, subject, new),
+                Question(statement, old),
+                paraphrases,
+                (),
+                (),
+                (),
+                asked=tuple(one.prompt for one in paraphrases),
+            )
             usable &= new != old and prompt.count("{}") == 1 and edits.get(statement, case) == case
             edits[statement] = case
         required = {

@@ -26,6 +26,7 @@ from rlsedit_fast.editing import Editor, EditRecord
 from rlsedit_fast.errors import PriorError, UpdateError
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.cases import Case
+from rlsedit_fast.evaluation.chat import chat_neighbors, evaluate_chat
 from rlsedit_fast.evaluation.consistency import TextSimilarity, consistency
 from rlsedit_fast.evaluation.generation import fluency, free_accuracy, free_multihop
 from rlsedit_fast.evaluation.metrics import (
@@ -42,6 +43,7 @@ from rlsedit_fast.evaluation.plan import FORMAT, Plan, finished
 from rlsedit_fast.evaluation.stability import Stability, TextProbe
 from rlsedit_fast.evaluation.tasks import Item, TaskResult, evaluate_task
 from rlsedit_fast.files import written_whole
+from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import GivenTexts
 
@@ -168,6 +170,11 @@ def run(
         if task not in unedited.tasks:
             unedited.tasks[task] = evaluator.task(task)
         _enter_task(evaluator.enter, 0, task, unedited.tasks[task])
+    in_chat = _evenly_spaced([case for case in cases if id(case) not in replaced], plan.free)
+    chat_before: dict[str, int] | None = None
+    if supports_chat(tokenizer):
+        with phases("chat before", "prompt") as progress:
+            chat_before = chat_neighbors(model, tokenizer, in_chat, progress=progress)
     editor = Editor(model, tokenizer, config=plan.config)
     anchors = _anchor(editor, ground, plan.seed, unedited, phases)
     if plan.protected:
@@ -209,6 +216,9 @@ def run(
         _enter_ages(evaluator, applied, groups, cases, replaced)
     _enter_report(evaluator.enter, applied, "all", summarize(judged))
     _enter_free(evaluator, applied, _evenly_spaced(lasting, plan.free))
+    if chat_before is not None:
+        written = {id(case) for case in cases[:applied]}
+        _enter_chat(evaluator, applied, [case for case in in_chat if id(case) in written], chat_before)
     if superseded:
         old = [verdict for one in evaluator.judge(superseded) for verdict in one["efficacy"]]
         evaluator.enter(applied, "all", "superseded", "strict", sum(v.strict for v in old) / len(old), len(old))
@@ -429,6 +439,14 @@ def _enter_free(evaluator: _Evaluator, edits: int, cases: Sequence[Case]) -> Non
         with evaluator.phases("free answers", "prompt") as progress:
             correct = free_multihop(model, tokenizer, chains, known=known, progress=progress)
         evaluator.enter(edits, "all", "multihop", "free", sum(correct) / len(correct), len(correct))
+
+
+def _enter_chat(evaluator: _Evaluator, edits: int, cases: Sequence[Case], before: Mapping[str, int]) -> None:
+    """Evaluates cases in a chat."""
+    with evaluator.phases("chat", "prompt") as progress:
+        found = evaluate_chat(evaluator.model, evaluator.tokenizer, cases, before, progress=progress)
+    for metric, form, share in found.figures():
+        evaluator.enter(edits, "all", metric, form, share.count / share.of if share.of else None, share.of)
 
 
 def _enter_text(enter: Enter, edits: int, found: Stability) -> None:

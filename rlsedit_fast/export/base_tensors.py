@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def write_tensors_like(
         if not found.differing:
             continue
         if not found.exact:
-            written.others += [name for name in found.differing if name not in edits or not found.exact]
+            written.others += found.differing
         new = found.on_disk(held)
         if found.exact and found.rounded is not None:
             written.rounded = found.rounded
@@ -179,7 +179,7 @@ class _Compared:
             before = self.group.revert(_wide(self.originals)) if self.exact else None
         except (ModelError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UnlikeBaseError(str(error)) from error
-        new, change, error = {}, 0.0, 0.0
+        new, change, lost = {}, 0.0, 0.0
         for key, tensor in after.items():
             wanted = tensor.cpu()
             if before is not None:
@@ -192,8 +192,8 @@ class _Compared:
                     f"{key}: a weight is too large for {self.dtype}, the dtype of the base checkpoint",
                     hint="write the change as a delta or an adapter (--delta, --adapter)",
                 )
-            error += float((new[key].double() - wanted).square().sum())
-        self.norms[:] = [change**0.5, error**0.5]
+            lost += float((new[key].double() - wanted).square().sum())
+        self.norms[:] = [change**0.5, lost**0.5]
         return new
 
 
@@ -244,8 +244,9 @@ def _overwrite(path: Path, place: StoredTensor, tensor: Tensor) -> None:
         file.write(data)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor as an array, without a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _rewrite_torch_file(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:

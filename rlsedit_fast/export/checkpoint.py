@@ -112,7 +112,6 @@ def write_checkpoint(
         >>> report.tensors, report.reason
         ((), '')
     """
-    check_new(directory, overwrite=overwrite)
     place, found, reason = Path(directory), base, ""
     if base is None:
         try:
@@ -122,7 +121,7 @@ def write_checkpoint(
     if found is not None:
         _check_other_folder(place, found)
         try:
-            return _write_like(model, tokenizer, place, found, changes, card)
+            return _write_like(model, tokenizer, place, found, changes, card, overwrite=overwrite)
         except UnlikeBaseError as error:
             reason = f"the model is not like its base {str(found.folder)!r}: {error}"
     named = str(getattr(model, "name_or_path", "") or "")
@@ -130,6 +129,7 @@ def write_checkpoint(
     if note:
         logger.warning("%s: %s", directory, note)
     with written_folder(place) as folder:
+        check_new(place, overwrite=overwrite)
         with _generation_config_kept(model):
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -155,8 +155,8 @@ def base_of(model: PreTrainedModel, **options: Any) -> Checkpoint:
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
     if not name:
         raise InputError("the model does not name the checkpoint that it was loaded from")
-    revision = getattr(config, "_commit_hash", None)
-    return find_checkpoint(name, **{"revision": revision} | {key: one for key, one in options.items() if one})
+    given: dict[str, Any] = {"revision": getattr(config, "_commit_hash", None)}
+    return find_checkpoint(name, **given | {key: one for key, one in options.items() if one})
 
 
 def _write_like(
@@ -166,9 +166,12 @@ def _write_like(
     base: Checkpoint,
     changes: Sequence[WeightChange],
     card: str | None,
+    *,
+    overwrite: bool,
 ) -> CheckpointReport:
-    _check_same_config(model, base)
     with written_folder(place) as folder:
+        check_new(place, overwrite=overwrite)
+        _check_same_config(model, base)
         skipped = (folder, place)
         copied = copy_files(plain_files(base, skipped), base.folder, folder)
         copy_files(base.weights, base.folder, folder)

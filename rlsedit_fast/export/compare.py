@@ -94,8 +94,7 @@ def _same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
         return False
     for at in range(0, first.end - first.start, _PART):
         size = min(_PART, first.end - first.start - at)
-        parts = [np.fromfile(path, np.uint8, size, offset=first.start + at)]
-        parts.append(np.fromfile(path_after, np.uint8, size, offset=second.start + at))
-        if not np.array_equal(*parts):
+        part = np.fromfile(path, np.uint8, size, offset=first.start + at)
+        if not np.array_equal(part, np.fromfile(path_after, np.uint8, size, offset=second.start + at)):
             return False
     return True

@@ -14,6 +14,7 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, linear_weight
 from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.fingerprint import digest, fingerprint, identify
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def apply_and_compare(model: PreTrainedModel, path: str | Path) -> tuple[DeltaRe
     with open_tensors(Path(path), KIND, _ADVICE) as opened:
         about = opened.about
         _check_whole(path, opened)
+        model = unwrapped(model)
         if (found := fingerprint(model)) != about["base_fingerprint"]:
             raise InputError(
                 f"{str(path)!r} belongs to the base model with the fingerprint {about['base_fingerprint'][:12]}, and "

@@ -120,7 +120,7 @@ class _Rules:
             return sorted(keys)
         return sorted(keys, key=dot_natural_key)
 
-    def rename(self, key: str, state: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    def rename(self, key: str, state: dict[str, Tensor]) -> tuple[str, str | None]:
         """Returns the name in the model, and the pattern of the rule if the layout differs."""
         prefix = self.model.base_model_prefix
         try:
@@ -134,7 +134,7 @@ class _Rules:
                 return plain, None
         return name, pattern
 
-    def _rename_before_5(self, key: str, state: Mapping[str, Tensor]) -> str:
+    def _rename_before_5(self, key: str, state: dict[str, Tensor]) -> str:
         for pattern, new in (getattr(self.model, "_checkpoint_conversion_mapping", None) or {}).items():
             renamed, count = re.subn(pattern, new, key)
             if count:
@@ -143,7 +143,7 @@ class _Rules:
         prefix = f"{self.model.base_model_prefix}."
         return next((name for name in (key, prefix + key, key.removeprefix(prefix)) if name in state), key)
 
-    def fused_group(self, first: str, held: list[tuple[str, str]], state: Mapping[str, Tensor]) -> TensorGroup:
+    def fused_group(self, first: str, held: list[tuple[str, str]], state: dict[str, Tensor]) -> TensorGroup:
         """Returns the group of the tensors on disk that one rule converts together."""
         pattern_of = dict(held)
         rule = next(one for one in self.converters if held[0][1] in one.source_patterns)

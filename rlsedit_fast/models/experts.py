@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlsedit_fast.errors import ModelError
-from rlsedit_fast.models.linear import FLOATS, Projection, candidates, check_no_adapter, check_weight
+from rlsedit_fast.models.linear import FLOATS, Projection, check_no_adapter, check_weight, input_width, output_width
+from rlsedit_fast.models.mlps import candidates, find_mlps, is_norm, within
 from rlsedit_fast.rls import BlockLayout
 
 _SLACK = 0.05
@@ -25,6 +26,11 @@ _SLACK = 0.05
 _SUPPORTED = (
     "supported are stacked weights [experts, d, f] or [experts, f, d] that are called with the experts of each token "
     "and their weights, as in transformers 5"
+)
+
+_OTHER_PROJECTION = (
+    "set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that processes "
+    "every token, such as that of a shared expert, or use layers without experts"
 )
 
 
@@ -288,10 +294,11 @@ def expert_projection(
     if not mixture:
         raise ModelError(f"{name} is a mixture of experts without a module of its own; {_SUPPORTED}")
     module = block.get_submodule(mixture)
+    _check_path(f"{block_name}.{mixture}", module, inner, width)
     up, down, transposed = _weights(name, experts, width)
     stacked = experts.get_parameter(down)
     count, features = stacked.shape[0], stacked.shape[1 if transposed else 2]
-    shared = [one for one in candidates(module, width) if not _within(one, inner)]
+    shared = [one for one in candidates(module, width) if not within(one, inner)]
     for one in shared:
         check_weight(f"{block_name}.{mixture}.{one}", module.get_submodule(one))
     if len({one.rpartition(".")[0] for one in shared}) > 1:
@@ -313,6 +320,39 @@ def expert_projection(
     )
     gate = gates[0] if gates and last is not None else None
     return ExpertProjection(layer, f"{block_name}.{mixture}", module, inner, up, down, transposed, sizes, last, gate)
+
+
+def _check_path(name: str, mixture: nn.Module, inner: str, width: int) -> None:
+    """Checks that the outputs of the experts reach the residual stream as a weighted sum.
+
+    Raises:
+        ModelError: the experts work in a latent space, or a norm follows each of them or their sum.
+    """
+    experts = mixture.get_submodule(inner)
+    norms = [
+        f"{name}.{at}"
+        for at, module in mixture.named_modules()
+        if is_norm(module) and (within(at, inner) or "post" in at.rpartition(".")[2])
+    ]
+    if norms:
+        raise ModelError(
+            f"{name} is a mixture of experts with the norm {norms[0]} behind its experts, so its output is not a "
+            f"linear map of their activations; {_SUPPORTED}",
+            hint=_OTHER_PROJECTION,
+        )
+    stacked = [p.shape for p in experts.parameters(recurse=False) if p.ndim == 3]
+    shared = {one.projection for one in find_mlps(mixture, width, outside=inner) if one.home}
+    for at, module in mixture.named_modules():
+        latent = input_width(module)
+        if within(at, inner) or at in shared or output_width(module) != width or latent in (None, width):
+            continue
+        # The input and the output weight of the experts have the latent width, and none has that of the stream.
+        if len(stacked) > 1 and all(latent in shape[1:] and width not in shape[1:] for shape in stacked):
+            raise ModelError(
+                f"{name} is a mixture of experts in a latent space of width {latent}, which {name}.{at} maps to the "
+                f"residual stream of width {width}; {_SUPPORTED}",
+                hint=_OTHER_PROJECTION,
+            )
 
 
 def _weights(name: str, experts: nn.Module, width: int) -> tuple[str, str, bool]:
@@ -338,8 +378,7 @@ def _weights(name: str, experts: nn.Module, width: int) -> tuple[str, str, bool]
     if len(found) != 1:
         raise ModelError(
             f"{name} is a mixture of experts with {contents or 'no weights of its own'}; {_SUPPORTED}",
-            hint="set projection_module in --config (Python: EditConfig(projection_module=...)) to an nn.Linear that "
-            "processes every token, such as that of a shared expert, or use layers without experts",
+            hint=_OTHER_PROJECTION,
         )
     wrong = [key for key, parameter in stacked.items() if type(parameter) is not nn.Parameter]
     if wrong or buffers or any(parameter.dtype not in FLOATS for parameter in own.values()):
@@ -358,10 +397,6 @@ def _active(module: nn.Module, config: Any) -> int | None:
                 return found
     found = getattr(config.get_text_config(), "num_experts_per_tok", None)
     return found if isinstance(found, int) else None
-
-
-def _within(name: str, parent: str) -> bool:
-    return name == parent or name.startswith(f"{parent}.")
 
 
 def read_routing(projections: Sequence[ExpertProjection], run: Callable[[], object]) -> list[Tensor]:
@@ -420,6 +455,5 @@ def check_mixture(projection: ExpertProjection, run: Callable[[], object]) -> No
         raise ModelError(
             f"{projection.name}: the output is not the sum of its experts' output projections, weighted by the router "
             f"(relative difference {error:.2g}), so the mixture cannot be edited; {_SUPPORTED}",
-            hint="use layers without experts, or set projection_module in --config (Python: "
-            "EditConfig(projection_module=...)) to an nn.Linear that processes every token",
+            hint=_OTHER_PROJECTION,
         )

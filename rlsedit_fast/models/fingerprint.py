@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.compiled import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +61,7 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
         >>> fingerprint(model) == base
         False
     """
+    model = unwrapped(model)
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     weights = _weights(model)
     if unknown := sorted(set(instead or {}) - weights.keys()):

@@ -94,8 +94,9 @@ def sample(
             report_activity(f"generating {texts} texts, token {ids.shape[1]} of {length}")
             # The mask also covers the cached tokens.
             mask = torch.ones_like(ids)
-            earlier: dict[str, Any] = {name: cache}
-            out = model(input_ids=ids[:, -1:], attention_mask=mask, use_cache=True, **earlier)
+            earlier: dict[str, Any] = {} if cache is None else {name: cache}
+            fed = ids if cache is None else ids[:, -1:]  # all tokens, if the model does not return a cache
+            out = model(input_ids=fed, attention_mask=mask, use_cache=cache is not None or fed.shape[1] == 1, **earlier)
             cache = cache_of(out)
             known = out.logits[:, -1].to(device).float().log_softmax(-1)
             if bool(known.isnan().any()):
@@ -190,16 +191,19 @@ def _continued(decoder: Decoder, rows: Sequence[Sequence[int]], count: int) -> I
     ids, mask = pad_left(rows, decoder.device)
     start = ids.shape[1]
     every = torch.arange(len(rows), device=decoder.device)
-    name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any]()
+    name, fed, inputs = cache_argument(decoder.model), ids, dict[str, Any](use_cache=True)
     for _ in range(count):
         if decoder.prefixed:  # otherwise rows are not padded and the model computes correct positions
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
         last = torch.full_like(every, fed.shape[1] - 1)
         with reading(decoder, every, last) as read_off:
-            out = decoder.model(input_ids=fed, attention_mask=mask, use_cache=True, **inputs)
+            out = decoder.model(input_ids=fed, attention_mask=mask, **inputs)
             fed = read_off(out).argmax(-1, keepdim=True).to(ids.device)
-        inputs = {name: cache_of(out)}
         ids, mask = torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1)
+        if (cache := cache_of(out)) is not None:
+            inputs = {name: cache, "use_cache": True}
+        else:  # the model does not return a cache, so all tokens are run again
+            fed, inputs = ids, {"use_cache": False}
         yield ids[:, start:].tolist()
 
 

@@ -183,11 +183,6 @@ class LinearProjection(Projection):
             self.weight.copy_(weight)
 
 
-def candidates(block: nn.Module, width: int) -> list[str]:
-    """Returns the names of the linear modules outside attention with outputs of a given width."""
-    return [name for name, m in block.named_modules() if output_width(m) == width and not in_attention(name)]
-
-
 def in_attention(name: str) -> bool:
     """Returns whether a module is part of attention, by its dotted name."""
     return any("attn" in part or "attention" in part for part in name.lower().split("."))
@@ -196,6 +191,12 @@ def in_attention(name: str) -> bool:
 def output_width(module: nn.Module) -> int | None:
     """Returns the output width of a linear module, including quantized and wrapped ones, or None."""
     width = module.nf if is_conv1d(module) else getattr(module, "out_features", None)
+    return width if isinstance(width, int) else None
+
+
+def input_width(module: nn.Module) -> int | None:
+    """Returns the input width of a linear module, including quantized and wrapped ones, or None if it has none."""
+    width = module.nx if is_conv1d(module) else getattr(module, "in_features", None)
     return width if isinstance(width, int) else None
 
 

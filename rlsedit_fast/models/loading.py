@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
-from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from rlsedit_fast.errors import InputError, ModelError
-from rlsedit_fast.models.gguf_files import SUFFIX, check_gguf, is_gguf
+from rlsedit_fast.models.classes import from_config, whole_model_class
+from rlsedit_fast.models.gguf_files import check_gguf, is_gguf
+from rlsedit_fast.models.gguf_loading import load_gguf, load_gguf_config, load_gguf_tokenizer
+from rlsedit_fast.models.repairs import repair_forward
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +33,6 @@ _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "tekken.json"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-_PADDING = 1024  # embeddings are padded to a multiple of at most this number
-_MOST_RENAMED = 0.05  # fraction of tokens that differ between versions of one tokenizer, such as reserved ones
-
 # torch without CUDA raises AssertionError, a damaged file SafetensorError.
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
@@ -48,6 +45,10 @@ def load_model(
     **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model in evaluation mode and its tokenizer.
+
+    The class is the one that the config names in `architectures`, so a multimodal model is loaded with all of its
+    parts; see `models.classes`. `model.name_or_path` is the given path, and `model.config._commit_hash` the revision of
+    a model from the Hub.
 
     Args:
         path: folder or model name, as for `AutoModelForCausalLM.from_pretrained`; or a GGUF file, whose weights are
@@ -63,7 +64,7 @@ def load_model(
 
     Raises:
         InputError: the model cannot be loaded or moved to the device.
-        ModelError: the model is an encoder-decoder model.
+        ModelError: the model is no language model, or an encoder-decoder model.
 
     Example:
         >>> from rlsedit_fast.models import load_model
@@ -72,24 +73,26 @@ def load_model(
         >>> model.dtype
         torch.float32
     """
-    from transformers import AutoModelForCausalLM
-
     for name in ("dtype", "torch_dtype"):
         check_dtype(options.get(name))
     check_device(device)
     shared = {option: options[option] for option in _CONFIG_OPTIONS if option in options}
     if "gguf_file" in options:
         path = _gguf_path(path, options.pop("gguf_file"), shared)
-    if "config" not in options:
-        load_config(path, **shared)
+    config = options.get("config") or load_config(path, **shared)
     if device == "auto":
         options["device_map"] = device
     if tokenizer is None:
         tokenizer = load_tokenizer(path, **shared)  # first, because it is loaded faster
     try:
-        model: Any = (
-            _load_gguf(path, options) if is_gguf(path) else AutoModelForCausalLM.from_pretrained(path, **options)
-        )
+        if is_gguf(path):
+            kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
+            model: Any = load_gguf(path, kept)
+        else:
+            found = whole_model_class(config, trust_remote_code=bool(options.get("trust_remote_code")))
+            model = found.from_pretrained(path, **options)
+    except ModelError:
+        raise
     except _FAILURES as error:
         raise _not_loaded(path, error, options) from error
     if device and device != "auto":
@@ -97,6 +100,7 @@ def load_model(
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used: {error}") from error
+    repair_forward(model)
     return model.eval(), tokenizer
 
 
@@ -122,70 +126,24 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        if not is_gguf(path):
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
-            return found
-        with _alone(path) as (folder, name):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        if is_gguf(path):
+            return load_gguf_tokenizer(path)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+        return found
     except _FAILURES as error:
+        if not is_gguf(path) and (inner := _tokenizer_of_processor(path, options)) is not None:
+            return inner
         raise _not_loaded(path, error, options) from error
-    tokenizer.name_or_path = str(path)
-    return tokenizer
 
 
-def _load_gguf(path: str | Path, options: dict[str, Any]) -> Any:
-    """Loads a GGUF file as an ordinary model, which `save_pretrained` accepts."""
-    from transformers import AutoModelForCausalLM
+def _tokenizer_of_processor(path: str | Path, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a multimodal processor, or None; some checkpoints have no other."""
+    from transformers import AutoProcessor
 
-    kept = {option: value for option, value in options.items() if option not in _CONFIG_OPTIONS}
-    kept = {"config": _gguf_config(path), **_dequantized(), **kept}
-    with _alone(path) as (folder, name), _bars_as_set():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **kept)
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
-    model.name_or_path = model.config._name_or_path = str(path)
-    return model
-
-
-@contextmanager
-def _alone(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Provides a folder that contains only this GGUF file: transformers also reads configs that lie beside it.
-
-    The name in the folder is new, because transformers prefers a file of this name in the working directory.
-    """
-    with TemporaryDirectory(prefix="rlsedit-gguf-") as folder:
-        link = Path(folder, f"{Path(folder).name}{SUFFIX}")
-        link.symlink_to(Path(path).resolve())
-        yield folder, link.name
-
-
-@contextmanager
-def _bars_as_set() -> Iterator[None]:
-    """Hides the bar of dequantization while the bars of transformers are disabled, which it does not regard itself."""
-    from transformers import modeling_gguf_pytorch_utils as reading
-    from transformers.utils import logging
-
-    held = getattr(reading, "tqdm", None)
-    if held is None or logging.is_progress_bar_enabled():
-        yield
-        return
-    reading.tqdm = partial(held, disable=True)
-    try:
-        yield
-    finally:
-        reading.tqdm = held
-
-
-def _dequantized() -> dict[str, Any]:
-    """Returns the option that unpacks the weights, for versions of transformers that may leave them in blocks."""
-    from transformers.utils import quantization_config
-
-    made = getattr(quantization_config, "GgufConfig", None)
-    return {} if made is None else {"quantization_config": made(dequantize=True)}
+    with suppress(*_FAILURES, AttributeError, TypeError):
+        inner: PreTrainedTokenizerBase | None = AutoProcessor.from_pretrained(path, **options).tokenizer
+        return inner
+    return None
 
 
 def _gguf_path(path: str | Path, name: str, shared: dict[str, Any]) -> Path:
@@ -244,27 +202,15 @@ def load_config(path: str | Path, **options: Any) -> PretrainedConfig:
 
 
 def _gguf_config(path: str | Path) -> PretrainedConfig:
-    place = Path(path)
-    if not place.exists():
+    if not Path(path).exists():
         raise InputError(f"model {str(path)!r}: the file does not exist; pass a GGUF file or a checkpoint folder")
     check_gguf(path)
     try:
-        about = place.stat()
-        config = copy.deepcopy(_read_gguf_config(place.resolve(), about.st_mtime_ns, about.st_size))
+        config = load_gguf_config(path)
     except _FAILURES as error:
         raise _not_loaded(path, error, {}) from error
     check_config(config)
     return config
-
-
-@lru_cache(maxsize=4)
-def _read_gguf_config(path: Path, _time: int, _size: int) -> PretrainedConfig:
-    """Reads the config of a GGUF file once: transformers takes seconds to read the vocabulary."""
-    from transformers import AutoConfig
-
-    with _alone(path) as (folder, name):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=name)
-        return config
 
 
 def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -288,7 +234,7 @@ def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code
         >>> empty_model(MODEL_DIR).device
         device(type='meta')
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_dtype(dtype)
     try:
@@ -296,8 +242,11 @@ def empty_model(path: str | Path, *, dtype: str | None = None, trust_remote_code
         check_config(config)
         own = getattr(config, "dtype", None) or torch.float32
         wanted = getattr(torch, dtype) if dtype not in (None, "auto") else own
+        found = whole_model_class(config, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model: Any = from_config(found, config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except _FAILURES as error:
         raise _not_loaded(path, error, {}) from error
     return model
@@ -352,100 +301,6 @@ def check_device(device: object) -> None:
             raise InputError(f"device {str(device)!r} does not exist; the devices are cuda:0 to cuda:{count - 1}")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' is not available on this machine; use cpu")
-
-
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks whether a tokenizer belongs to a model, without network access.
-
-    Its size and its special tokens are compared with the model and, if the tokenizer of the checkpoint is on this
-    machine, its tokens with those. Padded and resized embeddings, added tokens and another end-of-text token of a chat
-    model are accepted.
-
-    Args:
-        model: causal language model.
-        tokenizer: the tokenizer to check.
-
-    Raises:
-        InputError: the tokenizer is that of another model.
-
-    Example:
-        >>> from rlsedit_fast.models.loading import check_tokenizer
-        >>> from rlsedit_fast.world import load_demo_model
-        >>> check_tokenizer(*load_demo_model())
-    """
-    rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-    # vocab_size does not count tokens that a user added, which edits may not use.
-    size = tokenizer.vocab_size
-    if reason := _other_size(size, max(size, _length(tokenizer)), rows) or _other_ends(model, tokenizer):
-        raise _other_tokenizer(model, reason)
-    name = str(getattr(model.config, "_name_or_path", "") or "")
-    if not name or str(getattr(tokenizer, "name_or_path", "")) == name:
-        return
-    own = _own_tokenizer(name)
-    if own is not None and (differing := _differing(own.get_vocab(), tokenizer.get_vocab())):
-        raise _other_tokenizer(model, f"{differing} tokens have other ids than in the tokenizer of {name!r}")
-
-
-def _length(tokenizer: PreTrainedTokenizerBase) -> int:
-    return len(tokenizer) if hasattr(tokenizer, "__len__") else 0
-
-
-def _other_size(size: int, length: int, rows: int) -> str:
-    """Returns how the size of a tokenizer contradicts the number of embeddings, or an empty string."""
-    if size > rows:
-        return f"the tokenizer has {size} tokens and the model {rows} embeddings"
-    if rows > 2 * length + _PADDING:
-        return f"the tokenizer has only {length} tokens and the model {rows} embeddings"
-    return ""
-
-
-def _other_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns how the ids of the first and last token of a text contradict the config, or an empty string.
-
-    One of them may differ, as the end of a text in chat models. Defaults of the class of the config do not count.
-    """
-    config, differing = model.config.get_text_config(), list[str]()
-    try:
-        default = type(config)()
-    except Exception:  # a config of other code that requires arguments
-        return ""
-    for name in ("bos_token_id", "eos_token_id"):
-        given, own = getattr(config, name, None), getattr(tokenizer, name, None)
-        ids = given if isinstance(given, list) else [given]
-        if None in (given, own) or given == getattr(default, name, None) or own in ids:
-            return ""
-        differing.append(f"{name} {own} in the tokenizer and {given} in the model")
-    return ", ".join(differing)
-
-
-def _own_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a checkpoint that is on this machine, or None."""
-    from transformers import AutoTokenizer
-
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=True, trust_remote_code=False
-        )
-    except Exception:  # no tokenizer, or one that needs code of the checkpoint
-        return None
-    return found
-
-
-def _differing(own: Mapping[str, int], given: Mapping[str, int]) -> int:
-    """Returns the number of tokens with other ids, or without one, if there are too many for the same tokenizer."""
-    both = [token for token in own if token in given]
-    differing = sum(own[token] != given[token] for token in both)
-    lacking = min(len(own), len(given)) - len(both)
-    allowed = _MOST_RENAMED * min(len(own), len(given))
-    return differing + lacking if differing + lacking > allowed else 0
-
-
-def _other_tokenizer(model: PreTrainedModel, reason: str) -> InputError:
-    named = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    return InputError(
-        f"the tokenizer is not that of the model {named!r}: {reason}; pass the tokenizer of the model, such as "
-        "AutoTokenizer.from_pretrained with the same path"
-    )
 
 
 def _check_folder(folder: Path) -> None:

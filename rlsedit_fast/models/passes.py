@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.compiled import uncompiled
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.projections import Decoder
 
@@ -57,11 +58,24 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def taken_rows(output: Any, rows: Tensor, length: int) -> Any:
+    """Returns a block's output with some of its rows and its first tokens.
+
+    Args:
+        output: output of a decoder block with the hidden state `[all rows, t, d]`.
+        rows: indices of the rows, `[m]`, int64.
+        length: number of tokens to keep.
+    """
+    hidden = hidden_of(output)
+    return with_hidden(output, hidden[rows.to(hidden.device), :length])
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Sets evaluation mode and disables gradients of the parameters in the context; restores both afterwards.
 
-    Gradients with respect to other tensors are enabled, also if the caller is in inference mode.
+    Gradients with respect to other tensors are enabled, also if the caller is in inference mode. Modules that are
+    compiled in place run without compilation, because compiled code ignores new hooks.
 
     Args:
         model: any module.
@@ -82,7 +96,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), uncompiled(model):
             yield
     finally:
         for parameter in wanted:
@@ -97,8 +111,8 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """Returns the KV cache of a forward output."""
-    return output.cache if "cache" in output else output.past_key_values
+    """Returns the KV cache of a forward output, or None for a model that does not return one."""
+    return next((output[name] for name in ("cache", "past_key_values") if name in output), None)
 
 
 def read_keys(

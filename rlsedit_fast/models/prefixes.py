@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlsedit_fast.models.compiled import uncompiled
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.models.passes import cache_argument, cache_of, end_at
 from rlsedit_fast.models.projections import Decoder
@@ -146,8 +147,9 @@ def runner(model: PreTrainedModel, *, try_prefixes: bool = False) -> Decoder:
 def with_prefixes(decoder: Decoder, *, longest: int | None = None) -> Decoder:
     """Returns the decoder with `prefixed` set to whether prefix and rest give the same logits as whole rows.
 
-    This is tested with two forward passes over three short rows. It fails for models with another kind of cache or
-    without `position_ids`.
+    This is tested with four forward passes over short rows, two of which share a prefix, that extend a cache twice and
+    then some of its rows. It fails for models without `position_ids`, and for caches that cannot be shared by rows or
+    are modified in place, such as the states of state space models.
 
     Args:
         decoder: the model, in evaluation mode.
@@ -173,21 +175,32 @@ def _unsupported_reason(decoder: Decoder, longest: int | None) -> str | None:
     """Returns why the model does not support prefixes, or None if it does."""
     if "position_ids" not in inspect.signature(decoder.model.forward).parameters or (longest or 8) < 8:
         return "it has no position_ids, or fewer than 8 positions"
-    rows = [Row([1, 2, 3, 0, 1, 2], 4, 6), Row([2, 0, 1], 0, 3), Row([3, 1, 0, 2, 2, 1, 0], 2, 7)]
-    logits = []
+    rows = [Row([1, 2, 3, 0, 1, 2], 4, 6), Row([2, 0, 1], 0, 3), Row([3, 1, 0, 2, 2, 1, 0], 2, 7), Row([3, 1, 2], 2, 3)]
+    some = torch.tensor([3, 0])
     try:
-        for cuts in ([0, 0, 0], [row.lookup for row in rows]):
-            batch = Prefixed.of(decoder, rows, cuts)
-            at = torch.tensor([len(row.ids) - 1 for row in rows], device=batch.ids.device) - batch.before
-            every = torch.arange(len(rows), device=at.device)
-            with torch.no_grad(), reading(decoder, every, at) as read:
-                logits.append(read(decoder.model(**batch.arguments())).double())
+        whole = _last_logits(decoder, Prefixed.of(decoder, rows, [0] * len(rows)))
+        batch = Prefixed.of(decoder, rows, [row.lookup for row in rows])
+        split = [_last_logits(decoder, batch) for _ in range(2)]
+        part = _last_logits(decoder, batch.taken(some.to(batch.ids.device)))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    whole, split = logits
-    allowed = max(_ROUNDINGS * torch.finfo(next(decoder.model.parameters()).dtype).eps, _MIN_ALLOWED)
-    difference = float((whole - split).norm() / whole.norm())
+    allowed = allowed_difference(decoder.model)
+    pairs = [(whole, split[0]), (whole, split[1]), (whole[some.to(whole.device)], part)]
+    difference = max(float((one - other).norm() / one.norm()) for one, other in pairs)
     return None if difference <= allowed else f"its logits differ by {difference:.1g}"
+
+
+def allowed_difference(model: PreTrainedModel) -> float:
+    """Returns the relative difference of logits that is explained by rounding in the dtype of the model."""
+    return max(_ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps, _MIN_ALLOWED)
+
+
+def _last_logits(decoder: Decoder, batch: Prefixed) -> Tensor:
+    """Returns the logits at the last token of each row, `[rows, vocabulary]`, float64."""
+    every = torch.arange(len(batch.ids), device=batch.ids.device)
+    with torch.no_grad(), reading(decoder, every, batch.lengths - 1) as read:
+        logits: Tensor = read(decoder.model(**batch.arguments())).double()
+        return logits
 
 
 @contextmanager
@@ -204,7 +217,8 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
     """
     head = decoder.model.get_output_embeddings()
     if head is None:
-        yield lambda output: output.logits[row.to(output.logits.device), at.to(output.logits.device)]
+        with uncompiled(decoder.model):
+            yield lambda output: output.logits[row.to(output.logits.device), at.to(output.logits.device)]
         return
 
     def choose(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -213,7 +227,8 @@ def reading(decoder: Decoder, row: Tensor, at: Tensor) -> Iterator[Any]:
 
     handle = head.register_forward_pre_hook(choose)
     try:
-        yield lambda output: output.logits[0]
+        with uncompiled(decoder.model):
+            yield lambda output: output.logits[0]
     finally:
         handle.remove()
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.experts import ExpertProjection, expert_projection
 from rlsedit_fast.models.linear import (
     LinearProjection,
     Projection,
-    candidates,
     check_in_memory,
     check_no_adapter,
     check_weight,
-    in_attention,
     is_conv1d,
     output_width,
 )
+from rlsedit_fast.models.mlps import candidates, choose_mlps, find_experts, find_mlps, mixes_tokens, mlps_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,9 +77,9 @@ class Decoder:
     def select(self, layers: Sequence[int]) -> list[Projection]:
         """Finds the projections of some layers. Other blocks need not have one.
 
-        The projection of a block is its last linear module outside attention whose output has the width of the residual
-        stream, if all such modules are in one parent module. In a block with a mixture of experts it is the mixture:
-        the routed experts with their router, and a shared expert in the same module.
+        The projection of a block is the output projection of its MLP, see `models.mlps`. In a block with a mixture of
+        experts and no other MLP it is the mixture: the routed experts with their router, and a shared expert in the
+        same module.
 
         Args:
             layers: indices of blocks, from 0.
@@ -88,9 +88,9 @@ class Decoder:
             The projections, in ascending order of their layers.
 
         Raises:
-            ModelError: a layer does not exist, or a projection is not found, has the wrong width, or cannot be edited
-                (quantized, wrapped by an adapter, on the meta device, with a shared weight, or experts of an unknown
-                form).
+            ModelError: a layer does not exist, has no MLP or several ones, or a projection has the wrong width or
+                cannot be edited (quantized, wrapped by an adapter, on the meta device, with a shared weight, or experts
+                of an unknown form).
         """
         count = len(self.blocks)
         wrong = [layer for layer in layers if not 0 <= layer < count]
@@ -107,14 +107,27 @@ class Decoder:
         """Finds the projections of some layers as `select` does, also in a model on the meta device."""
         return [self._projection(layer) for layer in sorted(set(layers))]
 
+    @property
+    def editable(self) -> list[int]:
+        """Layers that have an MLP or, with `projection_module`, a module of this name; hybrid models have others.
+
+        A layer whose MLP cannot be edited is included; `select` then states the reason.
+        """
+        width, inner = _residual_width(self.model), self.projection_module
+        if inner is not None:
+            return [layer for layer, block in enumerate(self.blocks) if _named(block, inner) is not None]
+        return [layer for layer, block in enumerate(self.blocks) if _holds_mlp(block, width)]
+
     def _projection(self, layer: int) -> Projection:
         block, block_name, width = self.blocks[layer], f"{self.blocks_name}.{layer}", _residual_width(self.model)
         inner = self.projection_module
-        experts = _experts(block)
+        experts = find_experts(block)
         mixture = None if experts is None else experts.rpartition(".")[0]
+        if inner is None:
+            inner = _find_projection(self, layer, width, experts)
         if experts is not None and inner in (None, mixture, experts):
             return expert_projection(layer, block_name, block, experts, width, self.model.config)
-        inner = inner or _find_projection(block_name, block, width)
+        assert inner is not None
         name = f"{block_name}.{inner}"
         module = _named(block, inner)
         if module is None:
@@ -167,6 +180,7 @@ def find_decoder(
         >>> [projection.name for projection in find_decoder(model).select([1, 2])]
         ['model.layers.1.mlp.down_proj', 'model.layers.2.mlp.down_proj']
     """
+    model = unwrapped(model)
     if getattr(model, "peft_config", None):
         raise ModelError(
             f"{type(model).__name__} has an adapter, and its checkpoint would contain only the adapter, not the edits; "
@@ -210,7 +224,7 @@ def find_mixtures(decoder: Decoder) -> list[ExpertProjection]:
     """Returns the mixtures of experts of a model, without those of an unknown form."""
     found = []
     for layer, block in enumerate(decoder.blocks):
-        if _experts(block) is not None:
+        if find_experts(block) is not None:
             with suppress(ModelError):
                 found += decoder.locate([layer])
     return [projection for projection in found if isinstance(projection, ExpertProjection)]
@@ -219,7 +233,9 @@ def find_mixtures(decoder: Decoder) -> list[ExpertProjection]:
 def _find_blocks(model: PreTrainedModel) -> str:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = [name for name, m in lists.items() if len(m) == count]
+    fitting = [name for name, m in lists.items() if len(m) == count] or [
+        name for name, m in lists.items() if len(m) and all(mixes_tokens(block) for block in m)
+    ]  # some models count the attention modules of a block as layers
     # A block can contain a list of the same length, such as experts.
     fitting = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
     embeddings = model.get_input_embeddings()
@@ -238,19 +254,61 @@ def _find_blocks(model: PreTrainedModel) -> str:
     return fitting[0]
 
 
-def _find_projection(block_name: str, block: nn.Module, width: int) -> str:
-    fitting = candidates(block, width)
-    for name in fitting:
+def _find_projection(decoder: Decoder, layer: int, width: int, experts: str | None) -> str | None:
+    """Returns the output projection of the MLP of a block.
+
+    Args:
+        decoder: the model.
+        layer: index of the block.
+        width: width of the residual stream.
+        experts: name of the routed experts of the block, or None.
+
+    Returns:
+        Its name within the block; None if a block with a mixture has no other MLP.
+
+    Raises:
+        ModelError: the block has no MLP and no mixture, or several MLPs.
+    """
+    block, block_name = decoder.blocks[layer], f"{decoder.blocks_name}.{layer}"
+    for name in candidates(block, width):
         check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
-    if len({name.rpartition(".")[0] for name in fitting}) == 1:
-        return fitting[-1]
+    found = find_mlps(block, width) if experts is None else mlps_beside(block, width, experts)
+    fitting = choose_mlps(found)
+    if len(fitting) == 1:
+        return fitting[0].projection
+    if len(fitting) > 1:
+        names = [f"{block_name}.{one.projection}" for one in fitting] + [f"{block_name}.{experts}"] * bool(experts)
+        raise ModelError(
+            f"{block_name} has several MLPs, {', '.join(names)}; an edit is written into one MLP per block, and the "
+            "structure does not show which one",
+            hint=_NAME_ONE,
+        )
+    if experts is not None:
+        return None
     linear = {name: output_width(m) for name, m in block.named_modules() if output_width(m) is not None}
+    editable = decoder.editable
     raise ModelError(
-        f"{block_name}: expected linear modules with outputs of width {width} in one module outside attention, found "
-        f"{fitting or 'none'} among the linear modules and widths {linear}",
-        hint="set layer_module and projection_module, the list of layers and the output projection of the MLP, in "
-        "--config (Python: EditConfig(layer_module=..., projection_module=...))",
+        f"{block_name} has no MLP: expected a linear module with outputs of width {width} outside of attention and "
+        f"state space modules, and one that gives its input; found the linear modules and widths {linear}",
+        hint=f"use a layer that has one: {_ranges(editable)}" if editable else _NAME_ONE,
     )
+
+
+_NAME_ONE = (
+    "set layer_module and projection_module, the list of layers and the output projection of the MLP, in --config "
+    "(Python: EditConfig(layer_module=..., projection_module=...))"
+)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Formats ascending indices, such as `1, 4-6`."""
+    parts = list[list[int]]()
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def _named(module: nn.Module, name: str) -> nn.Module | None:
@@ -265,17 +323,7 @@ def _residual_width(model: PreTrainedModel) -> int:
 
 
 def _holds_mlp(block: nn.Module, width: int) -> bool:
-    return bool(candidates(block, width)) or _experts(block) is not None
-
-
-def _experts(block: nn.Module) -> str | None:
-    """Returns the name of a block's routed experts: a module named `experts` or with stacked weights, or None."""
-    for name, module in block.named_modules():
-        stacked = any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
-        convolution = isinstance(module, nn.Conv1d)
-        if name.rpartition(".")[2] == "experts" or (stacked and not convolution and not in_attention(name)):
-            return name
-    return None
+    return bool(find_mlps(block, width)) or find_experts(block) is not None
 
 
 def _check_editable(name: str, module: nn.Module) -> None:

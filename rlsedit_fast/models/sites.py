@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from rlsedit_fast.models.experts import ExpertProjection, check_mixture
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, with_hidden
-from rlsedit_fast.models.prefixes import Prefixed, reading
+from rlsedit_fast.models.passes import StopForward, hidden_of, resume_above, taken_rows, with_hidden
+from rlsedit_fast.models.prefixes import Prefixed, allowed_difference, reading
 from rlsedit_fast.models.projections import Decoder
 from rlsedit_fast.models.tokens import Row
 
@@ -53,6 +53,8 @@ class Site:
         decoder: the model.
         projection: projection of the block.
         direct: whether the block adds the projection's output to the residual stream unchanged.
+        resumable: whether a forward pass can start inside the block. Models in which later blocks read more than the
+            output of the block before (values of earlier layers, several streams) run all blocks.
 
     Example:
         >>> import torch
@@ -75,6 +77,7 @@ class Site:
     decoder: Decoder
     projection: Projection
     direct: bool
+    resumable: bool = True
 
     @property
     def module(self) -> nn.Module:
@@ -108,12 +111,12 @@ class Site:
 
         def keep(output: Any) -> None:
             state.append(hidden_of(output).reshape(*shape, -1))  # OPT's blocks flatten rows and tokens
-            if self.direct:
+            if self.direct and self.resumable:
                 below.append(output)
             raise StopForward
 
         handles = [_on_output(self.module, keep)]
-        if not self.direct and block:
+        if not self.direct and self.resumable and block:
             handles.append(_on_output(self.decoder.blocks[block - 1], below.append))
         try:
             with torch.no_grad():
@@ -135,11 +138,11 @@ class Site:
             are those of tokens `at` of rows `row`. Tokens are counted from the end of the prefix.
         """
         last_skipped = self.projection.layer if self.direct else self.projection.layer - 1
-        with resume_above(self.decoder, last_skipped) as state:
+        with resume_above(self.decoder, last_skipped if self.resumable else -1) as state:
 
             def forward(batch: Prefixed, below: Any, lookup: Tensor, change: Tensor, row: Tensor, at: Tensor) -> Tensor:
                 handle = None
-                if self.direct:
+                if self.direct and self.resumable:
                     state["output"] = with_hidden(below, _added(hidden_of(below), lookup, change))
                 else:
                     state["output"] = below
@@ -184,7 +187,36 @@ def find_site(decoder: Decoder, projections: Sequence[Projection]) -> Site:
         if isinstance(projection, ExpertProjection):
             check_mixture(projection, lambda: _run(decoder))
     direct = all(_adds_directly(decoder, projection) for projection in projections)
-    return Site(decoder, projections[-1], direct)
+    site = Site(decoder, projections[-1], direct)
+    whole = replace(site, resumable=False)
+    return site if _resumes(site, whole) else whole
+
+
+def _resumes(site: Site, whole: Site) -> bool:
+    """Returns whether a forward pass that starts at the site gives the logits of one that runs all blocks.
+
+    This is tested with a change of two rows, and of one of them taken from the batch.
+    """
+    batch = site.batch([Row([0, 1, 0], 1, 3), Row([1, 0, 1], 1, 3)])
+    try:
+        below = site.capture(batch).below
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    found = list[Tensor]()
+    for one, taken in ((whole, [0, 1]), (site, [0, 1]), (site, [1])):
+        rows = torch.tensor(taken, device=batch.ids.device)
+        part = batch.taken(rows)
+        change = torch.ones(len(rows), one.projection.value_width, device=rows.device)
+        seen = None if below is None or one is whole else taken_rows(below, rows, part.ids.shape[1])
+        every, last = torch.arange(len(rows), device=rows.device), part.lengths - 1
+        try:
+            with torch.no_grad(), one.resumed() as forward:
+                found.append(forward(part, seen, torch.zeros_like(rows), change, every, last).double())
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False
+    pairs = [(found[0], found[1]), (found[0][1:], found[2])]
+    allowed = allowed_difference(site.decoder.model)
+    return all(bool((first - other).norm() <= allowed * first.norm()) for first, other in pairs)
 
 
 def _adds_directly(decoder: Decoder, projection: Projection) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.serving.http import Server
 
@@ -47,7 +48,7 @@ def count_stated(server: Server, edits: Sequence[Edit], *, model: str | None = N
         The number of stated targets, and all answers.
 
     Raises:
-        InputError: there are no edits.
+        InputError: there are no edits, or some are conversations.
         ServerError: the server cannot be reached, or refused the request.
 
     Example:
@@ -55,6 +56,11 @@ def count_stated(server: Server, edits: Sequence[Edit], *, model: str | None = N
         >>> from rlsedit_fast.serving import VLLM, count_stated
         >>> report = count_stated(VLLM(), [Edit("{} lives in", "Ann", "Rome")])  # doctest: +SKIP
     """
+    if chats := sum(edit.messages is not None for edit in edits):
+        raise InputError(
+            f"{chats} of {len(edits)} edits are conversations, whose chat template the server applies and this client "
+            "does not know; pass the other edits"
+        )
     prompts = [fill(edit.prompt, edit.subject)[0] for edit in edits]
     targets = [edit.target.strip() for edit in edits]
     answers = [answer.text for answer in server.complete(prompts, model=model, max_tokens=_FEW_TOKENS)]

@@ -10,13 +10,25 @@ from pathlib import Path
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import cache_folder
-from rlsedit_fast.statistics.key_statistics import STATISTICS, KeyStatistics, read_matrices
+from rlsedit_fast.statistics.collection import HELD_OUT
+from rlsedit_fast.statistics.key_statistics import (
+    EARLIER_STATISTICS,
+    STATISTICS,
+    KeyStatistics,
+    read_matrices,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def cache_path(
-    identity: str, layers: Sequence[int], source: str, tokens: int | None, *, directory: str | Path | None = None
+    identity: str,
+    layers: Sequence[int],
+    source: str,
+    tokens: int | None,
+    *,
+    held_out: float = HELD_OUT,
+    directory: str | Path | None = None,
 ) -> Path:
     """Returns the path of the statistics of one collection in the cache.
 
@@ -25,14 +37,17 @@ def cache_path(
         layers: layers of the statistics.
         source: name of the text.
         tokens: requested number of tokens.
+        held_out: fraction of the tokens that is held out.
         directory: folder of the cache; by default `cache_folder()`.
     """
-    what = hashlib.sha256(repr((source, sorted(layers), tokens)).encode()).hexdigest()
+    what = hashlib.sha256(repr((source, sorted(layers), tokens, held_out)).encode()).hexdigest()
     return (cache_folder() if directory is None else Path(directory)) / f"{identity}-{what[:12]}.safetensors"
 
 
 def find_cached(identity: str, layers: Sequence[int], *, directory: str | Path | None = None) -> KeyStatistics | None:
     """Returns the statistics of a model with the most tokens, from any text; of equal ones the newest.
+
+    With as many tokens, statistics with held-out tokens are preferred.
 
     Args:
         identity: fingerprint of the model.
@@ -45,10 +60,11 @@ def find_cached(identity: str, layers: Sequence[int], *, directory: str | Path |
     fitting = []
     for path in (cache_folder() if directory is None else Path(directory)).glob(f"{identity}-*.safetensors"):
         with _damage_logged():
-            _, about = read_matrices(path, STATISTICS, ())
+            _, _, about = read_matrices(path, STATISTICS, (), earlier=EARLIER_STATISTICS)
             if set(layers) <= set(about["layers"]):
-                fitting.append((about["tokens"], path.stat().st_mtime, path))
-    for _, _, path in sorted(fitting, reverse=True):
+                held_out = about.get("held_out_tokens", 0)
+                fitting.append((about["tokens"] + held_out, bool(held_out), path.stat().st_mtime, path))
+    for *_, path in sorted(fitting, reverse=True):
         with _damage_logged():
             found = KeyStatistics.load(path, layers=layers)
             found.check(identity, layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from rlsedit_fast.rls import BlockMoment
 Moment = Tensor | BlockMoment
 """The moment of a layer: `E[k k^T] [d_k, d_k]`, or that of each expert of a mixture of experts."""
 
-STATISTICS = "rlsedit-fast key statistics 1"
+STATISTICS = "rlsedit-fast key statistics 2"
 """File type of key statistics."""
+
+EARLIER_STATISTICS = "rlsedit-fast key statistics 1"
+"""The file type without held-out tokens, which is read as well."""
+
+_HELD_OUT = "held-out"
 
 _ADVICE = "collect the statistics again"
 
@@ -28,10 +33,12 @@ class KeyStatistics:
     """Second moments of the keys of some layers on running text (MEMIT's mom2 statistics).
 
     Attributes:
-        moments: by layer, `E[k k^T] [d_k, d_k]` over all tokens, float32; for a mixture of experts a `BlockMoment`.
+        moments: by layer, `E[k k^T] [d_k, d_k]` over the tokens, float32; for a mixture of experts a `BlockMoment`.
         tokens: number of tokens.
         fingerprint: fingerprint of the model, see `models.fingerprint`.
         source: description of the text.
+        held_out: by layer, the same over other tokens of the text, on which edits are measured; empty without them.
+        held_out_tokens: number of these tokens.
 
     Example:
         >>> import torch
@@ -44,12 +51,19 @@ class KeyStatistics:
     tokens: int
     fingerprint: str
     source: str
+    held_out: dict[int, Moment] = field(default_factory=dict)
+    held_out_tokens: int = 0
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file atomically."""
-        about = {"tokens": self.tokens, "fingerprint": self.fingerprint, "source": self.source}
-        about["layers"] = sorted(self.moments)
-        write_matrices(Path(path), STATISTICS, self.moments, about)
+        about = {
+            "tokens": self.tokens,
+            "held_out_tokens": self.held_out_tokens,
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+            "layers": sorted(self.moments),
+        }
+        write_matrices(Path(path), STATISTICS, self.moments, about, held_out=self.held_out)
 
     @classmethod
     def load(cls, path: str | Path, *, layers: Sequence[int] | None = None) -> KeyStatistics:
@@ -62,8 +76,9 @@ class KeyStatistics:
         Raises:
             InputError: the file does not exist, is damaged, has another type, or lacks a layer.
         """
-        moments, about = read_matrices(Path(path), STATISTICS, layers)
-        return cls(moments, about["tokens"], about["fingerprint"], about["source"])
+        moments, held_out, about = read_matrices(Path(path), STATISTICS, layers, earlier=EARLIER_STATISTICS)
+        numbers = about["tokens"], about["fingerprint"], about["source"]
+        return cls(moments, *numbers, held_out, about.get("held_out_tokens", 0))
 
     def check(self, fingerprint: str, layers: Sequence[int]) -> None:
         """Raises InputError if the statistics are of another model or lack one of the layers."""
@@ -79,37 +94,57 @@ class KeyStatistics:
             )
 
 
-def write_matrices(path: Path, kind: str, moments: Mapping[int, Moment], about: dict[str, Any]) -> None:
-    """Writes one moment per layer and metadata as a safetensors file, atomically."""
+def write_matrices(
+    path: Path,
+    kind: str,
+    moments: Mapping[int, Moment],
+    about: dict[str, Any],
+    *,
+    held_out: Mapping[int, Moment] | None = None,
+) -> None:
+    """Writes one moment per layer, those over held-out tokens, and metadata as a safetensors file, atomically."""
     held, mixtures = dict[str, Tensor](), dict[str, dict[str, float]]()
-    for layer, moment in moments.items():
+    named = {str(layer): moment for layer, moment in moments.items()}
+    named |= {f"{_HELD_OUT}-{layer}": moment for layer, moment in (held_out or {}).items()}
+    for name, moment in named.items():
         if isinstance(moment, BlockMoment):
-            held |= {f"{layer}.{name}": tensor.contiguous() for name, tensor in moment.tensors().items()}
-            mixtures[str(layer)] = {"tokens": moment.tokens, "energy": moment.energy}
+            held |= {f"{name}.{part}": tensor.contiguous() for part, tensor in moment.tensors().items()}
+            mixtures[name] = {"tokens": moment.tokens, "energy": moment.energy}
         else:
-            held[str(layer)] = moment.contiguous()
+            held[name] = moment.contiguous()
     about = about | ({"mixtures": mixtures} if mixtures else {})
     write_tensors(path, kind, held, about=about, sums={name: digest(tensor) for name, tensor in held.items()})
 
 
 def read_matrices(
-    path: Path, kind: str, layers: Sequence[int] | None = None
-) -> tuple[dict[int, Moment], dict[str, Any]]:
+    path: Path, kind: str, layers: Sequence[int] | None = None, *, earlier: str | None = None
+) -> tuple[dict[int, Moment], dict[int, Moment], dict[str, Any]]:
     """Reads the moments of a file written by `write_matrices`, all or those of `layers`, and its metadata.
+
+    Args:
+        path: the file.
+        kind: its type.
+        layers: layers to read; None reads all.
+        earlier: an earlier version of the type that is accepted as well.
+
+    Returns:
+        By layer the moments and those over held-out tokens, and the metadata.
 
     Raises:
         InputError: the file does not exist, is damaged, has another type, or lacks a layer.
     """
-    with open_tensors(path, kind, _ADVICE) as found:
+    with open_tensors(path, kind, _ADVICE, earlier=earlier) as found:
         parts = dict[str, list[str]]()
         for name in found.sums:
             parts.setdefault(name.partition(".")[0], []).append(name)
-        wanted = list(parts) if layers is None else [str(layer) for layer in layers]
+        present = [name for name in parts if not name.startswith(_HELD_OUT)]
+        wanted = present if layers is None else [str(layer) for layer in layers]
         if lacking := [layer for layer in wanted if layer not in parts]:
             raise InputError(
-                f"{str(path)!r} contains the layers {', '.join(parts)} and lacks {', '.join(lacking)}; {_ADVICE}"
+                f"{str(path)!r} contains the layers {', '.join(present)} and lacks {', '.join(lacking)}; {_ADVICE}"
             )
-        names = [name for layer in wanted for name in parts[layer]]
+        others = [name for layer in wanted if (name := f"{_HELD_OUT}-{layer}") in parts]
+        names = [name for group in (*wanted, *others) for name in parts[group]]
         if missing := sorted({*names} - {*found.file.keys()}):
             raise damaged(path, f"layer {', '.join(missing)} is missing", _ADVICE)
         held = {name: found.file.get_tensor(name) for name in names}
@@ -117,12 +152,16 @@ def read_matrices(
         if digest(tensor) != found.sums[name]:
             raise damaged(path, f"the checksum of layer {name} does not match", _ADVICE)
     mixtures = found.about.pop("mixtures", {})
-    moments: dict[int, Moment] = {
-        int(layer): _mixture(held, layer, mixtures[layer]) if layer in mixtures else held[layer] for layer in wanted
-    }
-    return moments, found.about
+
+    def moments(groups: Sequence[str]) -> dict[int, Moment]:
+        return {
+            int(group.rpartition("-")[2]): _mixture(held, group, mixtures[group]) if group in mixtures else held[group]
+            for group in groups
+        }
+
+    return moments(wanted), moments(others), found.about
 
 
-def _mixture(held: Mapping[str, Tensor], layer: str, about: Mapping[str, Any]) -> BlockMoment:
-    tensors = {name.partition(".")[2]: tensor for name, tensor in held.items() if name.startswith(f"{layer}.")}
+def _mixture(held: Mapping[str, Tensor], group: str, about: Mapping[str, Any]) -> BlockMoment:
+    tensors = {name.partition(".")[2]: tensor for name, tensor in held.items() if name.startswith(f"{group}.")}
     return BlockMoment.of_tensors(tensors, tokens=int(about["tokens"]), energy=float(about["energy"]))

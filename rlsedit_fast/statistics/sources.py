@@ -118,13 +118,21 @@ class TextFile:
         """
         return _tokenized(tokenizer, self._texts(start))
 
+    def texts(self) -> Iterator[str]:
+        """Yields the texts.
+
+        Raises:
+            InputError: see `read`.
+        """
+        return (text for _, text in self._texts(0) if text.strip())
+
     def check(self) -> None:
         """Reads the first text.
 
         Raises:
             InputError: the file contains no text, is not UTF-8, or its first line has no string in `text`.
         """
-        if next((text for _, text in self._texts(0) if text.strip()), None) is None:
+        if next(self.texts(), None) is None:
             raise InputError(f"text file {self._path.name!r} contains no text; pass a file with text")
 
     def _texts(self, start: int) -> Iterator[tuple[int, str]]:

@@ -450,6 +450,15 @@ def test_a_single_edit_is_given_by_options(base, workdir, capsys):
     assert "of 1 edits is ignored" in capsys.readouterr().err
 
 
+def test_a_single_edit_needs_no_subject(base, workdir, capsys):
+    command = ["edit", "--model", str(base), "--config", "settings.json", "--layers", "0", "--no-anchors"]
+    one = ["--prompt", f"{PEOPLE[0].name} lives in", "--target", "Port Alder", "--join", "space"]
+    assert main([*command, *one, "--delta", "edit.delta", "--json", "report.json"]) == 0
+    (record,) = read(workdir / "report.json")["records"]
+    assert (record["subject"], record["join"], record["stated"]) == ("", "space", True)
+    assert "1 edit without a subject: edited at the last token of the prompt" in capsys.readouterr().err
+
+
 def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monkeypatch):
 
     command = ["statistics", "--model", str(base), "--layers", "0,1", "--text", "text.txt", "--tokens", "3000"]
@@ -485,7 +494,7 @@ def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monk
     save_tokenizer(tokenizer, other)
     table = ["calibrate", "--edits", "facts.jsonl", "--layers", "0", "--json"]
     assert main([*table, "--model", str(base)]) == 0
-    assert json.loads(capsys.readouterr().out)["anchors"].startswith("3000 tokens")
+    assert json.loads(capsys.readouterr().out)["anchors"].startswith("2700 tokens and 300 held out")
     assert main([*table, "--model", str(other)]) == 0
     assert json.loads(capsys.readouterr().out)["anchors"] == "none"
 
@@ -518,6 +527,28 @@ def test_calibrate_compares_adherences(base, workdir, capsys):
     assert [round(row["realized"], 3) for row in (low, high)] == [0.8, 0.95]
     assert low["mu"][0] > high["mu"][0]
     assert low["leakage"][0] < high["leakage"][0]
+
+
+def test_calibrate_forecasts_planned_edits(base, workdir, capsys):
+    command = ["calibrate", "--model", str(base), "--layers", "0", "--text", "text.txt", "--tokens", "2000"]
+    command += ["--adherences", "0.9", "--pilot", "5", "--count", "40"]
+    assert main([*command, "--edits", "facts.jsonl", "--plot", "plot.svg", "--json", "forecast.json"]) == 0
+    out = capsys.readouterr().out
+    assert "proposal: " in out
+    assert "extrapolated" in out
+    assert "plot: plot.svg" in out
+    assert (workdir / "plot.svg").read_text().lstrip().startswith("<?xml")
+    forecast = read(workdir / "forecast.json")["forecast"]
+    assert forecast["settings"][0]["points"][-1]["edits"] == 40
+    assert forecast["settings"][0]["points"][-1]["layers"][0]["held_out"] > 0
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forecast"]["keys"] == 40, "subjects are drawn from the text"
+    assert main([*command, "--edits", "facts.jsonl", "--plot", "plot.pdf"]) == 2
+    assert "expected a file name that ends with .png or .svg" in capsys.readouterr().err
+    assert main(["calibrate", "--model", str(base), "--count", "5"]) == 2
+    assert "pass --edits FILE, or --text FILE and --count N" in capsys.readouterr().err
+    assert main([*command, "--held-out", "1"]) == 2
+    assert "--held-out 1: expected a fraction" in capsys.readouterr().err
 
 
 def test_self_generated_text_as_anchors(edit, workdir):

@@ -81,7 +81,7 @@ def test_hint_survives_pickling(hint):
     [
         (
             ["show", "--model", "m", "--prompt", "{} is"],
-            "rlsedit show: error: --subject, --target is missing; a single",
+            "rlsedit show: error: --target is missing; a single",
         ),
         (["edit", "--model", "m", "--dry-run", "--target", "x", "--subject", "y"], "error: --prompt is missing"),
         (

@@ -540,3 +540,62 @@ class TestRealData:
             ("(record 724)", "alt"),
         ]
         assert len(read_edits(path, zsre_target="answers").edits) == 1000
+
+
+CHAT = [{"role": "user", "content": "What is the capital of {}?"}, {"role": "assistant", "content": "Lyon."}]
+
+
+def test_a_record_may_be_a_conversation(write):
+    read = read_edits(write([{"messages": CHAT, "subject": "France", "id": 3}, {"messages": CHAT[1:]}]), strict=False)
+    (edit,) = read.edits
+    assert (edit.prompt, edit.target, edit.name) == ("What is the capital of {}?", "Lyon.", "3")
+    assert [message["content"] for message in edit.messages] == ["What is the capital of {}?", "Lyon."]
+    assert (read.format, read.unread) == ("edits", [])
+    assert "messages: there is no message of the user" in str(read.skipped[0])
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": CHAT, "subject": "France", "target": "Lyon"}, "target: cannot be combined with messages"),
+        ({"messages": CHAT}, "subject: missing; name the words"),
+        ({"messages": CHAT, "subject": "Spain", "prompt": "x"}, "prompt: cannot be combined with messages"),
+        ({"messages": "Hello"}, "messages: expected a list of messages"),
+        (PLAIN | {"join": "none"}, "join: expected auto, space, exact, got 'none'"),
+        ({"prompt": "{} is", "target": "x"}, "subject: missing; name the words"),
+        ({"prompt": "It is", "target": "x", "subject": 3}, "subject: expected a string, got 3"),
+    ],
+)
+def test_invalid_conversations_joins_and_subjects_are_reported(write, record, reason):
+    (skipped,) = read_edits(write([record]), strict=False).skipped
+    assert reason in str(skipped)
+
+
+def test_a_subject_may_be_absent_or_empty(tmp_path):
+    file = tmp_path / "facts.csv"
+    file.write_text('prompt,subject,target,join\nThe sky is,,green,\n"f(",, x),exact\n', encoding="utf-8")
+    one, two = read_edits(file).edits
+    assert (one.subject, one.target, one.join) == ("", "green", "auto")
+    assert (two.prompt, two.join) == ("f(", "exact")
+    file.write_text("prompt,target\nThe sky is,green\n", encoding="utf-8")
+    assert read_edits(file).edits == [one]
+    table = tmp_path / "chats.csv"
+    table.write_text(f"messages\tsubject\n{json.dumps(CHAT)}\tFrance\n", encoding="utf-8")
+    assert read_edits(table).edits == [rf.Edit(messages=CHAT, subject="France")]
+
+
+def test_white_space_with_a_meaning_is_read_to_the_character(write):
+    record = {"prompt": "def {}(a, b):", "subject": "subtract", "target": "\n    return a - b"}
+    (edit,) = read_edits(write([record])).edits
+    assert edit.trimmed() == edit
+    assert edit.target == record["target"]
+
+
+def test_edits_keep_conversations_and_joins_as_dicts():
+    edit = rf.Edit(messages=CHAT, subject="France")
+    assert rf.Edit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
+    assert {"join", "messages"}.isdisjoint(rf.Edit(**PLAIN).to_dict())
+    assert rf.Edit(**PLAIN, join="exact").to_dict()["join"] == "exact"
+    assert edit.with_target("Nice.").messages[-1]["content"] == edit.with_target("Nice.").target == "Nice."
+    with pytest.raises(RequestError, match="target and messages are both given"):
+        rf.Edit(messages=CHAT, target="Nice")

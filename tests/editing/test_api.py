@@ -71,7 +71,7 @@ def test_white_space_around_an_edit_is_ignored_and_reported(editor, caplog):
     ("wrong", "message"),
     [
         ({"prompt": "{} is", "subject": "Lado"}, "edit 2: missing fields: target; add them"),
-        ({"prompt": "{} is", "target": "x"}, "missing fields: subject; name the words of the prompt"),
+        ({"prompt": "{} is", "target": "x"}, "the subject is empty; name the words that"),
         (FACT | {"targt": "x"}, "edit 2: unknown field 'targt'; did you mean 'target'"),
         (FACT | {"case": 3}, "edit 2: unknown field 'case'; expected: prompt, subject, target, weight"),
         (FACT | {"subject": 3}, "edit 2: subject=3: expected a string"),

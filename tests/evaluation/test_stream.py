@@ -22,7 +22,7 @@ CONFIG = CONFIG.replace(batch_size=5, search={"ahead": 20})
 
 def plan(label="rls", **changes):
     settings = {"stream": "plain", "edits": 20, "seed": 1, "config": CONFIG, "checkpoints": (0.5, 1.0)}
-    settings["probed"] = 400
+    settings |= {"probed": 400, "free": 10}
     return Plan(label=label, **{**settings, **changes})
 
 
@@ -33,7 +33,6 @@ def finished_runs(tmp_path_factory):
         plan(),
         plan("memit", config=CONFIG.replace(rule="memit")),
         plan("conflicts", stream="conflicting"),
-        plan("forgetting", forgetting=0.5),
     ]
     jobs = {one.label: Job(GroundSpec(), one, result_path(folder, one)) for one in plans}
     results = runs.run_jobs(list(jobs.values()), log=lambda line: None)
@@ -161,12 +160,6 @@ def test_the_later_target_of_a_fact_edited_twice_is_stated(finished_runs):
     assert rows[-1]["n"] == 10
 
 
-def test_with_forgetting_later_edits_have_larger_weights():
-    weights = stream._weights(plan(forgetting=0.5), 201)
-    assert (weights[0], weights[100], weights[200]) == (1.0, 2.0, 4.0)
-    assert set(stream._weights(plan(), 50)) == {1.0}
-
-
 def test_a_failed_stream_reports_the_reason_and_evaluates_the_applied_edits(tmp_path, monkeypatch):
     ground = make_ground(GroundSpec())
     cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
@@ -240,7 +233,8 @@ def test_figures_are_averaged_over_runs(finished_runs):
 
 
 def test_the_command_executes_its_runs_once_and_prints_means(tmp_path, capsys):
-    command = ["evaluate", "--rules", "rls", "rome", "--edits", "10", "--seeds", "1", "2", "--batch-size", "5"]
+    command = ["evaluate", "--rules", "rls", "rome", "--edits", "4", "--seeds", "1", "2", "--batch-size", "2"]
+    command += ["--free", "2", "--probed", "50"]
     command += ["--out", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json")]
     assert main(command) == 0
     first = capsys.readouterr()
@@ -268,13 +262,18 @@ def test_the_command_rejects_unknown_rules_and_settings(tmp_path, capsys):
         main(["evaluate", "--rules", "other"])
 
 
-def test_several_processes_give_the_same_results(finished_runs, tmp_path):
-    jobs, results = finished_runs
-    copies = [replace(jobs[label], path=tmp_path / f"{label}.json") for label in ("rls", "memit")]
-    found = runs.run_jobs(copies, processes=2, log=lambda line: None)
-    for label, one in zip(("rls", "memit"), found, strict=True):
-        assert value(one, "efficacy", "strict") == value(results[label], "efficacy", "strict")
-    assert load_result(copies[0]) == found[0]
+def test_several_processes_give_the_same_results(tmp_path):
+    plans = [plan(label, edits=4, checkpoints=(), free=2, probed=50, seed=seed) for seed, label in enumerate("ab")]
+    alone, together = (
+        runs.run_jobs(
+            [Job(GroundSpec(), one, tmp_path / str(processes) / f"{one.label}.json") for one in plans],
+            processes=processes,
+            log=lambda line: None,
+        )
+        for processes in (1, 2)
+    )
+    assert [one["rows"] for one in together] == [one["rows"] for one in alone]
+    assert load_result(Job(GroundSpec(), plans[0], tmp_path / "2" / "a.json")) == together[0]
 
 
 def test_probed_texts_contain_no_edited_subject_and_no_anchor(monkeypatch, tmp_path):
@@ -285,8 +284,8 @@ def test_probed_texts_contain_no_edited_subject_and_no_anchor(monkeypatch, tmp_p
         "TextProbe",
         lambda model, tokenizer, texts, **rest: probed.extend(texts) or real(model, tokenizer, texts, **rest),
     )
-    cases, _ = make_cases(GroundSpec(), "plain", 20, 1)
-    stream.run(make_ground(GroundSpec()), plan(checkpoints=()), cases, tmp_path / "run.json")
+    cases, _ = make_cases(GroundSpec(), "plain", 2, 1)
+    stream.run(make_ground(GroundSpec()), plan(edits=2, checkpoints=(), free=2), cases, tmp_path / "run.json")
     assert len(probed) == 300
     assert not {text for text in probed if any(case.edit.subject in text for case in cases)}
     assert not set(probed) & set(grounds.anchor_texts(grounds._world(), 1))

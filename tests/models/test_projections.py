@@ -70,15 +70,15 @@ def test_attention_is_ignored(make_model):
     model = make_model("llama")
     for block in model.model.layers:
         del block.mlp
-    with pytest.raises(ModelError, match=r"(?s)found none .*self_attn\.o_proj.*projection_module"):
+    with pytest.raises(ModelError, match=r"(?s)layers\.0 has no MLP.*self_attn\.o_proj.*projection_module"):
         find_decoder(model).select([0])
 
 
-def test_modules_in_two_parents_are_ambiguous(make_model):
+def test_two_mlps_of_a_block_are_ambiguous(make_model):
     model = make_model("llama")
-    model.model.layers[1].feed = nn.ModuleDict({"out": nn.Linear(96, 64)})
+    model.model.layers[1].feed = copy.deepcopy(model.model.layers[1].mlp)
     decoder = find_decoder(model)
-    expected = r"(?s)layers\.1: .*mlp\.down_proj.*feed\.out.*layer_module=.*projection_module="
+    expected = r"(?s)layers\.1 has several MLPs, .*mlp\.down_proj.*feed\.down_proj.*layer_module=.*projection_module="
     with pytest.raises(ModelError, match=expected):
         decoder.select([0, 1])
     assert len(decoder.select([0, 2])) == 2

@@ -14,10 +14,11 @@ from rlsedit_fast.statistics.sources import GivenTexts
 TEXTS = ["Lado speaks Kubeish .", "Veta plays the organ and the organ .", "Fado"]
 
 
-def put(directory, identity, source, *, tokens, layers=(1, 2)):
+def put(directory, identity, source, *, tokens, layers=(1, 2), held_out=0):
     moments = {layer: torch.full((3, 3), float(tokens)) for layer in layers}
+    held = {layer: moment.clone() for layer, moment in moments.items()} if held_out else {}
     path = cache_path(identity, layers, source, tokens, directory=directory)
-    KeyStatistics(moments, tokens, identity, source).save(path)
+    KeyStatistics(moments, tokens, identity, source, held, held_out).save(path)
     return path
 
 
@@ -64,6 +65,14 @@ def test_statistics_with_most_tokens_are_preferred_then_the_newest(tmp_path):
     assert find_cached(identity, [1, 2], directory=tmp_path).source == "old"
 
 
+def test_of_as_many_tokens_those_with_a_held_out_part_are_preferred(tmp_path):
+    put(tmp_path, "ab" * 32, "parts", tokens=27, held_out=3)
+    put(tmp_path, "ab" * 32, "newer", tokens=30)
+    assert find_cached("ab" * 32, [1, 2], directory=tmp_path).source == "parts"
+    put(tmp_path, "ab" * 32, "more", tokens=31)
+    assert find_cached("ab" * 32, [1, 2], directory=tmp_path).source == "more"
+
+
 def test_all_requested_layers_must_exist_and_only_they_are_read(tmp_path):
     identity = "ab" * 32
     put(tmp_path, identity, "narrow", tokens=50, layers=(2,))
@@ -97,4 +106,5 @@ def test_every_collection_has_its_own_path(tmp_path):
     arguments = [("ab", (1, 2), "a", 5), ("cd", (1, 2), "a", 5), ("ab", (1,), "a", 5), ("ab", (1, 2), "b", 5)]
     paths = {cache_path(*one, directory=tmp_path) for one in (*arguments, ("ab", (1, 2), "a", None))}
     assert len(paths) == 5
+    assert cache_path("ab", (1, 2), "a", 5, held_out=0.0, directory=tmp_path) not in paths
     assert cache_path("ab", [2, 1], "a", 5, directory=tmp_path) in paths

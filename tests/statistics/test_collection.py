@@ -45,14 +45,19 @@ def run(decoder, tokenizer, source, layers=LAYERS, **options):
     return collect(decoder, tokenizer, decoder.select(layers), source, longest=options.pop("longest", 64), **options)
 
 
-def expected(decoder, tokenizer, layer, tokens=None):
-    """Computes the moment in float64, one text at a time."""
-    keys = []
+def expected(decoder, tokenizer, layer, tokens=None, held_out=0.0):
+    """Computes in float64 the sum of `k k^T` over texts that are used and over those that are held out."""
+    sums, counts, left = [0.0, 0.0], [0, 0], tokens
     for text in TEXTS:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        keys.append(read_keys(decoder, decoder.select([layer]), {"input_ids": ids})[0][layer][0])
-    keys = torch.cat(keys)[:tokens].double()
-    return keys.T @ keys / len(keys), len(keys)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])[:, :left]
+        if not ids.numel():
+            break
+        left = None if left is None else left - ids.numel()
+        keys = read_keys(decoder, decoder.select([layer]), {"input_ids": ids})[0][layer][0].double()
+        held = counts[1] + len(keys) <= held_out * (sum(counts) + len(keys))
+        sums[held] = sums[held] + keys.T @ keys
+        counts[held] += len(keys)
+    return sums, counts
 
 
 def interrupted(decoder, tokenizer, source, checkpoint, at, error=KeyboardInterrupt, **options):
@@ -73,21 +78,51 @@ def assert_equal(one, other):
     assert (one.tokens, one.fingerprint, one.source) == (other.tokens, other.fingerprint, other.source)
     assert list(one.moments) == list(other.moments)
     assert all(torch.equal(one.moments[layer], other.moments[layer]) for layer in one.moments)
+    assert one.held_out_tokens == other.held_out_tokens
+    assert list(one.held_out) == list(other.held_out)
+    assert all(torch.equal(one.held_out[layer], other.held_out[layer]) for layer in one.held_out)
+
+
+def assert_mean(found, total, count):
+    """A key that is in a pass with rows of other lengths rounds differently by some units of its largest entry."""
+    assert found.dtype == torch.float32
+    assert (found - total / count).abs().max() < 100 * 2**-24 * (total / count).diagonal().max()
 
 
 @pytest.mark.parametrize("tokens", [None, 1, 77, 200, 341])
 def test_moments_are_the_mean_over_exactly_the_requested_tokens(model, tokenizer, file, tokens):
     decoder = find_decoder(model)
-    found = run(decoder, tokenizer, file, tokens=tokens)
+    found = run(decoder, tokenizer, file, tokens=tokens, held_out=0.0)
     assert list(found.moments) == list(LAYERS)
     assert found.source == file.name
     assert found.fingerprint == fingerprint(model)
     for layer in LAYERS:
-        moment, count = expected(decoder, tokenizer, layer, tokens)
+        (total, _), (count, _) = expected(decoder, tokenizer, layer, tokens)
         assert found.tokens == count
-        assert found.moments[layer].dtype == torch.float32
-        # In a pass with rows of other lengths, a key rounds differently by some units of its largest entry.
-        assert (found.moments[layer] - moment).abs().max() < 100 * 2**-24 * moment.diagonal().max()
+        assert_mean(found.moments[layer], total, count)
+    assert (found.held_out, found.held_out_tokens) == ({}, 0)
+
+
+@pytest.mark.parametrize(("tokens", "held_out"), [(None, 0.1), (341, 0.1), (None, 0.5)])
+def test_whole_texts_are_held_out_and_are_not_in_the_moments(decoder, tokenizer, file, tokens, held_out):
+    found = run(decoder, tokenizer, file, tokens=tokens, held_out=held_out)
+    for layer in LAYERS:
+        sums, counts = expected(decoder, tokenizer, layer, tokens, held_out)
+        assert [found.tokens, found.held_out_tokens] == counts
+        assert held_out * sum(counts) - 20 < counts[1] <= held_out * sum(counts)
+        assert_mean(found.moments[layer], sums[0], counts[0])
+        assert_mean(found.held_out[layer], sums[1], counts[1])
+
+
+def test_a_single_row_is_not_held_out(decoder, tokenizer):
+    found = run(decoder, tokenizer, GivenTexts(TEXTS[:1]))
+    assert (found.held_out, found.held_out_tokens) == ({}, 0)
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 1, True, float("nan")])
+def test_an_invalid_fraction_raises(decoder, tokenizer, file, held_out):
+    with pytest.raises(InputError, match=f"held_out={held_out}: expected a fraction"):
+        run(decoder, tokenizer, file, held_out=held_out)
 
 
 def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, file, monkeypatch):
@@ -109,9 +144,10 @@ def test_forwards_smaller_than_a_pass_give_the_same_moments(decoder, tokenizer, 
 
 def test_less_text_than_requested_is_reported(decoder, tokenizer, file, caplog):
     found = run(decoder, tokenizer, file, tokens=10_000)
-    assert f"after {found.tokens} of 10000 tokens" in caplog.text
+    count = found.tokens + found.held_out_tokens
+    assert f"after {count} of 10000 tokens" in caplog.text
     caplog.clear()
-    run(decoder, tokenizer, file, tokens=found.tokens)
+    run(decoder, tokenizer, file, tokens=count)
     assert not caplog.text
 
 
@@ -238,6 +274,7 @@ def test_a_checkpoint_of_another_collection_raises(decoder, make_model, tokenize
         "source": (decoder, TextFile(other), {"tokens": 300}),
         "requested tokens": (decoder, file, {"tokens": 301}),
         "tokens of a row": (decoder, file, {"tokens": 300, "longest": 63}),
+        "held out": (decoder, file, {"tokens": 300, "held_out": 0.2}),
         "layers": (decoder, file, {"tokens": 300, "layers": (1,)}),
     }
     for what, (decoder_, source, options) in others.items():
@@ -285,7 +322,7 @@ def test_float32_sums_over_many_passes_keep_their_digits(decoder, tokenizer, mon
 
     monkeypatch.setattr(collection, "read_keys", keys)
     endless = (" ".join(WORDS[:7]) for _ in iter(int, 1))  # with the first token, 8 tokens per text
-    found = run(decoder, tokenizer, GivenTexts(endless), layers=(1,), tokens=64 * 1000)
+    found = run(decoder, tokenizer, GivenTexts(endless), layers=(1,), tokens=64 * 1000, held_out=0.0)
     assert len(passes) == 1000
     scale = exact.diagonal().sqrt()
     error = (found.moments[1].double() * found.tokens - exact) / (scale[:, None] * scale)

@@ -6,13 +6,15 @@ from safetensors.torch import save_file
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.statistics import KeyStatistics
+from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, write_matrices
 
 
 @pytest.fixture
 def statistics():
     torch.manual_seed(0)
     moments = {layer: torch.randn(6, 6) for layer in (4, 11)}
-    return KeyStatistics(moments, 1234, "ab" * 32, "text.txt, sha256 00")
+    held_out = {layer: torch.randn(6, 6) for layer in moments}
+    return KeyStatistics(moments, 1234, "ab" * 32, "text.txt, sha256 00", held_out, 137)
 
 
 def test_loaded_statistics_equal_the_saved_ones(statistics, tmp_path):
@@ -24,11 +26,23 @@ def test_loaded_statistics_equal_the_saved_ones(statistics, tmp_path):
         statistics.fingerprint,
         statistics.source,
     )
-    assert list(loaded.moments) == [4, 11]
+    assert list(loaded.moments) == list(loaded.held_out) == [4, 11]
+    assert loaded.held_out_tokens == 137
+    assert all(torch.equal(loaded.held_out[layer], statistics.held_out[layer]) for layer in statistics.held_out)
     assert all(torch.equal(loaded.moments[layer], statistics.moments[layer]) for layer in statistics.moments)
-    assert list(KeyStatistics.load(path, layers=[11]).moments) == [11]
+    some = KeyStatistics.load(path, layers=[11])
+    assert list(some.moments) == list(some.held_out) == [11]
     with pytest.raises(InputError, match="layers 4, 11 and lacks 5"):
         KeyStatistics.load(path, layers=[4, 5])
+
+
+def test_a_file_of_the_version_without_held_out_tokens_is_read(statistics, tmp_path):
+    path = tmp_path / "s.safetensors"
+    about = {"tokens": 5, "fingerprint": "ab", "source": "text", "layers": [4, 11]}
+    write_matrices(path, EARLIER_STATISTICS, statistics.moments, about)
+    loaded = KeyStatistics.load(path)
+    assert (loaded.tokens, list(loaded.moments)) == (5, [4, 11])
+    assert (loaded.held_out, loaded.held_out_tokens) == ({}, 0)
 
 
 def test_a_failed_write_keeps_the_existing_file(statistics, tmp_path, monkeypatch):

@@ -303,22 +303,31 @@ def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
         with pytest.raises(InputError, match="budget=0"):
             editor.status(budget=0)
     without = read_status(tmp_path, budget=5.0)
-    assert (without.edits, without.edits_left, without.spent) == (status.edits, status.edits_left, status.spent)
+    assert (without.edits, without.spent) == (status.edits, status.spent)
+    assert without.edits_left > 0
+    assert "a line" in without.edits_left_basis
     assert all(layer.residual > 0 for layer in without.layers), "from the last snapshot"
     opened = rf.Editor(tiny(), tokenizer, store=tmp_path).status(budget=5.0)
     assert opened.layers == status.layers
 
 
-def test_edits_left_is_extrapolated_from_the_objective():
+def test_without_keys_edits_left_continues_a_line():
     from rlsedit_fast.editing.records import Point
-    from rlsedit_fast.editing.status import LayerStatus, edits_left
+    from rlsedit_fast.editing.status import LayerStatus, assess, edits_by_line
 
     trace = [Point(n, (2.0 * n,)) for n in (10, 20, 30, 50)]
     layer = LayerStatus(0, 100.0, 0.5, None, 0.1, None, None)
-    assert edits_left(trace, 0, layer, 0.2) == 150  # J may grow from 100 to 400, by 2 per edit
-    assert edits_left(trace, 0, layer, 0.1) == 0
-    assert edits_left(trace[:1], 0, layer, 0.2) is None
-    assert edits_left([Point(10, (9.0,)), Point(20, (8.0,))], 0, layer, 0.2) is None
+    assert edits_by_line(trace, 0, layer, 0.2) == 150  # J may grow from 100 to 400, by 2 per edit
+    assert edits_by_line(trace[:1], 0, layer, 0.2) is None
+    assert edits_by_line([Point(10, (9.0,)), Point(20, (8.0,))], 0, layer, 0.2) is None
+    options = {"batches": 4, "adherence": None, "sizes": {}}
+    status = assess([], trace, [layer], budget=0.2, **options)
+    assert (status.edits_left, "a line" in status.edits_left_basis) == (150, True)
+    assert assess([], trace, [layer], budget=0.1, **options).edits_left == 0
+    with_keys = assess([], trace, [layer], budget=0.2, continued=lambda at, growth: (int(growth) + 30, 40), **options)
+    assert with_keys.edits_left == 150
+    assert "150 to 180 edits" in with_keys.edits_left_basis
+    assert "fewer than 1000 edits" in with_keys.edits_left_basis
 
 
 def test_unused_adherence_is_not_reported():
