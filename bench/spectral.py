@@ -67,9 +67,7 @@ def main() -> None:
     before = next_tokens(model, tokenizer, text, prompts)
     specificity = evaluate(model, tokenizer, some)["specificity"]
     originals = {name: weight.clone() for name, weight in model.state_dict().items()}
-    base = rf.EditConfig(
-        prior={"mu": options.mu}, contexts={"chat": ()}, refine=0, overlap="keep", batch_size=options.edits
-    )
+    base = rf.EditConfig(prior={"mu": options.mu}, contexts={"chat": ()}, refine=0, batch_size=options.edits)
     first = rf.Editor(model, tokenizer, config=base)
     statistics = first.statistics(GivenTexts(paragraphs(options.text / "wikitext2-valid.txt")), tokens=ANCHOR_TOKENS)
     weights = {p.layer: p.blocks[0].clone() for p in first.context.projections}
