@@ -76,8 +76,8 @@ def main() -> None:
         model, tokenizer = load_demo_model()
         pairs = demo_pairs()
         editor = rf.Editor(model, tokenizer, config=CONFIG)
-        editor.anchor(anchor_texts(World.generate(), 0))
-        editor.calibrate([edit for edit, _ in pairs[:100]])
+        editor.anchor(anchor_texts(World.generate(), 0), tokens=options.tokens)
+        editor.calibrate([edit for edit, _ in pairs[:30]])
     else:
         path = checkpoint(options.model)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
