@@ -13,7 +13,9 @@ from rlsedit_fast.rls.state import RLSState
 _DIMENSIONS = 32
 _BATCH = 50  # edits
 _LAST = 64  # given edits that show how much of a key is new
-_OPERATIONS = 2e11  # at most, about ten seconds on a CPU; then growth continues at the last rate
+_BATCHES = 100  # at most, and at least two; then growth continues at the last rate
+_OPERATIONS = 2e11  # at most, about ten seconds on a CPU
+_MOST = 1_000_000
 
 
 @torch.no_grad()
@@ -30,6 +32,9 @@ def edits_until(state: RLSState, keys: Tensor, weights: Tensor, *, growth: float
         weights: weights of the rows of an edit, `[rows]`.
         growth: growth to reach, relative to the present growth per edit; above 0.
 
+    Returns:
+        The number, at most a million.
+
     Example:
         >>> import torch
         >>> from rlsedit_fast.rls import Prior, RLSState
@@ -44,7 +49,7 @@ def edits_until(state: RLSState, keys: Tensor, weights: Tensor, *, growth: float
     saved = replace(state.saved(), weight=zeros, objective=0.0)
     copy = RLSState(zeros, state.prior, dtype=state.dtype, name=state.name, saved=saved)
     drawn = DrawnKeys([keys], [copy], [_before_written(copy, keys[-_LAST:], weights)])
-    most = max(2 * _BATCH, int(_OPERATIONS / (4 * rows * d_k**2)))
+    most = max(2, min(_BATCHES, int(_OPERATIONS / (4 * _BATCH * rows * d_k**2)))) * _BATCH
     changes = ChangeStatistics(torch.ones(1), 0.0)
     done, reached, rate = 0, 0.0, 0.0
     noise = weights.to(state.device, state.dtype).repeat(_BATCH)
@@ -60,8 +65,8 @@ def edits_until(state: RLSState, keys: Tensor, weights: Tensor, *, growth: float
             break
         done, rate, before, reached = done + _BATCH, (now / first - reached) / _BATCH, reached, now / first
         if reached >= growth:
-            return int(done - _BATCH + (growth - before) / max(rate, 1e-12))
-    return int(done + (growth - reached) / max(rate, 1e-12))
+            return int(done - _BATCH + (growth - before) / rate)
+    return int(min(done + (growth - reached) / max(rate, 1e-12), _MOST))
 
 
 def _square(state: RLSState) -> float:
