@@ -234,7 +234,7 @@ def _check_complete(model: PreTrainedModel, state: Mapping[str, Tensor], groups:
 
 
 def _overwrite(path: Path, place: StoredTensor, tensor: Tensor) -> None:
-    data = _bytes(tensor)
+    data = tensor_bytes(tensor)
     if len(data) != place.end - place.start:
         raise UnlikeBaseError(
             f"a tensor of {path.name} has {place.end - place.start} bytes, and the new one {len(data)}"
@@ -244,7 +244,7 @@ def _overwrite(path: Path, place: StoredTensor, tensor: Tensor) -> None:
         file.write(data)
 
 
-def _bytes(tensor: Tensor) -> Any:
+def tensor_bytes(tensor: Tensor) -> Any:
     """Returns the bytes of a tensor as an array, without a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.export.base_tensors import UnlikeBaseError, WrittenTensors
+from rlsedit_fast.export.base_tensors import UnlikeBaseError, WrittenTensors, tensor_bytes
 from rlsedit_fast.export.changes import WeightChange, same_bits
 from rlsedit_fast.files import read_json, written_whole
 from rlsedit_fast.models.checkpoint_files import Checkpoint, Shard
@@ -97,7 +97,7 @@ def rewrite_shard(
     with written_whole(target) as (temporary,), source.open("rb") as old, temporary.open("wb") as new:
         new.write(struct.pack("<Q", len(text)) + text)
         for tensor in added.values():
-            new.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            new.write(tensor_bytes(tensor))
         for _, held in kept:
             old.seek(held.start)
             remaining = held.end - held.start

@@ -67,9 +67,9 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
     weights, given = _weights(model), dict(instead or {})
     for name, module in dequantized_modules(model).items():  # count as the quantized module
         given.pop(f"{name}.weight", None)
-        for part in [one for one in weights if one.rpartition(".")[0] == name]:
-            del weights[part]
-        weights |= {f"{name}.{part}": tensor.detach() for part, tensor in module.quantized[0].named_parameters()}
+        for own in [one for one in weights if one.rpartition(".")[0] == name]:
+            del weights[own]
+        weights |= {f"{name}.{own}": tensor.detach() for own, tensor in module.quantized[0].named_parameters()}
     if unknown := sorted(given.keys() - weights.keys()):
         raise ModelError(f"instead has unknown parameters {unknown}; expected names of parameters of the model")
     for name, tensor in sorted((weights | given).items()):
