@@ -40,6 +40,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "message": {"contexts": {"chat": ("message",)}},
     "answer, message": {"contexts": {"chat": ("answer", "message")}},
     "answer, direct": {"contexts": {"chat": ("answer", "direct")}},
+    "answer, direct, bare": {"contexts": {"chat": ("answer", "direct"), "prefixes": ("",)}},
+    "answer, direct, one prefix": {
+        "contexts": {"chat": ("answer", "direct"), "prefixes": ("", "The report says this.")}
+    },
     "answer, message, direct": {"contexts": {"chat": ("answer", "message", "direct")}},
 }
 """Settings of `EditConfig` by name."""

@@ -19,9 +19,9 @@ from recording import add_json, record
 import rlsedit_fast as rf
 from rlsedit_fast.rls.terms import AnchorChange
 
-SHAPES = [(576, 1536), (640, 2048), (1024, 4096)]
+SHAPES = [(576, 1536)]
 ROWS = [3, 30, 300]
-REPEATS = 7
+REPEATS = 5
 
 
 def seconds(action) -> float:  # type: ignore[no-untyped-def]

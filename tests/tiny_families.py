@@ -75,6 +75,15 @@ TEXT_FAMILIES = {
     ),
     "olmo_hybrid": ("OlmoHybrid", TEXT | DELTA | {"layer_types": HYBRID}, DOWN, 4),
     "qwen3_5_text": ("Qwen3_5", TEXT | DELTA | {"layer_types": HYBRID}, DOWN, 4),
+    "qwen3_next": (
+        "Qwen3Next",
+        TEXT
+        | DELTA
+        | {"layer_types": HYBRID, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0, 1]},
+        DOWN,
+        2,
+    ),
     "bamba": ("Bamba", TEXT | MAMBA2 | {"attn_layer_indices": [1]}, "feed_forward.down_proj", 4),
     "falcon_h1": ("FalconH1", TEXT | MAMBA2 | {"mamba_d_ssm": 64}, "feed_forward.down_proj", 4),
     "granite4": (

@@ -131,7 +131,7 @@ def add_settings(parser: argparse.ArgumentParser, *, rule: bool = True) -> None:
         "--overlap",
         choices=get_args(OnOverlap),
         help="what to do with an edit whose key earlier edits already use, so that it repeats or contradicts one of "
-        "them although their texts differ: warn (default), skip it, raise an error, or keep it without a check",
+        "them although their texts differ: keep it (default), warn, skip it, or raise an error",
     )
     group.add_argument(
         "--search-ahead",

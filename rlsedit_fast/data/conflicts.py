@@ -219,4 +219,4 @@ def _is_valid(edit: object) -> bool:
 
 
 def _target(edit: Edit) -> str:
-    return unicodedata.normalize("NFC", edit.target).strip()
+    return unicodedata.normalize("NFC", edit.trimmed().target)

@@ -68,7 +68,8 @@ class Edit:
     messages: tuple[Message, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if self.subject is None:
+        subject: object = self.subject
+        if subject is None:
             object.__setattr__(self, "subject", "")
         if self.messages is None:
             return
@@ -143,7 +144,7 @@ class Edit:
                 near = get_close_matches(str(name), known, n=1)
                 suggestion = f"did you mean {near[0]!r}?" if near else f"expected: {', '.join(known)}"
                 raise RequestError(f"unknown field {name!r}; {suggestion}")
-        needed = ("prompt", "target") if values.get("messages") is None else ()
+        needed: tuple[str, ...] = ("prompt", "target") if values.get("messages") is None else ()
         if "{}" in str(values.get("prompt", "")):
             needed = ("prompt", "subject", "target")
         if missing := [name for name in needed if name not in values]:

@@ -253,9 +253,9 @@ class EditConfig(Settings):
             nevertheless. `skip`: it is not written, its record has the state `skipped`, and an edit that it would
             replace stays; of several edits that share a value the worst is skipped first. `raise`: its batch fails.
         overlap: what happens to an edit whose key active edits already use, so that it repeats or contradicts one of
-            them although their texts differ (see `Editor.overlaps`). `warn`: it is written, with a warning. `skip`: it
-            is not written, its record has the state `skipped`. `raise`: its batch fails. `keep`: it is written, and
-            used shares are not computed.
+            them although their texts differ (see `Editor.overlaps`). `keep`: it is written, and its record has the used
+            share. `warn`: the same, with a warning. `skip`: it is not written, its record has the state `skipped`.
+            `raise`: its batch fails.
         overlap_share: used share of the key above which an edit overlaps.
         refine: rounds of refinement. An edit whose target is not ranked first after the write, at the bare prompt or in
             its contexts in a chat, is searched again in the edited model, and its value is moved by the difference. The
@@ -304,7 +304,7 @@ class EditConfig(Settings):
     norm_anchor: bool = False
     same_subject: SameSubject = "joint"
     unconverged: Unconverged = "keep"
-    overlap: OnOverlap = "warn"
+    overlap: OnOverlap = "keep"
     overlap_share: _Fraction = 0.9
     refine: _Index | None = None
     measure_chat: bool = False

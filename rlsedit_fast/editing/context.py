@@ -112,7 +112,8 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     """Finds where a model is edited, with a forward pass over two tokens, and samples contexts if requested.
 
     Args:
-        model: causal language model; it is not modified.
+        model: causal language model; it is not modified, except that quantized projections to be edited are replaced by
+            ordinary ones with the same weights.
         tokenizer: its tokenizer.
         config: settings of the editor.
 
@@ -121,7 +122,7 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
         InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
-    projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config))
+    projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config), dequantize=True)
     check_tokenizer(model, tokenizer)
     _check_settings(projections, config)
     for projection in projections:

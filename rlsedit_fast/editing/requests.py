@@ -142,9 +142,14 @@ def _prepare_one(tokenizer: PreTrainedTokenizerBase, edit: object, config: EditC
         for prefix in config.contexts.prefixes
     )
     forms = config.contexts.chat or ()
-    contexts += tuple(
-        encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span) for form in forms
-    )
+    try:
+        contexts += tuple(
+            encode_in_chat(tokenizer, edit, form, fact_token=config.fact_token, span=edit.span) for form in forms
+        )
+    except RequestError as error:
+        raise RequestError(
+            f"in a chat: {error}; correct it, or set contexts.chat to () to edit without a chat"
+        ) from error
     kl = tuple(
         encode(tokenizer, prompt, edit.subject, fact_token=config.fact_token)
         for prompt in config.search.effective_kl_prompts

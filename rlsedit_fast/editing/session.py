@@ -227,9 +227,8 @@ class EditSession:
             The records of the batch.
         """
         before = self.measurement.answers(requests)
-        overlaps = None if self.config.overlap == "keep" or replaced else self.overlaps(requests)
-        left_out = check_overlaps(self.config, requests, overlaps)
-        skipped, values = self.finder.leave_out(requests, left_out, values)
+        overlaps = None if replaced else self.overlaps(requests)
+        skipped, values = self.finder.leave_out(requests, check_overlaps(self.config, requests, overlaps), values)
         while True:
             removed, rewritten = self._affected(requests, replaced, skipped)
             if self.config.same_subject == "joint":

@@ -88,7 +88,8 @@ def find_stale(base: Checkpoint, names: Iterable[str], changed: Collection[str])
     """
     if not changed:
         return []
-    weight = base.read(min(changed))
+    held = sorted(name for name in changed if name in base.file_of)  # a quantized base may have other names
+    weight = base.read(held[0]) if held else None
     stale: list[str] = []
     for name in names:
         if name.endswith(_INDEX):
@@ -121,10 +122,12 @@ def _lists(index: Path, files: set[Path]) -> bool:
         return False
 
 
-def _is_copy(path: Path, weight: Tensor) -> bool:
-    """Whether a file contains a copy of a weight."""
+def _is_copy(path: Path, weight: Tensor | None) -> bool:
+    """Whether a file contains a copy of a weight; without a weight, by its name only."""
     if any(fnmatch(path.name.lower(), pattern) for pattern in _OTHER_FORMATS):
         return True
+    if weight is None:
+        return False
     try:
         return any(_near(one, weight[:_ROWS]) for one in _first_rows(path, weight))
     except InputError:  # not tensors by name, such as the arguments of a training run

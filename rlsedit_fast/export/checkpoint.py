@@ -14,14 +14,19 @@ from rlsedit_fast.export.base_files import copy_files, find_stale, plain_files, 
 from rlsedit_fast.export.base_tensors import UnlikeBaseError, WrittenTensors, write_tensors_like
 from rlsedit_fast.export.card import CARD
 from rlsedit_fast.export.changes import WeightChange
+from rlsedit_fast.export.quantized_base import write_projections_like
 from rlsedit_fast.files import check_new, written_folder
 from rlsedit_fast.models.checkpoint_files import Checkpoint, find_checkpoint
+from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.fingerprint import settings
+from rlsedit_fast.models.quantized import dequantized_modules, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,7 @@ def write_checkpoint(
         >>> report.tensors, report.reason
         ((), '')
     """
-    check_new(directory, overwrite=overwrite)
-    place, found, reason = Path(directory), base, ""
+    model, place, found, reason = unwrapped(model), Path(directory), base, ""
     if base is None:
         try:
             found = base_of(model)
@@ -122,14 +126,20 @@ def write_checkpoint(
     if found is not None:
         _check_other_folder(place, found)
         try:
-            return _write_like(model, tokenizer, place, found, changes, card)
+            return _write_like(model, tokenizer, place, found, changes, card, overwrite=overwrite)
         except UnlikeBaseError as error:
             reason = f"the model is not like its base {str(found.folder)!r}: {error}"
+    if dequantized_modules(model):
+        raise InputError(
+            f"a quantized model is written only as a copy of its quantized base: {reason}",
+            hint="write the change as an adapter or a delta (--adapter, --delta; Python: save_adapter, save_delta)",
+        )
     named = str(getattr(model, "name_or_path", "") or "")
     note = f"written by transformers, not as a copy of the base: {reason}" if named or found else ""
     if note:
         logger.warning("%s: %s", directory, note)
     with written_folder(place) as folder:
+        check_new(place, overwrite=overwrite)
         with _generation_config_kept(model):
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -166,17 +176,28 @@ def _write_like(
     base: Checkpoint,
     changes: Sequence[WeightChange],
     card: str | None,
+    *,
+    overwrite: bool,
 ) -> CheckpointReport:
-    _check_same_config(model, base)
     with written_folder(place) as folder:
+        check_new(place, overwrite=overwrite)
+        method = _check_same_config(model, base)
         skipped = (folder, place)
         copied = copy_files(plain_files(base, skipped), base.folder, folder)
         copy_files(base.weights, base.folder, folder)
-        written = write_tensors_like(model, base, folder, changes)
+        if method is None:
+            written = write_tensors_like(model, base, folder, changes)
+        else:
+            written = write_projections_like(model, base, folder, changes, method)
         others = weight_files(base, skipped)
         stale = find_stale(base, others, written.keys)
         copied += copy_files((name for name in others if name not in stale), base.folder, folder)
         notes = _notes(written)
+        if method is not None and written.keys:
+            notes.append(
+                f"the edited projections are no longer quantized, and {CONFIG} lists them; the others stay quantized "
+                f"({method})"
+            )
         if not _is_tokenizer_of(tokenizer, folder):
             tokenizer.save_pretrained(folder)
             notes.append("the tokenizer is not that of the base: its files were written, too")
@@ -219,17 +240,25 @@ def _check_other_folder(place: Path, base: Checkpoint) -> None:
         )
 
 
-def _check_same_config(model: PreTrainedModel, base: Checkpoint) -> None:
-    """Raises UnlikeBaseError if the config of the model is not that of the base, or the base is quantized."""
+def _check_same_config(model: PreTrainedModel, base: Checkpoint) -> str | None:
+    """Returns the quantization method of the base, or None.
+
+    Raises:
+        UnlikeBaseError: the config of the model is not that of the base.
+    """
     try:
         own: Any = type(model.config).from_pretrained(base.folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UnlikeBaseError(f"its config cannot be read ({error})") from error
-    if getattr(own, "quantization_config", None):
-        raise UnlikeBaseError("it is quantized")
+    method = quantization_of(own)
+    if method is None and quantization_of(model.config) is not None:
+        raise UnlikeBaseError("the model was quantized while it was loaded, and its base is not quantized")
     before, after = settings(own.to_dict()), settings(model.config.to_dict())
+    for held in (before, after):
+        held.pop("quantization_config", None)
     if differing := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise UnlikeBaseError(f"the configs differ in {', '.join(listed(differing, 5))}")
+    return method
 
 
 def _is_tokenizer_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

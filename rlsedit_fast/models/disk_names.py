@@ -76,6 +76,31 @@ def match_tensors(model: PreTrainedModel, keys: Iterable[str]) -> tuple[list[Ten
     return [*groups, *(rules.fused_group(name, held, state) for name, held in fused.items())], unused
 
 
+def module_keys(model: PreTrainedModel, keys: Iterable[str], module: str) -> tuple[str, list[str]]:
+    """Finds the tensors of a module on disk, also of a quantized one, except its bias.
+
+    Args:
+        model: the model.
+        keys: names of the tensors of its checkpoint on disk.
+        module: dotted name of a module with a weight.
+
+    Returns:
+        The name of the module on disk, and the names of its tensors there; empty if there are none.
+    """
+    state, rules, tried = model.state_dict(keep_vars=True), _Rules.of(model), dict[str, bool]()
+    last, found = module.rpartition(".")[2], dict[str, list[str]]()
+    for key in keys:
+        place, _, rest = key.partition(f".{last}.")
+        place = f"{place}.{last}"
+        if not rest or rest == "bias":
+            continue
+        if place not in tried:
+            tried[place] = rules.rename(f"{place}.weight", state)[0] == f"{module}.weight"
+        if tried[place]:
+            found.setdefault(place, []).append(key)
+    return next(iter(found.items()), ("", []))
+
+
 def _plain_group(name: str, keys: list[str]) -> TensorGroup:
     return TensorGroup(
         (name,),
@@ -108,6 +133,8 @@ class _Rules:
         except ImportError:  # before version 5
             return cls(model, [], [])
         found = getattr(model, "_weight_conversions", None)
+        if getattr(model, "hf_quantizer", None) is not None:  # its rules pack and unpack tensors
+            found = None
         found = copy.deepcopy(found) if found is not None else get_model_conversion_mapping(model)
         converters = [one for one in found if isinstance(one, WeightConverter)]
         return cls(model, [one for one in found if not isinstance(one, WeightConverter)], converters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.compiled import unwrapped
+from rlsedit_fast.models.quantized import dequantized_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,15 +64,30 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
     """
     model = unwrapped(model)
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
-    weights = _weights(model)
-    if unknown := sorted(set(instead or {}) - weights.keys()):
+    weights, given = _weights(model), dict(instead or {})
+    for name, module in dequantized_modules(model).items():  # count as the quantized module
+        given.pop(f"{name}.weight", None)
+        for part in [one for one in weights if one.rpartition(".")[0] == name]:
+            del weights[part]
+        weights |= {f"{name}.{part}": tensor.detach() for part, tensor in module.quantized[0].named_parameters()}
+    if unknown := sorted(given.keys() - weights.keys()):
         raise ModelError(f"instead has unknown parameters {unknown}; expected names of parameters of the model")
-    for name, tensor in sorted((weights | dict(instead or {})).items()):
+    for name, tensor in sorted((weights | given).items()):
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device, so its values are not in memory; load the whole model")
         digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(checksum(tensor))
+        for part in _parts(tensor):
+            digest.update(checksum(part))
     return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """Yields a tensor, or the plain tensors that a quantized one consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def identify(model: PreTrainedModel, found: str) -> str:

@@ -27,7 +27,7 @@ _NORM = re.compile(r"Norm(?![a-z])")
 """Classes of norms, some of which contain an MLP for their scale."""
 
 _WIDER = 2
-"""An MLP is chosen among others that have less than 1/_WIDER of its width: low-rank side paths are narrow."""
+"""MLPs with at most 1/_WIDER of the width of another one are side paths, such as those of low rank."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ def mlps_beside(block: nn.Module, width: int, experts: str) -> list[Mlp]:
         experts: name of the routed experts.
 
     Returns:
-        The MLPs that `choose_mlps` selects, without side paths, which are much narrower than an expert.
+        The MLPs, without side paths, which are much narrower than an expert.
     """
     stacked = [p for p in block.get_submodule(experts).parameters(recurse=False) if p.ndim == 3]
     inner = min((side for weight in stacked for side in weight.shape[1:] if side != width), default=width)
     found = find_mlps(block, width, outside=experts.rpartition(".")[0] or experts)
-    return choose_mlps([one for one in found if one.home and one.nonlinear and one.width * _WIDER > inner])
+    return [one for one in found if one.home and one.nonlinear and one.width * _WIDER > inner]
 
 
 def find_experts(block: nn.Module) -> str | None:

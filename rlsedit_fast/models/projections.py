@@ -23,6 +23,7 @@ from rlsedit_fast.models.linear import (
     output_width,
 )
 from rlsedit_fast.models.mlps import candidates, choose_mlps, find_experts, find_mlps, mixes_tokens, mlps_beside
+from rlsedit_fast.models.quantized import dequantize_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ class Decoder:
         """The projections of all blocks; see `select` for errors."""
         return self.select(range(len(self.blocks)))
 
-    def select(self, layers: Sequence[int]) -> list[Projection]:
+    def select(self, layers: Sequence[int], *, dequantize: bool = False) -> list[Projection]:
         """Finds the projections of some layers. Other blocks need not have one.
 
         The projection of a block is the output projection of its MLP, see `models.mlps`. In a block with a mixture of
@@ -83,6 +84,7 @@ class Decoder:
 
         Args:
             layers: indices of blocks, from 0.
+            dequantize: replace quantized projections by ordinary ones, see `quantized.dequantize_module`.
 
         Returns:
             The projections, in ascending order of their layers.
@@ -96,7 +98,7 @@ class Decoder:
         wrong = [layer for layer in layers if not 0 <= layer < count]
         if wrong:
             raise ModelError(f"layers {wrong} do not exist; the model has layers 0 to {count - 1}")
-        projections = self.locate(layers)
+        projections = [self._projection(layer, dequantize=dequantize) for layer in sorted(set(layers))]
         for projection in projections:
             for name, parameter in projection.parameters.items():
                 check_in_memory(name.removesuffix(".weight"), parameter)
@@ -118,7 +120,7 @@ class Decoder:
             return [layer for layer, block in enumerate(self.blocks) if _named(block, inner) is not None]
         return [layer for layer, block in enumerate(self.blocks) if _holds_mlp(block, width)]
 
-    def _projection(self, layer: int) -> Projection:
+    def _projection(self, layer: int, *, dequantize: bool = False) -> Projection:
         block, block_name, width = self.blocks[layer], f"{self.blocks_name}.{layer}", _residual_width(self.model)
         inner = self.projection_module
         experts = find_experts(block)
@@ -134,6 +136,8 @@ class Decoder:
             raise ModelError(
                 f"projection_module={inner!r}: the model has no module {name!r}; expected a module in the block"
             )
+        if dequantize:
+            module = dequantize_module(self.model, name)
         _check_editable(name, module)
         if (found := output_width(module)) != width:
             raise ModelError(
@@ -272,7 +276,8 @@ def _find_projection(decoder: Decoder, layer: int, width: int, experts: str | No
     block, block_name = decoder.blocks[layer], f"{decoder.blocks_name}.{layer}"
     for name in candidates(block, width):
         check_no_adapter(f"{block_name}.{name}", block.get_submodule(name))
-    fitting = choose_mlps(find_mlps(block, width)) if experts is None else mlps_beside(block, width, experts)
+    found = find_mlps(block, width) if experts is None else mlps_beside(block, width, experts)
+    fitting = choose_mlps(found)
     if len(fitting) == 1:
         return fitting[0].projection
     if len(fitting) > 1:

@@ -49,7 +49,7 @@ def test_a_repeated_key_is_flagged_and_a_new_one_is_not(edited):
 
 
 def test_warning_and_record(edited, caplog):
-    editor = edited()
+    editor = edited(overlap="warn")
     with caplog.at_level(logging.WARNING):
         (record,) = editor.edit([ALIAS])
     assert record.state == "active"
@@ -81,11 +81,13 @@ def test_a_replacement_is_not_compared_with_the_edit_that_it_replaces(edited):
     assert editor.replace(1, "Nafiish").state == "active"
 
 
-def test_without_a_check_nothing_is_computed(edited, monkeypatch):
-    from rlsedit_fast.editing import session
-
-    monkeypatch.setattr(session, "find_overlaps", lambda *_: pytest.fail("computed"))
-    assert [record.used for record in edited(overlap="keep").history()] == [None, None]
+def test_by_default_used_shares_are_only_recorded(edited, caplog):
+    editor = edited()
+    with caplog.at_level(logging.WARNING):
+        (record,) = editor.edit([ALIAS])
+    assert record.state == "active"
+    assert record.used > 0.8
+    assert "repeat or contradict" not in caplog.text
 
 
 def test_a_contradiction_adds_much_to_the_objective_and_a_repetition_little(tokenizer):

@@ -1,10 +1,10 @@
 """Edits with exact joins, without a subject, with long targets, and of conversations."""
 
 import pytest
-import torch
 
 from rlsedit_fast import Edit, EditConfig, Editor, RequestError
-from rlsedit_fast.models import chat_row, greedy
+from rlsedit_fast.evaluation.scoring import score_rows
+from rlsedit_fast.models import chat_row, encode_fact, greedy
 from rlsedit_fast.world import load_demo_model
 
 CONFIG = EditConfig(layers=[0], prior={"lam": 0.1})
@@ -133,9 +133,11 @@ def test_long_targets_are_searched_and_measured():
     edit = Edit("{} says", PERSON, target)
     (request,) = editor.context.prepare([edit])
     assert len(request.contexts[0].target) == 200
+    (before,) = score_rows(editor.model, [encode_fact(editor.tokenizer, edit)])
     (record,) = editor.edit([edit])
-    assert record.search_nll < 0.2 * -torch.tensor(1 / 1000).log(), "of 200 tokens on average"
-    assert len(record.answer.split()) == 200
+    (after,) = score_rows(editor.model, [encode_fact(editor.tokenizer, edit)])
+    assert record.nll == pytest.approx(after.nll, rel=1e-4), "the record has the mean over all tokens"
+    assert after.nll < 0.9 * before.nll
 
 
 def test_a_target_that_is_too_long_for_the_model_is_refused():

@@ -13,6 +13,9 @@ from rlsedit_fast.errors import InputError
 from rlsedit_fast.export import ModuleFactors, WeightChange, adapter, changes_between, write_adapter
 from rlsedit_fast.models.projections import find_decoder
 
+from .checkpoints import edit as change_projection
+from .checkpoints import gemma3, qwen35
+
 IDS = torch.arange(3, 39).view(3, 12)
 
 
@@ -217,3 +220,19 @@ def test_bad_arguments_write_nothing(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_adapter(changes, tmp_path / "file")
+
+
+@pytest.mark.parametrize("make", [qwen35, gemma3])
+def test_the_adapter_of_a_multimodal_model_loads_onto_the_class_of_its_checkpoint(make, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForImageTextToText
+
+    make(len(tokenizer)).save_pretrained(tmp_path / "base")
+    base, edited = (AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval() for _ in range(2))
+    (change,) = change_projection(edited)
+    assert change.name == "model.language_model.layers.1.mlp.down_proj"
+    write_adapter([change], tmp_path / "adapter")
+    before = logits(base)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (logits(loaded) - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(loaded), logits(edited), atol=1e-4, rtol=0)
