@@ -229,7 +229,7 @@ class Forecaster:
                 points=list(_decades(count)),
                 held_out=[m for m in self._held_out.moments if isinstance(m, Tensor)] if self._held_out else None,
                 devices=[projection.device for projection in self._context.projections],
-                progress=lambda done, about=f"adherence {adherence:g}": report(about, done, count),
+                progress=_progress(report, f"adherence {adherence:g}", count),
             )
             norms = [Norms.of(blocks, prior) for blocks, prior in zip(self._weights, priors, strict=True)]
             of_edits = [self._point(point, norms, given) for point in points]
@@ -273,6 +273,13 @@ class Forecaster:
             drift=max(layer.drift for layer in layers),
             layers=layers,
         )
+
+
+def _progress(report: Report, about: str, count: int) -> Callable[[int], None]:
+    def show(done: int) -> None:
+        report(about, done, count)
+
+    return show
 
 
 def propose(settings: Sequence[SettingForecast], max_drift: float, min_realized: float, depth: int) -> Proposal:

@@ -343,7 +343,8 @@ def _checked(keys: Sequence[Tensor], weights: Tensor, changes: Tensor, priors: S
             f"{len(priors)} priors; expected keys [n, rows, d_k] and a prior per layer, weights [n, rows] and changes "
             "[at least n, d]"
         )
-    return shapes[0]
+    count, rows = weights.shape
+    return count, rows
 
 
 def _energies(state: RLSState, keys: Tensor) -> Tensor:

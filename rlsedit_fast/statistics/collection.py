@@ -152,17 +152,17 @@ def collect(
         raise InputError(f"checkpoint={str(checkpoint)!r}: {source.name} cannot be read again; pass a text file")
     width = min(longest or _PIECE, _PIECE)
     identity = fingerprint(decoder.model) if identity is None else identity
-    about = {"fingerprint": identity, "source": source.name, "requested tokens": tokens}
+    about: dict[str, Any] = {"fingerprint": identity, "source": source.name, "requested tokens": tokens}
+    about |= {"held out": held_out}
     about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
-    about["held out"] = held_out
     state = _State({p.layer: _empty(p) for p in projections}, {p.layer: _empty(p) for p in projections}, _Place())
     file = None if checkpoint is None else _Checkpoint(Path(checkpoint), about)
     if file is not None:
         file.restore(state)
     with quiet(decoder.model):
         try:
-            for part, held in _passes(source, tokenizer, state, tokens, width, held_out):
-                _add(decoder, projections, part, state, held_out=held)
+            for part, is_held_out in _passes(source, tokenizer, state, tokens, width, held_out):
+                _add(decoder, projections, part, state, held_out=is_held_out)
                 if progress is not None:
                     progress(state.place.tokens, tokens)
                 if file is not None and file.due():
