@@ -7,7 +7,7 @@ configs name the class of the whole model in `architectures`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlsedit_fast.errors import ModelError
 
@@ -60,7 +60,7 @@ def whole_model_class(config: PretrainedConfig, *, trust_remote_code: bool = Fal
     for name in names:
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
-            if kind.can_generate():
+            if cast(Any, kind).can_generate():
                 return kind
             if "For" in name.removesuffix("Model") and not name.endswith("ForPreTraining"):
                 raise ModelError(

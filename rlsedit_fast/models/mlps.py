@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -60,7 +61,7 @@ def _mixes(name: str, module: nn.Module) -> bool:
 
 
 @cache
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+def _arguments(kind: Any) -> frozenset[str]:
     """Returns the names of the arguments of a module's forward."""
     try:
         return frozenset(inspect.signature(kind.forward).parameters)
