@@ -40,19 +40,22 @@ def edited(path, anchor_texts, edits, pilot=None, **changes):
 
 @pytest.fixture(scope="module")
 def batch(smollm2, anchor_texts, counterfact):
-    """100 CounterFact facts, edited in one batch with the default settings except refinement."""
+    """100 CounterFact facts, edited in one batch with the default settings, without refinement and without a chat.
+
+    The contexts in a chat take most of the time of a search.
+    """
     facts = counterfact(100)
-    editor, records = edited(smollm2, anchor_texts, [fact.edit for fact in facts], PILOT, refine=0)
+    edits = [fact.edit for fact in facts]
+    editor, records = edited(smollm2, anchor_texts, edits, PILOT, refine=0, contexts={"chat": ()})
     return facts, editor, records
 
 
 @pytest.fixture(scope="module")
-def facts(smollm2, batch, load, scores):
-    """Scores of each fact before, and after all facts were edited in a second batch."""
+def facts(smollm2, anchor_texts, load, scores):
+    """Scores of each fact before and after all facts were edited in one call with the default settings."""
     pairs = [(fill(edit), edit.target) for edit in FACTS.values()]
     before = scores(*load(smollm2), pairs)
-    _, editor, _ = batch
-    editor.edit(list(FACTS.values()))
+    editor, _ = edited(smollm2, anchor_texts, list(FACTS.values()))
     after = scores(editor.model, editor.tokenizer, pairs)
     return dict(zip(FACTS, zip(before, after, strict=True), strict=True))
 
