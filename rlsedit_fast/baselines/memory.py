@@ -12,8 +12,8 @@ import torch
 
 from rlsedit_fast.baselines.base import Rule
 from rlsedit_fast.errors import ResourceError
+from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.prior import CHUNK
-from rlsedit_fast.rls.state import dtype_of
 
 if TYPE_CHECKING:
     from torch import Tensor
