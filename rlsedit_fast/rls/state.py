@@ -122,7 +122,7 @@ class RLSState(ObjectiveLayer):
 
     @torch.no_grad()
     def precision_inverse(self) -> Tensor:
-        """Returns `C [d_k, d_k]` with all pending rows folded in, as a new tensor: with `columns` the held rows of C."""
+        """Returns `C [d_k, d_k]` with all pending rows folded in, as a new tensor; with `columns` the held rows."""
         result = self._base.clone()
         if self._pending:
             self._downdate(result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from rlsedit_fast.rls import RLSState, ShardedColumns
 from rlsedit_fast.rls.plan import batch_traffic, flush_traffic, held_width, shard_memory
 from rlsedit_fast.rls.results import Saved
 
-sys.path.insert(0, str(Path(__file__).parent))
-import sharded_worker as worker
+from . import sharded_worker as worker
 
 SIZES = (1, 2, 3)
 TOLERANCE = {"float64": 1e-10, "custom": 1e-10, "float32": 1e-4, "bfloat16": 1e-4}
