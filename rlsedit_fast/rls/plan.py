@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlsedit_fast.rls.prior import CHUNK
+from rlsedit_fast.rls.sharded import STATUS
 
 _DOUBLE = 8
 _AGREEMENTS = 2
-_STATUS = 3
 _NUMBERS = 6
 
 
@@ -111,7 +111,7 @@ def batch_traffic(
         "gram": 2 * rows * rows * _DOUBLE,
         "values": 2 * rows * d_v * item + weighted * rows * item,
         "sketch": 2 * rows * _DOUBLE,
-        "decisions": (ranks - 1) * _DOUBLE * (_AGREEMENTS * _STATUS + _NUMBERS + 2 * given),
+        "decisions": (ranks - 1) * _DOUBLE * (_AGREEMENTS * STATUS + _NUMBERS + 2 * given),
     }
     if pending:
         sent["pending"] = 2 * rows * pending * item

@@ -241,7 +241,7 @@ class RLSState(ObjectiveLayer):
             objective=self._objective,
             name=self._name,
         )
-        self._save_weight()
+        self._columns.agree(self._save_weight)
         self._master.correct(change, panel.projected, 1, self._backend)
         self._anchor_change = self._anchor_change.moved(panel.projected, change, 1)
         self._objective = step.objective
@@ -429,9 +429,9 @@ class RLSState(ObjectiveLayer):
         return prepared.step
 
     def _start_from(self, built: Built, *, write: bool) -> None:
-        pending = Pending(built.precision_inverse, self._delay)  # allocate first
+        pending = self._columns.agree(lambda: Pending(built.precision_inverse, self._delay))  # allocate first
         if write:
-            self._save_weight()
+            self._columns.agree(self._save_weight)
             self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._pending, self._anchor_change = pending, AnchorChange(None if write else 0.0)

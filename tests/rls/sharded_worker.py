@@ -1,7 +1,8 @@
-"""Runs the scenarios of `test_sharded` in one process of several: `sharded_worker.py RANK WORLD FOLDER`."""
+"""Runs the scenarios of `test_sharded` in three processes: `sharded_worker.py FOLDER`."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -117,6 +118,10 @@ def scenario(case, cut, make):
     return found
 
 
+def exhausted(rows):
+    raise torch.OutOfMemoryError("out of memory")
+
+
 def refused(cut, make, last):
     """Returns the error of each refused call; `last`: whether this process is the last one, which has the mistake."""
     keys, values, weights = batches(torch.float64)[0]
@@ -161,10 +166,29 @@ def refused(cut, make, last):
     except Exception as error:
         found["pivot"] = (type(error).__name__, str(error))
     state._base.neg_()
+    state._pending.reserve = exhausted if last else type(state._pending).reserve.__get__(state._pending)
+    try:
+        state.update(keys, values)
+    except Exception as error:
+        found["memory"] = (type(error).__name__, str(error))
+    del state._pending.reserve
     after = contents()
     same = all(torch.equal(*pair) for pair in zip(before[0], after[0], strict=True)) and before[1:] == after[1:]
     state.update(keys, values)  # the processes are still in step
     return found, same, state.objective
+
+
+def pending_rows(cut, make, last):
+    """Returns the pending rows after steps during which only the last process holds a snapshot, and after the last."""
+    state = make(cut(draw(D_V, D_K, seed=0)), make_prior("moment"), delay=4)
+    snapshot = state.snapshot() if last else None
+    counts = []
+    for at, (keys, values, weights) in enumerate(batches(torch.float64)[:4]):
+        if at == 3:
+            del snapshot
+        state.update(cut(keys), values, weights)
+        counts.append(len(state.saved().pending))
+    return counts
 
 
 def traffic(cut, make):
@@ -191,6 +215,7 @@ def main(rank, world, folder):
         cut, make = whole(WIDTHS[size], group)
         found = {case: scenario(case, cut, make) for case in CASES}
         found["refused"] = refused(cut, make, rank == size - 1)
+        found["pending"] = pending_rows(cut, make, rank == size - 1)
         found["traffic"] = traffic(cut, make)
         if size == 2:  # a state that three processes held, continued by two
             parts = [torch.load(folder / f"3-{at}.pt", weights_only=False)["float64"]["saved"] for at in range(3)]
@@ -205,4 +230,10 @@ def main(rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    context = multiprocessing.get_context("fork")  # torch is imported once; nothing has run in it yet
+    running = [context.Process(target=main, args=(rank, 3, Path(sys.argv[1]))) for rank in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    sys.exit(any(process.exitcode for process in running))

@@ -25,23 +25,9 @@ def found(tmp_path_factory):
     """What each process of each group found: `found[size][rank]`."""
     folder = tmp_path_factory.mktemp("sharded")
     variables = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), "3", str(folder)],
-            env=variables,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    try:
-        for process in running:
-            _, text = process.communicate(timeout=240)
-            assert process.returncode == 0, text[-3000:]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    command = [sys.executable, worker.__file__, str(folder)]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     return {
         size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)] for size in SIZES
     }
@@ -95,6 +81,8 @@ def test_a_call_that_one_process_cannot_make_is_refused_in_all(found, size):
         for name in ("count", "reweigh", "delay"):
             del kinds[name]
     objectives = set()
+    memory = [each["refused"][0]["memory"][0] for each in found[size]]
+    assert memory == ["ResourceError"] * (size - 1) + ["OutOfMemoryError"]
     for rank, each in enumerate(found[size]):
         errors, same, objective = each["refused"]
         objectives.add(objective)
@@ -108,6 +96,12 @@ def test_a_call_that_one_process_cannot_make_is_refused_in_all(found, size):
             assert "keys contains NaN or Inf in row 1" in errors["keys"][1]
             assert "given different arguments" in errors["count"][1]
     assert len(objectives) == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_stay_pending_in_all_processes_while_one_holds_a_snapshot(found, size):
+    for each in found[size]:
+        assert each["pending"] == [3, 6, 9, 3]
 
 
 @pytest.mark.parametrize("size", SIZES)
