@@ -39,11 +39,10 @@ def devices(text: str) -> Devices:
     Raises:
         argparse.ArgumentTypeError: the text is not a number of devices and a size.
     """
-    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    unit = found and _UNITS.get(found[3].upper())
-    if not found or not unit or int(found[1]) < 1 or float(found[2]) <= 0:
+    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)([MGT]i?B)", text.strip(), re.IGNORECASE)
+    if not found or int(found[1]) < 1 or float(found[2]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of devices and their memory, such as 8x80GB")
-    return Devices(int(found[1]), int(float(found[2]) * unit))
+    return Devices(int(found[1]), int(float(found[2]) * _UNITS[found[3].upper()]))
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class ShardedColumns(Columns):
     def __init__(self, weight: Tensor, group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise InputError("no process group is initialized; call torch.distributed.init_process_group first.")
-        self._group = dist.group.WORLD if group is None else group
+        self._group: Any = dist.group.WORLD if group is None else group
         self.ranks, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         if self.rank < 0:
             raise InputError("this process is not in the process group of the columns.")

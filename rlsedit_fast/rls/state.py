@@ -6,6 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class RLSState(ObjectiveLayer):
             self._start_from(built, write=False)
             start = built.weight if prior.custom else None
         elif saved:
-            saved = columns.agree(lambda: self._restore_saved(saved))
+            saved = columns.agree(partial(self._restore_saved, saved))
             start = saved.weight.to(self._original.device, self._dtype)
         self._version = next(_versions)
         with unmeasured():
@@ -489,10 +490,11 @@ class RLSState(ObjectiveLayer):
         self._columns.downdate_(base, self._pending.rows, self._pending.signs, self._backend)
 
     def _reserve(self, rows: int) -> None:
-        """Makes space for `rows` pending rows, by a flush if needed and allowed, else by growing the buffer.
-
-        It also saves the weight, so that nothing after it allocates memory that stays.
-        """
+        """Makes space for `rows` pending rows, by a flush if needed and allowed, else by growing the buffer."""
         if len(self._pending) + rows > self._delay and self._columns.unanimous(not self._snapshots):
             self.flush()
-        self._columns.agree(lambda: (self._pending.reserve(rows), self._save_weight()))
+        self._columns.agree(partial(self._allocate, rows))
+
+    def _allocate(self, rows: int) -> None:
+        self._pending.reserve(rows)
+        self._save_weight()

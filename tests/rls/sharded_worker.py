@@ -126,7 +126,7 @@ def refused(cut, make, last):
     """Returns the error of each refused call; `last`: whether this process is the last one, which has the mistake."""
     keys, values, weights = batches(torch.float64)[0]
     keys = cut(keys)
-    state = make(cut(draw(D_V, D_K, seed=0)), make_prior("moment"), delay=4)
+    state = make(cut(draw(D_V, D_K, seed=0)), make_prior("moment"), delay=8)
     state.update(keys, values, weights)
     bad = {"keys": keys.clone(), "values": values.clone(), "weights": weights.clone()}
     if last:
