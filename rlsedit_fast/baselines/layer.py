@@ -13,9 +13,8 @@ from torch import Tensor
 from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, Terms, checks
-from rlsedit_fast.rls.layer import Layer
+from rlsedit_fast.rls.layer import Layer, dtype_of
 from rlsedit_fast.rls.master import master_of
-from rlsedit_fast.rls.state import dtype_of
 
 _versions = itertools.count(1)
 

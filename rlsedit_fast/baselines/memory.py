@@ -12,8 +12,8 @@ import torch
 
 from rlsedit_fast.baselines.base import Rule
 from rlsedit_fast.errors import ResourceError
+from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.prior import CHUNK
-from rlsedit_fast.rls.state import dtype_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ def _layer_memory(projection: Projection, delay: int, rows: int, rule: Rule | No
     (weight,) = projection.blocks
     d_v, d_k = weight.shape
     item = dtype_of(weight).itemsize
-    kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + _beside(weight))
+    kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside(weight))
     if rule is None:
         # C; pending rows, whose buffer doubles once if a batch finds it full; the sketch of the monitor
         kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
@@ -119,10 +119,9 @@ def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last
         projection.layer,
         projection.name,
         str(projection.device),
-        weights * (min(blocks[0].element_size(), _DOUBLE) + _beside(blocks[0]))
-        + item * squares * (1 if growing else 2),
+        weights * (min(blocks[0].element_size(), _DOUBLE) + beside(blocks[0])) + item * squares * (1 if growing else 2),
         _FLOAT * squares,
-        (item if not _beside(blocks[0]) else blocks[0].element_size() + _beside(blocks[0])) * weights,
+        (item if not beside(blocks[0]) else blocks[0].element_size() + beside(blocks[0])) * weights,
         _DOUBLE * 3 * max(block.shape[1] for block in blocks) ** 2,
         rows * (item * (layout.key_width + d_v) + (_FLOAT * d_v if last else 0)),
         # keys and projected keys; innovations, and the same whitened, in float64
@@ -131,7 +130,7 @@ def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last
     )
 
 
-def _beside(weight: Tensor) -> int:
+def beside(weight: Tensor) -> int:
     """Returns the bytes per entry of the exact weight that the model does not hold."""
     return {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2}.get(weight.dtype, _FLOAT)
 

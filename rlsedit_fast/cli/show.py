@@ -10,11 +10,12 @@ from typing import Any
 
 from rlsedit_fast.baselines.memory import LayerMemory, size
 from rlsedit_fast.cli import DONE, PARTIAL, setup
+from rlsedit_fast.cli.devices import add_devices, device_lines, plan_devices
 from rlsedit_fast.cli.facts import Facts, add_facts, facts_given, read_facts, sift
 from rlsedit_fast.cli.output import add_json, emit
 from rlsedit_fast.cli.stores import use_recorded_model
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.context import plan_layers
+from rlsedit_fast.editing.context import plan_layers, rows_per_edit
 from rlsedit_fast.editing.presets import find_preset
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError, counted
@@ -39,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     add_facts(parser, required=False, single=True)
     setup.add_settings(parser)
+    add_devices(parser)
     add_json(parser)
 
 
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         use_recorded_model(options)
     elif options.model is None:
         raise InputError("pass --model MODEL, or --store DIR to compare planned edits with those of a store")
-    if without_weights(options.model):
+    if options.devices or without_weights(options.model):
         return _show_plan(options, facts)
     plan = setup.plan_editor(options)
     if facts:
@@ -111,7 +113,9 @@ def without_weights(path: str) -> bool:
 
 
 def _show_plan(options: argparse.Namespace, facts: object) -> int:
-    """Shows the layers and the memory for a folder without weights."""
+    """Shows the layers and the memory for a folder without weights, or those of each of several devices."""
+    if facts and options.devices:
+        raise InputError("--devices reads only the config of the model, so edits cannot be shown; omit them")
     if facts:
         raise InputError(f"model {options.model!r}: the folder has no weights, so edits cannot be shown; omit them")
     config = setup.make_config(options, None)
@@ -123,8 +127,16 @@ def _show_plan(options: argparse.Namespace, facts: object) -> int:
         "dtype": str(model.dtype),
         "layers": describe_layers(projections, memory),
     }
-    lines = [f"{results['model']}, {results['dtype']}; the folder has no weights, so this is a plan"]
-    emit(results, lines + layer_lines(results["layers"]), options.json)
+    if options.devices:
+        rows = config.batch_size * rows_per_edit(config)
+        results["plan"] = plan_devices(model, projections, config, options.devices, rows=rows)
+        lines = [f"{results['model']}, {results['dtype']}; a plan from the config"]
+        lines += [f"  {layer['name']}  {layer['shape']}" for layer in results["layers"]]
+        lines += device_lines(results["plan"])
+    else:
+        lines = [f"{results['model']}, {results['dtype']}; the folder has no weights, so this is a plan"]
+        lines += layer_lines(results["layers"])
+    emit(results, lines, options.json)
     return DONE
 
 

@@ -171,8 +171,13 @@ def plan_layers(model: PreTrainedModel, config: EditConfig) -> tuple[Sequence[Pr
 
 def _memory(projections: Sequence[Projection], config: EditConfig) -> list[LayerMemory]:
     rule = make_rule(config.rule, config.rule_options)
-    rows = config.contexts.count if config.effective_rows == "contexts" else 1
+    rows = rows_per_edit(config)
     return plan_memory(projections, delay=config.delay, rows=rows, rule=rule, growing=config.experts == "exact")
+
+
+def rows_per_edit(config: EditConfig) -> int:
+    """Returns the rows of an edit in each layer, at most."""
+    return config.contexts.count if config.effective_rows == "contexts" else 1
 
 
 def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:

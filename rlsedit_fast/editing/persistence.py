@@ -30,7 +30,7 @@ from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved, Terms
-from rlsedit_fast.rls.state import dtype_of
+from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlsedit_fast.editing.rows import EditRows
 from rlsedit_fast.models.linear import Projection
+from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.rounding import packed, unpacked
-from rlsedit_fast.rls.state import dtype_of
 
 
 def encode_rows(edits: Sequence[EditRows], prefix: str, *, half: bool = False) -> dict[str, Tensor]:

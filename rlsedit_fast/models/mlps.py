@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def mixes_tokens(block: nn.Module) -> bool:
 
 def _mixes(name: str, module: nn.Module) -> bool:
     """Returns whether a module mixes tokens, by its name, its parts or the arguments of its forward."""
-    if in_attention(name) or not _MIXING_ARGUMENTS.isdisjoint(_arguments(type(module))):
+    if in_attention(name) or not _MIXING_ARGUMENTS.isdisjoint(_arguments(cast(Any, type(module)))):
         return True
     return any(isinstance(child, nn.Conv1d) and max(child.kernel_size) > 1 for child in module.children())
 

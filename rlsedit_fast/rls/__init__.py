@@ -12,6 +12,7 @@ from rlsedit_fast.rls.overlap import used_share
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Panel, Saved, Snapshot, Step, Terms
 from rlsedit_fast.rls.separate_state import SeparateState
+from rlsedit_fast.rls.sharded import ShardedColumns
 from rlsedit_fast.rls.shares import amplify_innovation, amplify_values, memit_share, realized_fraction
 from rlsedit_fast.rls.state import RLSState
 
@@ -33,6 +34,7 @@ __all__ = [
     "Route",
     "Saved",
     "SeparateState",
+    "ShardedColumns",
     "Snapshot",
     "Step",
     "Terms",

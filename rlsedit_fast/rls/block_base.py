@@ -15,8 +15,8 @@ from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.block_covariance import Covariances
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import BlockWeights
+from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.results import Terms
-from rlsedit_fast.rls.state import dtype_of
 
 
 class _Panel(Protocol):

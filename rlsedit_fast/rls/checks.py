@@ -79,12 +79,20 @@ def batch(found: Sequence[float], given: Mapping[str, Tensor]) -> None:
         found: the numbers of `ends` of the arguments.
         given: the arguments by name; the weights are named `weights`.
     """
-    if not all(map(math.isfinite, found)):
+    if not sound(found, given):
         finite(**given)
-    if "weights" in given:
-        least = found[2 * [*given].index("weights")]
-        if not (least > 0 and 1 / least < torch.finfo(given["weights"].dtype).max):
+        if "weights" in given:
             positive_weights(given["weights"])
+
+
+def sound(found: Sequence[float], given: Mapping[str, Tensor]) -> bool:
+    """Returns whether `batch` accepts these numbers."""
+    if not all(map(math.isfinite, found)):
+        return False
+    if "weights" not in given:
+        return True
+    least = found[2 * [*given].index("weights")]
+    return least > 0 and 1 / least < torch.finfo(given["weights"].dtype).max
 
 
 def positive_weights(weights: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls import checks
+from rlsedit_fast.rls.columns import WHOLE, Columns
 from rlsedit_fast.rls.master import Master
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Panel
@@ -21,6 +22,7 @@ class Layer:
     _original: Tensor
     _dtype: torch.dtype
     _prior: Prior
+    _columns: Columns = WHOLE
     _name: str
     _edits: int
     _version: int
@@ -51,7 +53,7 @@ class Layer:
 
     @property
     def key_width(self) -> int:
-        """The width of a row of keys, `d_k`."""
+        """The width of a row of keys: `d_k`, or the number of columns that this process holds."""
         return self._original.shape[1]
 
     @property
@@ -94,12 +96,12 @@ class Layer:
         Args:
             keys: `K [n, d_k]` in the dtype and on the device of the layer.
         """
-        return self._master.times(keys)
+        return self._columns.total(self._master.times(keys), "values")
 
     @torch.no_grad()
     def deviation(self) -> float:
         """Returns `||W - W0||_F`."""
-        return float(torch.linalg.vector_norm(self.weight - self._original, dtype=torch.float64))
+        return self._columns.norm(self.weight - self._original)
 
     def _batch(self, keys: Tensor, weights: Tensor | None, *, least: int = 1, **others: Tensor) -> dict[str, Tensor]:
         """Checks shapes, dtypes and devices of a batch and casts it to the dtype of the state.
@@ -107,6 +109,13 @@ class Layer:
         Returns:
             `keys`, the other `[n, d_v]` arguments, and `weights` if they are given. Their numbers are not checked.
         """
+        return self._columns.agree(
+            lambda: self._cast(keys, weights, least, others), lambda given: (len(keys), "weights" in given)
+        )
+
+    def _cast(
+        self, keys: Tensor, weights: Tensor | None, least: int, others: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         d_v, d_k = self._original.shape
         checks.matrix("keys", keys, columns=d_k)
         count = keys.shape[0]
@@ -125,13 +134,16 @@ class Layer:
     def _check(self, given: Mapping[str, Tensor]) -> None:
         """Checks the numbers of a batch."""
         if given["keys"].shape[0]:
-            checks.batch(checks.numbers(*checks.ends(*given.values())), given)
+            self._columns.check(self._columns.numbers(given), given)
 
     def _check_count(self, count: int) -> None:
         if count > self._edits:
             raise InputError(f"keys has {count} rows, but {self._name} has {self._edits} edits; pass applied edits.")
 
     def _innovation_of(self, panel: Panel, innovation: Tensor) -> Tensor:
+        return self._columns.alike(self._columns.agree(lambda: self._cast_innovation(panel, innovation)))
+
+    def _cast_innovation(self, panel: Panel, innovation: Tensor) -> Tensor:
         if panel.version != self._version:
             raise InputError(
                 f"the panel is not from the current state of {self._name} (version {panel.version}, current version "
@@ -140,3 +152,27 @@ class Layer:
         checks.matrix("innovation", innovation, rows=panel.keys.shape[0], columns=self._original.shape[0])
         checks.same_device("innovation", innovation, self._original.device)
         return innovation.detach().to(self._dtype).contiguous()
+
+
+def checked_arguments(
+    weight: Tensor, prior: Prior, delay: int, dtype: torch.dtype | None, name: str, columns: Columns
+) -> torch.dtype:
+    """Checks the arguments of `RLSState` and returns the dtype of its computations."""
+    checks.matrix("weight", weight)
+    if 0 in weight.shape:
+        raise InputError(f"weight has shape {list(weight.shape)}; sizes must be at least 1.")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise InputError(f"dtype is {dtype}; expected float32 or float64.")
+    if not isinstance(delay, int) or delay < 0:
+        raise InputError(f"delay is {delay!r}; expected an integer that is at least 0.")
+    dtype = dtype or dtype_of(weight)
+    checks.finite(weight=weight.detach().to(dtype))
+    if not isinstance(prior, Prior):
+        raise InputError(f"prior is a {type(prior).__name__}; expected a Prior, such as Prior(lam=1.0).")
+    prior.check_shape(weight.shape[0], columns.width(weight.shape[1]), name)
+    return dtype
+
+
+def dtype_of(weight: Tensor) -> torch.dtype:
+    """Returns the default dtype of a state: float64 for a float64 weight, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

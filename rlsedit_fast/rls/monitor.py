@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlsedit_fast.rls.columns import WHOLE, Columns
+
 PROBE_SEED = 20261
 """Fixed seed: the same state gives the same residual in every run."""
 
@@ -53,7 +55,7 @@ def probe(d_k: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """A float64 sketch of the precision `S`, stored instead of `S`.
+    """A float64 sketch of the precision `S`, stored instead of `S`; of both vectors the entries of the held columns.
 
     Attributes:
         probe: fixed random `x [d_k]`.
@@ -75,22 +77,24 @@ class Sketch:
         """Returns the sketch with its floor, for a newly built `C [d_k, d_k]`."""
         return replace(self, floor=self.residual(inverse, inverse[:0], inverse[:0, 0]))
 
-    def residual(self, base: Tensor, pending: Tensor, signs: Tensor) -> float:
+    def residual(self, base: Tensor, pending: Tensor, signs: Tensor, columns: Columns = WHOLE) -> float:
         """Returns `||C S x - x|| / ||x||` for `C = base - U_p^T D U_p` in float64, reading `base` once in chunks."""
-        product = torch.cat([part.double() @ self.image for part in torch.split(base, ROWS)])
+        image = columns.gather(self.image, "monitor")
+        product = torch.cat([part.double() @ image for part in torch.split(base, ROWS)])
         rows = pending.double()
-        product -= rows.T @ (signs.double() * (rows @ self.image))
-        return float((product - self.probe).norm() / self.probe.norm())
+        product -= rows.T @ (signs.double() * columns.total(rows @ self.image, "monitor"))
+        return columns.norm(product - self.probe) / columns.norm(self.probe)
 
-    def moved(self, keys: Tensor, noise: Tensor, sign: int) -> Sketch:
+    def moved(self, keys: Tensor, noise: Tensor, sign: int, columns: Columns = WHOLE) -> Sketch:
         """Returns the sketch of `S + sign * K^T w K`, for `K [n, d_k]` and `1/w [n]` of any floating dtype."""
         keys = keys.double()
-        return replace(self, image=torch.addmv(self.image, keys.T, (keys @ self.probe) / noise, alpha=sign))
+        seen = columns.total(keys @ self.probe, "sketch")
+        return replace(self, image=torch.addmv(self.image, keys.T, seen / noise, alpha=sign))
 
 
-def inspect(sketch: Sketch, base: Tensor, pending: Tensor, signs: Tensor) -> Monitor:
+def inspect(sketch: Sketch, base: Tensor, pending: Tensor, signs: Tensor, columns: Columns) -> Monitor:
     """Compares `C = base - U_p^T D U_p` with the sketch of `S`."""
-    residual = sketch.residual(base, pending, signs)
+    residual = sketch.residual(base, pending, signs, columns)
     limit = max(LIMITS[base.dtype], GAIN * sketch.floor)
     measured = f"residual {residual:.1e}, limit {limit:.0e}"
     if residual <= limit:  # false for NaN

@@ -219,17 +219,22 @@ class Prior:
             )
         return max(value, 0.0)
 
-    def times_moment(self, rows: Tensor) -> Tensor:
-        """Returns `rows @ K0^T K0` in the dtype of `rows [n, d_k]`, reading the anchors in chunks; there are some."""
-        result = torch.zeros_like(rows)
+    def times_moment(self, rows: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Returns `rows @ K0^T K0` in the dtype of `rows [n, d_k]`, reading the anchors in chunks; there are some.
+
+        Args:
+            rows: the rows.
+            columns: the columns of the result to compute.
+        """
+        result = torch.zeros_like(rows[:, columns])
         if self.anchor_moment is None:
             assert self.anchor_keys is not None
             for keys in chunks(self.anchor_keys, rows.device):
                 narrow = keys.to(rows.dtype)
-                result.addmm_(rows @ narrow.T, narrow)
+                result.addmm_(rows @ narrow.T, narrow[:, columns])
             return result
         for part in parts(self.anchor_moment.shape[0], CHUNK):
-            result.addmm_(rows[:, part], self.anchor_moment[part].to(rows.device, rows.dtype))
+            result.addmm_(rows[:, part], self.anchor_moment[part, columns].to(rows.device, rows.dtype))
         return result
 
     def _anchor_rows(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

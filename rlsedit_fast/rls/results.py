@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.precision import full_float32
+from rlsedit_fast.rls.columns import WHOLE, Columns
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.pending import Pending
 
@@ -26,6 +30,7 @@ class Panel:
         noise: `1/w [n]`.
         projected: `F = K C [n, d_k]`.
         version: version of the state; any change of the state makes the panel stale.
+        columns: the columns that keys and projected keys have.
 
     Example:
         >>> import torch
@@ -40,17 +45,23 @@ class Panel:
     noise: Tensor
     projected: Tensor
     version: int
+    columns: Columns = WHOLE
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """`G = F K^T [n, n]`, symmetric; computed when it is first read."""
+        return self.exact_gram.to(self.keys.dtype)
 
     @cached_property
     @full_float32()
-    def gram(self) -> Tensor:
-        """`G = F K^T [n, n]`, symmetric; computed when it is first read."""
-        gram = self.projected @ self.keys.T
+    def exact_gram(self) -> Tensor:
+        """`gram` in the dtype in which it was summed."""
+        gram = self.columns.gram(self.projected, self.keys)
         return 0.5 * (gram + gram.T)
 
     def cross(self, keys: Tensor) -> Tensor:
         """Returns `K' C K^T [m, n]`, float64, for other keys `K' [m, d_k]`."""
-        return keys.double() @ self.projected.double().T
+        return self.columns.total(keys.double() @ self.projected.double().T, "gram")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +160,9 @@ class Terms:
 class Saved:
     """Contents of a state without its original weight and prior; a state restored from it continues bit for bit.
 
+    Where several processes hold a state, these are the contents of one of them, with w columns in place of `d_k` (C has
+    all `d_k` columns and w rows). `joined` puts them together, for a state in any number of processes.
+
     Attributes:
         weight: `W [d_v, d_k]` in the dtype of the state.
         base: `C_base [d_k, d_k]`.
@@ -158,6 +172,7 @@ class Saved:
         floor: residual of the monitor after the last build or refresh.
         objective: `J`.
         edits: number of applied rows.
+        first: the first column.
 
     Example:
         >>> import torch
@@ -178,6 +193,53 @@ class Saved:
     floor: float
     objective: float
     edits: int
+    first: int = 0
+
+    def part(self, columns: slice) -> Saved:
+        """Returns the given columns of contents with all columns, as views."""
+        return replace(
+            self,
+            weight=self.weight[:, columns],
+            base=self.base[columns],
+            pending=self.pending[:, columns],
+            image=self.image[columns],
+            first=columns.start,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Saved]) -> Saved:
+        """Returns the contents of a state that several processes held, with all columns.
+
+        Args:
+            parts: the contents of all processes, in any order.
+
+        Raises:
+            InputError: the parts are not those of one state at one time, or some are missing.
+        """
+        parts = sorted(parts, key=lambda part: part.first)
+        if not parts:
+            raise InputError("parts is empty; pass the contents of every process.")
+        ends = [0, *accumulate(part.weight.shape[1] for part in parts)]
+        one = parts[0]
+        covered = [part.first for part in parts] == ends[:-1] and one.base.shape[1] == ends[-1]
+        same = all(
+            (part.objective, part.edits, part.floor) == (one.objective, one.edits, one.floor)
+            and torch.equal(part.signs, one.signs)
+            for part in parts
+        )
+        if not (covered and same):
+            raise InputError(
+                f"the parts begin at columns {[part.first for part in parts]}, end at {ends[-1]} of "
+                f"{one.base.shape[1]}, and have {[part.edits for part in parts]} edits; expected all parts of one "
+                "state, saved at the same time."
+            )
+        return replace(
+            one,
+            weight=torch.cat([part.weight for part in parts], 1),
+            base=torch.cat([part.base for part in parts]),
+            pending=torch.cat([part.pending for part in parts], 1),
+            image=torch.cat([part.image for part in parts]),
+        )
 
 
 @dataclass(eq=False)

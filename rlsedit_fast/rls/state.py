@@ -6,18 +6,21 @@ import itertools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast import ops
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.dispatch import unmeasured
 from rlsedit_fast.ops.precision import full_float32
 from rlsedit_fast.rls import checks
-from rlsedit_fast.rls.build import Built, Edits, build, invert_
+from rlsedit_fast.rls.build import Built, Edits
+from rlsedit_fast.rls.columns import WHOLE, Columns
+from rlsedit_fast.rls.layer import checked_arguments
 from rlsedit_fast.rls.master import master_of
 from rlsedit_fast.rls.monitor import Monitor, Sketch, inspect, probe
+from rlsedit_fast.rls.parts import build_part, prior_inverse
 from rlsedit_fast.rls.pending import Pending
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Panel, Saved, Snapshot, Step
@@ -25,7 +28,6 @@ from rlsedit_fast.rls.step import prepare_replacement, prepare_step
 from rlsedit_fast.rls.terms import AnchorChange, ObjectiveLayer
 
 logger = logging.getLogger(__name__)
-
 DEFAULT_DELAY = 512
 """Pending rows before C is written; 128 to 1024 perform alike (bench/results/step-delay-cpu.json)."""
 
@@ -53,6 +55,7 @@ class RLSState(ObjectiveLayer):
         in_place: keep `weight` itself up to date, rounded to its dtype, after every step. This needs no extra memory
             for a float32 weight and two bytes per entry for a bfloat16 weight (the lower half of the float32 weight).
         saved: contents returned by `saved()` of a state with the same weight, prior, delay and dtype, to continue from.
+        columns: a `ShardedColumns` if several processes hold parts of the weight; `weight` is then the held part.
 
     Raises:
         BackendError: the requested backend cannot run the operations of this layer.
@@ -69,9 +72,6 @@ class RLSState(ObjectiveLayer):
         tensor([[1., 1., 1.]])
         >>> step.residual, step.objective
         (tensor([[1.]]), 4.0)
-        >>> _ = state.remove(keys, values)
-        >>> state.weight
-        tensor([[0., 0., 0.]])
     """
 
     _base: Tensor  # C without the pending rows
@@ -91,23 +91,16 @@ class RLSState(ObjectiveLayer):
         backend: str | None = None,
         in_place: bool = False,
         saved: Saved | None = None,
+        columns: Columns = WHOLE,
     ) -> None:
-        checks.matrix("weight", weight)
-        if 0 in weight.shape:
-            raise InputError(f"weight has shape {list(weight.shape)}; sizes must be at least 1.")
-        if dtype not in (None, torch.float32, torch.float64):
-            raise InputError(f"dtype is {dtype}; expected float32 or float64.")
-        if not isinstance(delay, int) or delay < 0:
-            raise InputError(f"delay is {delay!r}; expected an integer that is at least 0.")
-        self._dtype = dtype or dtype_of(weight)
-        checks.finite(weight=weight.detach().to(self._dtype))
-        if not isinstance(prior, Prior):
-            raise InputError(f"prior is a {type(prior).__name__}; expected a Prior, such as Prior(lam=1.0).")
-        prior.check_shape(weight.shape[0], weight.shape[1], name)
-        self._prior, self._delay, self._name, self._backend = prior, delay, name, backend
+        self._dtype = columns.agree(
+            lambda: checked_arguments(weight, prior, delay, dtype, name, columns),
+            lambda dtype: (delay, dtype.itemsize),
+        )
+        self._columns, self._prior, self._delay, self._name, self._backend = columns, prior, delay, name, backend
         narrow = weight.dtype if weight.element_size() < self._dtype.itemsize else self._dtype
         self._original = weight.detach().to(narrow, copy=True).contiguous()
-        built = None if saved else build(self._original, prior, None, dtype=self._dtype, name=name)
+        built = None if saved else build_part(self._original, prior, None, columns, dtype=self._dtype, name=name)
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._edits = 0
@@ -116,7 +109,7 @@ class RLSState(ObjectiveLayer):
             self._start_from(built, write=False)
             start = built.weight if prior.custom else None
         elif saved:
-            self._restore_saved(saved)
+            saved = columns.agree(partial(self._restore_saved, saved))
             start = saved.weight.to(self._original.device, self._dtype)
         self._version = next(_versions)
         with unmeasured():
@@ -126,16 +119,16 @@ class RLSState(ObjectiveLayer):
 
     @torch.no_grad()
     def precision_inverse(self) -> Tensor:
-        """Returns `C [d_k, d_k]` with all pending rows folded in, symmetric, as a new tensor."""
+        """Returns `C [d_k, d_k]` with all pending rows folded in, as a new tensor; with `columns` the held rows."""
         result = self._base.clone()
         if self._pending:
             self._downdate(result)
-        return torch.add(result, result.T).mul_(0.5)
+        return torch.add(result, result.T).mul_(0.5) if self._columns.ranks == 1 else result
 
     @torch.no_grad()
     def monitor(self) -> Monitor:
         """Returns how far C has drifted. This needs no stored keys: the state keeps `S x` in float64."""
-        return inspect(self._sketch, self._base, self._pending.rows, self._pending.signs)
+        return inspect(self._sketch, self._base, self._pending.rows, self._pending.signs, self._columns)
 
     @torch.no_grad()
     def project(self, keys: Tensor, weights: Tensor | None = None) -> Panel:
@@ -236,11 +229,16 @@ class RLSState(ObjectiveLayer):
         self._check(given)
         self._check_count(keys.shape[0])
         panel, old = self._panel(given), given["old_values"]
-        shift = given["new_values"] - old
+        shift = self._columns.alike(given["new_values"] - old)
         change, step = prepare_replacement(
-            panel, shift, self._innovation(panel, old), given.get("weights"), objective=self._objective, name=self._name
+            panel,
+            shift,
+            self._innovation(panel, old),
+            self._columns.alike(given["weights"]) if "weights" in given else None,
+            objective=self._objective,
+            name=self._name,
         )
-        self._save_weight()
+        self._columns.agree(self._save_weight)
         self._master.correct(change, panel.projected, 1, self._backend)
         self._anchor_change = self._anchor_change.moved(panel.projected, change, 1)
         self._objective = step.objective
@@ -264,7 +262,7 @@ class RLSState(ObjectiveLayer):
             InputError: an argument is invalid, or there are more rows than applied edits.
             RemovalError: the weights cannot be lowered accurately; use `refresh` with the new weights.
         """
-        lowered = checks.lowered(old_weights, new_weights)
+        lowered = self._columns.agree(lambda: checks.lowered(old_weights, new_weights), lambda lowered: [lowered])
         change = (old_weights - new_weights).abs()
         given = self._batch(keys, change, values=values)
         self._check_count(keys.shape[0])
@@ -277,24 +275,19 @@ class RLSState(ObjectiveLayer):
     def prior_variance(self, keys: Tensor) -> Tensor:
         """Returns `k C0 k^T [n]`, float64, for rows `K [n, d_k]`; see `prior_gram`."""
         rows = self._batch(keys, None)["keys"]
-        return (self._prior_projected(rows).double() * rows.double()).sum(1)
+        return self._columns.total((self._prior_projected(rows).double() * rows.double()).sum(1), "terms")
 
     @torch.no_grad()
     @full_float32()
     def prior_gram(self, keys: Tensor, others: Tensor) -> Tensor:
-        """Returns `K C0 K'^T [n, m]`, float64, for rows K and K' and the inverse `C0` of the prior's precision.
-
-        `C0` is computed by the first call and kept in host memory.
-        """
+        """Returns `K C0 K'^T [n, m]`, float64; `C0` is computed by the first call and kept in host memory."""
         rows, others = (self._batch(one, None)["keys"] for one in (keys, others))
-        return self._prior_projected(rows).double() @ others.double().T
+        return self._columns.total(self._prior_projected(rows).double() @ others.double().T, "terms")
 
     def _prior_projected(self, rows: Tensor) -> Tensor:
         if self._prior_covariance is None:
-            precision = self._prior.precision(rows.shape[1], rows.device)
-            inverse = invert_(precision, self._prior.lam, self._prior.mu, dtype=self._dtype, name=self._name)
-            self._prior_covariance = inverse.cpu()
-        return (rows.cpu() @ self._prior_covariance).to(rows.device)
+            self._prior_covariance = prior_inverse(rows, self._prior, self._columns, name=self._name).cpu()
+        return (self._columns.gather(rows, "keys").cpu() @ self._prior_covariance).to(rows.device)
 
     @torch.no_grad()
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
@@ -313,7 +306,7 @@ class RLSState(ObjectiveLayer):
         self._check(given)
         weights = given.get("weights", self._base.new_ones(keys.shape[0]))
         edits = Edits(given["keys"], given["values"], weights) if keys.shape[0] else None
-        built = build(self._original, self._prior, edits, dtype=self._dtype, name=self._name)
+        built = build_part(self._original, self._prior, edits, self._columns, dtype=self._dtype, name=self._name)
         self._start_from(built, write=True)
         self._edits = keys.shape[0]
         self._version = next(_versions)
@@ -325,7 +318,8 @@ class RLSState(ObjectiveLayer):
             return
         # If the backend fails here, the rows stay pending and the state is unmodified.
         if self._snapshots:
-            base, pending = self._base.clone(), Pending(self._base, self._delay)
+            base = self._columns.agree(self._base.clone)
+            pending = Pending(self._base, self._delay)
             self._downdate(base)
             self._base, self._pending = base, pending
         else:
@@ -335,10 +329,9 @@ class RLSState(ObjectiveLayer):
     def settle(self) -> None:
         """Flushes if more than `delay` rows are pending and no snapshot exists. Call it when a snapshot was dropped.
 
-        Steps call it themselves. If the flush fails, it logs a warning and the rows stay
-        pending.
+        Steps call it themselves. If the flush fails, it logs a warning and the rows stay pending.
         """
-        if len(self._pending) > self._delay and not self._snapshots:
+        if len(self._pending) > self._delay and self._columns.unanimous(not self._snapshots):
             try:
                 self.flush()
             except Exception as error:  # the steps stay applied
@@ -358,6 +351,7 @@ class RLSState(ObjectiveLayer):
             floor=self._sketch.floor,
             objective=self._objective,
             edits=self._edits,
+            first=self._columns.held(self.key_width).start,
         )
 
     @torch.no_grad()
@@ -406,12 +400,12 @@ class RLSState(ObjectiveLayer):
     @full_float32()
     def _panel(self, given: Mapping[str, Tensor]) -> Panel:
         pending, keys, weights = self._pending, given["keys"], given.get("weights")
-        noise = self._base.new_ones(keys.shape[0]) if weights is None else 1 / weights
-        projected = ops.panel(self._base, keys, pending.rows, pending.signs, backend=self._backend)
-        return Panel(keys, noise, projected, self._version)
+        noise = self._base.new_ones(keys.shape[0]) if weights is None else 1 / self._columns.alike(weights)
+        projected = self._columns.panel(self._base, keys, pending.rows, pending.signs, self._backend)
+        return Panel(keys, noise, projected, self._version, self._columns)
 
     def _innovation(self, panel: Panel, values: Tensor) -> Tensor:
-        return values - self._master.times(panel.keys)
+        return self._columns.innovation(values, self._master.times(panel.keys))
 
     def _apply(
         self, panel: Panel, innovation: Tensor, sign: int, given: Mapping[str, Tensor], *, counted: bool = True
@@ -427,7 +421,6 @@ class RLSState(ObjectiveLayer):
             backend=self._backend,
         )
         self._reserve(prepared.rows.shape[0])
-        self._save_weight()
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
         self._pending.append(prepared.rows, sign)
         self._anchor_change = self._anchor_change.moved(prepared.rows, prepared.whitened, sign)
@@ -438,28 +431,36 @@ class RLSState(ObjectiveLayer):
         return prepared.step
 
     def _start_from(self, built: Built, *, write: bool) -> None:
-        pending = Pending(built.precision_inverse, self._delay)  # allocate first
+        pending = self._columns.agree(lambda: Pending(built.precision_inverse, self._delay))  # allocate first
         if write:
-            self._save_weight()
+            self._columns.agree(self._save_weight)
             self._master.write(built.weight)
         self._base, self._sketch, self._objective = built.precision_inverse, built.sketch, built.objective
         self._pending, self._anchor_change = pending, AnchorChange(None if write else 0.0)
 
-    def _restore_saved(self, saved: Saved) -> None:
-        """Restores saved contents except for the weight.
+    def _restore_saved(self, saved: Saved) -> Saved:
+        """Restores saved contents, of which the held part is returned, except for the weight.
 
         Raises:
             InputError: the shapes do not match.
         """
-        (d_v, d_k), device = self._original.shape, self._original.device
+        (d_v, held), device, columns = self._original.shape, self._original.device, self._columns
+        d_k = columns.width(held)
+        saved = saved.part(columns.held(held)) if saved.weight.shape[1] == d_k else saved
         shapes = [list(t.shape) for t in (saved.weight, saved.base, saved.image)]
-        if shapes != [[d_v, d_k], [d_k, d_k], [d_k]] or len(saved.pending) != len(saved.signs):
-            raise InputError(f"the saved state of {self._name} has shapes {shapes}; its weight is [{d_v}, {d_k}].")
+        if shapes != [[d_v, held], [held, d_k], [held]] or len(saved.pending) != len(saved.signs):
+            raise InputError(f"the saved state of {self._name} has shapes {shapes}; its weight is [{d_v}, {held}].")
+        if saved.first != columns.held(held).start:
+            raise InputError(
+                f"the saved state of {self._name} begins at column {saved.first}, but this process holds columns from "
+                f"{columns.held(held).start}. Pass the contents of this process, or Saved.joined(parts)."
+            )
         self._base = saved.base.to(device, self._dtype, copy=True)
-        self._sketch = Sketch(probe(d_k, device), saved.image.to(device, copy=True), saved.floor)
+        self._sketch = Sketch(columns.cut(probe(d_k, device)), saved.image.to(device, copy=True), saved.floor)
         self._objective, self._edits = saved.objective, saved.edits
         self._pending, self._anchor_change = Pending(self._base, self._delay), AnchorChange(None)
         self._pending.append(saved.pending, saved.signs)
+        return saved
 
     def _save_weight(self) -> None:
         """Copies the weight, before it is written, into the snapshots that have no copy yet."""
@@ -476,25 +477,25 @@ class RLSState(ObjectiveLayer):
 
     def _dry_run(self) -> None:
         """Runs every operation on a row of zeros, so that an unsupported layer raises when the state is created."""
-        d_v, d_k = self._original.shape
-        keys, values, one = self._base.new_zeros(1, d_k), self._base.new_zeros(1, d_v), self._base.new_ones(1)
-        projected = ops.panel(self._base, keys, keys, one, backend=self._backend)
-        rows, whitened, _, _ = ops.factor(projected, keys, values, one, 1, backend=self._backend)
+        (d_v, held), columns = self._original.shape, self._columns
+        keys, values, one = self._base.new_zeros(1, held), self._base.new_zeros(1, d_v), self._base.new_ones(1)
+        projected = columns.panel(self._base, keys, keys, one, self._backend)
+        panel = Panel(keys, one, projected, 0, columns)
+        rows, whitened, _, _ = columns.factor(panel, values, 1, self._backend)
+        columns.downdate_(self._base, rows, one, self._backend)
         kept = [tensor.clone() for tensor in self._master.tensors]  # adding 0 turns -0.0 into 0.0
-        self._master.correct(whitened, rows, 1, self._backend)
+        columns.agree(lambda: self._master.correct(whitened, rows, 1, self._backend))
         self._restore_weight(kept)
-        ops.downdate_(self._base, rows, one, backend=self._backend)
 
     def _downdate(self, base: Tensor) -> None:
-        ops.downdate_(base, self._pending.rows, self._pending.signs, backend=self._backend)
+        self._columns.downdate_(base, self._pending.rows, self._pending.signs, self._backend)
 
     def _reserve(self, rows: int) -> None:
         """Makes space for `rows` pending rows, by a flush if needed and allowed, else by growing the buffer."""
-        if len(self._pending) + rows > self._delay and not self._snapshots:
+        if len(self._pending) + rows > self._delay and self._columns.unanimous(not self._snapshots):
             self.flush()
+        self._columns.agree(partial(self._allocate, rows))
+
+    def _allocate(self, rows: int) -> None:
         self._pending.reserve(rows)
-
-
-def dtype_of(weight: Tensor) -> torch.dtype:
-    """Returns the default dtype of a state: float64 for a float64 weight, else float32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._save_weight()

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlsedit_fast import ops
 from rlsedit_fast.errors import RemovalError, UpdateError
-from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.monitor import Sketch
 from rlsedit_fast.rls.results import Panel, Step
 
@@ -67,16 +65,15 @@ def prepare_step(
         RemovalError: the rows cannot be removed accurately.
         UpdateError: the factorization failed or the result overflows.
     """
-    rows, whitened, lower, info = ops.factor(
-        panel.projected, panel.keys, innovation, panel.noise, sign, backend=backend
-    )
-    moved = sketch.moved(panel.keys, panel.noise, sign)
+    columns = panel.columns
+    rows, whitened, lower, info = columns.factor(panel, innovation, sign, backend)
+    moved = sketch.moved(panel.keys, panel.noise, sign, columns)
     image = torch.linalg.vector_norm(moved.image, torch.inf)
     pivot = (lower.diagonal().square() / panel.noise).min() if sign < 0 else info
-    numbers = info, pivot, *_norms(whitened, rows), image
-    found = checks.numbers(*numbers, *checks.ends(*given.values()))
-    checks.batch(found[len(numbers) :], given)
-    failed, smallest, squared, gained, *finite = found[: len(numbers)]
+    squared_change, gain, energy = _norms(whitened, rows)
+    found = columns.numbers(given, same=(info, pivot, gain), summed=(squared_change, energy), largest=(image,))
+    columns.check(found[6:], given)
+    failed, smallest, gained, squared, *finite = found[:6]
     size = math.sqrt(max(squared, 0.0))  # NaN stays NaN
     dtype = panel.keys.dtype
     least = torch.finfo(dtype).eps ** REMOVAL_PIVOT_POWER
@@ -123,7 +120,8 @@ def prepare_replacement(
     moved = panel.gram @ weighted
     residual = innovation + shift - moved
     energy = (weighted.double() * (shift - moved + 2 * innovation).double()).sum()
-    gained, squared = checks.numbers(energy, _norms(weighted, panel.projected)[0])
+    squares = _norms(weighted, panel.projected)[0]
+    gained, squared = panel.columns.numbers({}, same=(energy,), summed=(squares,))
     size = math.sqrt(max(squared, 0.0))
     if not (math.isfinite(gained) and size < torch.finfo(shift.dtype).max):
         raise UpdateError(_overflow_message(panel, name))

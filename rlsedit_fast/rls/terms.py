@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.ops.precision import full_float32
+from rlsedit_fast.rls.columns import Columns
 from rlsedit_fast.rls.layer import Layer
 from rlsedit_fast.rls.prior import Prior
 from rlsedit_fast.rls.results import Bounds, Terms
@@ -49,25 +50,26 @@ class AnchorChange:
         return AnchorChange(self.value, self.largest, steps)
 
     @full_float32()
-    def evaluated(self, prior: Prior, delta: Tensor) -> AnchorChange:
-        """Returns the state with its value at `delta = W - W0 [d_v, d_k]`."""
+    def evaluated(self, prior: Prior, delta: Tensor, columns: Columns) -> AnchorChange:
+        """Returns the state with its value at the held columns of `delta = W - W0 [d_v, d_k]`."""
         if self.value is None:
-            return _measured(prior, delta)
+            return _measured(prior, delta, columns)
         if not self.steps:
             return self
         rows = torch.cat([rows for rows, _, _ in self.steps])
         whitened = torch.cat([sign * whitened for _, whitened, sign in self.steps])
-        images = prior.times_moment(rows)
-        linear = float(((images @ delta.T).double() * whitened.double()).sum())
-        square = float(((images @ rows.T).double() * (whitened @ whitened.T).double()).sum())
+        images = columns.times_moment(prior, rows)
+        crossed = ((images @ delta.T).double() * whitened.double()).sum()
+        squared = ((images @ rows.T).double() * (whitened @ whitened.T).double()).sum()
+        linear, square = columns.numbers({}, summed=(crossed, squared))
         value = self.value + 2 * linear - square
         largest = max(self.largest, value)
-        return AnchorChange(value, largest) if value > _LOST * largest else _measured(prior, delta)
+        return AnchorChange(value, largest) if value > _LOST * largest else _measured(prior, delta, columns)
 
 
 @full_float32()
-def _measured(prior: Prior, delta: Tensor) -> AnchorChange:
-    value = prior.anchor_change(delta)
+def _measured(prior: Prior, delta: Tensor, columns: Columns) -> AnchorChange:
+    value = columns.measure(prior.anchor_change, delta)
     return AnchorChange(value, value)
 
 
@@ -98,13 +100,13 @@ class ObjectiveLayer(Layer):
         The change of the weight is measured; that of the anchors is tracked through the steps, see `AnchorChange`, and
         measured if a step was a rebuild. The misfit of the edits is the rest of `J`.
         """
-        prior, delta = self._prior, self.weight - self._original
-        moved = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+        prior, columns, delta = self._prior, self._columns, self.weight - self._original
+        moved = columns.norm(delta)
         anchored = 0.0
         if prior.custom:
-            anchored = prior.anchor_misfit(self._original.double(), delta.double())
+            anchored = columns.measure(lambda w, d: prior.anchor_misfit(w.double(), d.double()), self._original, delta)
         elif prior.mu:
-            self._anchor_change = self._anchor_change.evaluated(prior, delta)
+            self._anchor_change = self._anchor_change.evaluated(prior, delta, columns)
             anchored = self._anchor_change.value or 0.0
         rest = max(self._objective - (prior.lam * moved) ** 2 - prior.mu**2 * anchored, 0.0)
         return Terms(weight=moved, anchors=math.sqrt(anchored) if prior.mu else None, edits=math.sqrt(rest))
