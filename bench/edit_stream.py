@@ -49,7 +49,7 @@ WATCHED = (
     (layers, "amplify_innovation", "solve"),
     (layers, "amplify_values", "solve"),
     (measurement, "measure", "measure"),
-    (measurement, "generate_answers", "measure"),
+    (measurement, "answer_facts", "measure"),
 )
 DEEP = EditConfig(layers=(4, 5, 6, 7, 8), search={"steps": 25})
 """Settings of the random models: five layers, default contexts, KL prompt and stopping rule."""

@@ -168,7 +168,8 @@ class Written:
         """Files and failures, JSON-serializable."""
         gguf = {"gguf": asdict(self.gguf) | {"lost": self.lost}} if self.gguf else {}
         checkpoint = {"checkpoint": asdict(self.checkpoint)} if self.checkpoint else {}
-        return {"files": self.files, "not_written": self.failures} | gguf | checkpoint
+        files = [line for line in self.files if not line.startswith(" ")]  # without details
+        return {"files": files, "not_written": self.failures} | gguf | checkpoint
 
     def raise_failures(self) -> None:
         """Raises InputError if there are failures."""

