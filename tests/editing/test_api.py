@@ -71,7 +71,7 @@ def test_white_space_around_an_edit_is_ignored_and_reported(editor, caplog):
     ("wrong", "message"),
     [
         ({"prompt": "{} is", "subject": "Lado"}, "edit 2: missing fields: target; add them"),
-        ({"prompt": "{} is", "target": "x"}, "the subject is empty; name the words that"),
+        ({"prompt": "{} is", "target": "x"}, "missing fields: subject; name the words of the prompt"),
         (FACT | {"targt": "x"}, "edit 2: unknown field 'targt'; did you mean 'target'"),
         (FACT | {"case": 3}, "edit 2: unknown field 'case'; expected: prompt, subject, target, weight"),
         (FACT | {"subject": 3}, "edit 2: subject=3: expected a string"),
@@ -99,7 +99,7 @@ def test_anchors_are_read_from_a_file(editor, text, tmp_path, caplog):
     assert editor.anchors.startswith("11 tokens: text.txt, sha256")
     assert editor.anchor(text, tokens=7) == 7
     caplog.clear()
-    assert editor.anchor(rf.SelfGenerated(editor.model, length=8), tokens=100) == 100
+    assert editor.anchor(rf.SelfGenerated(editor.model, length=8), tokens=150) == 150
     assert caplog.text == ""
 
 
