@@ -247,7 +247,7 @@ def test_a_failed_first_batch_leaves_the_editor_unused(make_model, tokenizer, mo
 
 BAD = [
     ([], "no edits"),
-    ([rf.Edit("{} lives in", "", "Port Alder")], "name the words of the prompt that the fact is about"),
+    ([rf.Edit("{} lives in", "", "Port Alder")], "the subject is empty; name the words that"),
     ([rf.Edit("{} lives in", "Lado", " ")], "target ' ' is empty"),
     ([rf.Edit("He lives in", "Lado", "Port Alder")], "contains neither {} nor the subject"),
     ([rf.Edit("{} and {}", "Lado", "Port Alder")], "contains {} twice; keep it where the model is edited"),
