@@ -329,7 +329,10 @@ def test_the_state_of_a_layer_is_on_the_device_of_the_layer(make_model, tokenize
         active = [record.id for record in editor.history() if record.state == "active"]
         rows = editor._session.ledger.rows(active) + editor._session.layers._protected
         for layer, (state, device) in enumerate(zip(editor._session.layers.states, (A, B), strict=True)):
-            kept = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+            own = {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+            covariance = own.pop("_prior_covariance", None)
+            assert covariance is None or covariance.device == HOST
+            kept = list(own.values())
             kept += [*state._master.tensors, state._sketch.probe, state._sketch.image]
             assert {tensor.device for tensor in kept} == {device}
             rarely_used = [state.prior.anchor_moment, *(side[layer] for row in rows for side in (row.keys, row.values))]

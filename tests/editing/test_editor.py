@@ -625,7 +625,7 @@ def test_a_pilot_counts_edits_of_one_prompt_once(make_model, tokenizer):
     assert priors[0] == priors[1]
 
 
-@pytest.mark.parametrize("failing", ["build", "snapshot"])
+@pytest.mark.parametrize("failing", ["build_part", "snapshot"])
 def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer, monkeypatch, failing):
     from rlsedit_fast.rls import RLSState, state
 
@@ -636,7 +636,7 @@ def test_out_of_memory_in_a_rebuild_raises_resource_error(make_model, tokenizer,
     def fails(*_arguments, **_options):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(state if failing == "build" else RLSState, failing, fails)
+    monkeypatch.setattr(state if failing == "build_part" else RLSState, failing, fails)
     with pytest.raises(
         rf.errors.ResourceError, match="out of memory while rebuilding the layers; nothing was modified"
     ):
