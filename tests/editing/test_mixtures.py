@@ -221,7 +221,7 @@ def test_statistics_are_saved_and_checked(make_model, tokenizer, tmp_path):
 
     model = make_model("qwen2_moe")
     editor = rf.Editor(model, tokenizer, config=make_config())
-    found = editor.statistics(GivenTexts(ANCHORS))
+    found = editor.statistics(GivenTexts(ANCHORS), held_out=0)
     moment = found.moments[2]
     assert int(moment.reached.sum()) == 2 * found.tokens
     found.save(tmp_path / "statistics.safetensors")
