@@ -32,7 +32,7 @@ CONFIG = rf.EditConfig(
 
 
 def make_editor(store=None, **changes):
-    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(batch_size=BATCH, **changes), store=store)
+    editor = rf.Editor(*load_demo_model(), config=CONFIG.replace(**{"batch_size": BATCH, **changes}), store=store)
     editor.anchor(demo_statistics(600))
     return editor
 
@@ -101,11 +101,11 @@ def test_a_later_call_refines_as_many_earlier_edits_as_it_applies(monkeypatch):
 
 
 def test_records_of_a_call_of_several_batches_are_measured_at_its_end(tmp_path):
-    batches = []
-    with make_editor(tmp_path, refine=0) as editor:
-        records = editor.edit(EDITS, on_batch=batches.extend)
-        assert [record.rank == 1 for record in records] == exact(editor, EDITS)
-        assert [one.nll for one in batches] != [one.nll for one in records], "the second batch affects the first"
+    batches, edits = [], [case.edit for case in world_cases(WORLD, 20, 0)]
+    with make_editor(tmp_path, refine=0, batch_size=10, prior={"mu": 111.0}) as editor:
+        records = editor.edit(edits, on_batch=batches.extend)
+        assert [record.rank == 1 for record in records] == exact(editor, edits)
+        assert [one.rank for one in batches] != [one.rank for one in records], "the second batch affects the first"
     with rf.Editor(*load_demo_model(), store=tmp_path) as opened:
         assert opened.history() == records
         assert_same(opened, editor)
