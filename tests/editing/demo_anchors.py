@@ -16,4 +16,4 @@ LAYERS = (0, 1, 2)
 def demo_statistics(count: int) -> rf.KeyStatistics:
     """Returns the key statistics of the first `count` texts in the first layers of the demo model."""
     editor = rf.Editor(*load_demo_model(), config=rf.EditConfig(layers=LAYERS, contexts={"prefixes": ("",)}))
-    return editor.statistics(GivenTexts(anchor_texts(World.generate(), 0)[:count]))
+    return editor.statistics(GivenTexts(anchor_texts(World.generate(), 0)[:count]), held_out=0)
