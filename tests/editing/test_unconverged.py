@@ -153,7 +153,7 @@ def test_a_skipped_replacement_changes_no_other_edit_of_the_subject():
     editor.undo(2)
     editor.undo(1)
     assert [r.state for r in editor.history()] == ["undone", "undone", "skipped", "skipped", "active"]
-    assert editor.history()[3].search_steps == 40, "the record has the figures of its own search"
+    assert editor.history()[3].search_steps == 25, "the record has the figures of its own search"
 
 
 def test_only_unconverged_edits_of_a_subject_are_skipped():

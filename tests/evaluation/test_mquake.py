@@ -85,6 +85,7 @@ def test_the_edits_of_a_record_are_consecutive_and_its_question_belongs_to_the_l
             (),
             (),
             (),
+            asked=("What of Vince?",),
         )
         chain = MultiHop(
             tuple(f"Wording {n} of 0?" for n in (1, 2, 3)), "Washington, D.C.", "Franklin", ("Franklin, Kentucky",)
