@@ -198,8 +198,10 @@ class RuleLayer(Layer):
         return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
 
     def terms(self) -> Terms:
-        """Returns the change of the weight; the other terms are not known."""
-        return Terms(weight=self.deviation(), anchors=None, edits=None)
+        """Returns the changes of the weight and on the anchors; the misfit of the edits is not known."""
+        anchored = self._prior.anchor_moment is not None or self._prior.anchor_keys is not None
+        change = self._prior.anchor_change(self.weight - self._original) if anchored else None
+        return Terms(weight=self.deviation(), anchors=None if change is None else math.sqrt(change), edits=None)
 
     def project(self, keys: Tensor, weights: Tensor | None = None) -> RulePanel:
         """Checks a batch of keys.

@@ -163,8 +163,7 @@ class LayerDeviation:
         weight: `||W - W0||_F`, exact.
         weight_bound: upper bound of `||W - W0||_F`, `sqrt(J) / lam`.
         anchor_bound: upper bound of `||K0 (W - W0)^T||_F` over the anchors, `sqrt(J) / mu`.
-        anchors: `||K0 (W - W0)^T||_F`, exact (of a mixture of experts a tighter bound); None without anchors, and for a
-            rule without an objective.
+        anchors: `||K0 (W - W0)^T||_F`, exact (of a mixture of experts a tighter bound); None without anchors.
         edits: `sqrt(sum_i w_i ||K_i W^T - V_i||^2)` over the edits and the protected prompts, exact; None if the solver
             does not know it.
         protected: the same over the protected prompts alone, exact; at most `sqrt(J)`.

@@ -241,7 +241,7 @@ def run(
         "made_of": dict(ground.identity),
         "plan": plan.as_json(),
         **doctor.context(),
-        "anchors": None if anchors is None else {"tokens": anchors.tokens, "source": anchors.source},
+        "anchors": None if anchors is None else _described(anchors),
         "priors": [{"lam": prior.lam, "mu": prior.mu} for prior in editor.priors],
         "made": applied,
         "failed": failed,
@@ -461,6 +461,10 @@ def _enter_task(enter: Enter, edits: int, task: str, found: TaskResult) -> None:
     enter(edits, "task", task, "error", found.error, found.items)
     enter(edits, "task", task, "cut", found.truncated, found.items)
     enter(edits, "task", task, "left out", found.skipped, found.items)
+
+
+def _described(anchors: KeyStatistics) -> dict[str, Any]:
+    return {"tokens": anchors.tokens, "held_out_tokens": anchors.held_out_tokens, "source": anchors.source}
 
 
 def _enter_weights(enter: Enter, edits: int, editor: Editor) -> None:
