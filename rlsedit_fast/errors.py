@@ -145,10 +145,10 @@ class RequestError(RLSEditError, ValueError):
         >>> from rlsedit_fast.errors import RequestError
         >>> from rlsedit_fast.models import fill
         >>> try:
-        ...     fill("The capital of {} is", "")
+        ...     fill("The capital is", "Peru")
         ... except RequestError as error:
         ...     print(error)
-        prompt 'The capital of {} is': the subject is empty; name the words of the prompt that the fact is about
+        the prompt 'The capital is' contains neither {} nor the subject 'Peru'; write {} in place of the subject
     """
 
 

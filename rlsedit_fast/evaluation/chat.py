@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANSWER_TOKENS = 20
-"""Maximum number of tokens of the answer to a question."""
+"""Maximum number of tokens of the answer to a question.
+
+Example:
+    >>> from rlsedit_fast.evaluation import ANSWER_TOKENS
+    >>> ANSWER_TOKENS
+    20
+"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,16 @@ def chat_neighbors(
         tokenizer: tokenizer for which `models.supports_chat` is True.
         cases: the cases.
         progress: called after each batch with the number of finished prompts and the number of prompts.
+
+    Example:
+        >>> from rlsedit_fast.evaluation import chat_neighbors, world_cases
+        >>> from rlsedit_fast.world import World, load_demo_model
+        >>> model, tokenizer = load_demo_model()
+        >>> tokenizer.chat_template = "{{ messages[0].content }} . "
+        >>> cases = world_cases(World.generate(), 2, seed=0)
+        >>> prompts = {question.prompt for case in cases for question in case.neighbors}
+        >>> chat_neighbors(model, tokenizer, cases).keys() == prompts
+        True
     """
     prompts = list(dict.fromkeys(question.prompt for case in cases for question in case.neighbors))
     found = score_rows(model, [chat_row(tokenizer, prompt, "a") for prompt in prompts], progress=progress)

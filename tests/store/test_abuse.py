@@ -92,7 +92,7 @@ def test_full_disk_rejects_the_batch_until_space_is_freed(tiny, tokenizer, tmp_p
         made, failures = 2, 0
         while failures < 4 and made < 100:
             with suppress(OSError), (disk / "filler").open("ab") as filler:
-                filler.write(b"x" * (12_000 + 97 * made))
+                filler.write(b"x" * (20_000 + 97 * made))
             check = unchanged(editor)
             check.__enter__()
             try:

@@ -55,7 +55,7 @@ def test_reopened_editor_equals_the_closed_one(tiny, tokenizer, tmp_path, dtype,
         assert_same(editor, whole)
     opened = rf.Editor(tiny(dtype), tokenizer, store=tmp_path / "store")
     assert_same(opened, whole)
-    assert opened.config == config
+    assert opened.config == whole.config
     assert [r.time for r in opened.history()] == [r.time for r in editor.history()]
 
 
