@@ -74,8 +74,9 @@ def test_store_commands(workdir, capsys):
     (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
     lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
+    (workdir / "new.jsonl").write_text('{"prompt": "{} plays the", "subject": "John Coltrane", "target": "flute"}\n')
     (workdir / "gates.yaml").write_text("retention: 0\n")
-    names = ["edit", "history", "ask", "undo", "replace", "check", "report", "status", "consolidate", "export"]
+    names = ["edit", "history", "ask", "undo", "replace", "check", "report", "status", "show", "consolidate", "export"]
     assert [command[:2] for command in commands] == [["rlsedit", name] for name in names]
     for _, name, *arguments in commands:
         # An untrained model may not state the targets; then `edit` returns 1.
@@ -112,7 +113,15 @@ def test_solver_example():
     torch.manual_seed(0)
     weight, K0 = torch.randn(6, 20), torch.randn(50, 20)
     keys, values, new_values = torch.randn(3, 20), torch.randn(3, 6), torch.randn(3, 6)
-    names = {"rf": rf, "weight": weight, "K0": K0, "keys": keys, "values": values, "new_values": new_values}
+    names = {
+        "rf": rf,
+        "torch": torch,
+        "weight": weight,
+        "K0": K0,
+        "keys": keys,
+        "values": values,
+        "new_values": new_values,
+    }
     names |= {"all_keys": keys, "all_values": new_values}
     exec(block("The solver alone", file="docs/python.md"), names)
     once = rf.RLSState(weight, names["state"].prior)
