@@ -111,7 +111,7 @@ def byte_level_tokenizer(records):
     return byte_level(records, None)
 
 
-@pytest.fixture(scope="module", params=["byte_level", "sentencepiece"])
+@pytest.fixture(scope="module", params=["byte_level", pytest.param("sentencepiece", marks=pytest.mark.soak)])
 def any_tokenizer(request, records, tmp_path_factory):
     if request.param == "byte_level":
         return request.getfixturevalue("byte_level_tokenizer")

@@ -262,9 +262,9 @@ def test_simulated_devices_cannot_be_mixed():
     ("name", "key_rows", "distribute"),
     [
         ("llama", "contexts", by_simulation),
-        ("llama", "mean", by_accelerate),
+        pytest.param("llama", "mean", by_accelerate, marks=pytest.mark.soak),
         ("gpt2", "contexts", by_accelerate),
-        ("gpt2", "mean", by_simulation),
+        pytest.param("gpt2", "mean", by_simulation, marks=pytest.mark.soak),
     ],
 )
 @simulated
@@ -288,7 +288,11 @@ def test_edits_on_two_devices_equal_those_on_one(make_model, tokenizer, name, ke
 
 @pytest.mark.parametrize(
     "changes",
-    [{"prior": {"mu": 0.0}}, {"prior": {"lam": 0.1}}, {"search": {"optimizer": "adam"}, "same_subject": "separate"}],
+    [
+        pytest.param({"prior": {"mu": 0.0}}, marks=pytest.mark.soak),
+        pytest.param({"prior": {"lam": 0.1}}, marks=pytest.mark.soak),
+        {"search": {"optimizer": "adam"}, "same_subject": "separate"},
+    ],
     ids=str,
 )
 @simulated

@@ -73,7 +73,7 @@ def mean_realized(records):
     ("name", "layers", "adherence"),
     [
         *((name, layers, share) for name, layers in TINY for share in (0.6, 0.95)),
-        *(("demo", (0,), 0.6), ("demo", (0, 1, 2), 0.95)),
+        *(("demo", (0,), 0.6), pytest.param("demo", (0, 1, 2), 0.95, marks=pytest.mark.soak)),
     ],
 )
 def test_the_realized_share_equals_the_adherence(make_editor, name, layers, adherence):

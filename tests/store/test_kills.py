@@ -39,10 +39,10 @@ def test_a_thousand_kills(tmp_path, seed):
 
 
 def test_exit_at_random_lines_leaves_a_change_complete_or_absent(tmp_path):
-    result = run(HERE / "lines.py", tmp_path, 3)
-    assert result["ended"] >= 15
-    assert result["absent"] > 2
-    assert result["present"] > 2
+    result = run(HERE / "lines.py", tmp_path, 2)
+    assert result["ended"] >= 10
+    assert result["absent"] > 1
+    assert result["present"] > 1
 
 
 @pytest.mark.soak
