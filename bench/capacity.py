@@ -60,7 +60,8 @@ def open_editor(options: argparse.Namespace, store: Path | None) -> tuple[rf.Edi
     from real_stream import edit_of, facts, paragraphs
 
     edits = [edit_of(one) for one in facts(options.data, max(options.edits, options.keys or 0))]
-    config = rf.EditConfig(batch_size=BATCH)
+    # The recorded streams were made before contexts in a chat were the default.
+    config = rf.EditConfig(batch_size=BATCH, contexts={"chat": ()})
     editor = rf.Editor.from_pretrained(checkpoint(options.model), store=store, config=config)
     return editor, edits, GivenTexts(paragraphs(options.text / "wikitext2-valid.txt"))
 
