@@ -91,6 +91,7 @@ def test_the_realized_share_is_the_adherence(batch):
     assert realized == pytest.approx(editor.config.prior.adherence, abs=0.02)
 
 
+@pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", FACTS)
 def test_the_edited_model_states_the_fact(shape, facts):
