@@ -119,7 +119,7 @@ def test_each_context_is_a_row_with_its_share_of_the_edits_weight(bare_weight):
     assert [rows.weight for rows in mean._session.ledger.rows([1, 2])] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("keys", ["full", "fp16"])
+@pytest.mark.parametrize("keys", [pytest.param("full", marks=pytest.mark.soak), "fp16"])
 def test_undo_removes_all_rows_of_an_edit(keys):
     editor = make_editor(stored_rows=keys, batch_size=4, prior={"mu": 30.0})
     start = weights(editor)
@@ -136,7 +136,9 @@ def test_undo_removes_all_rows_of_an_edit(keys):
     assert all(torch.equal(value, start[name]) for name, value in weights(editor).items())
 
 
-@pytest.mark.parametrize(("key_rows", "keys"), [("contexts", "fp16"), ("mean", "full")])
+@pytest.mark.parametrize(
+    ("key_rows", "keys"), [("contexts", "fp16"), pytest.param("mean", "full", marks=pytest.mark.soak)]
+)
 def test_a_store_with_several_rows_per_edit_reopens_bit_for_bit(tmp_path, keys, key_rows):
     settings = {"stored_rows": keys, "contexts": {"rows": key_rows}, "batch_size": 4, "prior": {"mu": 30.0}}
     uninterrupted = make_editor(**settings)

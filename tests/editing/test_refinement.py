@@ -158,7 +158,7 @@ def test_a_round_without_gain_changes_nothing_and_is_the_last(monkeypatch, tmp_p
         assert [entry.kind for entry in store.entries] == ["start", "edit"]
 
 
-@pytest.mark.parametrize("error", [UpdateError, ResourceError])
+@pytest.mark.parametrize("error", [UpdateError, pytest.param(ResourceError, marks=pytest.mark.soak)])
 def test_a_failed_round_keeps_the_applied_edits_and_warns(monkeypatch, caplog, error):
     plain, refined = make_editor(refine=0), make_editor(refine=1)
     plain.edit(EDITS)
@@ -199,7 +199,7 @@ def test_ctrl_c_in_a_round_keeps_the_applied_edits(monkeypatch):
     assert_same(refined, plain)
 
 
-@pytest.mark.parametrize(("keys", "snapshot"), [("full", False), ("fp16", True)])
+@pytest.mark.parametrize(("keys", "snapshot"), [pytest.param("full", False, marks=pytest.mark.soak), ("fp16", True)])
 def test_a_refined_stream_is_reopened_and_undone_bit_for_bit(tmp_path, keys, snapshot):
     uninterrupted = make_editor(stored_rows=keys)
     start = weights(uninterrupted)
