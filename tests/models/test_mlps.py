@@ -1,4 +1,4 @@
-"""The MLP of a block is told from attention, state space models and side paths; the rest is refused with its reason."""
+"""Distinguishes the MLP of a block from attention, state space models and side paths, or refuses it with the reason."""
 
 import pytest
 import torch
