@@ -121,12 +121,7 @@ def encode_fact(
         )
     prompt, start = fill(fact.prompt, fact.subject)
     conversation = render(tokenizer, filled_messages(fact.messages, prompt))
-    stop = start + len(fact.subject.strip())
-    if span is not None:
-        start, stop = check_span(span, prompt)
-    elif start < 0 or fact_token == "last":
-        stop = len(prompt.rstrip())
-        start = stop - 1
+    start, stop = _edited_characters(fact, prompt, start, fact_token, span)
     before = f"{prefix} " if prefix else ""
     at = conversation.asked + len(prompt) - len(prompt.lstrip())
     text = conversation.text[:at] + before + conversation.text[at:]
@@ -185,12 +180,7 @@ def encode_in_chat(
     direct = form == "direct" or is_question(text)
     content = answer.strip() if direct else text + answer
     conversation = render(tokenizer, [{"role": "user", "content": text}, {"role": "assistant", "content": content}])
-    stop = start + len(fact.subject.strip())
-    if span is not None:
-        start, stop = check_span(span, text)
-    elif start < 0 or fact_token == "last":
-        stop = len(text.rstrip())
-        start = stop - 1
+    start, stop = _edited_characters(fact, text, start, fact_token, span)
     cut = len(conversation.answer) - len(content if direct else answer)
     whole = conversation.text + conversation.answer[:cut]
     shift = conversation.asked if direct or form == "message" else len(whole) - len(text)
@@ -198,6 +188,18 @@ def encode_in_chat(
     first = fact_token == "subject_first" and span is None
     target = continuation(tokenizer, whole, ids, conversation.answer[cut:], special=False)
     return Row(ids + target, inside[0] if first else inside[-1], len(ids))
+
+
+def _edited_characters(
+    fact: Fact, prompt: str, start: int, fact_token: FactToken, span: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Returns the characters of a filled prompt whose token is edited; its subject starts at `start`, -1 for none."""
+    if span is not None:
+        return check_span(span, prompt)
+    if start < 0 or fact_token == "last":
+        stop = len(prompt.rstrip())
+        return stop - 1, stop
+    return start, start + len(fact.subject.strip())
 
 
 def is_question(prompt: str) -> bool:
