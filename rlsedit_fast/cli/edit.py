@@ -194,7 +194,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         written = _write(editor, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
-            emit(results, [*summary(results), *checked], options.json)
+            emit(results, [*summary(results), *written.files, *checked], options.json)
     if error is not None:
         complain(*written.failures)
         raise error

@@ -37,7 +37,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         lines.append("weight change per layer, ||W - W0||, and its bound:")
     for layer in results["deviation"]:
         lines.append(f"  layer {layer['layer']}: {layer['weight']:.4g}, at most {layer['weight_bound']:.4g}")
-    return lines + results["files"]
+    return lines
 
 
 def past_lines(past: list[dict[str, str]]) -> list[str]:

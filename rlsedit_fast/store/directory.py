@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.store import tensors
-from rlsedit_fast.store.journal import Change, Entry, Journal
+from rlsedit_fast.store.journal import Change, Entry, Journal, is_full
 from rlsedit_fast.store.lock import Lock
 
 logger = logging.getLogger(__name__)
@@ -245,12 +245,14 @@ class Store:
             try:
                 self._journal.abort()
             except StoreError:
-                # The commit may or may not be on disk; reopening the store decides.
-                self._in_doubt = True
-                raise StoreError(
-                    f"{error}. It is unknown whether the last change was committed, so the store is closed for "
-                    "writing; open it again, which keeps the last change completely or removes it completely"
-                ) from error
+                if not is_full(error):  # the commit may or may not be on disk; reopening the store decides
+                    self._in_doubt = True
+                    raise StoreError(
+                        f"the journal in {str(self.directory)!r} cannot be written ({error.__cause__}). It is unknown "
+                        "whether the last change was committed, so the store is closed for writing; open it again, "
+                        "which keeps the last change completely or removes it completely"
+                    ) from error
+                # The rows stay without a commit mark; the next change or opening removes them.
             self._remove(self._prepared)
             self._prepared = []
             raise

@@ -350,6 +350,11 @@ class Journal:
         )
 
 
+def is_full(error: StoreError) -> bool:
+    """Returns whether a write failed because the disk is full, before the frame that commits it was written."""
+    return "disk is full" in str(error.__cause__)  # the text of SQLITE_FULL
+
+
 def _set_up(base: sqlite3.Connection) -> None:
     base.execute("PRAGMA journal_mode = WAL")
     base.execute("PRAGMA synchronous = FULL")

@@ -176,6 +176,33 @@ def test_failed_commit_is_rolled_back(tiny, tokenizer, tmp_path, monkeypatch, do
     assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
 
 
+def test_a_commit_that_fails_on_a_full_disk_leaves_no_doubt(tiny, tokenizer, tmp_path, monkeypatch):
+    """SQLite writes the frame that commits last, so a full disk means that there is none."""
+    editor = make_editor(tiny(), tokenizer, tmp_path)
+    editor.edit(make_edits(4))
+
+    @contextmanager
+    def full(journal):
+        raise StoreError("no space; nothing was modified") from sqlite3.OperationalError("database or disk is full")
+        yield
+
+    for failing in ("commit", "abort"):
+        real = getattr(Journal, failing)
+
+        def fails(journal, real=real):
+            with monkeypatch.context() as patch:
+                patch.setattr(Journal, "_transaction", full)
+                real(journal)
+
+        monkeypatch.setattr(Journal, failing, fails)
+    with unchanged(editor), pytest.raises(StoreError, match="nothing was modified"):
+        editor.edit(make_edits(2, start=4))
+    monkeypatch.undo()
+    editor.edit(make_edits(2, start=4))
+    editor.close()
+    assert_same(rf.Editor(tiny(), tokenizer, store=tmp_path), editor)
+
+
 def test_a_change_is_discarded_even_if_the_layers_cannot_be_restored(tiny, tokenizer, tmp_path, monkeypatch):
     editor = make_editor(tiny(), tokenizer, tmp_path)
     editor.edit(make_edits(4))

@@ -28,7 +28,6 @@ def test_random_kills_lose_no_acknowledged_change(tmp_path):
     result = run(HERE / "victim.py", tmp_path / "store", 1, 25, 40)
     assert result["killed"] >= 20
     assert result["killed_in_opening"] > 0
-    assert result["present_but_not_acknowledged"] > 0
 
 
 @pytest.mark.soak
@@ -36,6 +35,7 @@ def test_random_kills_lose_no_acknowledged_change(tmp_path):
 def test_a_thousand_kills(tmp_path, seed):
     result = run(HERE / "victim.py", tmp_path / "store", seed, 205, 300)
     assert result["killed"] >= 200
+    assert result["present_but_not_acknowledged"] > 0
 
 
 def test_exit_at_random_lines_leaves_a_change_complete_or_absent(tmp_path):
