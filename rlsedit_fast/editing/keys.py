@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.passes import read_keys
-from rlsedit_fast.models.prefixes import Prefixed
+from rlsedit_fast.models.prefixes import Prefixed, shared_prefixes
 from rlsedit_fast.models.projections import Decoder, Projection
-from rlsedit_fast.models.tokens import alike, encode_plain, pad
+from rlsedit_fast.models.tokens import Row, alike, encode_plain, pad
 from rlsedit_fast.statistics.sources import each_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS_AT_ONCE = 64  # bounds the memory of one pass over texts
-_WORTH_SHARING = 0.25  # fraction of the tokens of a pass that shared prefixes must save to be run separately
 
 
 def request_keys(
@@ -32,8 +31,8 @@ def request_keys(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Reads the keys of requests at their edited tokens, in each context, for several layers in one pass.
 
-    Leading tokens that a context has in all requests run once, rows of similar length share a forward pass, and a pass
-    ends at the deepest layer that is read.
+    Rows end at the edited token, on which later tokens have no influence. Leading tokens that a context has in all
+    requests run once, rows of similar length share a forward pass, and a pass ends at the deepest layer that is read.
 
     Args:
         decoder: the model, in evaluation mode.
@@ -46,9 +45,10 @@ def request_keys(
         `([K [n, contexts, d_k] per projection], output [n, contexts, d] or None)`, float32.
     """
     contexts = len(requests[0].contexts)
-    rows = [row for request in requests for row in request.contexts]
+    every = [[_up_to_lookup(row) for row in request.contexts] for request in requests]
+    rows = [row for one in every for row in one]
     deepest = max(i for i, block in enumerate(decoder.blocks) if block is output_of or i <= projections[-1].layer)
-    batch = Prefixed.of(decoder, rows, _shared_prefixes(requests), deepest=deepest)
+    batch = Prefixed.of(decoder, rows, shared_prefixes(every), deepest=deepest)
     before = batch.before.tolist()
     lookup = torch.tensor([row.lookup for row in rows], device=batch.ids.device) - batch.before
     order, keys, outputs = [], [], []
@@ -70,16 +70,8 @@ def request_keys(
     return [by_request(parts) for parts in zip(*keys, strict=True)], by_request(seen) if seen else None
 
 
-def _shared_prefixes(requests: Sequence[Request]) -> list[int]:
-    """Returns for each context row the number of leading tokens that all requests share; 0 if sharing saves little."""
-    cuts, saved, total = [], 0, 0
-    for rows in zip(*(request.contexts for request in requests), strict=True):
-        most = min(row.lookup for row in rows)
-        first = rows[0].ids
-        cuts.append(next((i for i in range(most) if any(row.ids[i] != first[i] for row in rows)), most))
-        saved += cuts[-1] * (len(rows) - 1)
-        total += sum(len(row.ids) for row in rows)
-    return (cuts if saved > _WORTH_SHARING * total else [0] * len(cuts)) * len(requests)
+def _up_to_lookup(row: Row) -> Row:
+    return Row(row.ids[: row.lookup + 1], row.lookup, row.lookup + 1)
 
 
 def text_keys(

@@ -53,7 +53,7 @@ class Measurement:
     def ranks_everywhere(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets in the worst of the bare prompts and the contexts in a chat."""
         rows = [row for request in requests for row in (request.contexts[0], *_chat_contexts(request))]
-        found = measure(self._context.site, rows)
+        found = measure(self._context.site, rows, contexts=1 + requests[0].chat)
         nll, rank = (column.unflatten(0, (len(requests), -1)).amax(1) for column in (found.nll, found.rank))
         return Measured(torch.ones(len(requests)), nll, rank)
 

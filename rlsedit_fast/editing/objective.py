@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.models.passes import hidden_of, taken_rows
-from rlsedit_fast.models.prefixes import Prefixed, reading
+from rlsedit_fast.models.prefixes import Prefixed, reading, shared_prefixes
 from rlsedit_fast.models.sites import Site, SiteState
 from rlsedit_fast.models.tokens import Row, alike
 from rlsedit_fast.rls import realized_fraction
@@ -260,7 +260,9 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(site: Site, rows: Sequence[Row], goal: Tensor | None = None, change: Tensor | None = None) -> Measured:
+def measure(
+    site: Site, rows: Sequence[Row], goal: Tensor | None = None, change: Tensor | None = None, *, contexts: int = 1
+) -> Measured:
     """Runs prompts with their targets once through the whole model.
 
     Args:
@@ -268,20 +270,24 @@ def measure(site: Site, rows: Sequence[Row], goal: Tensor | None = None, change:
         rows: at least one.
         goal: wanted state at the lookup token of each row, `[n, d]`; None if `realized` is not needed.
         change: norm of the target change of each row, `[n]`.
+        contexts: number of contexts of each text, whose rows are adjacent; leading tokens that a context has in all
+            texts run once.
     """
     targets = [row.target for row in rows]
     rows = [replace(row, ids=row.ids[:-1]) for row in rows]
+    cuts = shared_prefixes([rows[at : at + contexts] for at in range(0, len(rows), contexts)])
     order, found = list[int](), list[tuple[Tensor, Tensor, Tensor]]()
-    groups = alike([len(row.ids) for row in rows])
+    groups = alike([len(row.ids) - cut for row, cut in zip(rows, cuts, strict=True)])
     for part in (group[at : at + _ROWS_AT_ONCE] for group in groups for at in range(0, len(group), _ROWS_AT_ONCE)):
-        batch = Prefixed.of(site.decoder, [rows[i] for i in part], [0] * len(part))
+        batch = Prefixed.of(site.decoder, [rows[i] for i in part], [cuts[i] for i in part])
         row = torch.tensor([at for at, i in enumerate(part) for _ in targets[i]])
-        at = torch.tensor([rows[i].prompt_length - 1 + token for i in part for token in range(len(targets[i]))])
+        ends = [rows[i].prompt_length - 1 - cut for i, cut in zip(part, batch.before.tolist(), strict=True)]
+        at = torch.tensor([end + token for i, end in zip(part, ends, strict=True) for token in range(len(targets[i]))])
         wanted = torch.tensor([token for i in part for token in targets[i]])
         with _site_outputs(site) as outputs, reading(site.decoder, row, at) as read:
             logits = read(site.decoder.model(**batch.arguments()))
         states = outputs[0].reshape(*batch.ids.shape, -1)  # the decoder layers of OPT flatten rows and tokens
-        lookup = torch.tensor([rows[i].lookup for i in part], device=states.device)
+        lookup = torch.tensor([rows[i].lookup for i in part], device=states.device) - batch.before.to(states.device)
         state = states[torch.arange(len(part), device=states.device), lookup]
         device = logits.device
         fit = fit_of_logits(

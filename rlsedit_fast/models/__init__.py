@@ -14,7 +14,7 @@ from rlsedit_fast.models.joins import Join, join_texts
 from rlsedit_fast.models.linear import LinearProjection, Projection
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden
-from rlsedit_fast.models.prefixes import Prefixed, with_prefixes
+from rlsedit_fast.models.prefixes import Prefixed, shared_prefixes, with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, SiteState, find_site
 from rlsedit_fast.models.tokens import FactToken, Row, encode, encode_plain, fill, pad, target_ids
@@ -56,6 +56,7 @@ __all__ = [
     "quiet",
     "render",
     "sample",
+    "shared_prefixes",
     "supports_chat",
     "target_ids",
     "with_hidden",
