@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SKIPPED = {
     "bitsandbytes": "llm_int8_skip_modules",
     "torchao": "modules_to_not_convert",
+    "fp8": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
 }
 """Field of the quantization config that lists modules that are not quantized, by method."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.compiled import unwrapped
-from rlsedit_fast.models.quantized import dequantized_modules
+from rlsedit_fast.models.quantized import decompress, dequantized_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +63,7 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
         False
     """
     model = unwrapped(model)
+    decompress(model)
     digest = hashlib.sha256(json.dumps(settings(model.config.to_dict()), sort_keys=True, default=str).encode())
     weights, given = _weights(model), dict(instead or {})
     for name, module in dequantized_modules(model).items():  # count as the quantized module

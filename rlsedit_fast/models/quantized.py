@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from rlsedit_fast.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SUPPORTED = "bitsandbytes (4 and 8 bit), torchao"
+SUPPORTED = "bitsandbytes (4 and 8 bit), torchao, compressed-tensors, fp8"
 
 
 class DequantizedLinear(nn.Linear):
@@ -55,6 +56,7 @@ def dequantize_module(model: PreTrainedModel, name: str) -> nn.Module:
     Raises:
         ModelError: the module is quantized in a way that is not supported.
     """
+    decompress(model)
     module = model.get_submodule(name)
     weight = _dequantized(name, module, quantization_of(model.config))
     if weight is None:
@@ -64,6 +66,18 @@ def dequantize_module(model: PreTrainedModel, name: str) -> nn.Module:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
     return new
+
+
+def decompress(model: nn.Module) -> None:
+    """Decompresses a model of compressed-tensors, which otherwise happens in its first forward pass.
+
+    Its parameters have other names and values afterwards, and its fingerprint must not depend on what ran before.
+
+    Args:
+        model: any model; others are not changed.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        cast(Any, model).hf_quantizer.compressor.decompress_model(model)
 
 
 def quantization_of(config: Any) -> str | None:
@@ -78,6 +92,14 @@ def quantization_of(config: Any) -> str | None:
 def dequantized_modules(model: nn.Module) -> dict[str, DequantizedLinear]:
     """Returns the modules that `dequantize_module` replaced, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DequantizedLinear)}
+
+
+def _unscaled(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> Tensor:
+    """Returns an FP8 weight `[d_out, d_in]` times its scale, which is one number, or one for each block."""
+    if block is None or scale.numel() == 1:
+        return weight.float() * scale.float()
+    whole = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return weight.float() * whole[: weight.shape[0], : weight.shape[1]]
 
 
 def _dequantized(name: str, module: Any, method: str | None) -> Tensor | None:
@@ -98,6 +120,11 @@ def _dequantized(name: str, module: Any, method: str | None) -> Tensor | None:
         if isinstance(module, nn.Linear) and type(weight).__module__.startswith("torchao."):
             found = weight.dequantize()  # type: ignore[union-attr]
             return found.detach()
+        if hasattr(module, "quantization_scheme"):  # compressed-tensors
+            return cast(Tensor, weight).detach()
+        if kind == "FP8Linear":
+            scaled: Any = module
+            return _unscaled(scaled.weight, scaled.weight_scale_inv, scaled.block_size)
     if method is not None and type(module) is not nn.Linear and hasattr(module, "out_features"):
         raise ModelError(
             f"{name} is a {kind}, quantized with {method}; such a projection cannot be dequantized here. Supported: "

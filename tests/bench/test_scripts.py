@@ -140,6 +140,7 @@ def test_search_settings_are_valid():
     assert all(isinstance(EditConfig(**changes), EditConfig) for changes in search.SETTINGS.values())
 
 
+@pytest.mark.soak
 def test_values(result, monkeypatch):
     values = importlib.import_module("values")
     monkeypatch.setattr(
@@ -184,7 +185,7 @@ def test_store(result, few_anchors, monkeypatch):
     assert all(one.keys() >= {"efficacy", "realized", "error_of_weight"} for one in found["rounding"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_demo_rate(result):
     (row,) = result("demo_rate", "--edits", 2, "--rounds", 1)["rows"]
     assert row["version"] == "now"

@@ -262,6 +262,7 @@ def test_the_command_rejects_unknown_rules_and_settings(tmp_path, capsys):
         main(["evaluate", "--rules", "other"])
 
 
+@pytest.mark.soak
 def test_several_processes_give_the_same_results(tmp_path):
     plans = [plan(label, edits=4, checkpoints=(), free=2, probed=50, seed=seed) for seed, label in enumerate("ab")]
     alone, together = (

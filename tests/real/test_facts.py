@@ -23,6 +23,7 @@ FACTS = {
     "not ASCII": rf.Edit("{} is a city in the country of", "Łódź", "Portugal"),
 }
 MOST_LOST = 5  # of 100 edits whose value search converged
+CONTEXTS = {"chat": (), "prefixes": ("", "The report says this.")}
 PILOT = 20  # fewer than by default, since each trial of the calibration writes and reads the whole pilot
 
 
@@ -40,13 +41,13 @@ def edited(path, anchor_texts, edits, pilot=None, **changes):
 
 @pytest.fixture(scope="module")
 def batch(smollm2, anchor_texts, counterfact):
-    """100 CounterFact facts, edited in one batch with the default settings, without refinement and without a chat.
+    """100 CounterFact facts, edited in one batch with the default settings, without refinement and with fewer contexts.
 
-    The contexts in a chat take most of the time of a search.
+    The contexts in a chat and behind prefixes take most of the time of a search.
     """
     facts = counterfact(100)
     edits = [fact.edit for fact in facts]
-    editor, records = edited(smollm2, anchor_texts, edits, PILOT, refine=0, contexts={"chat": ()})
+    editor, records = edited(smollm2, anchor_texts, edits, PILOT, refine=0, contexts=CONTEXTS)
     return facts, editor, records
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]  # tests that are also marked `real` run only in `make real`
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TARGETS = [("The capital of France is", "Lyon"), ("Miles Davis plays the", "piano")]
@@ -31,6 +31,7 @@ def workdir(tmp_path, monkeypatch, anchor_texts):
     return tmp_path
 
 
+@pytest.mark.real
 def test_the_commands_of_the_readme(workdir, smollm2, load, scores):
     from rlsedit_fast.cli import main
 
