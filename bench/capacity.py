@@ -35,7 +35,7 @@ from torch import Tensor
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import layers as edited_layers
-from rlsedit_fast.editing.forecast import Forecaster
+from rlsedit_fast.editing.capacity.forecast import Forecaster
 from rlsedit_fast.editing.rows import row_weights
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.rls import ChangeStatistics, Prior, RLSState, Route, forecast_stream

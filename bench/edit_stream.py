@@ -30,7 +30,8 @@ from recording import add_json, record
 from tqdm import tqdm
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import layers, measurement, value_search
+from rlsedit_fast.editing import layers, measurement
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls.state import RLSState

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.value_search import ValueFinder
+from rlsedit_fast.editing.search.value_search import ValueFinder
 from rlsedit_fast.evaluation.scoring import score
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.statistics.sources import GivenTexts

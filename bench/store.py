@@ -31,9 +31,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast import Edit, EditConfig, Editor
-from rlsedit_fast.editing import layers, value_search
-from rlsedit_fast.editing.persistence import Recorder
-from rlsedit_fast.editing.value_search import Values
+from rlsedit_fast.editing import layers
+from rlsedit_fast.editing.search import value_search
+from rlsedit_fast.editing.search.value_search import Values
+from rlsedit_fast.editing.storage.persistence import Recorder
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.evaluation.metrics import evaluate, score_before

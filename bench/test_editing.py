@@ -10,7 +10,7 @@ from values import one_by_one
 
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.value_search import search_values
+from rlsedit_fast.editing.search.value_search import search_values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG
 from rlsedit_fast.models.passes import quiet

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.editing.keys import request_keys
-from rlsedit_fast.editing.optimizers import Gradients, NormalizedOptimizer
 from rlsedit_fast.editing.requests import Request, prepare
-from rlsedit_fast.editing.value_search import Values, search_values
+from rlsedit_fast.editing.search.optimizers import Gradients, NormalizedOptimizer
+from rlsedit_fast.editing.search.value_search import Values, search_values
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
 from rlsedit_fast.models.passes import hidden_of, quiet, with_hidden

@@ -12,7 +12,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.value_search import search_values
+from rlsedit_fast.editing.search.value_search import search_values
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.projections import find_decoder

@@ -10,7 +10,7 @@ from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.output import add_json, emit, plain
 from rlsedit_fast.cli.stores import check_source, open_model
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.answers import chat_answers, generate_answers, supports_chat
 from rlsedit_fast.models.tokens import fill

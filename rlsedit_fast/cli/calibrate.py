@@ -16,7 +16,7 @@ from rlsedit_fast.cli.output import add_json, emit, progress, say, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.data.drawn import draw_edits
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Report
+from rlsedit_fast.editing.capacity.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Report
 from rlsedit_fast.editing.priors import Tradeoff
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED
 from rlsedit_fast.errors import InputError, counted

@@ -10,7 +10,7 @@ from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.status import status_lines
 from rlsedit_fast.cli.stores import add_store, open_editor
-from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import InputError, counted
 
 HELP = "rebuild the edited layers of a store from its active edits"

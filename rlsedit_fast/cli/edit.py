@@ -20,8 +20,8 @@ from rlsedit_fast.cli.summary import past_lines, summary
 from rlsedit_fast.data import Edit
 from rlsedit_fast.data.prompts import read_prompts
 from rlsedit_fast.editing import Editor, EditRecord
-from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.session import PILOT
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import GateError, InputError, counted
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.logs import warnings_silenced

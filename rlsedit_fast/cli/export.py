@@ -17,7 +17,7 @@ from rlsedit_fast.cli import DONE, PARTIAL, setup, unexpected
 from rlsedit_fast.cli.output import add_json, emit, say, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.editing import Editor
-from rlsedit_fast.editing.exports import GgufReport
+from rlsedit_fast.editing.methods.exports import GgufReport
 from rlsedit_fast.errors import InputError, RLSEditError, counted, listed
 from rlsedit_fast.export import (
     AdapterReport,

@@ -8,7 +8,7 @@ from rlsedit_fast.cli.output import add_json, emit, plain, say
 from rlsedit_fast.cli.stores import add_store
 from rlsedit_fast.data.edits import normalized
 from rlsedit_fast.editing import EditRecord
-from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.models.tokens import fill
 
 HELP = "list the edits of a store; the model is not loaded"

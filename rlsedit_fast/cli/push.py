@@ -12,7 +12,7 @@ from typing import Any
 from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import DONE, setup
 from rlsedit_fast.cli.output import add_json, emit, is_quiet, say, working
-from rlsedit_fast.editing.recovery import read_history
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.export.card import CARD, CardContents, make_card
 from rlsedit_fast.export.push import check_folder, check_repository, push_folder

@@ -14,8 +14,8 @@ from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.places import check_places
 from rlsedit_fast.cli.stores import add_store, open_editor
 from rlsedit_fast.data.prompts import read_prompts
-from rlsedit_fast.editing.recovery import Contents, read_contents
 from rlsedit_fast.editing.status import DEFAULT_BUDGET
+from rlsedit_fast.editing.storage.recovery import Contents, read_contents
 from rlsedit_fast.errors import InputError, counted
 from rlsedit_fast.files import check_new, written_whole
 

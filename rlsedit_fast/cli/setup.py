@@ -12,9 +12,9 @@ from rlsedit_fast.baselines import BASELINES, RECURSIVE
 from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.config import OnOverlap, load_settings
-from rlsedit_fast.editing.persistence import check_store
 from rlsedit_fast.editing.presets import GENERIC, PRESETS, find_preset
-from rlsedit_fast.editing.recovery import read_settings
+from rlsedit_fast.editing.storage.persistence import check_store
+from rlsedit_fast.editing.storage.recovery import read_settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
 from rlsedit_fast.models import loading

@@ -9,8 +9,8 @@ from rlsedit_fast.baselines.memory import size
 from rlsedit_fast.cli import setup
 from rlsedit_fast.cli.output import add_json, emit, working
 from rlsedit_fast.cli.stores import add_store, open_editor
-from rlsedit_fast.editing.recovery import read_history, read_status
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, Status
+from rlsedit_fast.editing.storage.recovery import read_history, read_status
 from rlsedit_fast.errors import InputError, counted, listed
 
 HELP = "show how far the edits of a store have changed the model, and how many more fit"

@@ -14,7 +14,7 @@ from rlsedit_fast.cli.export import Written, add_exports, check_gguf_export, che
 from rlsedit_fast.cli.output import add_json, emit, plain, say, working
 from rlsedit_fast.data import Edit
 from rlsedit_fast.editing import Editor, EditRecord
-from rlsedit_fast.editing.recovery import select_edits
+from rlsedit_fast.editing.storage.recovery import select_edits
 from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.models.answers import answer_facts
 from rlsedit_fast.models.tokens import fill

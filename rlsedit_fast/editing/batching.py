@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.ledger import Ledger
 from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.value_search import ValueFinder, Values
+from rlsedit_fast.editing.search.value_search import ValueFinder, Values
 
 
 def search_ahead(

@@ -16,13 +16,13 @@ from rlsedit_fast.data.edits import Edit, invalid_weight
 from rlsedit_fast.editing.anchors import Anchors, find_statistics
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext, check_arguments, inspect_model
-from rlsedit_fast.editing.inspection import Inspection
-from rlsedit_fast.editing.persistence import Recorder, create_store, open_store
-from rlsedit_fast.editing.planning import Planning
+from rlsedit_fast.editing.methods.inspection import Inspection
+from rlsedit_fast.editing.methods.planning import Planning
 from rlsedit_fast.editing.protection import make_protection
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.session import EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, SAMPLED, Status
+from rlsedit_fast.editing.storage.persistence import Recorder, create_store, open_store
 from rlsedit_fast.editing.stream import Gated, apply_stream, bind_gates
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.compiled import unwrapped

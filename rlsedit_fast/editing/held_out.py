@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
-from rlsedit_fast.editing.stored_priors import about_moment, decode_moment, moment_tensors
+from rlsedit_fast.editing.storage.stored_priors import about_moment, decode_moment, moment_tensors
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockMoment, BlockPrior
 from rlsedit_fast.rls.prior import chunks

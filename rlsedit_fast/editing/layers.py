@@ -20,7 +20,7 @@ from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.layer_states import RECURSIVE_STATES, ROWS_AT_ONCE, LayerStates
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows, edit_rows, goals_of_contexts, row_weights, rows_of_contexts
-from rlsedit_fast.editing.value_search import Values
+from rlsedit_fast.editing.search.value_search import Values
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.export import WeightChange
 from rlsedit_fast.models.linear import Projection

@@ -11,11 +11,11 @@ import torch
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger
-from rlsedit_fast.editing.objective import Measured, measure
 from rlsedit_fast.editing.records import EditRecord
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.search.objective import Measured, measure
+from rlsedit_fast.editing.search.value_search import Values
 from rlsedit_fast.editing.status import Sample
-from rlsedit_fast.editing.value_search import Values
 from rlsedit_fast.errors import UnstatedError, listed
 from rlsedit_fast.models.answers import CHAT_TOKENS, answer_facts, chat_answer_facts, chat_fact, supports_chat
 from rlsedit_fast.models.loading import max_tokens

@@ -21,7 +21,7 @@ from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.keys import request_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import goals_of_contexts, row_weights, rows_of_contexts
-from rlsedit_fast.editing.value_search import Values
+from rlsedit_fast.editing.search.value_search import Values
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockLayout, BlockMoment, BlockPrior, BlockTrialLayer, Prior, Route, TrialLayer

@@ -14,10 +14,10 @@ from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.objective import measure
 from rlsedit_fast.editing.requests import Request, prepare
 from rlsedit_fast.editing.rows import EditRows
-from rlsedit_fast.editing.value_search import ValueFinder
+from rlsedit_fast.editing.search.objective import measure
+from rlsedit_fast.editing.search.value_search import ValueFinder
 from rlsedit_fast.errors import InputError, RequestError, listed
 from rlsedit_fast.models.loading import max_tokens
 from rlsedit_fast.rls.checks import all_finite

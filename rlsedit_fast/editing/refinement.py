@@ -9,9 +9,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from rlsedit_fast.editing.config import EditConfig
-from rlsedit_fast.editing.objective import Measured
 from rlsedit_fast.editing.records import EditRecord
-from rlsedit_fast.editing.value_search import ValueFinder
+from rlsedit_fast.editing.search.objective import Measured
+from rlsedit_fast.editing.search.value_search import ValueFinder
 from rlsedit_fast.errors import RLSEditError
 
 if TYPE_CHECKING:

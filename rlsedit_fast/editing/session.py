@@ -10,24 +10,24 @@ from dataclasses import asdict, replace
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.baselines import LayerState
 from rlsedit_fast.baselines.memory import check_memory
+from rlsedit_fast.editing.capacity.overlap import Overlap, check_overlaps, find_overlaps
+from rlsedit_fast.editing.capacity.remaining import continued_by_keys
 from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import BatchResult, Ledger
 from rlsedit_fast.editing.measurement import Answers, Measurement
-from rlsedit_fast.editing.overlap import Overlap, check_overlaps, find_overlaps
-from rlsedit_fast.editing.persistence import Recorder
 from rlsedit_fast.editing.priors import Pilot, choose_priors
 from rlsedit_fast.editing.protection import Protection
 from rlsedit_fast.editing.records import EditRecord, EditState, Point, Progress
-from rlsedit_fast.editing.recovery import recover
 from rlsedit_fast.editing.refinement import Refiner
-from rlsedit_fast.editing.remaining import continued_by_keys
 from rlsedit_fast.editing.requests import Request
 from rlsedit_fast.editing.rows import EditRows
+from rlsedit_fast.editing.search.value_search import ValueFinder, Values
 from rlsedit_fast.editing.status import Norms, Status, assess, calibrated_adherence, layer_statuses
-from rlsedit_fast.editing.transaction import Transaction
-from rlsedit_fast.editing.value_search import ValueFinder, Values
+from rlsedit_fast.editing.storage.persistence import Recorder
+from rlsedit_fast.editing.storage.recovery import recover
+from rlsedit_fast.editing.storage.transaction import Transaction
 from rlsedit_fast.errors import RequestError, listed
 from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.models.linear import Projection

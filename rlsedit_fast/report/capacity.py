@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsedit_fast.editing.forecast import Forecast
+from rlsedit_fast.editing.capacity.forecast import Forecast
 from rlsedit_fast.errors import InputError
 
 _SUFFIXES = (".png", ".svg")

@@ -12,8 +12,8 @@ from rlsedit_fast._version import __version__
 from rlsedit_fast.activity import report_activity
 from rlsedit_fast.data.edits import prompt_key
 from rlsedit_fast.editing import Editor, EditRecord, Status
-from rlsedit_fast.editing.recovery import Contents
 from rlsedit_fast.editing.status import largest_changes
+from rlsedit_fast.editing.storage.recovery import Contents
 from rlsedit_fast.evaluation.ages import age_groups
 from rlsedit_fast.evaluation.gate_file import Question
 from rlsedit_fast.evaluation.gate_results import GateReport

@@ -76,7 +76,7 @@ def test_out_of_memory_in_a_batch_rolls_it_back(make_model, tokenizer, monkeypat
     def fails(*_args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("rlsedit_fast.editing.value_search.search_within_memory", fails)
+    monkeypatch.setattr("rlsedit_fast.editing.search.value_search.search_within_memory", fails)
     with pytest.raises(ResourceError, match=r"fewer contexts\.prefixes"):
         editor.edit([rf.Edit("{} speaks", "Lado Toze", "Kubeish")])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlsedit_fast.cli import main, setup
-from rlsedit_fast.editing import value_search
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.statistics import collection
 from rlsedit_fast.world import RELATIONS, World, load_demo_model
 from rlsedit_fast.world.tokens import save_tokenizer

@@ -100,7 +100,7 @@ def test_edits_that_quantization_would_lose_are_written_with_a_larger_type(workd
 
 
 def test_lost_edits_are_reported(source, workdir, capsys, monkeypatch):
-    from rlsedit_fast.editing.exports import Exports
+    from rlsedit_fast.editing.methods.exports import Exports
 
     ranks = Exports._ranks
 

@@ -8,7 +8,8 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast import ops
-from rlsedit_fast.editing import context, value_search
+from rlsedit_fast.editing import context
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.errors import InputError, ModelError, RequestError, RLSEditError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score

@@ -8,7 +8,7 @@ import pytest
 
 import rlsedit_fast as rf
 from rlsedit_fast.data.drawn import draw_edits
-from rlsedit_fast.editing.forecast import ForecastPoint, LayerForecast, SettingForecast, propose
+from rlsedit_fast.editing.capacity.forecast import ForecastPoint, LayerForecast, SettingForecast, propose
 from rlsedit_fast.editing.priors import Tradeoff
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import world_cases

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.recovery import read_status
+from rlsedit_fast.editing.storage.recovery import read_status
 from rlsedit_fast.statistics import GivenTexts, KeyStatistics
 
 WORDS = "Toze Lado Rekuno lives in Port Garnet and speaks Nafiish".split()

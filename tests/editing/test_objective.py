@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import objective, value_search
-from rlsedit_fast.editing.objective import measure
+from rlsedit_fast.editing.search import objective, value_search
+from rlsedit_fast.editing.search.objective import measure
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.models.passes import hidden_of, quiet
 from rlsedit_fast.world import World, load_demo_model

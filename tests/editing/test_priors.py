@@ -11,9 +11,9 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import priors as priors_module
-from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.priors import Pilot, choose_priors
-from rlsedit_fast.editing.value_search import Values
+from rlsedit_fast.editing.search import value_search
+from rlsedit_fast.editing.search.value_search import Values
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.rls import TrialPanel

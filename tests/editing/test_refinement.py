@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import refinement, stream, value_search
+from rlsedit_fast.editing import refinement, stream
 from rlsedit_fast.editing.layers import EditedLayers
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.errors import ResourceError, UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score

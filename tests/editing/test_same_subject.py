@@ -114,7 +114,7 @@ def test_a_failed_rewrite_changes_nothing(demo, people, monkeypatch):
     editor.edit(edits[:2])
     before = {name: value.clone() for name, value in editor.model.state_dict().items()}
     history = editor.history()
-    monkeypatch.setattr("rlsedit_fast.editing.value_search.search_within_memory", lambda *_: 1 / 0)
+    monkeypatch.setattr("rlsedit_fast.editing.search.value_search.search_within_memory", lambda *_: 1 / 0)
     for failing in (lambda: editor.edit(edits[2:]), lambda: editor.undo(1), lambda: editor.edit(edits[:1])):
         with pytest.raises(ZeroDivisionError):
             failing()

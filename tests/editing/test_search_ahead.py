@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.config import EditConfig
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.value_search import requests_within
+from rlsedit_fast.editing.search import value_search
+from rlsedit_fast.editing.search.value_search import requests_within
 from rlsedit_fast.errors import UpdateError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.scoring import score

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rlsedit_fast import Edit, EditConfig
-from rlsedit_fast.editing import value_search
 from rlsedit_fast.editing.requests import prepare
-from rlsedit_fast.editing.value_search import search_values
+from rlsedit_fast.editing.search import value_search
+from rlsedit_fast.editing.search.value_search import search_values
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import find_decoder

@@ -7,8 +7,8 @@ from math import sqrt
 
 from rlsedit_fast import Edit, EditConfig, EditRecord
 from rlsedit_fast.editing.records import Point
-from rlsedit_fast.editing.recovery import Contents
 from rlsedit_fast.editing.status import LayerStatus, assess
+from rlsedit_fast.editing.storage.recovery import Contents
 from rlsedit_fast.evaluation.gate_results import GateReport, GateResult
 from rlsedit_fast.report.collect import OtherRow
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from rlsedit_fast.editing import refinement, value_search
+from rlsedit_fast.editing import refinement
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import make_tiny

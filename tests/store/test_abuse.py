@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import rlsedit_fast as rf
 from rlsedit_fast.cli import main
-from rlsedit_fast.editing import persistence
 from rlsedit_fast.editing.layers import EditedLayers
-from rlsedit_fast.editing.recovery import read_history, read_status
+from rlsedit_fast.editing.storage import persistence
+from rlsedit_fast.editing.storage.recovery import read_history, read_status
 from rlsedit_fast.errors import InputError, RequestError, RLSEditError, StoreError
 from rlsedit_fast.store import Change, Store
 from rlsedit_fast.store.journal import Journal

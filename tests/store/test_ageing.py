@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing.recovery import read_history
 from rlsedit_fast.editing.rows import aged_weight
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.rls.reference import solve_all
 

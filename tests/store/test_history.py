@@ -11,7 +11,7 @@ import torch
 
 import rlsedit_fast as rf
 from rlsedit_fast.editing import records
-from rlsedit_fast.editing.objective import measure
+from rlsedit_fast.editing.search.objective import measure
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.evaluation.cases import world_cases
 from rlsedit_fast.evaluation.demo import CONFIG, anchor_texts
@@ -270,7 +270,7 @@ def distances(editor):
 
 
 def test_status_reports_counts_bounds_and_capacity(tiny, tokenizer, tmp_path):
-    from rlsedit_fast.editing.recovery import read_status
+    from rlsedit_fast.editing.storage.recovery import read_status
 
     with rf.Editor(tiny(), tokenizer, config=tiny_config(), store=tmp_path) as editor:
         assert editor.status().edits_left is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import value_search
+from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.errors import InputError, RequestError, StoreError
 from rlsedit_fast.store import Store
 
@@ -78,7 +78,7 @@ def test_joint_edits_of_one_subject_are_restored(tiny, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"stored_rows": "fp16"}, {"stored_rows": None}], ids=str)
 def test_snapshot_shortens_the_replay_without_changing_the_state(tiny, tokenizer, tmp_path, monkeypatch, changes):
-    from rlsedit_fast.editing import recovery
+    from rlsedit_fast.editing.storage import recovery
     from rlsedit_fast.store import directory
 
     monkeypatch.setattr(directory, "MAX_REPLAYED", 2)

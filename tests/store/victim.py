@@ -25,8 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlsedit_fast as rf
-from rlsedit_fast.editing import value_search
-from rlsedit_fast.editing.value_search import Values
+from rlsedit_fast.editing.search import value_search
+from rlsedit_fast.editing.search.value_search import Values
 from rlsedit_fast.store import directory
 from rlsedit_fast.world.tokens import build_tokenizer
 from tests.store.conftest import ANCHORS, make_edits, make_tiny, tiny_config

@@ -16,7 +16,11 @@ from rlsedit_fast.editing.context import ModelContext
 from rlsedit_fast.editing.held_out import HeldOut
 from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger
-from rlsedit_fast.editing.persistence import (
+from rlsedit_fast.editing.records import EditRecord, Point, Progress
+from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.rows import EditRows
+from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
+from rlsedit_fast.editing.storage.persistence import (
     EDIT,
     FIXED,
     PROTECT,
@@ -28,13 +32,9 @@ from rlsedit_fast.editing.persistence import (
     decode_transaction,
     settings_of,
 )
-from rlsedit_fast.editing.records import EditRecord, Point, Progress
-from rlsedit_fast.editing.requests import Request
-from rlsedit_fast.editing.rows import EditRows
-from rlsedit_fast.editing.status import DEFAULT_BUDGET, LayerStatus, Norms, Status, assess, calibrated_adherence
-from rlsedit_fast.editing.stored_priors import decode_prior
-from rlsedit_fast.editing.stored_rows import decode_revision, decode_rows
-from rlsedit_fast.editing.transaction import Transaction
+from rlsedit_fast.editing.storage.stored_priors import decode_prior
+from rlsedit_fast.editing.storage.stored_rows import decode_revision, decode_rows
+from rlsedit_fast.editing.storage.transaction import Transaction
 from rlsedit_fast.errors import StoreError
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.rls import Saved

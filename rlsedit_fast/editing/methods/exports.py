@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlsedit_fast.editing.cards import card_contents
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.persistence import Recorder
+from rlsedit_fast.editing.methods.cards import card_contents
 from rlsedit_fast.editing.session import EditSession
+from rlsedit_fast.editing.storage.persistence import Recorder
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.export import (
     AdapterReport,
@@ -53,7 +53,7 @@ class GgufTensorReport:
         error: `||written - edited|| / ||edited - original||`: the error of quantization, relative to the edits.
 
     Example:
-        >>> from rlsedit_fast.editing.exports import GgufTensorReport
+        >>> from rlsedit_fast.editing.methods.exports import GgufTensorReport
         >>> GgufTensorReport("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj", "Q4_K", "Q8_0", 0.02).type
         'Q8_0'
     """
@@ -77,7 +77,7 @@ class GgufEdit:
         nll: the same NLL with the written weights.
 
     Example:
-        >>> from rlsedit_fast.editing.exports import GgufEdit
+        >>> from rlsedit_fast.editing.methods.exports import GgufEdit
         >>> GgufEdit(1, rank_before=1, nll_before=0.01, rank=2, nll=0.9).lost
         True
     """
@@ -106,7 +106,7 @@ class GgufReport:
         tried: types that `auto` did not use, with the number of edits that are lost with them.
 
     Example:
-        >>> from rlsedit_fast.editing.exports import GgufReport
+        >>> from rlsedit_fast.editing.methods.exports import GgufReport
         >>> GgufReport("edited.gguf", "model.gguf", tensors=(), edits=(), tried={}).lost
         []
     """

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlsedit_fast.data.edits import Edit
-from rlsedit_fast.editing.exports import Exports
-from rlsedit_fast.editing.overlap import Overlap
+from rlsedit_fast.editing.capacity.overlap import Overlap
+from rlsedit_fast.editing.methods.exports import Exports
 from rlsedit_fast.editing.records import EditRecord, History
 from rlsedit_fast.editing.routing import TOKENS, routing_change
 from rlsedit_fast.editing.status import LayerDeviation, layer_deviations

@@ -14,7 +14,7 @@ from rlsedit_fast.interrupts import interrupts_deferred
 from rlsedit_fast.store import Change
 
 if TYPE_CHECKING:
-    from rlsedit_fast.editing.persistence import Recorder
+    from rlsedit_fast.editing.storage.persistence import Recorder
 
 
 class Transaction:

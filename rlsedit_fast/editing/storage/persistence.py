@@ -23,8 +23,8 @@ from rlsedit_fast.editing.layers import EditedLayers
 from rlsedit_fast.editing.ledger import Ledger, TransactionRecord
 from rlsedit_fast.editing.records import EditRecord, Point, Progress
 from rlsedit_fast.editing.rows import EditRows
-from rlsedit_fast.editing.stored_priors import about_prior, prior_tensors
-from rlsedit_fast.editing.stored_rows import encode_rows
+from rlsedit_fast.editing.storage.stored_priors import about_prior, prior_tensors
+from rlsedit_fast.editing.storage.stored_rows import encode_rows
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.baselines import RECURSIVE
 from rlsedit_fast.data.edits import Edit
+from rlsedit_fast.editing.capacity.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Forecaster, Report
 from rlsedit_fast.editing.context import ModelContext
-from rlsedit_fast.editing.forecast import ADHERENCES, LEAST_REALIZED, Forecast, Forecaster, Report
 from rlsedit_fast.editing.priors import Tradeoff, tabulate
 from rlsedit_fast.editing.session import PILOT, EditSession
 from rlsedit_fast.editing.status import DEFAULT_BUDGET

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rlsedit_fast.activity import Steps
 from rlsedit_fast.editing.config import EditConfig, ValueSearchConfig
-from rlsedit_fast.editing.objective import KLPrompts, PromptRows, evaluate_fit, gather, group_index, mean_by
-from rlsedit_fast.editing.optimizers import Gradients, StoppingRule, make_optimizer
 from rlsedit_fast.editing.requests import Request
+from rlsedit_fast.editing.search.objective import KLPrompts, PromptRows, evaluate_fit, gather, group_index, mean_by
+from rlsedit_fast.editing.search.optimizers import Gradients, StoppingRule, make_optimizer
 from rlsedit_fast.errors import ResourceError, UpdateError, listed
 from rlsedit_fast.models.sites import Site
 

@@ -1,0 +1,1 @@
+"""Methods of the editor, by what they are for."""
