@@ -175,6 +175,7 @@ def compare(options: argparse.Namespace) -> None:
         routes=routes_of(pilot[0], rows),
         batch_size=BATCH,
         share=editor.config.prior.adherence,
+        common_first=True,
         points=counts,
     )
     measured_kept = kept_by_age(paths, len(priors))
@@ -263,6 +264,7 @@ def against(options: argparse.Namespace) -> None:
         routes=routes_of(first, rows),
         batch_size=BATCH,
         share=editor.config.prior.adherence,
+        common_first=True,
         points=[one["edits"] for one in results],
     )
     table = []

@@ -170,6 +170,7 @@ def forecast_stream(
     routes: Sequence[Route] | None = None,
     batch_size: int = 100,
     share: float | None = None,
+    common_first: bool = False,
     points: Sequence[int] = (),
     held_out: Sequence[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -192,6 +193,9 @@ def forecast_stream(
             last layer, whose output is the hidden state.
         batch_size: edits per batch.
         share: fraction of the changes that the last layer maintains, see `amplify_innovation`; None for none.
+        common_first: whether the first dimension of the changes is the part that all edits have in common, as in
+            `ChangeStatistics.draw`. Values are searched in the edited model, so what earlier edits already add to it
+            at new keys is not asked for again.
         points: numbers of edits after which the stream is measured, rounded up to whole batches; the end is always one.
         held_out: per layer the moment of other keys, `[d_k, d_k]`, on which the change is measured as well.
         dtype: dtype of the solver.
@@ -239,12 +243,13 @@ def forecast_stream(
         if part.start == given:
             drawn = DrawnKeys(keys, states, last)
         rows_of = drawn.take(part.stop - part.start) if drawn else [one[part] for one in keys]
-        asked = changes[part].double()
+        asked = changes[part].double().clone()
+        if common_first:
+            asked[:, 0] -= _common(states, routes, rows_of)
         missing = asked.repeat_interleave(rows, dim=0)
         sample = torch.arange(0, len(asked), max(1, len(asked) // _SAMPLED))
         bare, free = rows * sample, list[float]()
         one = _Written([], [], [], [], missing, asked.norm(dim=1)[sample])
-        aside = _unit(asked, generator).repeat_interleave(rows, dim=0)
         for at, (state, route) in enumerate(zip(states, routes, strict=True), start=1):
             these = rows_of[at - 1].flatten(0, 1).to(state.device, dtype)
             panel = state.project(these, weights[part].flatten().to(state.device, dtype))
@@ -263,6 +268,7 @@ def forecast_stream(
             step = state.update_projected(panel, innovation)
             moved = (innovation - step.residual).double().cpu()
             gain, spill = (1.0, 0.0) if at == layers else (route.gain, route.spill)
+            aside = _aside(missing[::rows], generator).repeat_interleave(rows, dim=0)
             missing = missing - gain * moved - spill * moved.norm(dim=1, keepdim=True) * aside
             one.keys.append(these[bare])
             one.values.append(outputs + innovation[bare])
@@ -356,8 +362,21 @@ def _energies(state: RLSState, keys: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _unit(like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+def _common(states: Sequence[RLSState], routes: Sequence[Route], keys: Sequence[Tensor]) -> Tensor:
+    """Returns what the layers add in the first dimension at the bare prompts of edits, `[n]`, float64."""
+    found = torch.zeros(len(keys[0]), dtype=torch.float64)
+    for at, (state, route, one) in enumerate(zip(states, routes, keys, strict=True), start=1):
+        outputs = state.outputs(one[:, 0].to(state.device, state.dtype))[:, 0].double().cpu()
+        found += outputs * (1.0 if at == len(states) else route.gain)
+    return found
+
+
+def _aside(missing: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a direction orthogonal to each missing change `[n, d]`, as the spill is to what a layer adds."""
+    drawn = torch.randn(missing.shape, generator=generator, dtype=missing.dtype)
+    energy = missing.square().sum(1, keepdim=True).clamp_min(torch.finfo(missing.dtype).tiny)
+    if missing.shape[1] > 1:
+        drawn = drawn - (drawn * missing).sum(1, keepdim=True) / energy * missing
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

@@ -240,6 +240,50 @@ def test_what_a_layer_loses_on_the_way_is_left_to_the_next_ones() -> None:
     assert point.realized[0] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_layers_whose_outputs_are_turned_on_the_way_are_forecast_within_ten_percent() -> None:
+    """The layers between add to what a layer writes a part that is orthogonal to it; a turn by a right angle here."""
+    layers, width, batch, count = 5, 64, 40, 160
+    sigma, prior = toy(lam=3.0)
+    keys = [draw(sigma, count, seed=at)[:, None] for at in range(layers)]
+    changes = CHANGES.draw(count, dimensions=width, seed=5)
+    routes = [*(Route(gain, spill) for gain, spill in ((0.5, 2.0), (0.4, 1.8), (0.6, 1.3), (0.7, 0.9))), Route()]
+    generator = torch.Generator().manual_seed(6)
+    turns = []
+    for _ in range(layers):
+        drawn = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+        turn = torch.zeros(width, width, dtype=torch.float64)
+        turn[0::2, 1::2], turn[1::2, 0::2] = torch.eye(width // 2), -torch.eye(width // 2)
+        turns.append(drawn @ turn @ drawn.T)
+    states = [RLSState(torch.zeros(width, D_K, dtype=torch.float64), prior, dtype=torch.float64) for _ in keys]
+    for at in range(0, count, batch):
+        missing = changes[at : at + batch].clone()
+        for layer, (state, route, turn) in enumerate(zip(states, routes, turns, strict=True)):
+            panel = state.project(keys[layer][at : at + batch, 0])
+            innovation = missing / (layers - layer)
+            moved = innovation - state.update_projected(panel, innovation).residual
+            gain, spill = (1.0, 0.0) if layer == layers - 1 else (route.gain, route.spill)
+            missing = missing - gain * moved - spill * moved @ turn
+    (point,) = forecast_stream(
+        keys, torch.ones(count, 1), changes, [prior] * layers, routes=routes, batch_size=batch, dtype=torch.float64
+    )
+    for one, state in zip(point.layers, states, strict=True):
+        assert one.weight == pytest.approx(state.deviation(), rel=0.1)
+
+
+def test_what_earlier_edits_give_of_the_common_part_is_not_asked_for_again() -> None:
+    sigma, prior = toy(lam=0.3, mu=0.0)
+    keys = draw(sigma, 1, seed=3).repeat(20, 1)[:, None]
+    changes = ChangeStatistics(torch.ones(1), common=1.0).draw(20)
+    forecast = [
+        forecast_stream([keys], torch.ones(20, 1), changes, [prior], batch_size=1, common_first=common)[0].layers[0]
+        for common in (False, True)
+    ]
+    present, once = (one.weight for one in forecast)
+    (single,) = forecast_stream([keys[:1]], torch.ones(1, 1), changes[:1], [prior], batch_size=1)
+    assert once == pytest.approx(single.layers[0].weight, rel=0.1)
+    assert present > 2 * once
+
+
 def test_invalid_arguments_raise() -> None:
     keys, prior = torch.ones(3, 1, 4), Prior(lam=1.0)
     with pytest.raises(InputError, match=r"keys \[\[3, 1, 4\]\], weights \[2, 1\], changes \[3, 2\], 1 priors"):

@@ -226,6 +226,7 @@ class Forecaster:
                 routes=routes,
                 batch_size=config.batch_size,
                 share=calibrated_adherence(changed, anchored=self._moments is not None),
+                common_first=True,
                 points=list(_decades(count)),
                 held_out=[m for m in self._held_out.moments if isinstance(m, Tensor)] if self._held_out else None,
                 devices=[projection.device for projection in self._context.projections],
