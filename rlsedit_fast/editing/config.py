@@ -165,7 +165,8 @@ class ValueSearchConfig(Settings):
             the published loss as MEMIT does.
         learning_rate: longest step relative to the hidden state (`constrained`), length of the first step relative to
             the hidden state (`normalized`), or Adam's learning rate. None: 0.11, 0.09 and 0.1.
-        steps: maximum number of steps.
+        steps: maximum number of steps for a target of up to 4 tokens; in proportion for longer ones, at most four times
+            as many. With other optimizers than `constrained`, the maximum for all targets.
         stop: when the search of an edit ends. `nll`: all target tokens are ranked first in every context, with a mean
             NLL of at most `stop_nll`. `rank`: they were ranked first in `stop_evaluations` evaluations in a row.
             `loss`: the published loss is below `stop_loss`, which the clamp may prevent.

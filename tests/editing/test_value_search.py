@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlsedit_fast import Edit, EditConfig
+from rlsedit_fast import Edit, EditConfig, Editor, ValueSearchConfig
 from rlsedit_fast.editing.requests import prepare
 from rlsedit_fast.editing.search import value_search
 from rlsedit_fast.editing.search.value_search import search_values
@@ -357,3 +357,17 @@ def test_too_little_memory_for_one_request_raises(model, tokenizer, monkeypatch)
         site = find_site(decoder, decoder.select(CONFIG.layers))
         with pytest.raises(torch.OutOfMemoryError):
             value_search.search_within_memory(site, requests, CONFIG.search, [[0], [1], [2]], 3)
+
+
+def test_long_targets_may_take_more_steps(make_model, tokenizer):
+    editor = Editor(make_model("llama"), tokenizer, config=EditConfig(layers=[1], search={"steps": 3, "clamp": 1e-3}))
+    targets = ["harp", "harp organ harp organ harp organ", "harp organ " * 20]
+    edits = [Edit("{} plays the", "Toze Lado Rekuno", target.strip()) for target in targets]
+    requests = prepare(tokenizer, edits, editor.config, longest=64)
+    assert [len(request.contexts[0].target) for request in requests] == [1, 6, 40]
+    with quiet(editor.model):
+        found = search_values(editor.context.site, requests, editor.config.search)
+        adam = search_values(editor.context.site, requests, ValueSearchConfig(optimizer="adam", steps=3))
+    assert not found.converged.any()
+    assert found.steps.tolist() == [3, 4, 12]
+    assert adam.steps.tolist() == [3, 3, 3]
