@@ -230,7 +230,7 @@ def test_ctrl_c_during_evaluation_keeps_applied_edits(edit, workdir, monkeypatch
 
 
 def test_repeated_ctrl_c_keeps_applied_edits(edit, workdir, monkeypatch):
-    from rlsedit_fast.editing import Editor, value_search
+    from rlsedit_fast.editing import Editor
 
     real, real_save, calls = value_search.search_within_memory, Editor.save_pretrained, []
 
