@@ -29,7 +29,6 @@ _ROUNDINGS, _MIN_ALLOWED = 8, 1e-4
 causes a difference of at least 0.1 in every tested architecture.
 """
 
-
 _WORTH_SHARING = 0.25  # fraction of the tokens of a pass that shared prefixes must save to be run separately
 
 

@@ -220,7 +220,7 @@ def forecast_stream(
     count, layers = len(changes), len(priors)
     weights = weights.repeat(-(-count // given), 1)
     devices = devices or [torch.device("cpu")] * layers
-    routes = routes or [Route()] * layers
+    routes = [*(routes or [Route()] * layers)[:-1], Route()]  # the output of the last layer is the hidden state
     states = [
         RLSState(
             torch.zeros(changes.shape[1], one.shape[-1], dtype=dtype, device=device),
@@ -267,9 +267,8 @@ def forecast_stream(
             outputs = state.outputs(these[bare])
             step = state.update_projected(panel, innovation)
             moved = (innovation - step.residual).double().cpu()
-            gain, spill = (1.0, 0.0) if at == layers else (route.gain, route.spill)
             aside = _aside(missing[::rows], generator).repeat_interleave(rows, dim=0)
-            missing = missing - gain * moved - spill * moved.norm(dim=1, keepdim=True) * aside
+            missing = missing - route.gain * moved - route.spill * moved.norm(dim=1, keepdim=True) * aside
             one.keys.append(these[bare])
             one.values.append(outputs + innovation[bare])
             one.norms.append(innovation[bare].norm(dim=1).double())
@@ -365,9 +364,8 @@ def _energies(state: RLSState, keys: Tensor) -> Tensor:
 def _common(states: Sequence[RLSState], routes: Sequence[Route], keys: Sequence[Tensor]) -> Tensor:
     """Returns what the layers add in the first dimension at the bare prompts of edits, `[n]`, float64."""
     found = torch.zeros(len(keys[0]), dtype=torch.float64)
-    for at, (state, route, one) in enumerate(zip(states, routes, keys, strict=True), start=1):
-        outputs = state.outputs(one[:, 0].to(state.device, state.dtype))[:, 0].double().cpu()
-        found += outputs * (1.0 if at == len(states) else route.gain)
+    for state, route, one in zip(states, routes, keys, strict=True):
+        found += route.gain * state.outputs(one[:, 0].to(state.device, state.dtype))[:, 0].double().cpu()
     return found
 
 
@@ -404,14 +402,13 @@ def _energy(weight: Tensor, moment: Tensor) -> float:
 
 def _arrived(states: Sequence[RLSState], routes: Sequence[Route], written: Sequence[_Written]) -> list[float]:
     """Returns per batch the fraction of the target changes that the edited hidden state has now."""
-    found, last = [], len(states) - 1
+    found = []
     for one in written:
         left, aside = one.left.clone(), torch.zeros(len(one.left), dtype=torch.float64)
         for at, (state, route) in enumerate(zip(states, routes, strict=True)):
             moved = state.outputs(one.keys[at]).double().cpu() - one.outputs[at]
-            gain, spill = (1.0, 0.0) if at == last else (route.gain, route.spill)
-            left -= gain * moved
-            aside += (spill * moved.norm(dim=1)).square()
+            left -= route.gain * moved
+            aside += (route.spill * moved.norm(dim=1)).square()
         rest = (left.square().sum(1) + aside).sqrt()
         found.append(float(realized_fraction(rest[:, None], one.total).mean()))
     return found
