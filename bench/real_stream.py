@@ -1,16 +1,16 @@
 """Applies a stream of CounterFact edits to a real pre-trained model and evaluates it.
 
-    python bench/real_stream.py smollm2 --edits 1000 --data counterfact-10k.json --text DIR --out bench/results/real
+    python bench/real_stream.py smollm2 --edits 300 1000 --data counterfact-10k.json --text DIR --out bench/results/real
 
 DIR contains `wikitext2-valid.txt` (anchors, 50,000 tokens) and `wikitext2-test.txt` (perplexity). The edits are kept in
-a store in `--work`, so that an interrupted run can be resumed. `--set` changes a setting, such as `--set
-prior={'adherence': 0.9}`.
+a store in `--work`; an interrupted run continues after the last applied batch. `--set` changes a setting, such as
+`--set prior={'adherence': 0.9}`.
 
-Evaluated at the end on at most `--asked` evenly spaced edits, before and after: efficacy and generalization (new target
-more likely than the true one; strict: each token ranked first) and specificity (true answer more likely than the new
-target after the neighborhood prompt); if the model has a chat template, how the edits hold in a chat (see `chat.py`);
-success of the first, middle and last 100 edits; perplexity before and after; seconds. `--consolidate` then consolidates
-and evaluates again.
+Evaluated after each number of `--edits`, on at most `--asked` evenly spaced edits, before and after: efficacy and
+generalization (new target more likely than the true one; strict: each token ranked first) and specificity (true answer
+more likely than the new target after the neighborhood prompt); if the model has a chat template, how the edits hold in
+a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and after; seconds.
+`--consolidate` then consolidates and evaluates again at the end.
 """
 
 from __future__ import annotations
@@ -145,10 +145,56 @@ def stated(model: Any, tokenizer: Any, some: list[dict[str, str]]) -> float:
     return sum(one.exact for one in found) / len(found)
 
 
+class Clock:
+    """Seconds of editing, kept in a file over interruptions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = float(path.read_text()) if path.exists() else 0.0
+        self.began = time.perf_counter()
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def save(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.began
+        self.began = now
+        self.path.write_text(f"{self.seconds:.3f}\n")
+
+
+def figures(
+    editor: rf.Editor,
+    base: Any,
+    tokenizer: Any,
+    every: list[dict[str, str]],
+    text: list[str],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Returns the metrics after the given edits."""
+    records = editor.history()
+    sample = spread(every, options.asked)
+    cases = [case_of(one) for one in sample]
+    middle = max(0, len(every) // 2 - 50)
+    ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
+    return {
+        "asked": len(sample),
+        "before": evaluate(base, tokenizer, sample),
+        "after": evaluate(editor.model, tokenizer, sample),
+        "stated_in_records": sum(one.success for one in records) / len(records),
+        "realized_when_written": sum(one.realized for one in records) / len(records),
+        "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
+        "perplexity": perplexity(editor.model, tokenizer, text, options.tokens),
+        "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
+        "chat": chat_figures(base, editor.model, tokenizer, cases),
+        "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("smollm2", "gemma3-270m"))
-    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--edits", type=int, nargs="+", default=[1000], metavar="N", help="counts at which to evaluate")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, metavar="DIR")
@@ -162,67 +208,51 @@ def main() -> None:
     options = parser.parse_args()
     changes = {name: ast.literal_eval(value) for name, value in (one.split("=", 1) for one in options.set)}
 
-    name = f"{options.model}-{options.label}-{options.edits}"
-    if options.batch_size != 100:
-        name += f"-batch{options.batch_size}"
-    results_path = options.out / f"{name}.json"
-    results = json.loads(results_path.read_text()) if results_path.exists() else {"after": {}}
+    name = f"{options.model}-{options.label}"
+    suffix = f"-batch{options.batch_size}" if options.batch_size != 100 else ""
     path = checkpoint(options.model)
-    every = facts(options.data, options.edits)
+    every = facts(options.data, max(options.edits))
     test_text = paragraphs(options.text / "wikitext2-test.txt")
     base = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if "perplexity_before" not in results:
-        results["perplexity_before"] = perplexity(base, tokenizer, test_text, options.tokens)
     config = rf.EditConfig(batch_size=options.batch_size, **changes)
-    editor = rf.Editor.from_pretrained(path, store=options.work / name, config=config)
+    editor = rf.Editor.from_pretrained(path, store=options.work / (name + suffix), config=config)
     if not editor.priors:
         valid = GivenTexts(paragraphs(options.text / "wikitext2-valid.txt"))
         editor.anchor(editor.statistics(valid, tokens=ANCHOR_TOKENS))
-    seconds = results.get("seconds_editing", 0.0)
+    clock = Clock(options.work / (name + suffix) / "benchmark-seconds.txt")
 
     def on_batch(records: list[rf.EditRecord]) -> None:
+        clock.save()
         good = sum(one.success for one in records)
         share = sum(one.realized for one in records) / len(records)
         print(f"{records[-1].id} edits: {good} of {len(records)} stated, realized {share:.3f}", flush=True)
 
-    if len(editor.history()) < options.edits:
-        began = time.perf_counter()
-        editor.edit([edit_of(one) for one in every[len(editor.history()) :]], on_batch=on_batch)
-        seconds += time.perf_counter() - began
-    stages = ["edited", *(["consolidated"] if options.consolidate else [])]
-    for stage in stages:
-        if stage in results["after"]:
+    for count in sorted(options.edits):
+        done = len(editor.history())
+        if done > count:
             continue
-        if stage == "consolidated":
-            began = time.perf_counter()
-            editor.consolidate()
-            seconds += time.perf_counter() - began
-        records = editor.history()
-        sample = spread(every, options.asked)
-        cases = [case_of(one) for one in sample]
-        middle = max(0, options.edits // 2 - 50)
-        ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
-        results["after"][stage] = {
-            "asked": len(sample),
-            "before": evaluate(base, tokenizer, sample),
-            "after": evaluate(editor.model, tokenizer, sample),
-            "stated_in_records": sum(one.success for one in records) / len(records),
-            "realized_when_written": sum(one.realized for one in records) / len(records),
-            "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
-            "perplexity": perplexity(editor.model, tokenizer, test_text, options.tokens),
-            "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
-            "chat": chat_figures(base, editor.model, tokenizer, cases),
-            "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
-            "seconds_editing": round(seconds, 1),
-        }
-        results["seconds_editing"] = seconds
+        if done < count:
+            clock.start()
+            editor.edit([edit_of(one) for one in every[done:count]], on_batch=on_batch)
+            clock.save()
+        stages = ["edited", *(["consolidated"] if options.consolidate and count == max(options.edits) else [])]
+        after = {}
+        for stage in stages:
+            if stage == "consolidated":
+                clock.start()
+                editor.consolidate()
+                clock.save()
+            after[stage] = figures(editor, base, tokenizer, every[:count], test_text, options)
+            after[stage]["seconds_editing"] = round(clock.seconds, 1)
+            print(count, stage, json.dumps(after[stage], indent=1), flush=True)
         record(
-            results_path,
+            options.out / f"{name}-{count}{suffix}.json",
             "A stream of CounterFact edits into a real model",
-            **{key: results[key] for key in ("perplexity_before", "seconds_editing", "after")},
+            perplexity_before=perplexity(base, tokenizer, test_text, options.tokens),
+            after=after,
             model=options.model,
-            edits=options.edits,
+            edits=count,
             layers=list(editor.layers),
             settings=changes,
             adherence=editor.config.prior.adherence,
@@ -230,7 +260,6 @@ def main() -> None:
             threads=torch.get_num_threads(),
             mu=[prior.mu for prior in editor.priors],
         )
-        print(json.dumps(results["after"][stage], indent=1), flush=True)
 
 
 if __name__ == "__main__":
