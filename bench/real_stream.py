@@ -8,8 +8,8 @@ a store in `--work`; an interrupted run continues after the last applied batch. 
 
 Evaluated after each number of `--edits`, on at most `--asked` evenly spaced edits, before and after: efficacy and
 generalization (new target more likely than the true one; strict: each token ranked first) and specificity (true answer
-more likely than the new target after the neighborhood prompt); if the model has a chat template, how the edits hold in
-a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and after; seconds.
+more likely than the new target after the neighborhood prompt); if the model has a chat template, how at most 100
+of the edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and after; seconds.
 `--consolidate` then consolidates and evaluates again at the end.
 """
 
@@ -35,6 +35,7 @@ from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.statistics.sources import GivenTexts
 
 ANCHOR_TOKENS = 50_000
+IN_CHAT = 100  # edits that are evaluated in a chat, which takes long
 WINDOW = 512
 
 
@@ -186,7 +187,7 @@ def figures(
         "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
         "perplexity": perplexity(editor.model, tokenizer, text, options.tokens),
         "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
-        "chat": chat_figures(base, editor.model, tokenizer, cases),
+        "chat": chat_figures(base, editor.model, tokenizer, spread(cases, IN_CHAT)),
         "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
     }
 
