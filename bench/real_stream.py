@@ -9,8 +9,8 @@ a store in `--work`; an interrupted run continues after the last applied batch. 
 Evaluated after each number of `--edits`, on at most `--asked` evenly spaced edits, before and after: efficacy and
 generalization (new target more likely than the true one; strict: each token ranked first) and specificity (true answer
 more likely than the new target after the neighborhood prompt); if the model has a chat template, how at most 100
-of the edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and after; seconds.
-`--consolidate` then consolidates and evaluates again at the end.
+of the edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and
+after; seconds. `--consolidate` then consolidates and evaluates again at the end.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def figures(
     cases = [case_of(one) for one in sample]
     middle = max(0, len(every) // 2 - 50)
     ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
-    return {
+    found = {
         "asked": len(sample),
         "before": evaluate(base, tokenizer, sample),
         "after": evaluate(editor.model, tokenizer, sample),
@@ -187,9 +187,10 @@ def figures(
         "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
         "perplexity": perplexity(editor.model, tokenizer, text, options.tokens),
         "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
-        "chat": chat_figures(base, editor.model, tokenizer, spread(cases, IN_CHAT)),
         "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
     }
+    print(len(every), json.dumps(found), flush=True)
+    return found | {"chat": chat_figures(base, editor.model, tokenizer, spread(cases, IN_CHAT))}
 
 
 def main() -> None:
@@ -246,7 +247,7 @@ def main() -> None:
                 clock.save()
             after[stage] = figures(editor, base, tokenizer, every[:count], test_text, options)
             after[stage]["seconds_editing"] = round(clock.seconds, 1)
-            print(count, stage, json.dumps(after[stage], indent=1), flush=True)
+            print(count, stage, json.dumps(after[stage]["chat"], indent=1), flush=True)
         record(
             options.out / f"{name}-{count}{suffix}.json",
             "A stream of CounterFact edits into a real model",

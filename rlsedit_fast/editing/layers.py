@@ -172,7 +172,7 @@ class EditedLayers(LayerStates):
                 current=pair[1],
                 stored=projection.blocks[block],
                 transposed=transposed,
-                expert=projection.layout is not None and block < projection.layout.experts,
+                stack=projection.stack_of(block),
             )
             for projection, state in zip(self._projections, self.states, strict=True)
             for block, pair in enumerate(state.weights())

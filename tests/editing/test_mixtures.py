@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -148,7 +150,7 @@ def test_a_store_restores_the_edits_bit_for_bit(make_model, tokenizer, tmp_path)
         objective, bound = editor.status().layers[0].objective, editor.deviation()[0]
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(rf.errors.InputError, match="cannot contain"):
-            editor.save_adapter(tmp_path / "adapter")
+            editor.save_adapter(tmp_path / "adapter", engine="vllm")
     other = make_model("qwen2_moe", torch.bfloat16)
     with rf.Editor(other, tokenizer, store=tmp_path / "store") as editor:
         assert all(torch.equal(value, kept[name]) for name, value in other.state_dict().items())
@@ -194,9 +196,31 @@ def test_a_delta_restores_the_edited_experts(make_model, tokenizer, tmp_path):
         report = editor.save_delta(tmp_path / f"{name}.safetensors")
         changed = changes_between(base, edited)
         assert [module.name for module in report.modules if module.changed] == [change.name for change in changed]
-        assert any(change.expert for change in changed)
+        assert any(change.stack for change in changed)
         apply_delta(base, tmp_path / f"{name}.safetensors")
         assert changes_between(base, edited) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4", "mixtral"])
+def test_peft_loads_an_adapter_of_experts(name, make_model, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, edited = make_model(name), make_model(name)
+    editor = make_editor(edited, tokenizer)
+    editor.edit(EDITS[:3])
+    report = editor.save_adapter(tmp_path / "adapter")
+    assert max(module.error for module in report.modules) < 1e-5
+    ids = torch.arange(3, 39).view(3, 12)
+    with torch.no_grad(), warnings.catch_warnings():
+        for kind in (UserWarning, RuntimeWarning):  # of peft about missing or unexpected keys, among others
+            warnings.simplefilter("error", kind)
+        before = base(input_ids=ids).logits
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        wanted = edited(input_ids=ids).logits
+        assert (wanted - before).abs().max() > 1e-2
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        merged = loaded.merge_and_unload()
+    for key, tensor in edited.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_change_of_the_routing_is_measured(make_model, tokenizer):
