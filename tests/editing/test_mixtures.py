@@ -266,12 +266,48 @@ def test_statistics_are_saved_and_checked(make_model, tokenizer, tmp_path):
     [
         ({"stored_rows": "fp16"}, "stored_rows='full'"),
         ({"contexts": {"rows": "mean"}}, "contexts.rows='contexts'"),
-        ({"rule": "memit", "same_subject": "separate"}, "rule='rls'"),
+        ({"rule": "memit", "same_subject": "separate"}, "set experts to one of 'split', 'shared', 'top'"),
+        ({"rule": "memit", "same_subject": "separate", "experts": "shared"}, "no shared expert"),
     ],
 )
 def test_settings_that_mixtures_do_not_support_are_refused(make_model, tokenizer, changes, match):
     with pytest.raises(rf.errors.InputError, match=match):
         rf.Editor(make_model("qwen3_moe"), tokenizer, config=make_config(**changes))
+
+
+def test_settings_for_experts_require_a_mixture_and_a_baseline(make_model, tokenizer):
+    with pytest.raises(rf.errors.InputError, match="requires another rule"):
+        make_config(experts="split")
+    with pytest.raises(rf.errors.InputError, match="no mixture of experts is edited"):
+        rf.Editor(make_model("llama"), tokenizer, config=make_config(rule="memit", experts="split"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "memit", "experts": "split"},
+        {"rule": "memit", "experts": "shared"},
+        {"rule": "alphaedit", "rule_options": {"null_share": 0.7}, "experts": "split"},
+        {"rule": "memit", "experts": "top"},
+    ],
+)
+def test_baselines_edit_experts(make_model, tokenizer, changes):
+    model = make_model("qwen2_moe")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = nlls(model, tokenizer, EDITS[:6])
+    editor = make_editor(model, tokenizer, same_subject="separate", **changes)
+    assert editor.config.effective_rows == "contexts"
+    (plan,) = editor.context.memory()
+    records = editor.edit(EDITS[:6])
+    after = nlls(model, tokenizer, EDITS[:6])
+    assert sum(after) < sum(before)
+    assert all(record.state == "active" for record in records)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    shared, routed = (f"model.layers.2.mlp.{name}" for name in ("shared_expert.down_proj.weight", "experts.down_proj"))
+    assert changed == {"split": {shared, routed}, "shared": {shared}, "top": {routed}}[changes["experts"]]
+    assert plan.state > 0
+    with pytest.raises(rf.errors.InputError, match="cannot remove"):
+        editor.undo([records[0].id])
 
 
 def test_statistics_of_an_ordinary_layer_are_refused(make_model, tokenizer):
