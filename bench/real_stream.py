@@ -8,8 +8,8 @@ a store in `--work`; an interrupted run continues after the last applied batch. 
 
 Evaluated after each number of `--edits`, on at most `--asked` evenly spaced edits, before and after: efficacy and
 generalization (new target more likely than the true one; strict: each token ranked first) and specificity (true answer
-more likely than the new target after the neighborhood prompt); if the model has a chat template, how at most 100
-of the edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and
+more likely than the new target after the neighborhood prompt); if the model has a chat template, how at most
+`--in-chat` edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and
 after; seconds. `--consolidate` then consolidates and evaluates again at the end.
 """
 
@@ -35,7 +35,6 @@ from rlsedit_fast.models.answers import supports_chat
 from rlsedit_fast.statistics.sources import GivenTexts
 
 ANCHOR_TOKENS = 50_000
-IN_CHAT = 100  # edits that are evaluated in a chat, which takes long
 WINDOW = 512
 
 
@@ -190,7 +189,8 @@ def figures(
         "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
     }
     print(len(every), json.dumps(found), flush=True)
-    return found | {"chat": chat_figures(base, editor.model, tokenizer, spread(cases, IN_CHAT))}
+    spoken = spread(cases, options.in_chat)
+    return found | {"chat": chat_figures(base, editor.model, tokenizer, spoken) if spoken else None}
 
 
 def main() -> None:
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/real"), metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("build/real"), metavar="DIR")
     parser.add_argument("--asked", type=int, default=300)
+    parser.add_argument("--in-chat", type=int, default=100, help="number of edits that are evaluated in a chat")
     parser.add_argument("--tokens", type=int, default=20_480, help="number of tokens for perplexity")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EditConfig")
     parser.add_argument("--consolidate", action="store_true")
