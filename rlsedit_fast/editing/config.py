@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rlsedit_fast import baselines
+from rlsedit_fast.editing.aliases import expanded
 from rlsedit_fast.editing.presets import published
 from rlsedit_fast.editing.settings import Settings
 from rlsedit_fast.errors import InputError
@@ -318,7 +318,7 @@ class EditConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _expand_names(cls, settings: Any) -> Any:
-        return _expanded(settings) if isinstance(settings, Mapping) else settings
+        return expanded(settings) if isinstance(settings, Mapping) else settings
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EditConfig:
@@ -423,7 +423,7 @@ class EditConfig(Settings):
 
     def replace(self, **changes: Any) -> EditConfig:
         """See `Settings.replace`; accepts the names of peft and MEMIT as well."""
-        return super().replace(**_expanded(changes))
+        return super().replace(**expanded(changes))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `edit_config.json` into a folder, which is created if it does not exist."""
@@ -462,51 +462,4 @@ def load_settings(file: Path, named: str | None = None) -> dict[str, Any]:
         EditConfig(**settings)
     except InputError as error:
         raise InputError(f"{named}: {error.message}", error.hint) from None
-    return _expanded(settings)
-
-
-_NAMES = {
-    "layers_to_transform": ("layers",),
-    "v_num_grad_steps": ("search", "steps"),
-    "clamp_norm_factor": ("search", "clamp"),
-    "v_lr": ("search", "learning_rate"),
-    "v_weight_decay": ("search", "loss", "weight_decay"),
-    "kl_factor": ("search", "loss", "kl_factor"),
-    "mom2_update_weight": ("prior", "mu"),
-}
-"""Names of peft and of MEMIT's hyperparameter files, and the settings that they stand for."""
-
-_SELECT_ADAM = {"v_lr", "v_weight_decay", "kl_factor"}
-
-
-def _expanded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces the names of peft and MEMIT by the settings that they stand for.
-
-    Raises:
-        InputError: a setting is given under both names, or `mom2_update_weight` is not a number of at least 0.
-    """
-    found = {name: value for name, value in settings.items() if name not in _NAMES}
-    for name in (name for name in settings if name in _NAMES):
-        value, (*groups, last) = settings[name], _NAMES[name]
-        if name == "mom2_update_weight":
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-                raise InputError(f"{name}={value!r}: expected a finite number of at least 0")
-            value = math.sqrt(value)
-        place = _group(found, groups)
-        if last in place:
-            raise InputError(f"{name} and {'.'.join((*groups, last))} are the same setting; pass one of them")
-        place[last] = value
-    if _SELECT_ADAM.intersection(settings):
-        _group(found, ["search"]).setdefault("optimizer", "adam")
-    return found
-
-
-def _group(settings: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Returns a nested group as a dict that is part of `settings`."""
-    for name in names:
-        group = settings.get(name, {})
-        if isinstance(group, Settings):
-            group = {field: getattr(group, field) for field in group.model_fields_set}
-        settings[name] = dict(group)
-        settings = settings[name]
-    return settings
+    return expanded(settings)
