@@ -27,6 +27,7 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.models.tokenizer_checks import check_tokenizer
+from rlsedit_fast.processes import Processes
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.statistics.collection import collect
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
@@ -57,6 +58,11 @@ class ModelContext:
     decoder: Decoder
     projections: Sequence[Projection]
     site: Site
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that hold the model together."""
+        return self.decoder.processes
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -125,15 +131,19 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config), dequantize=True)
     check_tokenizer(model, tokenizer)
     _check_settings(projections, config)
-    for projection in projections:
-        if not all_finite(*projection.parameters.values()):
-            raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
+    decoder.processes.agree(lambda: _check_finite(projections))
     with quiet(model):
         decoder = with_prefixes(decoder, longest=max_tokens(model.config))
         site = find_site(decoder, projections)
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
     return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def _check_finite(projections: Sequence[Projection]) -> None:
+    for projection in projections:
+        if not all_finite(*projection.tensors):
+            raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
 
 
 def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:

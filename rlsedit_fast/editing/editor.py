@@ -98,7 +98,9 @@ class Editor(Planning, Inspection):
             if store is not None and held is None:
                 held = create_store(store, self.context, given)
             self._anchors: str | None = None
-            self._recorder = Recorder(held, self.config, self.context.projections) if held else None
+            self._recorder = None
+            if held:
+                self._recorder = Recorder(held, self.config, self.context.projections, self.context.processes)
             self._session = EditSession(self.context, self._recorder)
             if self._recorder:
                 if config is not None:
@@ -188,7 +190,8 @@ class Editor(Planning, Inspection):
                 names of files; a file does not exist; or the statistics belong to another model or lack a layer.
         """
         self._check_not_started("anchor")
-        found = find_statistics(self.context, texts, tokens=tokens, held_out=held_out, identity=self.fingerprint)
+        with self.context.processes.operation():
+            found = find_statistics(self.context, texts, tokens=tokens, held_out=held_out, identity=self.fingerprint)
         if found is None:
             return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
@@ -218,7 +221,10 @@ class Editor(Planning, Inspection):
         """
         if len(self._session.ledger):
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
-        return self.context.collect(source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint)
+        with self.context.processes.operation():
+            return self.context.collect(
+                source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint
+            )
 
     def protect(
         self,
@@ -255,7 +261,7 @@ class Editor(Planning, Inspection):
             raise InputError(f"weight: {reason}")
         self._check_attached()
         texts = list(each_text(prompts))
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             protection = make_protection(self.context, texts, weight, continuations, values)
             self._session.protect(protection)
         return protection.tokens
@@ -300,7 +306,7 @@ class Editor(Planning, Inspection):
             RLSEditError: a batch failed; it was not applied.
         """
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             guard = bind_gates(gates, self)
             return apply_stream(self._session, requests, on_batch, require_stated=require_stated, guard=guard)
 
@@ -352,7 +358,7 @@ class Editor(Planning, Inspection):
             StoreError: the store cannot be written; nothing was modified.
         """
         selected = self.select(ids)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             self._session.undo(selected)
         return self._session.ledger.get(selected)
 
@@ -381,7 +387,7 @@ class Editor(Planning, Inspection):
         self._session.check_stored("replace", selected)
         edits = [edit.with_target(target) for edit in self._session.ledger.edits(selected)]
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             records = self._session.apply_batch(requests, replaced=selected)
         return records[0] if isinstance(ids, Integral) else records
 
@@ -404,7 +410,7 @@ class Editor(Planning, Inspection):
         if self._session.layers is None:
             raise InputError("consolidate(): there are no edits")
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             self._session.rebuild()
             if self._recorder:
                 # Refinement may add changes; until then the last change is the rebuild, which contains all others.
@@ -431,7 +437,7 @@ class Editor(Planning, Inspection):
                 hint="list the edits with `rlsedit history` (Python: history())",
             )
         self._check_attached()
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             return self._session.status(budget, sample)
 
     @contextmanager

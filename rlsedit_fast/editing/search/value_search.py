@@ -100,7 +100,7 @@ def search_values(
         groups: indices of requests that share a change, each request in one group; by default each has its own.
     """
     groups = groups or [[i] for i in range(len(requests))]
-    loss = config.loss
+    loss, processes = config.loss, site.decoder.processes
     rows, kl_rows, start = gather(site, requests)
     bare = start[:, 0]
     group = group_index(groups, start.device)
@@ -137,6 +137,7 @@ def search_values(
                 unmet = (searched & ~rule.met(fit.rank, fit.worst, total)).float()
                 # The requests of a group stop together.
                 done = active & (torch.zeros_like(norm).index_add_(0, group, unmet) == 0)
+                processes.same_tensors(done)
                 ended = done | (active & (limit <= step))  # converged, or without steps left
                 missed_rule |= ended & ~done
                 active = active & ~ended
@@ -161,6 +162,8 @@ def search_values(
                 optimizer.step(delta, Gradients(nll_gradient, kl_gradient, decay_gradient, worst, missed))
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
+                processes.same_tensors(delta)
+    processes.same_tensors(found, start, nll, rank)
     return Values(found, start, nll, rank, rule.converged(~missed_rule[group], rank), steps)
 
 
@@ -211,7 +214,8 @@ def search_within_memory(
         try:
             found.append(search_values(site, [requests[i] for i in indices], config, local))
         except torch.OutOfMemoryError:
-            if len(part) == 1:
+            # Of several processes the others may have had enough memory.
+            if len(part) == 1 or site.decoder.processes.count > 1:
                 raise
             at_once = max(1, count // 2)
             logger.info("out of memory with %d requests; searching %d at once from now on", count, at_once)
