@@ -96,6 +96,9 @@ class Group(Processes):
     Args:
         group: their process group; None for all processes.
 
+    Attributes:
+        ended: whether this process ended the process group, because it failed.
+
     Raises:
         InputError: no process group is initialized.
     """
@@ -109,6 +112,7 @@ class Group(Processes):
         self._group: Any = dist.group.WORLD if group is None else group
         self._store: Any = dist.distributed_c10d._get_default_store()
         self.count, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        self.ended = False
         self._source = self._dist.get_global_rank(self._group, 0)
 
     def same(self, value: T) -> T:
@@ -230,8 +234,23 @@ class Group(Processes):
         return found
 
     def _close(self) -> None:
+        self.ended = True
         with suppress(RuntimeError, ValueError, AssertionError):
             self._dist.destroy_process_group()
+
+
+_world: Processes = ALONE
+
+
+def world() -> Processes:
+    """Returns the processes that run a command of `rlsedit`; a single process otherwise."""
+    return _world
+
+
+def set_world(processes: Processes) -> None:
+    """Sets the processes that run a command."""
+    global _world
+    _world = processes
 
 
 def described(error: BaseException | None) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlsedit_fast.baselines import BASELINES, RECURSIVE
+from rlsedit_fast.cli.launch import add_processes
 from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.config import OnOverlap, load_settings
@@ -18,7 +19,9 @@ from rlsedit_fast.editing.storage.recovery import read_settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
 from rlsedit_fast.models import loading
+from rlsedit_fast.models.tensor_parallel import loading_options
 from rlsedit_fast.models.tokens import FactToken
+from rlsedit_fast.processes import world
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
 from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, STATISTICS
@@ -43,8 +46,8 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
 """Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
 
 
-def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds the options that select the model and how to load it."""
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True, divided: bool = False) -> None:
+    """Adds the options that select the model and how to load it; `divided`: also --tp."""
     default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -62,6 +65,8 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
         help="device to load the model on, such as cuda; auto distributes it over all devices (requires accelerate) "
         "(default: cpu)",
     )
+    if divided:
+        add_processes(group)
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -226,6 +231,8 @@ def load_model(
         path: the model, if not the one of the options.
         **loaded: `config` and `tokenizer`, if they are loaded already; see `models.loading.load_model`.
     """
+    if getattr(options, "tp", None):
+        loaded |= loading_options(options.tp)
     return loading.load_model(
         options.model if path is None else path,
         dtype=options.dtype,
@@ -375,7 +382,7 @@ def plan_editor(options: argparse.Namespace) -> EditorPlan:
     config = make_config(options, stored)
     _check_anchors(options, config)
     if place is not None:
-        check_store(place, config)
+        world().lead(lambda: check_store(place, config))
     found = check_model(options, config)
     if options.preset == GENERIC and config.layers is None and find_preset(found) is not None:
         config = config.replace(layers=config.layers_for(found.get_text_config().num_hidden_layers))

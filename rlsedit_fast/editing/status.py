@@ -58,7 +58,8 @@ class Norms:
     def of(cls, originals: Sequence[Tensor], prior: Prior | BlockPrior, columns: Columns) -> Norms:
         """Returns the norms of the blocks of `W0`; needs one product with the anchor moment, in float32.
 
-        Of a weight that several processes hold, the block has the held `columns`. For a mixture of experts the norm of the outputs on the anchors was measured with the moment.
+        Of a weight that several processes hold, the block has the held `columns`. For a mixture of experts the norm of
+        the outputs on the anchors was measured with the moment.
         """
         if isinstance(prior, BlockPrior):
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))

@@ -1,0 +1,119 @@
+"""`--tp N`: a command in several processes that `torchrun` starts; the first one prints and writes files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+
+import torch
+
+from rlsedit_fast.cli.output import set_quiet
+from rlsedit_fast.errors import InputError, ProcessError
+from rlsedit_fast.models.gguf_files import is_gguf
+from rlsedit_fast.processes import ALONE, Group, set_world, world
+
+_TIMEOUT = timedelta(hours=2)
+"""Of a collective: the other processes may wait for the first one, which writes a large checkpoint."""
+
+
+def add_processes(parser: argparse._ActionsContainer) -> None:
+    """Adds the option --tp."""
+    parser.add_argument(
+        "--tp",
+        type=int,
+        metavar="N",
+        help="divide the model over N processes, one per device (tensor parallelism of transformers); start the "
+        "command with `torchrun --nproc-per-node N --no-python rlsedit ...`",
+    )
+
+
+@contextmanager
+def launched(options: argparse.Namespace) -> Iterator[None]:
+    """Joins the processes of --tp; all but the first one print nothing.
+
+    Raises:
+        InputError: the number of processes is not that of --tp.
+        ProcessError: another process failed.
+    """
+    set_world(ALONE)
+    count, started = getattr(options, "tp", None), int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK") or 0) if started > 1 else 0
+    if count is None and started == 1:
+        yield
+        return
+    with _silent() if rank else _speaking():
+        _check(options, count, started)
+        if started == 1:
+            yield
+            return
+        _join()
+        with _of_all():
+            yield
+
+
+def reports(error: BaseException) -> bool:
+    """Returns whether this process prints an error: the first one, and one that failed while the others did not."""
+    if int(os.environ.get("RANK") or 0) == 0 or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return True
+    held = world()
+    return isinstance(held, Group) and held.ended and not isinstance(error, ProcessError)
+
+
+def _check(options: argparse.Namespace, count: int | None, started: int) -> None:
+    command = f"torchrun --nproc-per-node {max(count or started, 1)} --no-python rlsedit {options.command} ..."
+    if count is None:
+        add = "add --tp" if hasattr(options, "tp") else "start it in one process; it does not divide a model"
+        raise InputError(f"torchrun started {started} processes, each of which would run the whole command; {add}")
+    if count < 1 or count != started:
+        raise InputError(
+            f"--tp {count}, and {started} processes were started; run `{command} --tp {max(count, 1)}`, with one "
+            "process per device"
+        )
+    if getattr(options, "device", None) is not None:
+        raise InputError("--device and --tp exclude each other; each process uses the device of its rank")
+    model = getattr(options, "model", None)
+    if model is not None and is_gguf(model):
+        raise InputError(f"--model {model}: a GGUF file is not divided over processes; pass a checkpoint")
+
+
+def _join() -> None:
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--tp: the processes cannot be connected: {error}") from error
+    set_world(Group())
+
+
+@contextmanager
+def _of_all() -> Iterator[None]:
+    import torch.distributed as dist
+
+    try:
+        with world().operation():
+            yield
+            world().agree(lambda: None)  # the first one may be writing still
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    set_quiet(True)
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        yield
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    yield
