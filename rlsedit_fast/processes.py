@@ -223,7 +223,7 @@ class Group(Processes):
             end = time.monotonic() + (_CAUSE if lost else PATIENCE)
             while not (complete := self._store.check(places)) and time.monotonic() < end:
                 time.sleep(_POLL)
-            if not complete:
+            if not complete or lost:
                 logger.info("ending the process group: not all processes failed in %s", name)
                 self._close()
             for rank, place in enumerate(places):
@@ -253,12 +253,19 @@ def set_world(processes: Processes) -> None:
     _world = processes
 
 
-def described(error: BaseException | None) -> tuple[str, str] | None:
-    """Returns the type and message of an error, for `raise_first`; None for None."""
-    return None if error is None else (type(error).__name__, str(error))
+Described = tuple[str, str, str | None]
+"""Type, message and hint of an error."""
 
 
-def raise_first(found: list[tuple[str, str] | None], mine: BaseException | None) -> None:
+def described(error: BaseException | None) -> Described | None:
+    """Returns an error for `raise_first`; None for None."""
+    if error is None:
+        return None
+    message, hint = (error.message, error.hint) if isinstance(error, RLSEditError) else (str(error), None)
+    return type(error).__name__, message, hint
+
+
+def raise_first(found: list[Described | None], mine: BaseException | None) -> None:
     """Raises the error of this process, else that of the first process that has one; returns if there is none.
 
     Args:
@@ -269,10 +276,10 @@ def raise_first(found: list[tuple[str, str] | None], mine: BaseException | None)
         raise mine
     for rank, each in enumerate(found):
         if each is not None:
-            name, message = each
+            name, message, hint = each
             fallback = ResourceError if "Memory" in name else RLSEditError
             kind: type[RLSEditError] = getattr(errors, name) if name in errors.__all__ else fallback
-            raise kind(f"{message} (in process {rank} of {len(found)})")
+            raise kind(f"{message} (in process {rank} of {len(found)})", hint)
 
 
 def _lost(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.precision import full_float32
-from rlsedit_fast.processes import described, raise_first
+from rlsedit_fast.processes import Described, described, raise_first
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.columns import Columns, T
 from rlsedit_fast.rls.prior import Prior
@@ -287,6 +287,6 @@ class ShardedColumns(Columns):
 
     def _raise(self, error: Exception | None) -> None:
         """Raises the error of this process, else that of the first process that has one."""
-        found: list[tuple[str, str] | None] = [None] * self.ranks
+        found: list[Described | None] = [None] * self.ranks
         dist.all_gather_object(found, described(error), group=self._group)
         raise_first(found, error)

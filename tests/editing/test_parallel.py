@@ -136,15 +136,16 @@ def test_a_process_that_fails_ends_the_others_in_the_state_before_the_batch(fold
     for each in (*others, last):
         assert each["alike"][0] == "RequestError"
         assert each["modified"][0] == "ModelError"
-        assert all(before for *_, before in each.values() if each is not last or _ != each["modified"][:2])
+        assert all(unchanged for *_, unchanged in each.values())
     assert "in process 1 of 2" in others[0]["modified"][1]
     assert last["interrupted"][:2] == ["KeyboardInterrupt", "one process is interrupted"]
     for each in others:
         assert each["interrupted"][0] == "ProcessError"
         assert "process 1 of 2 failed" in each["interrupted"][1]
         assert "one process is interrupted" in each["interrupted"][1]
-    assert last["after"][0] == "ProcessError"
-    assert "start the processes again" in last["after"][1]
+    for each in (*others, last):
+        assert each["after"][0] == "ProcessError"
+        assert "start the processes again" in each["after"][1]
 
 
 def test_models_that_are_divided_in_other_ways_are_refused_with_the_way_that_works(folder):
