@@ -226,6 +226,8 @@ class _Interrupted(Exception):
 def _interrupted(interrupts: Interrupts) -> bool:
     """Returns whether Ctrl-C was pressed, in any process."""
     pressed = world().any(interrupts.pressed > 0)
+    if pressed and not interrupts.pressed:
+        say("interrupted in another process: finished the current batch; writing the results so far")
     interrupts.pressed = max(interrupts.pressed, int(pressed))
     return pressed
 

@@ -65,7 +65,7 @@ def reports(error: BaseException) -> bool:
 def _check(options: argparse.Namespace, count: int | None, started: int) -> None:
     command = f"torchrun --nproc-per-node {max(count or started, 1)} --no-python rlsedit {options.command} ..."
     if count is None:
-        add = "add --tp" if hasattr(options, "tp") else "start it in one process; it does not divide a model"
+        add = f"add --tp {started}" if hasattr(options, "tp") else "start it in one process; it does not divide a model"
         raise InputError(f"torchrun started {started} processes, each of which would run the whole command; {add}")
     if count < 1 or count != started:
         raise InputError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -205,7 +207,68 @@ def refused(folder, family, world):
     return found
 
 
-SCENARIOS = {"stream": stream, "forecast": forecast, "stored": stored, "failing": failing, "refused": refused}
+def commands(folder, family, world):
+    """Returns exit code, output and messages of commands, in several processes with --tp."""
+    from rlsedit_fast.cli import main
+    from rlsedit_fast.editing.layers import EditedLayers
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    lines = [json.dumps({"prompt": "{} plays the", "subject": name, "target": "harp"}) for name in NAMES[:5]]
+    facts = folder / f"facts-{rank}.jsonl"
+    facts.write_text("\n".join(lines))
+    settings = folder / "settings.json"
+    settings.write_text(json.dumps(SETTINGS | {"prior": {"lam": 0.3}, "batch_size": 2}))
+    model = ["--model", str(folder / family), "--layers", "1,2", "--config", str(settings), "--no-anchors"]
+    places = {name: str(folder / f"{name}-{world}") for name in ("store", "out", "undone", "interrupted")}
+    divided = [] if world == 1 else ["--tp", str(world)]
+    found = {}
+
+    def call(name, *given, tp=divided):
+        if world > 1 and not dist.is_initialized():
+            join(rank, world, folder, name)
+        out, said = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(said):
+            code = main([*given, *tp])
+        found[name] = (code, out.getvalue(), said.getvalue())
+
+    edit = ["edit", *model, "--edits", str(facts), "--no-stability"]
+    written = ["--json", str(folder / f"edit-{world}.json")]
+    call("edit", *edit, "--store", places["store"], "--out", places["out"], *written)
+    call("undo", "undo", "--store", places["store"], "1", "3", "--out", places["undone"])
+    if world == 1:
+        return found
+    call("exists", *edit, "--out", places["out"])
+    call("wrong", *edit, "--out", places["out"], tp=["--tp", "3"])
+    call("undivided", *edit, "--out", places["out"], tp=[])
+    write, pressed = EditedLayers.write, []
+
+    def interrupted(*given, **more):
+        if rank == world - 1 and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(*given, **more)
+
+    EditedLayers.write = interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    call("interrupted", *edit, "--store", places["interrupted"])
+    EditedLayers.write = write
+    return found
+
+
+SCENARIOS = {
+    "commands": commands,
+    "stream": stream,
+    "forecast": forecast,
+    "stored": stored,
+    "failing": failing,
+    "refused": refused,
+}
+
+
+def join(rank, world, folder, name):
+    """Initializes the process group, anew for each name."""
+    store = dist.FileStore(str(folder / f"rendezvous-{world}-{name.replace('/', '-')}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 def main(rank, world, folder, names):
@@ -213,10 +276,10 @@ def main(rank, world, folder, names):
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if world > 1:
-        # For tests of several hosts' network: the address is that of this host.
-        store = dist.FileStore(str(folder / f"store-of-{world}-{names[0].replace('/', '-')}"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        os.environ["RANK"] = str(rank)
     for name in names:
+        if world > 1 and not dist.is_initialized():
+            join(rank, world, folder, name)
         scenario, family, *more = name.split("/")
         with redirect_stderr(io.StringIO()):
             found = SCENARIOS[scenario](folder, family, world, *map(int, more))

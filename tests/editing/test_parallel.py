@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlsedit_fast.cli import INTERRUPTED
+from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.shards import check_division
 
@@ -43,10 +46,10 @@ def save(folder, tokenizer, *families):
 def folder(tmp_path_factory, tokenizer):
     """Models, and what the scenarios found in one process and in two."""
     folder = tmp_path_factory.mktemp("parallel")
-    save(folder, tokenizer, "llama", "qwen3", "mixtral")
-    streams = ["stream/llama", "stream/qwen3", "forecast/llama"]
-    run(folder, 1, *streams, "stored/llama")
-    run(folder, RANKS, *streams, "stored/llama", "refused/llama", "failing/llama")
+    save(folder, tokenizer, "llama", "mixtral")
+    shared = ["stream/llama", "stored/llama", "commands/llama"]
+    run(folder, 1, *shared)
+    run(folder, RANKS, *shared, "refused/llama", "failing/llama")
     return folder
 
 
@@ -79,13 +82,12 @@ def compare(found, expected, allowed=ALLOWED):
     assert {each["fingerprint"] for each in found} == {alone["fingerprint"]}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_processes_edit_undo_replace_and_protect_as_one_process(folder, family):
-    compare(read(folder, "stream", family, RANKS), read(folder, "stream", family, 1))
+def test_processes_edit_undo_replace_and_protect_as_one_process(folder):
+    compare(read(folder, "stream", "llama", RANKS), read(folder, "stream", "llama", 1))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_processes_write_a_checkpoint_in_which_only_the_edited_tensors_differ(folder, family):
+def test_processes_write_a_checkpoint_in_which_only_the_edited_tensors_differ(folder):
+    family = "llama"
     base, alone, several = (
         load_file(place / "model.safetensors")
         for place in (
@@ -105,15 +107,6 @@ def test_processes_write_a_checkpoint_in_which_only_the_edited_tensors_differ(fo
         ours, theirs = (load_file(folder / f"{family}-{world}" / name) for world in (RANKS, 1))
         assert ours.keys() == theirs.keys()
         assert all(ours[key].shape == theirs[key].shape for key in ours)
-
-
-def test_processes_collect_statistics_and_forecast_as_one_process(folder):
-    alone, several = read(folder, "forecast", "llama", 1)[0], read(folder, "forecast", "llama", RANKS)
-    for each in several:
-        for one, other in zip(each["moments"], alone["moments"], strict=True):
-            close(one, other, 1e-5)
-        close(each["points"], alone["points"])
-        close(each["mu"], alone["mu"])
 
 
 def test_a_store_is_continued_in_several_processes_and_then_in_one(folder):
@@ -164,15 +157,49 @@ def test_a_wrapper_is_refused_by_name():
         check_division(wrapper())
 
 
+def test_commands_in_several_processes_report_once_what_one_process_reports(folder):
+    (alone,), (first, second) = read(folder, "commands", "llama", 1), read(folder, "commands", "llama", RANKS)
+    assert {name: (code, "", "") for name, (code, _, _) in first.items()} == second
+    codes = {"edit": alone["edit"][0], "undo": 0, "exists": 2, "wrong": 2, "undivided": 2, "interrupted": INTERRUPTED}
+    assert {name: code for name, (code, _, _) in first.items()} == codes
+    assert alone["edit"][0] in (0, 1)
+    assert "checkpoint: " in first["edit"][1]
+    assert "already exists" in first["exists"][2]
+    assert "--nproc-per-node 3" in first["wrong"][2]
+    assert "add --tp 2" in first["undivided"][2]
+    results = [json.loads((folder / f"edit-{world}.json").read_text()) for world in (1, RANKS)]
+    for one, other in zip(*(each["records"] for each in results), strict=True):
+        assert one["answer"] == other["answer"]
+        close(one["nll"], other["nll"])
+    for name in ("out", "undone"):
+        ours, theirs = (load_file(folder / f"{name}-{world}" / "model.safetensors") for world in (RANKS, 1))
+        for key in ours:
+            close(ours[key], theirs[key], 1e-5)
+
+
+def test_ctrl_c_in_one_process_ends_all_of_them_after_the_batch(folder):
+    first, *_ = read(folder, "commands", "llama", RANKS)
+    assert "interrupted in another process" in first["interrupted"][2]
+    assert len(read_history(folder / f"interrupted-{RANKS}")) == 2  # a batch
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("world", [2, 3])
-def test_long_streams_of_other_families_are_as_in_one_process(tmp_path, tokenizer, world):
-    families = ["llama", "qwen3", "mistral", "gemma3", "olmo2"]
-    save(tmp_path, tokenizer, *families)
-    # Heads and vocabularies need not be divisible by three.
-    chosen = families if world == 2 else [name for name in families if name in ("gemma3",)]
-    scenarios = [f"stream/{family}/300" for family in chosen]
-    run(tmp_path, 1, *scenarios, timeout=3000)
-    run(tmp_path, world, *scenarios, timeout=3000)
-    for family in chosen:
-        compare(read(tmp_path, "stream", family, world), read(tmp_path, "stream", family, 1))
+def test_processes_collect_statistics_and_forecast_as_one_process(tmp_path, tokenizer):
+    save(tmp_path, tokenizer, "qwen3")
+    for world in (1, RANKS):
+        run(tmp_path, world, "forecast/qwen3")
+    alone, several = read(tmp_path, "forecast", "qwen3", 1)[0], read(tmp_path, "forecast", "qwen3", RANKS)
+    for each in several:
+        for one, other in zip(each["moments"], alone["moments"], strict=True):
+            close(one, other, 1e-5)
+        close(each["points"], alone["points"])
+        close(each["mu"], alone["mu"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "olmo2"])
+def test_long_streams_are_as_in_one_process(tmp_path, tokenizer, family):
+    save(tmp_path, tokenizer, family)
+    for world in (1, RANKS):
+        run(tmp_path, world, f"stream/{family}/60", timeout=3000)
+    compare(read(tmp_path, "stream", family, RANKS), read(tmp_path, "stream", family, 1))
