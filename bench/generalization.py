@@ -4,6 +4,7 @@
         --json bench/results/generalization.json
 
 Each setting applies the same edits in one batch and evaluates the targets on the edited prompts and their paraphrases.
+All but one have no contexts in a chat, which take most of the time of a search.
 Fractions of 100 edits have a standard error of about 0.04. The scores (see `Trial`) are less noisy and are compared
 with those of the first setting per edit. Drift is measured on the last quarter of the text; the rest is used as
 anchors.
@@ -41,12 +42,15 @@ TOPICS = (
 """Short texts of other topics; the paraphrases of CounterFact often follow such a sentence."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "no contexts in a chat": {},
+    "contexts in a chat": {"contexts": {"chat": None}},
     "the prompt alone": {"contexts": {"prefixes": ("",)}},
     "3 topics": {"contexts": {"prefixes": TOPICS[:3]}},
     "6 topics": {"contexts": {"prefixes": TOPICS[:6]}},
     "10 topics": {"contexts": {"prefixes": TOPICS}},
     "10 sampled prefixes": {"contexts": {"prefixes": ("",), "samples": 10}},
+    "learning rate 0.2": {"search": {"learning_rate": 0.2}},
+    "learning rate 0.3": {"search": {"learning_rate": 0.3}},
     "search to 0.02": {"search": {"stop_nll": 0.02}},
     "search to 0.01": {"search": {"stop_nll": 0.01}},
     "search to 0.01, clamp 1.5": {"search": {"stop_nll": 0.01, "clamp": 1.5}},
@@ -71,7 +75,7 @@ def main() -> None:
     texts = running_text(options.text)
     cut = len(texts) * 3 // 4
     edits = paraphrased_edits(options.data, options.edits)
-    config = EditConfig()
+    config = EditConfig(contexts={"chat": ()})
     trials = Trials(model, tokenizer, edits, texts[:cut], texts[cut:], config=config, tokens=options.tokens)
     rows: list[dict[str, Any]] = []
     first = None

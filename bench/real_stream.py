@@ -8,9 +8,9 @@ a store in `--work`; an interrupted run continues after the last applied batch. 
 
 Evaluated after each number of `--edits`, on at most `--asked` evenly spaced edits, before and after: efficacy and
 generalization (new target more likely than the true one; strict: each token ranked first) and specificity (true answer
-more likely than the new target after the neighborhood prompt); if the model has a chat template, how the edits hold in
-a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and after; seconds.
-`--consolidate` then consolidates and evaluates again at the end.
+more likely than the new target after the neighborhood prompt); if the model has a chat template, how at most
+`--in-chat` edits hold in a chat (see `chat.py`); success of the first, middle and last 100 edits; perplexity before and
+after; seconds. `--consolidate` then consolidates and evaluates again at the end.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def figures(
     cases = [case_of(one) for one in sample]
     middle = max(0, len(every) // 2 - 50)
     ages = {"first": every[:100], "middle": every[middle : middle + 100], "last": every[-100:]}
-    return {
+    found = {
         "asked": len(sample),
         "before": evaluate(base, tokenizer, sample),
         "after": evaluate(editor.model, tokenizer, sample),
@@ -186,9 +186,11 @@ def figures(
         "stated_now": {age: stated(editor.model, tokenizer, group) for age, group in ages.items()},
         "perplexity": perplexity(editor.model, tokenizer, text, options.tokens),
         "neighbors_unchanged": unchanged(base, editor.model, tokenizer, cases),
-        "chat": chat_figures(base, editor.model, tokenizer, cases),
         "deviation": {str(one.layer): round(one.weight, 2) for one in editor.deviation()},
     }
+    print(len(every), json.dumps(found), flush=True)
+    spoken = spread(cases, options.in_chat)
+    return found | {"chat": chat_figures(base, editor.model, tokenizer, spoken) if spoken else None}
 
 
 def main() -> None:
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/real"), metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("build/real"), metavar="DIR")
     parser.add_argument("--asked", type=int, default=300)
+    parser.add_argument("--in-chat", type=int, default=100, help="number of edits that are evaluated in a chat")
     parser.add_argument("--tokens", type=int, default=20_480, help="number of tokens for perplexity")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EditConfig")
     parser.add_argument("--consolidate", action="store_true")
@@ -245,7 +248,7 @@ def main() -> None:
                 clock.save()
             after[stage] = figures(editor, base, tokenizer, every[:count], test_text, options)
             after[stage]["seconds_editing"] = round(clock.seconds, 1)
-            print(count, stage, json.dumps(after[stage], indent=1), flush=True)
+            print(count, stage, json.dumps(after[stage]["chat"], indent=1), flush=True)
         record(
             options.out / f"{name}-{count}{suffix}.json",
             "A stream of CounterFact edits into a real model",

@@ -74,7 +74,7 @@ def plan_memory(
         growing: whether the state of a mixture of experts grows, see `EditConfig.experts`.
     """
     return [
-        _mixture_memory(projection, projection.layout, rows, projection is projections[-1], growing)
+        _mixture_memory(projection, projection.layout, rows, rule, projection is projections[-1], growing)
         if projection.layout is not None
         else _layer_memory(projection, delay, rows, rule, projection is projections[-1])
         for projection in projections
@@ -108,18 +108,23 @@ def _layer_memory(projection: Projection, delay: int, rows: int, rule: Rule | No
     )
 
 
-def _mixture_memory(projection: Projection, layout: BlockLayout, rows: int, last: bool, growing: bool) -> LayerMemory:
+def _mixture_memory(
+    projection: Projection, layout: BlockLayout, rows: int, rule: Rule | None, last: bool, growing: bool
+) -> LayerMemory:
     """Returns the memory of a mixture of experts, if edits reach all of its experts."""
     blocks, d_v = projection.blocks, projection.value_width
     item = dtype_of(blocks[0]).itemsize
     weights = sum(block.numel() for block in blocks)
     squares = sum(block.shape[1] ** 2 for block in blocks)
+    state = item * squares * (1 if growing else 2)
+    if rule is not None:
+        state = _DOUBLE * sum(rule.memory_numel(*block.shape) for block in blocks)
     features = layout.key_width - layout.active
     return LayerMemory(
         projection.layer,
         projection.name,
         str(projection.device),
-        weights * (min(blocks[0].element_size(), _DOUBLE) + beside(blocks[0])) + item * squares * (1 if growing else 2),
+        weights * (min(blocks[0].element_size(), _DOUBLE) + beside(blocks[0])) + state,
         _FLOAT * squares,
         (item if not beside(blocks[0]) else blocks[0].element_size() + beside(blocks[0])) * weights,
         _DOUBLE * 3 * max(block.shape[1] for block in blocks) ** 2,

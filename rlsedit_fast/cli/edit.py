@@ -354,6 +354,8 @@ def _evaluate(
             if probe is not None:
                 with working("measuring other text"):
                     results["stability"]["after"] = asdict(probe(editor.model))
+                    if routing := editor.routing_change(probe.texts):
+                        results["stability"]["routing_change"] = routing
         except Exception as failure:
             return failure
     if "after" not in results:

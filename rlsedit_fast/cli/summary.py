@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from rlsedit_fast.cli.output import plain
-from rlsedit_fast.errors import listed
+from rlsedit_fast.errors import counted, listed
 from rlsedit_fast.models.tokens import fill
 
 _COLUMN = 44
@@ -95,4 +95,10 @@ def _metric_lines(results: dict[str, Any]) -> list[str]:
             f"{'KL divergence there, nats per token':{_COLUMN}}{was['kl']:8.3f}{now['kl']:8.3f}",
             f"{'same most likely token there':{_COLUMN}}{was['top']:8.3f}{now['top']:8.3f}",
         ]
+        if routing := stability.get("routing_change"):
+            layer, most = max(routing.items(), key=lambda one: one[1])
+            lines.append(
+                f"{'tokens there that reach other experts':{_COLUMN}}{0:8.3f}{most:8.3f}  layer {layer}, of "
+                f"{counted(len(routing), 'mixture')} the one with most"
+            )
     return lines

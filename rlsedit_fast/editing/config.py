@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -26,7 +26,7 @@ SameSubject = Literal["joint", "separate"]
 Unconverged = Literal["keep", "skip", "raise"]
 OnOverlap = Literal["keep", "warn", "skip", "raise"]
 StoredRows = Literal["full", "fp16"]
-Experts = Literal["exact", "separate"]
+Experts = Literal["exact", "separate", "split", "shared", "top"]
 
 LEARNING_RATES: dict[Optimizer, float] = {"constrained": 0.11, "normalized": 0.09, "adam": 0.1}
 """Default learning rates of the value search."""
@@ -273,7 +273,8 @@ class EditConfig(Settings):
         experts: solver of a mixture of experts. `exact`: the least-squares problem over all edits, with exact undo;
             memory and time of a batch grow with the number of active edits. `separate`: one covariance per expert, so
             that they do not grow. Earlier edits are then protected only approximately, and an undo applies the
-            remaining edits again.
+            remaining edits again. The baselines edit each expert of a token separately: `split`, all of them with equal
+            parts of the change; `shared`, the shared expert only; `top`, one expert only.
         delay: number of rows that a layer collects before they are folded into its inverse, see `RLSState`.
         halve_after: number of later edits after which the weight of an edit is halved, exactly; again after twice, four
             times, ... as many. Recent edits then count more where edits compete, and the prior keeps its weight. It
@@ -324,13 +325,17 @@ class EditConfig(Settings):
         baselines.make_rule(self.rule, self.rule_options)
         if self.rule != baselines.RECURSIVE:
             for name, given, allowed in (
-                ("contexts.rows", self.contexts.rows, "mean"),
+                ("contexts.rows", self.contexts.rows, self.effective_rows if self._by_expert else "mean"),
                 ("refine", self.refine, 0),
             ):
                 if given not in (None, allowed):
                     raise InputError(
                         f"{name}={given!r} requires rule={baselines.RECURSIVE!r}, got rule={self.rule!r}; omit {name}"
                     )
+        if self._by_expert and self.rule == baselines.RECURSIVE:
+            raise InputError(
+                f"experts={self.experts!r} requires another rule than {self.rule!r}; use experts='exact' or 'separate'"
+            )
         if self.halve_after is not None:
             for name, wrong, needed in (
                 ("rule", self.rule != baselines.RECURSIVE, baselines.RECURSIVE),
@@ -356,8 +361,14 @@ class EditConfig(Settings):
 
     @property
     def effective_rows(self) -> KeyRows:
-        """`contexts.rows`, or its default for the rule."""
-        return self.contexts.rows or ("contexts" if self.rule == baselines.RECURSIVE else "mean")
+        """`contexts.rows`, or its default for the rule; contexts have experts of their own."""
+        several = self.rule == baselines.RECURSIVE or self._by_expert
+        return self.contexts.rows or ("contexts" if several else "mean")
+
+    @property
+    def _by_expert(self) -> bool:
+        """Whether a baseline edits the experts of a mixture separately."""
+        return self.experts in get_args(baselines.Carriers)
 
     @property
     def effective_refine(self) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines import RECURSIVE, make_rule
+from rlsedit_fast.baselines import RECURSIVE, Carriers, make_rule
 from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import CHAT_FORMS, EditConfig
@@ -193,10 +193,21 @@ def rows_per_edit(config: EditConfig) -> int:
 def _check_settings(projections: Sequence[Projection], config: EditConfig) -> None:
     """Raises InputError for settings that a mixture of experts does not support."""
     mixture = next((projection.name for projection in projections if projection.layout is not None), None)
+    carriers = get_args(Carriers)
     if mixture is None:
+        if config.experts in carriers:
+            raise InputError(f"experts={config.experts!r}: no mixture of experts is edited; omit experts")
         return
+    if config.rule != RECURSIVE and config.experts not in carriers:
+        raise InputError(
+            f"rule={config.rule!r}: {mixture} is a mixture of experts, whose experts this rule edits separately; set "
+            f"experts to one of {', '.join(map(repr, carriers))}, or use rule={RECURSIVE!r}"
+        )
+    if config.experts == "shared":
+        for projection in projections:
+            if projection.layout is not None and not projection.layout.shared:
+                raise InputError(f"experts='shared': {projection.name} has no shared expert; use 'split' or 'top'")
     for setting, given, supported in (
-        ("rule", config.rule, RECURSIVE),
         ("contexts.rows", config.contexts.rows or "contexts", "contexts"),
         ("stored_rows", config.stored_rows if config.stored_rows == "fp16" else "full", "full"),
     ):

@@ -51,8 +51,8 @@ class HeldOut:
     @classmethod
     def of(
         cls,
-        moments: Sequence[Moment],
         tokens: int,
+        moments: Sequence[Moment],
         originals: Sequence[Sequence[Tensor]],
         projections: Sequence[Projection],
     ) -> HeldOut:

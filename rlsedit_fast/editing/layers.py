@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rlsedit_fast.activity import report_activity
-from rlsedit_fast.baselines import RECURSIVE, LayerState, make_layer
+from rlsedit_fast.baselines import RECURSIVE, Carriers, ExpertRuleLayer, LayerState, make_layer, make_rule
 from rlsedit_fast.editing.attachment import check_finite_weights, mark
 from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys
@@ -46,6 +46,8 @@ def _make_state(
 ) -> LayerState:
     """Returns the state of a projection, which updates the weight in place."""
     if isinstance(prior, BlockPrior):
+        if (baseline := make_rule(rule, options)) is not None:
+            return ExpertRuleLayer(projection.blocks, prior, baseline, cast("Carriers", experts), name=projection.name)
         kind = BlockState if experts == "exact" else SeparateState
         return kind(projection.blocks, prior, name=projection.name)
     (weight,) = projection.blocks
@@ -183,8 +185,8 @@ class EditedLayers(LayerStates):
                 original, current, stored = map(projection.columns.first_only, (*pair, projection.blocks[block]))
                 if original is None or current is None or stored is None:
                     continue
-                expert = projection.layout is not None and block < projection.layout.experts
-                found.append(WeightChange(name, original, stored, current, transposed, expert))
+                stack = projection.stack_of(block)
+                found.append(WeightChange(name, original, stored, current, transposed, stack))
         return found
 
     def check_finite(self) -> None:

@@ -166,9 +166,8 @@ class EditSession:
             raise
         self.norms = [Norms.of(state.originals(), state.prior, state.columns) for state in layers.states]
         if self.held_out_moments:
-            tokens, moments = self.held_out_moments
             originals = [state.originals() for state in layers.states]
-            self.held_out = HeldOut.of(moments, tokens, originals, self._context.projections)
+            self.held_out = HeldOut.of(*self.held_out_moments, originals, self._context.projections)
         if self._recorder:
             norms = [asdict(norms) for norms in self.norms]
             self._recorder.begin(priors, protected, prompts, norms, self.held_out)

@@ -63,6 +63,7 @@ class TextProbe:
         progress: called after each text with the number of finished tokens and the number of tokens.
 
     Attributes:
+        texts: the given texts.
         unedited: measurements of the model before editing.
 
     Raises:
@@ -87,6 +88,7 @@ class TextProbe:
         length: int = 128,
         progress: Progress | None = None,
     ) -> None:
+        self.texts = list(texts)
         self._rows: list[list[int]] = []
         left = tokens
         for text in texts:

@@ -77,7 +77,8 @@ def write_adapter(
     The factorized matrix is `current - original`. With float32 master weights its rank is at most the number of edits.
     Without them, the difference of bfloat16 or float16 weights is dominated by rounding and has full rank.
 
-    All modules have the same rank and scaling 1, so that `rank_pattern` is not needed.
+    All modules have the same rank and scaling 1, so that `rank_pattern` is not needed. Experts are written as factors
+    of their stacked weight (`target_parameters`), with zeros for experts that did not change.
 
     Args:
         changes: weight changes, at least one.
@@ -92,8 +93,8 @@ def write_adapter(
         Rank needed, rank used and error per module.
 
     Raises:
-        InputError: `rank` or `updates` is below 1, a module occurs twice, a change is that of a routed expert, no
-            weight changed beyond rounding, the server takes no rank as large, or the folder cannot be written.
+        InputError: `rank` or `updates` is below 1, a module occurs twice, no weight changed beyond rounding, the server
+            takes no rank as large or no experts, or the folder cannot be written.
 
     Example:
         >>> import os
@@ -117,7 +118,8 @@ def write_adapter(
             raise InputError(f"{label}={number!r}: expected an integer of at least 1")
     check_engine(engine)
     check_distinct(changes)
-    check_no_experts(changes, "an adapter")
+    if engine is not None:
+        check_no_experts(changes, f"an adapter for {engine}")
     modules: list[ModuleFactors] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for change in changes:
@@ -132,10 +134,18 @@ def write_adapter(
             "first"
         )
     width = padded_rank(width, engine)
+    written = [change for change in changes if change.name in factors]
+    linear = [change for change in written if change.stack is None]
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(down, width, 0)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(up, width, 1)
+    for change in linear:
+        down, up = factors[change.name]
+        tensors |= _named(change.name, _padded(down, width, 0), _padded(up, width, 1))
+    stacked: dict[str, list[WeightChange]] = {}
+    for change in written:
+        if change.stack is not None:
+            stacked.setdefault(change.name.rpartition(".")[0], []).append(change)
+    for name, experts in stacked.items():
+        tensors |= _named(name.rpartition(".")[0], *_of_stack(experts, factors, width))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -145,8 +155,9 @@ def write_adapter(
         "lora_alpha": width,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(change.transposed for change in changes if change.name in factors),
-        "target_modules": list(factors),
+        "fan_in_fan_out": any(change.transposed for change in linear),
+        "target_modules": [change.name for change in linear] or None,
+        "target_parameters": list(stacked) or None,
     }
     folder = Path(directory)
     with written_whole(folder / "adapter_model.safetensors", folder / "adapter_config.json") as (weights, settings):
@@ -193,6 +204,33 @@ def _left_vectors(flat: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         return vectors.flip(1), squares.flip(0).clamp_min(0).sqrt()
     vectors, singular, _ = torch.linalg.svd(flat, full_matrices=False)
     return vectors, singular
+
+
+def _named(module: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    return {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
+
+
+def _of_stack(
+    experts: Sequence[WeightChange], factors: dict[str, tuple[Tensor, Tensor]], width: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the factors of a stacked weight in the layout of PEFT's `ParamWrapper`.
+
+    With r = `width` and E experts, the rows from e r on of `A [E r, d_in]` belong to expert e, and so do the columns e,
+    E + e, ... of `B [d_out, r E]`. PEFT takes the last dimension of the weight as d_in, unless its module declares
+    `is_transposed`.
+    """
+    stack = experts[0].stack
+    assert stack is not None
+    inner, outer = list[Tensor](), list[Tensor]()
+    for change in experts:
+        down, up = (_padded(one, width, dim) for dim, one in enumerate(factors[change.name]))
+        swapped = change.transposed and not stack.declared_transposed
+        inner.append(up.T if swapped else down)
+        outer.append(down.T if swapped else up)
+    places = torch.tensor([int(change.name.rpartition(".")[2]) for change in experts])
+    lora_a = inner[0].new_zeros(stack.experts, *inner[0].shape).index_copy(0, places, torch.stack(inner))
+    lora_b = outer[0].new_zeros(*outer[0].shape, stack.experts).index_copy(2, places, torch.stack(outer, dim=2))
+    return lora_a.flatten(0, 1), lora_b.flatten(1)
 
 
 def _padded(factor: Tensor, width: int, dim: int) -> Tensor:

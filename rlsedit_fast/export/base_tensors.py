@@ -211,7 +211,7 @@ def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _by_parameter(changes: Sequence[WeightChange]) -> dict[str, list[WeightChange]]:
     found: dict[str, list[WeightChange]] = {}
     for change in changes:
-        name = change.name.rpartition(".")[0] if change.expert else f"{change.name}.weight"
+        name = change.name.rpartition(".")[0] if change.stack else f"{change.name}.weight"
         found.setdefault(name, []).append(change)
     return found
 
@@ -222,7 +222,7 @@ def _assembled(parameter: Tensor, changes: Sequence[WeightChange], which: str) -
         return parameter
     parts = [(one, getattr(one, which)) for one in changes]
     parts = [(one, tensor.T if one.transposed else tensor) for one, tensor in parts]
-    if not changes[0].expert:
+    if not changes[0].stack:
         return parts[0][1]
     whole = parameter.to(parts[0][1].dtype, copy=True)
     for one, tensor in parts:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlsedit_fast.errors import InputError, ModelError, listed
 from rlsedit_fast.models.fingerprint import settings
+from rlsedit_fast.models.linear import Stack
 from rlsedit_fast.models.projections import find_block, stacked_blocks
 from rlsedit_fast.rls.checks import all_finite
 
@@ -28,8 +29,8 @@ class WeightChange:
         stored: weight in the edited model, in the same dtype.
         current: float32 master weight that `stored` was rounded from, or `stored` if there is none.
         transposed: whether the module stores the weight as `[d_k, d_v]`.
-        expert: whether this is the output weight of a routed expert; then the name is that of the stacked weight, with
-            the index of the expert.
+        stack: stacked weight of which this is the output weight of a routed expert; then the name is that of the
+            stacked weight, with the index of the expert. None for a linear module.
 
     Raises:
         InputError: shapes or dtypes do not match, a tensor is not finite, or `stored` is not `current` rounded.
@@ -47,7 +48,7 @@ class WeightChange:
     stored: Tensor
     current: Tensor
     transposed: bool
-    expert: bool = False
+    stack: Stack | None = None
 
     def __post_init__(self) -> None:
         """Checks the tensors, see the class."""
@@ -139,11 +140,7 @@ def changes_between(base_model: PreTrainedModel, edited_model: PreTrainedModel) 
             f"the models differ in {', '.join(listed(other_tensors, 5))}; only changes of nn.Linear and Conv1D weights "
             "and of the output weights of experts can be exported, so save the whole model instead"
         )
-    return [
-        _change(name, parts[name], weight, expert=name not in changed)
-        for name, weight in found.items()
-        if weight is not None
-    ]
+    return [_change(name, parts[name], *weight) for name, weight in found.items() if weight is not None]
 
 
 def check_distinct(changes: Sequence[WeightChange]) -> None:
@@ -159,7 +156,7 @@ def check_distinct(changes: Sequence[WeightChange]) -> None:
 
 def check_no_experts(changes: Sequence[WeightChange], what: str) -> None:
     """Raises InputError if a change is that of a routed expert, which `what` cannot contain."""
-    if experts := [change.name for change in changes if change.expert]:
+    if experts := [change.name for change in changes if change.stack]:
         raise InputError(
             f"{len(experts)} of {len(changes)} changes are those of routed experts, such as {experts[0]}, which {what} "
             "cannot contain",
@@ -167,7 +164,7 @@ def check_no_experts(changes: Sequence[WeightChange], what: str) -> None:
         )
 
 
-def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
+def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool, Stack | None] | None:
     """Returns the weight of a linear module, or the output weight of a routed expert.
 
     Args:
@@ -175,8 +172,8 @@ def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | No
         name: dotted name of the module, or of the stacked weight of the experts with the index of one.
 
     Returns:
-        `(weight [d_v, d_k], transposed)`, the weight as a view; None if there is no such `nn.Linear`, `Conv1D` or
-        expert.
+        `(weight [d_v, d_k], transposed, stack)`, the weight as a view, see `WeightChange`; None if there is no such
+        `nn.Linear`, `Conv1D` or expert.
 
     Raises:
         ModelError: the weight is on the meta device.
@@ -191,7 +188,7 @@ def linear_weight(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | No
     weight, transposed = module.get_parameter("weight").detach(), isinstance(module, Conv1D)
     if weight.is_meta:
         raise ModelError(f"{name} is on the meta device and has no values; load the model completely into memory")
-    return weight.T if transposed else weight, transposed
+    return weight.T if transposed else weight, transposed, None
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -206,12 +203,10 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def _change(name: str, before: Tensor, found: tuple[Tensor, bool], *, expert: bool) -> WeightChange:
-    weight, transposed = found
+def _change(name: str, before: Tensor, weight: Tensor, transposed: bool, stack: Stack | None) -> WeightChange:
     original = before.to(weight.device)
-    return WeightChange(
-        name.removesuffix(".weight"), original.T if transposed else original, weight, weight, transposed, expert
-    )
+    original = original.T if transposed else original
+    return WeightChange(name.removesuffix(".weight"), original, weight, weight, transposed, stack)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from rlsedit_fast.export.changes import WeightChange, bits, check_distinct, line
 from rlsedit_fast.files import Described, damaged, open_tensors, write_tensors
 from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.fingerprint import digest, fingerprint, identify
+from rlsedit_fast.models.linear import Stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,13 +186,13 @@ def apply_and_compare(model: PreTrainedModel, path: str | Path) -> tuple[DeltaRe
         changes = []
         modules = []
         for name, expected in opened.sums.items():
-            weight, transposed, expert = _weight(model, name, _DTYPES[about["dtype"]])
+            weight, transposed, stack = _weight(model, name, _DTYPES[about["dtype"]])
             new, by_value = _apply(Path(path), opened.file, name, weight)
             if digest(new) != expected:
                 raise _damaged(path, f"the checksum of {name} does not match")
             modules.append(_module(name, weight, new, by_value))
             results.append((weight, new.cpu()))
-            changes.append(WeightChange(name, weight.clone(), new, new, transposed, expert))
+            changes.append(WeightChange(name, weight.clone(), new, new, transposed, stack))
     with torch.no_grad():
         for weight, new in results:
             weight.copy_(new)
@@ -250,17 +251,17 @@ def _check_whole(path: str | Path, opened: Described) -> None:
         raise _damaged(path, "it contains no module")
 
 
-def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
-    """Returns the weight `[d_v, d_k]`, whether it is stored transposed, and whether it is that of a routed expert."""
+def _weight(model: PreTrainedModel, name: str, dtype: torch.dtype) -> tuple[Tensor, bool, Stack | None]:
+    """Returns the weight `[d_v, d_k]`, whether it is stored transposed, and its stack if it is that of an expert."""
     found = linear_weight(model, name)
     if found is None:
         raise ModelError(
             f"the model has no linear module {name!r}; the model was not modified. Load the unedited base model"
         )
-    weight, transposed = found
+    weight, transposed, stack = found
     if weight.dtype != dtype:
         raise InputError(f"{name} is {weight.dtype}, the delta is {dtype}; load the model in {dtype}")
-    return weight, transposed, name not in dict(model.named_modules(remove_duplicate=False))
+    return weight, transposed, stack
 
 
 def _apply(path: Path, file: Any, name: str, weight: Tensor) -> tuple[Tensor, int]:

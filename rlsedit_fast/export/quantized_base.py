@@ -52,7 +52,7 @@ def write_projections_like(
     edited = [change for change in changes if not same_bits(change.original, change.stored)]
     if method not in SKIPPED or not base.is_safetensors:
         raise UnlikeBaseError(f"it is quantized with {method}; supported are {', '.join(SKIPPED)} in safetensors files")
-    if any(change.expert for change in edited):
+    if any(change.stack for change in edited):
         raise UnlikeBaseError("experts of quantized checkpoints are not supported")
     _check_others(model, base, {f"{change.name}.weight" for change in changes})
     written, added, dropped = WrittenTensors(), dict[str, dict[str, Tensor]](), dict[str, set[str]]()

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlsedit_fast.errors import ModelError
-from rlsedit_fast.models.linear import FLOATS, Projection, check_no_adapter, check_weight, input_width, output_width
+from rlsedit_fast.models.linear import (
+    FLOATS,
+    Projection,
+    Stack,
+    check_no_adapter,
+    check_weight,
+    input_width,
+    output_width,
+)
 from rlsedit_fast.models.mlps import candidates, find_mlps, is_norm, within
 from rlsedit_fast.rls import BlockLayout
 
@@ -109,6 +117,12 @@ class ExpertProjection(Projection):
         if block == self.sizes.experts:
             return f"{self.name}.{self.shared}", False
         return f"{self.stacked_name}.{block}", self.transposed
+
+    def stack_of(self, block: int) -> Stack | None:
+        """See `Projection`."""
+        if block == self.sizes.experts:
+            return None
+        return Stack(self.sizes.experts, bool(getattr(self.experts, "is_transposed", False)))
 
     def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
         """See `Projection`."""

@@ -20,6 +20,25 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The stacked weight of the experts of a mixture, which contains the weight of each of them.
+
+    Attributes:
+        experts: number of experts.
+        declared_transposed: `is_transposed` of its module, by which PEFT decides how to read the weight; False if the
+            module does not have it.
+
+    Example:
+        >>> from rlsedit_fast.models.linear import Stack
+        >>> Stack(experts=8, declared_transposed=False).experts
+        8
+    """
+
+    experts: int
+    declared_transposed: bool
+
+
+@dataclass(frozen=True)
 class Projection(ABC):
     """The last linear map of a decoder layer's MLP: its input is the key, its output enters the residual stream.
 
@@ -79,6 +98,10 @@ class Projection(ABC):
     @abstractmethod
     def block_name(self, block: int) -> tuple[str, bool]:
         """Returns the name of a block in files of changes, and whether the model stores it transposed."""
+
+    def stack_of(self, block: int) -> Stack | None:
+        """Returns the stacked weight that contains a block; None if the block is the weight of a linear module."""
+        return None
 
     @abstractmethod
     def assembled(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from rlsedit_fast.models.experts import ExpertProjection, expert_projection
 from rlsedit_fast.models.linear import (
     LinearProjection,
     Projection,
+    Stack,
     check_in_memory,
     check_no_adapter,
     check_weight,
@@ -209,7 +210,7 @@ def find_decoder(
     return Decoder(model, list(blocks), name, projection_module, processes=processes)
 
 
-def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
+def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool, Stack | None] | None:
     """Returns the output weight of a routed expert.
 
     Args:
@@ -217,14 +218,14 @@ def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool] | None:
         name: dotted name of the stacked weight and the index of the expert, see `Projection.block_name`.
 
     Returns:
-        `(weight [d_v, width], transposed)`, the weight as a view; None if there is no such expert.
+        `(weight [d_v, width], transposed, stack)`, the weight as a view; None if there is no such expert.
     """
     parameter, _, index = name.rpartition(".")
     if not index.isdecimal() or not any(parameter == one for one, _ in model.named_parameters()):
         return None
     for projection in find_mixtures(find_decoder(model)):
         if parameter == projection.stacked_name and int(index) < projection.sizes.experts:
-            return projection.blocks[int(index)], projection.transposed
+            return projection.blocks[int(index)], projection.transposed, projection.stack_of(int(index))
     return None
 
 

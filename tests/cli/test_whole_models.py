@@ -196,3 +196,19 @@ def test_a_class_that_does_not_generate_is_refused(tokenizer, tmp_path, capsys):
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["SmolLM3ForSequenceClassification"]}))
     assert main(["show", "--model", str(base), *FACT]) != 0
     assert "SmolLM3ForSequenceClassification, which does not generate text" in capsys.readouterr().err
+
+
+def test_a_mixture_of_experts_is_edited_with_its_routing_measured(make_model, tokenizer, tmp_path, settings, capsys):
+    base = tmp_path / "base"
+    make_model("qwen3_moe").save_pretrained(base)
+    save_tokenizer(tokenizer, base)
+    options = ["edit", *FACT, "--model", str(base), "--lam", "0.1", "--mu", "0", "--no-anchors", "--no-chat", *settings]
+    report = tmp_path / "report.json"
+    assert main([*options, "--layers", "2", "--adapter", str(tmp_path / "adapter"), "--json", str(report)]) in (0, 1)
+    routing = json.loads(report.read_text())["stability"]["routing_change"]
+    assert routing["2"] == 0.0, "the edited layer routes as before"
+    assert 0 < routing["3"] <= 1
+    assert "tokens there that reach other experts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_parameters"] == [
+        "model.layers.2.mlp.experts.down_proj"
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -148,7 +150,7 @@ def test_a_store_restores_the_edits_bit_for_bit(make_model, tokenizer, tmp_path)
         objective, bound = editor.status().layers[0].objective, editor.deviation()[0]
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(rf.errors.InputError, match="cannot contain"):
-            editor.save_adapter(tmp_path / "adapter")
+            editor.save_adapter(tmp_path / "adapter", engine="vllm")
     other = make_model("qwen2_moe", torch.bfloat16)
     with rf.Editor(other, tokenizer, store=tmp_path / "store") as editor:
         assert all(torch.equal(value, kept[name]) for name, value in other.state_dict().items())
@@ -194,9 +196,31 @@ def test_a_delta_restores_the_edited_experts(make_model, tokenizer, tmp_path):
         report = editor.save_delta(tmp_path / f"{name}.safetensors")
         changed = changes_between(base, edited)
         assert [module.name for module in report.modules if module.changed] == [change.name for change in changed]
-        assert any(change.expert for change in changed)
+        assert any(change.stack for change in changed)
         apply_delta(base, tmp_path / f"{name}.safetensors")
         assert changes_between(base, edited) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4", "mixtral"])
+def test_peft_loads_an_adapter_of_experts(name, make_model, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, edited = make_model(name), make_model(name)
+    editor = make_editor(edited, tokenizer)
+    editor.edit(EDITS[:3])
+    report = editor.save_adapter(tmp_path / "adapter")
+    assert max(module.error for module in report.modules) < 1e-5
+    ids = torch.arange(3, 39).view(3, 12)
+    with torch.no_grad(), warnings.catch_warnings():
+        for kind in (UserWarning, RuntimeWarning):  # of peft about missing or unexpected keys, among others
+            warnings.simplefilter("error", kind)
+        before = base(input_ids=ids).logits
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        wanted = edited(input_ids=ids).logits
+        assert (wanted - before).abs().max() > 1e-2
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        merged = loaded.merge_and_unload()
+    for key, tensor in edited.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_change_of_the_routing_is_measured(make_model, tokenizer):
@@ -242,12 +266,48 @@ def test_statistics_are_saved_and_checked(make_model, tokenizer, tmp_path):
     [
         ({"stored_rows": "fp16"}, "stored_rows='full'"),
         ({"contexts": {"rows": "mean"}}, "contexts.rows='contexts'"),
-        ({"rule": "memit", "same_subject": "separate"}, "rule='rls'"),
+        ({"rule": "memit", "same_subject": "separate"}, "set experts to one of 'split', 'shared', 'top'"),
+        ({"rule": "memit", "same_subject": "separate", "experts": "shared"}, "no shared expert"),
     ],
 )
 def test_settings_that_mixtures_do_not_support_are_refused(make_model, tokenizer, changes, match):
     with pytest.raises(rf.errors.InputError, match=match):
         rf.Editor(make_model("qwen3_moe"), tokenizer, config=make_config(**changes))
+
+
+def test_settings_for_experts_require_a_mixture_and_a_baseline(make_model, tokenizer):
+    with pytest.raises(rf.errors.InputError, match="requires another rule"):
+        make_config(experts="split")
+    with pytest.raises(rf.errors.InputError, match="no mixture of experts is edited"):
+        rf.Editor(make_model("llama"), tokenizer, config=make_config(rule="memit", experts="split"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "memit", "experts": "split"},
+        {"rule": "memit", "experts": "shared"},
+        {"rule": "alphaedit", "rule_options": {"null_share": 0.7}, "experts": "split"},
+        {"rule": "memit", "experts": "top"},
+    ],
+)
+def test_baselines_edit_experts(make_model, tokenizer, changes):
+    model = make_model("qwen2_moe")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    before = nlls(model, tokenizer, EDITS[:6])
+    editor = make_editor(model, tokenizer, same_subject="separate", **changes)
+    assert editor.config.effective_rows == "contexts"
+    (plan,) = editor.context.memory()
+    records = editor.edit(EDITS[:6])
+    after = nlls(model, tokenizer, EDITS[:6])
+    assert sum(after) < sum(before)
+    assert all(record.state == "active" for record in records)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    shared, routed = (f"model.layers.2.mlp.{name}" for name in ("shared_expert.down_proj.weight", "experts.down_proj"))
+    assert changed == {"split": {shared, routed}, "shared": {shared}, "top": {routed}}[changes["experts"]]
+    assert plan.state > 0
+    with pytest.raises(rf.errors.InputError, match="cannot remove"):
+        editor.undo([records[0].id])
 
 
 def test_statistics_of_an_ordinary_layer_are_refused(make_model, tokenizer):

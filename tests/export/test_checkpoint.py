@@ -120,7 +120,7 @@ def test_experts_are_written_under_their_names_on_disk(name, make_model, tokeniz
     base = save_base(make_model(name, torch.bfloat16), tokenizer, tmp_path / "base")
     model = load(base)
     changes = edit(model)
-    assert any(change.expert for change in changes)
+    assert any(change.stack for change in changes)
     report = write_checkpoint(model, tokens(base), tmp_path / "out", changes=changes)
     only(compare_checkpoints(base, tmp_path / "out"), *report.tensors)
     again = load(tmp_path / "out").state_dict()

@@ -181,7 +181,7 @@ class Forecaster:
             )
         self._context, self._moments = context, moments
         self._weights = [projection.blocks for projection in context.projections]
-        self._held_out = HeldOut.of(held_out[1], held_out[0], self._weights, context.projections) if held_out else None
+        self._held_out = HeldOut.of(*held_out, self._weights, context.projections) if held_out else None
 
     def keys(self, requests: Sequence[Request], report: Report) -> list[Tensor]:
         """Returns per layer the keys of requests, `[n, rows, d_k]`, float32 in host memory."""
