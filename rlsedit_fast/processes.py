@@ -1,4 +1,4 @@
-"""The processes that hold one model together: how many there are, which one this is, and what they agree on.
+"""The processes that edit one model: how many there are, which one this is, and what they agree on.
 
 Every process runs the same program. The first one speaks to the user and writes files. Collectives are called by all
 processes in the same order; `operation` ends those that wait for a process that failed.
@@ -38,15 +38,26 @@ class Processes:
     Attributes:
         count: number of processes.
         rank: index of this process.
+        replicas: whether each process holds the whole model; otherwise they hold it together.
     """
 
     count = 1
     rank = 0
+    replicas = False
 
     @property
     def first(self) -> bool:
         """Whether this is the first process, which speaks to the user and writes files."""
         return self.rank == 0
+
+    @property
+    def together(self) -> Processes:
+        """The processes that compute a forward pass together."""
+        return ALONE if self.replicas else self
+
+    def all(self, attempt: Callable[[], T]) -> list[T]:
+        """Returns the results of `attempt` in all processes, which can be pickled; see `agree` for errors."""
+        return [attempt()]
 
     def same(self, value: T) -> T:
         """Returns the value of the first process; it can be pickled."""
@@ -91,10 +102,11 @@ ALONE = Processes()
 
 
 class Group(Processes):
-    """Several processes that hold one model together.
+    """Several processes that hold one model together, or copies of it.
 
     Args:
         group: their process group; None for all processes.
+        replicas: see `Processes`.
 
     Attributes:
         ended: whether this process ended the process group, because it failed.
@@ -103,7 +115,7 @@ class Group(Processes):
         InputError: no process group is initialized.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, *, replicas: bool = False) -> None:
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
@@ -112,7 +124,7 @@ class Group(Processes):
         self._group: Any = dist.group.WORLD if group is None else group
         self._store: Any = dist.distributed_c10d._get_default_store()
         self.count, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        self.ended = False
+        self.ended, self.replicas = False, replicas
         self._source = self._dist.get_global_rank(self._group, 0)
 
     def same(self, value: T) -> T:
@@ -124,6 +136,9 @@ class Group(Processes):
     def same_tensors(self, *tensors: Tensor) -> None:
         """See `Processes`."""
         for tensor in tensors:
+            if tensor.device.type == "cpu" and self._dist.get_backend(self._group) != "gloo":
+                tensor.copy_(self.same(tensor))
+                continue
             sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
             self._dist.broadcast(sent, self._source, group=self._group)
             if sent is not tensor:
@@ -143,6 +158,10 @@ class Group(Processes):
             error = caught
         raise_first(self._every(described(error)), error)
         return result  # type: ignore[return-value]
+
+    def all(self, attempt: Callable[[], T]) -> list[T]:
+        """See `Processes`."""
+        return self._every(self.agree(attempt))
 
     def in_turn(self, attempt: Callable[[], T]) -> T:
         """See `Processes`."""

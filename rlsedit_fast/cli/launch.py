@@ -1,4 +1,4 @@
-"""`--tp N`: a command in several processes that `torchrun` starts; the first one prints and writes files."""
+"""`--tp N` and `--dp N`: a command in the processes of `torchrun`, of which the first one prints and writes files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMEOUT = timedelta(hours=2)
 
 
 def add_processes(parser: argparse._ActionsContainer) -> None:
-    """Adds the option --tp."""
+    """Adds the options --tp and --dp."""
     parser.add_argument(
         "--tp",
         type=int,
@@ -28,28 +28,37 @@ def add_processes(parser: argparse._ActionsContainer) -> None:
         help="divide the model over N processes, one per device (tensor parallelism of transformers); start the "
         "command with `torchrun --nproc-per-node N --no-python rlsedit ...`",
     )
+    parser.add_argument(
+        "--dp",
+        type=int,
+        metavar="N",
+        help="search values in N processes, each of which holds the whole model (data parallel); start the command as "
+        "with --tp",
+    )
 
 
 @contextmanager
 def launched(options: argparse.Namespace) -> Iterator[None]:
-    """Joins the processes of --tp; all but the first one print nothing.
+    """Joins the processes of --tp or --dp; all but the first one print nothing.
 
     Raises:
-        InputError: the number of processes is not that of --tp.
+        InputError: the number of processes is not that of the option.
         ProcessError: another process failed.
     """
     set_world(ALONE)
-    count, started = getattr(options, "tp", None), int(os.environ.get("WORLD_SIZE") or 1)
+    replicas = getattr(options, "dp", None) is not None
+    count = options.dp if replicas else getattr(options, "tp", None)
+    started = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK") or 0) if started > 1 else 0
     if count is None and started == 1:
         yield
         return
     with _silent() if rank else _speaking():
-        _check(options, count, started)
+        _check(options, count, started, "--dp" if replicas else "--tp")
         if started == 1:
             yield
             return
-        _join()
+        _join(replicas)
         with _of_all():
             yield
 
@@ -62,24 +71,30 @@ def reports(error: BaseException) -> bool:
     return isinstance(held, Group) and held.ended and not isinstance(error, ProcessError)
 
 
-def _check(options: argparse.Namespace, count: int | None, started: int) -> None:
+def _check(options: argparse.Namespace, count: int | None, started: int, option: str) -> None:
     command = f"torchrun --nproc-per-node {max(count or started, 1)} --no-python rlsedit {options.command} ..."
     if count is None:
-        add = f"add --tp {started}" if hasattr(options, "tp") else "start it in one process; it does not divide a model"
+        add = (
+            f"add --tp {started} or --dp {started}"
+            if hasattr(options, "tp")
+            else "start it in one process; it does not divide a model"
+        )
         raise InputError(f"torchrun started {started} processes, each of which would run the whole command; {add}")
     if count < 1 or count != started:
         raise InputError(
-            f"--tp {count}, and {started} processes were started; run `{command} --tp {max(count, 1)}`, with one "
-            "process per device"
+            f"{option} {count}, and {started} processes were started; run `{command} {option} {max(count, 1)}`, with "
+            "one process per device"
         )
+    if getattr(options, "tp", None) is not None and getattr(options, "dp", None) is not None:
+        raise InputError("--tp and --dp exclude each other; pass one of them")
     if getattr(options, "device", None) is not None:
-        raise InputError("--device and --tp exclude each other; each process uses the device of its rank")
+        raise InputError(f"--device and {option} exclude each other; each process uses the device of its rank")
     model = getattr(options, "model", None)
-    if model is not None and is_gguf(model):
+    if option == "--tp" and model is not None and is_gguf(model):
         raise InputError(f"--model {model}: a GGUF file is not divided over processes; pass a checkpoint")
 
 
-def _join() -> None:
+def _join(replicas: bool) -> None:
     import torch.distributed as dist
 
     backend = "gloo"
@@ -90,8 +105,8 @@ def _join() -> None:
         if not dist.is_initialized():
             dist.init_process_group(backend, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"--tp: the processes cannot be connected: {error}") from error
-    set_world(Group())
+        raise InputError(f"the processes cannot be connected: {error}") from error
+    set_world(Group(replicas=replicas))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
+
 from rlsedit_fast.baselines import BASELINES, RECURSIVE
 from rlsedit_fast.cli.launch import add_processes
 from rlsedit_fast.cli.output import is_quiet, progress, say
@@ -47,7 +49,7 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True, divided: bool = False) -> None:
-    """Adds the options that select the model and how to load it; `divided`: also --tp."""
+    """Adds the options that select the model and how to load it; `divided`: also --tp and --dp."""
     default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -233,10 +235,13 @@ def load_model(
     """
     if getattr(options, "tp", None):
         loaded |= loading_options(options.tp)
+    device = options.device
+    if getattr(options, "dp", None) and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"  # of this process
     return loading.load_model(
         options.model if path is None else path,
         dtype=options.dtype,
-        device=options.device,
+        device=device,
         trust_remote_code=options.trust_remote_code,
         **loaded,
     )
@@ -372,7 +377,8 @@ class EditorPlan:
     def load(self) -> Editor:
         """Loads the model and returns the editor, with a store if one is given."""
         model, tokenizer = load_model(self.options, config=self.model_config, tokenizer=self.tokenizer)
-        return Editor(model, tokenizer, config=self.config, store=getattr(self.options, "store", None))
+        store, replicas = getattr(self.options, "store", None), world().replicas
+        return Editor(model, tokenizer, config=self.config, store=store, data_parallel=replicas)
 
 
 def plan_editor(options: argparse.Namespace) -> EditorPlan:

@@ -113,7 +113,7 @@ def open_editor(options: argparse.Namespace) -> Editor:
         InputError: the model is not known or cannot be loaded.
     """
     model, tokenizer = open_model(options)
-    return Editor(model, tokenizer, store=options.store)
+    return Editor(model, tokenizer, store=options.store, data_parallel=world().replicas)
 
 
 def add_change(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -114,7 +114,12 @@ def check_arguments(model: object, tokenizer: object, config: object) -> None:
         raise ModelError(f"{type(model).__name__} has no language model head", hint="load it with AutoModelForCausalLM")
 
 
-def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> ModelContext:
+def inspect_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EditConfig,
+    processes: Processes | None = None,
+) -> ModelContext:
     """Finds where a model is edited, with a forward pass over two tokens, and samples contexts if requested.
 
     Args:
@@ -122,12 +127,14 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
             ordinary ones with the same weights.
         tokenizer: its tokenizer.
         config: settings of the editor.
+        processes: the processes that edit the model; by default those that hold it together.
 
     Raises:
         ModelError: the layers or their projections are not found, or cannot be edited (together).
         InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
+    decoder = replace(decoder, processes=processes or decoder.processes)
     projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config), dequantize=True)
     check_tokenizer(model, tokenizer)
     _check_settings(projections, config)

@@ -29,6 +29,8 @@ from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.repairs import repair_forward
+from rlsedit_fast.models.shards import processes_of
+from rlsedit_fast.processes import Processes
 from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
@@ -69,6 +71,7 @@ class Editor(Planning, Inspection):
         *,
         config: EditConfig | None = None,
         store: str | Path | None = None,
+        data_parallel: bool = False,
     ) -> None:
         """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
@@ -78,6 +81,8 @@ class Editor(Planning, Inspection):
             tokenizer: its tokenizer.
             config: settings; by default those of the store, or `EditConfig()`.
             store: folder of the edits. If it contains edits, they are applied without forward passes.
+            data_parallel: each process of `torch.distributed` holds the whole model and searches values of a part of
+                each batch. All call the same methods with the same arguments, see `docs/devices.md`.
 
         Raises:
             ModelError: the model has no language model head, or the layers or their projections are not found or cannot
@@ -91,16 +96,28 @@ class Editor(Planning, Inspection):
         model = unwrapped(model)
         check_arguments(model, tokenizer, config)
         repair_forward(model)
-        held, given = open_store(store, model, config)
+        processes = processes_of(model, replicas=data_parallel)
+        with processes.operation():
+            self._open(model, tokenizer, config, store, processes)
+
+    def _open(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EditConfig | None,
+        store: str | Path | None,
+        processes: Processes,
+    ) -> None:
+        held, given = open_store(store, model, config, processes)
         try:
-            self.context: ModelContext = inspect_model(model, tokenizer, given)
+            self.context: ModelContext = inspect_model(model, tokenizer, given, processes)
             self.model, self.tokenizer = model, tokenizer
             if store is not None and held is None:
                 held = create_store(store, self.context, given)
             self._anchors: str | None = None
             self._recorder = None
             if held:
-                self._recorder = Recorder(held, self.config, self.context.projections, self.context.processes)
+                self._recorder = Recorder(held, self.config, self.context.projections, processes)
             self._session = EditSession(self.context, self._recorder)
             if self._recorder:
                 if config is not None:
@@ -119,6 +136,7 @@ class Editor(Planning, Inspection):
         *,
         config: EditConfig | None = None,
         store: str | Path | None = None,
+        data_parallel: bool = False,
         **model_options: Any,
     ) -> Editor:
         """Loads a model and its tokenizer with transformers and creates an editor.
@@ -127,12 +145,14 @@ class Editor(Planning, Inspection):
             path: folder or Hub name, as for `AutoModelForCausalLM.from_pretrained`.
             config: see `Editor`.
             store: see `Editor`.
+            data_parallel: see `Editor`.
             **model_options: options of `models.load_model`, such as `dtype` and `device_map`.
 
         Raises:
             InputError: the model cannot be loaded. Other errors are those of `Editor`.
         """
-        editor = cls(*load_model(path, **model_options), config=config, store=store)
+        model, tokenizer = load_model(path, **model_options)
+        editor = cls(model, tokenizer, config=config, store=store, data_parallel=data_parallel)
         editor._find_base(model_options)
         return editor
 

@@ -133,7 +133,7 @@ class Decoder:
         if inner is None:
             inner = _find_projection(self, layer, width, experts)
         if experts is not None and inner in (None, mixture, experts):
-            if self.processes.count > 1:
+            if self.processes.together.count > 1:
                 raise ModelError(
                     f"{block_name} contains a mixture of experts, which is not edited in several processes",
                     hint="load the model in one process, with device_map='auto' for several devices, or edit layers "

@@ -49,16 +49,26 @@ def whole(tensor: Any) -> Tensor:
     return found
 
 
-def processes_of(model: nn.Module) -> Processes:
-    """Returns the processes that hold a model together.
+def processes_of(model: nn.Module, *, replicas: bool = False) -> Processes:
+    """Returns the processes that hold a model together, or all processes, each of which holds the whole model.
 
     Raises:
-        ModelError: the model is divided in a way that cannot be edited, see `check_division`.
+        ModelError: the model is divided in a way that cannot be edited, see `check_division`; or it is divided, and
+            `replicas` is True.
+        InputError: `replicas` is True, and no process group is initialized.
     """
     check_division(model)
     parameters: list[Any] = list(model.parameters())
     mesh = next((one.device_mesh for one in parameters if is_divided(one)), None)
-    return ALONE if mesh is None or mesh.size() == 1 else Group(mesh.get_group())
+    divided = mesh is not None and mesh.size() > 1
+    if replicas and divided:
+        raise ModelError(
+            "data_parallel=True: the model is divided over the processes; expected the whole model in each",
+            hint="use either --tp or --dp (Python: load the model without tensor parallelism, or omit data_parallel)",
+        )
+    if replicas:
+        return Group(replicas=True)
+    return Group(mesh.get_group()) if divided else ALONE
 
 
 def check_division(model: nn.Module) -> None:

@@ -27,19 +27,19 @@ NUMBERS = ("search_nll", "nll", "realized", "used")
 SETTINGS = {"search": {"steps": 4}, "contexts": {"prefixes": ["", "The"]}, "batch_size": 3, "delay": 16}
 
 
-def options(world):
-    if world == 1:
-        return {}
+def options(world, replicas=False):
+    if world == 1 or replicas:
+        return {"data_parallel": True} if world > 1 else {}
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=world)}
 
 
-def open_editor(model, world, **settings):
+def open_editor(model, world, replicas=False, **settings):
     """Returns an editor of the model in a folder; of several layers, or of one where they cannot share a change."""
     layers = [2] if Path(model).name in ("gemma3", "olmo2") else [1, 2]
     config = rf.EditConfig(layers=layers, **(SETTINGS | settings))
-    return rf.Editor.from_pretrained(model, config=config, dtype="float32", **options(world))
+    return rf.Editor.from_pretrained(model, config=config, dtype="float32", **options(world, replicas))
 
 
 def edits(start, count, target="harp"):
@@ -59,9 +59,14 @@ def contents(editor):
     }
 
 
-def stream(folder, family, world, count=6):
-    """Calibrates, edits, protects, undoes, replaces, refines, and writes the model."""
-    editor = open_editor(str(folder / family), world)
+def copies(folder, family, world, count=7):
+    """The same in processes that hold copies of the model."""
+    return stream(folder, family, world, count, replicas=True)
+
+
+def stream(folder, family, world, count=6, replicas=False):
+    """Calibrates, edits, protects, undoes, replaces, consolidates, and writes the model."""
+    editor = open_editor(str(folder / family), world, replicas)
     editor.anchor([f"{name} plays the flute ." for name in NAMES[100:140]])
     editor.edit(edits(0, count))
     found = {"edited": contents(editor)}
@@ -79,7 +84,7 @@ def stream(folder, family, world, count=6):
         found["originals"] = [p.columns.gather(p.blocks[0], "test").clone() for p in editor.context.projections]
     editor.consolidate()
     found["consolidated"] = contents(editor)
-    place = folder / f"{family}-{world}"
+    place = folder / f"{family}-{world}{'-copies' * replicas}"
     report = editor.save_pretrained(place / "checkpoint")
     found["report"] = (report.reason, report.tensors)
     editor.save_delta(place / "delta.safetensors")
@@ -256,6 +261,7 @@ def commands(folder, family, world):
 
 
 SCENARIOS = {
+    "copies": copies,
     "commands": commands,
     "stream": stream,
     "forecast": forecast,

@@ -169,8 +169,9 @@ class Exports:
         card, changes = make_card(self._card(stability)), self.changes()
         given: Any = {"changes": changes, "base": self._base, "card": card, "overwrite": overwrite}
         processes = self.context.processes
-        if processes.count == 1:
-            return write_checkpoint(self.model, self.tokenizer, directory, **given)
+        if processes.together.count == 1:
+            with processes.operation():
+                return processes.lead(lambda: write_checkpoint(self.model, self.tokenizer, directory, **given))
         held = self.model.state_dict(keep_vars=True)
         with processes.operation():
             return processes.serve(
@@ -272,7 +273,7 @@ class Exports:
             for target, kind in zip(written, types, strict=True)
         )
         data = {report.name: (report.type, packed[report.module]) for report in reports}
-        write_gguf(header, path, data, overwrite=overwrite)
+        self.context.processes.lead(lambda: write_gguf(header, path, data, overwrite=overwrite))
         return GgufReport(str(path), str(header.path), reports, tuple(edits), tried)
 
     def check_gguf(self, source: str | Path | None = None, *, tensor_type: str = AUTO) -> GgufHeader:
@@ -303,7 +304,7 @@ class Exports:
                 hint="write a checkpoint (--out DIR; Python: save_pretrained) and convert it with "
                 "convert_hf_to_gguf.py of llama.cpp",
             )
-        if self.context.processes.count > 1:
+        if self.context.processes.together.count > 1:
             raise ModelError(
                 "a GGUF file is not written by several processes",
                 hint="write a checkpoint (--out DIR) and convert it, or start one process",

@@ -28,7 +28,6 @@ from rlsedit_fast.editing.storage.stored_rows import encode_rows
 from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.models.shards import processes_of
 from rlsedit_fast.ops import dispatch
 from rlsedit_fast.processes import ALONE, Processes
 from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved, Terms
@@ -54,7 +53,7 @@ _SAVED_NUMBERS = ("floor", "objective", "edits")
 
 
 def open_store(
-    directory: str | Path | None, model: PreTrainedModel, config: EditConfig | None
+    directory: str | Path | None, model: PreTrainedModel, config: EditConfig | None, processes: Processes
 ) -> tuple[Store | None, EditConfig]:
     """Opens a store for writing, if there is one, and returns it with the settings for further edits.
 
@@ -62,6 +61,7 @@ def open_store(
         directory: folder of the store; None without a store.
         model: the unedited model.
         config: settings of the user.
+        processes: the processes that edit the model.
 
     Raises:
         InputError: a setting is fixed by the store and differs, or a store does not support the rule.
@@ -70,7 +70,6 @@ def open_store(
     if directory is None:
         return None, config or EditConfig()
     _check_rule(directory, config)
-    processes = processes_of(model)
     if not processes.same(Store.exists(directory)):
         return None, config or EditConfig()
     store = processes.in_turn(lambda: Store(directory, write=processes.first))
