@@ -109,7 +109,7 @@ def columns_of(name: str, module: Any) -> Columns:
             raise ModelError(
                 f"{name} has outputs of width {module.out_features} and inputs of width {module.in_features}, and a "
                 f"plain weight of shape {list(weight.shape)}: other code divided it, or this version of transformers "
-                "does not mark divided weights; use transformers 5.21 or later for tensor parallelism"
+                "does not mark divided weights; update transformers for tensor parallelism (5.24 was tested)"
             )
         return WHOLE
     if weight.device_mesh.size() == 1 or all(placement.is_replicate() for placement in weight.placements):
