@@ -17,6 +17,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "PriorError",
+    "ProcessError",
     "RLSEditError",
     "RemovalError",
     "RequestError",
@@ -209,6 +210,18 @@ class ModelError(RLSEditError, ValueError):
         ... except ModelError as error:
         ...     print(error)
         layers [7] do not exist; the model has layers 0 to 3
+    """
+
+
+class ProcessError(RLSEditError):
+    """One of several processes that hold a model together failed, so that all of them ended.
+
+    Model and store are as they were before the batch.
+
+    Example:
+        >>> from rlsedit_fast.errors import ProcessError, RLSEditError
+        >>> issubclass(ProcessError, RLSEditError)
+        True
     """
 
 

@@ -51,8 +51,11 @@ class Interrupts:
         self._patience: int | None = None
 
     @contextmanager
-    def patient(self, patience: int) -> Iterator[None]:
-        """Defers `patience` presses inside the block; the next press ends the block, and only the block."""
+    def patient(self, patience: int | None) -> Iterator[None]:
+        """Defers `patience` presses inside the block; the next press ends the block, and only the block.
+
+        None defers all presses.
+        """
         try:
             try:
                 self._patience = patience

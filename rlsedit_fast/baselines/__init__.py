@@ -24,6 +24,7 @@ from rlsedit_fast.baselines.rect import RECT
 from rlsedit_fast.baselines.rome import ROME
 from rlsedit_fast.baselines.ultraedit import UltraEdit
 from rlsedit_fast.errors import InputError, did_you_mean
+from rlsedit_fast.rls.columns import WHOLE, Columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,7 @@ def make_layer(
     delay: int,
     label: str,
     saved: Saved | None = None,
+    columns: Columns = WHOLE,
 ) -> LayerState:
     """Creates a layer with a rule; the weight is updated in place.
 
@@ -148,6 +150,7 @@ def make_layer(
         delay: see `RLSState`; the baselines ignore it.
         label: name of the layer, for error messages.
         saved: saved contents of an `RLSState` to continue from; the baselines cannot be saved.
+        columns: the columns of the weight that this process holds.
 
     Returns:
         An `RLSState` for `rls`, else a `RuleLayer`.
@@ -171,5 +174,7 @@ def make_layer(
 
     rule = make_rule(name, options)
     if rule is None:
-        return RLSState(weight, prior, delay=delay, name=label, in_place=True, saved=saved)
+        return RLSState(weight, prior, delay=delay, name=label, in_place=True, saved=saved, columns=columns)
+    if columns.ranks > 1:
+        raise InputError(f"rule={name!r} does not edit a weight that several processes hold; use rule={RECURSIVE!r}")
     return RuleLayer(weight, prior, rule, name=label, in_place=True)

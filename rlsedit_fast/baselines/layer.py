@@ -13,6 +13,7 @@ from torch import Tensor
 from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.errors import InputError, UpdateError
 from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, Terms, checks
+from rlsedit_fast.rls.columns import Columns
 from rlsedit_fast.rls.layer import Layer, dtype_of
 from rlsedit_fast.rls.master import master_of
 
@@ -46,6 +47,10 @@ class LayerState(Protocol):
     @property
     def value_width(self) -> int:
         """The width of a value, `d_v`."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of the weight that this process holds."""
 
     @property
     def prior(self) -> Prior | BlockPrior:

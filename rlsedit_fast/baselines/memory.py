@@ -84,12 +84,12 @@ def plan_memory(
 def _layer_memory(projection: Projection, delay: int, rows: int, rule: Rule | None, last: bool) -> LayerMemory:
     """Returns the memory of a layer with a single weight."""
     (weight,) = projection.blocks
-    d_v, d_k = weight.shape
+    (d_v, held), d_k = weight.shape, projection.key_width
     item = dtype_of(weight).itemsize
     kept = weight.numel() * (min(weight.element_size(), _DOUBLE) + beside(weight))
     if rule is None:
         # C; pending rows, whose buffer doubles once if a batch finds it full; the sketch of the monitor
-        kept += item * (d_k * d_k + 2 * delay * (d_k + 1)) + 2 * _DOUBLE * d_k
+        kept += item * (held * d_k + 2 * delay * (held + 1)) + 2 * _DOUBLE * held
         # S0, which its factor replaces, and chunks; C and W are counted above
         building = d_k * d_k + 2 * max(CHUNK, d_k // 16) * d_k
     else:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from rlsedit_fast.cli.launch import launched, reports
 from rlsedit_fast.cli.output import add_quiet, set_quiet
 from rlsedit_fast.cli.places import check_inputs, check_places
 from rlsedit_fast.errors import GateError, RLSEditError, did_you_mean
@@ -61,23 +62,27 @@ def main(argv: list[str] | None = None) -> int:
                 _reject(commands.choices[options.command], unknown)
             set_quiet(options.quiet)
             prog = f"rlsedit {options.command}"
-            check_inputs(options)
-            check_places(options)
-            code: int = modules[options.command].run(options)
+            with launched(options):
+                check_inputs(options)
+                check_places(options)
+                code: int = modules[options.command].run(options)
             return code
         finally:
             sys.stdout.flush()  # raises BrokenPipeError here and not at interpreter exit
     except RLSEditError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if reports(error):
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return VIOLATED if isinstance(error, GateError) else FAILED
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if reports(error):
+            print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_closed():
             return NO_READER
         logger.debug("%s: unexpected error", prog, exc_info=True)
-        print(f"{prog}: error: {unexpected(error)}", file=sys.stderr)
+        if reports(error):
+            print(f"{prog}: error: {unexpected(error)}", file=sys.stderr)
         return FAILED
 
 

@@ -20,6 +20,7 @@ from rlsedit_fast.editing.capacity.forecast import ADHERENCES, LEAST_REALIZED, F
 from rlsedit_fast.editing.priors import Tradeoff
 from rlsedit_fast.editing.status import DEFAULT_BUDGET, IDENTIFIED
 from rlsedit_fast.errors import InputError, counted
+from rlsedit_fast.processes import world
 from rlsedit_fast.report.capacity import check_plot, plot_forecast
 from rlsedit_fast.statistics import TextFile
 
@@ -36,7 +37,7 @@ USAGE = "--model MODEL (--edits FILE | --text FILE --count N) [options]"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    setup.add_model(parser)
+    setup.add_model(parser, divided=True)
     add_facts(parser, required=False)
     parser.add_argument(
         "--count",
@@ -122,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
         lines += [*_table(rows), "", *forecast_lines(forecast)]
         results["forecast"] = asdict(forecast)
         if options.plot is not None:
-            plot_forecast(forecast, options.plot)
+            world().lead(lambda: plot_forecast(forecast, options.plot))
             lines.append(f"plot: {options.plot}")
     results["rows"] = [asdict(row) for row in rows]
     emit({**results, "left_out": facts.left_out}, lines, options.json)

@@ -25,7 +25,7 @@ USAGE = "--store DIR [options]"
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     add_store(parser)
-    setup.add_model(parser, required=False)
+    setup.add_model(parser, required=False, divided=True)
     add_json(parser)
 
 

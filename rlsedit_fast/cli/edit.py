@@ -25,6 +25,7 @@ from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import GateError, InputError, counted
 from rlsedit_fast.interrupts import Interrupts, interrupts_counted
 from rlsedit_fast.logs import warnings_silenced
+from rlsedit_fast.processes import world
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _PER_BATCH = ("rlsedit_fast.editing.session", "rlsedit_fast.editing.stream")
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    setup.add_model(parser)
+    setup.add_model(parser, divided=True)
     add_facts(parser, single=True)
     setup.add_settings(parser)
     setup.add_anchors(parser)
@@ -199,7 +200,7 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         complain(*written.failures)
         raise error
     written.raise_failures()
-    if interrupts.pressed:
+    if _interrupted(interrupts):
         return INTERRUPTED
     incomplete = facts.left_out or past or results["skipped"] or results["not_stated"] or written.lost
     return PARTIAL if incomplete else DONE
@@ -220,6 +221,20 @@ def _protect(editor: Editor, prompts: list[str]) -> None:
 
 class _Interrupted(Exception):
     """Ends editing after an interrupt, once the current batch is applied."""
+
+
+def _interrupted(interrupts: Interrupts) -> bool:
+    """Returns whether Ctrl-C was pressed, in any process."""
+    pressed = world().any(interrupts.pressed > 0)
+    if pressed and not interrupts.pressed:
+        say("interrupted in another process: finished the current batch; writing the results so far")
+    interrupts.pressed = max(interrupts.pressed, int(pressed))
+    return pressed
+
+
+def _patience(presses: int) -> int | None:
+    """Returns how many presses are deferred; all of them in several processes, which could end at different points."""
+    return presses if world().count == 1 else None
 
 
 def _bind_gates(editor: Editor, options: argparse.Namespace) -> BoundGates | None:
@@ -258,7 +273,7 @@ def _edit(
     failed = [place for place, record in made.items() if record.state == "active" and not record.success]
     # A gate that applies at the end may pass after the second try.
     may_go_on = error is None or (isinstance(error, GateError) and error.report.final)
-    if options.retry_failed and failed and may_go_on and not interrupts.pressed:
+    if options.retry_failed and failed and may_go_on and not _interrupted(interrupts):
         say(f"applying {counted(len(failed), 'edit')} again whose target the model does not state")
         again, error = _apply(editor, {place: by_place[place] for place in failed}, gates, interrupts)
         made |= again
@@ -287,11 +302,11 @@ def _apply(
     """Applies edits, given by place; returns the records of those that were applied, and the error if any."""
     first = len(editor.history())
     error: Exception | None = None
-    with interrupts.patient(1), progress(len(edits), "editing", "edit") as bar:
+    with interrupts.patient(_patience(1)), progress(len(edits), "editing", "edit") as bar:
 
         def on_batch(records: list[EditRecord]) -> None:
             bar.update(len(records))
-            if interrupts.pressed:
+            if _interrupted(interrupts):
                 raise _Interrupted
 
         try:
@@ -324,7 +339,7 @@ def _evaluate(
     """Evaluates the applied edits, given by place; Ctrl-C skips the evaluation."""
     from rlsedit_fast.evaluation.outcome import collect_answers, compute_outcome, stated
 
-    with interrupts.patient(0):
+    with interrupts.patient(_patience(0)):
         try:
             edits = list(applied.values())
             with working("evaluating after the edits"):

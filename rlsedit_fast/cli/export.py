@@ -35,6 +35,7 @@ from rlsedit_fast.logs import warnings_silenced
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import SUFFIX, is_gguf
 from rlsedit_fast.models.loading import load_config
+from rlsedit_fast.processes import world
 from rlsedit_fast.store import Store
 
 WRITER = "rlsedit_fast.export.checkpoint"
@@ -51,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("--store", type=Path, metavar="DIR", help="store whose active edits are exported")
     parser.add_argument("--edited", metavar="MODEL", help="instead of --store: edited checkpoint; --model is its base")
-    setup.add_model(parser, required=False)
+    setup.add_model(parser, required=False, divided=True)
     add_exports(parser)
     add_json(parser)
 
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
         raise InputError("--out requires --store; the edited checkpoint of --edited exists already")
+    if options.edited is not None and options.tp is not None:
+        raise InputError("--tp requires --store; --edited compares two models in one process")
     check_named_exports(options, options.model or "")
     return _export_store(options) if options.store is not None else _export_difference(options)
 
@@ -358,7 +361,7 @@ def adapter_lines(report: AdapterReport, directory: Path) -> list[str]:
 
 def _write_patch(changes: list[WeightChange], path: Path, base_fingerprint: str, written: Written) -> None:
     with written.attempt(f"--patch {path}"):
-        patches = write_patch(changes, path, base_fingerprint=base_fingerprint)
+        patches = world().lead(lambda: write_patch(changes, path, base_fingerprint=base_fingerprint))
         entries = sum(patch.full_shape[0] * patch.full_shape[1] for patch in patches)
         changed = sum(len(patch.indices) for patch in patches)
         written.files.append(f"patch: {path}, {changed:,} of {entries:,} entries of {counted(len(patches), 'weight')}")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from rlsedit_fast.editing.requests import find_invalid
 from rlsedit_fast.errors import InputError, RequestError, counted, listed
 from rlsedit_fast.models.joins import Join
 from rlsedit_fast.models.loading import max_tokens
+from rlsedit_fast.processes import world
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,11 @@ def _read(options: argparse.Namespace) -> tuple[EditFile, str]:
     """Returns the contents of the file of edits and its name."""
     stdin = str(options.edits) == "-"
     title = "<stdin>" if stdin else str(options.edits)
+    source = getattr(sys.stdin, "buffer", sys.stdin) if stdin else options.edits
+    if stdin and world().count > 1:
+        source = BytesIO(world().lead(source.read))
     file = read_edits(
-        getattr(sys.stdin, "buffer", sys.stdin) if stdin else options.edits,
+        source,
         format=options.format,
         strict=not options.skip_bad,
         zsre_target=options.zsre_target,

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsedit_fast.activity import activity_shown
 from rlsedit_fast.errors import InputError
+from rlsedit_fast.processes import world
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +49,17 @@ def emit(results: dict[str, Any] | list[dict[str, Any]], lines: Sequence[str], t
         return
     try:
         if to is not None:
-            Path(to).parent.mkdir(parents=True, exist_ok=True)
-            Path(to).write_text(_json(results) + "\n")
+            place = Path(to)
+            world().lead(lambda: _write(place, _json(results) + "\n"))
     except OSError as error:
         raise InputError(f"--json {to}: cannot write the file ({error.strerror}); choose another path") from error
     finally:
         print("\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _json(results: Any) -> str:

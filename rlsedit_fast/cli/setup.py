@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
+
 from rlsedit_fast.baselines import BASELINES, RECURSIVE
+from rlsedit_fast.cli.launch import add_processes
 from rlsedit_fast.cli.output import is_quiet, progress, say
 from rlsedit_fast.editing import EditConfig, Editor
 from rlsedit_fast.editing.config import OnOverlap, load_settings
@@ -18,7 +21,9 @@ from rlsedit_fast.editing.storage.recovery import read_settings
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
 from rlsedit_fast.models import loading
+from rlsedit_fast.models.tensor_parallel import loading_options
 from rlsedit_fast.models.tokens import FactToken
+from rlsedit_fast.processes import world
 from rlsedit_fast.statistics import KeyStatistics, SelfGenerated, Source, TextFile
 from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, STATISTICS
@@ -43,8 +48,8 @@ _OPTIONS: dict[str, tuple[str | None, str]] = {
 """Options of `add_settings`, and the group and the name of the setting of `EditConfig`."""
 
 
-def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds the options that select the model and how to load it."""
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True, divided: bool = False) -> None:
+    """Adds the options that select the model and how to load it; `divided`: also --tp and --dp."""
     default = "" if required else " (default: the model recorded in the store)"
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -62,6 +67,8 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
         help="device to load the model on, such as cuda; auto distributes it over all devices (requires accelerate) "
         "(default: cpu)",
     )
+    if divided:
+        add_processes(group)
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -226,10 +233,15 @@ def load_model(
         path: the model, if not the one of the options.
         **loaded: `config` and `tokenizer`, if they are loaded already; see `models.loading.load_model`.
     """
+    if getattr(options, "tp", None):
+        loaded |= loading_options(options.tp)
+    device = options.device
+    if getattr(options, "dp", None) and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"  # of this process
     return loading.load_model(
         options.model if path is None else path,
         dtype=options.dtype,
-        device=options.device,
+        device=device,
         trust_remote_code=options.trust_remote_code,
         **loaded,
     )
@@ -365,7 +377,8 @@ class EditorPlan:
     def load(self) -> Editor:
         """Loads the model and returns the editor, with a store if one is given."""
         model, tokenizer = load_model(self.options, config=self.model_config, tokenizer=self.tokenizer)
-        return Editor(model, tokenizer, config=self.config, store=getattr(self.options, "store", None))
+        store, replicas = getattr(self.options, "store", None), world().replicas
+        return Editor(model, tokenizer, config=self.config, store=store, data_parallel=replicas)
 
 
 def plan_editor(options: argparse.Namespace) -> EditorPlan:
@@ -375,7 +388,7 @@ def plan_editor(options: argparse.Namespace) -> EditorPlan:
     config = make_config(options, stored)
     _check_anchors(options, config)
     if place is not None:
-        check_store(place, config)
+        world().lead(lambda: check_store(place, config))
     found = check_model(options, config)
     if options.preset == GENERIC and config.layers is None and find_preset(found) is not None:
         config = config.replace(layers=config.layers_for(found.get_text_config().num_hidden_layers))

@@ -20,6 +20,7 @@ from rlsedit_fast.cli.setup import (
 )
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.files import open_tensors
+from rlsedit_fast.processes import world
 from rlsedit_fast.statistics.cache import cache_path
 from rlsedit_fast.statistics.key_statistics import EARLIER_STATISTICS, STATISTICS
 
@@ -29,7 +30,7 @@ USAGE = "--model MODEL (--text FILE | --self-generate) [options]"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    add_model(parser)
+    add_model(parser, divided=True)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, metavar="FILE", help='text file: plain, or JSON Lines with a field "text"')
     source.add_argument("--self-generate", action="store_true", help="text that the model generates")
@@ -61,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
     if checkpoint.exists():
         say(f"resuming from {checkpoint}")
     found = gather(editor, source, options, checkpoint)
-    found.save(out)
-    checkpoint.unlink(missing_ok=True)
+    world().lead(lambda: found.save(out))
+    if world().first:
+        checkpoint.unlink(missing_ok=True)
     results = {
         "file": str(out),
         "tokens": found.tokens,

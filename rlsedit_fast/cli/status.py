@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load the model and measure the current deviation and drift (default: values of the last snapshot)",
     )
-    setup.add_model(parser, required=False)
+    setup.add_model(parser, required=False, divided=True)
     add_json(parser)
 
 

@@ -18,6 +18,7 @@ from rlsedit_fast.editing.storage.recovery import select_edits
 from rlsedit_fast.errors import InputError, listed
 from rlsedit_fast.models.answers import answer_facts
 from rlsedit_fast.models.tokens import fill
+from rlsedit_fast.processes import world
 from rlsedit_fast.store import Store
 
 if TYPE_CHECKING:
@@ -93,11 +94,15 @@ def use_recorded_model(options: argparse.Namespace) -> None:
         StoreError: the store does not exist, is damaged or is in use.
         InputError: the store does not record the path of its model.
     """
-    with Store(options.store) as store:  # also checks that no other process has opened it
-        recorded = store.about["model"]
+    recorded = world().lead(lambda: _recorded_model(options.store))
     if options.model is None and not recorded:
         raise InputError(f"the store {str(options.store)!r} does not record the path of its model; pass --model")
     options.model = options.model or recorded
+
+
+def _recorded_model(directory: Path) -> str:
+    with Store(directory) as store:  # also checks that no other process has opened it
+        return str(store.about["model"] or "")
 
 
 def open_editor(options: argparse.Namespace) -> Editor:
@@ -108,14 +113,14 @@ def open_editor(options: argparse.Namespace) -> Editor:
         InputError: the model is not known or cannot be loaded.
     """
     model, tokenizer = open_model(options)
-    return Editor(model, tokenizer, store=options.store)
+    return Editor(model, tokenizer, store=options.store, data_parallel=world().replicas)
 
 
 def add_change(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a command that changes edits of a store."""
     add_store(parser)
     add_selection(parser)
-    setup.add_model(parser, required=False)
+    setup.add_model(parser, required=False, divided=True)
     add_exports(parser)
     add_json(parser)
 

@@ -50,7 +50,9 @@ def find_statistics(
     if tokens is not None and (texts is None or isinstance(texts, KeyStatistics)):
         raise InputError(f"tokens={tokens}: key statistics have a fixed number of tokens; omit it, or pass text")
     if texts is None:
-        found = find_cached(identity(), context.layers)
+        fingerprint = identity()
+        found = find_cached(fingerprint, context.layers)
+        _check_alike(context, found)
         if found is None:
             logger.warning(
                 "no key statistics of this model and its edited layers in %s; collect them with `rlsedit statistics`",
@@ -72,7 +74,10 @@ def find_statistics(
                 "measured on text that the prior does not preserve"
             )
     _warn_of_experts(context, found)
-    width = max(max(block.shape[1] for block in projection.blocks) for projection in context.projections)
+    width = max(
+        one.key_width if one.layout is None else max(block.shape[1] for block in one.blocks)
+        for one in context.projections
+    )
     if found.tokens < width:
         logger.warning(
             "the anchors have %d tokens, and keys have %d dimensions: in many directions only lam limits the change; "
@@ -82,6 +87,16 @@ def find_statistics(
         )
     logger.info("anchors: %d tokens, %d held out: %s", found.tokens, found.held_out_tokens, found.source)
     return found
+
+
+def _check_alike(context: ModelContext, found: KeyStatistics | None) -> None:
+    """Raises InputError in every process if the processes found different key statistics in their caches."""
+    about = None if found is None else (found.source, found.tokens, found.held_out_tokens)
+    if context.processes.any(context.processes.same(about) != about):
+        raise InputError(
+            f"the processes find different key statistics in {cache_folder()} of their hosts",
+            hint="pass the same file to all (--statistics FILE; Python: Editor.anchor(path)), or use a common folder",
+        )
 
 
 def _warn_of_experts(context: ModelContext, found: KeyStatistics) -> None:

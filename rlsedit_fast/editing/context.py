@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -27,6 +27,7 @@ from rlsedit_fast.models.prefixes import with_prefixes
 from rlsedit_fast.models.projections import Decoder, find_decoder
 from rlsedit_fast.models.sites import Site, find_site
 from rlsedit_fast.models.tokenizer_checks import check_tokenizer
+from rlsedit_fast.processes import Processes
 from rlsedit_fast.rls.checks import all_finite
 from rlsedit_fast.statistics.collection import collect
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
@@ -57,6 +58,11 @@ class ModelContext:
     decoder: Decoder
     projections: Sequence[Projection]
     site: Site
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that hold the model together."""
+        return self.decoder.processes
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -108,7 +114,12 @@ def check_arguments(model: object, tokenizer: object, config: object) -> None:
         raise ModelError(f"{type(model).__name__} has no language model head", hint="load it with AutoModelForCausalLM")
 
 
-def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EditConfig) -> ModelContext:
+def inspect_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EditConfig,
+    processes: Processes | None = None,
+) -> ModelContext:
     """Finds where a model is edited, with a forward pass over two tokens, and samples contexts if requested.
 
     Args:
@@ -116,24 +127,30 @@ def inspect_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
             ordinary ones with the same weights.
         tokenizer: its tokenizer.
         config: settings of the editor.
+        processes: the processes that edit the model; by default those that hold it together.
 
     Raises:
         ModelError: the layers or their projections are not found, or cannot be edited (together).
         InputError: a weight to be edited contains NaN/Inf, or the tokenizer is that of another model.
     """
     decoder = find_decoder(model, layer_module=config.layer_module, projection_module=config.projection_module)
+    decoder = replace(decoder, processes=processes or decoder.processes)
     projections: Sequence[Projection] = decoder.select(choose_layers(decoder, config), dequantize=True)
     check_tokenizer(model, tokenizer)
     _check_settings(projections, config)
-    for projection in projections:
-        if not all_finite(*projection.parameters.values()):
-            raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
+    decoder.processes.agree(lambda: _check_finite(projections))
     with quiet(model):
         decoder = with_prefixes(decoder, longest=max_tokens(model.config))
         site = find_site(decoder, projections)
     if not site.direct and len(projections) > 1:
         projections = _single_layer(model, projections, config)
     return ModelContext(model, tokenizer, _with_sampled_contexts(model, tokenizer, config), decoder, projections, site)
+
+
+def _check_finite(projections: Sequence[Projection]) -> None:
+    for projection in projections:
+        if not all_finite(*projection.tensors):
+            raise InputError(f"{projection.name}: the weight contains NaN/Inf; load the model again")
 
 
 def choose_layers(decoder: Decoder, config: EditConfig) -> Sequence[int]:

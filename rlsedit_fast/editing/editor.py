@@ -29,6 +29,8 @@ from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.loading import load_model
 from rlsedit_fast.models.passes import quiet
 from rlsedit_fast.models.repairs import repair_forward
+from rlsedit_fast.models.shards import processes_of
+from rlsedit_fast.processes import Processes
 from rlsedit_fast.statistics.collection import HELD_OUT
 from rlsedit_fast.statistics.key_statistics import KeyStatistics
 from rlsedit_fast.statistics.sources import Source, each_text
@@ -69,6 +71,7 @@ class Editor(Planning, Inspection):
         *,
         config: EditConfig | None = None,
         store: str | Path | None = None,
+        data_parallel: bool = False,
     ) -> None:
         """Inspects the model with a forward pass over two tokens. The model is modified only if a store has edits.
 
@@ -78,6 +81,8 @@ class Editor(Planning, Inspection):
             tokenizer: its tokenizer.
             config: settings; by default those of the store, or `EditConfig()`.
             store: folder of the edits. If it contains edits, they are applied without forward passes.
+            data_parallel: each process of `torch.distributed` holds the whole model and searches values of a part of
+                each batch. All call the same methods with the same arguments, see `docs/devices.md`.
 
         Raises:
             ModelError: the model has no language model head, or the layers or their projections are not found or cannot
@@ -91,14 +96,28 @@ class Editor(Planning, Inspection):
         model = unwrapped(model)
         check_arguments(model, tokenizer, config)
         repair_forward(model)
-        held, given = open_store(store, model, config)
+        processes = processes_of(model, replicas=data_parallel)
+        with processes.operation():
+            self._open(model, tokenizer, config, store, processes)
+
+    def _open(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EditConfig | None,
+        store: str | Path | None,
+        processes: Processes,
+    ) -> None:
+        held, given = open_store(store, model, config, processes)
         try:
-            self.context: ModelContext = inspect_model(model, tokenizer, given)
+            self.context: ModelContext = inspect_model(model, tokenizer, given, processes)
             self.model, self.tokenizer = model, tokenizer
             if store is not None and held is None:
                 held = create_store(store, self.context, given)
             self._anchors: str | None = None
-            self._recorder = Recorder(held, self.config, self.context.projections) if held else None
+            self._recorder = None
+            if held:
+                self._recorder = Recorder(held, self.config, self.context.projections, processes)
             self._session = EditSession(self.context, self._recorder)
             if self._recorder:
                 if config is not None:
@@ -117,6 +136,7 @@ class Editor(Planning, Inspection):
         *,
         config: EditConfig | None = None,
         store: str | Path | None = None,
+        data_parallel: bool = False,
         **model_options: Any,
     ) -> Editor:
         """Loads a model and its tokenizer with transformers and creates an editor.
@@ -125,12 +145,14 @@ class Editor(Planning, Inspection):
             path: folder or Hub name, as for `AutoModelForCausalLM.from_pretrained`.
             config: see `Editor`.
             store: see `Editor`.
+            data_parallel: see `Editor`.
             **model_options: options of `models.load_model`, such as `dtype` and `device_map`.
 
         Raises:
             InputError: the model cannot be loaded. Other errors are those of `Editor`.
         """
-        editor = cls(*load_model(path, **model_options), config=config, store=store)
+        model, tokenizer = load_model(path, **model_options)
+        editor = cls(model, tokenizer, config=config, store=store, data_parallel=data_parallel)
         editor._find_base(model_options)
         return editor
 
@@ -188,7 +210,8 @@ class Editor(Planning, Inspection):
                 names of files; a file does not exist; or the statistics belong to another model or lack a layer.
         """
         self._check_not_started("anchor")
-        found = find_statistics(self.context, texts, tokens=tokens, held_out=held_out, identity=self.fingerprint)
+        with self.context.processes.operation():
+            found = find_statistics(self.context, texts, tokens=tokens, held_out=held_out, identity=self.fingerprint)
         if found is None:
             return 0
         # The moments are read in parts when the states are built, so they stay in host memory.
@@ -218,7 +241,10 @@ class Editor(Planning, Inspection):
         """
         if len(self._session.ledger):
             raise InputError("statistics(): the model is already edited; collect them from the unedited model")
-        return self.context.collect(source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint)
+        with self.context.processes.operation():
+            return self.context.collect(
+                source, tokens=tokens, held_out=held_out, progress=progress, checkpoint=checkpoint
+            )
 
     def protect(
         self,
@@ -255,7 +281,7 @@ class Editor(Planning, Inspection):
             raise InputError(f"weight: {reason}")
         self._check_attached()
         texts = list(each_text(prompts))
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             protection = make_protection(self.context, texts, weight, continuations, values)
             self._session.protect(protection)
         return protection.tokens
@@ -300,7 +326,7 @@ class Editor(Planning, Inspection):
             RLSEditError: a batch failed; it was not applied.
         """
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             guard = bind_gates(gates, self)
             return apply_stream(self._session, requests, on_batch, require_stated=require_stated, guard=guard)
 
@@ -352,7 +378,7 @@ class Editor(Planning, Inspection):
             StoreError: the store cannot be written; nothing was modified.
         """
         selected = self.select(ids)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             self._session.undo(selected)
         return self._session.ledger.get(selected)
 
@@ -381,7 +407,7 @@ class Editor(Planning, Inspection):
         self._session.check_stored("replace", selected)
         edits = [edit.with_target(target) for edit in self._session.ledger.edits(selected)]
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             records = self._session.apply_batch(requests, replaced=selected)
         return records[0] if isinstance(ids, Integral) else records
 
@@ -404,7 +430,7 @@ class Editor(Planning, Inspection):
         if self._session.layers is None:
             raise InputError("consolidate(): there are no edits")
         before = sum(self._recorder.store.sizes().values()) if self._recorder else 0
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             self._session.rebuild()
             if self._recorder:
                 # Refinement may add changes; until then the last change is the rebuild, which contains all others.
@@ -431,7 +457,7 @@ class Editor(Planning, Inspection):
                 hint="list the edits with `rlsedit history` (Python: history())",
             )
         self._check_attached()
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             return self._session.status(budget, sample)
 
     @contextmanager

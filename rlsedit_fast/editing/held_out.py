@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,19 @@ class HeldOut:
     norms: list[float]
 
     @classmethod
-    def of(cls, moments: Sequence[Moment], tokens: int, originals: Sequence[Sequence[Tensor]]) -> HeldOut:
+    def of(
+        cls,
+        tokens: int,
+        moments: Sequence[Moment],
+        originals: Sequence[Sequence[Tensor]],
+        projections: Sequence[Projection],
+    ) -> HeldOut:
         """Returns the held-out tokens with the norms of the blocks of the original weights of each layer."""
         energies = [
-            moment.energy if isinstance(moment, BlockMoment) else output_energy(blocks[0], moment)
-            for moment, blocks in zip(moments, originals, strict=True)
+            moment.energy
+            if isinstance(moment, BlockMoment)
+            else projection.columns.measure(partial(output_energy, moment=moment), blocks[0])
+            for moment, blocks, projection in zip(moments, originals, projections, strict=True)
         ]
         return cls(tokens, list(moments), [math.sqrt(energy) for energy in energies])
 
@@ -96,7 +105,7 @@ def _changed(state: LayerState, moment: Moment) -> float:
     if not isinstance(moment, BlockMoment):
         assert pairs[0] is not None
         original, now = pairs[0]
-        return output_energy(now.float() - original.float(), moment)
+        return state.columns.measure(partial(output_energy, moment=moment), now.float() - original.float())
     assert isinstance(state.prior, BlockPrior)
     return state.prior.kappa * sum(
         output_energy(pair[1].float() - pair[0].float(), moment.block(block))

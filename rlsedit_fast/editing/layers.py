@@ -51,7 +51,8 @@ def _make_state(
         kind = BlockState if experts == "exact" else SeparateState
         return kind(projection.blocks, prior, name=projection.name)
     (weight,) = projection.blocks
-    return make_layer(rule, options, weight, prior, delay=delay, label=projection.name, saved=saved)
+    columns = projection.columns
+    return make_layer(rule, options, weight, prior, delay=delay, label=projection.name, saved=saved, columns=columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,7 @@ class EditedLayers(LayerStates):
         experts: Experts = "exact",
     ) -> None:
         self._site, self._decoder, self._projections = site, site.decoder, projections
+        self._processes = site.decoder.processes
         self._half = stored_rows == "fp16"
         states = [
             _make_state(p, prior, rule, rule_options or {}, delay, one, experts)
@@ -120,6 +122,9 @@ class EditedLayers(LayerStates):
 
     def check_attached(self) -> None:
         """Raises ModelError if a weight was moved, cast, replaced or modified by other code."""
+        self._processes.agree(self._check_attached)
+
+    def _check_attached(self) -> None:
         modules = dict(self._decoder.model.named_modules())
         for projection, known in zip(self._projections, self._marks, strict=True):
             if modules.get(projection.name) is not projection.module or mark(projection) != known:
@@ -149,7 +154,8 @@ class EditedLayers(LayerStates):
         """Returns the edited parameters as they were before the first edit, by name."""
         found = dict[str, Tensor]()
         for projection, state in zip(self._projections, self.states, strict=True):
-            found |= projection.assembled(state.originals())
+            blocks = [projection.columns.gather(block, "terms") for block in state.originals()]
+            found |= projection.assembled(blocks)
         return found
 
     @contextmanager
@@ -166,25 +172,26 @@ class EditedLayers(LayerStates):
             self._marks = [mark(projection) for projection in self._projections]
 
     def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed."""
-        return [
-            WeightChange(
-                name=name,
-                original=pair[0],
-                current=pair[1],
-                stored=projection.blocks[block],
-                transposed=transposed,
-                stack=projection.stack_of(block),
-            )
-            for projection, state in zip(self._projections, self.states, strict=True)
-            for block, pair in enumerate(state.weights())
-            if pair is not None
-            for name, transposed in (projection.block_name(block),)
-        ]
+        """Returns the original and the edited weight of each layer; of a mixture those of the experts that changed.
+
+        Of several processes only the first one has whole weights, in host memory; the others return an empty list.
+        """
+        found = list[WeightChange]()
+        for projection, state in zip(self._projections, self.states, strict=True):
+            for block, pair in enumerate(state.weights()):
+                if pair is None:
+                    continue
+                name, transposed = projection.block_name(block)
+                original, current, stored = map(projection.columns.first_only, (*pair, projection.blocks[block]))
+                if original is None or current is None or stored is None:
+                    continue
+                stack = projection.stack_of(block)
+                found.append(WeightChange(name, original, stored, current, transposed, stack))
+        return found
 
     def check_finite(self) -> None:
         """Raises UpdateError if a written weight contains NaN/Inf in the dtype of the model."""
-        check_finite_weights(self._projections)
+        check_finite_weights(self._projections, self._processes)
 
     def settle(self) -> None:
         """Completes pending work; called after a change was committed and its snapshot dropped."""
@@ -232,12 +239,14 @@ class EditedLayers(LayerStates):
             rows = rows_of_contexts(read, key_rows)
             # In their own memory: replayed rows are aligned in the same way, so that products round equally.
             rows = rounded(rows) if self._half else rows.clone(memory_format=torch.contiguous_format)
+            rows = rows.to(state.dtype)
             panel = state.project(rows, scaled.to(rows.device))
             missing = goals_of_contexts(goal.to(now) - now, key_rows)
             innovation = memit_share(missing, at, len(self.states)).to(panel.keys)
             if at == len(self.states) and adherence is not None and isinstance(state, RECURSIVE_STATES):
                 bare = torch.arange(0, len(innovation), contexts)
                 innovation = amplify_innovation(panel, innovation, values.delta.norm(dim=1), bare, adherence)
+            self._processes.same_tensors(innovation)
             # Values are rounded before they are written, so that removing and replaying them is exact.
             outputs = state.outputs(panel.keys)
             value = rounded(outputs + innovation) if self._half else outputs + innovation
@@ -245,10 +254,10 @@ class EditedLayers(LayerStates):
             step = state.update_projected(panel, applied)
             if at == 1 and step.energy is not None:
                 energy = step.energy.view(len(requests), -1).sum(1).tolist()
-            keys.append(panel.keys)
+            keys.append(rows)
             written.append(value)
             aimed = rows_of_contexts(now, key_rows) + applied.to(now)
-            check_finite_weights([projection])  # the next layer reads the model
+            check_finite_weights([projection], self._processes)  # the next layer reads the model
         return Writing(edit_rows(keys, written, contexts, weights, aimed), energy)
 
     def move_values(

@@ -48,13 +48,16 @@ class Measurement:
 
     def ranks(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets at the bare prompts; `realized` has no meaning."""
-        return measure(self._context.site, [request.contexts[0] for request in requests])
+        found = measure(self._context.site, [request.contexts[0] for request in requests])
+        self._context.processes.same_tensors(found.nll, found.rank)
+        return found
 
     def ranks_everywhere(self, requests: Sequence[Request]) -> Measured:
         """Measures NLL and rank of the targets in the worst of the bare prompts and the contexts in a chat."""
         rows = [row for request in requests for row in (request.contexts[0], *_chat_contexts(request))]
         found = measure(self._context.site, rows, contexts=1 + requests[0].chat)
         nll, rank = (column.unflatten(0, (len(requests), -1)).amax(1) for column in (found.nll, found.rank))
+        self._context.processes.same_tensors(nll, rank)
         return Measured(torch.ones(len(requests)), nll, rank)
 
     def sample(self, ledger: Ledger, layers: EditedLayers, most: int) -> Sample:
@@ -78,7 +81,7 @@ class Measurement:
         texts = chat_answer_facts(model, tokenizer, [requests[at].edit for at in rows]) if rows else []
         for at, text in zip(rows, texts, strict=True):
             chat[at] = text
-        return Answers(plain, chat)
+        return self._context.processes.same(Answers(plain, chat))
 
     def answer_fields(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Returns for each request the fields of its record about answers of the present model."""
@@ -121,7 +124,7 @@ class Measurement:
         if before is not None:
             for one, plain, chat in zip(results, before.plain, before.chat, strict=False):
                 one |= {"answer_before": plain, "chat_answer_before": chat}
-        return results
+        return self._context.processes.same(results)
 
     def _chat_rows(self, requests: Sequence[Request]) -> dict[int, Row]:
         """Returns the rows of the prompts in a chat, by position; without those that are too long for the model."""

@@ -179,7 +179,7 @@ class Pilot:
         unchanged. It is improved by the secant method on `log(realized / (1 - realized))` over `log mu`, which is
         almost linear, in a few trials.
         """
-        guess, reached = self._first_guess(adherence)
+        guess, reached = self._context.processes.same(self._first_guess(adherence))
         if len(self.layers) == 1:
             return guess
         aim, points = min(adherence, reached), list[tuple[float, float]]()
@@ -223,7 +223,7 @@ class Pilot:
                 added.append(panel.outputs(bare, shared).cpu())
                 gaps.append(missing[:: self._rows].cpu())
                 left = missing[:: self._rows] - added[-1].to(missing)
-        realized = float(realized_fraction(left, self._norms.to(left)).mean())
+        realized = self._context.processes.same(float(realized_fraction(left, self._norms.to(left)).mean()))
         gaps.append(left.cpu())
         routes = [Route.of(one, before - after) for one, before, after in zip(added, gaps, gaps[1:], strict=False)]
         return Trial(realized, leakage, routes)

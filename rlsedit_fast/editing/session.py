@@ -127,7 +127,7 @@ class EditSession:
             ResourceError: there is not enough memory.
         """
         config = self.config
-        check_memory(self._context.memory())
+        self._context.processes.agree(lambda: check_memory(self._context.memory()))
         anchored = self.used_moments is not None
         if not anchored:
             logger.warning(
@@ -164,10 +164,10 @@ class EditSession:
         except BaseException:
             layers.reset_weights()
             raise
-        self.norms = [Norms.of(state.originals(), state.prior) for state in layers.states]
+        self.norms = [Norms.of(state.originals(), state.prior, state.columns) for state in layers.states]
         if self.held_out_moments:
-            tokens, moments = self.held_out_moments
-            self.held_out = HeldOut.of(moments, tokens, [state.originals() for state in layers.states])
+            originals = [state.originals() for state in layers.states]
+            self.held_out = HeldOut.of(*self.held_out_moments, originals, self._context.projections)
         if self._recorder:
             norms = [asdict(norms) for norms in self.norms]
             self._recorder.begin(priors, protected, prompts, norms, self.held_out)
@@ -462,7 +462,7 @@ class EditSession:
                 requests,
                 result,
                 rewritten_ids=rewritten,
-                time=self.progress.now() if requests else self.progress.time,
+                time=self._context.processes.same(self.progress.now()) if requests else self.progress.time,
                 batch=self.progress.batches + 1,
                 removed=tuple(removed),
                 outcome=outcome,

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines import LayerState
@@ -18,6 +18,7 @@ from rlsedit_fast.editing.records import EditRecord, Point
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.rls import BlockPrior, Prior, Terms
+from rlsedit_fast.rls.columns import Columns
 
 if TYPE_CHECKING:
     from rlsedit_fast.editing.layers import EditedLayers
@@ -54,18 +55,19 @@ class Norms:
     anchors: float | None
 
     @classmethod
-    def of(cls, originals: Sequence[Tensor], prior: Prior | BlockPrior) -> Norms:
+    def of(cls, originals: Sequence[Tensor], prior: Prior | BlockPrior, columns: Columns) -> Norms:
         """Returns the norms of the blocks of `W0`; needs one product with the anchor moment, in float32.
 
-        For a mixture of experts the norm of the outputs on the anchors was measured with the moment.
+        Of a weight that several processes hold, the block has the held `columns`. For a mixture of experts the norm of
+        the outputs on the anchors was measured with the moment.
         """
         if isinstance(prior, BlockPrior):
             norm = math.sqrt(sum(float(block.double().square().sum()) for block in originals))
             return cls(norm, None if prior.moment is None else math.sqrt(prior.moment.energy))
         (original,) = originals
         moment = prior.anchor_moment
-        anchors = None if moment is None else math.sqrt(output_energy(original, moment))
-        return cls(float(torch.linalg.vector_norm(original.float())), anchors)
+        energy = None if moment is None else columns.measure(partial(output_energy, moment=moment), original)
+        return cls(columns.norm(original), None if energy is None else math.sqrt(energy))
 
 
 @dataclass(frozen=True)

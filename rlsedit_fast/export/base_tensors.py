@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,11 @@ class WrittenTensors:
 
 
 def write_tensors_like(
-    model: PreTrainedModel, base: Checkpoint, folder: Path, changes: Sequence[WeightChange]
+    model: PreTrainedModel,
+    base: Checkpoint,
+    folder: Path,
+    changes: Sequence[WeightChange],
+    read: Callable[[str], Tensor] | None = None,
 ) -> WrittenTensors:
     """Writes the tensors in which a model differs from its base into copies of the files of the base.
 
@@ -56,6 +60,7 @@ def write_tensors_like(
         base: its base.
         folder: folder with copies of the weights of the base.
         changes: changes of the edited weights, see `Editor.changes`.
+        read: returns a whole tensor by name, for a model that several processes hold.
 
     Raises:
         UnlikeBaseError: a tensor of the model is not in the base, or has another shape.
@@ -72,6 +77,8 @@ def write_tensors_like(
         if any(tensor.is_meta for tensor in present.values()):
             written.offloaded += len(present)
             continue
+        if read is not None:
+            present = {name: read(name) for name in present}
         held = {key: base.read(key) for key in group.keys}
         found = _Compared.of(group, present, held, edits)
         if not found.differing:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from rlsedit_fast.errors import InputError, counted, listed
 from rlsedit_fast.export.base_files import copy_files, find_stale, plain_files, weight_files
@@ -80,6 +82,7 @@ def write_checkpoint(
     base: Checkpoint | None = None,
     card: str | None = None,
     overwrite: bool = False,
+    read: Callable[[str], Tensor] | None = None,
 ) -> CheckpointReport:
     """Writes a model and its tokenizer into a folder, which gets its name once it is complete.
 
@@ -100,6 +103,8 @@ def write_checkpoint(
         base: the base; by default the checkpoint that the model was loaded from.
         card: text of its model card, which replaces that of the base, see `export.card.make_card`; None for no card.
         overwrite: replace the checkpoint in a folder that contains files.
+        read: returns a whole tensor of a model that several processes hold, by name; only the first process calls this
+            function. Such a model is written only as a copy of its base.
 
     Returns:
         What was written.
@@ -126,12 +131,17 @@ def write_checkpoint(
     if found is not None:
         _check_other_folder(place, found)
         try:
-            return _write_like(model, tokenizer, place, found, changes, card, overwrite=overwrite)
+            return _write_like(model, tokenizer, place, found, changes, card, overwrite=overwrite, read=read)
         except UnlikeBaseError as error:
             reason = f"the model is not like its base {str(found.folder)!r}: {error}"
     if dequantized_modules(model):
         raise InputError(
             f"a quantized model is written only as a copy of its quantized base: {reason}",
+            hint="write the change as an adapter or a delta (--adapter, --delta; Python: save_adapter, save_delta)",
+        )
+    if read is not None:
+        raise InputError(
+            f"a model that several processes hold is written only as a copy of its base checkpoint: {reason}",
             hint="write the change as an adapter or a delta (--adapter, --delta; Python: save_adapter, save_delta)",
         )
     named = str(getattr(model, "name_or_path", "") or "")
@@ -178,6 +188,7 @@ def _write_like(
     card: str | None,
     *,
     overwrite: bool,
+    read: Callable[[str], Tensor] | None,
 ) -> CheckpointReport:
     with written_folder(place) as folder:
         check_new(place, overwrite=overwrite)
@@ -186,7 +197,7 @@ def _write_like(
         copied = copy_files(plain_files(base, skipped), base.folder, folder)
         copy_files(base.weights, base.folder, folder)
         if method is None:
-            written = write_tensors_like(model, base, folder, changes)
+            written = write_tensors_like(model, base, folder, changes, read)
         else:
             written = write_projections_like(model, base, folder, changes, method)
         others = weight_files(base, skipped)

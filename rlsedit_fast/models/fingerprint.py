@@ -14,6 +14,7 @@ from torch import Tensor
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.compiled import unwrapped
 from rlsedit_fast.models.quantized import decompress, dequantized_modules
+from rlsedit_fast.models.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,9 +25,9 @@ _BLOCKS_AT_ONCE = 8
 """Blocks per kernel call (4 MiB as int64); not part of the definition."""
 
 _BOOKKEEPING = frozenset(
-    """architectures auto_map chunk_size_feed_forward classifier_dropout dtype finetuning_task id2label
-    initializer_range label2id num_labels prefix problem_type return_dict tokenizer_class torch_dtype torchscript
-    task_specific_params transformers_version head_dim num_experts num_local_experts""".split()
+    """architectures auto_map chunk_size_feed_forward classifier_dropout distributed_config dtype finetuning_task
+    id2label initializer_range label2id num_labels prefix problem_type return_dict tokenizer_class torch_dtype
+    torchscript task_specific_params transformers_version head_dim num_experts num_local_experts""".split()
 )
 """Config values that no forward pass reads. The last three follow from the shapes of the weights, and their names
 differ between versions."""
@@ -37,7 +38,7 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
 
     The fingerprint is the SHA-256 of the config and of the name, shape, dtype and checksum of every parameter and
     persistent buffer. It changes if a single bit changes or two entries are swapped. The weights are read once, on
-    their own devices.
+    their own devices. Processes that divide a model compute it together, and it is that of the whole model.
 
     Args:
         model: model with all weights in memory.
@@ -77,7 +78,7 @@ def fingerprint(model: PreTrainedModel, *, instead: Mapping[str, Tensor] | None 
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device, so its values are not in memory; load the whole model")
         digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        for part in _parts(tensor):
+        for part in _parts(whole(tensor)):
             digest.update(checksum(part))
     return digest.hexdigest()
 

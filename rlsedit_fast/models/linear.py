@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.shards import held, is_divided
 from rlsedit_fast.rls import BlockLayout
+from rlsedit_fast.rls.columns import WHOLE, Columns
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of weights that can be edited."""
@@ -66,9 +68,14 @@ class Projection(ABC):
         """The edited parameters of the model, by dotted name."""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The parts of the parameters that this process holds, as views."""
+        return [held(parameter.detach()) for parameter in self.parameters.values()]
+
+    @property
     @abstractmethod
     def blocks(self) -> Sequence[Tensor]:
-        """The blocks of the weight, views `[d_v, block width]`."""
+        """The blocks of the weight, views `[d_v, block width]`; the held columns if processes divide the weight."""
 
     @property
     @abstractmethod
@@ -105,14 +112,19 @@ class Projection(ABC):
         """Adds the change of a trial (`TrialPanel.change`) to the weight, rounded to its dtype."""
 
     def copies(self) -> list[Tensor]:
-        """Returns copies of the parameters, for `restore`."""
-        return [parameter.detach().clone() for parameter in self.parameters.values()]
+        """Returns copies of the held parameters, for `restore`."""
+        return [tensor.clone() for tensor in self.tensors]
 
     def restore(self, copies: Sequence[Tensor]) -> None:
         """Restores the parameters bit for bit."""
         with torch.no_grad():
-            for parameter, copied in zip(self.parameters.values(), copies, strict=True):
-                parameter.copy_(copied)
+            for tensor, copied in zip(self.tensors, copies, strict=True):
+                tensor.copy_(copied)
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of the weight that this process holds."""
+        return WHOLE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +144,7 @@ class Projection(ABC):
     @property
     def key_width(self) -> int:
         """Width of a row of keys, `d_k`."""
-        return self.layout.key_width if self.layout else self.blocks[0].shape[1]
+        return self.layout.key_width if self.layout else self.columns.width(self.blocks[0].shape[1])
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,7 @@ class LinearProjection(Projection):
         name: dotted name of the module in the model.
         module: `nn.Linear`, or the `Conv1D` of GPT-2, which stores its weight transposed.
         transposed: whether the module stores its weight transposed.
+        held_columns: the columns of the weight that this process holds, see `shards.columns_of`.
 
     Example:
         >>> from rlsedit_fast.models import find_decoder
@@ -156,6 +169,12 @@ class LinearProjection(Projection):
     """
 
     transposed: bool
+    held_columns: Columns = WHOLE
+
+    @property
+    def columns(self) -> Columns:
+        """See `Projection`."""
+        return self.held_columns
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -164,8 +183,8 @@ class LinearProjection(Projection):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a view `[d_v, d_k]`."""
-        parameter = self.parameter.detach()
+        """The weight as a view `[d_v, d_k]`, or its held columns."""
+        parameter = held(self.parameter.detach())
         return parameter.T if self.transposed else parameter
 
     @property
@@ -185,7 +204,11 @@ class LinearProjection(Projection):
 
     def watch(self, pick: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]) -> list[Any]:
         """See `Projection`."""
-        return [self.module.register_forward_pre_hook(lambda _module, inputs: keep(pick(inputs[0])))]
+
+        def read(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            keep(self.columns.gather(pick(held(inputs[0])), "read"))
+
+        return [self.module.register_forward_pre_hook(read)]
 
     def block_name(self, block: int) -> tuple[str, bool]:
         """See `Projection`."""
@@ -198,10 +221,10 @@ class LinearProjection(Projection):
 
     def add(self, change: Tensor) -> None:
         """See `Projection`; `change [d_v, d_k]`, float64."""
-        self.write(self.weight.double() + change)
+        self.write(self.weight.double() + self.columns.part(change))
 
     def write(self, weight: Tensor) -> None:
-        """Copies `weight [d_v, d_k]` into the module, rounded to its dtype."""
+        """Copies `weight [d_v, d_k]`, or its held columns, into the module, rounded to its dtype."""
         with torch.no_grad():
             self.weight.copy_(weight)
 
@@ -246,7 +269,8 @@ def check_weight(name: str, module: nn.Module) -> None:
             "projections with a weight can be edited. Use such a module, or load the model without quantization"
         )
     # A quantized weight can have a floating dtype: in a tensor subclass, or with separate scales.
-    if weight.dtype not in FLOATS or type(weight) is not nn.Parameter or own.keys() - {"weight", "bias"}:
+    ordinary = type(weight) is nn.Parameter or is_divided(weight)
+    if weight.dtype not in FLOATS or not ordinary or own.keys() - {"weight", "bias"}:
         raise ModelError(
             f"{name} has {contents}; only an ordinary weight of dtype {', '.join(map(str, FLOATS))} can be edited. "
             "Load the model without quantization"

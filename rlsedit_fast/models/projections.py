@@ -25,6 +25,8 @@ from rlsedit_fast.models.linear import (
 )
 from rlsedit_fast.models.mlps import candidates, choose_mlps, find_experts, find_mlps, mixes_tokens, mlps_beside
 from rlsedit_fast.models.quantized import dequantize_module
+from rlsedit_fast.models.shards import columns_of, processes_of
+from rlsedit_fast.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +52,7 @@ class Decoder:
         blocks_name: dotted name of their list in the model.
         projection_module: dotted name of the projection within a block, or None to find it by structure.
         prefixed: whether the model supports cached prefixes, see `with_prefixes`.
+        processes: the processes that hold the model together.
 
     Example:
         >>> from rlsedit_fast.models import find_decoder
@@ -65,6 +68,7 @@ class Decoder:
     blocks_name: str
     projection_module: str | None = None
     prefixed: bool = False
+    processes: Processes = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +133,12 @@ class Decoder:
         if inner is None:
             inner = _find_projection(self, layer, width, experts)
         if experts is not None and inner in (None, mixture, experts):
+            if self.processes.together.count > 1:
+                raise ModelError(
+                    f"{block_name} contains a mixture of experts, which is not edited in several processes",
+                    hint="load the model in one process, with device_map='auto' for several devices, or edit layers "
+                    "without experts",
+                )
             return expert_projection(layer, block_name, block, experts, width, self.model.config)
         assert inner is not None
         name = f"{block_name}.{inner}"
@@ -145,10 +155,11 @@ class Decoder:
                 f"projection_module={inner!r}: {name} has outputs of width {found}, but the residual stream has width "
                 f"{width}; expected the output projection of the MLP, whose output is added to the residual stream"
             )
-        return LinearProjection(layer, name, module, is_conv1d(module))  # by type: weights can be square
+        # By type: weights can be square.
+        return LinearProjection(layer, name, module, is_conv1d(module), columns_of(name, module))
 
     def _check_not_shared(self, projection: Projection) -> None:
-        addresses = {parameter.data_ptr() for parameter in projection.parameters.values()}
+        addresses = {tensor.data_ptr() for tensor in projection.tensors}
         for layer, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters() if layer != projection.layer else ():
                 # Only plain tensors have an address.
@@ -191,11 +202,12 @@ def find_decoder(
             f"{type(model).__name__} has an adapter, and its checkpoint would contain only the adapter, not the edits; "
             "merge or unload it first (merge_and_unload)"
         )
+    processes = processes_of(model)
     name = layer_module or _find_blocks(model)
     blocks = _named(model, name)
     if not isinstance(blocks, nn.ModuleList):
         raise ModelError(f"layer_module={name!r} is not an nn.ModuleList; expected the name of the list of blocks")
-    return Decoder(model, list(blocks), name, projection_module)
+    return Decoder(model, list(blocks), name, projection_module, processes=processes)
 
 
 def find_block(model: PreTrainedModel, name: str) -> tuple[Tensor, bool, Stack | None] | None:

@@ -9,6 +9,18 @@ from typing import Any
 from rlsedit_fast.errors import ModelError
 
 
+def loading_options(processes: int) -> dict[str, Any]:
+    """Returns options of `from_pretrained` that divide a model over processes; empty for one."""
+    if processes == 1:
+        return {}
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=processes)}
+    except (ImportError, TypeError):  # earlier versions
+        return {"tp_plan": "auto"}
+
+
 def parallel_plan(model: Any) -> Mapping[str, str]:
     """Returns the styles by module or parameter, with `*` for an index, such as `rowwise`; empty without a plan."""
     base = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}

@@ -15,6 +15,7 @@ from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.block_covariance import Covariances
 from rlsedit_fast.rls.block_prior import BlockPrior
 from rlsedit_fast.rls.block_weights import BlockWeights
+from rlsedit_fast.rls.columns import WHOLE, Columns
 from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.results import Terms
 
@@ -76,6 +77,11 @@ class BlockBase:
     def key_width(self) -> int:
         """The width of a row of keys."""
         return self._layout.key_width
+
+    @property
+    def columns(self) -> Columns:
+        """All columns: a mixture of experts is in one process."""
+        return WHOLE
 
     @property
     def value_width(self) -> int:

@@ -13,7 +13,7 @@ from rlsedit_fast.rls import checks
 
 if TYPE_CHECKING:
     from rlsedit_fast.rls.prior import Prior
-    from rlsedit_fast.rls.results import Panel
+    from rlsedit_fast.rls.results import Panel, Saved
 
 T = TypeVar("T")
 
@@ -45,6 +45,18 @@ class Columns:
     def cut(self, whole: Tensor) -> Tensor:
         """Returns the held entries of the last dimension of `[..., d_k]`."""
         return whole
+
+    def part(self, keys: Tensor) -> Tensor:
+        """Returns the held entries of the last dimension of `[..., d_k]`, or of the held ones, which are returned."""
+        return keys
+
+    def first_only(self, part: Tensor) -> Tensor | None:
+        """Returns `[m, d_k]` in the first process and None in the others, for the held columns; in host memory."""
+        return part
+
+    def join(self, saved: Saved) -> Saved | None:
+        """Returns saved contents with all columns in the first process, and None in the others."""
+        return saved
 
     def agree(self, attempt: Callable[[], T], sizes: Callable[[T], Sequence[int]] | None = None) -> T:
         """Returns the result of `attempt`; raises in every process if it raises, or if the sizes differ, in one."""

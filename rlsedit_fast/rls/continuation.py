@@ -44,10 +44,10 @@ def edits_until(state: RLSState, keys: Tensor, weights: Tensor, *, growth: float
         >>> 80 < edits_until(state, keys, torch.ones(1), growth=100) < 100  # each edit adds more than the one before
         True
     """
-    d_k, rows = state.key_width, keys.shape[1]
-    zeros = torch.zeros(_DIMENSIONS, d_k, dtype=state.dtype, device=state.device)
+    d_k, rows = keys.shape[2], keys.shape[1]
+    zeros = torch.zeros(_DIMENSIONS, state.key_width, dtype=state.dtype, device=state.device)
     saved = replace(state.saved(), weight=zeros, objective=0.0)
-    copy = RLSState(zeros, state.prior, dtype=state.dtype, name=state.name, saved=saved)
+    copy = RLSState(zeros, state.prior, dtype=state.dtype, name=state.name, saved=saved, columns=state.columns)
     drawn = DrawnKeys([keys], [copy], [_before_written(copy, keys[-_LAST:], weights)])
     most = max(2, min(_BATCHES, int(_OPERATIONS / (4 * _BATCH * rows * d_k**2)))) * _BATCH
     changes = ChangeStatistics(torch.ones(1), 0.0)
@@ -71,7 +71,7 @@ def edits_until(state: RLSState, keys: Tensor, weights: Tensor, *, growth: float
 
 def _square(state: RLSState) -> float:
     prior = state.prior
-    return prior.anchor_change(state.weight) if prior.mu else state.deviation() ** 2
+    return state.columns.measure(prior.anchor_change, state.weight) if prior.mu else state.deviation() ** 2
 
 
 def _before_written(state: RLSState, keys: Tensor, weights: Tensor) -> float:
@@ -83,6 +83,6 @@ def _before_written(state: RLSState, keys: Tensor, weights: Tensor) -> float:
     eye, scale = torch.eye(keys.shape[1], dtype=torch.float64), weights.double()
     for one in keys:
         rows = one.to(state.device, state.dtype)
-        energies = (state.project(rows).projected.double() @ rows.double().T).cpu()
+        energies = state.project(rows).cross(rows).T.cpu()
         found.append(float(torch.linalg.solve(eye - scale[:, None] * energies, energies, left=False)[0, 0]))
     return max(sum(found) / len(found), 0.0)

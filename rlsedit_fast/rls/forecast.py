@@ -357,7 +357,8 @@ def _energies(state: RLSState, keys: Tensor) -> Tensor:
     found = []
     for part in keys.split(512):
         rows = part.to(state.device, state.dtype)
-        found.append((state.project(rows).projected.double() * rows.double()).sum(1).cpu())
+        panel = state.project(rows)
+        found.append(panel.columns.total((panel.projected.double() * panel.keys.double()).sum(1), "terms").cpu())
     return torch.cat(found)
 
 

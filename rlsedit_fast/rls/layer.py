@@ -80,6 +80,11 @@ class Layer:
         return self._name
 
     @property
+    def columns(self) -> Columns:
+        """The columns of the weight that this process holds."""
+        return self._columns
+
+    @property
     def edits(self) -> int:
         """The number of edit rows applied."""
         return self._edits
@@ -96,7 +101,7 @@ class Layer:
         Args:
             keys: `K [n, d_k]` in the dtype and on the device of the layer.
         """
-        return self._columns.total(self._master.times(keys), "values")
+        return self._columns.total(self._master.times(self._columns.part(keys)), "values")
 
     @torch.no_grad()
     def deviation(self) -> float:
@@ -117,6 +122,7 @@ class Layer:
         self, keys: Tensor, weights: Tensor | None, least: int, others: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         d_v, d_k = self._original.shape
+        keys = self._columns.part(keys)
         checks.matrix("keys", keys, columns=d_k)
         count = keys.shape[0]
         if count < least:

@@ -61,7 +61,7 @@ class Panel:
 
     def cross(self, keys: Tensor) -> Tensor:
         """Returns `K' C K^T [m, n]`, float64, for other keys `K' [m, d_k]`."""
-        return self.columns.total(keys.double() @ self.projected.double().T, "gram")
+        return self.columns.total(self.columns.part(keys).double() @ self.projected.double().T, "gram")
 
 
 @dataclass(frozen=True, eq=False)

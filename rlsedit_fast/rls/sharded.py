@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlsedit_fast import errors
-from rlsedit_fast.errors import InputError, ResourceError, RLSEditError
+from rlsedit_fast.errors import InputError
 from rlsedit_fast.ops.precision import full_float32
+from rlsedit_fast.processes import Described, described, raise_first
 from rlsedit_fast.rls import checks
 from rlsedit_fast.rls.columns import Columns, T
 from rlsedit_fast.rls.prior import Prior
-from rlsedit_fast.rls.results import Panel
+from rlsedit_fast.rls.results import Panel, Saved
 
 STATUS = 3
 """Numbers that each process contributes to an agreement: whether it failed, and two sizes."""
@@ -28,7 +29,8 @@ class ShardedColumns(Columns):
 
     The processes of the group hold the columns in the order of their ranks, in parts of any sizes. Each process calls
     every method of the state, in the same order, with its own columns of the keys, and with the same values and
-    weights; where they differ, those of the first process count. An error in the arguments of one process, or in its
+    weights; where they differ, those of the first process count. Keys may also have all `d_k` columns; a process then
+    uses its own. An error in the arguments of one process, or in its
     numbers, is raised in every process, and no state is modified. Everything that is summed is reduced to the first
     process and broadcast from there, so that it has the same bits everywhere; all decisions follow from such numbers.
 
@@ -89,6 +91,26 @@ class ShardedColumns(Columns):
     def cut(self, whole: Tensor) -> Tensor:
         """See `Columns`."""
         return whole[..., self._mine].contiguous()
+
+    def part(self, keys: Tensor) -> Tensor:
+        """See `Columns`; a tensor of another width is returned as it is."""
+        divided = self.ranks > 1 and keys.ndim > 0 and keys.shape[-1] == sum(self.widths)
+        return self.cut(keys) if divided else keys
+
+    def first_only(self, part: Tensor) -> Tensor | None:
+        """See `Columns`."""
+        found = part if self.ranks == 1 else self.collect(part, "terms")
+        return None if found is None else found.cpu()
+
+    def join(self, saved: Saved) -> Saved | None:
+        """See `Columns`."""
+        if self.ranks == 1:
+            return saved
+        parts = (saved.weight, saved.pending, saved.base.T, saved.image[None])  # C is held by rows
+        weight, pending, base, image = (self.collect(part, "saved") for part in parts)
+        if weight is None or pending is None or base is None or image is None:
+            return None
+        return replace(saved, weight=weight, pending=pending, base=base.T, image=image[0], first=0)
 
     def agree(self, attempt: Callable[[], T], sizes: Callable[[T], Sequence[int]] | None = None) -> T:
         """See `Columns`."""
@@ -265,12 +287,6 @@ class ShardedColumns(Columns):
 
     def _raise(self, error: Exception | None) -> None:
         """Raises the error of this process, else that of the first process that has one."""
-        mine = None if error is None else (type(error).__name__, str(error))
-        found: list[tuple[str, str] | None] = [None] * self.ranks
-        dist.all_gather_object(found, mine, group=self._group)
-        if error is not None:
-            raise error
-        rank, name, message = next((rank, *each) for rank, each in enumerate(found) if each is not None)
-        fallback = ResourceError if "Memory" in name else RLSEditError
-        kind: type[RLSEditError] = getattr(errors, name) if name in errors.__all__ else fallback
-        raise kind(f"{message} (in process {rank} of {self.ranks})")
+        found: list[Described | None] = [None] * self.ranks
+        dist.all_gather_object(found, described(error), group=self._group)
+        raise_first(found, error)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,12 @@ def collect(
     about |= {"held out": held_out}
     about |= {"tokens of a row": width, "tokens of a pass": _PASS, "tokens of a window": _WINDOW}
     state = _State({p.layer: _empty(p) for p in projections}, {p.layer: _empty(p) for p in projections}, _Place())
-    file = None if checkpoint is None else _Checkpoint(Path(checkpoint), about)
+    file, processes = None if checkpoint is None else _Checkpoint(Path(checkpoint), about), decoder.processes
     if file is not None:
-        file.restore(state)
+        processes.agree(partial(file.restore, state))
+        if processes.any(processes.same(state.place) != state.place):
+            raise InputError(f"checkpoint={str(checkpoint)!r}: the processes read different files; use a common folder")
+        file = file if processes.first else None
     with quiet(decoder.model):
         try:
             for part, is_held_out in _passes(source, tokenizer, state, tokens, width, held_out):

@@ -181,7 +181,7 @@ class Forecaster:
             )
         self._context, self._moments = context, moments
         self._weights = [projection.blocks for projection in context.projections]
-        self._held_out = HeldOut.of(held_out[1], held_out[0], self._weights) if held_out else None
+        self._held_out = HeldOut.of(*held_out, self._weights, context.projections) if held_out else None
 
     def keys(self, requests: Sequence[Request], report: Report) -> list[Tensor]:
         """Returns per layer the keys of requests, `[n, rows, d_k]`, float32 in host memory."""
@@ -232,7 +232,10 @@ class Forecaster:
                 devices=[projection.device for projection in self._context.projections],
                 progress=_progress(report, f"adherence {adherence:g}", count),
             )
-            norms = [Norms.of(blocks, prior) for blocks, prior in zip(self._weights, priors, strict=True)]
+            norms = [
+                Norms.of(blocks, prior, projection.columns)
+                for blocks, prior, projection in zip(self._weights, priors, self._context.projections, strict=True)
+            ]
             of_edits = [self._point(point, norms, given) for point in points]
             found.append(SettingForecast(tradeoff, of_edits, _capacity(of_edits, max_drift, min_realized)))
         return Forecast(

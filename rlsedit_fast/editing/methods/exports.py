@@ -36,6 +36,7 @@ from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.gguf_files import GgufHeader, check_gguf, is_gguf
 from rlsedit_fast.models.linear import LinearProjection
 from rlsedit_fast.models.passes import quiet
+from rlsedit_fast.models.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +140,11 @@ class Exports:
         return fingerprint(self.model, instead=self._session.layers.originals() if self._session.layers else None)
 
     def changes(self) -> list[WeightChange]:
-        """Returns the original and the edited weight of each layer; empty before the first edit."""
+        """Returns the original and the edited weight of each layer; empty before the first edit.
+
+        Of several processes that hold the model together only the first one has whole weights; in the others it is
+        empty.
+        """
         self._check_attached()
         return self._session.layers.changes() if self._session.layers else []
 
@@ -162,9 +167,17 @@ class Exports:
         """
         self._check_attached()
         card, changes = make_card(self._card(stability)), self.changes()
-        return write_checkpoint(
-            *(self.model, self.tokenizer, directory), changes=changes, base=self._base, card=card, overwrite=overwrite
-        )
+        given: Any = {"changes": changes, "base": self._base, "card": card, "overwrite": overwrite}
+        processes = self.context.processes
+        if processes.together.count == 1:
+            with processes.operation():
+                return processes.lead(lambda: write_checkpoint(self.model, self.tokenizer, directory, **given))
+        held = self.model.state_dict(keep_vars=True)
+        with processes.operation():
+            return processes.serve(
+                lambda ask: write_checkpoint(self.model, self.tokenizer, directory, **given, read=ask),
+                lambda name: whole(held[name].detach()),
+            )
 
     def _find_base(self, options: Mapping[str, Any]) -> None:
         """Finds the checkpoint that the model was loaded from with these options, for `save_pretrained`."""
@@ -173,9 +186,11 @@ class Exports:
 
     def save_delta(self, path: str | Path, *, overwrite: bool = False) -> DeltaReport:
         """Writes the weight change for `rlsedit apply`, see `export.write_delta`; `overwrite` replaces a file."""
-        check_new(path, overwrite=overwrite)
-        active = len(self._session.ledger.active)
-        return write_delta(self.changes(), path, base_fingerprint=self.fingerprint(), edits=active)
+        processes, active = self.context.processes, len(self._session.ledger.active)
+        with processes.operation():
+            processes.lead(lambda: check_new(path, overwrite=overwrite))
+            changes, base = self.changes(), self.fingerprint()
+            return processes.lead(lambda: write_delta(changes, path, base_fingerprint=base, edits=active))
 
     def save_adapter(
         self, directory: str | Path, *, rank: int | None = None, engine: Engine | None = None, overwrite: bool = False
@@ -185,14 +200,21 @@ class Exports:
         `overwrite` replaces an existing folder.
         """
         check_engine(engine, type(self.model).__name__)
-        check_new(directory, overwrite=overwrite)
+        processes = self.context.processes
         base = str(getattr(self.model.config, "_name_or_path", "") or "")
         base = hub_name(base) or base
         writes = max(1, self._session.progress.writes)
-        report = write_adapter(self.changes(), directory, rank=rank, base_model=base, updates=writes, engine=engine)
-        with written_whole(Path(directory, CARD)) as (temporary,):
-            temporary.write_text(make_card(self._card(), library="peft"), encoding="utf-8")
-        return report
+
+        def write() -> AdapterReport:
+            report = write_adapter(changes, directory, rank=rank, base_model=base, updates=writes, engine=engine)
+            with written_whole(Path(directory, CARD)) as (temporary,):
+                temporary.write_text(card, encoding="utf-8")
+            return report
+
+        with processes.operation():
+            processes.lead(lambda: check_new(directory, overwrite=overwrite))
+            changes, card = self.changes(), make_card(self._card(), library="peft")
+            return processes.lead(write)
 
     def save_gguf(
         self,
@@ -251,7 +273,7 @@ class Exports:
             for target, kind in zip(written, types, strict=True)
         )
         data = {report.name: (report.type, packed[report.module]) for report in reports}
-        write_gguf(header, path, data, overwrite=overwrite)
+        self.context.processes.lead(lambda: write_gguf(header, path, data, overwrite=overwrite))
         return GgufReport(str(path), str(header.path), reports, tuple(edits), tried)
 
     def check_gguf(self, source: str | Path | None = None, *, tensor_type: str = AUTO) -> GgufHeader:
@@ -281,6 +303,11 @@ class Exports:
                 f"{mixtures[0]} is a mixture of experts, which is not written into GGUF files",
                 hint="write a checkpoint (--out DIR; Python: save_pretrained) and convert it with "
                 "convert_hf_to_gguf.py of llama.cpp",
+            )
+        if self.context.processes.together.count > 1:
+            raise ModelError(
+                "a GGUF file is not written by several processes",
+                hint="write a checkpoint (--out DIR) and convert it, or start one process",
             )
         header = check_gguf(place)
         if not self._session.layers:

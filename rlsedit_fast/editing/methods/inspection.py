@@ -29,7 +29,7 @@ class Inspection(Exports):
             InputError: the rule, or `experts="separate"`, does not know used shares.
         """
         self._check_attached()
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             found = self._session.overlaps(self.context.prepare(edits))
         if found is None:
             config = self._session.config

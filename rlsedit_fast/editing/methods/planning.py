@@ -59,7 +59,7 @@ class Planning:
         """
         self._check_not_started("calibrate")
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             self._session.start(requests)
         with interrupts_deferred():
             self._session.write_start()
@@ -71,7 +71,7 @@ class Planning:
         Nothing is set. Arguments and errors are those of `calibrate`.
         """
         self._check_not_started("assess")
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             pilot = self._session.pilot(self.context.prepare(edits))
             return tabulate(self.config, self._session.used_moments, pilot, adherences)
 
@@ -128,7 +128,7 @@ class Planning:
         if adherences is None:
             adherences = sorted({*ADHERENCES, self.config.prior.adherence})
         requests = self.context.prepare(edits)
-        with quiet(self.model):
+        with self.context.processes.operation(), quiet(self.model):
             forecaster = Forecaster(self.context, self._session.used_moments, self._session.held_out_moments)
             searched = self._session.pilot(requests[:pilot])
             return forecaster.run(

@@ -65,6 +65,10 @@ class Values:
         """Returns the values of some requests, in the given order."""
         return Values(**{field.name: getattr(self, field.name)[list(requests)] for field in fields(self)})
 
+    def to(self, device: torch.device) -> Values:
+        """Returns the values on a device."""
+        return Values(**{field.name: getattr(self, field.name).detach().to(device) for field in fields(self)})
+
     def scaled_to(self, norm: float) -> Values:
         """Returns the values with each target state of the bare prompt scaled to a norm (Liu et al. 2026).
 
@@ -100,7 +104,7 @@ def search_values(
         groups: indices of requests that share a change, each request in one group; by default each has its own.
     """
     groups = groups or [[i] for i in range(len(requests))]
-    loss = config.loss
+    loss, processes = config.loss, site.decoder.processes.together
     rows, kl_rows, start = gather(site, requests)
     bare = start[:, 0]
     group = group_index(groups, start.device)
@@ -137,6 +141,7 @@ def search_values(
                 unmet = (searched & ~rule.met(fit.rank, fit.worst, total)).float()
                 # The requests of a group stop together.
                 done = active & (torch.zeros_like(norm).index_add_(0, group, unmet) == 0)
+                processes.same_tensors(done)
                 ended = done | (active & (limit <= step))  # converged, or without steps left
                 missed_rule |= ended & ~done
                 active = active & ~ended
@@ -161,6 +166,8 @@ def search_values(
                 optimizer.step(delta, Gradients(nll_gradient, kl_gradient, decay_gradient, worst, missed))
                 allowed = config.clamp * norm / delta.norm(dim=1).clamp_min(torch.finfo(delta.dtype).tiny)
                 delta.mul_(allowed.clamp_max(1)[:, None])
+                processes.same_tensors(delta)
+    processes.same_tensors(found, start, nll, rank)
     return Values(found, start, nll, rank, rule.converged(~missed_rule[group], rank), steps)
 
 
@@ -211,7 +218,8 @@ def search_within_memory(
         try:
             found.append(search_values(site, [requests[i] for i in indices], config, local))
         except torch.OutOfMemoryError:
-            if len(part) == 1:
+            # Of several processes the others may have had enough memory.
+            if len(part) == 1 or site.decoder.processes.together.count > 1:
                 raise
             at_once = max(1, count // 2)
             logger.info("out of memory with %d requests; searching %d at once from now on", count, at_once)
@@ -248,6 +256,8 @@ def requests_within(site: Site, requests: Sequence[Request], memory: int) -> int
 class ValueFinder:
     """Finds the values of batches according to the settings: within memory, one value per subject.
 
+    Processes that hold copies of the model search a part of each batch.
+
     Args:
         site: the hidden state that is changed.
         config: settings of the editor.
@@ -273,12 +283,30 @@ class ValueFinder:
             UpdateError: values are not finite.
             ResourceError: a single subject does not fit into memory.
         """
+        processes, groups = self._site.decoder.processes, self.groups(requests)
+        if processes.replicas:
+            mine = groups[processes.rank :: processes.count]
+            parts = [part for part in processes.all(lambda: self._part(requests, mine)) if part is not None]
+            places = [
+                at for rank in range(processes.count) for group in groups[rank :: processes.count] for at in group
+            ]
+            values = Values.joined(parts, places).to(self._site.decoder.device)
+        else:
+            values = self._search(requests, groups)
+        if not bool(values.nll.isfinite().all()):
+            raise UpdateError("the value search encountered NaN/Inf; check the weights and the dtype of the model")
+        if not self._config.norm_anchor:
+            return values
+        self._norm = self._norm or float(values.goal[:, 0].norm(dim=1).mean())
+        return values.scaled_to(self._norm)
+
+    def _search(self, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> Values:
         search = self._config.search
         at_once = self._at_once or len(requests)
         try:
             if search.memory is not None:
                 at_once = min(at_once, requests_within(self._site, requests, search.memory))
-            values, fitted = search_within_memory(self._site, requests, search, self.groups(requests), at_once)
+            values, fitted = search_within_memory(self._site, requests, search, groups, at_once)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"out of memory while searching the value of a single subject; nothing was modified. ({error})",
@@ -286,12 +314,16 @@ class ValueFinder:
             ) from error
         if fitted < at_once:
             self._at_once = fitted
-        if not bool(values.nll.isfinite().all()):
-            raise UpdateError("the value search encountered NaN/Inf; check the weights and the dtype of the model")
-        if not self._config.norm_anchor:
-            return values
-        self._norm = self._norm or float(values.goal[:, 0].norm(dim=1).mean())
-        return values.scaled_to(self._norm)
+        return values
+
+    def _part(self, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> Values | None:
+        """Returns the values of some groups, one after another, in host memory; None without groups."""
+        chosen = [at for group in groups for at in group]
+        if not chosen:
+            return None
+        places = {at: place for place, at in enumerate(chosen)}
+        local = [[places[at] for at in group] for group in groups]
+        return self._search([requests[at] for at in chosen], local).to(torch.device("cpu"))
 
     def drop_unconverged(self, requests: Sequence[Request], new: int, values: Values) -> tuple[Values, set[int]]:
         """Applies the setting `unconverged` to a batch.

@@ -29,6 +29,7 @@ from rlsedit_fast.errors import InputError, StoreError
 from rlsedit_fast.models.fingerprint import fingerprint, identify
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.ops import dispatch
+from rlsedit_fast.processes import ALONE, Processes
 from rlsedit_fast.rls import BlockPrior, Prior, RLSState, Saved, Terms
 from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.store import Change, Entry, Store
@@ -52,7 +53,7 @@ _SAVED_NUMBERS = ("floor", "objective", "edits")
 
 
 def open_store(
-    directory: str | Path | None, model: PreTrainedModel, config: EditConfig | None
+    directory: str | Path | None, model: PreTrainedModel, config: EditConfig | None, processes: Processes
 ) -> tuple[Store | None, EditConfig]:
     """Opens a store for writing, if there is one, and returns it with the settings for further edits.
 
@@ -60,6 +61,7 @@ def open_store(
         directory: folder of the store; None without a store.
         model: the unedited model.
         config: settings of the user.
+        processes: the processes that edit the model.
 
     Raises:
         InputError: a setting is fixed by the store and differs, or a store does not support the rule.
@@ -68,9 +70,9 @@ def open_store(
     if directory is None:
         return None, config or EditConfig()
     _check_rule(directory, config)
-    if not Store.exists(directory):
+    if not processes.same(Store.exists(directory)):
         return None, config or EditConfig()
-    store = Store(directory)
+    store = processes.in_turn(lambda: Store(directory, write=processes.first))
     try:
         about = store.about
         settings = settings_of(about, config)  # before the fingerprint, which reads all weights
@@ -124,7 +126,7 @@ def create_store(directory: str | Path, context: ModelContext, given: EditConfig
     """
     path = str(getattr(context.model.config, "_name_or_path", ""))
     about = {
-        "fingerprint": fingerprint(context.model),
+        "fingerprint": fingerprint(context.model),  # by all processes
         "model": str(Path(path).resolve()) if path and Path(path).exists() else path,
         "given": given.to_dict(),
         "config": context.config.to_dict(),
@@ -135,7 +137,11 @@ def create_store(directory: str | Path, context: ModelContext, given: EditConfig
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
     }
-    return Store.create(directory, about)
+    processes = context.decoder.processes
+    # The other processes only read it.
+    return processes.in_turn(
+        lambda: Store.create(directory, about) if processes.first else Store(directory, write=False)
+    )
 
 
 def settings_of(about: Mapping[str, Any], given: EditConfig | None = None) -> EditConfig:
@@ -217,10 +223,13 @@ class Recorder:
         store: store that is open for writing.
         config: settings of the editor.
         projections: the edited projections.
+        processes: the processes that hold the model; only the first one writes.
     """
 
-    def __init__(self, store: Store, config: EditConfig, projections: Sequence[Projection]) -> None:
-        self.store = store
+    def __init__(
+        self, store: Store, config: EditConfig, projections: Sequence[Projection], processes: Processes = ALONE
+    ) -> None:
+        self.store, self._processes = store, processes
         self._stored_rows = config.stored_rows
         # C and W are most of a snapshot. The shapes suffice: states would assemble bfloat16 weights.
         self._snapshot_bytes = sum(
@@ -350,22 +359,27 @@ class Recorder:
         if self._held is not None:
             self._held += changes
             return
+        self._processes.lead(lambda: self._prepare(changes))
+        self._about = None
+
+    def _prepare(self, changes: Sequence[Change]) -> None:
         if self._about is not None:
             self.store.describe(self._about)
             self._about = None
         backends = {"backends": dispatch.used()}
-        changes = tuple(replace(one, about={**one.about, **backends}) for one in changes)
+        changes = [replace(one, about={**one.about, **backends}) for one in changes]
         self.store.prepare([one for one in (self._start, *changes) if one is not None])
 
     def commit(self) -> None:
         """Commits the prepared changes."""
         if self._held is None:
-            self.store.commit()
+            self._processes.lead(self.store.commit)
             self._start = None
 
     def abort(self) -> None:
-        """Discards the prepared changes."""
-        self.store.abort()
+        """Discards the prepared changes; without other processes, one of which may have failed."""
+        if self._processes.first:
+            self.store.abort()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -389,14 +403,16 @@ class Recorder:
     def compact(self) -> None:
         """Deletes the changes that the last one contains; if that fails, logs a warning."""
         try:
-            self.store.compact()
+            self._processes.lead(self.store.compact)
         except (StoreError, RuntimeError, MemoryError) as error:
             logger.warning("the change is stored, but the store was not compacted: %s", error)
 
     def snapshot_if_due(self, layers: EditedLayers) -> None:
         """Writes a snapshot if one is due; if writing fails, the next change tries again."""
-        if self._held is None and self._snapshots and self.store.snapshot_due(self._snapshot_bytes):
-            self.try_snapshot(layers)
+        if self._held is None and self._snapshots:
+            due = self._processes.first and self.store.snapshot_due(self._snapshot_bytes)
+            if self._processes.same(due):
+                self.try_snapshot(layers)
 
     def try_snapshot(self, layers: EditedLayers) -> None:
         """Writes a snapshot; if that fails, logs a warning, since all changes are stored in any case.
@@ -416,13 +432,17 @@ class Recorder:
         changes = self.held_out.changes(layers.states) if self.held_out else [None] * len(layers.states)
         for at, state in enumerate(layers.states):
             assert isinstance(state, RLSState)  # stores require the rule rls
-            saved, health = state.saved(), state.monitor()
+            saved, health = state.columns.join(state.saved()), state.monitor()
             if health.needs_refresh:
                 logger.warning("%s: %s `consolidate` does this.", state.name, health.advice)
+            if saved is None:  # only the first process has all columns
+                continue
             numbers = {name: getattr(saved, name) for name in _SAVED_NUMBERS}
             about.append(numbers | {"monitor": asdict(health), "held_out": changes[at]})
             tensors |= {f"{at}.{name}": getattr(saved, name).cpu() for name in _SAVED_TENSORS}
-        self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
+        self._processes.lead(
+            lambda: self.store.snapshot({"layers": about}, tensors, drop_changes=self._stored_rows is None)
+        )
 
     def _encoded(self, rows: Sequence[EditRows]) -> dict[str, Tensor]:
         return encode_rows(rows, "", half=self._stored_rows == "fp16")

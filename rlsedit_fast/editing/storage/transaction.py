@@ -62,7 +62,7 @@ class Transaction:
             UpdateError: a written weight contains NaN/Inf.
             StoreError: the store cannot be written.
         """
-        self._layers.check_finite()
+        self._layers.check_finite()  # all processes have come so far, or none commits
         if self._recorder and change is not None:
             self._recorder.prepare(change(self._recorder))
         with interrupts_deferred():
