@@ -11,7 +11,7 @@ import pytest
 from rlsedit_fast.report.collect import collect
 from rlsedit_fast.report.page import render
 
-from .samples import HOSTILE, make_contents, make_gates, others
+from change_report_samples import HOSTILE, make_contents, make_gates, others
 
 pytestmark = pytest.mark.deploy
 WIDTHS = (390, 1280)

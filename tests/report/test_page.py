@@ -14,7 +14,7 @@ from rlsedit_fast.report.charts import change_chart, layer_chart, retention_char
 from rlsedit_fast.report.collect import Age, collect
 from rlsedit_fast.report.page import render, share, shown
 
-from .samples import HOSTILE, make_contents, make_gates, others
+from change_report_samples import HOSTILE, make_contents, make_gates, others
 
 VOID = {"meta", "link", "input", "img", "br", "path", "use", "rect"}
 
