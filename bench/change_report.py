@@ -2,11 +2,12 @@
 
     python bench/change_report.py --json bench/results/change-report.json
 
-The reports have 1,000 and 5,000 edits with answers raw and in a chat, and half as many other prompts. Each is opened in
-a new context of the browser at the widths of a phone and of a screen. `seconds_opened` is the time from the navigation
-to the second frame after the load event, when the page is drawn and its tables can be searched; `seconds_searched` is
-the time from typing into the search field to the frame with the result. Needs `pip install playwright` and an installed
-Chromium.
+The reports have 1,000 and 5,000 edits with answers raw and in a chat, and half as many other prompts; a page with one
+word is measured for comparison. Each is opened in a new context of the browser at the widths of a phone and of a
+screen. `seconds_opened` is the time from the navigation to the second frame after the load event, when the page is
+drawn and its tables can be searched. `seconds_processor` is the processor time of the renderer process until then,
+which depends less on other programs that run. `seconds_searched` is the time from typing into the search field to the
+frame with the result. Needs `pip install playwright` and an installed Chromium.
 """
 
 from __future__ import annotations
@@ -31,29 +32,25 @@ from rlsedit_fast.report.page import render
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HEIGHT = 900
+TIMEOUT = 120_000  # milliseconds, for machines that are busy
 DRAWN = """() => new Promise(done => {
     const draw = () => requestAnimationFrame(() => requestAnimationFrame(done));
     document.readyState === "complete" ? draw() : addEventListener("load", draw);
 })"""
 SEARCH = """() => new Promise(done => {
     const box = document.querySelector("#edits"), input = box.querySelector("input"), began = performance.now();
-    new MutationObserver(() => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began))))
-        .observe(box.querySelector(".count"), { childList: true, characterData: true, subtree: true });
+    const drawn = () => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - began)));
+    const all = { childList: true, characterData: true, subtree: true };
+    new MutationObserver(drawn).observe(box.querySelector(".count"), all);
     input.value = "Kyoto 12";
     input.dispatchEvent(new Event("input"));
 })"""
+EMPTY = "<!DOCTYPE html><title>empty</title><p>empty"
 
 
-def browser_program() -> str:
-    """Returns the path of an installed Chromium.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        raise SystemExit(f"no browser found; install one of {', '.join(BROWSERS)}")
-    return found
+def find_browser() -> str | None:
+    """Returns the path of an installed Chromium; None if there is none."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def write_page(path: Path, edits: int) -> dict[str, Any]:
@@ -66,30 +63,33 @@ def write_page(path: Path, edits: int) -> dict[str, Any]:
 
 def measure(browser: Any, address: str, width: int, repeats: int) -> dict[str, Any]:
     """Opens a page several times and returns the seconds; fails if anything else is loaded or an error is logged."""
-    opened, searched, unwanted = list[float](), list[float](), list[str]()
+    opened, busy, searched, unwanted = list[float](), list[float](), list[float](), list[str]()
     for _ in range(repeats):
         context = browser.new_context(viewport={"width": width, "height": HEIGHT})
         page = context.new_page()
+        page.set_default_timeout(TIMEOUT)
         page.on("request", lambda request: unwanted.append(request.url) if request.url != address else None)
         page.on("pageerror", lambda error: unwanted.append(str(error)))
+        session = context.new_cdp_session(page)
+        session.send("Performance.enable")
         began = time.perf_counter()
         page.goto(address)
         page.evaluate(DRAWN)
         opened.append(time.perf_counter() - began)
-        searched.append(page.evaluate(SEARCH) / 1000)
+        metrics = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
+        busy.append(metrics["ProcessTime"])
+        if page.locator("#edits input").count():
+            searched.append(page.evaluate(SEARCH) / 1000)
         context.close()
     if unwanted:
         raise SystemExit(f"the page loaded or logged {unwanted[0]}")
-    return {
-        "width": width,
-        "seconds_opened": summary(opened),
-        "seconds_searched": summary(searched),
-    }
+    found = {"width": width, "seconds_opened": summary(opened), "seconds_processor": summary(busy)}
+    return found | ({"seconds_searched": summary(searched)} if searched else {})
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Returns median and maximum."""
-    return {"median": round(median(seconds), 3), "max": round(max(seconds), 3)}
+    """Returns minimum, median and maximum."""
+    return {"min": round(min(seconds), 3), "median": round(median(seconds), 3), "max": round(max(seconds), 3)}
 
 
 def main() -> None:
@@ -101,13 +101,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     add_json(parser)
     options = parser.parse_args()
-    pages = []
+    program = find_browser()
+    if program is None:
+        raise SystemExit(f"no browser found; install one of {', '.join(BROWSERS)}")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_program(), args=["--no-sandbox"])
-        version = browser.version
-        for edits in options.edits:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        version, pages = browser.version, list[dict[str, Any]]()
+        for edits in (0, *options.edits):
             path = Path(folder) / f"{edits}.html"
-            about = write_page(path, edits)
+            if edits:
+                about = write_page(path, edits)
+            else:
+                path.write_text(EMPTY)
+                about = {"edits": 0, "others": 0, "bytes": len(EMPTY)}
             found = [measure(browser, path.as_uri(), width, options.repeats) for width in options.widths]
             pages.append(about | {"opened": found})
             print(json.dumps(pages[-1]), file=sys.stderr, flush=True)
