@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="+", default=[1000, 5000])
     parser.add_argument("--widths", type=int, nargs="+", default=[390, 1280])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--note", default="", help="remark for the result file, such as what else ran")
     add_json(parser)
     options = parser.parse_args()
     program = find_browser()
@@ -118,7 +119,8 @@ def main() -> None:
             pages.append(about | {"opened": found})
             print(json.dumps(pages[-1]), file=sys.stderr, flush=True)
         browser.close()
-    record(options.json, "opening of change reports", chromium=version, repeats=options.repeats, pages=pages)
+    shown = {"chromium": version, "repeats": options.repeats, "note": options.note}
+    record(options.json, "opening of change reports", **shown, pages=pages)
 
 
 if __name__ == "__main__":

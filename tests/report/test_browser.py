@@ -93,7 +93,7 @@ def test_search_filter_and_sorting(visit, width):
     assert table.locator(".count").inner_text() == "1,000; first 100 shown"
     table.locator("input").fill("kyoto OSAKA 12")
     count.to_have_text(re.compile(r"^\d+ of 1,000"))
-    texts = shown.all_inner_texts()
+    texts = shown.all_text_contents()
     assert 0 < len(texts) < 50
     assert all("Kyoto" in text and "Osaka" in text and "12" in text for text in texts)
     table.locator("input").fill("no such text")
