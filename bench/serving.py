@@ -40,7 +40,8 @@ from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.serving import VLLM, Completion
 
 TOKENS = 5
-START = 900.0  # seconds until the server must answer
+START = 1800.0  # seconds until the server must answer
+END = 60.0  # seconds until it must stop
 
 LLM = """
 import json, sys
@@ -136,7 +137,11 @@ def serving(python: str, options: argparse.Namespace, rank: int) -> Iterator[VLL
             yield server
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(END)
+            except subprocess.TimeoutExpired:  # a server that is still starting
+                process.kill()
+                process.wait()
 
 
 def environment_of(python: str) -> dict[str, str]:

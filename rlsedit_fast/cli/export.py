@@ -372,7 +372,7 @@ def gguf_lines(report: GgufReport) -> list[str]:
         f"of quantization {one.error:.2g} of the change"
         for one in report.tensors
     ]
-    lines += [f"  {types} was not used: {lost} edits would be lost" for types, lost in report.tried.items()]
+    lines += [f"  {types} was not used: {counted(lost, 'edit')} would be lost" for types, lost in report.tried.items()]
     stated = sum(edit.rank == 1 for edit in report.edits)
     before = sum(edit.rank_before == 1 for edit in report.edits)
     lines.append(f"  the written weights state {stated} of {len(report.edits)} active edits, the model {before}")
