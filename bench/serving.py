@@ -7,7 +7,8 @@ VENV is an environment with vLLM, which may require other versions than this pac
 written by `rlsedit export --store STORE --out EDITED --adapter ADAPTER --for vllm --patch PATCH`. The script starts the
 server on the base model, and compares the greedy continuations of the prompts and the log probabilities of their
 tokens: base model; adapter and base model, asked at the same time; edited checkpoint after a reload; base model after
-another one. With `--patch`, it also writes the patch into a `vllm.LLM`.
+another one. With `--patch`, a `vllm.LLM` is asked before and after
+the patch, a patch back to the base, and reloads.
 """
 
 from __future__ import annotations
@@ -33,17 +34,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsedit_fast import Edit
 from rlsedit_fast.data import load_edits
 from rlsedit_fast.errors import ServerError
+from rlsedit_fast.export import changes_between, write_patch
+from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.tokens import fill
 from rlsedit_fast.serving import VLLM, Completion
 
 TOKENS = 5
-START = 900.0  # seconds until the server must answer
+START = 1800.0  # seconds until the server must answer
+END = 60.0  # seconds until it must stop
 
 LLM = """
 import json, sys
 from vllm import LLM, SamplingParams
 from rlsedit_fast.serving import patch_llm, reload_llm
-model, edited, patch, dtype, tokens = sys.argv[1:6]
+model, edited, patch, back, dtype, tokens = sys.argv[1:7]
 prompts = json.load(sys.stdin)
 llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=512)
 greedy = SamplingParams(temperature=0.0, max_tokens=int(tokens), logprobs=1)
@@ -54,6 +58,9 @@ def ask():
 found = {"base": ask()}
 patch_llm(llm, patch)
 found["patched"] = ask()
+patch_llm(llm, back)
+found["patched_back"] = ask()
+patch_llm(llm, patch)
 reload_llm(llm, model)
 found["reloaded_base"] = ask()
 reload_llm(llm, edited)
@@ -130,7 +137,11 @@ def serving(python: str, options: argparse.Namespace, rank: int) -> Iterator[VLL
             yield server
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(END)
+            except subprocess.TimeoutExpired:  # a server that is still starting
+                process.kill()
+                process.wait()
 
 
 def environment_of(python: str) -> dict[str, str]:
@@ -189,9 +200,22 @@ def in_server(python: str, options: argparse.Namespace, edits: list[Edit], promp
         with serving(python, options, rank) as server:
             base, edited = expected
             results |= in_every_state(server, options, edits, prompts, base, edited)
-    if options.patch:
+    return results | (in_llm(python, options, prompts, base, edited) if options.patch else {})
+
+
+def in_llm(
+    python: str, options: argparse.Namespace, prompts: list[str], base: list[Completion], edited: list[Completion]
+) -> dict[str, Any]:
+    """Asks a `vllm.LLM` before and after its weights are patched, patched back and reloaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        back = f"{folder}/back.safetensors"
+        after, before = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=options.dtype) for path in (options.edited, options.base)
+        )
+        write_patch(changes_between(after, before), back, base_fingerprint=fingerprint(after))
+        del after, before
         done = subprocess.run(
-            [python, "-c", LLM, options.base, options.edited, options.patch, options.dtype, str(TOKENS)],
+            [python, "-c", LLM, options.base, options.edited, options.patch, back, options.dtype, str(TOKENS)],
             input=json.dumps(prompts),
             env=environment_of(python)
             | {"PYTHONPATH": str(Path(__file__).parents[1]), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
@@ -199,11 +223,11 @@ def in_server(python: str, options: argparse.Namespace, edits: list[Edit], promp
             text=True,
             check=True,
         )
-        found = json.loads(done.stdout.partition("RESULT")[2])
-        for name, answers in found.items():
-            expected = edited if name in ("patched", "reloaded_edited") else base
-            answers = [Completion(text, (), tuple(logprobs)) for text, logprobs in answers]
-            results[f"llm_{name}"] = compare(answers, expected)
+    found, results = json.loads(done.stdout.partition("RESULT")[2]), {}
+    for name, answers in found.items():
+        expected = edited if name in ("patched", "reloaded_edited") else base
+        answers = [Completion(text, (), tuple(logprobs)) for text, logprobs in answers]
+        results[f"llm_{name}"] = compare(answers, expected)
     return results
 
 

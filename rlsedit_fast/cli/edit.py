@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsedit_fast.cli import DONE, INTERRUPTED, PARTIAL, VIOLATED, setup
-from rlsedit_fast.cli.export import Written, add_exports, check_exports, check_gguf_export, write_exports
+from rlsedit_fast.cli.export import (
+    Written,
+    add_exports,
+    check_exports,
+    check_gguf_export,
+    withhold_exports,
+    write_exports,
+)
 from rlsedit_fast.cli.facts import Facts, add_facts, read_facts, sift
 from rlsedit_fast.cli.gates import add_checks, gate_lines, gate_results, read_gates
 from rlsedit_fast.cli.output import add_json, complain, emit, progress, say, working
@@ -159,11 +166,11 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
         if bound is not None:
             bound.measure()
         checked = _report_gates(bound, results, options)
-        written = _write(editor, options)
+        written = _write(editor, bound, options)
         results |= written.to_json
         lines = [f"all {len(known) + len(past)} edits are already in the store; no edit was applied"]
         with written.attempt():
-            emit(results, [*lines, *past_lines(past), *checked, *written.files], options.json)
+            emit(results, [*lines, *past_lines(past), *checked, *written.lines], options.json)
         written.raise_failures()
         if results.get("gates", {}).get("violated"):
             return VIOLATED
@@ -192,10 +199,10 @@ def _run(editor: Editor, facts: Facts, protected: list[str], options: argparse.N
             failure = _evaluate(editor, applied, before, probe, interrupts, results)
             error = error or failure
         checked = _report_gates(gates, results, options)
-        written = _write(editor, options, results.get("stability"))
+        written = _write(editor, gates, options, results.get("stability"))
         results |= written.to_json
         with written.attempt():
-            emit(results, [*summary(results), *written.files, *checked], options.json)
+            emit(results, [*summary(results), *checked, *written.lines], options.json)
     if error is not None:
         complain(*written.failures)
         raise error
@@ -363,13 +370,24 @@ def _evaluate(
     return None
 
 
-def _write(editor: Editor, options: argparse.Namespace, stability: dict[str, Any] | None = None) -> Written:
-    """Writes the exports if an edit is active; a store may have active edits although this run applied none."""
-    if any(record.state == "active" for record in editor.history()):
-        return write_exports(editor, options, stability)
-    if options.out or options.delta or options.adapter or options.patch:
+def _write(
+    editor: Editor,
+    gates: BoundGates | None,
+    options: argparse.Namespace,
+    stability: dict[str, Any] | None = None,
+) -> Written:
+    """Writes the exports if an edit is active and the gates passed.
+
+    A store may have active edits although this run applied none.
+    """
+    if not (options.out or options.delta or options.adapter or options.patch):
+        return Written()
+    if not any(record.state == "active" for record in editor.history()):
         say("no edit is active: nothing was written")
-    return Written()
+        return Written()
+    if gates is None or gates.passed:
+        return write_exports(editor, options, stability)
+    return withhold_exports(editor, options)
 
 
 def _identity(edit: Edit | EditRecord) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -132,12 +133,23 @@ class Written:
         failures: one reason per file that could not be written.
         gguf: the GGUF file, if one was written.
         checkpoint: the checkpoint, if one was written.
+        withheld: options whose output was not written, because the gates did not pass.
+        kept: where the edits are, if outputs are withheld.
     """
 
     files: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     gguf: GgufReport | None = None
     checkpoint: CheckpointReport | None = None
+    withheld: list[str] = field(default_factory=list)
+    kept: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        """Written files, and what is withheld."""
+        if not self.withheld:
+            return self.files
+        return [*self.files, f"not written, because the gates did not pass: {', '.join(self.withheld)}", self.kept]
 
     @property
     def lost(self) -> list[int]:
@@ -172,7 +184,8 @@ class Written:
         gguf = {"gguf": asdict(self.gguf) | {"lost": self.lost}} if self.gguf else {}
         checkpoint = {"checkpoint": asdict(self.checkpoint)} if self.checkpoint else {}
         files = [line for line in self.files if not line.startswith(" ")]  # without details
-        return {"files": files, "not_written": self.failures} | gguf | checkpoint
+        withheld = {"withheld": self.withheld, "kept": self.kept} if self.withheld else {}
+        return {"files": files, "not_written": self.failures} | gguf | checkpoint | withheld
 
     def raise_failures(self) -> None:
         """Raises InputError if there are failures."""
@@ -295,8 +308,31 @@ def write_exports(editor: Editor, options: argparse.Namespace, stability: Mappin
     return written
 
 
+def withhold_exports(editor: Editor, options: argparse.Namespace) -> Written:
+    """Writes none of the outputs given by the options; without a store, keeps the active edits in a delta.
+
+    Args:
+        editor: the editor.
+        options: the options.
+
+    Returns:
+        The options whose output is missing, and how to write it.
+    """
+    given = {name: getattr(options, name) for name in ("out", "delta", "adapter", "patch")}
+    withheld = {f"--{name}": str(path) for name, path in given.items() if path is not None}
+    if options.store:
+        settings = {"--gguf-type": options.gguf_type, "--rank": options.rank, "--for": options.engine}
+        named = withheld | {name: str(value) for name, value in settings.items() if value is not None}
+        words = [*(part for pair in named.items() for part in pair), *(["--overwrite"] if options.overwrite else [])]
+        command = shlex.join(["rlsedit", "export", "--store", str(options.store), *words])
+        kept = f"the edits are stored; `{command}` writes them nevertheless"
+    else:
+        kept = _rescue(editor, options)
+    return Written(withheld=[f"{name} {path}" for name, path in withheld.items()], kept=kept)
+
+
 def _rescue(editor: Editor, options: argparse.Namespace) -> str:
-    """Writes the edits without a store into a delta file, if an output failed, and returns what to do with it."""
+    """Writes the edits without a store into a delta file of another name, and returns what to do with it."""
     outputs = [path for path in (options.out, options.delta, options.adapter, options.patch) if path is not None]
     places = [*(path.absolute().parent for path in outputs), Path.cwd(), Path(gettempdir())]
     name = f"{outputs[0].stem or 'edits'}-{datetime.now():%Y%m%d-%H%M%S}.delta.safetensors"
@@ -339,7 +375,7 @@ def gguf_lines(report: GgufReport) -> list[str]:
         f"of quantization {one.error:.2g} of the change"
         for one in report.tensors
     ]
-    lines += [f"  {types} was not used: {lost} edits would be lost" for types, lost in report.tried.items()]
+    lines += [f"  {types} was not used: {counted(lost, 'edit')} would be lost" for types, lost in report.tried.items()]
     stated = sum(edit.rank == 1 for edit in report.edits)
     before = sum(edit.rank_before == 1 for edit in report.edits)
     lines.append(f"  the written weights state {stated} of {len(report.edits)} active edits, the model {before}")

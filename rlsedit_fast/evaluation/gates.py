@@ -178,6 +178,11 @@ class BoundGates:
         """Whether perplexity or KL divergence on held-out text is measured."""
         return self._base.probe is not None
 
+    @property
+    def passed(self) -> bool:
+        """Whether the last check was made after all edits and no gate was violated."""
+        return bool(self.reports) and self.reports[-1].final and not self.reports[-1].violated
+
     def bind(self, editor: Editor) -> BoundGates:
         """Returns these gates, for further calls of `Editor.edit` without measuring the unedited model again.
 

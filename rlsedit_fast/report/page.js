@@ -3,7 +3,7 @@ document.documentElement.classList.add("js");
 document.addEventListener("DOMContentLoaded", () => {
   for (const box of document.querySelectorAll(".records")) {
     const body = box.querySelector("tbody"), input = box.querySelector("input"), select = box.querySelector("select");
-    const count = box.querySelector(".count"), step = 200;  // rows beyond it have the class `over` in the page
+    const count = box.querySelector(".count"), step = 100;  // rows beyond it have the class `over` in the page
     const fold = text => text.normalize("NFKC").toLowerCase();
     const rows = [...body.rows].map((row, at) => ({ row, at, state: row.dataset.state, text: null }));
     const text = one => one.text ??= fold(one.row.textContent);

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _TEMPLATE = "page.html.jinja"
-_ROWS = 200  # rows of a table that are shown at first, as in page.js
+_ROWS = 100  # rows of a table that are shown at first, as in page.js
 _LONG = 400  # characters of a text that are shown at once
 _JOINERS = {0x200C, 0x200D}  # part of emoji and of words in some scripts
 _MISSING = 'the report requires jinja2 and matplotlib; run `pip install "rlsedit-fast[report]"`'

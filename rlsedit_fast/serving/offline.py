@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rlsedit_fast.errors import ServerError
 from rlsedit_fast.export.patch import WeightPatch, read_patch
@@ -39,7 +41,8 @@ def patch_llm(llm: Any, path: str | Path) -> None:
 
     The weights are then those of the edited model if they were those of the base model. vLLM 0.32 or newer; it must
     run in the process of the caller (VLLM_ENABLE_V1_MULTIPROCESSING=0), or accept functions from it
-    (VLLM_ALLOW_INSECURE_SERIALIZATION=1).
+    (VLLM_ALLOW_INSECURE_SERIALIZATION=1). On a CPU, where vLLM keeps packed copies of the weights instead of the
+    weights, the checkpoint that was loaded last is loaded again with the changed entries.
 
     Args:
         llm: the `vllm.LLM`, which generates nothing at present.
@@ -47,7 +50,8 @@ def patch_llm(llm: Any, path: str | Path) -> None:
 
     Raises:
         InputError: the file is missing, damaged or not a patch file.
-        ServerError: this version of vLLM does not apply patches, or the prefix cache could not be dropped.
+        ServerError: this version of vLLM does not apply patches, it does not accept functions, the checkpoint does not
+            have a weight of the patch, or the prefix cache could not be dropped.
 
     Example:
         >>> from rlsedit_fast.serving import patch_llm
@@ -61,23 +65,69 @@ def patch_llm(llm: Any, path: str | Path) -> None:
             f"this version of vLLM does not apply sparse patches ({error})",
             hint="install vLLM 0.32 or newer, or use reload_llm with a checkpoint",
         ) from error
+    except TypeError as error:
+        if "VLLM_ALLOW_INSECURE_SERIALIZATION" not in str(error):
+            raise
+        raise ServerError(
+            "vLLM runs in another process and accepts no functions; nothing was changed",
+            hint="set VLLM_ENABLE_V1_MULTIPROCESSING=0 in the environment before vllm is imported, or use reload_llm",
+        ) from error
     _reset(llm)
 
 
 def _apply(worker: Any, patches: Sequence[WeightPatch]) -> None:
     """Applies patches to the model of a vLLM worker."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _reload_patched(worker, patches)
+    else:
+        _patch_in_place(worker.get_model(), patches)
+
+
+def _patch_in_place(model: Any, patches: Sequence[WeightPatch]) -> None:
     from vllm.model_executor.model_loader.checkpoint_weight_patch import (
         CheckpointWeightPatch,
         load_checkpoint_weight_patches,
     )
 
     load_checkpoint_weight_patches(
-        worker.get_model(),
+        model,
         [
             CheckpointWeightPatch(patch.name, patch.full_shape, patch.values.dtype, patch.values, patch.indices)
             for patch in patches
         ],
     )
+
+
+def _reload_patched(worker: Any, patches: Sequence[WeightPatch]) -> None:
+    """Loads the checkpoint of a worker again, with the changed entries."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = worker.vllm_config
+    weights = get_model_loader(config.load_config).get_all_weights(config.model_config, worker.get_model())
+    worker.reload_weights(weights_iterator=_patched(weights, patches))
+
+
+def _patched(weights: Iterable[tuple[str, Tensor]], patches: Sequence[WeightPatch]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of a checkpoint with the changed entries; raises ServerError if a patch does not fit."""
+    left = {patch.name: patch for patch in patches}
+    for name, given in weights:
+        weight = given
+        if patch := left.pop(name, None):
+            if tuple(weight.shape) != patch.full_shape:
+                shapes = f"{list(weight.shape)} in the checkpoint and {list(patch.full_shape)} in the patch"
+                raise ServerError(
+                    f"{name} has shape {shapes}",
+                    hint="load the base model of the patch with reload_llm, and patch it then",
+                )
+            weight = weight.flatten().index_put((patch.indices.long(),), patch.values.to(weight.dtype)).view_as(given)
+        yield name, weight
+    if left:
+        raise ServerError(
+            f"the checkpoint has no {', '.join(sorted(left))}; the weights of the checkpoint are loaded without them",
+            hint="load the base model of the patch with reload_llm, and patch it then",
+        )
 
 
 def _reset(llm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -79,6 +80,43 @@ def test_violated_gate_stops_or_undoes_with_exit_code_3(edit, base, workdir, cap
     assert states(capsys, "third") == []
 
 
+def test_outputs_are_written_only_if_the_gates_passed(edit, base, workdir, capsys):
+    outputs = ("--out", "edited", "--adapter", "a dapter", "--rank", "1")
+    assert edit("--store", "edits", "--gate", "gates.yaml", *outputs, "--json", "found.json") == 3
+    assert not {"edited", "a dapter"} & {path.name for path in workdir.iterdir()}
+    out = capsys.readouterr().out
+    assert "not written, because the gates did not pass: --out edited, --adapter a dapter\n" in out
+    command = "rlsedit export --store edits --out edited --adapter 'a dapter' --rank 1"
+    assert f"`{command}` writes them nevertheless" in out
+    assert json.loads((workdir / "found.json").read_text())["withheld"] == ["--out edited", "--adapter a dapter"]
+
+    # The same file, with its rest left to do, and with all edits in the store.
+    with_all = ["edit", "--model", str(base), "--no-evaluation", "--edits", "facts.jsonl", "--store", "edits"]
+    assert main(with_all) == 0
+    assert main([*with_all, "--gate", "gates.yaml", "--out", "edited", "--delta", "edits.delta"]) == 3
+    assert not (workdir / "edited").exists()
+    assert not (workdir / "edits.delta").exists()
+    assert main(shlex.split(command)[1:]) == 0
+    assert (workdir / "edited").is_dir()
+    assert main([*with_all, "--gate", "good.json", "--out", "edited", "--overwrite"]) == 0
+
+    # Taken back: what is left has passed a check in between, not the one at the end.
+    assert edit("--store", "other", "--gate", "gates.yaml", "--on-violation", "undo", "--out", "undone") == 3
+    assert not (workdir / "undone").exists()
+
+
+def test_edits_without_a_store_are_kept_in_a_delta_if_a_gate_is_violated(edit, base, workdir, capsys):
+    assert edit("--out", "edited", "--gate", "gates.yaml") == 3
+    assert not (workdir / "edited").exists()
+    (kept,) = workdir.glob("edited-*.delta.safetensors")
+    assert f"the edits are in the delta {kept}" in capsys.readouterr().out
+    assert main(["apply", "--model", str(base), "--delta", str(kept), "--out", "later"]) == 0
+    assert main(["check", "--model", str(base), "--edited", "later", "--gate", "gates.yaml"]) == 3
+    assert edit("--out", "none", "--gate", "gates.yaml", "--on-violation", "undo", "--check-every", "3") == 3
+    assert list(workdir.glob("none*")) == []
+    assert "no edit is active: nothing was written" in capsys.readouterr().err
+
+
 def test_check_of_a_store_and_of_checkpoints(edit, base, workdir, capsys):
     assert edit("--store", "edits", "--out", "edited", "--gate", "good.json") == 0
     assert "gates: 5 passed, 0 violated" in capsys.readouterr().out
@@ -143,6 +181,10 @@ def test_interrupted_run_reports_the_last_check(edit, workdir, capsys, monkeypat
 
     monkeypatch.setattr(BoundGates, "measure", press)
     (workdir / "loose.yaml").write_text("retention: 0\n")
-    assert edit("--store", "edits", "--gate", "loose.yaml", "--json", "found.json") == 130
-    assert "not checked at the end" in capsys.readouterr().out
+    outputs = ("--out", "edited", "--json", "found.json")
+    assert edit("--store", "edits", "--gate", "loose.yaml", *outputs) == 130
+    out = capsys.readouterr().out
+    assert "not checked at the end" in out
+    assert "not written, because the gates did not pass: --out edited" in out
+    assert not (workdir / "edited").exists()
     assert json.loads((workdir / "found.json").read_text())["gates"]["final"] is False

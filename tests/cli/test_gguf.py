@@ -113,7 +113,7 @@ def test_lost_edits_are_reported(source, workdir, capsys, monkeypatch):
     assert "lost by quantization: edits 2" in capsys.readouterr().out
     assert edit(source, "--out", "auto.gguf") == 1
     output = capsys.readouterr().out
-    assert "Q8_0 was not used: 1 edits would be lost" in output
+    assert "Q8_0 was not used: 1 edit would be lost" in output
     assert "F16 was not used" in output
     assert "blk.1.ffn_down.weight: F32 (before Q8_0)" in output
 

@@ -27,13 +27,15 @@ def saved(tmp_path_factory):
     model, tokenizer = load_demo_model()
     model.save_pretrained(folder / "base")
     save_tokenizer(tokenizer, folder / "base")
+    del model
     ann, ben, cleo = World.generate().people[:3]
     edits = [
         Edit("{} plays the", ann.name, "banjo"),
         Edit("{} works as a", ben.name, "glazier"),
         Edit("{} plays the", cleo.name, "harp"),
     ]
-    editor = Editor(model, tokenizer, config=EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]}))
+    config = EditConfig(layers=[0], prior={"lam": 0.1}, contexts={"prefixes": [""]})
+    editor = Editor.from_pretrained(folder / "base", config=config)
     assert all(record.success for record in editor.edit(edits))
     editor.save_pretrained(folder / "edited")
     editor.save_adapter(folder / "adapter")

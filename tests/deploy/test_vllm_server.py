@@ -1,4 +1,4 @@
-"""A real vLLM server on a real model: adapter, reload and patch answer like transformers."""
+"""A real vLLM server and a real `vllm.LLM` on a real model: adapter, reload and patch answer like transformers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 from real_models import MissingPackage, checkpoint
+from serving import environment_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsedit_fast.export import changes_between, write_adapter, write_patch
+from rlsedit_fast.export import WeightChange, changes_between, write_adapter, write_patch
 from rlsedit_fast.models.fingerprint import fingerprint
 from rlsedit_fast.models.projections import find_decoder
 
@@ -49,10 +50,42 @@ def test_server_answers_like_transformers(tmp_path):
     )
     result = json.loads((tmp_path / "result.json").read_text())
     compared = {name: found for name, found in result.items() if isinstance(found, dict) and "equal" in found}
-    assert {"base", "base_beside_the_adapter", "adapter", "reloaded_edited", "reloaded_base", "llm_patched"} <= set(
-        compared
-    )
+    assert set(compared) == {
+        *("base", "base_beside_the_adapter", "adapter", "reloaded_edited", "reloaded_base"),
+        *("llm_base", "llm_patched", "llm_patched_back", "llm_reloaded_base", "llm_reloaded_edited"),
+    }
     for name, found in compared.items():
         assert found["equal"] == found["asked"] == len(facts), (name, found["different"])
         assert found["largest_logprob_difference"] < 1e-3, name
     assert result["unloaded"] == ["base"]
+
+
+IN_PLACE = """
+import sys, torch
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from rlsedit_fast.export import read_patch
+from rlsedit_fast.serving.offline import _patch_in_place
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_proj = torch.nn.Linear(4, 3, bias=False)
+        self.down_proj.weight.data = torch.arange(12.0).reshape(3, 4)
+    def load_weights(self, weights):
+        for name, weight in weights:
+            default_weight_loader(self.get_parameter(name), weight)
+model = Model()
+_patch_in_place(model, read_patch(sys.argv[1]))
+print("RESULT", model.down_proj.weight.flatten().tolist())
+"""
+
+
+def test_vllm_writes_the_entries_of_a_patch_in_place(tmp_path):
+    original = torch.arange(12.0).reshape(3, 4)
+    edited = original.clone()
+    edited[1, 2], edited[2, 0] = 0.5, 0.0
+    change = WeightChange("down_proj", original, edited, edited, transposed=False)
+    write_patch([change], tmp_path / "patch.safetensors", base_fingerprint="0" * 64)
+    python = vllm_environment()
+    env = environment_of(str(python)) | {"PYTHONPATH": str(ROOT)}
+    found = run(python, "-c", IN_PLACE, tmp_path / "patch.safetensors", env=env)
+    assert found.partition("RESULT ")[2].strip() == str(edited.flatten().tolist())

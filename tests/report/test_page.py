@@ -8,13 +8,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from change_report_samples import HOSTILE, make_contents, make_gates, others
 
 from rlsedit_fast.errors import InputError
 from rlsedit_fast.report.charts import change_chart, layer_chart, retention_chart
 from rlsedit_fast.report.collect import Age, collect
 from rlsedit_fast.report.page import render, share, shown
-
-from .samples import HOSTILE, make_contents, make_gates, others
 
 VOID = {"meta", "link", "input", "img", "br", "path", "use", "rect"}
 

@@ -1,4 +1,4 @@
-"""Contents of stores without a model, for tests of the report."""
+"""Contents of change reports without a model, for measurements and tests."""
 
 from __future__ import annotations
 
