@@ -59,16 +59,16 @@ def processes_of(model: nn.Module, *, replicas: bool = False) -> Processes:
     """
     check_division(model)
     parameters: list[Any] = list(model.parameters())
-    mesh = next((one.device_mesh for one in parameters if is_divided(one)), None)
-    divided = mesh is not None and mesh.size() > 1
-    if replicas and divided:
+    meshes = (one.device_mesh for one in parameters if is_divided(one))
+    mesh = next((mesh for mesh in meshes if mesh.size() > 1), None)
+    if replicas and mesh is not None:
         raise ModelError(
             "data_parallel=True: the model is divided over the processes; expected the whole model in each",
             hint="use either --tp or --dp (Python: load the model without tensor parallelism, or omit data_parallel)",
         )
     if replicas:
         return Group(replicas=True)
-    return Group(mesh.get_group()) if divided else ALONE
+    return ALONE if mesh is None else Group(mesh.get_group())
 
 
 def check_division(model: nn.Module) -> None:
