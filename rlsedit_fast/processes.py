@@ -228,7 +228,7 @@ class Group(Processes):
         return found
 
     def _exchange(self, name: str, error: BaseException) -> dict[int, str]:
-        """Tells the others that this process failed, and ends the process group if one waits for this process.
+        """Reports the failure of this process to the others, and ends the process group if one waits for this process.
 
         Returns:
             The errors of the other processes that did not only lose a connection, by rank.

@@ -56,12 +56,28 @@ def test_demo_model_matches_the_recipe():
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_recipe_trains_a_loadable_model(tmp_path, capsys):
+@pytest.mark.parametrize("experts", ["", "--experts 4 --active 2 --shared 8"])
+def test_recipe_trains_a_loadable_model(experts, tmp_path, capsys):
     small = "--people 8 --layers 2 --hidden 16 --intermediate 24 --heads 2 --steps 4 --texts-per-step 4 --warmup 1"
-    assert main(["train", "--out", str(tmp_path), *small.split(), "--first-people", "4", "--first-steps", "2"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--out",
+                str(tmp_path),
+                *f"{small} {experts}".split(),
+                "--first-people",
+                "4",
+                "--first-steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "step     4" in capsys.readouterr().out
     model, tokenizer = load_demo_model(tmp_path)
     assert model.config.num_hidden_layers == 2
+    assert getattr(model.config, "num_experts", 0) == (4 if experts else 0)
     assert 0 <= recall(model, tokenizer, World.generate(0, 8)) <= 1
 
 
