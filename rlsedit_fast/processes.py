@@ -200,8 +200,9 @@ class Group(Processes):
         """See `Processes`.
 
         A process whose block raises waits until the blocks of all others have raised. If one does not, it waits for
-        this one: the process group is ended, so that its collective raises `ProcessError`. With NCCL a collective may
-        wait until the timeout of the process group; torchrun ends its process before that.
+        this one: the process group is ended, so that its collective raises `ProcessError`. Gloo closes the connections
+        when the process ends, or when nothing, such as a divided model, refers to the process group. With NCCL a
+        collective may wait until the timeout of the process group; torchrun ends its process before that.
 
         Raises:
             ProcessError: another process failed; or the process group was ended before.

@@ -72,8 +72,11 @@ def test_store_commands(workdir, capsys):
     from rlsedit_fast.cli import main
 
     (workdir / "facts.jsonl").write_text(block("Edit your own model", "json"))
-    lines = [line.partition("#")[0] for line in block("Edits that last", "bash").splitlines()]
+    lines = [line.partition("#")[0] for line in block("Commands and Python", "bash", "docs/store.md").splitlines()]
     commands = [shlex.split(line.replace("path/to/checkpoint", "checkpoint")) for line in lines]
+    assert {tuple(shlex.split(line.partition("#")[0])) for line in block("Edits that last", "bash").splitlines()} <= {
+        tuple(shlex.split(line)) for line in lines
+    }, "README has some of these commands"
     (workdir / "new.jsonl").write_text('{"prompt": "{} plays the", "subject": "John Coltrane", "target": "flute"}\n')
     (workdir / "gates.yaml").write_text("retention: 0\n")
     names = ["edit", "history", "ask", "undo", "replace", "check", "report", "status", "show", "consolidate", "export"]
@@ -84,7 +87,7 @@ def test_store_commands(workdir, capsys):
     assert (workdir / "edited-2" / "model.safetensors").exists()
     assert "<title>Change report: checkpoint</title>" in (workdir / "report.html").read_text(encoding="utf-8")
     names = {}
-    exec(block("Edits that last").replace("path/to/checkpoint", "checkpoint"), names)
+    exec(block("Commands and Python", file="docs/store.md").replace("path/to/checkpoint", "checkpoint"), names)
     assert "3 France Nice active\n4 Spain Bilbao undone" in capsys.readouterr().out
     assert [record.state for record in names["editor"].history()] == ["replaced", "undone", "active", "undone"]
 

@@ -22,6 +22,7 @@ from rlsedit_fast.cli.launch import launched, reports
 from rlsedit_fast.cli.output import add_quiet, set_quiet
 from rlsedit_fast.cli.places import check_inputs, check_places
 from rlsedit_fast.errors import GateError, RLSEditError, did_you_mean
+from rlsedit_fast.processes import world
 
 DONE, PARTIAL, FAILED, VIOLATED, INTERRUPTED, NO_READER = 0, 1, 2, 3, 130, 141
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             prog = f"rlsedit {options.command}"
             with launched(options):
                 check_inputs(options)
-                check_places(options)
+                world().lead(lambda: check_places(options))
                 code: int = modules[options.command].run(options)
             return code
         finally:

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     setup.show_warnings()
     setup.settle_text(options)
-    check_places(options, files=("plot", "json"))
+    world().lead(lambda: check_places(options, files=("plot", "json")))
     if options.adherence is not None:
         raise InputError("--adherence is not used here; pass --adherences with the values to compare")
     if options.plot is not None:

@@ -233,10 +233,7 @@ def check_exports(options: argparse.Namespace, model: str) -> None:
             "no output given; pass --out DIR (checkpoint) or FILE.gguf, --delta FILE, --adapter DIR, or --store DIR "
             "(keeps the edits and allows undo), or check the edits with --dry-run"
         )
-    if options.out is not None:
-        check_checkpoint(options.out, model, overwrite=options.overwrite)
-    _check_new(options)
-    _check_places(options)
+    check_named_exports(options, model)
 
 
 def check_named_exports(options: argparse.Namespace, model: str) -> None:
@@ -245,10 +242,14 @@ def check_named_exports(options: argparse.Namespace, model: str) -> None:
     Raises:
         InputError: an output already exists or cannot be created.
     """
-    if options.out is not None:
-        check_checkpoint(options.out, model, overwrite=options.overwrite)
-    _check_new(options)
-    _check_places(options)
+
+    def check() -> None:
+        if options.out is not None:
+            check_checkpoint(options.out, model, overwrite=options.overwrite)
+        _check_new(options)
+        _check_places(options)
+
+    world().lead(check)  # another process would see what this one creates for a moment
 
 
 def check_checkpoint(out: Path, model: str, *, overwrite: bool) -> None:

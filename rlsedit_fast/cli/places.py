@@ -60,7 +60,7 @@ def _similar(path: Path) -> str:
 
 
 def check_places(options: argparse.Namespace, *, folders: Sequence[str] = (), files: Sequence[str] = ("json",)) -> None:
-    """Checks that every output path can be created, by creating and removing it.
+    """Checks that every output path can be created, by creating and removing it; of several processes in one only.
 
     Args:
         options: options of a command.

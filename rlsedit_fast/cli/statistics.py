@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; after an interrupt, the next call resumes from the checkpoint."""
     show_warnings()
     settle_text(options)
-    check_places(options, files=("out", "json"))
+    world().lead(lambda: check_places(options, files=("out", "json")))
     if options.out is not None:
         _check_replaceable(options.out, overwrite=options.overwrite)
     editor = plan_editor(options).load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -24,11 +25,16 @@ RANKS = 2
 ALLOWED = 1e-3
 
 
-def run(folder, world, *scenarios, timeout=500):
+def run(folder, world, *scenarios, timeout=240):
     variables = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, worker.__file__, str(folder), str(world), *scenarios]
-    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        try:
+            _, said = started.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # also the processes that it started
+            raise
+    assert started.returncode == 0, said[-4000:]
 
 
 def read(folder, scenario, family, world):
