@@ -410,15 +410,9 @@ class RLSState(ObjectiveLayer):
     def _apply(
         self, panel: Panel, innovation: Tensor, sign: int, given: Mapping[str, Tensor], *, counted: bool = True
     ) -> Step:
+        sketch, objective = self._sketch, self._objective
         prepared = prepare_step(
-            panel,
-            innovation,
-            sign,
-            given,
-            sketch=self._sketch,
-            objective=self._objective,
-            name=self._name,
-            backend=self._backend,
+            panel, innovation, sign, given, sketch=sketch, objective=objective, name=self._name, backend=self._backend
         )
         self._reserve(prepared.rows.shape[0])
         self._master.correct(prepared.whitened, prepared.rows, sign, self._backend)
