@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.baselines.base import Batch, Rule
-from rlsedit_fast.baselines.layer import RulePanel, cannot_remove
+from rlsedit_fast.baselines.layer import RulePanel, WithoutHistory
 from rlsedit_fast.errors import InputError, UpdateError
-from rlsedit_fast.rls import BlockPrior, Bounds, Monitor, Prior, Step, Terms, checks
+from rlsedit_fast.rls import BlockPrior, Prior, Step, Terms, checks
 from rlsedit_fast.rls.block_base import BlockBase
 from rlsedit_fast.rls.block_weights import SavedBlocks
 from rlsedit_fast.rls.blocks import Group
@@ -50,7 +50,7 @@ class ExpertRuleSnapshot:
     blocks: SavedBlocks = field(default_factory=dict)
 
 
-class ExpertRuleLayer(BlockBase):
+class ExpertRuleLayer(WithoutHistory, BlockBase):
     """Edits the experts of a mixture separately with a baseline rule, each as if it was an ordinary layer.
 
     The rule of an expert sees the keys of its tokens, which contain the weights of the router, and its part of the
@@ -96,22 +96,9 @@ class ExpertRuleLayer(BlockBase):
         """The number of edit rows applied."""
         return self._edits
 
-    @property
-    def objective(self) -> float:
-        """NaN: the baselines have no objective over all edits."""
-        return math.nan
-
-    def bounds(self) -> Bounds:
-        """Returns infinite bounds: the baselines have no objective over all edits."""
-        return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
-
     def terms(self) -> Terms:
         """Returns the change of the weight; the others are not known."""
         return Terms(weight=self.deviation(), anchors=None, edits=None)
-
-    def monitor(self) -> Monitor:
-        """Returns a residual of 0: a baseline has no state that can drift."""
-        return Monitor(0.0, False, "this rule has no state that can drift.")
 
     @torch.no_grad()
     def project(self, keys: Tensor, weights: Tensor | None = None) -> RulePanel:
@@ -149,18 +136,6 @@ class ExpertRuleLayer(BlockBase):
         """Applies a batch of edits with values; see `RuleLayer.update`."""
         panel = self.project(keys, weights)
         return self.update_projected(panel, values - self.outputs(panel.keys))
-
-    def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Not supported: only RLS can remove edits.
-
-        Raises:
-            InputError: always.
-        """
-        raise cannot_remove(self._rule)
-
-    def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
-        """Not supported, see `remove`."""
-        self.remove(keys, values, weights)
 
     def snapshot(self) -> ExpertRuleSnapshot:
         """Takes a snapshot for `restore`. Later steps copy each block once before they write it."""

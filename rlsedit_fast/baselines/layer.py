@@ -157,7 +157,38 @@ class RuleSnapshot:
     version: int
 
 
-class RuleLayer(Layer):
+class WithoutHistory:
+    """The methods of a layer whose rule does not solve one problem over all edits, and can therefore not remove any."""
+
+    _rule: Rule
+
+    @property
+    def objective(self) -> float:
+        """NaN: the baselines have no objective over all edits."""
+        return math.nan
+
+    def bounds(self) -> Bounds:
+        """Returns infinite bounds: the baselines have no objective over all edits."""
+        return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
+
+    def monitor(self) -> Monitor:
+        """Returns a residual of 0: a baseline has no state that can drift."""
+        return Monitor(0.0, False, "this rule has no state that can drift.")
+
+    def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
+        """Not supported: only RLS can remove edits.
+
+        Raises:
+            InputError: always.
+        """
+        raise cannot_remove(self._rule)
+
+    def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
+        """Not supported, see `remove`."""
+        self.remove(keys, values, weights)
+
+
+class RuleLayer(WithoutHistory, Layer):
     """A layer that is edited by a baseline rule, with the interface of `RLSState`.
 
     The rule computes in float64; the exact weight is float32 (float64 for a float64 weight).
@@ -200,15 +231,6 @@ class RuleLayer(Layer):
         self._master = master_of(weight.detach(), self._dtype, in_place=in_place)
         self._edits = 0
         self._version = next(_versions)
-
-    @property
-    def objective(self) -> float:
-        """NaN: the baselines have no objective over all edits."""
-        return math.nan
-
-    def bounds(self) -> Bounds:
-        """Returns infinite bounds: the baselines have no objective over all edits."""
-        return Bounds(weight=math.inf, anchors=math.inf, edits=math.inf)
 
     def terms(self) -> Terms:
         """Returns the changes of the weight and on the anchors; the misfit of the edits is not known."""
@@ -296,22 +318,6 @@ class RuleLayer(Layer):
             )
         panel = self.project(keys, weights)
         return self.update_projected(panel, values - self.outputs(panel.keys))
-
-    def monitor(self) -> Monitor:
-        """Returns a residual of 0: a baseline has no state that can drift."""
-        return Monitor(0.0, False, "this rule has no state that can drift.")
-
-    def remove(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> Step:
-        """Not supported: only RLS can remove edits.
-
-        Raises:
-            InputError: always.
-        """
-        raise cannot_remove(self._rule)
-
-    def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
-        """Not supported, see `remove`."""
-        self.remove(keys, values, weights)
 
     def settle(self) -> None:
         """Does nothing: no work is deferred."""

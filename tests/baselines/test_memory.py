@@ -84,7 +84,8 @@ def test_out_of_memory_in_a_batch_rolls_it_back(make_model, tokenizer, monkeypat
 
 def test_five_layers_of_an_8b_model_take_less_than_eight_gigabytes():
     weight = torch.empty(4096, 14_336, dtype=torch.bfloat16, device="meta")
-    layers = [SimpleNamespace(layer=layer, name="down_proj", blocks=[weight], layout=None) for layer in range(4, 9)]
+    fields = {"name": "down_proj", "blocks": [weight], "layout": None, "key_width": 14_336}
+    layers = [SimpleNamespace(layer=layer, **fields) for layer in range(4, 9)]
     defaults = rf.EditConfig()
     plan = memory.plan_memory(layers, delay=defaults.delay, rows=len(defaults.contexts.prefixes))
     sizes = [memory.size(sum(layer.state for layer in plan)), memory.size(plan[0].building)]
