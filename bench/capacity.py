@@ -6,8 +6,8 @@
     python bench/capacity.py measure demo --edits 3000 --work build/capacity
     python bench/capacity.py compare demo --edits 3000 --work build/capacity --json bench/results/capacity-demo.json \
         --plot docs/assets/capacity.svg
-    python bench/capacity.py against smollm2 --store build/real/smollm2-default-1000 --data counterfact-10k.json \
-        --results bench/results/real/smollm2-default-300.json bench/results/real/smollm2-default-1000.json \
+    python bench/capacity.py against smollm2 --store build/real/smollm2-no-chat-1000 --data counterfact-10k.json \
+        --results bench/results/real/smollm2-no-chat-300.json bench/results/real/smollm2-no-chat-1000.json \
         --json bench/results/capacity-smollm2-1000.json
     python bench/capacity.py held-out --json bench/results/held-out.json
 
