@@ -1,9 +1,9 @@
 """A stream in two processes, of which one is killed repeatedly: `parallel_kills.py FOLDER KILLS SEED`.
 
 FOLDER contains a model, `llama`. The processes divide it, and the first one keeps the store. At a random moment one of
-them gets SIGKILL; the other one must end by itself. The store must then hold the changes that were acknowledged,
-possibly the next one, and no part of another. Afterwards the stream ends without kills; an undisturbed stream of the
-same changes must give the same weights. The last line of the output is a summary in JSON.
+them gets SIGKILL; if both had joined, the other one must end by itself. The store must then hold the changes that were
+acknowledged, possibly the next one, and no part of another. Afterwards the stream ends without kills; an undisturbed
+stream of the same changes must give the same weights. The last line of the output is a summary in JSON.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def run(rank: int, folder: Path, store: Path, name: str, last: int | None) -> No
     os.environ["RANK"] = str(rank)
     place = dist.FileStore(str(folder / f"rendezvous-{name}"), RANKS)
     dist.init_process_group("gloo", store=place, rank=rank, world_size=RANKS)
+    (folder / f"joined-{name}-{rank}").touch()
     model, given = folder / "llama", {"store": store, "dtype": "float32", **options(RANKS)}
     config = None if Store.exists(store) else config_of(SETTINGS)
     with rf.Editor.from_pretrained(model, config=config, **given) as editor:
@@ -105,6 +106,8 @@ def attempt(folder: Path, store: Path, name: str, last: int | None, draw: random
         victim = draw.randrange(RANKS)
         happened = {"killed": 1, "killed_first": victim == 0, "killed_in_opening": not acknowledged.exists()}
         os.kill(started[victim].pid or 0, signal.SIGKILL)
+        if not all((folder / f"joined-{name}-{rank}").exists() for rank in range(RANKS)):
+            started[1 - victim].kill()  # as torchrun does; it waits for the other one until the timeout of PyTorch
     end = time.monotonic() + (PATIENCE if last is None else 600)
     for process in started:
         process.join(max(0.0, end - time.monotonic()))
