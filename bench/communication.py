@@ -92,6 +92,13 @@ def flush(rates: Rates, d_k: int, devices: int, delay: int) -> float:
     return work + rates.send(flush_traffic(delay, d_k, devices), devices, 1)
 
 
+def best(found: list[dict[str, Any]], model: str) -> int:
+    """Returns the number of devices on which a batch of the model takes least time."""
+    rows = [row for row in found if row["model"] == model]
+    count: int = min(rows, key=lambda row: row["total"])["devices"]
+    return count
+
+
 def main() -> None:
     """Computes, prints and records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +121,9 @@ def main() -> None:
             found.append({"model": model, "devices": devices, **ms, "total": sum(ms.values())})
             shown = "  ".join(f"{kind} {value:8.2f}" for kind, value in {**ms, "total": found[-1]["total"]}.items())
             print(f"{model:>5} {devices:4d} devices{' *' if devices == asked else '  '} {shown}")
+    fastest = {model: best(found, model) for model in MODELS}
+    for model, devices in fastest.items():
+        print(f"{model:>5} takes least time on {devices} devices")
     record(
         options.json,
         "Simulated time of a batch on several devices; nothing was measured",
@@ -124,6 +134,7 @@ def main() -> None:
         delay=options.delay,
         collectives=COLLECTIVES,
         rows_of_table=found,
+        fastest_count=fastest,
     )
 
 
