@@ -24,6 +24,8 @@ from . import parallel_worker as worker
 RANKS = 2
 # A step of the search amplifies rounding errors of the sums over processes.
 ALLOWED = 1e-3
+# Rounding errors of float64, 1e-16, which 300 edits and their searches amplify by less than 1e7.
+LONG = 1e-9
 
 EVEN = SIZES | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
 DIVISIBLE = {
@@ -276,7 +278,7 @@ def test_three_hundred_edits_in_three_and_two_processes_are_those_of_one(tmp_pat
             assert each["report"] == alone["report"] == ""
             for name in ("covariance", "priors", "numbers", "objectives"):
                 for one, other in zip(each[name], alone[name], strict=True):
-                    close(one, other, 1e-6)
+                    close(one, other, LONG)
         states = [record[1] for record in alone["records"]]
         assert states.count("undone") == 100
         written = [load_file(tmp_path / f"{family}-{count}-float64" / "model.safetensors") for count in (1, world)]
@@ -284,4 +286,4 @@ def test_three_hundred_edits_in_three_and_two_processes_are_those_of_one(tmp_pat
         assert len(edited) == len(alone["weights"])
         assert edited == {name for name in base if not torch.equal(base[name], written[0][name])}
         for name in edited:
-            close(written[1][name] - base[name], written[0][name] - base[name], 1e-6)
+            close(written[1][name] - base[name], written[0][name] - base[name], LONG)
