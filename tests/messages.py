@@ -6,8 +6,8 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ONE = ("broadcast_", "reduce_", "send", "scatter_")  # a process sends its tensor once, as in `rls.plan`
-_NONE = ("recv_", "barrier", "monitored_barrier_")
+_ONE = ("broadcast_", "reduce_", "send")  # a process sends its tensor once, as in `rls.plan`
+_NONE = ("recv_", "barrier")
 
 
 class Messages(TorchDispatchMode):
@@ -45,7 +45,7 @@ class Messages(TorchDispatchMode):
             (part,) = args[0] if isinstance(args[0], (list, tuple)) else (args[0],)
             size, sent = part.numel(), 2 * part.nbytes
         elif name in (*_ONE, *_NONE):
-            (part,) = args[0] if args[0:] and isinstance(args[0], (list, tuple)) else (args[0],)
+            (part,) = args[0] if isinstance(args[0], (list, tuple)) else (args[0],)
             size, sent = part.numel(), part.nbytes * (name in _ONE)
         else:
             raise NotImplementedError(f"messages of {name} are not counted")
