@@ -3,8 +3,8 @@
     python bench/communication.py --json FILE
 
 For layers of 70B and 405B models and several numbers of devices: the time that all edited layers need for a batch with
-delayed updates, and for folding the pending rows into C, which happens once every `delay` rows. Value search, forward
-passes and reading keys are not included.
+delayed updates, for sending the keys and changes that the editor of a bfloat16 model reads in addition, and for folding
+the pending rows into C, which happens once every `delay` rows. Value search and forward passes are not included.
 
 A computation takes the longer of its operations over the FLOP rate and its bytes over the memory bandwidth, both times
 `--attained`. What a process sends (`rls.plan`) takes its bytes over the bandwidth of NVLink within a host; with several
@@ -21,12 +21,13 @@ from typing import Any
 
 from recording import add_json, record
 
-from rlsedit_fast.rls.plan import batch_traffic, flush_traffic, held_width
+from rlsedit_fast.rls.plan import batch_traffic, edit_traffic, flush_traffic, held_width
 
 MODELS = {"70B": (8192, 28672, 8), "405B": (16384, 53248, 16)}
 """Width of values, width of keys, and number of devices in question."""
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+READING = 6  # collectives for what the editor reads in addition, per layer on average
 COLLECTIVES = 30  # of a batch and layer: gathering, and reductions that are broadcast, of which decisions are most
 
 
@@ -85,11 +86,27 @@ def step(rates: Rates, rows: int, d_v: int, d_k: int, devices: int, pending: int
     }
 
 
+def reading(rates: Rates, edits: int, rows: int, d_v: int, d_k: int, devices: int, pending: int, layers: int) -> float:
+    """Returns the seconds in which the keys and changes that the editor reads in addition are sent, for all layers."""
+    seconds, solver = 0.0, sum(batch_traffic(rows, d_v, d_k, devices, pending=pending).values())
+    for layer in range(layers):
+        sent = edit_traffic(edits, rows, d_v, d_k, devices, pending=pending, first=layer == 0, read=2)
+        seconds += rates.send(sum(sent.values()) - solver, devices, READING)
+    return seconds
+
+
 def flush(rates: Rates, d_k: int, devices: int, delay: int) -> float:
     """Returns the seconds of folding the pending rows of one layer into C."""
     w = held_width(d_k, devices)
     work = rates.compute(2 * delay * w * d_k, 2 * 4 * w * d_k)
     return work + rates.send(flush_traffic(delay, d_k, devices), devices, 1)
+
+
+def best(found: list[dict[str, Any]], model: str) -> int:
+    """Returns the number of devices on which a batch of the model takes least time."""
+    rows = [row for row in found if row["model"] == model]
+    count: int = min(rows, key=lambda row: row["total"])["devices"]
+    return count
 
 
 def main() -> None:
@@ -111,9 +128,14 @@ def main() -> None:
             parts = step(rates, rows, d_v, d_k, devices, options.delay // 2)
             folded = flush(rates, d_k, devices, options.delay) * rows / options.delay
             ms = {kind: 1e3 * options.layers * seconds for kind, seconds in (*parts.items(), ("flush", folded))}
+            read = reading(rates, options.edits, rows, d_v, d_k, devices, options.delay // 2, options.layers)
+            ms["reading"] = 1e3 * read
             found.append({"model": model, "devices": devices, **ms, "total": sum(ms.values())})
             shown = "  ".join(f"{kind} {value:8.2f}" for kind, value in {**ms, "total": found[-1]["total"]}.items())
             print(f"{model:>5} {devices:4d} devices{' *' if devices == asked else '  '} {shown}")
+    fastest = {model: best(found, model) for model in MODELS}
+    for model, devices in fastest.items():
+        print(f"{model:>5} takes least time on {devices} devices")
     record(
         options.json,
         "Simulated time of a batch on several devices; nothing was measured",
@@ -123,7 +145,9 @@ def main() -> None:
         layers=options.layers,
         delay=options.delay,
         collectives=COLLECTIVES,
+        collectives_of_reading=READING,
         rows_of_table=found,
+        fastest_count=fastest,
     )
 
 

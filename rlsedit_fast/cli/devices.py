@@ -15,7 +15,7 @@ from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.linear import Projection
 from rlsedit_fast.models.tensor_parallel import bytes_per_device, parallel_plan, style_of
 from rlsedit_fast.rls.layer import dtype_of
-from rlsedit_fast.rls.plan import ShardMemory, batch_traffic, flush_traffic, shard_memory
+from rlsedit_fast.rls.plan import ShardMemory, edit_traffic, flush_traffic, shard_memory
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -57,7 +57,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_devices(
-    model: Any, projections: Sequence[Projection], config: EditConfig, given: Devices, *, rows: int
+    model: Any, projections: Sequence[Projection], config: EditConfig, given: Devices, *, edits: int, rows: int
 ) -> dict[str, Any]:
     """Returns bytes per device, per batch and per flush, and whether the devices suffice.
 
@@ -66,6 +66,7 @@ def plan_devices(
         projections: the edited projections.
         config: the settings.
         given: the devices.
+        edits: edits of a batch.
         rows: rows of a batch.
 
     Raises:
@@ -78,8 +79,18 @@ def plan_devices(
         count for count in _counts(model) if _memory(model, projections, config.delay, count).peak <= given.memory
     )
     sent = [
-        batch_traffic(rows, projection.value_width, projection.key_width, given.count, pending=config.delay, item=item)
-        for projection, item in zip(projections, map(_item, projections), strict=True)
+        edit_traffic(
+            edits,
+            rows,
+            projection.value_width,
+            projection.key_width,
+            given.count,
+            pending=config.delay,
+            first=at == 0,
+            item=_item(projection),
+            read=projection.blocks[0].element_size(),
+        )
+        for at, projection in enumerate(projections)
     ]
     flushed = [
         flush_traffic(config.delay, projection.key_width, given.count, item=_item(projection))
@@ -96,6 +107,7 @@ def plan_devices(
         "smallest_count": next(fitting, None),
         "host": sum(layer.anchors for layer in chosen.layers),
         "batch": {
+            "edits": edits,
             "rows": rows,
             "sent": {kind: sum(layer.get(kind, 0) for layer in sent) for kind in (sent[0] if sent else {})},
         },
@@ -127,10 +139,11 @@ def device_lines(plan: dict[str, Any]) -> list[str]:
     if sent:
         kinds = ", ".join(f"{kind} {size(count)}" for kind, count in sorted(sent.items(), key=lambda item: -item[1]))
         lines += [
-            f"  a batch of {plan['batch']['rows']} rows sends {size(sum(sent.values()))} from each device: {kinds}",
+            f"  a batch of {plan['batch']['edits']} edits, {plan['batch']['rows']} rows, sends "
+            f"{size(sum(sent.values()))} from each device: {kinds}",
             f"  folding {plan['flush']['rows']} pending rows into C sends {size(plan['flush']['sent'])} from each",
         ]
-    return [*lines, "  not included: activations and cached keys of the model, and what PyTorch itself needs"]
+    return [*lines, "  not included: activations, cached keys and messages of the model, and what PyTorch itself needs"]
 
 
 @dataclass(frozen=True)

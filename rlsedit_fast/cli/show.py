@@ -128,8 +128,9 @@ def _show_plan(options: argparse.Namespace, facts: object) -> int:
         "layers": describe_layers(projections, memory),
     }
     if options.devices:
-        rows = config.batch_size * rows_per_edit(config)
-        results["plan"] = plan_devices(model, projections, config, options.devices, rows=rows)
+        edits = config.batch_size
+        rows = edits * rows_per_edit(config)
+        results["plan"] = plan_devices(model, projections, config, options.devices, edits=edits, rows=rows)
         lines = [f"{results['model']}, {results['dtype']}; a plan from the config"]
         lines += [f"  {layer['name']}  {layer['shape']}" for layer in results["layers"]]
         lines += device_lines(results["plan"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from rlsedit_fast.rls.prior import CHUNK
@@ -116,6 +117,58 @@ def batch_traffic(
     if pending:
         sent["pending"] = 2 * rows * pending * item
     return sent
+
+
+def edit_traffic(
+    edits: int,
+    rows: int,
+    d_v: int,
+    d_k: int,
+    ranks: int,
+    *,
+    pending: int,
+    first: bool,
+    item: int = 4,
+    read: int = 4,
+) -> dict[str, int]:
+    """Returns the bytes that a process sends when an editor writes a batch into one layer, by kind.
+
+    In addition to `batch_traffic` the keys are read, and in the first layer the used shares of the edits are measured.
+    The forward pass of the model, value search, refinement, and edits that overlap with others are not included.
+
+    Args:
+        edits: edits of the batch.
+        rows: rows of the batch.
+        d_v: width of values.
+        d_k: width of keys.
+        ranks: number of processes.
+        pending: pending rows before the batch.
+        first: whether this is the first edited layer.
+        item: bytes per number of the state.
+        read: bytes per number of the model.
+
+    Example:
+        >>> from rlsedit_fast.rls.plan import edit_traffic
+        >>> edit_traffic(100, 300, 8192, 28672, 8, pending=0, first=False)["read"]
+        30105600
+    """
+    if ranks == 1:
+        return {}
+    sent = Counter(batch_traffic(rows, d_v, d_k, ranks, pending=pending, item=item))
+    width = (ranks - 1) * held_width(d_k, ranks)
+    sent["read"] = rows * width * read
+    sent["values"] += rows * d_v * item  # the change
+    sent["decisions"] += (ranks - 1) * _DOUBLE * (STATUS + 1)  # agreement on the change, norm of the weight
+    if first:
+        sent["read"] += edits * width * read
+        sent["keys"] += 2 * edits * width * item  # with C, and with C of the start
+        sent["gram"] += 2 * edits * edits * _DOUBLE
+        sent["values"] += edits * item
+        sent["terms"] += 2 * edits * _DOUBLE
+        sent["decisions"] += (ranks - 1) * _DOUBLE * (2 * STATUS + 4)
+        if pending:
+            sent["pending"] += 2 * edits * pending * item
+    return dict(sent)
 
 
 def flush_traffic(pending: int, d_k: int, ranks: int, *, item: int = 4) -> int:

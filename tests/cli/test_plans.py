@@ -98,9 +98,10 @@ def test_a_plan_for_eight_devices_shows_what_each_holds_and_sends(name, tmp_path
     assert plan["peak"] == plan["weights"] + plan["state"] + plan["transient"]
     assert plan["transient"] > 12 * d_k**2
     assert plan["fits"] == (plan["peak"] <= 80e9)
-    rows = plan["batch"]["rows"]
-    assert plan["batch"]["sent"]["keys"] == 5 * 7 * rows * d_k // 8 * 4
-    assert sum(plan["batch"]["sent"].values()) < 5 * rows * 4 * (d_k + 2 * d_v + 4 * rows + 1024 + 100)
+    edits, rows, sent = plan["batch"]["edits"], plan["batch"]["rows"], plan["batch"]["sent"]
+    assert sent["keys"] == 7 * (5 * rows + 2 * edits) * d_k // 8 * 4
+    assert sent["read"] == 7 * (5 * rows + edits) * d_k // 8 * 2
+    assert sum(sent.values()) < 6 * rows * 4 * (2 * d_k + 3 * d_v + 4 * rows + 1024 + 100)
     assert main([*show, "--devices", "8x80GB"]) == 0
     text = capsys.readouterr().out
     assert f"C {covariance:.3g} GB" in text

@@ -10,14 +10,20 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers.integrations.tensor_parallel  # noqa: F401  # imported once, before the processes start
+from transformers.distributed import DistributedConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rlsedit_fast as rf
 from rlsedit_fast import processes
+from rlsedit_fast.cli.devices import Devices, plan_devices
 from rlsedit_fast.statistics.sources import GivenTexts
 from rlsedit_fast.world import World
 
@@ -30,8 +36,6 @@ SETTINGS = {"search": {"steps": 4}, "contexts": {"prefixes": ["", "The"]}, "batc
 def options(world, replicas=False):
     if world == 1 or replicas:
         return {"data_parallel": True} if world > 1 else {}
-    from transformers.distributed import DistributedConfig
-
     return {"distributed_config": DistributedConfig(tp_size=world)}
 
 
@@ -90,6 +94,31 @@ def stream(folder, family, world, count=6, replicas=False):
     editor.save_delta(place / "delta.safetensors")
     editor.save_adapter(place / "adapter", rank=4)
     return found
+
+
+def long(folder, family, world, count, dtype="float64"):
+    """Edits, undoes a third, protects and replaces; `count` edits in batches of 10 with a search of two steps."""
+    config = rf.EditConfig(
+        layers=[2] if family in ("gemma3", "olmo2") else [1, 2],
+        **SETTINGS | {"batch_size": 10, "delay": 64, "search": {"steps": 2}, "refine": 0},
+    )
+    editor = rf.Editor.from_pretrained(folder / family, config=config, dtype=dtype, **options(world))
+    editor.anchor([f"{name} plays the flute ." for name in NAMES[300:340]])
+    editor.edit(edits(0, count // 2))
+    editor.protect([f"{name} speaks" for name in NAMES[350:355]])
+    editor.undo(editor.select(list(range(1, count // 3 + 1, 2))))
+    editor.edit(edits(count // 2, count - count // 2))
+    editor.undo(editor.select(list(range(2, count // 3 + 1, 2))))
+    for at in range(count - 5, count):
+        editor.replace(at, "flute")
+    found = contents(editor)
+    report = editor.save_pretrained(folder / f"{family}-{world}-{dtype}")
+    return found | {"protected": list(editor.protected), "report": report.reason}
+
+
+def long32(folder, family, world, count):
+    """See `long`."""
+    return long(folder, family, world, count, "float32")
 
 
 def forecast(folder, family, world):
@@ -179,7 +208,6 @@ def refused(folder, family, world):
     """Returns the errors for models that are divided in other ways."""
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.distributed import DistributedConfig
 
     tokenizer, found = AutoTokenizer.from_pretrained(folder / family), {}
 
@@ -209,6 +237,29 @@ def refused(folder, family, world):
         rf.Editor(model, tokenizer, config=config).edit(edits(0, 1))
     except rf.errors.RLSEditError as error:
         found["rule"] = str(error)
+    return found
+
+
+def traffic(folder, family, world):
+    """Returns what batches of edits sent, the plan of them, and what all collectives sent."""
+    from tests.messages import Messages
+
+    editor = open_editor(str(folder / family), world, prior={"lam": 0.3}, delay=64)
+    projections, given = editor.context.projections, Devices(world, 10**12)
+    with Messages(world) as start:
+        editor.edit(edits(0, 2))
+    found, states = {"start": start.largest, "batches": []}, editor._session.layers.states
+    for at in (2, 5):
+        before = [Counter(projection.columns.sent) for projection in projections]
+        pending = len(states[0].saved().pending)
+        with Messages(world) as messages:
+            editor.edit(edits(at, 3))
+        sent = sum((p.columns.sent - old for p, old in zip(projections, before, strict=True)), Counter())
+        rows = len(states[0].saved().pending) - pending
+        plan = plan_devices(editor.model, projections, editor.config.replace(delay=pending), given, edits=3, rows=rows)
+        batch = {"rows": rows, "pending": pending, "sent": dict(sent), "plan": plan["batch"]["sent"]}
+        found["batches"].append(batch | {"all": dict(messages.sent), "largest": messages.largest})
+    found["widths"] = [(projection.value_width, projection.key_width) for projection in projections]
     return found
 
 
@@ -267,7 +318,10 @@ SCENARIOS = {
     "forecast": forecast,
     "stored": stored,
     "failing": failing,
+    "long": long,
+    "long32": long32,
     "refused": refused,
+    "traffic": traffic,
 }
 
 

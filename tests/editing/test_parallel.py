@@ -11,18 +11,31 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlsedit_fast.cli import INTERRUPTED
 from rlsedit_fast.editing.storage.recovery import read_history
 from rlsedit_fast.errors import ModelError
 from rlsedit_fast.models.shards import check_division
 
-from ..conftest import MAKERS
+from ..conftest import MAKERS, SIZES, maker
 from . import parallel_worker as worker
 
 RANKS = 2
 # A step of the search amplifies rounding errors of the sums over processes.
 ALLOWED = 1e-3
+# Rounding errors of float64, 1e-16, which 300 edits and their searches amplify by less than 1e7.
+LONG = 1e-9
+
+EVEN = SIZES | {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
+DIVISIBLE = {
+    "llama": maker("Llama", EVEN, 1),
+    "qwen3": maker("Qwen3", EVEN, 2),
+    "mistral": maker("Mistral", EVEN | {"sliding_window": 8}, 3),
+    "gemma3": maker("Gemma3", EVEN | {"query_pre_attn_scalar": 8, "sliding_window": 8}, 4),
+    "olmo2": maker("Olmo2", EVEN, 5),
+}
+"""Makers of models that 2 and 3 processes can divide."""
 
 
 def run(folder, world, *scenarios, timeout=240):
@@ -48,14 +61,31 @@ def save(folder, tokenizer, *families):
         tokenizer.save_pretrained(folder / family)
 
 
+def save_wide(folder, tokenizer):
+    """Saves a model whose keys are much wider than its other tensors."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "wide")
+    tokenizer.save_pretrained(folder / "wide")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """Models, and what the scenarios found in one process and in two."""
     folder = tmp_path_factory.mktemp("parallel")
     save(folder, tokenizer, "llama", "mixtral")
+    save_wide(folder, tokenizer)
     shared = ["stream/llama", "stored/llama", "commands/llama"]
     run(folder, 1, *shared, "copies/llama")
-    run(folder, RANKS, *shared, "copies/llama", "refused/llama", "failing/llama")
+    run(folder, RANKS, *shared, "copies/llama", "traffic/wide", "refused/llama", "failing/llama")
     return folder
 
 
@@ -167,6 +197,15 @@ def test_models_that_are_divided_in_other_ways_are_refused_with_the_way_that_wor
         assert "rule='memit'" in each["rule"]
 
 
+def test_a_batch_of_an_editor_sends_what_the_plan_of_show_says(folder):
+    for each in read(folder, "traffic", "wide", RANKS):
+        (_, d_k), *_ = each["widths"]
+        assert each["start"] == d_k**2 // RANKS  # rows of C, which the counter sees
+        for batch in each["batches"]:
+            assert batch["sent"] == batch["plan"]
+            assert batch["largest"] == batch["rows"] * d_k  # of all messages, also those of the model
+
+
 def test_a_wrapper_is_refused_by_name():
     wrapper = type("DistributedDataParallel", (torch.nn.Module,), {})
     with pytest.raises(ModelError, match=r"model\.module"):
@@ -219,3 +258,32 @@ def test_long_streams_are_as_in_one_process(tmp_path, tokenizer, family):
     for world in (1, RANKS):
         run(tmp_path, world, f"stream/{family}/60", timeout=3000)
     compare(read(tmp_path, "stream", family, RANKS), read(tmp_path, "stream", family, 1))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", DIVISIBLE)
+def test_three_hundred_edits_in_three_and_two_processes_are_those_of_one(tmp_path, tokenizer, family):
+    """In float64, in which the search does not amplify rounding errors to the tolerance."""
+    DIVISIBLE[family](len(tokenizer)).to(torch.float64).save_pretrained(tmp_path / family)
+    tokenizer.save_pretrained(tmp_path / family)
+    for world in (1, 2, 3):
+        run(tmp_path, world, f"long/{family}/300", timeout=3000)
+    (alone,) = read(tmp_path, "long", family, 1)
+    base = load_file(tmp_path / family / "model.safetensors")
+    for world in (2, 3):
+        several = read(tmp_path, "long", family, world)
+        for each in several:
+            assert each["records"] == alone["records"]
+            assert each["protected"] == alone["protected"]
+            assert each["report"] == alone["report"] == ""
+            for name in ("covariance", "priors", "numbers", "objectives"):
+                for one, other in zip(each[name], alone[name], strict=True):
+                    close(one, other, LONG)
+        states = [record[1] for record in alone["records"]]
+        assert states.count("undone") == 100
+        written = [load_file(tmp_path / f"{family}-{count}-float64" / "model.safetensors") for count in (1, world)]
+        edited = {name for name in base if not torch.equal(base[name], written[1][name])}
+        assert len(edited) == len(alone["weights"])
+        assert edited == {name for name in base if not torch.equal(base[name], written[0][name])}
+        for name in edited:
+            close(written[1][name] - base[name], written[0][name] - base[name], LONG)

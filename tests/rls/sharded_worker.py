@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from rlsedit_fast.rls import Prior, RLSState, ShardedColumns, used_share
 from rlsedit_fast.rls.results import Saved
+from tests.messages import Messages
 
 D_K, D_V, BATCHES, ROWS = 37, 11, 20, 3
 WIDTHS = {1: [37], 2: [20, 17], 3: [13, 20, 4]}
@@ -191,16 +194,23 @@ def pending_rows(cut, make, last):
     return counts
 
 
-def traffic(cut, make):
-    """Returns what batches of several sizes sent, with their rows and the pending rows before them."""
-    state = make(cut(draw(D_V, D_K, seed=0)), make_prior("moment"), delay=8)
-    found = []
+def traffic(cut, make, size):
+    """Returns what the start and batches of several sizes sent, with the rows and the pending rows before them.
+
+    Each is counted twice: by the columns, and below the functions of `torch.distributed`.
+    """
+    with Messages(size) as start:
+        state = make(cut(draw(D_V, D_K, seed=0)), make_prior("moment"), delay=8)
+    found = {"start": (dict(state._columns.sent), start.sent.total(), start.largest), "batches": []}
     for rows, weighted in ((3, True), (2, False), (3, True), (4, True), (9, False)):
         pending, columns = len(state.saved().pending), state._columns
         columns.sent.clear()
         keys, values = cut(draw(rows, D_K, seed=rows)), draw(rows, D_V, seed=rows + 50)
-        state.update(keys, values, torch.ones(rows, dtype=torch.float64) if weighted else None)
-        found.append((rows, weighted, pending, dict(columns.sent)))
+        weights = torch.ones(rows, dtype=torch.float64) if weighted else None
+        with Messages(size) as messages:
+            state.update(keys, values, weights)
+        counted = (messages.sent.total(), messages.largest)
+        found["batches"].append((rows, weighted, pending, dict(columns.sent), *counted))
     return found
 
 
@@ -216,7 +226,7 @@ def main(rank, world, folder):
         found = {case: scenario(case, cut, make) for case in CASES}
         found["refused"] = refused(cut, make, rank == size - 1)
         found["pending"] = pending_rows(cut, make, rank == size - 1)
-        found["traffic"] = traffic(cut, make)
+        found["traffic"] = traffic(cut, make, size)
         if size == 2:  # a state that three processes held, continued by two
             parts = [torch.load(folder / f"3-{at}.pt", weights_only=False)["float64"]["saved"] for at in range(3)]
             saved = Saved.joined([part["saved"] for part in parts[::-1]])

@@ -108,9 +108,11 @@ def test_rows_stay_pending_in_all_processes_while_one_holds_a_snapshot(found, si
 def test_a_batch_sends_what_the_plan_says(found, size):
     for each in found[size]:
         flushed = 0
-        for rows, weighted, pending, sent in each["traffic"]:
+        for rows, weighted, pending, sent, counted, largest in each["traffic"]["batches"]:
+            assert sum(sent.values()) == counted, "the columns count other bytes than the collectives send"
             # gathered parts are padded to the widest one
             d_k, flush = max(worker.WIDTHS[size]) * size, sent.pop("flush", 0)
+            together = rows
             planned = batch_traffic(rows, worker.D_V, d_k, size, pending=pending, item=8, weighted=weighted)
             if flush:
                 flushed += 1
@@ -118,8 +120,23 @@ def test_a_batch_sends_what_the_plan_says(found, size):
                 extra = rows if rows > 8 and pending else 0
                 assert flush == flush_traffic(rows_sent + extra, d_k, size, item=8)
                 sent["decisions"] -= (size - 1) * 8 * (1 + (rows > 8))  # agreement on a flush
+                together = max(rows, rows_sent)
             assert {kind: count for kind, count in sent.items() if count} == planned
+            if size > 1:
+                assert largest == together * d_k
+                assert largest < worker.D_K**2
         assert flushed or size == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_start_sends_each_process_its_rows_of_the_inverse(found, size):
+    for rank, each in enumerate(found[size]):
+        sent, counted, largest = each["traffic"]["start"]
+        assert sum(sent.values()) == counted
+        others = sum(worker.WIDTHS[size][1:])  # their rows of C, and of the image of the monitor
+        assert sent.get("start", 0) == (rank == 0) * 8 * (worker.D_K + 1) * others
+        if size > 1:
+            assert largest == worker.D_K * (max(worker.WIDTHS[size][1:]) if rank == 0 else worker.WIDTHS[size][rank])
 
 
 def test_a_batch_sends_nothing_of_the_size_of_c():
