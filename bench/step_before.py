@@ -2,10 +2,10 @@
 
     python bench/step_before.py --before OLD --json bench/results/step-before.json
 
-OLD is a folder from which the earlier version can be imported: a checkout with built native kernels. Each version runs
-in its own process, with the same number of threads. The processes work in turns: in each round, both perform the same
-steps while the other one waits, and every second round begins with the other version. The ratios are those of the medians over the
-rounds, of wall-clock and of CPU time; `spread` has the quartiles of the ratio within a round.
+OLD is a folder from which the earlier version can be imported: a checkout with built native kernels. Each version
+runs in its own process, with the same number of threads. The processes work in turns: in each round, both perform the
+same steps while the other one waits, and every second round begins with the other version. The ratios are those of
+the medians over the rounds, of wall-clock and of CPU time; `spread` has the quartiles of the ratio within a round.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -213,7 +214,7 @@ class Group(Processes):
         try:
             yield
         except BaseException as error:
-            causes, alike = self._exchange(name, error)
+            causes, alike = self._exchange_in_time(name, error)
             if alike or not _lost(error):
                 raise
             where, reason = next(iter(causes.items()), (None, f"it ended, or its connection was lost ({_line(error)})"))
@@ -227,6 +228,16 @@ class Group(Processes):
         found: list[Any] = [None] * self.count
         self._dist.all_gather_object(found, value, group=self._group)
         return found
+
+    def _exchange_in_time(self, name: str, error: BaseException) -> tuple[dict[int, str], bool]:
+        """See `_exchange`; gives up a store that does not answer, such as one behind a lost network connection."""
+        found: list[tuple[dict[int, str], bool]] = []
+        exchange = threading.Thread(target=lambda: found.append(self._exchange(name, error)), daemon=True)
+        exchange.start()
+        exchange.join((_CAUSE if _lost(error) else PATIENCE) + 2 * _CAUSE)
+        if not found:
+            self._close()
+        return found[0] if found else ({}, False)
 
     def _exchange(self, name: str, error: BaseException) -> tuple[dict[int, str], bool]:
         """Reports the failure of this process to the others, and ends the process group if one waits for this process.

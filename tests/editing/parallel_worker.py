@@ -25,7 +25,7 @@ from rlsedit_fast.world import World
 NAMES = [person.name for person in World.generate(people=400).people]
 FIELDS = ("id", "state", "search_steps", "search_rank", "rank", "answer", "success")
 NUMBERS = ("search_nll", "nll", "realized", "used")
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "olmo2")
+FAMILIES = ("llama", "qwen3", "phi3", "gemma3", "olmo2")
 SETTINGS = {"search": {"steps": 4}, "contexts": {"prefixes": ["", "The"]}, "batch_size": 3, "delay": 16}
 
 

@@ -25,7 +25,8 @@ ALLOWED = {"float64": 1e-6, "float32": 1e-3}
 
 def save(folder, tokenizer, family):
     prefix, settings = LAYOUTS[family]
-    conftest.maker(prefix, settings | WIDE, seed=40)(len(tokenizer)).save_pretrained(folder / family)
+    seed = 40 + worker.FAMILIES.index(family)
+    conftest.maker(prefix, settings | WIDE, seed)(len(tokenizer)).save_pretrained(folder / family)
     tokenizer.save_pretrained(folder / family)
 
 
