@@ -20,7 +20,7 @@ from .test_parallel import save
 pytestmark = pytest.mark.soak
 
 TIMEOUT = 8  # seconds of a collective
-CUTS = 1
+CUTS = 3
 
 
 def ip(*arguments):
