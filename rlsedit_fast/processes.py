@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -213,10 +214,10 @@ class Group(Processes):
         try:
             yield
         except BaseException as error:
-            causes = self._exchange(name, error)
-            if not _lost(error):
+            causes, alike = self._exchange_in_time(name, error)
+            if alike or not _lost(error):
                 raise
-            where, reason = next(iter(causes.items()), (None, "it ended, or its connection was lost"))
+            where, reason = next(iter(causes.items()), (None, f"it ended, or its connection was lost ({_line(error)})"))
             place = "another process" if where is None else f"process {where}"
             raise ProcessError(
                 f"{place} of {self.count} failed, so that this one ended, too: {reason}",
@@ -228,22 +229,35 @@ class Group(Processes):
         self._dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def _exchange(self, name: str, error: BaseException) -> dict[int, str]:
+    def _exchange_in_time(self, name: str, error: BaseException) -> tuple[dict[int, str], bool]:
+        """See `_exchange`; gives up a store that does not answer, such as one behind a lost network connection."""
+        found: list[tuple[dict[int, str], bool]] = []
+        exchange = threading.Thread(target=lambda: found.append(self._exchange(name, error)), daemon=True)
+        exchange.start()
+        exchange.join((_CAUSE if _lost(error) else PATIENCE) + 2 * _CAUSE)
+        if not found:
+            self._close()
+        return found[0] if found else ({}, False)
+
+    def _exchange(self, name: str, error: BaseException) -> tuple[dict[int, str], bool]:
         """Reports the failure of this process to the others, and ends the process group if one waits for this process.
 
         Returns:
-            The errors of the other processes that did not only lose a connection, by rank.
+            The errors of the other processes that did not only lose a connection, by rank; and whether all processes
+            have the same error, so that none waited for another one.
         """
         lost = _lost(error)
         places = [f"{name}/{rank}" for rank in range(self.count)]
         failed = {"lost": lost, "message": f"{type(error).__name__}: {error}"}
         found: dict[int, str] = {}
+        alike = False
         with suppress(RuntimeError):  # the store ends with the process that holds it
             self._store.set(places[self.rank], json.dumps(failed))
             end = time.monotonic() + (_CAUSE if lost else PATIENCE)
             while not (complete := self._store.check(places)) and time.monotonic() < end:
                 time.sleep(_POLL)
-            if not complete or lost:
+            alike = complete and all(json.loads(self._store.get(place)) == failed for place in places)
+            if not complete or (lost and not alike):
                 logger.info("ending the process group: not all processes failed in %s", name)
                 self._close()
             for rank, place in enumerate(places):
@@ -251,7 +265,7 @@ class Group(Processes):
                     about = json.loads(self._store.get(place))
                     if not about["lost"]:
                         found[rank] = about["message"]
-        return found
+        return found, alike
 
     def _close(self) -> None:
         self.ended = True
@@ -300,6 +314,11 @@ def raise_first(found: list[Described | None], mine: BaseException | None) -> No
             fallback = ResourceError if "Memory" in name else RLSEditError
             kind: type[RLSEditError] = getattr(errors, name) if name in errors.__all__ else fallback
             raise kind(f"{message} (in process {rank} of {len(found)})", hint)
+
+
+def _line(error: BaseException) -> str:
+    """Returns the type and the first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def _lost(error: BaseException) -> bool:

@@ -13,7 +13,13 @@ from rlsedit_fast.baselines.memory import beside, size
 from rlsedit_fast.editing import EditConfig
 from rlsedit_fast.errors import InputError, ModelError
 from rlsedit_fast.models.linear import Projection
-from rlsedit_fast.models.tensor_parallel import bytes_per_device, parallel_plan, style_of
+from rlsedit_fast.models.tensor_parallel import (
+    bytes_per_device,
+    parallel_plan,
+    process_counts,
+    refused_count,
+    style_of,
+)
 from rlsedit_fast.rls.layer import dtype_of
 from rlsedit_fast.rls.plan import ShardMemory, edit_traffic, flush_traffic, shard_memory
 
@@ -76,7 +82,9 @@ def plan_devices(
     _check(model, projections, config, given)
     chosen = _memory(model, projections, config.delay, given.count)
     fitting = (
-        count for count in _counts(model) if _memory(model, projections, config.delay, count).peak <= given.memory
+        count
+        for count in process_counts(model)
+        if _memory(model, projections, config.delay, count).peak <= given.memory
     )
     sent = [
         edit_traffic(
@@ -105,6 +113,7 @@ def plan_devices(
         "peak": chosen.peak,
         "fits": chosen.peak <= given.memory,
         "smallest_count": next(fitting, None),
+        "most": max(process_counts(model)),
         "host": sum(layer.anchors for layer in chosen.layers),
         "batch": {
             "edits": edits,
@@ -124,7 +133,9 @@ def device_lines(plan: dict[str, Any]) -> list[str]:
 
     smallest, number = plan["smallest_count"], given["count"]
     needed = (
-        f"at least {smallest} such device{'s' * (smallest != 1)}" if smallest else "no number of such devices suffices"
+        f"at least {smallest} such device{'s' * (smallest != 1)}"
+        if smallest
+        else f"no number of such devices suffices; the heads of the model are divided over at most {plan['most']}"
     )
     lines = [
         f"  {number} device{'s' * (number != 1)} of {size(given['memory'])}, with tensor parallelism; on each device:",
@@ -189,16 +200,6 @@ def _item(projection: Projection) -> int:
     return dtype_of(projection.blocks[0]).itemsize
 
 
-def _heads(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "num_attention_heads", None)
-
-
-def _counts(model: Any) -> list[int]:
-    """Returns the numbers of devices that divide the attention heads."""
-    heads = _heads(model) or 1
-    return [count for count in range(1, heads + 1) if heads % count == 0]
-
-
 def _check(model: Any, projections: Sequence[Projection], config: EditConfig, given: Devices) -> None:
     if config.rule != RECURSIVE:
         raise InputError(f"rule={config.rule!r} is not divided over devices; --devices requires the rule rls")
@@ -209,11 +210,8 @@ def _check(model: Any, projections: Sequence[Projection], config: EditConfig, gi
             )
     if given.count == 1:
         return
-    if given.count not in _counts(model):
-        raise InputError(
-            f"{given.count} devices do not divide the {_heads(model) or 'unknown number of'} attention heads of the "
-            f"model; use {', '.join(map(str, _counts(model)))}"
-        )
+    if why := refused_count(model, given.count):
+        raise InputError(f"{given.count} devices {why}")
     plan = parallel_plan(model)
     for projection in projections:
         style = style_of(plan, next(iter(projection.parameters)))

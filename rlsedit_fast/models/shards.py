@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlsedit_fast.errors import ModelError
+from rlsedit_fast.models.tensor_parallel import refused_count
 from rlsedit_fast.processes import ALONE, Group, Processes
 from rlsedit_fast.rls.columns import WHOLE, Columns
 
@@ -53,8 +54,8 @@ def processes_of(model: nn.Module, *, replicas: bool = False) -> Processes:
     """Returns the processes that hold a model together, or all processes, each of which holds the whole model.
 
     Raises:
-        ModelError: the model is divided in a way that cannot be edited, see `check_division`; or it is divided, and
-            `replicas` is True.
+        ModelError: the model is divided in a way that cannot be edited, see `check_division`, or over a number of
+            processes that does not divide its attention heads; or it is divided, and `replicas` is True.
         InputError: `replicas` is True, and no process group is initialized.
     """
     check_division(model)
@@ -68,6 +69,11 @@ def processes_of(model: nn.Module, *, replicas: bool = False) -> Processes:
         )
     if replicas:
         return Group(replicas=True)
+    if mesh is not None and (why := refused_count(model, mesh.size())):
+        raise ModelError(
+            f"the model was divided over {mesh.size()} processes, which {why}",
+            hint="start another number of processes, or give each a copy of the model (--dp N; Python: data_parallel)",
+        )
     return ALONE if mesh is None else Group(mesh.get_group())
 
 

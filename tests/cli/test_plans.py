@@ -105,7 +105,9 @@ def test_a_plan_for_eight_devices_shows_what_each_holds_and_sends(name, tmp_path
     assert main([*show, "--devices", "8x80GB"]) == 0
     text = capsys.readouterr().out
     assert f"C {covariance:.3g} GB" in text
-    assert ("fits" if plan["fits"] else "does not fit") + "; at least" in text
+    assert ("fits; at least" if plan["fits"] else "does not fit; no number") in text
+    assert plan["most"] == 8
+    assert plan["fits"] or "divided over at most 8" in text
 
 
 def test_the_smallest_number_of_devices_fits_and_half_of_it_does_not(tmp_path, capsys):
@@ -131,6 +133,11 @@ def test_devices_that_cannot_divide_the_model_are_refused(tmp_path, capsys):
 
     llama = save_llama(tmp_path / "llama", num_hidden_layers=10, num_attention_heads=32)
     refuse("3 devices do not divide the 32 attention heads", "--devices", "3x80GB")
+    shared = save_llama(tmp_path / "shared", num_hidden_layers=10, num_attention_heads=32, num_key_value_heads=4)
+    refuse("8 devices do not divide the 4 key value heads", "--devices", "8x80GB", show=shared)
+    refuse("use 1, 2 or 4", "--devices", "6x80GB", show=shared)
+    assert main([*shared, "--devices", "4x80GB"]) == 0
+    capsys.readouterr()
     refuse("requires the rule rls", "--devices", "2x80GB", "--rule", "memit")
     refuse("edits cannot be shown", "--devices", "2x80GB", "--prompt", "{} is", "--subject", "A", "--target", "B")
     transformers.GPT2Config(n_layer=4).save_pretrained(tmp_path / "gpt2")

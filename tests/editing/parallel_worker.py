@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import warnings
@@ -30,6 +31,7 @@ from rlsedit_fast.world import World
 NAMES = [person.name for person in World.generate(people=400).people]
 FIELDS = ("id", "state", "search_steps", "search_rank", "rank", "answer", "success")
 NUMBERS = ("search_nll", "nll", "realized", "used")
+FAMILIES = ("llama", "qwen3", "phi3", "gemma3", "olmo2")
 SETTINGS = {"search": {"steps": 4}, "contexts": {"prefixes": ["", "The"]}, "batch_size": 3, "delay": 16}
 
 
@@ -39,11 +41,11 @@ def options(world, replicas=False):
     return {"distributed_config": DistributedConfig(tp_size=world)}
 
 
-def open_editor(model, world, replicas=False, **settings):
+def open_editor(model, world, replicas=False, dtype="float32", **settings):
     """Returns an editor of the model in a folder; of several layers, or of one where they cannot share a change."""
     layers = [2] if Path(model).name in ("gemma3", "olmo2") else [1, 2]
     config = rf.EditConfig(layers=layers, **(SETTINGS | settings))
-    return rf.Editor.from_pretrained(model, config=config, dtype="float32", **options(world, replicas))
+    return rf.Editor.from_pretrained(model, config=config, dtype=dtype, **options(world, replicas))
 
 
 def edits(start, count, target="harp"):
@@ -96,29 +98,29 @@ def stream(folder, family, world, count=6, replicas=False):
     return found
 
 
-def long(folder, family, world, count, dtype="float64"):
-    """Edits, undoes a third, protects and replaces; `count` edits in batches of 10 with a search of two steps."""
-    config = rf.EditConfig(
-        layers=[2] if family in ("gemma3", "olmo2") else [1, 2],
-        **SETTINGS | {"batch_size": 10, "delay": 64, "search": {"steps": 2}, "refine": 0},
+def long_stream(folder, family, world, count, dtype="float32", steps=2, size=10):
+    """Adds `count` edits and undoes a third of them, with a protection and replacements, and writes the model."""
+    layers = {} if family in FAMILIES else {"layers": [12, 14]}
+    editor = open_editor(
+        str(folder / family), world, dtype=dtype, **layers, search={"steps": steps}, batch_size=size, delay=64
     )
-    editor = rf.Editor.from_pretrained(folder / family, config=config, dtype=dtype, **options(world))
-    editor.anchor([f"{name} plays the flute ." for name in NAMES[300:340]])
-    editor.edit(edits(0, count // 2))
-    editor.protect([f"{name} speaks" for name in NAMES[350:355]])
-    editor.undo(editor.select(list(range(1, count // 3 + 1, 2))))
-    editor.edit(edits(count // 2, count - count // 2))
-    editor.undo(editor.select(list(range(2, count // 3 + 1, 2))))
-    for at in range(count - 5, count):
-        editor.replace(at, "flute")
-    found = contents(editor)
-    report = editor.save_pretrained(folder / f"{family}-{world}-{dtype}")
-    return found | {"protected": list(editor.protected), "report": report.reason}
-
-
-def long32(folder, family, world, count):
-    """See `long`."""
-    return long(folder, family, world, count, "float32")
+    editor.anchor([f"{name} plays the flute ." for name in NAMES[320:360]])
+    draw, call = random.Random(count), max(3, count // 10)
+    for start in range(0, count, call):
+        editor.edit(edits(start, min(call, count - start)))
+        if start == 2 * call:
+            editor.protect([f"{name} speaks" for name in NAMES[360:363]])
+        active = [record.id for record in editor.history() if record.state == "active"]
+        editor.undo(sorted(draw.sample(active, call // 3)))
+        if start % (3 * call) == 0:
+            left = [record.id for record in editor.history() if record.state == "active"]
+            editor.replace(draw.choice(left), "flute")
+    found = {"changed": contents(editor), "fingerprint": editor.fingerprint()}
+    with editor.unedited():
+        found["originals"] = [p.columns.gather(p.blocks[0], "test").clone() for p in editor.context.projections]
+    found["edited"] = [p.name for p in editor.context.projections]
+    editor.save_pretrained(folder / f"{family}-{world}" / "checkpoint")
+    return found
 
 
 def forecast(folder, family, world):
@@ -183,6 +185,10 @@ def failing(folder, family, world):
         found[name].append(same and history == len(editor.history()))
 
     attempt("alike", lambda: editor.edit([rf.Edit("{} plays the", " ", "harp")]))
+    finder = editor._session.finder
+    search, finder.find = finder.find, defective
+    attempt("defect", lambda: editor.edit(edits(3, 3)))
+    finder.find = search
     last = editor.context.processes.rank == world - 1
     projection = editor.context.projections[0]
     kept = projection.tensors[0].clone()
@@ -202,6 +208,10 @@ def failing(folder, family, world):
     attempt("interrupted", lambda: editor.edit(edits(6, 3)))
     attempt("after", lambda: editor.edit(edits(6, 3)))
     return found
+
+
+def defective(*_given, **_more):
+    raise RuntimeError("a defect of the model")
 
 
 def refused(folder, family, world):
@@ -228,7 +238,18 @@ def refused(folder, family, world):
     def mixture():
         return AutoModelForCausalLM.from_pretrained(folder / "mixtral", **options(world))
 
+    def uneven():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder / family, num_key_value_heads=1)
+        model = AutoModelForCausalLM.from_config(config)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder / "one-head")
+        dist.barrier()
+        return AutoModelForCausalLM.from_pretrained(folder / "one-head", **options(world))
+
     attempt("fsdp", sharded)
+    attempt("heads", uneven)
     attempt("pipeline", staged)
     attempt("mixture", mixture)
     model = AutoModelForCausalLM.from_pretrained(folder / family, **options(world))
@@ -313,13 +334,12 @@ def commands(folder, family, world):
 
 SCENARIOS = {
     "copies": copies,
+    "long": long_stream,
     "commands": commands,
     "stream": stream,
     "forecast": forecast,
     "stored": stored,
     "failing": failing,
-    "long": long,
-    "long32": long32,
     "refused": refused,
     "traffic": traffic,
 }
@@ -342,7 +362,7 @@ def main(rank, world, folder, names):
             join(rank, world, folder, name)
         scenario, family, *more = name.split("/")
         with redirect_stderr(io.StringIO()):
-            found = SCENARIOS[scenario](folder, family, world, *map(int, more))
+            found = SCENARIOS[scenario](folder, family, world, *(int(one) if one.isdigit() else one for one in more))
         torch.save(found, folder / f"{scenario}-{family}-{world}-{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
