@@ -222,7 +222,7 @@ class Stream:
             self.opened = self.opened or time.monotonic() - began
         if kind == "moment":
             # Two operations are left at the end, so that the stream does not end before the kill.
-            target = self.acknowledged + round(self.draw.random() * 2 * left / (self.kills - kills))
+            target = self.acknowledged + max(1, round(self.draw.random() * 2 * left / (self.kills - kills)))
             while max(messages[0][1:], default=self.acknowledged) < min(target, len(self.todo) - 2):
                 messages[0] += read_one(inward[0])
             time.sleep(self.draw.random() * self.seconds)

@@ -30,14 +30,14 @@ def run(*arguments, timeout):
 
 
 def check(result, kills):
-    assert sum(result["killed"]) == kills
-    assert result["compared"] >= kills  # two processes compare, except where nothing was written or opened yet
-    assert result["difference"] <= ALLOWED
-    assert result["difference_in_one_process"] <= ALLOWED
+    assert sum(result["killed"]) == kills, result
+    assert result["compared"] >= kills, result  # by two processes, except where nothing was opened or written yet
+    assert result["difference"] <= ALLOWED, result
+    assert result["difference_in_one_process"] <= ALLOWED, result
 
 
 def test_kills_of_a_random_process_lose_no_acknowledged_change(tmp_path):
-    check(run(tmp_path, 3, 2, 4, timeout=200), 2)
+    check(run(tmp_path, 3, 2, 4, timeout=400), 2)
 
 
 @pytest.mark.soak
