@@ -91,8 +91,10 @@ def test_layer_choice(result):
 
 
 def test_generalization(result):
-    found = result("generalization", "--edits", 2, "--tokens", 300, "--settings", "default", "the prompt alone")
-    assert [row["setting"] for row in found["rows"]] == ["default", "the prompt alone"]
+    found = result(
+        "generalization", "--edits", 2, "--tokens", 300, "--settings", "no contexts in a chat", "the prompt alone"
+    )
+    assert [row["setting"] for row in found["rows"]] == ["no contexts in a chat", "the prompt alone"]
     assert found["rows"][0]["score_difference"] == 0
     assert all(row.keys() >= {"efficacy", "paraphrase_nll", "specificity", "kl", "change"} for row in found["rows"])
 
