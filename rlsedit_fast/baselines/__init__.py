@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from rlsedit_fast.baselines.alphaedit import AlphaEdit
 from rlsedit_fast.baselines.base import Batch, Rule
 from rlsedit_fast.baselines.emmet import EMMET
-from rlsedit_fast.baselines.experts import Carriers, ExpertRuleLayer
+from rlsedit_fast.baselines.experts import ExpertRuleLayer
 from rlsedit_fast.baselines.fine_tuning import BoundedFineTuning, FineTuning
 from rlsedit_fast.baselines.history import HistoryMEMIT
 from rlsedit_fast.baselines.layer import LayerState, RuleLayer, RulePanel
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BASELINES", "EMMET", "MEMIT", "NSE", "PRUNE", "RECT", "RECURSIVE", "ROME", "RULES"]
 __all__ += ["AlphaEdit", "Batch", "BoundedFineTuning", "FineTuning", "HistoryMEMIT", "LayerState", "Rule", "RuleLayer"]
-__all__ += ["Carriers", "ExpertRuleLayer", "RulePanel", "UltraEdit", "make_layer", "make_rule"]
+__all__ += ["ExpertRuleLayer", "RulePanel", "UltraEdit", "make_layer", "make_rule"]
 
 RECURSIVE = "rls"
 """Name of this package's own rule, whose layer is an `RLSState`.

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rlsedit_fast import baselines
+from rlsedit_fast.baselines.experts import Carriers
 from rlsedit_fast.editing.aliases import expanded
 from rlsedit_fast.editing.presets import published
 from rlsedit_fast.editing.settings import Settings
@@ -368,7 +369,7 @@ class EditConfig(Settings):
     @property
     def _by_expert(self) -> bool:
         """Whether a baseline edits the experts of a mixture separately."""
-        return self.experts in get_args(baselines.Carriers)
+        return self.experts in get_args(Carriers)
 
     @property
     def effective_refine(self) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from rlsedit_fast.baselines import RECURSIVE, Carriers, make_rule
+from rlsedit_fast.baselines import RECURSIVE, make_rule
+from rlsedit_fast.baselines.experts import Carriers
 from rlsedit_fast.baselines.memory import LayerMemory, plan_memory
 from rlsedit_fast.data.edits import Edit
 from rlsedit_fast.editing.config import CHAT_FORMS, EditConfig

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlsedit_fast.activity import report_activity
-from rlsedit_fast.baselines import RECURSIVE, Carriers, ExpertRuleLayer, LayerState, make_layer, make_rule
+from rlsedit_fast.baselines import RECURSIVE, ExpertRuleLayer, LayerState, make_layer, make_rule
+from rlsedit_fast.baselines.experts import Carriers
 from rlsedit_fast.editing.attachment import check_finite_weights, mark
 from rlsedit_fast.editing.config import Experts, KeyRows, StoredRows
 from rlsedit_fast.editing.keys import request_keys

@@ -94,6 +94,5 @@ def edit(model, layer=1, scale=0.05):
         current = original.float() + scale * torch.randn(block.shape, generator=generator)
         block.copy_(current)
         name, transposed = projection.block_name(at)
-        expert = projection.layout is not None and at < projection.layout.experts
-        changes.append(WeightChange(name, original, block.detach(), current, transposed, expert))
+        changes.append(WeightChange(name, original, block.detach(), current, transposed, projection.stack_of(at)))
     return changes

@@ -50,8 +50,8 @@ def test_the_editor_example_of_the_readme(workdir, smollm2, scores):
     first, rest = code.split("inputs = editor.tokenizer(")
     names: dict = {}
     exec(first, names)
-    assert [record.success for record in names["records"]] == [True, True]
     editor = names["editor"]
+    assert [record.success for record in editor.history()] == [True, True]
     for score in scores(editor.model, editor.tokenizer, TARGETS):
         assert score.first, score
     exec("inputs = editor.tokenizer(" + rest, names)

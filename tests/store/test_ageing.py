@@ -23,21 +23,25 @@ def test_weights_are_halved_at_one_two_four_times_the_age():
 
 
 def check_solution(editor):
-    """Every layer is the minimizer for the rows with their present weights, and J is the objective there."""
+    """Every layer is the minimizer for the rows with their present weights, and J is the objective there.
+
+    The editor computes in float64: in float32 an undo amplifies rounding errors by a factor that depends on the
+    values.
+    """
     ledger, layers = editor._session.ledger, editor._session.layers
     rows = [*layers.protected, *ledger.rows(ledger.active)]
     for at, state in enumerate(layers.states):
         keys, values, weights = layers._stacked(rows, at)
         weight, _, objective = solve_all(state.original, state.prior, keys, values, weights)
-        torch.testing.assert_close(state.weight.double(), weight, rtol=1e-3, atol=1e-4 * float(weight.norm()))
-        assert state.objective == pytest.approx(objective, rel=1e-3)
+        torch.testing.assert_close(state.weight, weight, rtol=1e-8, atol=1e-9 * float(weight.norm()))
+        assert state.objective == pytest.approx(objective, rel=1e-8)
         assert state.edits == len(rows)
 
 
 def test_old_edits_are_the_solution_with_halved_weights(tiny, tokenizer, tmp_path):
     config = tiny_config(halve_after=3, same_subject="separate")
     store = tmp_path / "store"
-    with rf.Editor(tiny(), tokenizer, config=config, store=store) as editor:
+    with rf.Editor(tiny().double(), tokenizer, config=config, store=store) as editor:
         editor.anchor(ANCHORS)
         editor.protect(["Toze Lado Rekuno"])
         editor.edit(make_edits(11))
@@ -58,14 +62,14 @@ def test_old_edits_are_the_solution_with_halved_weights(tiny, tokenizer, tmp_pat
         shutil.copytree(store, copied)
         for snapshot in (copied / "snapshots").iterdir():  # replays every change
             snapshot.unlink()
-        with rf.Editor(tiny(), tokenizer, store=copied) as replayed:
+        with rf.Editor(tiny().double(), tokenizer, store=copied) as replayed:
             assert_same(editor, replayed)
         editor.consolidate()
         check_solution(editor)
         weights = [record.present_weight for record in editor.history()]
         live = editor.model.state_dict()
     assert [record.present_weight for record in read_history(store)] == weights
-    with rf.Editor(tiny(), tokenizer, store=store) as opened:
+    with rf.Editor(tiny().double(), tokenizer, store=store) as opened:
         assert all(torch.equal(value, opened.model.state_dict()[name]) for name, value in live.items())
         check_solution(opened)
         opened.edit(make_edits(4, start=20))
