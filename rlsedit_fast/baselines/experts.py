@@ -112,14 +112,14 @@ class ExpertRuleLayer(WithoutHistory, BlockBase):
         innovation = self._checked_innovation(panel, innovation)
         features, wide = self._layout.features(panel.keys), innovation.double()
         memory, changes = dict(self._memory), dict[int, Tensor]()
-        before = self.outputs(panel.keys)
+        before, pairs, originals = self.outputs(panel.keys), self.weights(), self.originals()
         for group, part in self._parts(panel.keys):
             keys = self._layout.part(features, group).double()
             if group.block not in memory:
                 memory[group.block] = self._fresh(group.block)
             batch = Batch(keys[part], wide[group.rows][part] / self._carrying, panel.weights[group.rows][part].double())
-            pair = self.weights()[group.block]
-            weight = (self.originals()[group.block] if pair is None else pair[1]).double()
+            pair = pairs[group.block]
+            weight = (originals[group.block] if pair is None else pair[1]).double()
             change, memory[group.block] = self._rule.step(batch, weight, memory[group.block])
             changes[group.block] = change.to(self._dtype)
             if not checks.all_finite(changes[group.block], (weight + change).to(self._dtype)):

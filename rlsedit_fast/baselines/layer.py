@@ -110,14 +110,6 @@ class LayerState(Protocol):
         """Restores a snapshot of this layer bit for bit."""
 
 
-def cannot_remove(rule: Rule) -> InputError:
-    """Returns the error of a baseline that should remove an edit."""
-    return InputError(
-        f"rule={rule.name!r} cannot remove an edit, so edits cannot be undone, replaced or combined with another edit "
-        "of the same subject. Use rule='rls', or same_subject='separate' and different subjects."
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class RulePanel:
     """A batch of keys for one version of a layer.
@@ -181,7 +173,10 @@ class WithoutHistory:
         Raises:
             InputError: always.
         """
-        raise cannot_remove(self._rule)
+        raise InputError(
+            f"rule={self._rule.name!r} cannot remove an edit, so edits cannot be undone, replaced or combined with "
+            "another edit of the same subject. Use rule='rls', or same_subject='separate' and different subjects."
+        )
 
     def refresh(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> None:
         """Not supported, see `remove`."""
