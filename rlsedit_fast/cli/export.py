@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--edited requires --model BASE, the model before the edits; add it")
     if options.edited is not None and options.out is not None:
         raise InputError("--out requires --store; the edited checkpoint of --edited exists already")
-    if options.edited is not None and options.tp is not None:
-        raise InputError("--tp requires --store; --edited compares two models in one process")
+    if options.edited is not None and (options.tp is not None or options.dp is not None):
+        raise InputError("--tp and --dp require --store; --edited compares two models in one process")
     check_named_exports(options, options.model or "")
     return _export_store(options) if options.store is not None else _export_difference(options)
 

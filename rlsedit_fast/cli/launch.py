@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 
 import torch
@@ -53,7 +53,7 @@ def launched(options: argparse.Namespace) -> Iterator[None]:
     if count is None and started == 1:
         yield
         return
-    with _silent() if rank else _speaking():
+    with _silent() if rank else nullcontext():
         _check(options, count, started, "--dp" if replicas else "--tp")
         if started == 1:
             yield
@@ -127,8 +127,3 @@ def _silent() -> Iterator[None]:
     set_quiet(True)
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         yield
-
-
-@contextmanager
-def _speaking() -> Iterator[None]:
-    yield
